@@ -1,0 +1,73 @@
+"""svel::affine_step — a sampling step for any interpolant: guidance, a x + b v + c noise and the cast, in one launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks, reference
+from ._register import define, refuse_gradient
+
+SCHEMA = (
+    "affine_step(Tensor sample, Tensor velocity, Tensor a, Tensor b, Tensor? c=None, Tensor? velocity_uncond=None, "
+    "Tensor? noise=None, *, float guidance_scale=1.0) -> Tensor"
+)
+
+
+def check(
+    sample: Tensor,
+    velocity: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    velocity_uncond: Tensor | None,
+    noise: Tensor | None,
+) -> None:
+    op = "affine_step"
+    _checks.check_step(op, sample, {"velocity": velocity, "velocity_uncond": velocity_uncond, "noise": noise})
+    for arg, value in {"a": a, "b": b, "c": c}.items():
+        if value is not None:
+            _checks.check_step_scalar(op, arg, value, sample)
+    if (c is None) != (noise is None):
+        missing = "c" if c is None else "noise"
+        _checks.fail(op, missing, "c and noise to be given together", f"{missing}=None")
+
+
+def _fake(sample, velocity, a, b, c=None, velocity_uncond=None, noise=None, *, guidance_scale=1.0):
+    check(sample, velocity, a, b, c, velocity_uncond, noise)
+    return sample.new_empty(sample.shape)
+
+
+define(SCHEMA, fake=_fake, reference=reference.affine_step)
+refuse_gradient("affine_step")
+
+
+def affine_step(
+    sample: Tensor,
+    velocity: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    velocity_uncond: Tensor | None = None,
+    noise: Tensor | None = None,
+    *,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """a * sample + b * v + c * noise, where v is the guided velocity.
+
+    v = velocity_uncond + guidance_scale (velocity - velocity_uncond), or `velocity` itself without `velocity_uncond`
+    (guidance_scale is then not used).
+
+    Args:
+        sample: (N, *S); float16, bfloat16, float32 or float64.
+        velocity, velocity_uncond, noise: (N, *S), any of the same dtypes; `noise` and `c` come together.
+        a, b, c: (N,) or 0-d, float32 or float64, on the device of sample.
+        guidance_scale: classifier-free guidance scale; 1 is no guidance.
+
+    Returns:
+        (N, *S) of sample's dtype; arithmetic is in float32 (float64 for a float64 sample).
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    return torch.ops.svel.affine_step(sample, velocity, a, b, c, velocity_uncond, noise, guidance_scale=guidance_scale)

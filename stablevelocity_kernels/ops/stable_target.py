@@ -1,0 +1,93 @@
+"""svel::stable_target — the StableVM training target: the posterior mean turned into a prediction, in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks, reference
+from ..paths import PATHS, PREDICTIONS
+from ._register import define, refuse_gradient
+
+SCHEMA = (
+    "stable_target(Tensor x, Tensor refs, Tensor t, Tensor? labels=None, Tensor? counts=None, Tensor? source=None, *, "
+    "str path='linear', str prediction='velocity', str precision='exact') -> Tensor"
+)
+
+
+def check(
+    x: Tensor,
+    refs: Tensor,
+    t: Tensor,
+    labels: Tensor | None,
+    counts: Tensor | None,
+    source: Tensor | None,
+    path: str,
+    prediction: str,
+    precision: str,
+) -> None:
+    _checks.check_reference_set("stable_target", x, refs, labels, counts, source, precision)
+    _checks.check_row_scalar("stable_target", "t", t, x)
+    _checks.check_choice("stable_target", "path", path, PATHS)
+    _checks.check_choice("stable_target", "prediction", prediction, PREDICTIONS)
+
+
+def _fake(
+    x,
+    refs,
+    t,
+    labels=None,
+    counts=None,
+    source=None,
+    *,
+    path="linear",
+    prediction="velocity",
+    precision="exact",
+):
+    check(x, refs, t, labels, counts, source, path, prediction, precision)
+    return x.new_empty(x.shape)
+
+
+define(SCHEMA, fake=_fake, reference=reference.stable_target)
+refuse_gradient("stable_target")
+
+
+def stable_target(
+    x: Tensor,
+    refs: Tensor,
+    t: Tensor,
+    labels: Tensor | None = None,
+    counts: Tensor | None = None,
+    source: Tensor | None = None,
+    *,
+    path: str = "linear",
+    prediction: str = "velocity",
+    precision: str = "exact",
+) -> Tensor:
+    """StableVM target of each noisy sample over its reference set (paper, StableVM: the self-normalised estimator).
+
+    With m the posterior mean (see `posterior_mean`): velocity = (sigma'/sigma) x + (alpha' - sigma' alpha / sigma) m,
+    x0 = m, noise = (x - alpha m) / sigma, score = -(x - alpha m) / sigma^2.
+
+    Args:
+        x: (N, *S) noisy samples x_t; float16, bfloat16, float32 or float64.
+        refs: (M, *S), shared by all rows, or (K, M, *S) groups with `labels`; any of the same dtypes.
+        t: (N,) float32 (float64 allowed beside a float64 x), 0 at the data and 1 at the noise, clamped to
+            [1e-5, 1 - 1e-5]. A row with t = NaN is not computed: it costs nothing and comes back NaN.
+        labels: (N,) int64, the group of each row; -1 means all valid references of all groups.
+        counts: (K,), or (1,) without labels; int32 or int64: how many leading references of each group are valid.
+        source: (N, *S), one more reference for its own row alone; dtype of x or of refs.
+        path: "linear" or "cosine"; for another interpolant use `posterior_mean`.
+        prediction: "velocity", "x0", "noise" or "score".
+        precision: "exact" (2e-6 against float64) or "fast" (1e-3 allowed).
+
+    Returns:
+        (N, *S) of x's dtype. A row whose set is empty, or with NaN or Inf in its inputs, is NaN.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came. On CPU also for a label out of range; on
+            CUDA such a row is NaN.
+    """
+    return torch.ops.svel.stable_target(
+        x, refs, t, labels, counts, source, path=path, prediction=prediction, precision=precision
+    )

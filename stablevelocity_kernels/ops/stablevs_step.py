@@ -1,0 +1,103 @@
+"""svel::stablevs_step — the closed-form StableVS step of a named path, with guidance, noise and the cast in one launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks, reference
+from ..paths import PATHS
+from ._register import define, refuse_gradient
+
+SCHEMA = (
+    "stablevs_step(Tensor sample, Tensor velocity, Tensor t, Tensor tau, Tensor? velocity_uncond=None, "
+    "Tensor? noise=None, *, float guidance_scale=1.0, float noise_factor=0.0, str path='linear') -> Tensor"
+)
+
+
+def check(
+    sample: Tensor,
+    velocity: Tensor,
+    t: Tensor,
+    tau: Tensor,
+    velocity_uncond: Tensor | None,
+    noise: Tensor | None,
+    noise_factor: float,
+    path: str,
+) -> None:
+    op = "stablevs_step"
+    _checks.check_step(op, sample, {"velocity": velocity, "velocity_uncond": velocity_uncond, "noise": noise})
+    _checks.check_step_scalar(op, "t", t, sample)
+    _checks.check_step_scalar(op, "tau", tau, sample)
+    _checks.check_choice(op, "path", path, PATHS)
+    if not 0.0 <= noise_factor <= 1.0:
+        _checks.fail(op, "noise_factor", "a number in [0, 1]", noise_factor)
+    if noise_factor > 0.0 and noise is None:
+        _checks.fail(op, "noise", f"a tensor because noise_factor = {noise_factor}", None)
+
+
+def _fake(
+    sample,
+    velocity,
+    t,
+    tau,
+    velocity_uncond=None,
+    noise=None,
+    *,
+    guidance_scale=1.0,
+    noise_factor=0.0,
+    path="linear",
+):
+    check(sample, velocity, t, tau, velocity_uncond, noise, noise_factor, path)
+    return sample.new_empty(sample.shape)
+
+
+define(SCHEMA, fake=_fake, reference=reference.stablevs_step)
+refuse_gradient("stablevs_step")
+
+
+def stablevs_step(
+    sample: Tensor,
+    velocity: Tensor,
+    t: Tensor,
+    tau: Tensor,
+    velocity_uncond: Tensor | None = None,
+    noise: Tensor | None = None,
+    *,
+    guidance_scale: float = 1.0,
+    noise_factor: float = 0.0,
+    path: str = "linear",
+) -> Tensor:
+    """One closed-form step from time t to tau < t in the low-variance region (paper, StableVS).
+
+    With x0_hat = (v - (sigma'/sigma) x) / (alpha' - sigma' alpha / sigma), beta = noise_factor * sigma_tau and
+    s = sqrt(sigma_tau^2 - beta^2) / sigma_t, returns s x + (alpha_tau - s alpha_t) x0_hat + beta noise. With
+    noise_factor 0 it is the exact probability-flow solution for a fixed x0_hat; on "linear" that is x + (tau - t) v.
+    tau = 0 gives x0_hat.
+
+    Args:
+        sample: (N, *S) at time t; float16, bfloat16, float32 or float64.
+        velocity, velocity_uncond, noise: (N, *S), any of the same dtypes. With velocity_uncond, v = velocity_uncond +
+            guidance_scale (velocity - velocity_uncond); noise is standard normal, needed when noise_factor > 0.
+        t, tau: (N,) or 0-d, float32 or float64, 0 at the data and 1 at the noise. t is clamped to [1e-5, 1 - 1e-5],
+            tau to [0, 1].
+        noise_factor: beta / sigma_tau in [0, 1].
+        path: "linear" or "cosine"; for another interpolant use `affine_step`.
+
+    Returns:
+        (N, *S) of sample's dtype; arithmetic is in float32 (float64 for a float64 sample).
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    return torch.ops.svel.stablevs_step(
+        sample,
+        velocity,
+        t,
+        tau,
+        velocity_uncond,
+        noise,
+        guidance_scale=guidance_scale,
+        noise_factor=noise_factor,
+        path=path,
+    )

@@ -1,0 +1,18 @@
+"""Plain-torch versions of every op: what each one means, in any dtype. The tests hold every fast path to these."""
+
+from .affine_step import affine_step
+from .bank_push_ import bank_push_
+from .posterior_mean import posterior_mean
+from .stable_target import stable_target
+from .stablevs_step import stablevs_step
+from .va_repa_loss import va_repa_loss, va_repa_loss_backward
+
+__all__ = [
+    "affine_step",
+    "bank_push_",
+    "posterior_mean",
+    "stable_target",
+    "stablevs_step",
+    "va_repa_loss",
+    "va_repa_loss_backward",
+]
