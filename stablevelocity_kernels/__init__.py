@@ -6,8 +6,16 @@ compiled CUDA or Triton for NVIDIA GPUs, plain torch otherwise. `backends()` say
 
 from ._backend import backends, load_backends
 from .ops import affine_step, bank_push_, posterior_mean, stable_target, stablevs_step, va_repa_loss
-from .paths import PATHS, PREDICTIONS, T_EPS, PathCoefficients, clamp_time, path_coefficients
-from .paths import prediction_coefficients, stablevs_coefficients
+from .paths import (
+    PATHS,
+    PREDICTIONS,
+    T_EPS,
+    PathCoefficients,
+    clamp_time,
+    path_coefficients,
+    prediction_coefficients,
+    stablevs_coefficients,
+)
 
 __version__ = "0.1.0"
 __all__ = [
