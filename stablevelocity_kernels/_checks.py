@@ -92,7 +92,7 @@ def check_choice(op: str, arg: str, value: str, choices: tuple[str, ...]) -> Non
 
 
 def check_step(op: str, sample: Tensor, others: dict[str, Tensor | None]) -> None:
-    """A sampling step: sample (N, *S) floating point; velocity, velocity_uncond, noise of its shape, any float dtype."""
+    """A sampling step: sample (N, *S) floating point; velocity, velocity_uncond, noise alike."""
     if sample.dim() < 1:
         fail(op, "sample", "shape (N, *S)", tuple(sample.shape))
     check_dtype(op, "sample", sample, FLOATS)

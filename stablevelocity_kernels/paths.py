@@ -61,7 +61,7 @@ def path_coefficients(path: str, t: Tensor) -> PathCoefficients:
 
 
 def prediction_coefficients(prediction: str, c: PathCoefficients) -> tuple[Tensor, Tensor]:
-    """(a, b) with prediction = a x + b m, m the posterior mean of x_0 (spec table; paper eq. for the marginal velocity).
+    """(a, b) with prediction = a x + b m, m the posterior mean of x_0 (paper: the marginal velocity).
 
     Raises:
         RuntimeError: for a prediction other than "velocity", "x0", "noise", "score".

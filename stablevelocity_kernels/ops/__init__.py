@@ -1,4 +1,4 @@
-"""One page per op: schema, fake implementation, gradient, documentation. Importing this package declares torch.ops.svel."""
+"""One page per op: schema, fake, gradient, documentation. Importing this package declares torch.ops.svel."""
 
 from .affine_step import affine_step
 from .bank_push_ import bank_push_

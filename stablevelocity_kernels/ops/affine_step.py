@@ -1,4 +1,4 @@
-"""svel::affine_step — a sampling step for any interpolant: guidance, a x + b v + c noise and the cast, in one launch."""
+"""svel::affine_step — a step for any interpolant: guidance, a x + b v + c noise and the cast, in one launch."""
 
 from __future__ import annotations
 

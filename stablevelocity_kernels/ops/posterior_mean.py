@@ -64,8 +64,8 @@ def posterior_mean(
         precision: "exact" (2e-6 against float64) or "fast" (1e-3 allowed).
 
     Returns:
-        mean (N, *S) and lse (N,), float32 (float64 for float64 x). lse is log sum_j exp(-(|x - alpha r_j|^2 - sigma^2 D)
-        / (2 sigma^2)): two results over disjoint references merge exactly as
+        mean (N, *S) and lse (N,), float32 (float64 for float64 x). With logit_j = -(|x - alpha r_j|^2 - sigma^2 D) /
+        (2 sigma^2), lse is log sum_j exp(logit_j): two results over disjoint references merge exactly as
         softmax([lse_1, lse_2]) @ [mean_1, mean_2]. A row whose set is empty, or with NaN or Inf in its inputs, is NaN.
         Rows with NaN in alpha or sigma are not computed at all and cost nothing.
 

@@ -1,4 +1,4 @@
-"""svel::stablevs_step — the closed-form StableVS step of a named path, with guidance, noise and the cast in one launch."""
+"""svel::stablevs_step — the closed-form step of a named path, with guidance, noise and the cast, in one launch."""
 
 from __future__ import annotations
 
