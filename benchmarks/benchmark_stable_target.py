@@ -1,0 +1,119 @@
+"""svel::stable_target and svel::posterior_mean: class banks, shared pools, small and large D."""
+
+from __future__ import annotations
+
+import peers
+import pytest
+import torch
+
+import stablevelocity_kernels as svel
+from stablevelocity_kernels import reference
+from stablevelocity_kernels.testing import TOLERANCE, make_noisy, make_references
+
+# (rows, classes, references per class, D): the training step of the published configuration, and a CPU-sized one
+CLASS_BANKS = {
+    "cuda": {"class_bank": (256, 1001, 256, 4096), "class_bank_large": (8, 16, 64, 131072)},
+    "cpu": {"class_bank": (64, 50, 256, 4096), "class_bank_large": (4, 8, 64, 131072), "demo": (128, 11, 256, 784)},
+}
+# (rows, references, D, dtype)
+POOLS = {
+    "cuda": {
+        "pool": (256, 50_000, 3072, torch.float16),
+        "pool_guidance": (26, 200_000, 4096, torch.float16),
+        "pool_one_row": (1, 50_000, 4096, torch.float16),
+        "pool_small_d": (10_000, 100_000, 10, torch.float32),
+        "pool_tiny": (256, 2_048, 10, torch.float32),
+    },
+    "cpu": {
+        "pool": (256, 8_192, 3072, torch.float16),
+        "pool_guidance": (26, 16_384, 4096, torch.float16),
+        "pool_one_row": (1, 16_384, 4096, torch.float16),
+        "pool_small_d": (2_048, 20_000, 10, torch.float32),
+        "pool_128": (1_024, 10_000, 128, torch.float32),
+        "pool_tiny": (256, 2_048, 10, torch.float32),
+        "one_large": (2, 32, 1 << 20, torch.float16),
+    },
+}
+CHECKED_ROWS = 8  # float64 references of every row would take longer than all the timings
+
+
+def _cases(table: dict[str, dict[str, tuple]]) -> list[str]:
+    return sorted({name for cases in table.values() for name in cases})
+
+
+def _problem(picked: torch.Tensor, device: torch.device, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    t = 0.5 + 0.5 * torch.rand(picked.shape[0], generator=rng)
+    t = t.clamp(max=0.999)
+    return make_noisy(picked, t, rng).to(device), t.to(device)
+
+
+@pytest.mark.parametrize("name", _cases(CLASS_BANKS))
+def test_class_bank(measure, device, name):
+    if name not in CLASS_BANKS[device.type]:
+        pytest.skip(f"{name} is not a {device.type} case")
+    n, k, m, d = CLASS_BANKS[device.type][name]
+    rng = torch.Generator().manual_seed(0)
+    bank = torch.empty(k, m, d, dtype=torch.float16, device=device)
+    for group in bank:
+        group.copy_(make_references(m, d, "gaussian", rng) if device.type == "cpu" else torch.randn_like(group))
+    labels = torch.randint(k, (n,), generator=rng)
+    labels[: n // 10] = k - 1  # a tenth of the rows on the null class
+    labels = labels.to(device)
+    x, t = _problem(bank[labels, torch.randint(m, (n,), generator=rng).to(device)].cpu(), device, rng)
+
+    few = slice(n // 10, n // 10 + min(CHECKED_ROWS, n - n // 10))
+    used, index = labels[few].unique(return_inverse=True)
+    expected = reference.stable_target(x[few].cpu().double(), bank[used].cpu(), t[few].cpu().double(), index.cpu())
+
+    distinct = labels.unique().numel()
+    measure(
+        f"{name} {n}×{k}×{m}×{d} float16",
+        lambda: svel.stable_target(x, bank, t, labels),
+        check=(lambda: svel.stable_target(x, bank, t, labels)[few], expected, TOLERANCE[torch.float32, "exact"]),
+        peers={
+            "gather + bmm": lambda: peers.target_bmm(x, bank, t, labels),
+            "gather + broadcast": lambda: peers.target_broadcast(x, bank, t, labels),
+            "loop over labels": lambda: peers.target_per_label(x, bank, t, labels),
+        },
+        bytes_read=distinct * m * d * 2 + n * d * 4,
+        bytes_written=n * d * 4,
+        flops=4.0 * n * m * d,
+    )
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("name", _cases(POOLS))
+def test_pool(measure, device, name, precision):
+    if name not in POOLS[device.type]:
+        pytest.skip(f"{name} is not a {device.type} case")
+    if precision == "fast" and device.type == "cpu":
+        pytest.skip("fast is exact on the CPU")
+    n, m, d, dtype = POOLS[device.type][name]
+    rng = torch.Generator().manual_seed(0)
+    pool = torch.randn(m, d, device=device, dtype=dtype)
+    x, t = _problem(pool[torch.randint(m, (n,), generator=rng).to(device)].cpu(), device, rng)
+    rows = slice(0, min(CHECKED_ROWS, n))
+    expected = reference.stable_target(x[rows].double(), pool, t[rows].double()).cpu()
+    options = {
+        "two products, float32": lambda: peers.target_matmul(x, pool, t),
+        "two products, half": lambda: peers.target_matmul_half(x, pool, t),
+        "sdpa": lambda: peers.target_sdpa(x, pool, t),
+    }
+    if device.type == "cpu" or dtype == torch.float32:
+        del options["two products, half"]
+    if d > 128:
+        del options["sdpa"]
+    measure(
+        f"{name} {n}×{m}×{d} {str(dtype).removeprefix('torch.')} {precision}",
+        lambda: svel.stable_target(x, pool, t, precision=precision),
+        check=(
+            lambda: svel.stable_target(x, pool, t, precision=precision)[rows],
+            expected,
+            TOLERANCE[torch.float32, precision],
+        ),
+        peers=options,
+        bytes_read=m * d * pool.element_size() + n * d * 4,
+        bytes_written=n * d * 4,
+        flops=4.0 * n * m * d,
+        rate="float16" if device.type == "cuda" and dtype == torch.float16 else "float32",
+    )

@@ -1,0 +1,69 @@
+"""svel::stablevs_step and svel::affine_step on the latents of the models they are for."""
+
+from __future__ import annotations
+
+import peers
+import pytest
+import torch
+
+import stablevelocity_kernels as svel
+from stablevelocity_kernels import reference
+from stablevelocity_kernels.testing import TOLERANCE
+
+LATENTS = {
+    "sd3.5 1024": (1, 16, 128, 128),
+    "flux 1024": (1, 4096, 64),
+    "wan2.2 720p": (1, 16, 21, 90, 160),
+    "wan2.2 720p x64": (64, 16, 21, 90, 160),
+}
+SCALE, FACTOR = 4.5, 0.2
+
+
+@pytest.mark.parametrize("noisy", [False, True], ids=["ode", "noise"])
+@pytest.mark.parametrize("latent", LATENTS)
+def test_stablevs_step(measure, device, latent, noisy):
+    if device.type == "cpu" and latent.endswith("x64"):
+        pytest.skip("too large for a CPU table")
+    shape = LATENTS[latent]
+    sample, cond, uncond, noise = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(4))
+    t, tau = torch.tensor(0.8, device=device), torch.tensor(0.7, device=device)
+    extra = noise if noisy else None
+    factor = FACTOR if noisy else 0.0
+
+    def ours() -> torch.Tensor:
+        return svel.stablevs_step(sample, cond, t, tau, uncond, extra, guidance_scale=SCALE, noise_factor=factor)
+
+    first = slice(0, 1)
+    expected = reference.stablevs_step(
+        *(v[first].cpu().double() for v in (sample, cond)),
+        t.cpu(),
+        tau.cpu(),
+        uncond[first].cpu().double(),
+        None if extra is None else extra[first].cpu().double(),
+        guidance_scale=SCALE,
+        noise_factor=factor,
+    )
+    size = 2 * sample.numel()
+    measure(
+        f"stablevs_step {latent} bfloat16 {'noise' if noisy else 'ode'}",
+        ours,
+        check=(lambda: ours()[first], expected, TOLERANCE[torch.bfloat16, "exact"]),
+        peers={"eager": lambda: peers.stablevs(sample, cond, uncond, t, tau, SCALE, factor, extra)},
+        bytes_read=(4 if noisy else 3) * size,
+        bytes_written=size,
+    )
+
+
+def test_affine_step(measure, device):
+    shape = (64, 4, 32, 32)
+    sample, velocity = (torch.randn(shape, device=device) for _ in range(2))
+    a, b = (torch.rand(64, device=device) for _ in range(2))
+    expected = reference.affine_step(sample.cpu().double(), velocity.cpu().double(), a.cpu(), b.cpu())
+    measure(
+        "affine_step 64×4×32×32 float32",
+        lambda: svel.affine_step(sample, velocity, a, b),
+        check=(lambda: svel.affine_step(sample, velocity, a, b), expected, TOLERANCE[torch.float32, "exact"]),
+        peers={"eager": lambda: peers.affine(sample, velocity, a, b)},
+        bytes_read=8 * sample.numel(),
+        bytes_written=4 * sample.numel(),
+    )

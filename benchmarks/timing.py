@@ -1,0 +1,62 @@
+"""How a call is timed: median of repeats; on CUDA with events around graph replays where the call captures."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def time_call(call: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
+    """Median seconds of one call, after a warm-up. Spends about `budget` seconds, three calls at least."""
+    return time_cuda(call, budget) if device.type == "cuda" else time_cpu(call, budget)
+
+
+def time_cpu(call: Callable[[], object], budget: float) -> float:
+    call()
+    samples: list[float] = []
+    while len(samples) < 3 or (sum(samples) < budget and len(samples) < 500):
+        begin = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - begin)
+    return statistics.median(samples)
+
+
+def capture(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph replay, or the call itself where it cannot be captured (it synchronises)."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return call
+    return graph.replay
+
+
+def time_cuda(call: Callable[[], object], budget: float) -> float:
+    replay = capture(call)
+    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")  # several times the L2
+    samples: list[float] = []
+    for _ in range(3):
+        replay()
+    torch.cuda.synchronize()
+    begin_all = time.perf_counter()
+    while len(samples) < 5 or (time.perf_counter() - begin_all < budget and len(samples) < 200):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()  # every call starts with cold inputs, as in a training step
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(samples)
