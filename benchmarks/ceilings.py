@@ -31,7 +31,6 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     target = torch.empty_like(source)
     read = 4 * values / time_call(lambda: source.sum(), device)
     copy = 8 * values / time_call(lambda: target.copy_(source), device)
-    del source, target
 
     def product_rate(dtype: torch.dtype) -> float:
         n = 8192 if cuda and dtype == torch.float16 else 4096 if cuda else 1024

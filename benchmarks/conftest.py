@@ -1,4 +1,4 @@
-"""The `measure` fixture: checks an op against float64, times it and its peers, and adds a row to the table printed last.
+"""The `measure` fixture: checks an op against float64, times it and its peers, adds a row to the table printed last.
 
 pytest benchmarks                              # on the GPU if there is one, else on the CPU
 pytest benchmarks --svel-device cpu -k class_bank

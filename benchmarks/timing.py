@@ -26,20 +26,23 @@ def time_cpu(call: Callable[[], object], budget: float) -> float:
 
 def capture(call: Callable[[], object]) -> Callable[[], object]:
     """The call as a CUDA graph replay, or the call itself where it cannot be captured (it synchronises)."""
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return call
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
+        call()
     torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return call
+    with torch.cuda.graph(graph):
+        call()
     return graph.replay
 
 
