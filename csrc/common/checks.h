@@ -1,0 +1,198 @@
+// Argument checks. Every message names the op, the argument, what was expected and what came, in the words of
+// stablevelocity_kernels/_checks.py. They reach Python as RuntimeError.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/DeviceType.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace svel {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using Dtypes = std::initializer_list<ScalarType>;
+
+inline constexpr Dtypes FLOATS = {ScalarType::Half, ScalarType::BFloat16, ScalarType::Float, ScalarType::Double};
+
+[[noreturn]] inline void fail(const std::string& op, const std::string& arg, const std::string& expected,
+                              const std::string& got) {
+  throw std::runtime_error("svel::" + op + ": " + arg + ": expected " + expected + ", got " + got);
+}
+
+// As Python writes a float: the shortest decimal that reads back as the same double.
+inline std::string to_text(double value) {
+  for (int digits = 1; digits < 17; ++digits) {
+    std::ostringstream out;
+    out.precision(digits);
+    out << value;
+    if (std::stod(out.str()) == value) {
+      const bool whole = out.str().find_first_not_of("-0123456789") == std::string::npos;
+      return whole ? out.str() + ".0" : out.str();
+    }
+  }
+  std::ostringstream out;
+  out.precision(17);
+  out << value;
+  return out.str();
+}
+
+// As Python writes a tuple: (), (3,), (3, 4).
+inline std::string to_text(const std::vector<int64_t>& shape) {
+  std::string text = "(";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + (shape.size() == 1 ? ",)" : ")");
+}
+
+inline std::string to_text(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+inline std::string to_text(const torch::stable::Device& device) {
+  if (device.type() == torch::headeronly::DeviceType::CPU) return "cpu";
+  const std::string type = device.type() == torch::headeronly::DeviceType::CUDA ? "cuda" : "another device";
+  return device.has_index() ? type + ":" + std::to_string(device.index()) : type;
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+inline int64_t product(const std::vector<int64_t>& shape, size_t from = 0) {
+  int64_t n = 1;
+  for (size_t i = from; i < shape.size(); ++i) n *= shape[i];
+  return n;
+}
+
+inline void check_dtype(const char* op, const char* arg, const Tensor& t, Dtypes dtypes) {
+  const ScalarType dtype = t.scalar_type();
+  if (std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end()) return;
+  std::string expected;
+  for (ScalarType d : dtypes) expected += (expected.empty() ? "" : " or ") + to_text(d);
+  fail(op, arg, expected, to_text(dtype));
+}
+
+inline void check_device(const char* op, const char* arg, const Tensor& t, const Tensor& like) {
+  const auto device = t.device(), expected = like.device();
+  if (device != expected) fail(op, arg, "a tensor on " + to_text(expected), to_text(device));
+}
+
+inline void check_shape(const char* op, const char* arg, const Tensor& t, const std::vector<int64_t>& shape,
+                        const char* meaning) {
+  const auto sizes = t.sizes();
+  if (!std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) {
+    fail(op, arg, std::string("shape ") + meaning + " = " + to_text(shape), to_text(shape_of(t)));
+  }
+}
+
+inline void check_choice(const char* op, const char* arg, const std::string& value,
+                         std::initializer_list<const char*> choices) {
+  if (std::find(choices.begin(), choices.end(), value) != choices.end()) return;
+  std::string expected;
+  for (const char* choice : choices) expected += (expected.empty() ? "'" : ", '") + std::string(choice) + "'";
+  fail(op, arg, "one of " + expected, "'" + value + "'");
+}
+
+// A per-row scalar: (N,) float32, or float64 beside a float64 x.
+inline void check_row_scalar(const char* op, const char* arg, const Tensor& t, const Tensor& x) {
+  if (x.scalar_type() == ScalarType::Double) {
+    check_dtype(op, arg, t, {ScalarType::Float, ScalarType::Double});
+  } else {
+    check_dtype(op, arg, t, {ScalarType::Float});
+  }
+  check_shape(op, arg, t, {x.size(0)}, "(N,)");
+  check_device(op, arg, t, x);
+}
+
+// x (N, *S); refs (M, *S) or, with labels, (K, M, *S); labels (N,) int64; counts (1,) or (K,); source (N, *S).
+inline void check_reference_set(const char* op, const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
+                                const MaybeTensor& counts, const MaybeTensor& source, const std::string& precision) {
+  if (x.dim() < 1) fail(op, "x", "shape (N, *S)", to_text(shape_of(x)));
+  check_dtype(op, "x", x, FLOATS);
+  check_dtype(op, "refs", refs, FLOATS);
+  check_device(op, "refs", refs, x);
+  const std::vector<int64_t> x_shape = shape_of(x), refs_shape = shape_of(refs);
+  const size_t lead = labels ? 2 : 1;
+  if (refs_shape.size() != x_shape.size() - 1 + lead ||
+      !std::equal(x_shape.begin() + 1, x_shape.end(), refs_shape.begin() + static_cast<int64_t>(lead))) {
+    const std::string form = labels ? "(K, M, *S) because labels are given" : "(M, *S)";
+    fail(op, "refs", "shape " + form + " with S = " + to_text(std::vector<int64_t>(x_shape.begin() + 1, x_shape.end())),
+         to_text(refs_shape));
+  }
+  if (labels) {
+    check_dtype(op, "labels", *labels, {ScalarType::Long});
+    check_shape(op, "labels", *labels, {x_shape[0]}, "(N,)");
+    check_device(op, "labels", *labels, x);
+  }
+  if (counts) {
+    check_dtype(op, "counts", *counts, {ScalarType::Int, ScalarType::Long});
+    check_shape(op, "counts", *counts, {labels ? refs_shape[0] : 1}, labels ? "(K,)" : "(1,)");
+    check_device(op, "counts", *counts, x);
+  }
+  if (source) {
+    check_dtype(op, "source", *source, {x.scalar_type(), refs.scalar_type()});
+    check_shape(op, "source", *source, x_shape, "of x, (N, *S)");
+    check_device(op, "source", *source, x);
+  }
+  if (precision != "exact" && precision != "fast") fail(op, "precision", "'exact' or 'fast'", "'" + precision + "'");
+}
+
+// CPU only, where reading the labels costs no synchronisation: labels[0..n) all in [lowest, groups).
+inline void check_labels_in_range(const char* op, const int64_t* labels, int64_t n, int64_t groups, int64_t lowest) {
+  if (n == 0) return;
+  const auto [low, high] = std::minmax_element(labels, labels + n);
+  if (*low >= lowest && *high < groups) return;
+  fail(op, "labels", "values in [" + std::to_string(lowest) + ", " + std::to_string(groups) + ")",
+       "values in [" + std::to_string(*low) + ", " + std::to_string(*high) + "]");
+}
+
+// A sampling step: sample (N, *S) floating point; velocity, velocity_uncond, noise alike.
+inline void check_step(const char* op, const Tensor& sample,
+                       std::initializer_list<std::pair<const char*, const MaybeTensor*>> others) {
+  if (sample.dim() < 1) fail(op, "sample", "shape (N, *S)", to_text(shape_of(sample)));
+  check_dtype(op, "sample", sample, FLOATS);
+  const std::vector<int64_t> shape = shape_of(sample);
+  for (const auto& [arg, value] : others) {
+    if (!*value) continue;
+    check_dtype(op, arg, **value, FLOATS);
+    check_shape(op, arg, **value, shape, "of sample, (N, *S)");
+    check_device(op, arg, **value, sample);
+  }
+}
+
+// A coefficient or time of a step: (N,) or 0-d, float32 or float64.
+inline void check_step_scalar(const char* op, const char* arg, const Tensor& value, const Tensor& sample) {
+  check_dtype(op, arg, value, {ScalarType::Float, ScalarType::Double});
+  if (value.dim() > 1 || (value.dim() == 1 && value.size(0) != sample.size(0))) {
+    fail(op, arg, "shape (N,) = (" + std::to_string(sample.size(0)) + ",) or 0-d", to_text(shape_of(value)));
+  }
+  check_device(op, arg, value, sample);
+}
+
+}  // namespace svel

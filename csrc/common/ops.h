@@ -1,0 +1,36 @@
+// The entry points of the ops, in the order of their schemas (stablevelocity_kernels/ops). Each library defines them in
+// its own namespace: svel::cpu in csrc/<op>/*_cpu.cpp, svel::cuda in csrc/<op>/*_cuda.cu.
+#pragma once
+
+#include <string>
+#include <tuple>
+
+#include "common/checks.h"
+
+namespace svel::SVEL_DEVICE {
+
+std::tuple<Tensor, Tensor> posterior_mean(const Tensor& x, const Tensor& refs, const Tensor& alpha,
+                                          const Tensor& sigma, const MaybeTensor& labels, const MaybeTensor& counts,
+                                          const MaybeTensor& source, const std::string& precision);
+
+Tensor stable_target(const Tensor& x, const Tensor& refs, const Tensor& t, const MaybeTensor& labels,
+                     const MaybeTensor& counts, const MaybeTensor& source, const std::string& path,
+                     const std::string& prediction, const std::string& precision);
+
+Tensor affine_step(const Tensor& sample, const Tensor& velocity, const Tensor& a, const Tensor& b,
+                   const MaybeTensor& c, const MaybeTensor& velocity_uncond, const MaybeTensor& noise,
+                   double guidance_scale);
+
+Tensor stablevs_step(const Tensor& sample, const Tensor& velocity, const Tensor& t, const Tensor& tau,
+                     const MaybeTensor& velocity_uncond, const MaybeTensor& noise, double guidance_scale,
+                     double noise_factor, const std::string& path);
+
+Tensor va_repa_loss(const Tensor& projected, const Tensor& teacher, const Tensor& weight);
+
+Tensor va_repa_loss_backward(const Tensor& grad, const Tensor& projected, const Tensor& teacher,
+                             const Tensor& weight);
+
+void bank_push_(const Tensor& refs, const Tensor& counts, const Tensor& heads, const Tensor& values,
+                const Tensor& labels);
+
+}  // namespace svel::SVEL_DEVICE
