@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .paths import PATHS, PREDICTIONS
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -109,3 +111,110 @@ def check_step_scalar(op: str, arg: str, value: Tensor, sample: Tensor) -> None:
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != sample.shape[0]):
         fail(op, arg, f"shape (N,) = ({sample.shape[0]},) or 0-d", tuple(value.shape))
     check_device(op, arg, value, sample)
+
+
+def check_posterior_mean(
+    x: Tensor,
+    refs: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    labels: Tensor | None,
+    counts: Tensor | None,
+    source: Tensor | None,
+    precision: str,
+) -> None:
+    op = "posterior_mean"
+    check_reference_set(op, x, refs, labels, counts, source, precision)
+    check_row_scalar(op, "alpha", alpha, x)
+    check_row_scalar(op, "sigma", sigma, x)
+
+
+def check_stable_target(
+    x: Tensor,
+    refs: Tensor,
+    t: Tensor,
+    labels: Tensor | None,
+    counts: Tensor | None,
+    source: Tensor | None,
+    path: str,
+    prediction: str,
+    precision: str,
+) -> None:
+    op = "stable_target"
+    check_reference_set(op, x, refs, labels, counts, source, precision)
+    check_row_scalar(op, "t", t, x)
+    check_choice(op, "path", path, PATHS)
+    check_choice(op, "prediction", prediction, PREDICTIONS)
+
+
+def check_affine_step(
+    sample: Tensor,
+    velocity: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    velocity_uncond: Tensor | None,
+    noise: Tensor | None,
+) -> None:
+    op = "affine_step"
+    check_step(op, sample, {"velocity": velocity, "velocity_uncond": velocity_uncond, "noise": noise})
+    for arg, value in {"a": a, "b": b, "c": c}.items():
+        if value is not None:
+            check_step_scalar(op, arg, value, sample)
+    if (c is None) != (noise is None):
+        missing = "c" if c is None else "noise"
+        fail(op, missing, "c and noise to be given together", f"{missing}=None")
+
+
+def check_stablevs_step(
+    sample: Tensor,
+    velocity: Tensor,
+    t: Tensor,
+    tau: Tensor,
+    velocity_uncond: Tensor | None,
+    noise: Tensor | None,
+    noise_factor: float,
+    path: str,
+) -> None:
+    op = "stablevs_step"
+    check_step(op, sample, {"velocity": velocity, "velocity_uncond": velocity_uncond, "noise": noise})
+    check_step_scalar(op, "t", t, sample)
+    check_step_scalar(op, "tau", tau, sample)
+    check_choice(op, "path", path, PATHS)
+    if not 0.0 <= noise_factor <= 1.0:
+        fail(op, "noise_factor", "a number in [0, 1]", noise_factor)
+    if noise_factor > 0.0 and noise is None:
+        fail(op, "noise", f"a tensor because noise_factor = {noise_factor}", None)
+
+
+def check_va_repa(op: str, projected: Tensor, teacher: Tensor, weight: Tensor) -> None:
+    check_dtype(op, "projected", projected, FLOATS)
+    check_dtype(op, "teacher", teacher, FLOATS)
+    if projected.dim() != 3:
+        fail(op, "projected", "shape (B, T, C)", tuple(projected.shape))
+    check_shape(op, "teacher", teacher, tuple(projected.shape), "of projected, (B, T, C)")
+    check_device(op, "teacher", teacher, projected)
+    check_row_scalar(op, "weight", weight, projected)
+
+
+def check_bank_push(refs: Tensor, counts: Tensor, heads: Tensor, values: Tensor, labels: Tensor) -> None:
+    op = "bank_push_"
+    if refs.dim() < 2:
+        fail(op, "refs", "shape (K, M, *S)", tuple(refs.shape))
+    for arg, value in {"refs": refs, "counts": counts, "heads": heads}.items():
+        if not value.is_contiguous():
+            fail(op, arg, "a contiguous tensor, because it is written in place", f"strides {value.stride()}")
+    check_dtype(op, "refs", refs, (*FLOATS, torch.int64))
+    check_dtype(op, "values", values, (torch.int64,) if refs.dtype == torch.int64 else FLOATS)
+    for arg, value in {"counts": counts, "heads": heads}.items():
+        check_dtype(op, arg, value, (torch.int32, torch.int64))
+        check_shape(op, arg, value, (refs.shape[0],), "(K,)")
+        check_device(op, arg, value, refs)
+    if heads.dtype != counts.dtype:
+        fail(op, "heads", f"the dtype of counts, {counts.dtype}", heads.dtype)
+    check_dtype(op, "labels", labels, (torch.int64,))
+    if labels.dim() != 1:
+        fail(op, "labels", "shape (N,)", tuple(labels.shape))
+    check_shape(op, "values", values, (labels.shape[0], *refs.shape[2:]), "(N, *S)")
+    check_device(op, "values", values, refs)
+    check_device(op, "labels", labels, refs)

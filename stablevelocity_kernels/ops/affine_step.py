@@ -14,27 +14,8 @@ SCHEMA = (
 )
 
 
-def check(
-    sample: Tensor,
-    velocity: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    velocity_uncond: Tensor | None,
-    noise: Tensor | None,
-) -> None:
-    op = "affine_step"
-    _checks.check_step(op, sample, {"velocity": velocity, "velocity_uncond": velocity_uncond, "noise": noise})
-    for arg, value in {"a": a, "b": b, "c": c}.items():
-        if value is not None:
-            _checks.check_step_scalar(op, arg, value, sample)
-    if (c is None) != (noise is None):
-        missing = "c" if c is None else "noise"
-        _checks.fail(op, missing, "c and noise to be given together", f"{missing}=None")
-
-
 def _fake(sample, velocity, a, b, c=None, velocity_uncond=None, noise=None, *, guidance_scale=1.0):
-    check(sample, velocity, a, b, c, velocity_uncond, noise)
+    _checks.check_affine_step(sample, velocity, a, b, c, velocity_uncond, noise)
     return sample.new_empty(sample.shape)
 
 

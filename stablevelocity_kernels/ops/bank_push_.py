@@ -11,31 +11,8 @@ from ._register import define
 SCHEMA = "bank_push_(Tensor(a!) refs, Tensor(b!) counts, Tensor(c!) heads, Tensor values, Tensor labels) -> ()"
 
 
-def check(refs: Tensor, counts: Tensor, heads: Tensor, values: Tensor, labels: Tensor) -> None:
-    op = "bank_push_"
-    if refs.dim() < 2:
-        _checks.fail(op, "refs", "shape (K, M, *S)", tuple(refs.shape))
-    for arg, value in {"refs": refs, "counts": counts, "heads": heads}.items():
-        if not value.is_contiguous():
-            _checks.fail(op, arg, "a contiguous tensor, because it is written in place", f"strides {value.stride()}")
-    _checks.check_dtype(op, "refs", refs, (*_checks.FLOATS, torch.int64))
-    _checks.check_dtype(op, "values", values, (torch.int64,) if refs.dtype == torch.int64 else _checks.FLOATS)
-    for arg, value in {"counts": counts, "heads": heads}.items():
-        _checks.check_dtype(op, arg, value, (torch.int32, torch.int64))
-        _checks.check_shape(op, arg, value, (refs.shape[0],), "(K,)")
-        _checks.check_device(op, arg, value, refs)
-    if heads.dtype != counts.dtype:
-        _checks.fail(op, "heads", f"the dtype of counts, {counts.dtype}", heads.dtype)
-    _checks.check_dtype(op, "labels", labels, (torch.int64,))
-    if labels.dim() != 1:
-        _checks.fail(op, "labels", "shape (N,)", tuple(labels.shape))
-    _checks.check_shape(op, "values", values, (labels.shape[0], *refs.shape[2:]), "(N, *S)")
-    _checks.check_device(op, "values", values, refs)
-    _checks.check_device(op, "labels", labels, refs)
-
-
 def _fake(refs, counts, heads, values, labels):
-    check(refs, counts, heads, values, labels)
+    _checks.check_bank_push(refs, counts, heads, values, labels)
 
 
 define(SCHEMA, fake=_fake, reference=reference.bank_push_)

@@ -14,23 +14,8 @@ SCHEMA = (
 )
 
 
-def check(
-    x: Tensor,
-    refs: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    labels: Tensor | None,
-    counts: Tensor | None,
-    source: Tensor | None,
-    precision: str,
-) -> None:
-    _checks.check_reference_set("posterior_mean", x, refs, labels, counts, source, precision)
-    _checks.check_row_scalar("posterior_mean", "alpha", alpha, x)
-    _checks.check_row_scalar("posterior_mean", "sigma", sigma, x)
-
-
 def _fake(x, refs, alpha, sigma, labels=None, counts=None, source=None, *, precision="exact"):
-    check(x, refs, alpha, sigma, labels, counts, source, precision)
+    _checks.check_posterior_mean(x, refs, alpha, sigma, labels, counts, source, precision)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:1], dtype=dtype)
 

@@ -6,30 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import _checks, reference
-from ..paths import PATHS, PREDICTIONS
 from ._register import define, refuse_gradient
 
 SCHEMA = (
     "stable_target(Tensor x, Tensor refs, Tensor t, Tensor? labels=None, Tensor? counts=None, Tensor? source=None, *, "
     "str path='linear', str prediction='velocity', str precision='exact') -> Tensor"
 )
-
-
-def check(
-    x: Tensor,
-    refs: Tensor,
-    t: Tensor,
-    labels: Tensor | None,
-    counts: Tensor | None,
-    source: Tensor | None,
-    path: str,
-    prediction: str,
-    precision: str,
-) -> None:
-    _checks.check_reference_set("stable_target", x, refs, labels, counts, source, precision)
-    _checks.check_row_scalar("stable_target", "t", t, x)
-    _checks.check_choice("stable_target", "path", path, PATHS)
-    _checks.check_choice("stable_target", "prediction", prediction, PREDICTIONS)
 
 
 def _fake(
@@ -44,7 +26,7 @@ def _fake(
     prediction="velocity",
     precision="exact",
 ):
-    check(x, refs, t, labels, counts, source, path, prediction, precision)
+    _checks.check_stable_target(x, refs, t, labels, counts, source, path, prediction, precision)
     return x.new_empty(x.shape)
 
 

@@ -6,34 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import _checks, reference
-from ..paths import PATHS
 from ._register import define, refuse_gradient
 
 SCHEMA = (
     "stablevs_step(Tensor sample, Tensor velocity, Tensor t, Tensor tau, Tensor? velocity_uncond=None, "
     "Tensor? noise=None, *, float guidance_scale=1.0, float noise_factor=0.0, str path='linear') -> Tensor"
 )
-
-
-def check(
-    sample: Tensor,
-    velocity: Tensor,
-    t: Tensor,
-    tau: Tensor,
-    velocity_uncond: Tensor | None,
-    noise: Tensor | None,
-    noise_factor: float,
-    path: str,
-) -> None:
-    op = "stablevs_step"
-    _checks.check_step(op, sample, {"velocity": velocity, "velocity_uncond": velocity_uncond, "noise": noise})
-    _checks.check_step_scalar(op, "t", t, sample)
-    _checks.check_step_scalar(op, "tau", tau, sample)
-    _checks.check_choice(op, "path", path, PATHS)
-    if not 0.0 <= noise_factor <= 1.0:
-        _checks.fail(op, "noise_factor", "a number in [0, 1]", noise_factor)
-    if noise_factor > 0.0 and noise is None:
-        _checks.fail(op, "noise", f"a tensor because noise_factor = {noise_factor}", None)
 
 
 def _fake(
@@ -48,7 +26,7 @@ def _fake(
     noise_factor=0.0,
     path="linear",
 ):
-    check(sample, velocity, t, tau, velocity_uncond, noise, noise_factor, path)
+    _checks.check_stablevs_step(sample, velocity, t, tau, velocity_uncond, noise, noise_factor, path)
     return sample.new_empty(sample.shape)
 
 

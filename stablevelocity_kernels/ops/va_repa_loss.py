@@ -12,23 +12,13 @@ SCHEMA = "va_repa_loss(Tensor projected, Tensor teacher, Tensor weight) -> Tenso
 BACKWARD_SCHEMA = "va_repa_loss_backward(Tensor grad, Tensor projected, Tensor teacher, Tensor weight) -> Tensor"
 
 
-def check(op: str, projected: Tensor, teacher: Tensor, weight: Tensor) -> None:
-    _checks.check_dtype(op, "projected", projected, _checks.FLOATS)
-    _checks.check_dtype(op, "teacher", teacher, _checks.FLOATS)
-    if projected.dim() != 3:
-        _checks.fail(op, "projected", "shape (B, T, C)", tuple(projected.shape))
-    _checks.check_shape(op, "teacher", teacher, tuple(projected.shape), "of projected, (B, T, C)")
-    _checks.check_device(op, "teacher", teacher, projected)
-    _checks.check_row_scalar(op, "weight", weight, projected)
-
-
 def _fake(projected, teacher, weight):
-    check("va_repa_loss", projected, teacher, weight)
+    _checks.check_va_repa("va_repa_loss", projected, teacher, weight)
     return projected.new_empty((), dtype=torch.float64 if projected.dtype == torch.float64 else torch.float32)
 
 
 def _fake_backward(grad, projected, teacher, weight):
-    check("va_repa_loss_backward", projected, teacher, weight)
+    _checks.check_va_repa("va_repa_loss_backward", projected, teacher, weight)
     return projected.new_empty(projected.shape)
 
 

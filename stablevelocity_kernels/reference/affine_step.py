@@ -20,14 +20,7 @@ def affine_step(
     guidance_scale: float = 1.0,
 ) -> Tensor:
     """See stablevelocity_kernels.affine_step."""
-    op = "affine_step"
-    _checks.check_step(op, sample, {"velocity": velocity, "velocity_uncond": velocity_uncond, "noise": noise})
-    for arg, value in {"a": a, "b": b, "c": c}.items():
-        if value is not None:
-            _checks.check_step_scalar(op, arg, value, sample)
-    if (c is None) != (noise is None):
-        missing = "c" if c is None else "noise"
-        _checks.fail(op, missing, "c and noise to be given together", f"{missing}=None")
+    _checks.check_affine_step(sample, velocity, a, b, c, velocity_uncond, noise)
     work = torch.float64 if sample.dtype == torch.float64 else torch.float32
 
     def rows(scalar: Tensor) -> Tensor:

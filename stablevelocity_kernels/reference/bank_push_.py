@@ -9,6 +9,7 @@ from .. import _checks
 
 def bank_push_(refs: Tensor, counts: Tensor, heads: Tensor, values: Tensor, labels: Tensor) -> None:
     """See stablevelocity_kernels.bank_push_."""
+    _checks.check_bank_push(refs, counts, heads, values, labels)
     _checks.check_labels_in_range("bank_push_", labels, refs.shape[0], 0)
     capacity = refs.shape[1]
     if capacity == 0:

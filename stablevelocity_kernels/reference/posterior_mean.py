@@ -45,9 +45,9 @@ def posterior_mean(
     precision: str = "exact",
 ) -> tuple[Tensor, Tensor]:
     """See stablevelocity_kernels.posterior_mean; computed in float64, and returned in float64 only for float64 x."""
-    _checks.check_reference_set("posterior_mean", x, refs, labels, counts, source, precision)
-    _checks.check_row_scalar("posterior_mean", "alpha", alpha, x)
-    _checks.check_row_scalar("posterior_mean", "sigma", sigma, x)
+    _checks.check_posterior_mean(x, refs, alpha, sigma, labels, counts, source, precision)
+    if labels is not None:
+        _checks.check_labels_in_range("posterior_mean", labels, refs.shape[0], -1)
     out_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, lse = posterior_mean_float64(x, refs, alpha, sigma, labels, counts, source)
     return mean.to(out_dtype), lse.to(out_dtype)
@@ -68,8 +68,6 @@ def posterior_mean_float64(
     a, s = alpha.double()[:, None], sigma.double()[:, None]
     if labels is None:
         refs, labels = refs[None], torch.zeros(n, dtype=torch.int64, device=x.device)
-    else:
-        _checks.check_labels_in_range("posterior_mean", labels, refs.shape[0], -1)
     refs = refs.reshape(refs.shape[0], refs.shape[1], rows.shape[1])
     valid = [refs.shape[1]] * refs.shape[0] if counts is None else counts.clamp(0, refs.shape[1]).tolist()
 
@@ -84,6 +82,7 @@ def posterior_mean_float64(
         logit = (s[:, 0] ** 2 * rows.shape[1] - ((rows - a * own) ** 2).sum(1)) / (2 * s[:, 0] ** 2)
         mean, lse = _merge(mean, lse, own, logit)
 
-    broken = lse.isneginf() | ~torch.isfinite(rows).all(1) | ~torch.isfinite(lse)
+    stray = (labels < -1) | (labels >= refs.shape[0])  # possible on CUDA only, where no label is read on the host
+    broken = stray | lse.isneginf() | ~torch.isfinite(rows).all(1) | ~torch.isfinite(lse)
     mean = mean.masked_fill(broken[:, None], math.nan)
     return mean.reshape(x.shape), lse.masked_fill(broken, math.nan)

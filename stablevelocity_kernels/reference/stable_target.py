@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import _checks
-from ..paths import PATHS, PREDICTIONS, clamp_time, path_coefficients, prediction_coefficients
+from ..paths import clamp_time, path_coefficients, prediction_coefficients
 from .posterior_mean import posterior_mean_float64
 
 
@@ -22,11 +22,9 @@ def stable_target(
     precision: str = "exact",
 ) -> Tensor:
     """See stablevelocity_kernels.stable_target."""
-    op = "stable_target"
-    _checks.check_reference_set(op, x, refs, labels, counts, source, precision)
-    _checks.check_row_scalar(op, "t", t, x)
-    _checks.check_choice(op, "path", path, PATHS)
-    _checks.check_choice(op, "prediction", prediction, PREDICTIONS)
+    _checks.check_stable_target(x, refs, t, labels, counts, source, path, prediction, precision)
+    if labels is not None:
+        _checks.check_labels_in_range("stable_target", labels, refs.shape[0], -1)
     at = path_coefficients(path, clamp_time(t.double()))
     mean, _ = posterior_mean_float64(x, refs, at.alpha, at.sigma, labels, counts, source)
     a, b = (c.reshape(-1, *[1] * (x.dim() - 1)) for c in prediction_coefficients(prediction, at))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _checks
+
 MIN_NORM = 1e-8
 MIN_WEIGHT_SUM = 1e-8
 
 
 def va_repa_loss(projected: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     """See stablevelocity_kernels.va_repa_loss; plain torch operations, so autograd differentiates it to any order."""
+    _checks.check_va_repa("va_repa_loss", projected, teacher, weight)
     work = torch.float64 if projected.dtype == torch.float64 else torch.float32
     p, z, w = projected.to(work), teacher.to(work), weight.to(work)
     cosine = (p * z).sum(-1) / (p.norm(dim=-1).clamp_min(MIN_NORM) * z.norm(dim=-1).clamp_min(MIN_NORM))
@@ -21,6 +24,7 @@ def va_repa_loss(projected: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
 
 def va_repa_loss_backward(grad: Tensor, projected: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     """Gradient with respect to projected, (B, T, C) of its dtype: d cos / d p = (z_hat - cos p_hat) / |p|."""
+    _checks.check_va_repa("va_repa_loss_backward", projected, teacher, weight)
     work = torch.float64 if projected.dtype == torch.float64 else torch.float32
     p, z, w = projected.to(work), teacher.to(work), weight.to(work)
     p_norm = p.norm(dim=-1, keepdim=True)
