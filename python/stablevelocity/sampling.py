@@ -1,10 +1,11 @@
 """Samplers: from noise (t = 1) to data (t = 0) along a velocity field, each one short function with one signature.
 
-    x = euler(velocity, x, times, interpolant="linear", stable=StableVS(), guidance=Guidance(4.0, uncond={"y": null}), y=y)
+    times = time_grid(30, stable=stable)
+    x = euler(velocity, x, times, interpolant="linear", stable=stable, guidance=Guidance(4.0, uncond={"y": null}), y=y)
 
-`velocity(x, t, **conditioning)` is any callable, x (N, *S), t (N,). A step that starts at or below `stable.split` is the
-closed form of StableVS (arXiv 2602.05435); above it the solver runs unchanged. All decisions are made on Python floats of
-the time grid, so nothing here waits for the device, and every update is one launch of svel::affine_step or stablevs_step.
+`velocity(x, t, **conditioning)` is any callable, x (N, *S), t (N,). A step that starts at or below `stable.split` is
+the closed form of StableVS (arXiv 2602.05435); above it the solver runs unchanged. All decisions are made on Python
+floats of the time grid, so nothing here waits for the device; updates are svel::affine_step and svel::stablevs_step.
 
 A new solver is one more function below and its name in SOLVERS; a new grid is one function and its name in GRIDS.
 """
@@ -15,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from .interpolants import Interpolant, get_interpolant
 Velocity = Callable[..., Tensor]
 Noise = torch.Generator | Sequence[torch.Generator] | Callable[[Tensor], Tensor] | None
 Callback = Callable[[int, int, float, Tensor], None]
+Velocities = tuple[Tensor, Tensor | None]  # conditional, and unconditional where guidance is active
 
 
 def _expect(ok: bool, arg: str, expected: str, got: object) -> None:
@@ -46,8 +49,8 @@ class StableVS:
         split: a step that starts at t <= split is the closed-form step; in [0, 1).
         low_steps: how many steps the region gets (fewer where the base grid has fewer); 0 turns StableVS off.
         noise_factor: f in beta = f sigma_tau, the noise of a step to tau; in [0, 1], 0 is deterministic.
-        grid: "total": `steps` is the number of steps that run, the base grid is grown to make it so. "official": the base
-            grid has `steps` steps and is thinned, so that fewer run.
+        grid: "total": `steps` is the number of steps that run, the base grid is grown to make it so. "official": the
+            base grid has `steps` steps and is thinned, so that fewer run.
     """
 
     split: float = 0.85
@@ -176,11 +179,11 @@ def time_grid(steps: int, kind: str | Callable[[int], Tensor] = "uniform", stabl
 
 
 def _host_times(times: Tensor | Sequence[float]) -> list[float]:
-    """A time grid as Python floats; a tensor must be on the CPU, since reading it elsewhere would wait for the device."""
+    """A time grid as Python floats; a tensor must be on the CPU, reading it elsewhere would wait for the device."""
     if isinstance(times, Tensor):
         _expect(times.device.type == "cpu" and times.dim() == 1, "times", "a 1-d CPU tensor", times)
     times = [float(t) for t in times]
-    falling = all(a > b for a, b in zip(times, times[1:], strict=False))
+    falling = all(a > b for a, b in pairwise(times))
     ok = len(times) >= 2 and falling and times[0] <= 1.0 and times[-1] >= 0.0
     _expect(ok, "times", "at least two strictly decreasing times in [0, 1]", times)
     return times
@@ -222,9 +225,9 @@ class _Flow:
 
     def steps(self):
         """(index, t, tau) of every step."""
-        return zip(range(len(self.times) - 1), self.times, self.times[1:], strict=False)
+        return ((i, t, tau) for i, (t, tau) in enumerate(pairwise(self.times)))
 
-    def __call__(self, x: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor, t: float) -> Velocities:
         """The velocity at time t, and the unconditional one where guidance is active: one model call."""
         n, model_x = x.shape[0], x.to(self.dtype)
         if not (self.guidance and self.guidance.active(t)):
@@ -238,17 +241,14 @@ class _Flow:
     def in_low_region(self, t: float) -> bool:
         return self.stable is not None and self.stable.covers(t)
 
-    def closed_form(
-        self, x: Tensor, v: tuple[Tensor, Tensor | None], t: float, tau: float, noise_factor=None
-    ) -> Tensor:
+    def closed_form(self, x: Tensor, v: Velocities, t: float, tau: float) -> Tensor:
         """The StableVS step; at tau = 0 there is no noise and it gives E[x_0 | x_t]."""
-        factor = self.stable.noise_factor if noise_factor is None else noise_factor
-        factor = factor if tau > 0.0 else 0.0
+        factor = self.stable.noise_factor if self.stable and tau > 0.0 else 0.0
         noise = standard_normal(x, self.noise) if factor else None
         times = self.scalar(t), self.scalar(tau)
         return self.interpolant.step(x, v[0], *times, v[1], noise, guidance_scale=self.scale, noise_factor=factor)
 
-    def move(self, x: Tensor, v: tuple[Tensor, Tensor | None], a: float, b: float, c: float = 0.0) -> Tensor:
+    def move(self, x: Tensor, v: Velocities, a: float, b: float, c: float = 0.0) -> Tensor:
         """a x + b (guided v) + c noise."""
         noise = standard_normal(x, self.noise) if c else None
         weight = self.scalar(c) if c else None
@@ -349,18 +349,15 @@ def euler_maruyama(
 ) -> Tensor:
     """Euler-Maruyama on dx = (v - w score) dt + sqrt(2 w) dW, which has the marginals of the flow for any w(t) >= 0.
 
-    Arguments as for `euler`, and `diffusion`: w as a function of a Python-float time, by default sigma(t) as in the code
-    of SiT and REPA (their papers write 2 w as w). The score is affine in x and v. A step to t = 0 adds no noise and goes
-    to E[x_0 | x_t].
+    Arguments as for `euler`, and `diffusion`: w as a function of a Python-float time, by default sigma(t) as in the
+    code of SiT (REPA's is `diffusion` = 2 w, the same on "linear"). A step to t = 0 adds no noise and goes to E[x_0 | x_t].
     """
     flow = _Flow(velocity, x, times, interpolant, stable, guidance, noise, callback, conditioning)
     x = x.to(flow.work)
     for i, t, tau in flow.steps():
         v, h = flow(x, t), tau - t
-        if flow.in_low_region(t):
+        if flow.in_low_region(t) or tau == 0.0:
             x = flow.closed_form(x, v, t, tau)
-        elif tau == 0.0:
-            x = flow.closed_form(x, v, t, tau, noise_factor=0.0)
         else:
             score_x, score_v, sigma = _score_coefficients(flow.interpolant, t)
             w = sigma if diffusion is None else diffusion(t)
@@ -417,7 +414,7 @@ def nfe(
     stable: StableVS | None = None,
     guidance: Guidance | None = None,
 ) -> int:
-    """Velocity evaluations per sample: a guided call counts two. Found by a dry run on one number, so it cannot be wrong."""
+    """Velocity evaluations per sample, a guided call counting two: counted in a dry run of the solver on one number."""
     rows = 0
 
     def count(x: Tensor, t: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """SiT, the transformer of Ma et al. 2024 (arXiv 2401.08740): patches, adaLN-Zero blocks, class and time conditioning.
 
-Parameter names and shapes are those of the public SiT and REPA checkpoints, so that `load_public_state_dict` takes them.
+Parameter names and shapes are those of the public SiT and REPA checkpoints, which `load_public_state_dict` takes.
 Blocks are `model.blocks[i]` and return hidden states (N, T, D): a forward hook on `blocks.7` sees what REPA aligns.
 """
 
@@ -33,7 +33,7 @@ def _expect(ok: bool, arg: str, expected: str, got: object) -> None:
 def position_embedding(height: int, width: int, dim: int) -> Tensor:
     """Fixed sine-cosine embedding of a grid of patches, (1, height * width, dim) float32; dim a multiple of 4.
 
-    The first half encodes the column, the second the row; each half is [sin, cos] of the position times 10000^(-4k/dim).
+    The first half encodes the column, the second the row; each half is [sin, cos] of position * 10000^(-4k/dim).
     """
     quarter = dim // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -106,12 +106,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, tokens, d = x.shape
+        n, tokens, size = x.shape
         q, k, v = (
             self.qkv(x).reshape(n, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         )  # (N, heads, T, D / heads)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, d))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, size))
 
 
 class MLP(nn.Module):
@@ -252,8 +252,8 @@ class SiT(nn.Module):
             x: (N, C, H, W).
             t: (N,) floating point, 0 at the data and 1 at the noise.
             y: (N,) int64 in [0, num_classes], or None for the null label everywhere.
-            return_hidden: also return the list of features after `encoder_depth` blocks: one (N, T, z) per projector, or
-                the hidden states (N, T, D) alone when there is no projector.
+            return_hidden: also return the list of features after `encoder_depth` blocks: one (N, T, z) per projector,
+                or the hidden states (N, T, D) alone when there is no projector.
 
         Returns:
             (N, C, H, W) of x's dtype; with return_hidden, that and the list.
@@ -325,7 +325,7 @@ def load_public_state_dict(model: SiT, state_dict: Mapping[str, Any]) -> SiT:
     A missing pos_embed is no error, since it is a fixed function of the patch grid.
 
     The model must be built with the checkpoint's own settings: for the public SiT at 256 pixels
-    sit("XL/2", learn_sigma=True, time_convention="noise_at_0"), for REPA's sit("XL/2", z_dims=(768,)) or without z_dims.
+    sit("XL/2", learn_sigma=True, time_convention="noise_at_0"), for REPA's sit("XL/2", z_dims=(768,)) or plain.
 
     Raises:
         ValueError: listing every name that is missing, unexpected or of another shape.
