@@ -1,0 +1,232 @@
+"""The memory bank of StableVM: per-class rings of recent clean samples, on the device, without host synchronisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from stablevelocity_kernels import bank_push_
+
+from .interpolants import Interpolant, get_interpolant
+
+NULL_POLICIES = ("ring", "all")
+
+
+class BankDraw(NamedTuple):
+    """References drawn from a bank, one for each row."""
+
+    x0: Tensor  # (N, *S) float32, or float64 from a float64 bank
+    empty: Tensor  # (N,) bool: the row's group held no reference, and x0 is not to be used
+    index: Tensor | None  # (N,) int64 dataset index of x0, -1 where unknown; None unless the bank tracks indices
+
+
+class ReferenceBank(nn.Module):
+    """FIFO rings of references, one for each class (paper, StableVM: the memory bank).
+
+    Args:
+        shape: the shape S of one sample.
+        num_classes: 0 for an unconditional bank of one ring, where labels are None everywhere. Otherwise labels are in
+            [0, num_classes) when pushed, and up to num_classes, the null label, when read.
+        capacity: M, references per ring.
+        dtype: of the stored references.
+        null: what the null label stands for. "ring": one more ring with the most recent samples of any class. "all":
+            every valid reference of every class; classes then count by how full their rings are, equally once full.
+        track_indices: keep the dataset index of every reference.
+        device: of the buffers.
+
+    Buffers: refs (G, M, *S), counts (G,) int32 of valid leading references, heads (G,) int32 of slots written next, and
+    with track_indices, indices (G, M) int64. G is 1, num_classes + 1 ("ring") or num_classes ("all").
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        num_classes: int = 0,
+        capacity: int = 256,
+        *,
+        dtype: torch.dtype = torch.float16,
+        null: str = "ring",
+        track_indices: bool = False,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        if null not in NULL_POLICIES:
+            raise ValueError(f"null: expected one of {NULL_POLICIES}, got {null!r}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes: expected 0 (unconditional) or more, got {num_classes}")
+        if capacity < 1:
+            raise ValueError(f"capacity: expected at least 1, got {capacity}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating point dtype, got {dtype}")
+        self.shape, self.num_classes, self.capacity, self.null = tuple(shape), num_classes, capacity, null
+        self.track_indices = track_indices
+        groups = max(1, num_classes) + (num_classes > 0 and null == "ring")
+        self.register_buffer("refs", torch.zeros(groups, capacity, *self.shape, dtype=dtype, device=device))
+        self.register_buffer("counts", torch.zeros(groups, dtype=torch.int32, device=device))
+        self.register_buffer("heads", torch.zeros(groups, dtype=torch.int32, device=device))
+        if track_indices:
+            self.register_buffer("indices", torch.full((groups, capacity), -1, dtype=torch.int64, device=device))
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, num_classes={self.num_classes}, capacity={self.capacity}, null={self.null!r}"
+
+    @torch.no_grad()
+    def push(self, values: Tensor, labels: Tensor | None = None, indices: Tensor | None = None) -> None:
+        """Store a batch, the oldest references of each ring making room.
+
+        Args:
+            values: (N, *S), any floating dtype, cast to the bank's.
+            labels: (N,) int64 in [0, num_classes), or None for an unconditional bank.
+            indices: (N,) int64 dataset indices, when the bank tracks them.
+
+        Raises:
+            ValueError, RuntimeError: naming the argument. On CPU also for a label out of range; on CUDA such a row is
+                not stored under its class.
+        """
+        self._check_labels(labels)
+        if (indices is not None) != self.track_indices:
+            expected = "a (N,) int64 tensor" if self.track_indices else "None"
+            raise ValueError(
+                f"indices: expected {expected} because track_indices = {self.track_indices}, "
+                f"got {None if indices is None else tuple(indices.shape)}"
+            )
+        values = values.detach()
+        one_ring = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
+        classes = max(1, self.num_classes)
+        self._push_rings(slice(0, classes), values, one_ring if labels is None else labels, indices)
+        if self.refs.shape[0] > classes:
+            self._push_rings(slice(classes, None), values, one_ring, indices)
+
+    def _push_rings(self, rings: slice, values: Tensor, labels: Tensor, indices: Tensor | None) -> None:
+        counts, heads = self.counts[rings], self.heads[rings]
+        if indices is not None:
+            bank_push_(self.indices[rings], counts.clone(), heads.clone(), indices, labels)
+        bank_push_(self.refs[rings], counts, heads, values, labels)
+
+    def groups(self, labels: Tensor | None) -> Tensor | None:
+        """Model labels (N,) in [0, num_classes] -> the ops' group labels (N,), -1 for every group; None stays None."""
+        self._check_labels(labels)
+        if labels is None or self.null == "ring":
+            return labels
+        return labels.masked_fill(labels == self.num_classes, -1)
+
+    @torch.no_grad()
+    def draw(
+        self, labels: Tensor | None = None, *, n: int | None = None, generator: torch.Generator | None = None
+    ) -> BankDraw:
+        """A reference for each row, uniformly from the valid references of its label.
+
+        Args:
+            labels: (N,) int64 in [0, num_classes]; None for an unconditional bank, with `n` rows then.
+            generator: on the bank's device; None for the default one.
+        """
+        group = self.groups(labels)
+        if group is None:
+            if n is None:
+                raise ValueError("n: expected the number of rows because labels are None, got None")
+            group = torch.zeros(n, dtype=torch.int64, device=self.refs.device)
+        ends = self.counts.cumsum(0)  # the valid references of all groups, numbered one group after the other
+        everything, known = group < 0, group.clamp(0, self.counts.shape[0] - 1)
+        count = torch.where(everything, ends[-1], self.counts[known])
+        first = (ends - self.counts)[known].masked_fill(everything, 0)
+        u = torch.rand(group.shape[0], dtype=torch.float64, device=self.refs.device, generator=generator)
+        # u < 1, but u * count may round up to count
+        number = first + torch.minimum((u * count).long(), count - 1).clamp_min(0)
+        ring = torch.searchsorted(ends, number, right=True).clamp_max(self.counts.shape[0] - 1)
+        slot = ring * self.capacity + number - (ends - self.counts)[ring]
+        x0 = self.refs.flatten(0, 1)[slot]
+        index = self.indices.flatten()[slot] if self.track_indices else None
+        return BankDraw(x0.to(torch.promote_types(x0.dtype, torch.float32)), count == 0, index)
+
+    def target(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        source: Tensor | None = None,
+        *,
+        interpolant: str | Interpolant = "linear",
+        prediction: str = "velocity",
+        precision: str = "exact",
+    ) -> Tensor:
+        """StableVM target (N, *S) of each x_t (N, *S) over the references of its label; see `Interpolant.target`.
+
+        labels (N,) int64 in [0, num_classes] or None; `source` (N, *S) joins its own row's set. A row without any
+        reference, or with t = NaN, comes back NaN.
+        """
+        group = self.groups(labels)
+        refs = self.refs[0] if group is None else self.refs
+        return get_interpolant(interpolant).target(
+            x_t, refs, t, group, self.counts, source, prediction=prediction, precision=precision
+        )
+
+    def filled(self) -> float:
+        """Share of the class rings' slots that hold a reference, in [0, 1]. Waits for the device."""
+        return float(self.counts[: max(1, self.num_classes)].sum()) / (max(1, self.num_classes) * self.capacity)
+
+    def prefill(
+        self,
+        data: Dataset | Tensor | tuple[Tensor, ...] | Iterable,
+        *,
+        batch_size: int = 256,
+        generator: torch.Generator | None = None,
+    ) -> float:
+        """Push data until every class ring is full or the data are exhausted. Waits for the device after each batch.
+
+        Args:
+            data: a map-style dataset of samples, or of (sample, label); or tensors x or (x, labels): visited in random
+                order, each row's index being its position. Or an iterable of batches x, (x, labels) or
+                (x, labels, indices), taken as they come. An unconditional bank ignores labels.
+            batch_size: rows pushed at a time, where the batches are not given.
+            generator: on the CPU, of the random order.
+
+        Returns:
+            `filled()`.
+        """
+        for values, labels, indices in _batches(data, batch_size, generator):
+            labels = labels if self.num_classes else None
+            indices = indices if self.track_indices else None
+            self.push(*(None if part is None else part.to(self.refs.device) for part in (values, labels, indices)))
+            if self.filled() == 1.0:
+                break
+        return self.filled()
+
+    def _check_labels(self, labels: Tensor | None) -> None:
+        if (labels is None) == (self.num_classes > 0):
+            expected = "a (N,) int64 tensor" if self.num_classes else "None"
+            got = None if labels is None else f"shape {tuple(labels.shape)}"
+            raise ValueError(f"labels: expected {expected} because num_classes = {self.num_classes}, got {got}")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """Refuse what could only be restored approximately: another shape or dtype."""
+        for name, own in self._buffers.items():
+            saved = state_dict.get(prefix + name)
+            if saved is not None and (saved.shape, saved.dtype) != (own.shape, own.dtype):
+                raise ValueError(
+                    f"{prefix}{name}: expected {tuple(own.shape)} {own.dtype} "
+                    f"(num_classes = {self.num_classes}, capacity = {self.capacity}, null = {self.null!r}), "
+                    f"got {tuple(saved.shape)} {saved.dtype}: build the bank as it was saved"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _batches(
+    data: Dataset | Tensor | tuple[Tensor, ...] | Iterable, batch_size: int, generator: torch.Generator | None
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Every kind of data that `prefill` takes, as (values, labels, indices)."""
+    if isinstance(data, Tensor):
+        data = (data,)
+    if isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data):
+        data = TensorDataset(*data)
+    if isinstance(data, Dataset) and hasattr(data, "__len__"):
+        for chosen in torch.randperm(len(data), generator=generator).split(batch_size):
+            batch = default_collate([data[i] for i in chosen.tolist()])
+            values, labels = (batch, None) if isinstance(batch, Tensor) else (*batch, None)[:2]
+            yield values, labels, chosen
+        return
+    for batch in data:
+        yield (batch, None, None) if isinstance(batch, Tensor) else (*batch, None, None)[:3]

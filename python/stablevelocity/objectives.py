@@ -1,0 +1,264 @@
+"""Training objectives: from a batch of clean samples to what the model sees and what it should answer.
+
+    draw = objective.sample(x0, labels)
+    loss = objective.loss(model(draw.x_t, draw.t, draw.labels), draw)
+
+Each runs on the device of x0 without waiting for it, so a step captures in a CUDA graph and compiles with
+torch.compile(fullgraph=True), both with generator=None (the device's default generator).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stablevelocity_kernels import clamp_time
+
+from .bank import ReferenceBank
+from .interpolants import Interpolant, check_prediction, expand_rows, get_interpolant
+from .times import TimeSampler, get_time_sampler
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """One draw of an objective, all on the device of the batch."""
+
+    x_t: Tensor  # (N, *S) float32, what the model sees
+    t: Tensor  # (N,) float32 in [1e-5, 1 - 1e-5]
+    labels: Tensor | None  # (N,) int64 model labels, some dropped to the null label
+    target: Tensor  # (N, *S) float32, what the model is regressed on
+    x0: Tensor  # (N, *S) float32 clean sample that x_t was made of
+    noise: Tensor  # (N, *S) float32 noise that x_t was made of
+
+
+class CFMObjective:
+    """Conditional flow matching: x_t from the batch's own samples, regressed on the conditional target.
+
+    Args:
+        interpolant: "linear", "cosine" or an `Interpolant`.
+        prediction: what the model answers: "velocity", "x0", "noise" or "score".
+        times: "uniform", "lognormal" or a `TimeSampler`.
+        num_classes: 0 for a model without class labels; else the null label is num_classes.
+        cfg_prob: probability with which a label is dropped to the null label, for classifier-free guidance.
+    """
+
+    def __init__(
+        self,
+        interpolant: str | Interpolant = "linear",
+        *,
+        prediction: str = "velocity",
+        times: str | TimeSampler = "uniform",
+        num_classes: int = 0,
+        cfg_prob: float = 0.1,
+    ):
+        check_prediction(prediction)
+        if not 0.0 <= cfg_prob <= 1.0:
+            raise ValueError(f"cfg_prob: expected a number in [0, 1], got {cfg_prob}")
+        self.interpolant, self.prediction = get_interpolant(interpolant), prediction
+        self.times, self.num_classes, self.cfg_prob = get_time_sampler(times), num_classes, cfg_prob
+
+    @torch.no_grad()
+    def sample(
+        self, x0: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> TrainingSample:
+        """Draw labels, times and noise for a batch.
+
+        Args:
+            x0: (N, *S) clean samples of any floating dtype.
+            labels: (N,) int64 in [0, num_classes), or None.
+            generator: on the device of x0; None for the default one.
+        """
+        x0 = x0.float()
+        labels = self._drop_labels(labels, generator)
+        t, noise = self._times_and_noise(x0, generator)
+        target = self.interpolant.conditional(x0, noise, t, self.prediction)
+        return TrainingSample(self.interpolant.interpolate(x0, noise, t), t, labels, target, x0, noise)
+
+    def loss(self, output: Tensor, sample: TrainingSample) -> Tensor:
+        """Mean squared error (0-d float32) of the model's output (N, *S) to the sample's target."""
+        if output.shape != sample.target.shape:
+            raise ValueError(f"output: expected shape {tuple(sample.target.shape)}, got {tuple(output.shape)}")
+        return torch.nn.functional.mse_loss(output.float(), sample.target)
+
+    def _drop_labels(self, labels: Tensor | None, generator: torch.Generator | None) -> Tensor | None:
+        if labels is None:
+            return None
+        if self.num_classes == 0:
+            raise ValueError(f"labels: expected None because num_classes = 0, got shape {tuple(labels.shape)}")
+        drop = torch.rand(labels.shape[0], device=labels.device, generator=generator) < self.cfg_prob
+        return labels.masked_fill(drop, self.num_classes)
+
+    def _times_and_noise(self, x0: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        t = clamp_time(self.times(x0.shape[0], x0.device, generator))
+        return t, torch.randn(x0.shape, device=x0.device, generator=generator)
+
+
+class StableVMObjective(CFMObjective):
+    """Stable velocity matching (paper, StableVM): x_t from the mixture over a reference set, regressed on the
+    self-normalised target over the same set.
+
+    The set that forms a row's target must hold the sample that x_t was made of: then E[target | x_t] is the marginal
+    velocity, and without it the target is biased. Two ways to have it so:
+
+    * source="bank": the sample is drawn from the bank, from the ring of the row's label. The loader's batch only feeds
+      the bank. A row whose ring is still empty keeps its own sample and takes the conditional target.
+    * source="loader": x_t is made of the loader's sample, which joins its own row's set, and enters the bank after.
+      The bank should hold samples drawn independently of the batch; on a data set so small that the bank holds much of
+      it, the sample would be counted twice, so take "bank" there.
+
+    Args:
+        bank: a `ReferenceBank` on the device of the batches; it also says how many classes there are.
+        interpolant, prediction, times, cfg_prob: as in `CFMObjective`.
+        t_min: rows with t below it take the conditional target, which reads no references.
+        source: "bank" or "loader".
+        precision: "exact" or "fast", of the target.
+        update_bank: push each batch into the bank, before the draw ("bank") or after the target ("loader").
+    """
+
+    def __init__(
+        self,
+        bank: ReferenceBank,
+        interpolant: str | Interpolant = "linear",
+        *,
+        prediction: str = "velocity",
+        times: str | TimeSampler = "uniform",
+        cfg_prob: float = 0.1,
+        t_min: float = 0.5,
+        source: str = "bank",
+        precision: str = "exact",
+        update_bank: bool = True,
+    ):
+        super().__init__(
+            interpolant, prediction=prediction, times=times, num_classes=bank.num_classes, cfg_prob=cfg_prob
+        )
+        if source not in ("bank", "loader"):
+            raise ValueError(f"source: expected 'bank' or 'loader', got {source!r}")
+        if not 0.0 <= t_min <= 1.0:
+            raise ValueError(f"t_min: expected a number in [0, 1], got {t_min}")
+        if precision not in ("exact", "fast"):
+            raise ValueError(f"precision: expected 'exact' or 'fast', got {precision!r}")
+        self.bank, self.t_min, self.source = bank, t_min, source
+        self.precision, self.update_bank = precision, update_bank
+
+    @torch.no_grad()
+    def sample(
+        self,
+        x0: Tensor,
+        labels: Tensor | None = None,
+        *,
+        indices: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> TrainingSample:
+        """Draw labels, references, times and noise for a batch, and update the bank.
+
+        Args:
+            x0: (N, *S) clean samples of any floating dtype; the target is float32.
+            labels: (N,) int64 in [0, num_classes), None for an unconditional bank.
+            indices: (N,) int64 dataset indices, for a bank that tracks them.
+            generator: on the device of x0; None for the default one.
+        """
+        if self.source == "bank" and self.update_bank:
+            self.bank.push(x0, labels, indices)
+        x0 = x0.float()
+        dropped = self._drop_labels(labels, generator)
+        if self.source == "bank":
+            drawn = self.bank.draw(dropped, n=x0.shape[0], generator=generator)
+            x0 = torch.where(expand_rows(drawn.empty, x0), x0, drawn.x0.float())
+        t, noise = self._times_and_noise(x0, generator)
+        x_t = self.interpolant.interpolate(x0, noise, t)
+        if self.source == "bank":
+            target = self._target(x_t, x0, noise, t, dropped, t.lt(self.t_min) | drawn.empty, None)
+        else:
+            target = self.attach(x_t, x0, noise, t, dropped, class_labels=labels, indices=indices)
+        return TrainingSample(x_t, t, dropped, target, x0, noise)
+
+    @torch.no_grad()
+    def attach(
+        self,
+        x_t: Tensor,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        *,
+        class_labels: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        """The target for a trainer that has made x_t of x0, noise and t itself: x0 joins its row's set.
+
+            target = noise - x0                                  # before, on the linear path
+            target = objective.attach(x_t, x0, noise, t)         # after
+
+        Args:
+            x_t, x0, noise: (N, *S) of any floating dtype; t: (N,), 0 at the data.
+            labels: (N,) int64 in [0, num_classes], what the model is given; None for an unconditional bank.
+            class_labels: (N,) the labels before any was dropped to the null label, under which x0 enters the bank.
+                Needed when `labels` may hold the null label; by default `labels`.
+            indices: (N,) int64 dataset indices, for a bank that tracks them.
+
+        Returns:
+            (N, *S) float32.
+        """
+        x_t, x0, noise, t = x_t.float(), x0.float(), noise.float(), t.float()
+        target = self._target(x_t, x0, noise, t, labels, t < self.t_min, x0)
+        if self.update_bank:
+            self.bank.push(x0, labels if class_labels is None else class_labels, indices)
+        return target
+
+    def _target(self, x_t, x0, noise, t, labels, conditional, source) -> Tensor:
+        """Rows marked `conditional` (N,) take the conditional target; t = NaN makes the op skip them."""
+        stable = self.bank.target(
+            x_t,
+            t.masked_fill(conditional, math.nan),
+            labels,
+            source,
+            interpolant=self.interpolant,
+            prediction=self.prediction,
+            precision=self.precision,
+        )
+        return torch.where(
+            expand_rows(conditional, stable), self.interpolant.conditional(x0, noise, t, self.prediction), stable
+        )
+
+
+class STFObjective(CFMObjective):
+    """Stable target field (Xu, Tong, Jaakkola 2023), for comparison: the loader's batch is the reference set.
+
+    Row i's x_t is made of sample i of the batch, so its source is in the set, and its target is the self-normalised
+    average over the whole batch. Only the first `rows` are trained on; the others are references alone. Against
+    StableVM: the references last one step, and the source has a fixed place in the set where StableVM draws it
+    uniformly. Whether the fixed place biases the target is a question for measurement: tests/test_objectives.py does.
+
+    Args:
+        interpolant, prediction, times: as in `CFMObjective`. There are no class labels.
+        rows: how many rows of each batch are trained on; None for all.
+        precision: "exact" or "fast", of the target.
+    """
+
+    def __init__(
+        self,
+        interpolant: str | Interpolant = "linear",
+        *,
+        prediction: str = "velocity",
+        times: str | TimeSampler = "uniform",
+        rows: int | None = None,
+        precision: str = "exact",
+    ):
+        super().__init__(interpolant, prediction=prediction, times=times)
+        if rows is not None and rows < 1:
+            raise ValueError(f"rows: expected at least 1 or None, got {rows}")
+        self.rows, self.precision = rows, precision
+
+    @torch.no_grad()
+    def sample(self, x0: Tensor, labels: None = None, *, generator: torch.Generator | None = None) -> TrainingSample:
+        """Draw times and noise for the first `rows` of x0 (M, *S), any floating dtype; all M are references."""
+        self._drop_labels(labels, generator)
+        refs = x0.float()
+        x0 = refs[: self.rows]
+        t, noise = self._times_and_noise(x0, generator)
+        x_t = self.interpolant.interpolate(x0, noise, t)
+        target = self.interpolant.target(x_t, refs, t, prediction=self.prediction, precision=self.precision)
+        return TrainingSample(x_t, t, None, target, x0, noise)
