@@ -1,0 +1,174 @@
+#include "common/planner.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace svel {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Tiles of the single-pass kernel, tried in order: the first that holds D and fits shared memory twice is
+// taken. A block keeps tile_d elements of one row in registers (threads x vectors of 8) and stages tile_refs
+// references at a time. About 64 KB a tile on Hopper: with three in flight that is several times what latency
+// times bandwidth asks of one multiprocessor (about 32 KB), and one barrier per tile stays far below the
+// tile's transfer time (about 2 us).
+struct StreamTile {
+  int refs_size;  // bytes per element; 0: any dtype and alignment, staged as float32
+  int threads, vectors, tile_refs;
+  const char* reason;
+};
+
+constexpr StreamTile STREAM_TILES[] = {
+    {2, 128, 1, 8, "D <= 1,024: small blocks, several per multiprocessor"},
+    {2, 256, 1, 8, "D <= 2,048: two blocks per multiprocessor"},
+    {2, 512, 1, 8, "D <= 4,096: one block per multiprocessor, tiles of 8 references kept in registers"},
+    {2, 512, 2, 4, "D <= 8,192: tiles of 4 references keep the 64 KB of a stage"},
+    {2, 512, 4, 2, "D <= 16,384, or little shared memory: tiles of 2 references"},
+    {4, 128, 1, 8, "D <= 1,024: small blocks, several per multiprocessor"},
+    {4, 256, 1, 4, "D <= 2,048: tiles of 4 references, 32 KB"},
+    {4, 512, 1, 4, "D <= 4,096: tiles of 4 references, 64 KB"},
+    {4, 512, 2, 2, "D <= 8,192: tiles of 2 references, 64 KB"},
+    {4, 512, 4, 1, "D <= 16,384, or little shared memory: one reference at a time"},
+    {0, 128, 1, 8, "references not aligned to 16 bytes: plain loads"},
+    {0, 512, 1, 4, "references not aligned to 16 bytes: plain loads"},
+    {0, 512, 4, 1, "references not aligned to 16 bytes: plain loads"},
+};
+constexpr int64_t STREAM_FIXED_SMEM = 4096;  // scores, tile descriptors, reductions
+constexpr int MAX_STAGES = 4;
+
+constexpr int64_t SMALL_D = 64;     // up to here a thread holds whole rows
+constexpr int64_t SMALL_ROWS = 64;  // fewer rows leave its threads idle
+constexpr int64_t TILED_ROWS = 8;   // from here register tiles of rows x references beat one pass per row
+constexpr int64_t SCORES_LIMIT = int64_t{128} << 20;  // bytes of scores held at a time
+constexpr int64_t VECTORS_LIMIT = int64_t{64} << 20;  // bytes of per-row vectors held at a time
+constexpr int64_t ROW_BYTES = 96;                     // one row's entry in the work list
+
+int64_t groups(const Problem& p) {
+  return p.has_labels ? p.k : 1;
+}
+
+int64_t list_bytes(const Problem& p) {
+  return p.n * ROW_BYTES + 8 * (groups(p) + 1) + 4096;
+}
+
+bool plan_stream(const Problem& p, Plan& plan) {
+  for (const StreamTile& tile : STREAM_TILES) {
+    const bool plain = !p.aligned;
+    if (tile.refs_size != (plain ? 0 : p.refs_size)) continue;
+    const int64_t tile_d = int64_t{8} * tile.threads * tile.vectors;
+    const int64_t stage = tile.tile_refs * p.d * (plain ? 4 : p.refs_size);
+    if (p.d > tile_d || STREAM_FIXED_SMEM + 2 * stage > p.smem_limit) continue;
+    const int64_t most = plain ? 2 : MAX_STAGES;
+    plan.kernel = "stream";
+    plan.threads = tile.threads;
+    plan.tile_refs = tile.tile_refs;
+    plan.tile_d = tile_d;
+    plan.stages =
+        static_cast<int>(std::min(most, (p.smem_limit - STREAM_FIXED_SMEM) / std::max<int64_t>(stage, 1)));
+    const int64_t third =
+        STREAM_FIXED_SMEM + 3 * stage;  // a fourth stage only where it costs no resident block
+    if (plan.stages > 3 && p.smem_limit / (third + stage) < p.smem_limit / third) plan.stages = 3;
+    plan.smem_bytes = STREAM_FIXED_SMEM + plan.stages * stage;
+    const int64_t resident =
+        std::clamp<int64_t>(p.smem_limit / (plan.smem_bytes + 1024), 1, 1024 / tile.threads);
+    const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
+    plan.blocks = std::max<int64_t>(1, std::min(resident * p.sm_count, units));
+    plan.splits = plan.blocks;
+    plan.rows_per_pass = p.n;
+    plan.refs_per_pass = groups(p) * p.m;
+    plan.workspace_bytes = list_bytes(p) + plan.blocks * (12 * p.d + 64);
+    plan.reason = tile.reason;
+    return true;
+  }
+  return false;
+}
+
+void plan_two_pass(const Problem& p, Plan& plan, const std::string& reason) {
+  const int64_t work = p.x_size == 8 || p.refs_size == 8 ? 8 : 4;
+  const int64_t tiles = std::max<int64_t>(1, groups(p) * ceil_div(p.m, TWO_PASS_TILE_REFS));
+  plan.kernel = "two_pass";
+  plan.threads = 128;
+  plan.tile_refs = TWO_PASS_TILE_REFS;
+  plan.tile_d = 8 * plan.threads;
+  // Parts of D per score: enough blocks to fill the device, none shorter than one step of a block.
+  const int64_t seen = std::max<int64_t>(1, p.n * ceil_div(p.m, TWO_PASS_TILE_REFS));
+  const int64_t wanted = ceil_div(int64_t{8} * p.sm_count, seen);
+  plan.splits =
+      std::clamp<int64_t>(std::min<int64_t>(wanted, 64), 1, std::max<int64_t>(1, ceil_div(p.d, plan.tile_d)));
+  const int64_t score_bytes = (tiles * TWO_PASS_TILE_REFS + 1) * plan.splits * work;
+  const int64_t rows = std::min(SCORES_LIMIT / score_bytes, VECTORS_LIMIT / std::max<int64_t>(1, p.d * work));
+  plan.rows_per_pass = std::clamp<int64_t>(rows, 1, std::max<int64_t>(1, p.n));
+  plan.refs_per_pass = groups(p) * p.m;
+  plan.blocks = int64_t{16} * p.sm_count;
+  plan.workspace_bytes = list_bytes(p) + plan.rows_per_pass * (score_bytes + p.d * work + 64);
+  plan.reason = reason;
+}
+
+void plan_tiled(const Problem& p, Plan& plan) {
+  plan.kernel = "tiled";
+  plan.threads = 256;
+  plan.tile_rows = 64;
+  plan.tile_refs = 64;
+  plan.tile_d = 16;
+  // One round covers at most 2,048 references: that bounds the length of a float32 sum, and the scores.
+  plan.refs_per_pass = std::min<int64_t>(2048, ceil_div(std::max<int64_t>(p.m, 1), 64) * 64);
+  const int64_t rows = std::min(VECTORS_LIMIT / (4 * p.d), SCORES_LIMIT / (4 * plan.refs_per_pass));
+  plan.rows_per_pass = std::clamp<int64_t>(rows / 64 * 64, 64, ceil_div(p.n, 64) * 64);
+  plan.splits = ceil_div(std::max<int64_t>(p.m, 1), plan.refs_per_pass);
+  plan.blocks = (plan.rows_per_pass / 64) * ceil_div(plan.refs_per_pass, 64);
+  plan.smem_bytes = 2 * 16 * (64 + 4) * 4;
+  plan.workspace_bytes = list_bytes(p) + plan.rows_per_pass * (4 * p.d + 4 * plan.refs_per_pass + 64) +
+                         4 * (p.d + plan.refs_per_pass);
+  plan.reason =
+      "one pool, many rows: register tiles of rows x references, scores of 2,048 references at a time";
+}
+
+void plan_small(const Problem& p, Plan& plan) {
+  plan.kernel = "small";
+  plan.threads = 128;
+  plan.tile_rows = 128;
+  plan.tile_refs = p.d <= 16 ? 256 : 64;
+  plan.tile_d = p.d <= 4 ? 4 : p.d <= 8 ? 8 : p.d <= 16 ? 16 : p.d <= 32 ? 32 : 64;
+  const int64_t row_blocks = ceil_div(p.n, plan.tile_rows);
+  const int64_t wanted = ceil_div(int64_t{8} * p.sm_count, row_blocks);
+  const int64_t partial = 4 * (plan.tile_d + 4);
+  const int64_t most = std::max<int64_t>(1, SCORES_LIMIT / (std::max<int64_t>(p.n, 1) * partial));
+  plan.splits =
+      std::clamp<int64_t>(std::min(wanted, most), 1, std::max<int64_t>(1, ceil_div(p.m, plan.tile_refs)));
+  plan.blocks = row_blocks * plan.splits;
+  plan.rows_per_pass =
+      std::clamp<int64_t>(SCORES_LIMIT / (partial * plan.splits), 1, std::max<int64_t>(p.n, 1));
+  plan.refs_per_pass = p.m;
+  plan.smem_bytes = plan.tile_refs * (plan.tile_d + 4) * 4;
+  plan.workspace_bytes = list_bytes(p) + plan.rows_per_pass * plan.splits * partial + 4 * plan.tile_d;
+  plan.reason = "one pool, D <= 64: a row per thread, references broadcast from shared memory";
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& p) {
+  if (std::min({p.n, p.k, p.m, p.d}) < 0)
+    throw std::invalid_argument("plan: expected sizes that are not negative");
+  if (p.precision != "exact" && p.precision != "fast") {
+    throw std::invalid_argument("plan: precision: expected 'exact' or 'fast', got '" + p.precision + "'");
+  }
+  Plan plan;
+  if (p.x_size == 8 || p.refs_size == 8) {
+    plan_two_pass(p, plan, "float64: scores, softmax and weighted sum in double");
+  } else if (!p.has_labels && p.d <= SMALL_D && p.n >= SMALL_ROWS) {
+    plan_small(p, plan);
+  } else if (!p.has_labels && p.d > SMALL_D && p.n >= TILED_ROWS) {
+    plan_tiled(p, plan);
+  } else if (!plan_stream(p, plan)) {
+    plan_two_pass(p, plan, "D above what one block holds: scores first, then the weighted sum");
+  }
+  const int64_t read = std::min(groups(p), std::max<int64_t>(p.n, 1)) * p.m * p.d * p.refs_size;
+  plan.bytes = read * (plan.kernel == "two_pass" ? 2 : 1) + p.n * p.d * p.x_size * (p.has_source ? 3 : 2);
+  plan.flops = 4 * p.n * p.m * p.d;
+  return plan;
+}
+
+}  // namespace svel

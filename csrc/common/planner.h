@@ -1,0 +1,47 @@
+// The launch planner of posterior_mean and stable_target on CUDA: from a problem to a kernel and its tiles.
+// Host only, no torch or CUDA headers, so that Python can print and test the choice without a GPU.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace svel {
+
+struct Problem {
+  int64_t n = 0, k = 1, m = 0, d = 0;  // rows, groups, references per group, elements of a sample
+  bool has_labels = false;             // without labels all rows share the one group
+  int x_size = 4, refs_size = 2;       // bytes per element; 8 for either means float64 arithmetic
+  bool aligned = true;                 // every reference starts at a multiple of 16 bytes
+  bool has_source = false;
+  int sm_count = 132;
+  int64_t smem_limit = 232448;  // bytes of shared memory that a block may ask for
+  int cc = 90;                  // compute capability times ten
+  std::string precision = "exact";
+};
+
+struct Plan {
+  std::string kernel;  // "stream", "two_pass", "tiled" or "small"
+  int tile_rows = 1;   // per thread block: rows, references and elements of a sample held at a time
+  int tile_refs = 1;
+  int64_t tile_d = 0;
+  int threads = 0;
+  int stages = 1;      // tiles of references in flight
+  int64_t blocks = 0;  // thread blocks of the main launch
+  int64_t splits = 1;  // stream: most blocks per row; two_pass: parts of D; small: parts of the references
+  int64_t rows_per_pass =
+      0;  // rows and references that one round of launches covers, which bounds the workspace
+  int64_t refs_per_pass = 0;
+  int64_t smem_bytes = 0;
+  int64_t workspace_bytes = 0;
+  int64_t bytes = 0;  // that must move at least, if every row has a group of its own (up to k)
+  int64_t flops = 0;  // 4 n m d: a product and a weighted sum
+  std::string reason;
+};
+
+constexpr int64_t WORKSPACE_LIMIT = int64_t{256} << 20;
+constexpr int TWO_PASS_TILE_REFS = 16;
+
+// Throws std::invalid_argument for sizes below zero and for a precision that is not "exact" or "fast".
+Plan make_plan(const Problem& problem);
+
+}  // namespace svel
