@@ -1,5 +1,5 @@
-// Registers one device's ops with torch.ops.svel, whose schemas Python defines. Compiled into each library, with
-// SVEL_DEVICE naming its namespace.
+// Registers one device's ops with torch.ops.svel, whose schemas Python defines. Compiled into each library,
+// with SVEL_DEVICE naming its namespace.
 #include <torch/csrc/stable/library.h>
 
 #include "common/ops.h"

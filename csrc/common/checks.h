@@ -24,7 +24,8 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Dtypes = std::initializer_list<ScalarType>;
 
-inline constexpr Dtypes FLOATS = {ScalarType::Half, ScalarType::BFloat16, ScalarType::Float, ScalarType::Double};
+inline constexpr Dtypes FLOATS = {ScalarType::Half, ScalarType::BFloat16, ScalarType::Float,
+                                  ScalarType::Double};
 
 [[noreturn]] inline void fail(const std::string& op, const std::string& arg, const std::string& expected,
                               const std::string& got) {
@@ -57,19 +58,32 @@ inline std::string to_text(const std::vector<int64_t>& shape) {
 
 inline std::string to_text(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    default: return torch::headeronly::toString(dtype);
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default:
+      return torch::headeronly::toString(dtype);
   }
 }
 
@@ -130,9 +144,11 @@ inline void check_row_scalar(const char* op, const char* arg, const Tensor& t, c
   check_device(op, arg, t, x);
 }
 
-// x (N, *S); refs (M, *S) or, with labels, (K, M, *S); labels (N,) int64; counts (1,) or (K,); source (N, *S).
-inline void check_reference_set(const char* op, const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
-                                const MaybeTensor& counts, const MaybeTensor& source, const std::string& precision) {
+// x (N, *S); refs (M, *S) or, with labels, (K, M, *S); labels (N,) int64; counts (1,) or (K,); source (N,
+// *S).
+inline void check_reference_set(const char* op, const Tensor& x, const Tensor& refs,
+                                const MaybeTensor& labels, const MaybeTensor& counts,
+                                const MaybeTensor& source, const std::string& precision) {
   if (x.dim() < 1) fail(op, "x", "shape (N, *S)", to_text(shape_of(x)));
   check_dtype(op, "x", x, FLOATS);
   check_dtype(op, "refs", refs, FLOATS);
@@ -142,7 +158,8 @@ inline void check_reference_set(const char* op, const Tensor& x, const Tensor& r
   if (refs_shape.size() != x_shape.size() - 1 + lead ||
       !std::equal(x_shape.begin() + 1, x_shape.end(), refs_shape.begin() + static_cast<int64_t>(lead))) {
     const std::string form = labels ? "(K, M, *S) because labels are given" : "(M, *S)";
-    fail(op, "refs", "shape " + form + " with S = " + to_text(std::vector<int64_t>(x_shape.begin() + 1, x_shape.end())),
+    fail(op, "refs",
+         "shape " + form + " with S = " + to_text(std::vector<int64_t>(x_shape.begin() + 1, x_shape.end())),
          to_text(refs_shape));
   }
   if (labels) {
@@ -160,11 +177,13 @@ inline void check_reference_set(const char* op, const Tensor& x, const Tensor& r
     check_shape(op, "source", *source, x_shape, "of x, (N, *S)");
     check_device(op, "source", *source, x);
   }
-  if (precision != "exact" && precision != "fast") fail(op, "precision", "'exact' or 'fast'", "'" + precision + "'");
+  if (precision != "exact" && precision != "fast")
+    fail(op, "precision", "'exact' or 'fast'", "'" + precision + "'");
 }
 
 // CPU only, where reading the labels costs no synchronisation: labels[0..n) all in [lowest, groups).
-inline void check_labels_in_range(const char* op, const int64_t* labels, int64_t n, int64_t groups, int64_t lowest) {
+inline void check_labels_in_range(const char* op, const int64_t* labels, int64_t n, int64_t groups,
+                                  int64_t lowest) {
   if (n == 0) return;
   const auto [low, high] = std::minmax_element(labels, labels + n);
   if (*low >= lowest && *high < groups) return;
@@ -174,15 +193,15 @@ inline void check_labels_in_range(const char* op, const int64_t* labels, int64_t
 
 // A sampling step: sample (N, *S) floating point; velocity, velocity_uncond, noise alike.
 inline void check_step(const char* op, const Tensor& sample,
-                       std::initializer_list<std::pair<const char*, const MaybeTensor*>> others) {
+                       std::initializer_list<std::pair<const char*, MaybeTensor>> others) {
   if (sample.dim() < 1) fail(op, "sample", "shape (N, *S)", to_text(shape_of(sample)));
   check_dtype(op, "sample", sample, FLOATS);
   const std::vector<int64_t> shape = shape_of(sample);
   for (const auto& [arg, value] : others) {
-    if (!*value) continue;
-    check_dtype(op, arg, **value, FLOATS);
-    check_shape(op, arg, **value, shape, "of sample, (N, *S)");
-    check_device(op, arg, **value, sample);
+    if (!value) continue;
+    check_dtype(op, arg, *value, FLOATS);
+    check_shape(op, arg, *value, shape, "of sample, (N, *S)");
+    check_device(op, arg, *value, sample);
   }
 }
 
@@ -193,6 +212,109 @@ inline void check_step_scalar(const char* op, const char* arg, const Tensor& val
     fail(op, arg, "shape (N,) = (" + std::to_string(sample.size(0)) + ",) or 0-d", to_text(shape_of(value)));
   }
   check_device(op, arg, value, sample);
+}
+
+inline void check_posterior_mean(const Tensor& x, const Tensor& refs, const Tensor& alpha,
+                                 const Tensor& sigma, const MaybeTensor& labels, const MaybeTensor& counts,
+                                 const MaybeTensor& source, const std::string& precision) {
+  const char* op = "posterior_mean";
+  check_reference_set(op, x, refs, labels, counts, source, precision);
+  check_row_scalar(op, "alpha", alpha, x);
+  check_row_scalar(op, "sigma", sigma, x);
+}
+
+inline void check_path(const char* op, const std::string& path) {
+  check_choice(op, "path", path, {"linear", "cosine"});
+}
+
+inline void check_stable_target(const Tensor& x, const Tensor& refs, const Tensor& t,
+                                const MaybeTensor& labels, const MaybeTensor& counts,
+                                const MaybeTensor& source, const std::string& path,
+                                const std::string& prediction, const std::string& precision) {
+  const char* op = "stable_target";
+  check_reference_set(op, x, refs, labels, counts, source, precision);
+  check_row_scalar(op, "t", t, x);
+  check_path(op, path);
+  check_choice(op, "prediction", prediction, {"velocity", "x0", "noise", "score"});
+}
+
+inline void check_affine_step(const Tensor& sample, const Tensor& velocity, const Tensor& a, const Tensor& b,
+                              const MaybeTensor& c, const MaybeTensor& velocity_uncond,
+                              const MaybeTensor& noise) {
+  const char* op = "affine_step";
+  check_step(op, sample, {{"velocity", velocity}, {"velocity_uncond", velocity_uncond}, {"noise", noise}});
+  check_step_scalar(op, "a", a, sample);
+  check_step_scalar(op, "b", b, sample);
+  if (c) check_step_scalar(op, "c", *c, sample);
+  if (c.has_value() != noise.has_value()) {
+    const std::string missing = c ? "noise" : "c";
+    fail(op, missing, "c and noise to be given together", missing + "=None");
+  }
+}
+
+inline void check_stablevs_step(const Tensor& sample, const Tensor& velocity, const Tensor& t,
+                                const Tensor& tau, const MaybeTensor& velocity_uncond,
+                                const MaybeTensor& noise, double noise_factor, const std::string& path) {
+  const char* op = "stablevs_step";
+  check_step(op, sample, {{"velocity", velocity}, {"velocity_uncond", velocity_uncond}, {"noise", noise}});
+  check_step_scalar(op, "t", t, sample);
+  check_step_scalar(op, "tau", tau, sample);
+  check_path(op, path);
+  if (!(0.0 <= noise_factor && noise_factor <= 1.0))
+    fail(op, "noise_factor", "a number in [0, 1]", to_text(noise_factor));
+  if (noise_factor > 0.0 && !noise) {
+    fail(op, "noise", "a tensor because noise_factor = " + to_text(noise_factor), "None");
+  }
+}
+
+// projected and teacher (B, T, C), weight (B,).
+inline void check_va_repa(const char* op, const Tensor& projected, const Tensor& teacher,
+                          const Tensor& weight) {
+  check_dtype(op, "projected", projected, FLOATS);
+  check_dtype(op, "teacher", teacher, FLOATS);
+  if (projected.dim() != 3) fail(op, "projected", "shape (B, T, C)", to_text(shape_of(projected)));
+  check_shape(op, "teacher", teacher, shape_of(projected), "of projected, (B, T, C)");
+  check_device(op, "teacher", teacher, projected);
+  check_row_scalar(op, "weight", weight, projected);
+}
+
+// refs (K, M, *S), counts and heads (K,), all written in place; values (N, *S), labels (N,).
+inline void check_bank_push(const Tensor& refs, const Tensor& counts, const Tensor& heads,
+                            const Tensor& values, const Tensor& labels) {
+  const char* op = "bank_push_";
+  const std::vector<int64_t> shape = shape_of(refs);
+  if (shape.size() < 2) fail(op, "refs", "shape (K, M, *S)", to_text(shape));
+  for (const auto& [arg, value] :
+       {std::pair{"refs", refs}, std::pair{"counts", counts}, std::pair{"heads", heads}}) {
+    if (value.is_contiguous()) continue;
+    const auto strides = value.strides();
+    fail(op, arg, "a contiguous tensor, because it is written in place",
+         "strides " + to_text(std::vector<int64_t>(strides.begin(), strides.end())));
+  }
+  if (refs.scalar_type() == ScalarType::Long) {  // dataset indices
+    check_dtype(op, "values", values, {ScalarType::Long});
+  } else {
+    check_dtype(
+        op, "refs", refs,
+        {ScalarType::Half, ScalarType::BFloat16, ScalarType::Float, ScalarType::Double, ScalarType::Long});
+    check_dtype(op, "values", values, FLOATS);
+  }
+  for (const auto& [arg, value] : {std::pair{"counts", counts}, std::pair{"heads", heads}}) {
+    check_dtype(op, arg, value, {ScalarType::Int, ScalarType::Long});
+    check_shape(op, arg, value, {shape[0]}, "(K,)");
+    check_device(op, arg, value, refs);
+  }
+  if (heads.scalar_type() != counts.scalar_type()) {
+    fail(op, "heads", "the dtype of counts, torch." + to_text(counts.scalar_type()),
+         "torch." + to_text(heads.scalar_type()));
+  }
+  check_dtype(op, "labels", labels, {ScalarType::Long});
+  if (labels.dim() != 1) fail(op, "labels", "shape (N,)", to_text(shape_of(labels)));
+  std::vector<int64_t> values_shape = {labels.size(0)};
+  values_shape.insert(values_shape.end(), shape.begin() + 2, shape.end());
+  check_shape(op, "values", values, values_shape, "(N, *S)");
+  check_device(op, "values", values, refs);
+  check_device(op, "labels", labels, refs);
 }
 
 }  // namespace svel

@@ -1,5 +1,5 @@
-// The entry points of the ops, in the order of their schemas (stablevelocity_kernels/ops). Each library defines them in
-// its own namespace: svel::cpu in csrc/<op>/*_cpu.cpp, svel::cuda in csrc/<op>/*_cuda.cu.
+// The entry points of the ops, in the order of their schemas (stablevelocity_kernels/ops). Each library
+// defines them in its own namespace: svel::cpu in csrc/<op>/*_cpu.cpp, svel::cuda in csrc/<op>/*_cuda.cu.
 #pragma once
 
 #include <string>
@@ -10,8 +10,9 @@
 namespace svel::SVEL_DEVICE {
 
 std::tuple<Tensor, Tensor> posterior_mean(const Tensor& x, const Tensor& refs, const Tensor& alpha,
-                                          const Tensor& sigma, const MaybeTensor& labels, const MaybeTensor& counts,
-                                          const MaybeTensor& source, const std::string& precision);
+                                          const Tensor& sigma, const MaybeTensor& labels,
+                                          const MaybeTensor& counts, const MaybeTensor& source,
+                                          const std::string& precision);
 
 Tensor stable_target(const Tensor& x, const Tensor& refs, const Tensor& t, const MaybeTensor& labels,
                      const MaybeTensor& counts, const MaybeTensor& source, const std::string& path,

@@ -1,5 +1,5 @@
-// Interpolant paths x_t = alpha(t) x_0 + sigma(t) eps and what follows from them, in double, for host and device; the
-// formulas of stablevelocity_kernels/paths.py. t = 0 is data, t = 1 is noise. No torch headers.
+// Interpolant paths x_t = alpha(t) x_0 + sigma(t) eps and what follows from them, in double, for host and
+// device; the formulas of stablevelocity_kernels/paths.py. t = 0 is data, t = 1 is noise. No torch headers.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,9 @@ enum class Path : int { linear, cosine };
 enum class Prediction : int { velocity, x0, noise, score };
 
 // For names that check_choice has accepted.
-inline Path path_of(const std::string& name) { return name == "cosine" ? Path::cosine : Path::linear; }
+inline Path path_of(const std::string& name) {
+  return name == "cosine" ? Path::cosine : Path::linear;
+}
 
 inline Prediction prediction_of(const std::string& name) {
   if (name == "x0") return Prediction::x0;
@@ -31,7 +33,9 @@ SVEL_HOST_DEVICE inline double clamp_to(double t, double low, double high) {
   return t < low ? low : (t > high ? high : t);  // NaN fails both comparisons and stays NaN
 }
 
-SVEL_HOST_DEVICE inline double clamp_time(double t) { return clamp_to(t, T_EPS, 1.0 - T_EPS); }
+SVEL_HOST_DEVICE inline double clamp_time(double t) {
+  return clamp_to(t, T_EPS, 1.0 - T_EPS);
+}
 
 struct PathCoefficients {
   double alpha, sigma, d_alpha, d_sigma;  // d_: derivatives with respect to t
@@ -56,10 +60,14 @@ struct PredictionCoefficients {
 SVEL_HOST_DEVICE inline PredictionCoefficients prediction_coefficients(Prediction prediction,
                                                                        const PathCoefficients& c) {
   switch (prediction) {
-    case Prediction::velocity: return {c.x_factor(), c.x0_factor()};
-    case Prediction::noise: return {1.0 / c.sigma, -c.alpha / c.sigma};
-    case Prediction::score: return {-1.0 / (c.sigma * c.sigma), c.alpha / (c.sigma * c.sigma)};
-    default: return {0.0, 1.0};
+    case Prediction::velocity:
+      return {c.x_factor(), c.x0_factor()};
+    case Prediction::noise:
+      return {1.0 / c.sigma, -c.alpha / c.sigma};
+    case Prediction::score:
+      return {-1.0 / (c.sigma * c.sigma), c.alpha / (c.sigma * c.sigma)};
+    default:
+      return {0.0, 1.0};
   }
 }
 
@@ -69,7 +77,8 @@ struct StepCoefficients {
 };
 
 SVEL_HOST_DEVICE inline StepCoefficients stablevs_coefficients(const PathCoefficients& now,
-                                                               const PathCoefficients& next, double noise_factor) {
+                                                               const PathCoefficients& next,
+                                                               double noise_factor) {
   const double beta = noise_factor * next.sigma;
   const double s = next.sigma * sqrt(1.0 - noise_factor * noise_factor) / now.sigma;
   const double b = (next.alpha - s * now.alpha) / now.x0_factor();
@@ -77,7 +86,8 @@ SVEL_HOST_DEVICE inline StepCoefficients stablevs_coefficients(const PathCoeffic
 }
 
 // The step of svel::stablevs_step: t clamped to [T_EPS, 1 - T_EPS], tau to [0, 1].
-SVEL_HOST_DEVICE inline StepCoefficients stablevs_coefficients(Path path, double t, double tau, double noise_factor) {
+SVEL_HOST_DEVICE inline StepCoefficients stablevs_coefficients(Path path, double t, double tau,
+                                                               double noise_factor) {
   return stablevs_coefficients(path_coefficients(path, clamp_time(t)),
                                path_coefficients(path, clamp_to(tau, 0.0, 1.0)), noise_factor);
 }

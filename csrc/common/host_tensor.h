@@ -1,0 +1,50 @@
+// Reading tensors that lie in host memory.
+#pragma once
+
+#include "common/checks.h"
+#include "common/storage.h"
+
+namespace svel {
+
+// For a dtype that the checks have accepted.
+inline Storage storage_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half:
+      return Storage::f16;
+    case ScalarType::BFloat16:
+      return Storage::bf16;
+    case ScalarType::Double:
+      return Storage::f64;
+    case ScalarType::Long:
+      return Storage::i64;
+    default:
+      return Storage::f32;
+  }
+}
+
+inline Values values_of(const Tensor& t) {
+  return {t.const_data_ptr(), storage_of(t)};
+}
+
+inline Tensor packed(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline MaybeTensor packed(const MaybeTensor& t) {
+  return t ? MaybeTensor(packed(*t)) : t;
+}
+
+// The n values of a float32 or float64 tensor, (n,) or 0-d, as double.
+inline std::vector<double> scalars(const Tensor& t, int64_t n) {
+  std::vector<double> out(static_cast<size_t>(n));
+  const int64_t stride = t.dim() ? t.stride(0) : 0;
+  const void* data = t.const_data_ptr();
+  const bool wide = t.scalar_type() == ScalarType::Double;
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] =
+        wide ? static_cast<const double*>(data)[i * stride] : static_cast<const float*>(data)[i * stride];
+  }
+  return out;
+}
+
+}  // namespace svel
