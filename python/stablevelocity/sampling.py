@@ -145,10 +145,10 @@ def grow(base: Callable[[int], Tensor], steps: int, split: float, low_steps: int
     """The thinned grid of `steps` steps: base(n) for the smallest n >= steps that thins to them.
 
     Raises:
-        ValueError: if base has no such grid (its steps above the split do not grow one by one with n).
+        ValueError: if base has no such grid up to n = 10,000 (its steps above the split must grow one by one with n).
     """
     n, times = steps, thin(base(steps), split, low_steps)
-    while len(times) - 1 < steps and n < 100_000:
+    while len(times) - 1 < steps and n < 10_000:
         n += steps - (len(times) - 1)  # one more base step adds at most one step, so this cannot overshoot
         times = thin(base(n), split, low_steps)
     _expect(len(times) - 1 == steps, "kind", f"a grid that can be thinned to {steps} steps", f"{len(times) - 1} steps")
@@ -350,7 +350,7 @@ def euler_maruyama(
     """Euler-Maruyama on dx = (v - w score) dt + sqrt(2 w) dW, which has the marginals of the flow for any w(t) >= 0.
 
     Arguments as for `euler`, and `diffusion`: w as a function of a Python-float time, by default sigma(t) as in the
-    code of SiT (REPA's is `diffusion` = 2 w, the same on "linear"). A step to t = 0 adds no noise and goes to E[x_0 | x_t].
+    code of SiT (REPA's `diffusion` is 2 w, the same on "linear"). A step to 0 adds no noise and goes to E[x_0 | x_t].
     """
     flow = _Flow(velocity, x, times, interpolant, stable, guidance, noise, callback, conditioning)
     x = x.to(flow.work)
