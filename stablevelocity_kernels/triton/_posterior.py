@@ -497,7 +497,6 @@ def posterior(
     double = x.dtype == torch.float64 or d <= DOUBLE_BELOW
     work, work_tl = (torch.float64, tl.float64) if double else (torch.float32, tl.float32)
     x, refs = x.contiguous(), refs.contiguous()
-    source = x if source is None else source.contiguous()
     has = {"HAS_COUNTS": counts is not None}
     if counts is not None and groups:
         first = (counts > 0).int().argmax().reshape(1)  # on the device: the host never learns it
@@ -519,7 +518,8 @@ def posterior(
             WORK=work_tl,
             num_warps=VECTOR.num_warps,
         )
-        has["HAS_SOURCE"] = source is not x
+        has["HAS_SOURCE"] = source is not None
+        source = x if source is None else source.contiguous()
         tables = (centre, y, begin, total)
         if d <= MAX_RESIDENT:
             tiles = resident_tiles(d, double)
