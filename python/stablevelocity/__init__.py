@@ -4,6 +4,7 @@ from .alignment import VAREPALoss
 from .bank import BankDraw, ReferenceBank
 from .interpolants import Cosine, Interpolant, Linear, get_interpolant
 from .objectives import CFMObjective, StableVMObjective, STFObjective, TrainingSample
+from .sampling import Guidance, StableVS, euler, euler_maruyama, heun, sample, time_grid
 from .times import TimeSampler, get_time_sampler, lognormal_times, uniform_times
 from .variance import VarianceCurve, variance_curve
 
@@ -11,18 +12,25 @@ __all__ = [
     "BankDraw",
     "CFMObjective",
     "Cosine",
+    "Guidance",
     "Interpolant",
     "Linear",
     "ReferenceBank",
     "STFObjective",
     "StableVMObjective",
+    "StableVS",
     "TimeSampler",
     "TrainingSample",
     "VAREPALoss",
     "VarianceCurve",
+    "euler",
+    "euler_maruyama",
     "get_interpolant",
     "get_time_sampler",
+    "heun",
     "lognormal_times",
+    "sample",
+    "time_grid",
     "uniform_times",
     "variance_curve",
 ]

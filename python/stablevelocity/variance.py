@@ -14,7 +14,7 @@ from stablevelocity_kernels import clamp_time, posterior_mean
 
 from .interpolants import Interpolant, get_interpolant
 
-_GATHERED_ELEMENTS = 1 << 25  # the reference subsets are gathered once, up to about this many values
+_GATHERED_ELEMENTS = 1 << 23  # the reference subsets are gathered once, up to about this many values
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def variance_curve(
     if samples < 2:
         raise ValueError(f"samples: expected at least 2, got {samples}")
     size, dim = references or 1, math.prod(data.shape[1:])
-    groups = samples if references is None else min(samples, max(16, _GATHERED_ELEMENTS // max(1, size * dim)))
+    groups = samples if references is None else min(samples, max(32, _GATHERED_ELEMENTS // max(1, size * dim)))
     rows = -(-samples // groups)  # of each group
 
     share = torch.tensor([float(len(pool)) for pool in pools])
