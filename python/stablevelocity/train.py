@@ -1,0 +1,413 @@
+"""The training loop: one process or many, resumable bit for bit, and nothing in a step waits for the device.
+
+    trainer = Trainer(load_config("run.yaml", ["optim.lr=1e-3"]))
+    result = trainer.fit()
+
+Every random draw of training comes from the global random streams and from the data order, and checkpoints hold both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+from tqdm.auto import tqdm
+
+from . import checkpoint
+from .bank import ReferenceBank
+from .config import OptimConfig, TrainConfig, dump_yaml, to_dict
+from .data import ArrayData, Batch, ImageFolder, ShuffledOrder, load_data, loader
+from .generation import autocast, build_model, generate, resolve_device, resolve_precision, save_grid
+from .objectives import CFMObjective, STFObjective, StableVMObjective, TrainingSample
+from .optional import require
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves."""
+
+    folder: Path
+    checkpoint: Path
+    steps: int
+    losses: list[dict[str, float]]  # the lines of log.jsonl: step, loss (mean since the line before), grad_norm, lr
+    seconds: float  # of the training loop of this call, without set-up
+
+
+def ema_update(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """For AveragedModel: an exponential moving average whose decay grows as (1 + n) / (10 + n) up to `decay`."""
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], current: list[Tensor], n: Tensor | int) -> None:
+        torch._foreach_lerp_(averages, current, 1.0 - min(decay, (1 + int(n)) / (10 + int(n))))
+
+    return update
+
+
+def learning_rate(config: OptimConfig, steps: int) -> Callable[[int], float]:
+    """The learning rate of a step as a share of the configured one: linear warm-up, then constant or half a cosine."""
+
+    def share(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / (config.warmup + 1)
+        if config.schedule == "constant":
+            return 1.0
+        progress = (step - config.warmup) / max(1, steps - config.warmup)
+        return config.final_lr + (1.0 - config.final_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+    return share
+
+
+def build_objective(config: TrainConfig, bank: ReferenceBank | None, num_classes: int) -> CFMObjective:
+    """The objective of a configuration. The trainer itself pushes batches into the bank."""
+    o = config.objective
+    if o.name == "stf":
+        return STFObjective(o.interpolant, times=o.times, precision=o.precision)
+    if o.name == "cfm":
+        return CFMObjective(o.interpolant, times=o.times, num_classes=num_classes, cfg_prob=o.cfg_prob)
+    return StableVMObjective(
+        bank,
+        o.interpolant,
+        times=o.times,
+        cfg_prob=o.cfg_prob,
+        t_min=o.t_min,
+        source=o.source,
+        precision=o.precision,
+        update_bank=False,
+    )
+
+
+class Trainer:
+    """A training run.
+
+    Args:
+        config: see config.py.
+        dataset: in place of the one that config.data names.
+        progress: show a progress bar (on the main process).
+
+    Raises:
+        ValueError: naming the configuration key, what was expected and what came.
+        ModuleNotFoundError: naming the extra to install.
+    """
+
+    def __init__(self, config: TrainConfig, *, dataset: ArrayData | ImageFolder | None = None, progress: bool = True):
+        accelerate = require("accelerate", "train")
+        self.config, self.folder = config, Path(config.output)
+        device = resolve_device(config.device)
+        self.precision = resolve_precision(config.mixed_precision, device)
+        self.accelerator = accelerate.Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision=self.precision,
+            log_with=None if config.tracker == "none" else config.tracker,
+            project_dir=str(self.folder),
+        )
+        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.progress = progress and self.main
+        self.resume_from = self._prepare_folder()
+
+        self.dataset = load_data(config.data) if dataset is None else dataset
+        self.num_classes = self.dataset.num_classes if config.objective.name != "stf" else 0
+        self._seed(config.seed)  # the same weights everywhere
+        self.model = build_model(config.model, self.dataset.shape, self.num_classes).to(self.device)
+        # The average counts its updates on the CPU (it is never moved), so that reading the count costs no wait.
+        self.ema = AveragedModel(self.model, multi_avg_fn=ema_update(config.optim.ema)).requires_grad_(False)
+        self.bank = self._build_bank()
+        self.objective = build_objective(config, self.bank, self.num_classes)
+        o = config.optim
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        adamw = torch.optim.AdamW(self.parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
+        self.scheduler = LambdaLR(adamw, learning_rate(o, config.steps))
+        self.net, self.optimizer = self.accelerator.prepare(self.model, adamw)
+        if config.compile == "model":
+            self.net = torch.compile(self.net)
+        self._loss = torch.compile(self._draw_and_loss) if config.compile == "step" else self._draw_and_loss
+
+        self.step, self.logs = 0, []
+        self.window = torch.zeros(2, device=self.device)  # sums since the last log line: loss, gradient norm
+        self.window_steps = 0
+        self._seed(config.seed + 1 + self.rank)
+        if self.resume_from is not None:
+            self._restore(self.resume_from)
+        elif self.bank is not None and config.bank.prefill:
+            self._prefill()
+
+    # -- set-up
+
+    def _prepare_folder(self) -> Path | None:
+        """Decide what to continue from, refuse to mix two runs in one folder, and write down the configuration."""
+        config, root = self.config, self.folder / "checkpoints"
+        found = None
+        if config.resume == "latest":
+            found = checkpoint.latest(root)
+        elif config.resume is not None:
+            found = checkpoint.find(config.resume)
+        newest = checkpoint.latest(root)
+        if newest is not None and newest != found and not config.overwrite:
+            raise ValueError(
+                f"output: {self.folder} holds a run ({newest.name}); continue it with --resume latest, start afresh with "
+                "--overwrite, or take another --output"
+            )
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            if config.overwrite and found is None:
+                shutil.rmtree(root, ignore_errors=True)
+                (self.folder / "log.jsonl").unlink(missing_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(dump_yaml(config))
+        self.accelerator.wait_for_everyone()
+        return found
+
+    def _seed(self, seed: int) -> None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - the global stream is what a data set's own code may use
+        torch.manual_seed(seed)
+
+    def _build_bank(self) -> ReferenceBank | None:
+        if self.config.objective.name != "stablevm":
+            return None
+        b = self.config.bank
+        dtype = getattr(torch, b.dtype)
+        return ReferenceBank(
+            self.dataset.shape, self.num_classes, b.capacity, dtype=dtype, null=b.null, device=self.device
+        )
+
+    def _prefill(self) -> None:
+        """Fill the bank with random samples of each class, the same on every process."""
+        order = ShuffledOrder(len(self.dataset), min(256, len(self.dataset)), self.config.seed + 1)
+        most = math.ceil(len(self.dataset) / order.batch_size)
+        batches = zip(range(most), loader(self.dataset, order, workers=self.config.data.workers), strict=False)
+        bar = tqdm(batches, desc="bank", total=most, disable=not self.progress, leave=False)
+        self.bank.prefill(batch[:2] for _, batch in bar)
+
+    # -- one step
+
+    def _draw_and_loss(self, x0: Tensor, labels: Tensor | None) -> Tensor:
+        draw: TrainingSample = self.objective.sample(x0, labels)
+        return self.objective.loss(self.net(draw.x_t, draw.t, draw.labels), draw)
+
+    def _train_step(self, batch: Batch) -> None:
+        x0, labels = batch[0].to(self.device, non_blocking=True), None
+        if self.num_classes:
+            labels = batch[1].to(self.device, non_blocking=True)
+        if self.bank is not None and self.objective.source == "bank":
+            self._push(x0, labels)
+        loss = self._loss(x0, labels)
+        if self.bank is not None and self.objective.source == "loader":
+            self._push(x0, labels)
+        self.accelerator.backward(loss)
+        clip = self.config.optim.clip or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.parameters, clip)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.ema.update_parameters(self.model)
+        self.window += torch.stack([loss.detach(), norm.detach()])
+        self.window_steps += 1
+        self.step += 1
+
+    def _push(self, x0: Tensor, labels: Tensor | None) -> None:
+        """Every process stores the whole global batch, so that all banks are the same."""
+        if self.world > 1:
+            x0 = self.accelerator.gather(x0)
+            labels = None if labels is None else self.accelerator.gather(labels)
+        self.bank.push(x0, labels)
+
+    # -- the loop
+
+    def fit(self) -> TrainResult:
+        """Train up to config.steps, and save the last step.
+
+        Raises:
+            RuntimeError: when the loss or the gradient is no longer finite, found when it is next logged.
+        """
+        config = self.config
+        start, began, saved = self.step, time.perf_counter(), None
+        order = ShuffledOrder(
+            len(self.dataset),
+            config.batch_size,
+            config.seed,
+            rank=self.rank,
+            world=self.world,
+            position=self.step * config.batch_size,
+        )
+        batches = iter(loader(self.dataset, order, workers=config.data.workers, pin=self.device.type == "cuda"))
+        self._start_tracker()
+        self._trim_log()
+        bar = tqdm(desc="train", total=config.steps, initial=start, disable=not self.progress, dynamic_ncols=True)
+        self.net.train()
+        try:
+            while self.step < config.steps:
+                self._train_step(next(batches))
+                bar.update()
+                last = self.step == config.steps
+                if last or self.step % config.log_every == 0:
+                    self._log(bar)
+                if config.sample_every and (last or self.step % config.sample_every == 0):
+                    self._sample_grid()
+                if last or (config.save_every and self.step % config.save_every == 0):
+                    saved = self.save()
+        finally:
+            bar.close()
+        seconds = time.perf_counter() - began
+        self.accelerator.end_training()
+        return TrainResult(self.folder, saved or self.resume_from, self.step, self.logs, seconds)
+
+    def _start_tracker(self) -> None:
+        if self.config.tracker == "none":
+            return
+        require(self.config.tracker, self.config.tracker)
+        flat = {}
+        for key, value in to_dict(self.config).items():
+            items = value.items() if isinstance(value, dict) else [(None, value)]
+            flat.update({key if name is None else f"{key}.{name}": str(v) for name, v in items})
+        self.accelerator.init_trackers("stablevelocity", config=flat)
+
+    def _log(self, bar: tqdm) -> None:
+        """The only read of the device in training, apart from samples and checkpoints."""
+        mean = self.accelerator.reduce(self.window / max(1, self.window_steps), "mean")
+        loss, norm = mean.tolist()
+        line = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": self.scheduler.get_last_lr()[0]}
+        self.window.zero_()
+        self.window_steps = 0
+        self.logs.append(line)
+        bar.set_postfix(loss=f"{loss:.4f}", grad=f"{norm:.2f}", refresh=False)
+        if self.main:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.step)
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"the loss is {loss} at step {self.step} (gradient norm {norm}): lower optim.lr, or set mixed_precision=no; "
+                "checkpoints before it are kept"
+            )
+
+    def _trim_log(self) -> None:
+        """Drop the lines that a killed run wrote after the checkpoint that we continue from."""
+        if self.main:
+            lines = "".join(json.dumps(line) + "\n" for line in self.logs)
+            (self.folder / "log.jsonl").write_text(lines)
+
+    def _sample_grid(self) -> None:
+        """A grid of samples of the averaged model, a row for each of up to ten classes; the same noise each time."""
+        if not self.main:
+            return
+        classes = min(10, self.num_classes) or 8
+        labels = torch.arange(classes).repeat_interleave(8) if self.num_classes else None
+        samples = generate(
+            self.ema.module,
+            self.config.sampling,
+            self.dataset.shape,
+            labels,
+            classes * 8,
+            interpolant=self.config.objective.interpolant,
+            num_classes=self.num_classes,
+            seed=self.config.seed,
+            precision=self.precision,
+        )
+        (self.folder / "samples").mkdir(exist_ok=True)
+        save_grid(samples, self.folder / "samples" / f"step-{self.step:08d}.png", 8)
+
+    # -- checkpoints
+
+    def save(self) -> Path | None:
+        """Write a checkpoint now; the folder, on the main process. Called by all processes."""
+        streams = [_random_state(self.device)]
+        if self.world > 1:
+            from accelerate.utils import gather_object
+
+            streams = gather_object(streams)
+        folder = None
+        if self.main:
+            modules = {"model": self.model.state_dict(), "ema": self.ema.module.state_dict()}
+            if self.bank is not None:
+                modules["bank"] = self.bank.state_dict()
+            scaler = self.accelerator.scaler
+            state = {
+                "config": to_dict(self.config),
+                "data": {
+                    "shape": list(self.dataset.shape),
+                    "num_classes": self.num_classes,
+                    "kind": self.dataset.kind,
+                    "length": len(self.dataset),
+                    "position": self.step * self.config.batch_size,
+                },
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": {key: v for key, v in self.scheduler.state_dict().items() if key != "lr_lambdas"},
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "ema_updates": int(self.ema.n_averaged),
+                "random": streams,
+                "window": self.window,
+                "window_steps": self.window_steps,
+                "logs": self.logs,
+            }
+            folder = checkpoint.save(self.folder / "checkpoints", self.step, modules, state, keep=self.config.keep)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _restore(self, folder: Path) -> None:
+        """Take up a run where a checkpoint left it.
+
+        Raises:
+            ValueError: when the checkpoint is of another model, bank, data set or batch size.
+        """
+        self.step, state = checkpoint.load(folder)
+        now = {
+            "data.shape": (list(self.dataset.shape), state["data"]["shape"]),
+            "data.num_classes": (self.num_classes, state["data"]["num_classes"]),
+            "number of samples": (len(self.dataset), state["data"]["length"]),
+            "batch_size": (self.config.batch_size, state["config"]["batch_size"]),
+            "objective.name": (self.config.objective.name, state["config"]["objective"]["name"]),
+        }
+        for name, (ours, theirs) in now.items():
+            if ours != theirs:
+                raise ValueError(f"{name}: expected {theirs} as in the checkpoint {folder}, got {ours}")
+        try:
+            self.model.load_state_dict(checkpoint.load_module(folder, "model"))
+            self.ema.module.load_state_dict(checkpoint.load_module(folder, "ema"))
+        except RuntimeError as error:
+            raise ValueError(
+                f"model: expected the model of the checkpoint {folder}; {str(error).splitlines()[1].strip()}"
+            ) from error
+        self.ema.n_averaged.fill_(state["ema_updates"])
+        if self.bank is not None:
+            self.bank.load_state_dict(checkpoint.load_module(folder, "bank"))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.window.copy_(state["window"])
+        self.window_steps, self.logs = state["window_steps"], state["logs"]
+        if self.rank < len(state["random"]):  # a process more than before keeps a stream of its own
+            _set_random_state(state["random"][self.rank], self.device)
+        else:
+            self._seed(self.config.seed + 1 + self.rank + self.step * self.world)
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=True),  # noqa: NPY002
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
