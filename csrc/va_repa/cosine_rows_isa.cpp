@@ -7,20 +7,22 @@
 namespace svel::SVEL_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 512;  // values converted, and summed in lanes of the work dtype, at a time
+constexpr int64_t BLOCK = 512;  // values converted at a time
 
 struct Sums {
   double pp = 0.0, zz = 0.0, pz = 0.0;
 };
 
+// In double: the pass waits for memory anyway, and a cosine near zero is a sum that cancels.
 template <typename Work>
 void add_products(const Work* p, const Work* z, int64_t n, Sums& sums) {
-  Work pp = 0, zz = 0, pz = 0;
+  double pp = 0.0, zz = 0.0, pz = 0.0;
 #pragma omp simd reduction(+ : pp, zz, pz)
   for (int64_t i = 0; i < n; ++i) {
-    pp += p[i] * p[i];
-    zz += z[i] * z[i];
-    pz += p[i] * z[i];
+    const double a = p[i], b = z[i];
+    pp += a * a;
+    zz += b * b;
+    pz += a * b;
   }
   sums.pp += pp;
   sums.zz += zz;
