@@ -2,7 +2,8 @@
 
 After `pip install -e .`, rebuild with `python setup.py build_ext --inplace`. Environment:
 SVEL_CUDA=0 leaves CUDA out, SVEL_CUDA=1 insists on it (default: where nvcc is found);
-SVEL_CUDA_ARCHITECTURES, as CMAKE_CUDA_ARCHITECTURES ("90a" or "80;90a"); CXX, CUDACXX, CUDA_HOME, CMAKE_BUILD_PARALLEL_LEVEL.
+SVEL_CUDA_ARCHITECTURES, as CMAKE_CUDA_ARCHITECTURES ("90a" or "80;90a"); CXX, CUDACXX, CUDA_HOME and
+CMAKE_BUILD_PARALLEL_LEVEL as everywhere.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@
 
 #include "build_config.h"
 #include "common/isa.h"
+#include "common/planner.h"
 
 namespace py = pybind11;
 
@@ -40,9 +41,52 @@ py::dict build_info() {
   return info;
 }
 
+py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool has_source, int x_size,
+              int refs_size, bool aligned, const std::string& precision, int sm_count, int64_t smem_limit,
+              int cc) {
+  svel::Problem problem;
+  problem.n = n;
+  problem.k = k;
+  problem.m = m;
+  problem.d = d;
+  problem.has_labels = has_labels;
+  problem.has_source = has_source;
+  problem.x_size = x_size;
+  problem.refs_size = refs_size;
+  problem.aligned = aligned;
+  problem.precision = precision;
+  problem.sm_count = sm_count;
+  problem.smem_limit = smem_limit;
+  problem.cc = cc;
+  const svel::Plan made = svel::make_plan(problem);
+  py::dict result;
+  result["kernel"] = made.kernel;
+  result["tile_rows"] = made.tile_rows;
+  result["tile_refs"] = made.tile_refs;
+  result["tile_d"] = made.tile_d;
+  result["threads"] = made.threads;
+  result["stages"] = made.stages;
+  result["aligned"] = made.aligned;
+  result["blocks"] = made.blocks;
+  result["splits"] = made.splits;
+  result["rows_per_pass"] = made.rows_per_pass;
+  result["refs_per_pass"] = made.refs_per_pass;
+  result["smem_bytes"] = made.smem_bytes;
+  result["workspace_bytes"] = made.workspace_bytes;
+  result["bytes"] = made.bytes;
+  result["flops"] = made.flops;
+  result["reason"] = made.reason;
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and the launch planner of stablevelocity_kernels.";
   m.def("build_info", &build_info, "What was compiled, with what, for what.");
+  m.def(
+      "plan", &plan, py::kw_only(), py::arg("n"), py::arg("k"), py::arg("m"), py::arg("d"),
+      py::arg("has_labels"), py::arg("has_source"), py::arg("x_size"), py::arg("refs_size"),
+      py::arg("aligned"), py::arg("precision"), py::arg("sm_count"), py::arg("smem_limit"), py::arg("cc"),
+      "The CUDA launch of posterior_mean and stable_target for a problem, as a dict; see common/planner.h.");
 }

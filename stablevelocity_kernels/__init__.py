@@ -5,6 +5,7 @@ compiled CUDA or Triton for NVIDIA GPUs, plain torch otherwise. `backends()` say
 """
 
 from ._backend import backends, load_backends
+from .info import build_info, plan
 from .ops import affine_step, bank_push_, posterior_mean, stable_target, stablevs_step, va_repa_loss
 from .paths import (
     PATHS,
@@ -26,8 +27,10 @@ __all__ = [
     "affine_step",
     "backends",
     "bank_push_",
+    "build_info",
     "clamp_time",
     "path_coefficients",
+    "plan",
     "posterior_mean",
     "prediction_coefficients",
     "stable_target",
