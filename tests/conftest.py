@@ -1,7 +1,13 @@
 """Shared by all tests: GPU tests skip without a GPU, random streams are fixed, unwritten outputs show as NaN."""
 
+import os
+
 import pytest
 import torch
+
+# Triton decides at its import whether it interprets. Without a GPU the Triton kernels are tested on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):

@@ -77,12 +77,14 @@ def posterior_mean_float64(
         if len(mine) and valid[group]:
             part = _over_set(rows[mine], refs[group, : valid[group]], a[mine], s[mine])
             mean[mine], lse[mine] = _merge(mean[mine], lse[mine], *part)
+    finite = torch.isfinite(rows).all(1)
     if source is not None:
         own = source.reshape(rows.shape).double()
         logit = (s[:, 0] ** 2 * rows.shape[1] - ((rows - a * own) ** 2).sum(1)) / (2 * s[:, 0] ** 2)
         mean, lse = _merge(mean, lse, own, logit)
+        finite = finite & torch.isfinite(own).all(1)
 
     stray = (labels < -1) | (labels >= refs.shape[0])  # possible on CUDA only, where no label is read on the host
-    broken = stray | lse.isneginf() | ~torch.isfinite(rows).all(1) | ~torch.isfinite(lse)
+    broken = stray | lse.isneginf() | ~finite | ~torch.isfinite(lse)
     mean = mean.masked_fill(broken[:, None], math.nan)
     return mean.reshape(x.shape), lse.masked_fill(broken, math.nan)

@@ -80,11 +80,12 @@ def _prepare(
     labels_ptr,  # (N,)
     counts_ptr,  # (K,)
     first_ptr,  # (1,) first group that has references
+    source_ptr,  # (N, D)
     alpha_ptr,  # (N,) float64
     sigma_ptr,  # (N,) float64
     centre_ptr,  # (N, D) out
     y_ptr,  # (N, D) out
-    square_ptr,  # (N, blocks) float64 out: |y|^2 of each block
+    square_ptr,  # (N, blocks) float64 out: |y|^2 of each block, not finite where x or source is not
     begin_ptr,  # (N,) out
     total_ptr,  # (N,) out
     groups,
@@ -94,6 +95,7 @@ def _prepare(
     blocks,
     HAS_LABELS: tl.constexpr,
     HAS_COUNTS: tl.constexpr,
+    HAS_SOURCE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORK: tl.constexpr,
 ):
@@ -131,7 +133,10 @@ def _prepare(
         y = tl.load(x_ptr + row * d + cols, mask=in_d, other=0.0).to(tl.float64) - alpha * centre.to(tl.float64)
         tl.store(centre_ptr + row * d + cols, centre, mask=in_d)
         tl.store(y_ptr + row * d + cols, y.to(WORK), mask=in_d)
-        tl.store(square_ptr + row * blocks + block, tl.sum(tl.where(in_d, y * y, 0.0), axis=0))
+        square = tl.where(in_d, y * y, 0.0)
+        if HAS_SOURCE:
+            square += 0.0 * tl.load(source_ptr + row * d + cols, mask=in_d, other=0.0).to(tl.float64)
+        tl.store(square_ptr + row * blocks + block, tl.sum(square, axis=0))
 
 
 @triton.jit
@@ -267,7 +272,7 @@ def _sum_of(ptr, n):
 
 @triton.jit
 def _finish(x_ptr, a_ptr, b_ptr, centre_ptr, row, d, cols, in_d, acc, mass, square):
-    """a x + b (c + acc / mass) in float64; NaN where the set is empty or x has a NaN or Inf (then |y|^2 has)."""
+    """a x + b (c + acc / mass) in float64; NaN where the set is empty, or x or source is not finite (then square is not)."""
     x = tl.load(x_ptr + row * d + cols, mask=in_d, other=0.0).to(tl.float64)
     centre = tl.load(centre_ptr + row * d + cols, mask=in_d, other=0.0).to(tl.float64)
     value = tl.load(a_ptr + row) * x + tl.load(b_ptr + row) * (centre + acc / mass)
@@ -497,7 +502,8 @@ def posterior(
     double = x.dtype == torch.float64 or d <= DOUBLE_BELOW
     work, work_tl = (torch.float64, tl.float64) if double else (torch.float32, tl.float32)
     x, refs = x.contiguous(), refs.contiguous()
-    has = {"HAS_COUNTS": counts is not None}
+    has = {"HAS_COUNTS": counts is not None, "HAS_SOURCE": source is not None}
+    source = x if source is None else source.contiguous()
     if counts is not None and groups:
         first = (counts > 0).int().argmax().reshape(1)  # on the device: the host never learns it
     else:
@@ -510,7 +516,7 @@ def posterior(
     square = x.new_empty((n, vector_blocks), dtype=torch.float64)
     with on_device_of(x):
         _prepare[(n * vector_blocks,)](
-            *(x, refs, first if labels is None else labels.contiguous(), counts, first, alpha, sigma),
+            *(x, refs, first if labels is None else labels.contiguous(), counts, first, source, alpha, sigma),
             *(centre, y, square, begin, total, groups, capacity, groups * capacity, d, vector_blocks),
             HAS_LABELS=labels is not None,
             **has,
@@ -518,8 +524,6 @@ def posterior(
             WORK=work_tl,
             num_warps=VECTOR.num_warps,
         )
-        has["HAS_SOURCE"] = source is not None
-        source = x if source is None else source.contiguous()
         tables = (centre, y, begin, total)
         if d <= MAX_RESIDENT:
             tiles = resident_tiles(d, double)
