@@ -378,6 +378,20 @@ def test_with_a_generator_per_sample_a_sample_does_not_depend_on_its_batch():
         assert torch.equal(alone[0], whole[i])
 
 
+@pytest.mark.parametrize("solver", sorted(SOLVERS))
+def test_noise_is_drawn_only_where_it_is_used(solver):
+    draws = []
+
+    def draw(like):
+        draws.append(like.shape)
+        return torch.zeros_like(like)
+
+    run_noisy(
+        noise(), draw, solver
+    )  # starts 1, 7/8 ... 1/8, of which 3/8, 2/8, 1/8 are in the region; the last goes to 0
+    assert len(draws) == (7 if solver == "euler_maruyama" else 2)
+
+
 def test_the_number_of_generators_is_checked():
     with pytest.raises(ValueError, match="noise: expected 8 generators, one a sample, got '2'"):
         run_noisy(noise(), [torch.Generator(), torch.Generator()])

@@ -274,15 +274,16 @@ def test_gradients_reach_every_parameter_but_the_positions():
     assert without == ["pos_embed"]
 
 
-def test_checkpointing_gives_the_same_gradients_and_runs_hooks_once():
+def test_checkpointing_recomputes_gives_the_same_gradients_and_runs_hooks_once():
     models = [shaken(SiT(**TINY)), SiT(**TINY, checkpointing=True)]
     models[1].load_state_dict(models[0].state_dict())
     x, t, y = inputs()
-    seen = []
+    seen, attended = [], []
     models[1].blocks[1].register_forward_hook(lambda *_: seen.append(1))
+    models[1].blocks[1].attn.register_forward_hook(lambda *_: attended.append(1))
     for model in models:
         model(x, t, y).square().mean().backward()
-    assert len(seen) == 1
+    assert (len(seen), len(attended)) == (1, 2)
     for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         if name != "pos_embed":
             assert_close(b.grad, a.grad)
@@ -298,7 +299,7 @@ def test_it_learns(rng):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]
 
 
