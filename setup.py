@@ -132,7 +132,7 @@ native = why_not_native() is None
 setup(
     packages=[*find_packages(".", include=[PACKAGE, f"{PACKAGE}.*"]), *find_packages("python")],
     package_dir={"stablevelocity": "python/stablevelocity"},
-    package_data={PACKAGE: ["_build.json"]},
+    package_data={PACKAGE: ["_build.json"], "stablevelocity": ["configs/*.yaml"]},
     ext_modules=[Extension(f"{PACKAGE}._C", [])] if native else [],
     setup_requires=missing_build_requirements() if native else [],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},

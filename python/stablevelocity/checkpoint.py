@@ -2,8 +2,8 @@
 
     <run>/checkpoints/step-00005000/   model.safetensors, ema.safetensors, bank.safetensors, ..., state.json
 
-A folder is written under another name, flushed to disk and then renamed, so that a run killed at any moment leaves whole
-checkpoints and possibly a ".writing-..." folder, which the next save removes.
+A folder is written under another name, flushed to disk and then renamed, so that a run killed at any moment leaves
+whole checkpoints and possibly a ".writing-..." folder, which the next save removes.
 """
 
 from __future__ import annotations

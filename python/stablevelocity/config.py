@@ -69,7 +69,7 @@ class BankConfig:
 
     capacity: int = _at_least(256, 1)  # references per class
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    null: Literal["ring", "all"] = "ring"
+    null_label: Literal["ring", "all"] = "ring"  # what it stands for: the most recent samples, or all references
     prefill: bool = True  # fill it from the data before the first step; else it fills as training runs
 
 

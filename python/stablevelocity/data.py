@@ -1,7 +1,7 @@
 """Training data: arrays, image folders and two small real sets; and the order in which they are visited.
 
-A data set has `shape` (one sample, (C, H, W)), `num_classes` (0 without labels), `kind` ("image" or "latent") and gives a
-batch as x (N, C, H, W) float32, y (N,) int64 or None, index (N,) int64. Images are in [-1, 1].
+A data set has `shape` (one sample, (C, H, W)), `num_classes` (0 without labels), `kind` ("image" or "latent") and gives
+a batch as x (N, C, H, W) float32, y (N,) int64 or None, index (N,) int64. Images are in [-1, 1].
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import json
 import math
 import random
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
@@ -30,8 +29,8 @@ from . import checkpoint
 from .bank import ReferenceBank
 from .config import OptimConfig, TrainConfig, dump_yaml, to_dict
 from .data import ArrayData, Batch, ImageFolder, ShuffledOrder, load_data, loader
-from .generation import autocast, build_model, generate, resolve_device, resolve_precision, save_grid
-from .objectives import CFMObjective, STFObjective, StableVMObjective, TrainingSample
+from .generation import build_model, generate, resolve_device, resolve_precision, save_grid
+from .objectives import CFMObjective, StableVMObjective, STFObjective, TrainingSample
 from .optional import require
 
 
@@ -157,8 +156,8 @@ class Trainer:
         newest = checkpoint.latest(root)
         if newest is not None and newest != found and not config.overwrite:
             raise ValueError(
-                f"output: {self.folder} holds a run ({newest.name}); continue it with --resume latest, start afresh with "
-                "--overwrite, or take another --output"
+                f"output: {self.folder} holds a run ({newest.name}); continue it with --resume latest, start afresh "
+                "with --overwrite, or take another --output"
             )
         self.accelerator.wait_for_everyone()
         if self.main:
@@ -181,7 +180,7 @@ class Trainer:
         b = self.config.bank
         dtype = getattr(torch, b.dtype)
         return ReferenceBank(
-            self.dataset.shape, self.num_classes, b.capacity, dtype=dtype, null=b.null, device=self.device
+            self.dataset.shape, self.num_classes, b.capacity, dtype=dtype, null=b.null_label, device=self.device
         )
 
     def _prefill(self) -> None:
@@ -265,6 +264,16 @@ class Trainer:
         self.accelerator.end_training()
         return TrainResult(self.folder, saved or self.resume_from, self.step, self.logs, seconds)
 
+    def time_steps(self, n: int) -> float:
+        """Seconds a step takes here, from n steps after two to warm up; the trainer is of no use after that."""
+        batches = iter(loader(self.dataset, ShuffledOrder(len(self.dataset), self.config.batch_size, self.config.seed)))
+        times = []
+        for _ in range(n + 2):
+            start = time.perf_counter()
+            self._train_step(next(batches))
+            times.append(time.perf_counter() - start)
+        return sum(times[2:]) / n
+
     def _start_tracker(self) -> None:
         if self.config.tracker == "none":
             return
@@ -289,10 +298,7 @@ class Trainer:
                 file.write(json.dumps(line) + "\n")
         self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.step)
         if not math.isfinite(loss):
-            raise RuntimeError(
-                f"the loss is {loss} at step {self.step} (gradient norm {norm}): lower optim.lr, or set mixed_precision=no; "
-                "checkpoints before it are kept"
-            )
+            raise RuntimeError(f"the loss is {loss} at step {self.step} (gradient norm {norm}): try a lower optim.lr")
 
     def _trim_log(self) -> None:
         """Drop the lines that a killed run wrote after the checkpoint that we continue from."""

@@ -1,0 +1,329 @@
+"""The command `svel`. Each subcommand imports what it needs when it runs; every error is one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (without the program's name); the exit code: 0, 2 after an error, 130 after an interrupt."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print(f"svel {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"svel {args.command}: error: {message}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = _Parser(prog="svel", description="Stable Velocity flow matching: train, sample, measure.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
+    for add in (_add_demo, _add_train, _add_sample, _add_bench, _add_info):
+        command = add(commands)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_demo(commands) -> argparse.ArgumentParser:
+    p = commands.add_parser("demo", help="train and sample a small model on real digits, and report, in minutes")
+    p.add_argument("--output", default="svel-demo", metavar="DIR", help="folder to write (default: %(default)s)")
+    p.add_argument("--steps", type=int, help="training steps (default: as many as suit this machine)")
+    p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the demo's configuration")
+    p.set_defaults(run=_demo)
+    return p
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    metrics = run_demo(args.output, steps=args.steps, seed=args.seed, device=args.device, overrides=args.set)
+    folder = Path(args.output)
+    agrees = metrics["samples"]["small_cnn_accuracy_on_samples"]
+    print(
+        f"{folder / 'samples.png'}: a small CNN agrees with {agrees:.1%} of the labels; "
+        f"{metrics['seconds']['total']:.0f} s in all; read {folder / 'report.md'}"
+    )
+
+
+# Flags of `svel train` that are short for a configuration key.
+_TRAIN_FLAGS = {
+    "output": "output",
+    "data": "data.source",
+    "steps": "steps",
+    "batch_size": "batch_size",
+    "lr": "optim.lr",
+    "seed": "seed",
+    "device": "device",
+    "mixed_precision": "mixed_precision",
+    "compile": "compile",
+    "objective": "objective.name",
+    "tracker": "tracker",
+    "resume": "resume",
+}
+
+
+def _add_train(commands) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "train",
+        help="train a model",
+        description="Train a model. For several processes: accelerate launch -m stablevelocity train ...",
+    )
+    p.add_argument("--config", metavar="YAML", help="a configuration file; the other flags change it")
+    for flag, key in _TRAIN_FLAGS.items():
+        meta = "DIR" if flag == "output" else "VALUE"
+        note = ' ("latest" or a checkpoint folder)' if flag == "resume" else ""
+        p.add_argument(f"--{flag.replace('_', '-')}", metavar=meta, help=f"sets {key}{note}")
+    p.add_argument("--overwrite", action="store_true", help="start afresh in a folder that holds a run")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="sets any key, e.g. optim.ema=0.999")
+    p.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    p.set_defaults(run=_train)
+    return p
+
+
+def _train(args: argparse.Namespace) -> None:
+    from .config import dump_yaml, load_config
+
+    given = [(key, getattr(args, flag)) for flag, key in _TRAIN_FLAGS.items()]
+    overrides = [f"{key}={value}" for key, value in given if value is not None]
+    overrides += ["overwrite=true"] * args.overwrite
+    config = load_config(args.config, [*overrides, *args.set])
+    if args.print_config:
+        print(dump_yaml(config), end="")
+        return
+    from .train import Trainer
+
+    trainer = Trainer(config)
+    result = trainer.fit()
+    if trainer.main:
+        print(f"{result.steps} steps, checkpoint {result.checkpoint}")
+
+
+def _add_sample(commands) -> argparse.ArgumentParser:
+    p = commands.add_parser("sample", help="draw samples from a trained model")
+    p.add_argument("run", metavar="RUN", help="folder of a run or of one checkpoint")
+    p.add_argument("--output", required=True, metavar="DIR", help="folder for samples.png and samples.npz")
+    p.add_argument("--labels", help="classes such as 0,3,7 (default: all)")
+    p.add_argument("--per-class", type=int, default=8, metavar="N", help="samples of each class (default: %(default)s)")
+    p.add_argument("--solver", choices=("euler", "heun", "euler_maruyama"))
+    p.add_argument("--steps", type=int)
+    p.add_argument("--split", type=float, help="StableVS: time at and below which its steps are taken")
+    p.add_argument("--low-steps", type=int, help="StableVS: how many there are; 0 turns it off")
+    p.add_argument("--noise-factor", type=float, help="StableVS: noise of its steps, 0 to 1")
+    p.add_argument("--grid", choices=("total", "official"), help="StableVS: what --steps counts")
+    p.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 for none")
+    p.add_argument("--guidance-low", type=float, help="guidance from this time ...")
+    p.add_argument("--guidance-high", type=float, help="... to this one")
+    p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=250, help="(default: %(default)s)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    p.add_argument("--mixed-precision", choices=("auto", "no", "bf16", "fp16"), default="auto", help="(default: auto)")
+    p.add_argument("--weights", choices=("ema", "model"), default="ema", help="(default: %(default)s)")
+    p.set_defaults(run=_sample)
+    return p
+
+
+_SAMPLING_FLAGS = (
+    "solver", "steps", "split", "low_steps", "noise_factor", "grid", "guidance", "guidance_low", "guidance_high",
+)  # fmt: skip
+
+
+def _sample(args: argparse.Namespace) -> None:
+    import numpy as np
+    import torch
+    from tqdm.auto import tqdm
+
+    from .config import load_config
+    from .data import to_uint8
+    from .generation import evaluations, generate, load_model, resolve_precision, save_grid
+
+    for flag in ("per_class", "batch_size"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')}: expected at least 1, got {getattr(args, flag)}")
+    model, config, about = load_model(args.run, device=args.device, ema=args.weights == "ema")
+    given = [(flag, getattr(args, flag)) for flag in _SAMPLING_FLAGS]
+    config = load_config(None, [f"sampling.{flag}={value}" for flag, value in given if value is not None], base=config)
+    classes = _labels(args.labels, about["num_classes"])
+    labels = None if classes is None else torch.tensor(classes).repeat_interleave(args.per_class)
+    with tqdm(desc="sample") as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        samples = generate(
+            model,
+            config.sampling,
+            about["shape"],
+            labels,
+            args.per_class,
+            interpolant=config.objective.interpolant,
+            num_classes=about["num_classes"],
+            seed=args.seed,
+            batch_size=args.batch_size,
+            precision=resolve_precision(args.mixed_precision, next(model.parameters()).device),
+            callback=advance,
+        )
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    image = about["kind"] == "image"
+    arrays = {"arr_0": (to_uint8(samples).permute(0, 2, 3, 1) if image else samples).numpy()}
+    if labels is not None:
+        arrays["arr_1"] = labels.numpy()
+    np.savez(folder / "samples.npz", **arrays)
+    save_grid(samples[:256], folder / "samples.png", min(args.per_class, 16))
+    layout = "uint8 NHWC" if image else "float32 NCHW"
+    print(
+        f"{len(samples)} samples of step {about['step']}, {evaluations(config.sampling)} model evaluations each: "
+        f"{folder / 'samples.png'}, {folder / 'samples.npz'} (arr_0 {layout}{', arr_1 labels' * (labels is not None)})"
+    )
+
+
+def _labels(text: str | None, num_classes: int) -> list[int] | None:
+    """The classes that --labels names, all of them by default, None for a model without classes."""
+    if num_classes == 0:
+        if text is not None:
+            raise ValueError(f"--labels: expected none, since the model has no classes, got {text!r}")
+        return None
+    if text is None:
+        return list(range(num_classes))
+    try:
+        classes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--labels: expected integers such as 0,3,7, got {text!r}") from None
+    for y in classes:
+        if not 0 <= y < num_classes:
+            raise ValueError(f"--labels: expected classes from 0 to {num_classes - 1}, got {y}")
+    return classes
+
+
+def _add_bench(commands) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "bench",
+        help="run the benchmarks of a source checkout",
+        description="pytest benchmarks, from a source checkout.",
+    )
+    p.add_argument("--output", metavar="DIR", help="folder for benchmarks.json")
+    p.add_argument("pytest", nargs="*", metavar="-- ARGS", help="arguments for pytest, after --")
+    p.set_defaults(run=_bench)
+    return p
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import subprocess
+
+    import stablevelocity_kernels
+
+    roots = (Path.cwd(), Path(stablevelocity_kernels.__file__).parents[1])
+    root = next((path for path in roots if (path / "benchmarks" / "conftest.py").is_file()), None)
+    if root is None:
+        raise RuntimeError("benchmarks: expected a source checkout with a folder `benchmarks`, as the wheel has none")
+    command = [sys.executable, "-m", "pytest", "benchmarks", *args.pytest]
+    if args.output:
+        folder = Path(args.output).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        command.append(f"--benchmark-json={folder / 'benchmarks.json'}")
+    return subprocess.run(command, cwd=root).returncode
+
+
+_PLAN_KEYS = {"n": int, "m": int, "d": int, "k": int, "source": bool, "aligned": bool, "precision": str, "device": str}
+
+
+def _add_info(commands) -> argparse.ArgumentParser:
+    p = commands.add_parser("info", help="what is installed, and the launch that a problem gets")
+    p.add_argument(
+        "--plan",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="n=256 m=256 d=4096 [k=1000] [x=float32] [refs=float16] [precision=exact] [source=true] [device=h100]",
+    )
+    p.add_argument("--json", action="store_true", help="print JSON")
+    p.set_defaults(run=_info)
+    return p
+
+
+def _info(args: argparse.Namespace) -> None:
+    import platform
+
+    import torch
+
+    import stablevelocity_kernels as kernels
+
+    if args.plan:
+        facts = kernels.plan(**_plan_arguments(args.plan))
+    else:
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        facts = {
+            "stablevelocity": kernels.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "gpus": gpus or "none",
+            "backends": kernels.backends(),
+            "build": kernels.build_info(),
+        }
+    print(json.dumps(facts, indent=2, default=str) if args.json else "\n".join(_lines(facts)))
+
+
+def _lines(facts: dict, indent: str = "") -> list[str]:
+    lines = []
+    for key, value in facts.items():
+        lines += (
+            [f"{indent}{key}", *_lines(value, indent + "  ")]
+            if isinstance(value, dict)
+            else [f"{indent}{key}  {value}"]
+        )
+    return lines
+
+
+def _plan_arguments(pairs: Sequence[str]) -> dict:
+    """Arguments of stablevelocity_kernels.plan from n=..., m=..., d=... and so on."""
+    import torch
+
+    dtypes = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+    arguments = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key in ("x", "refs"):
+            if value not in dtypes:
+                raise ValueError(f"--plan: {key}: expected one of {', '.join(dtypes)}, got {value!r}")
+            arguments[f"{key}_dtype"] = dtypes[value]
+        elif key not in _PLAN_KEYS:
+            raise ValueError(
+                f"--plan: expected key=value with a key of {', '.join([*_PLAN_KEYS, 'x', 'refs'])}, got {pair!r}"
+            )
+        elif _PLAN_KEYS[key] is bool:
+            if value not in ("true", "false"):
+                raise ValueError(f"--plan: {key}: expected true or false, got {value!r}")
+            arguments[key] = value == "true"
+        else:
+            try:
+                arguments[key] = _PLAN_KEYS[key](value)
+            except ValueError:
+                raise ValueError(f"--plan: {key}: expected an integer, got {value!r}") from None
+    missing = [key for key in ("n", "m", "d") if key not in arguments]
+    if missing:
+        raise ValueError(f"--plan: expected n=, m= and d=, got no {', '.join(missing)}")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())
