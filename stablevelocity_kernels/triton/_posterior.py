@@ -272,7 +272,7 @@ def _sum_of(ptr, n):
 
 @triton.jit
 def _finish(x_ptr, a_ptr, b_ptr, centre_ptr, row, d, cols, in_d, acc, mass, square):
-    """a x + b (c + acc / mass) in float64; NaN where the set is empty, or x or source is not finite (then square is not)."""
+    """a x + b (c + acc / mass) in float64; NaN where the set is empty or `square` says that the row is not finite."""
     x = tl.load(x_ptr + row * d + cols, mask=in_d, other=0.0).to(tl.float64)
     centre = tl.load(centre_ptr + row * d + cols, mask=in_d, other=0.0).to(tl.float64)
     value = tl.load(a_ptr + row) * x + tl.load(b_ptr + row) * (centre + acc / mass)

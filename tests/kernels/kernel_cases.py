@@ -223,13 +223,13 @@ def make_sets(pattern: str, n: int, sample: tuple[int, ...], rng: torch.Generato
 
 def offset_by_one(t: Tensor) -> Tensor:
     """The same values at an address that is one element off any alignment; contiguous."""
-    storage = torch.empty(t.numel() + 1, dtype=t.dtype)
+    storage = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
     return storage[1:].copy_(t.reshape(-1)).view(t.shape)
 
 
 def with_gaps(t: Tensor) -> Tensor:
     """The same values, not contiguous: every second element, in every dimension, of a larger tensor."""
-    wide = torch.zeros(*(2 * s for s in t.shape), dtype=t.dtype)
+    wide = torch.zeros([2 * s for s in t.shape], dtype=t.dtype, device=t.device)
     view = wide[tuple(slice(None, None, 2) for _ in t.shape)]
     view.copy_(t)
     return view

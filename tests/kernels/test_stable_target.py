@@ -1,4 +1,4 @@
-"""svel::stable_target against the direct formula in float64, and against posterior_mean and the table of predictions."""
+"""svel::stable_target against the direct formula in float64, and against posterior_mean with the table."""
 
 import math
 

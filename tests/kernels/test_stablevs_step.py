@@ -90,7 +90,7 @@ def test_without_noise_the_step_solves_the_probability_flow(implementation, rng,
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("factor", [0.25, 1.0])
 def test_mean_and_variance_with_noise(implementation, rng, path, factor):
-    """Over 20,000 draws: mean s x + (alpha_tau - s alpha) x0_hat and deviation factor sigma_tau, to 5 standard errors."""
+    """Mean s x + (alpha_tau - s alpha) x0_hat and deviation factor sigma_tau, to five standard errors."""
     draws, t, tau = 20_000, 0.8, 0.5
     x, v = torch.full((1, draws), 0.7), torch.full((1, draws), -0.4)
     noise = torch.randn(1, draws, generator=rng)
