@@ -386,9 +386,8 @@ def test_noise_is_drawn_only_where_it_is_used(solver):
         draws.append(like.shape)
         return torch.zeros_like(like)
 
-    run_noisy(
-        noise(), draw, solver
-    )  # starts 1, 7/8 ... 1/8, of which 3/8, 2/8, 1/8 are in the region; the last goes to 0
+    # starts 1, 7/8 ... 1/8: the last three are in the low-variance region, and the very last step goes to 0
+    run_noisy(noise(), draw, solver)
     assert len(draws) == (7 if solver == "euler_maruyama" else 2)
 
 
