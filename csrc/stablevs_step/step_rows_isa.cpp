@@ -8,6 +8,10 @@ namespace {
 
 constexpr int64_t BLOCK = 1024;  // values converted at a time: five buffers stay in the L1 cache
 
+bool stored_as(Storage storage, const Values& values) {
+  return !values.data || values.storage == storage;
+}
+
 template <bool UNCOND, bool NOISE, typename Work>
 void row_part(const Work* x, const Work* v, const Work* u, const Work* noise, Work* out, int64_t n, Work a,
               Work b, Work c, Work g) {
@@ -24,8 +28,11 @@ void step(const StepProblem& p, int64_t begin, int64_t end) {
   const Storage native = sizeof(Work) == 8 ? Storage::f64 : Storage::f32;
   alignas(64) Work x_buffer[BLOCK], v_buffer[BLOCK], u_buffer[BLOCK], noise_buffer[BLOCK], out_buffer[BLOCK];
   const Work g = static_cast<Work>(p.guidance);
-  for (int64_t first = begin; first < end; first += BLOCK) {
-    const int64_t n = std::min(BLOCK, end - first);
+  const bool convert = !(stored_as(native, p.sample) && stored_as(native, p.velocity) &&
+                         stored_as(native, p.uncond) && stored_as(native, p.noise));
+  const int64_t block = convert ? BLOCK : end - begin;
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t n = std::min(block, end - first);
     const Work* x = load(p.sample.storage, p.sample.data, first, x_buffer, n);
     const Work* v = load(p.velocity.storage, p.velocity.data, first, v_buffer, n);
     const Work* u = UNCOND ? load(p.uncond.storage, p.uncond.data, first, u_buffer, n) : nullptr;
