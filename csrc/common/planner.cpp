@@ -39,7 +39,7 @@ constexpr StreamTile STREAM_TILES[] = {
 constexpr int64_t STREAM_FIXED_SMEM = 4096;  // scores, tile descriptors, reductions
 constexpr int MAX_STAGES = 4;
 
-constexpr int64_t SMALL_D = 64;     // up to here a thread holds whole rows
+constexpr int64_t SMALL_D = 32;     // up to here a thread holds whole rows in registers
 constexpr int64_t SMALL_ROWS = 64;  // fewer rows leave its threads idle
 constexpr int64_t TILED_ROWS = 8;   // from here register tiles of rows x references beat one pass per row
 constexpr int64_t SCORES_LIMIT = int64_t{128} << 20;  // bytes of scores held at a time
@@ -66,6 +66,7 @@ bool plan_stream(const Problem& p, Plan& plan) {
     plan.threads = tile.threads;
     plan.tile_refs = tile.tile_refs;
     plan.tile_d = tile_d;
+    plan.aligned = p.aligned;
     plan.stages =
         static_cast<int>(std::min(most, (p.smem_limit - STREAM_FIXED_SMEM) / std::max<int64_t>(stage, 1)));
     const int64_t third =
@@ -73,7 +74,7 @@ bool plan_stream(const Problem& p, Plan& plan) {
     if (plan.stages > 3 && p.smem_limit / (third + stage) < p.smem_limit / third) plan.stages = 3;
     plan.smem_bytes = STREAM_FIXED_SMEM + plan.stages * stage;
     const int64_t resident =
-        std::clamp<int64_t>(p.smem_limit / (plan.smem_bytes + 1024), 1, 1024 / tile.threads);
+        std::clamp<int64_t>(p.smem_limit / (plan.smem_bytes + 1024), 1, 512 / tile.threads);
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
     plan.blocks = std::max<int64_t>(1, std::min(resident * p.sm_count, units));
     plan.splits = plan.blocks;
@@ -103,7 +104,8 @@ void plan_two_pass(const Problem& p, Plan& plan, const std::string& reason) {
   plan.rows_per_pass = std::clamp<int64_t>(rows, 1, std::max<int64_t>(1, p.n));
   plan.refs_per_pass = groups(p) * p.m;
   plan.blocks = int64_t{16} * p.sm_count;
-  plan.workspace_bytes = list_bytes(p) + plan.rows_per_pass * (score_bytes + p.d * work + 64);
+  plan.workspace_bytes =
+      list_bytes(p) + plan.rows_per_pass * (score_bytes + p.d * work + 8 * plan.splits + 64);
   plan.reason = reason;
 }
 
@@ -113,25 +115,27 @@ void plan_tiled(const Problem& p, Plan& plan) {
   plan.tile_rows = 64;
   plan.tile_refs = 64;
   plan.tile_d = 16;
-  // One round covers at most 2,048 references: that bounds the length of a float32 sum, and the scores.
-  plan.refs_per_pass = std::min<int64_t>(2048, ceil_div(std::max<int64_t>(p.m, 1), 64) * 64);
+  // Few rows: more references per round, so that the scores have blocks enough.
+  const int64_t most = p.n <= 1024 ? 8192 : 2048;
+  plan.refs_per_pass = std::min<int64_t>(most, ceil_div(std::max<int64_t>(p.m, 1), 64) * 64);
   const int64_t rows = std::min(VECTORS_LIMIT / (4 * p.d), SCORES_LIMIT / (4 * plan.refs_per_pass));
   plan.rows_per_pass = std::clamp<int64_t>(rows / 64 * 64, 64, ceil_div(p.n, 64) * 64);
   plan.splits = ceil_div(std::max<int64_t>(p.m, 1), plan.refs_per_pass);
   plan.blocks = (plan.rows_per_pass / 64) * ceil_div(plan.refs_per_pass, 64);
-  plan.smem_bytes = 2 * 16 * (64 + 4) * 4;
+  plan.smem_bytes = 2 * 16 * (plan.tile_rows + 4) * 4;
   plan.workspace_bytes = list_bytes(p) + plan.rows_per_pass * (4 * p.d + 4 * plan.refs_per_pass + 64) +
                          4 * (p.d + plan.refs_per_pass);
   plan.reason =
-      "one pool, many rows: register tiles of rows x references, scores of 2,048 references at a time";
+      "one pool, many rows: register tiles of rows x references, scores of a few thousand references at a "
+      "time";
 }
 
 void plan_small(const Problem& p, Plan& plan) {
   plan.kernel = "small";
   plan.threads = 128;
-  plan.tile_rows = 128;
-  plan.tile_refs = p.d <= 16 ? 256 : 64;
-  plan.tile_d = p.d <= 4 ? 4 : p.d <= 8 ? 8 : p.d <= 16 ? 16 : p.d <= 32 ? 32 : 64;
+  plan.tile_rows = p.d <= 16 ? 256 : 128;  // two rows per thread where registers allow
+  plan.tile_refs = 64;
+  plan.tile_d = p.d <= 4 ? 4 : p.d <= 12 ? 12 : p.d <= 16 ? 16 : 32;
   const int64_t row_blocks = ceil_div(p.n, plan.tile_rows);
   const int64_t wanted = ceil_div(int64_t{8} * p.sm_count, row_blocks);
   const int64_t partial = 4 * (plan.tile_d + 4);
@@ -143,8 +147,9 @@ void plan_small(const Problem& p, Plan& plan) {
       std::clamp<int64_t>(SCORES_LIMIT / (partial * plan.splits), 1, std::max<int64_t>(p.n, 1));
   plan.refs_per_pass = p.m;
   plan.smem_bytes = plan.tile_refs * (plan.tile_d + 4) * 4;
-  plan.workspace_bytes = list_bytes(p) + plan.rows_per_pass * plan.splits * partial + 4 * plan.tile_d;
-  plan.reason = "one pool, D <= 64: a row per thread, references broadcast from shared memory";
+  plan.workspace_bytes =
+      list_bytes(p) + plan.rows_per_pass * (plan.splits * partial + 4 * plan.tile_d) + 4 * plan.tile_d;
+  plan.reason = "one pool, D <= 32: a row per thread, references broadcast from shared memory";
 }
 
 }  // namespace
@@ -160,7 +165,8 @@ Plan make_plan(const Problem& p) {
     plan_two_pass(p, plan, "float64: scores, softmax and weighted sum in double");
   } else if (!p.has_labels && p.d <= SMALL_D && p.n >= SMALL_ROWS) {
     plan_small(p, plan);
-  } else if (!p.has_labels && p.d > SMALL_D && p.n >= TILED_ROWS) {
+  } else if (!p.has_labels && p.d > SMALL_D && p.n >= TILED_ROWS &&
+             ceil_div(p.n, 64) * ceil_div(p.d, 64) >= TILED_BLOCKS) {
     plan_tiled(p, plan);
   } else if (!plan_stream(p, plan)) {
     plan_two_pass(p, plan, "D above what one block holds: scores first, then the weighted sum");

@@ -25,11 +25,11 @@ struct Plan {
   int tile_refs = 1;
   int64_t tile_d = 0;
   int threads = 0;
-  int stages = 1;      // tiles of references in flight
-  int64_t blocks = 0;  // thread blocks of the main launch
-  int64_t splits = 1;  // stream: most blocks per row; two_pass: parts of D; small: parts of the references
-  int64_t rows_per_pass =
-      0;  // rows and references that one round of launches covers, which bounds the workspace
+  int stages = 1;       // tiles of references in flight
+  bool aligned = true;  // 16-byte loads
+  int64_t blocks = 0;   // thread blocks of the main launch
+  int64_t splits = 1;   // stream: most blocks per row; two_pass: parts of D; small: parts of the references
+  int64_t rows_per_pass = 0;  // rows and references that one round of launches covers
   int64_t refs_per_pass = 0;
   int64_t smem_bytes = 0;
   int64_t workspace_bytes = 0;

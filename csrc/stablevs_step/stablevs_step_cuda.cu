@@ -1,6 +1,6 @@
-// svel::affine_step and svel::stablevs_step on CUDA, one launch: out = a x + b v + c noise with v guided. Bytes: every
-// input read once, the output written once; 6 operations per element, so bound by memory (or by the launch, for small
-// latents). Coefficients come from t and tau in double, once per block.
+// svel::affine_step and svel::stablevs_step on CUDA, one launch: out = a x + b v + c noise with v guided.
+// Bytes: every input read once, the output written once; 6 operations per element, so bound by memory (or by
+// the launch, for small latents). Coefficients come from t and tau in double, once per block.
 #include "common/ops.h"
 #include "common/path.h"
 #include "common/tensors.cuh"
@@ -77,7 +77,8 @@ Tensor run(const char* op, Step step, const Tensor& sample, const Tensor& veloci
   const Tensor out = torch::stable::new_empty(x, shape_of(x));
   const int64_t total = x.numel();
   if (total == 0) return out;
-  step.sample = array_of(x), step.velocity = array_of(v), step.uncond = array_of(u), step.noise = array_of(eps);
+  step.sample = array_of(x), step.velocity = array_of(v), step.uncond = array_of(u),
+  step.noise = array_of(eps);
   step.out = array_of(out);
   const bool one_row = step.first_shared && step.second_shared && step.third_shared;
   const int64_t rows = one_row ? 1 : x.size(0);
@@ -95,14 +96,16 @@ Tensor run(const char* op, Step step, const Tensor& sample, const Tensor& veloci
 
 }  // namespace
 
-Tensor affine_step(const Tensor& sample, const Tensor& velocity, const Tensor& a, const Tensor& b, const MaybeTensor& c,
-                   const MaybeTensor& velocity_uncond, const MaybeTensor& noise, double guidance_scale) {
+Tensor affine_step(const Tensor& sample, const Tensor& velocity, const Tensor& a, const Tensor& b,
+                   const MaybeTensor& c, const MaybeTensor& velocity_uncond, const MaybeTensor& noise,
+                   double guidance_scale) {
   check_affine_step(sample, velocity, a, b, c, velocity_uncond, noise);
   const Tensor first = packed(a), second = packed(b);
   const MaybeTensor third = packed(c);
   Step step{};
   step.first = array_of(first), step.second = array_of(second), step.third = array_of(third);
-  step.first_shared = a.dim() == 0, step.second_shared = b.dim() == 0, step.third_shared = !c || c->dim() == 0;
+  step.first_shared = a.dim() == 0, step.second_shared = b.dim() == 0,
+  step.third_shared = !c || c->dim() == 0;
   step.guidance_scale = guidance_scale;
   return run("affine_step", step, sample, velocity, velocity_uncond, noise);
 }
@@ -119,7 +122,8 @@ Tensor stablevs_step(const Tensor& sample, const Tensor& velocity, const Tensor&
   step.path = path_of(path);
   step.noise_factor = noise_factor;
   step.guidance_scale = guidance_scale;
-  return run("stablevs_step", step, sample, velocity, velocity_uncond, noise_factor > 0.0 ? noise : MaybeTensor());
+  return run("stablevs_step", step, sample, velocity, velocity_uncond,
+             noise_factor > 0.0 ? noise : MaybeTensor());
 }
 
 }  // namespace svel::cuda

@@ -1,0 +1,139 @@
+// svel::bank_push_ on CUDA: slots first, then the copy. Bytes: the values read and the slots written once;
+// finding a row's rank reads the labels of its chunk once per row, from the cache. Rows go in chunks, in
+// order.
+#include "common/ops.h"
+#include "common/tensors.cuh"
+
+namespace svel::cuda {
+namespace {
+
+constexpr const char* OP = "bank_push_";
+constexpr int64_t CHUNK = 4096;
+constexpr int RANK_THREADS = 256;
+constexpr int COPY_THREADS = 256;
+constexpr int64_t COPY_ELEMENTS = int64_t{8} * COPY_THREADS;
+
+struct Push {             // the rows of one chunk
+  Array refs, values;     // (k, m, d), (n, d); unused when words are copied
+  bool words;             // int64: copied as they are
+  bool vectors;           // 8 elements at a time are aligned
+  const int64_t* labels;  // (n,)
+  void* counts;           // (k,)
+  void* heads;            // (k,)
+  bool wide;              // counts and heads are int64, else int32
+  int64_t first, n, k, m, d;
+  int64_t* slots;   // (n,) row of refs, -1: not written
+  int64_t* pushed;  // (n,) in the last row of each label: rows of that label in the chunk, else 0
+};
+
+__device__ int64_t read_index(const void* data, bool wide, int64_t i) {
+  return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+}
+
+__device__ void write_index(void* data, bool wide, int64_t i, int64_t value) {
+  if (wide) {
+    static_cast<int64_t*>(data)[i] = value;
+  } else {
+    static_cast<int32_t*>(data)[i] = static_cast<int32_t>(value);
+  }
+}
+
+// A head outside [0, m) wraps: nothing is ever written out of bounds.
+__device__ int64_t read_head(const Push& push, int64_t label) {
+  const int64_t head = read_index(push.heads, push.wide, label) % push.m;
+  return head < 0 ? head + push.m : head;
+}
+
+// One warp per row: its rank among the rows of its label, and how many follow it.
+__global__ void __launch_bounds__(RANK_THREADS) rank_kernel(const Push push) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * RANK_THREADS + threadIdx.x) / 32;
+  const int lane = threadIdx.x % 32;
+  if (i >= push.n) return;
+  const int64_t* const labels = push.labels + push.first;
+  const int64_t label = labels[i];
+  const bool known = label >= 0 && label < push.k;
+  int before = 0, after = 0;
+  if (known) {
+    for (int64_t j = lane; j < push.n; j += 32) {
+      const bool same = labels[j] == label;
+      before += same && j < i;
+      after += same && j > i;
+    }
+  }
+  before = __reduce_add_sync(0xffffffffu, before);
+  after = __reduce_add_sync(0xffffffffu, after);
+  if (lane != 0) return;
+  // A slot that a later row of this chunk takes again is left to that row.
+  push.slots[i] = known && after < push.m ? label * push.m + (read_head(push, label) + before) % push.m : -1;
+  push.pushed[i] = known && after == 0 ? before + 1 : 0;
+}
+
+// Grid: slices of d for each row. Heads and counts advance here, after every slot is known.
+__global__ void __launch_bounds__(COPY_THREADS) copy_kernel(const Push push) {
+  const int64_t slices = (push.d + COPY_ELEMENTS - 1) / COPY_ELEMENTS;
+  const int64_t i = slices ? blockIdx.x / slices : blockIdx.x, slice = slices ? blockIdx.x % slices : 0;
+  const int64_t pushed = push.pushed[i], slot = push.slots[i];
+  if (slice == 0 && threadIdx.x == 0 && pushed > 0) {
+    const int64_t label = push.labels[push.first + i];
+    const int64_t count = read_index(push.counts, push.wide, label) + pushed;
+    write_index(push.heads, push.wide, label, (read_head(push, label) + pushed) % push.m);
+    write_index(push.counts, push.wide, label, count < push.m ? count : push.m);
+  }
+  if (slot < 0) return;
+  const int64_t e = slice * COPY_ELEMENTS + static_cast<int64_t>(threadIdx.x) * 8;
+  const int64_t from = (push.first + i) * push.d + e, to = slot * push.d + e;
+  if (push.vectors && e + 8 <= push.d) {
+    double v[8];
+    if (push.values.dtype == Dtype::f64) {
+      load8<double>(push.values, from, v);
+      store8<double>(push.refs, to, v);
+    } else {
+      float w[8];
+      load8<float>(push.values, from, w);
+      store8<float>(push.refs, to, w);
+    }
+    return;
+  }
+  for (int k = 0; k < 8 && e + k < push.d; ++k) {
+    if (push.words) {
+      static_cast<int64_t*>(push.refs.data)[to + k] = static_cast<const int64_t*>(push.values.data)[from + k];
+    } else {
+      store_as(push.refs, to + k, load_as<double>(push.values, from + k));
+    }
+  }
+}
+
+}  // namespace
+
+void bank_push_(const Tensor& refs, const Tensor& counts, const Tensor& heads, const Tensor& values,
+                const Tensor& labels) {
+  check_bank_push(refs, counts, heads, values, labels);
+  const torch::stable::accelerator::DeviceGuard guard(refs.get_device_index());
+  const Tensor v = packed(values), y = packed(labels);
+  const int64_t n = y.size(0);
+  Push push{};
+  push.k = refs.size(0), push.m = refs.size(1), push.d = product(shape_of(refs), 2);
+  if (n == 0 || push.k == 0 || push.m == 0) return;
+  push.refs = array_of(refs), push.values = array_of(v);
+  push.refs.data = refs.mutable_data_ptr();
+  push.words = refs.scalar_type() == ScalarType::Long;
+  push.vectors = !push.words && push.d % 8 == 0 && is_aligned(push.refs.data) && is_aligned(push.values.data);
+  push.labels = static_cast<const int64_t*>(y.const_data_ptr());
+  push.counts = counts.mutable_data_ptr(), push.heads = heads.mutable_data_ptr();
+  push.wide = counts.scalar_type() == ScalarType::Long;
+  const Tensor workspace = torch::stable::new_empty(y, {2 * std::min(n, CHUNK)}, ScalarType::Long);
+  push.slots = static_cast<int64_t*>(workspace.mutable_data_ptr());
+  push.pushed = push.slots + std::min(n, CHUNK);
+  const int64_t slices = std::max<int64_t>(1, (push.d + COPY_ELEMENTS - 1) / COPY_ELEMENTS);
+  const cudaStream_t stream = current_stream(refs);
+  for (push.first = 0; push.first < n; push.first += CHUNK) {
+    push.n = std::min(CHUNK, n - push.first);
+    const int64_t rank_blocks = (push.n * 32 + RANK_THREADS - 1) / RANK_THREADS;
+    rank_kernel<<<static_cast<unsigned>(rank_blocks), RANK_THREADS, 0, stream>>>(push);
+    check_launch(OP);
+    copy_kernel<<<static_cast<unsigned>(push.n * slices), COPY_THREADS, 0, stream>>>(push);
+    check_launch(OP);
+  }
+}
+
+}  // namespace svel::cuda

@@ -1,0 +1,31 @@
+// The kernels of posterior_mean and stable_target, one file each; the planner chooses. Every launch goes to
+// `stream` and nothing waits: a call can be captured in a CUDA graph. `workspace`: plan.workspace_bytes,
+// aligned to 256 bytes.
+#pragma once
+
+#include "common/planner.h"
+#include "stable_target/rows.cuh"
+
+namespace svel::cuda {
+
+void run_stream(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
+void run_two_pass(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
+void run_tiled(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
+void run_small(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
+
+// Hands out consecutive pieces of a workspace, each aligned to 16 bytes.
+class Carver {
+ public:
+  explicit Carver(void* base) : next_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    return piece;
+  }
+
+ private:
+  char* next_;
+};
+
+}  // namespace svel::cuda

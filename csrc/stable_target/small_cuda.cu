@@ -1,0 +1,266 @@
+// One shared pool and D <= 32: a thread holds whole rows, references are broadcast from shared memory. Per
+// pair: 2 D + 4 float32 operations and one exponential; bytes hardly matter (every block reads its part of
+// the pool, mostly from L2). The pool is cut into plan.splits parts, merged by merge_kernel.
+#include "stable_target/launch.cuh"
+
+namespace svel::cuda {
+namespace {
+
+constexpr int THREADS = 128;
+constexpr int TILE = 64;        // references in shared memory
+constexpr int CENTRE_REFS = 8;  // references whose mean is the centre
+
+struct Parts {  // rows [first_row, first_row + rows) of this pass
+  int64_t first_row, rows, splits, split_refs;
+  float* centre;  // (tile_d,)
+  float* y;       // (rows, tile_d), zero from d on
+  float* sums;    // (splits, rows, tile_d); before small_kernel, split 0 holds source - c
+  float* best;    // (splits, rows)
+  double* total;  // (splits, rows)
+};
+
+__global__ void centre_kernel(const Inputs in, float* centre, int tile_d) {
+  const int64_t valid = valid_count(in, 0), count = valid < CENTRE_REFS ? valid : CENTRE_REFS;
+  const int e = threadIdx.x;
+  if (e >= tile_d) return;
+  float mean = 0;
+  if (e < in.d) {
+    for (int64_t j = 0; j < count; ++j) mean += load_as<float>(in.refs, j * in.d + e);
+  }
+  centre[e] = count ? mean / count : 0.0f;
+}
+
+// y and source - c. One thread per row and element.
+__global__ void prepare_kernel(const Inputs in, const WorkList work, const Parts parts, int tile_d) {
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (item >= parts.rows * tile_d) return;
+  const int64_t e = item % tile_d;
+  const Row& row = work.rows[parts.first_row + item / tile_d];
+  const int64_t at = row.index * in.d + e;
+  const bool inside = e < in.d;
+  const float c = parts.centre[e];
+  parts.y[item] = inside ? static_cast<float>(row.sign * load_as<double>(in.x, at) - row.alpha * c) : 0.0f;
+  if (in.source.data) parts.sums[item] = inside ? load_as<float>(in.source, at) - c : 0.0f;
+}
+
+// D: in.d rounded up; ROWS: rows per thread. Grid: (row blocks, splits).
+template <int D, int ROWS>
+__global__ void __launch_bounds__(THREADS)
+    small_kernel(const Inputs in, const WorkList work, const Parts parts) {
+  constexpr int BATCH = D <= 16 ? 8 : 4;         // references per step of the online softmax
+  __shared__ __align__(16) float refs[TILE][D];  // r_j - c
+  __shared__ __align__(16) float norms[TILE];
+  const int64_t split = blockIdx.y, valid = valid_count(in, 0);
+  const int64_t begin = split * parts.split_refs;
+  const int64_t end = begin + parts.split_refs < valid ? begin + parts.split_refs : valid;
+
+  float y[ROWS][D], sum[ROWS][D], best[ROWS], half_alpha[ROWS], log2_rate[ROWS];
+  double total[ROWS];
+  int64_t local[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    local[r] = (static_cast<int64_t>(blockIdx.x) * ROWS + r) * THREADS + threadIdx.x;
+    const int64_t safe = local[r] < parts.rows ? local[r] : 0;
+    const Row& row = work.rows[parts.first_row + safe];
+    half_alpha[r] = static_cast<float>(0.5 * row.alpha);
+    log2_rate[r] = static_cast<float>(row.rate() * 1.4426950408889634);
+    best[r] = -INFINITY, total[r] = 0;
+    const bool with_source = in.source.data && split == 0;
+    float score = 0;
+#pragma unroll
+    for (int e = 0; e < D; ++e) {
+      y[r][e] = parts.y[safe * D + e];
+      sum[r][e] = with_source ? parts.sums[safe * D + e] : 0.0f;
+      score = fmaf(fmaf(-half_alpha[r], sum[r][e], y[r][e]), sum[r][e], score);
+    }
+    if (with_source) best[r] = score, total[r] = isfinite(score) ? 1.0 : NAN;
+  }
+
+  for (int64_t base = begin; base < end; base += TILE) {
+    const int count = static_cast<int>(end - base < TILE ? end - base : TILE);
+    __syncthreads();
+#pragma unroll 4  // a full unroll costs registers
+    for (int i = threadIdx.x; i < TILE * D; i += THREADS) {
+      const int j = i / D, e = i % D;
+      const bool inside = j < count && e < in.d;
+      refs[j][e] = inside ? load_as<float>(in.refs, (base + j) * in.d + e) - parts.centre[e] : 0.0f;
+    }
+    __syncthreads();
+    if (threadIdx.x < TILE) {
+      float norm = 0;
+#pragma unroll
+      for (int e = 0; e < D; ++e) norm = fmaf(refs[threadIdx.x][e], refs[threadIdx.x][e], norm);
+      norms[threadIdx.x] = norm;
+    }
+    __syncthreads();
+
+    float tile_total[ROWS] = {};
+#pragma unroll 1
+    for (int j0 = 0; j0 < count; j0 += BATCH) {
+      float p[ROWS][BATCH];
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j) {
+        asm volatile("" ::: "memory");  // one reference's loads at a time: more only cost registers
+        float dot[ROWS][2] = {};
+#pragma unroll
+        for (int e = 0; e < D; e += 4) {
+          const float4 v = *reinterpret_cast<const float4*>(&refs[j0 + j][e]);
+#pragma unroll
+          for (int r = 0; r < ROWS; ++r) {
+            dot[r][0] = fmaf(y[r][e], v.x, dot[r][0]);
+            dot[r][1] = fmaf(y[r][e + 1], v.y, dot[r][1]);
+            dot[r][0] = fmaf(y[r][e + 2], v.z, dot[r][0]);
+            dot[r][1] = fmaf(y[r][e + 3], v.w, dot[r][1]);
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          const float score = fmaf(-half_alpha[r], norms[j0 + j], dot[r][0] + dot[r][1]);
+          p[r][j] = j0 + j < count ? score : -INFINITY;
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        float now = best[r];
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) now = fmaxf(now, p[r][j]);
+        if (now > best[r]) {
+          const float keep = best[r] == -INFINITY ? 0.0f : exp2f((best[r] - now) * log2_rate[r]);
+          best[r] = now;
+          total[r] *= keep;
+          tile_total[r] *= keep;
+#pragma unroll
+          for (int e = 0; e < D; ++e) sum[r][e] *= keep;
+        }
+        float batch_total = 0;
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+          p[r][j] = j0 + j < count ? exp2f((p[r][j] - best[r]) * log2_rate[r]) : 0.0f;
+          batch_total += p[r][j];
+        }
+        tile_total[r] += batch_total;
+      }
+      asm volatile("" ::: "memory");  // reads the batch again: in registers it would not fit
+#pragma unroll
+      for (int e = 0; e < D; e += 4) {
+        float4 add[ROWS] = {};
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+          const float4 v = *reinterpret_cast<const float4*>(&refs[j0 + j][e]);
+#pragma unroll
+          for (int r = 0; r < ROWS; ++r) {
+            add[r].x = fmaf(p[r][j], v.x, add[r].x);
+            add[r].y = fmaf(p[r][j], v.y, add[r].y);
+            add[r].z = fmaf(p[r][j], v.z, add[r].z);
+            add[r].w = fmaf(p[r][j], v.w, add[r].w);
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          sum[r][e] += add[r].x;
+          sum[r][e + 1] += add[r].y;
+          sum[r][e + 2] += add[r].z;
+          sum[r][e + 3] += add[r].w;
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) total[r] += tile_total[r];
+  }
+
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    if (local[r] >= parts.rows) continue;
+    const int64_t slot = split * parts.rows + local[r];
+    parts.best[slot] = best[r];
+    parts.total[slot] = total[r];
+#pragma unroll
+    for (int e = 0; e < D; ++e) parts.sums[slot * D + e] = sum[r][e];
+  }
+}
+
+// One thread per element of the output.
+__global__ void merge_kernel(const Inputs in, const WorkList work, const Parts parts, int tile_d) {
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (item >= parts.rows * in.d) return;
+  const int64_t local = item / in.d, e = item % in.d, i = parts.first_row + local;
+  const Row& row = work.rows[i];
+  const int64_t at = row.index * in.d + e;
+  if (work.first_tile[i] == work.first_tile[i + 1]) {
+    store_as(in.out, at, NAN);
+    if (in.lse.data && e == 0) store_as(in.lse, row.index, NAN);
+    return;
+  }
+  const double rate = row.rate();
+  float best = -INFINITY;
+  for (int64_t s = 0; s < parts.splits; ++s) best = fmaxf(best, parts.best[s * parts.rows + local]);
+  double total = isfinite(best) ? 0.0 : NAN, sum = 0;
+  for (int64_t s = 0; s < parts.splits; ++s) {
+    const int64_t slot = s * parts.rows + local;
+    const float own = parts.best[slot];
+    if (own == -INFINITY && parts.total[slot] == 0) continue;  // no reference in this part
+    const double weight = exp(rate * (static_cast<double>(own) - best));
+    total += weight * parts.total[slot];
+    sum += weight * parts.sums[slot * tile_d + e];
+  }
+  const double mean = parts.centre[e] + sum / total;
+  store_as(in.out, at, row.a * load_as<double>(in.x, at) + row.b * mean);
+  if (in.lse.data && e == 0) {
+    double square = 0;
+    for (int64_t k = 0; k < in.d; ++k) {
+      const double y = row.sign * load_as<double>(in.x, at + k) - row.alpha * parts.centre[k];
+      square = fma(y, y, square);
+    }
+    store_as(
+        in.lse, row.index,
+        log(total) + rate * best - square / (2 * row.sigma * row.sigma) + 0.5 * static_cast<double>(in.d));
+  }
+}
+
+template <int D, int ROWS>
+bool launch_if(const Inputs& in, const WorkList& work, const Parts& parts, const Plan& plan,
+               cudaStream_t stream) {
+  if (plan.tile_d != D || plan.tile_rows != THREADS * ROWS) return false;
+  const dim3 grid(static_cast<unsigned>((parts.rows + plan.tile_rows - 1) / plan.tile_rows),
+                  static_cast<unsigned>(plan.splits));
+  small_kernel<D, ROWS><<<grid, THREADS, 0, stream>>>(in, work, parts);
+  return true;
+}
+
+}  // namespace
+
+void run_small(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream) {
+  Carver carver(workspace);
+  const WorkList work = build_work_list(in, TILE, carver.take<char>(work_list_bytes(in.n, in.k)), stream);
+  check_launch(op);
+  const int tile_d = static_cast<int>(plan.tile_d);
+  Parts parts;
+  parts.splits = plan.splits;
+  const int64_t tiles = (in.m + TILE - 1) / TILE;
+  parts.split_refs = (tiles + plan.splits - 1) / plan.splits * TILE;
+  parts.centre = carver.take<float>(tile_d);
+  parts.y = carver.take<float>(plan.rows_per_pass * tile_d);
+  parts.sums = carver.take<float>(plan.splits * plan.rows_per_pass * tile_d);
+  parts.best = carver.take<float>(plan.splits * plan.rows_per_pass);
+  parts.total = carver.take<double>(plan.splits * plan.rows_per_pass);
+  centre_kernel<<<1, 64, 0, stream>>>(in, parts.centre, tile_d);
+  check_launch(op);
+  for (parts.first_row = 0; parts.first_row < in.n; parts.first_row += plan.rows_per_pass) {
+    parts.rows = std::min(plan.rows_per_pass, in.n - parts.first_row);
+    const int64_t prepared = parts.rows * tile_d;
+    prepare_kernel<<<static_cast<unsigned>((prepared + 255) / 256), 256, 0, stream>>>(in, work, parts,
+                                                                                      tile_d);
+    check_launch(op);
+    const bool launched =
+        launch_if<4, 2>(in, work, parts, plan, stream) || launch_if<12, 2>(in, work, parts, plan, stream) ||
+        launch_if<16, 2>(in, work, parts, plan, stream) || launch_if<32, 1>(in, work, parts, plan, stream);
+    if (!launched)
+      throw std::runtime_error(std::string("svel::") + op + ": no compiled kernel for the planned tile");
+    check_launch(op);
+    const int64_t items = parts.rows * in.d;
+    merge_kernel<<<static_cast<unsigned>((items + 255) / 256), 256, 0, stream>>>(in, work, parts, tile_d);
+    check_launch(op);
+  }
+}
+
+}  // namespace svel::cuda

@@ -1,0 +1,93 @@
+// Entry points of svel::posterior_mean and svel::stable_target on CUDA: checks, plan, workspace, launch.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "common/ops.h"
+#include "common/tensors.cuh"
+#include "stable_target/launch.cuh"
+
+namespace svel::cuda {
+namespace {
+
+struct Arguments {
+  const Tensor& x;
+  const Tensor& refs;
+  const MaybeTensor& labels;
+  const MaybeTensor& counts;
+  const MaybeTensor& source;
+  const std::string& precision;
+};
+
+// Fills `out` (N, *S) and, where given, `lse` (N,). time_or_alpha, sigma: contiguous, see Inputs.
+void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_or_alpha,
+         const MaybeTensor& sigma, const Tensor& out, const MaybeTensor& lse) {
+  const Tensor x = packed(given.x), refs = packed(given.refs), scalars = packed(time_or_alpha);
+  const MaybeTensor labels = packed(given.labels), counts = packed(given.counts),
+                    source = packed(given.source);
+  const MaybeTensor deviations = packed(sigma);
+  in.n = x.size(0);
+  in.d = product(shape_of(x), 1);
+  in.k = labels ? refs.size(0) : 1;
+  in.m = refs.size(labels ? 1 : 0);
+  if (in.n == 0) return;
+  in.x = array_of(x), in.refs = array_of(refs), in.time_or_alpha = array_of(scalars), in.out = array_of(out);
+  if (source) in.source = array_of(*source);
+  if (deviations) in.sigma = array_of(*deviations);
+  if (lse) in.lse = array_of(*lse);
+  if (labels) in.labels = static_cast<const int64_t*>(labels->const_data_ptr());
+  if (counts) {
+    in.counts = counts->const_data_ptr();
+    in.counts_are_long = counts->scalar_type() == ScalarType::Long;
+  }
+
+  Problem problem;
+  problem.n = in.n, problem.k = in.k, problem.m = in.m, problem.d = std::max<int64_t>(in.d, 1);
+  problem.has_labels = labels.has_value(), problem.has_source = source.has_value();
+  problem.x_size = size_of(in.x.dtype), problem.refs_size = size_of(in.refs.dtype);
+  problem.aligned = is_aligned(in.refs.data) && in.d * problem.refs_size % 16 == 0;
+  problem.precision = given.precision;
+  const DeviceLimits& limits = device_limits(op, x.get_device_index());
+  problem.sm_count = limits.sm_count, problem.smem_limit = limits.smem_limit, problem.cc = limits.cc;
+  const Plan plan = make_plan(problem);
+
+  const Tensor workspace = torch::stable::new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
+  const cudaStream_t stream = current_stream(x);
+  const auto launch = plan.kernel == "stream"  ? run_stream
+                      : plan.kernel == "tiled" ? run_tiled
+                      : plan.kernel == "small" ? run_small
+                                               : run_two_pass;
+  launch(op, in, plan, workspace.mutable_data_ptr(), stream);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> posterior_mean(const Tensor& x, const Tensor& refs, const Tensor& alpha,
+                                          const Tensor& sigma, const MaybeTensor& labels,
+                                          const MaybeTensor& counts, const MaybeTensor& source,
+                                          const std::string& precision) {
+  const char* const op = "posterior_mean";
+  check_posterior_mean(x, refs, alpha, sigma, labels, counts, source, precision);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor mean = torch::stable::new_empty(x, shape_of(x), dtype);
+  const Tensor lse = torch::stable::new_empty(x, {x.size(0)}, dtype);
+  run(op, {x, refs, labels, counts, source, precision}, Inputs{}, alpha, sigma, mean, lse);
+  return {mean, lse};
+}
+
+Tensor stable_target(const Tensor& x, const Tensor& refs, const Tensor& t, const MaybeTensor& labels,
+                     const MaybeTensor& counts, const MaybeTensor& source, const std::string& path,
+                     const std::string& prediction, const std::string& precision) {
+  const char* const op = "stable_target";
+  check_stable_target(x, refs, t, labels, counts, source, path, prediction, precision);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor out = torch::stable::new_empty(x, shape_of(x));
+  Inputs in;
+  in.from_time = true;
+  in.path = path_of(path);
+  in.prediction = prediction_of(prediction);
+  run(op, {x, refs, labels, counts, source, precision}, in, t, std::nullopt, out, std::nullopt);
+  return out;
+}
+
+}  // namespace svel::cuda
