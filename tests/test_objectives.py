@@ -245,6 +245,15 @@ Z_LIMIT = 5.0  # two-sided p = 6e-7 for each of the statistics below, 36 here an
 Z_POWER = 3.1  # a bias of (Z_LIMIT + Z_POWER) standard errors is found with probability 0.999
 
 
+@pytest.fixture
+def one_thread():
+    """Thousands of tiny products: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def population():
     """64 points in the plane, a draw from three Gaussians: the data set, whose marginal velocity is a finite sum."""
     g = torch.Generator().manual_seed(11)
@@ -297,6 +306,7 @@ def projections(residual, x, truth):
     return per_set.mean(1), per_set.std(1) / per_set.shape[1] ** 0.5
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("t", [0.4, 0.6, 0.8])
 def test_stablevm_is_unbiased_and_the_test_would_tell(t):
     """E[target | x_t] is the marginal velocity: E[(target - u(x_t)) . g(x_t)] = 0 for every g.
@@ -316,6 +326,7 @@ def test_stablevm_is_unbiased_and_the_test_would_tell(t):
         assert (Z_LIMIT + Z_POWER) * error[strongest] < bias[strongest].abs() / 2, f"{kind}: too few sets to tell"
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("t", [0.4, 0.6, 0.8])
 def test_stf_bias_measured(t):
     """The paper calls STF biased for the fixed place of its source. Measured: none found, by a test that would find
@@ -330,6 +341,7 @@ def test_stf_bias_measured(t):
     assert (Z_LIMIT + Z_POWER) * error[strongest] < bias[strongest].abs() / 2, "too few sets to tell"
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_variance_falls_as_the_number_of_references():
     """At t = 0.9, V_StableVM / V_CFM lies between 1/M and 1/(M - 1) up to its own error and a tenth, from 8 to 64."""
     g = torch.Generator().manual_seed(7)
