@@ -39,9 +39,10 @@ constexpr StreamTile STREAM_TILES[] = {
 constexpr int64_t STREAM_FIXED_SMEM = 4096;  // scores, tile descriptors, reductions
 constexpr int MAX_STAGES = 4;
 
-constexpr int64_t SMALL_D = 32;     // up to here a thread holds whole rows in registers
-constexpr int64_t SMALL_ROWS = 64;  // fewer rows leave its threads idle
-constexpr int64_t TILED_ROWS = 8;   // from here register tiles of rows x references beat one pass per row
+constexpr int64_t SMALL_D = 32;       // up to here a thread holds whole rows in registers
+constexpr int64_t SMALL_ROWS = 64;    // fewer rows leave its threads idle
+constexpr int64_t TILED_ROWS = 64;    // from here register tiles of rows x references beat one pass per row,
+constexpr int64_t TILED_BLOCKS = 96;  // given enough of them to fill the device
 constexpr int64_t SCORES_LIMIT = int64_t{128} << 20;  // bytes of scores held at a time
 constexpr int64_t VECTORS_LIMIT = int64_t{64} << 20;  // bytes of per-row vectors held at a time
 constexpr int64_t ROW_BYTES = 96;                     // one row's entry in the work list
