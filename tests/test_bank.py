@@ -273,7 +273,8 @@ def test_compiles_without_a_graph_break(null, backend, rng):
 @pytest.mark.gpu
 @pytest.mark.parametrize("null", ["ring", "all"])
 def test_never_waits_for_the_device(null, rng):
-    bank = sv.ReferenceBank(SHAPE, CLASSES, CAPACITY, null=null, track_indices=True, device="cuda")
+    bank = sv.ReferenceBank(SHAPE, CLASSES, CAPACITY, null=null, track_indices=True).to("cuda")
+    assert bank.refs.is_cuda
     stream = [tuple(part.cuda() for part in batch) for batch in batches(3, 7, rng)]
     x_t, t = torch.randn(7, *SHAPE, device="cuda"), torch.rand(7, device="cuda")
     bank.push(*stream[0])
