@@ -230,7 +230,9 @@ class STFObjective(CFMObjective):
     Row i's x_t is made of sample i of the batch, so its source is in the set, and its target is the self-normalised
     average over the whole batch. Only the first `rows` are trained on; the others are references alone. Against
     StableVM: the references last one step, and the source has a fixed place in the set where StableVM draws it
-    uniformly. Whether the fixed place biases the target is a question for measurement: tests/test_objectives.py does.
+    uniformly. The Stable Velocity paper calls that biased; for samples drawn independently an exchangeability argument
+    says it is not. tests/test_objectives.py measures it and finds no bias, where it would find half the bias of a set
+    without its source.
 
     Args:
         interpolant, prediction, times: as in `CFMObjective`. There are no class labels.
