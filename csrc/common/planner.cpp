@@ -42,7 +42,8 @@ constexpr int MAX_STAGES = 4;
 constexpr int64_t SMALL_D = 32;       // up to here a thread holds whole rows in registers
 constexpr int64_t SMALL_ROWS = 64;    // fewer rows leave its threads idle
 constexpr int64_t TILED_ROWS = 64;    // from here register tiles of rows x references beat one pass per row,
-constexpr int64_t TILED_BLOCKS = 96;  // given enough of them to fill the device
+constexpr int64_t TILED_BLOCKS = 96;  // given enough of them to fill the device,
+constexpr int64_t TILED_D = int64_t{1} << 18;         // and room for the sums of a tile of rows
 constexpr int64_t SCORES_LIMIT = int64_t{128} << 20;  // bytes of scores held at a time
 constexpr int64_t VECTORS_LIMIT = int64_t{64} << 20;  // bytes of per-row vectors held at a time
 constexpr int64_t ROW_BYTES = 96;                     // one row's entry in the work list
@@ -57,7 +58,7 @@ int64_t list_bytes(const Problem& p) {
 
 bool plan_stream(const Problem& p, Plan& plan) {
   for (const StreamTile& tile : STREAM_TILES) {
-    const bool plain = !p.aligned;
+    const bool plain = !p.aligned || p.refs_size == 8;
     if (tile.refs_size != (plain ? 0 : p.refs_size)) continue;
     const int64_t tile_d = int64_t{8} * tile.threads * tile.vectors;
     const int64_t stage = tile.tile_refs * p.d * (plain ? 4 : p.refs_size);
@@ -67,7 +68,7 @@ bool plan_stream(const Problem& p, Plan& plan) {
     plan.threads = tile.threads;
     plan.tile_refs = tile.tile_refs;
     plan.tile_d = tile_d;
-    plan.aligned = p.aligned;
+    plan.aligned = !plain;
     plan.stages =
         static_cast<int>(std::min(most, (p.smem_limit - STREAM_FIXED_SMEM) / std::max<int64_t>(stage, 1)));
     const int64_t third =
@@ -92,6 +93,7 @@ void plan_two_pass(const Problem& p, Plan& plan, const std::string& reason) {
   const int64_t work = p.x_size == 8 || p.refs_size == 8 ? 8 : 4;
   const int64_t tiles = std::max<int64_t>(1, groups(p) * ceil_div(p.m, TWO_PASS_TILE_REFS));
   plan.kernel = "two_pass";
+  plan.aligned = p.aligned;
   plan.threads = 128;
   plan.tile_refs = TWO_PASS_TILE_REFS;
   plan.tile_d = 8 * plan.threads;
@@ -162,11 +164,11 @@ Plan make_plan(const Problem& p) {
     throw std::invalid_argument("plan: precision: expected 'exact' or 'fast', got '" + p.precision + "'");
   }
   Plan plan;
-  if (p.x_size == 8 || p.refs_size == 8) {
+  if (p.d > 0 && (p.x_size == 8 || p.refs_size == 8)) {
     plan_two_pass(p, plan, "float64: scores, softmax and weighted sum in double");
-  } else if (!p.has_labels && p.d <= SMALL_D && p.n >= SMALL_ROWS) {
+  } else if (!p.has_labels && p.d > 0 && p.d <= SMALL_D && p.n >= SMALL_ROWS) {
     plan_small(p, plan);
-  } else if (!p.has_labels && p.d > SMALL_D && p.n >= TILED_ROWS &&
+  } else if (!p.has_labels && p.d > SMALL_D && p.d <= TILED_D && p.n >= TILED_ROWS &&
              ceil_div(p.n, 64) * ceil_div(p.d, 64) >= TILED_BLOCKS) {
     plan_tiled(p, plan);
   } else if (!plan_stream(p, plan)) {

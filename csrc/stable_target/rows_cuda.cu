@@ -65,7 +65,7 @@ __device__ Row make_row(const Inputs& in, int64_t index, int64_t all_references,
     row.alpha = given, row.sigma = load_as<double>(in.sigma, index), row.a = 0.0, row.b = 1.0;
   }
   if (row.alpha < 0) row.alpha = -row.alpha, row.sign = -1.0;
-  alive = isfinite(given) && isfinite(row.sigma) && row.sigma != 0.0;
+  alive = isfinite(row.alpha) && isfinite(row.sigma) && row.sigma != 0.0;
   row.group = in.labels ? in.labels[index] : 0;
   alive = alive && row.group >= -1 && row.group < in.k;
   row.count = !alive ? 0 : row.group < 0 ? all_references : valid_count(in, row.group);

@@ -377,10 +377,15 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
 constexpr int COMBINE_THREADS = 256;
 constexpr int COMBINE_SLICE = 4 * COMBINE_THREADS;
 
+// At least one, which sees to lse where d = 0.
+__host__ __device__ inline int64_t combine_slices(int64_t d) {
+  return d > COMBINE_SLICE ? (d + COMBINE_SLICE - 1) / COMBINE_SLICE : 1;
+}
+
 __global__ void __launch_bounds__(COMBINE_THREADS)
     combine_kernel(const Inputs in, const WorkList work, const Partials parts, const int64_t blocks) {
   extern __shared__ double weights[];  // (blocks of the row,)
-  const int64_t slices = (in.d + COMBINE_SLICE - 1) / COMBINE_SLICE;
+  const int64_t slices = combine_slices(in.d);
   const int64_t i = blockIdx.x / slices, slice = blockIdx.x % slices;
   const int64_t begin = slice * COMBINE_SLICE,
                 end = begin + COMBINE_SLICE < in.d ? begin + COMBINE_SLICE : in.d;
