@@ -38,7 +38,8 @@ def check_contract(op, problem, precision="exact"):
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("d", SMALL)
 def test_contract(implementation, rng, d, geometry):
-    check_contract(implementation.op("posterior_mean"), make_problem(d, 37, geometry, rng))
+    each = 1 if implementation.interpreted else 4
+    check_contract(implementation.op("posterior_mean"), make_problem(d, 37, geometry, rng, each=each))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -60,6 +61,13 @@ def test_contract_at_the_largest_d(torch_op, rng):
 def test_contract_at_any_number_of_references(implementation, rng, m, geometry):
     each = 1 if implementation.interpreted else 4
     check_contract(implementation.op("posterior_mean"), make_problem(16, m, geometry, rng, each=each))
+
+
+def test_contract_where_the_weights_stay_spread_over_many_references(implementation, rng):
+    """Rounding errors of the sums must not grow with the number of references."""
+    m = 600 if implementation.interpreted else 20_000
+    problem = make_problem(300, m, "manifold", rng, times=(0.9, 0.999), each=1)
+    check_contract(implementation.op("posterior_mean"), problem)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
