@@ -3,7 +3,7 @@
     <run>/checkpoints/step-00005000/   model.safetensors, ema.safetensors, bank.safetensors, ..., state.json
 
 A folder is written under another name, flushed to disk and then renamed, so that a run killed at any moment leaves
-whole checkpoints and possibly a ".writing-..." folder, which the next save removes.
+whole checkpoints and possibly a ".writing-..." folder, which the next save removes. Old ones leave by the same door.
 """
 
 from __future__ import annotations
@@ -108,15 +108,19 @@ def save(
         file.flush()
         os.fsync(file.fileno())
     _sync(writing)
-    replaced = root / f"{_WRITING}replaced"
     if folder.exists():
-        os.rename(folder, replaced)
+        _discard(folder)
     os.rename(writing, folder)
     _sync(root)
-    shutil.rmtree(replaced, ignore_errors=True)
     for old in complete(root)[:-keep] if keep else []:
-        shutil.rmtree(old)
+        _discard(old)
     return folder
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint, which stops being one at once."""
+    doomed = folder.rename(folder.with_name(f"{_WRITING}{folder.name}"))
+    shutil.rmtree(doomed)
 
 
 def _sync(path: Path) -> None:

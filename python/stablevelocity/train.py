@@ -351,7 +351,7 @@ class Trainer:
                     "position": self.step * self.config.batch_size,
                 },
                 "optimizer": self.optimizer.state_dict(),
-                "scheduler": {key: v for key, v in self.scheduler.state_dict().items() if key != "lr_lambdas"},
+                "scheduler": self.scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "ema_updates": int(self.ema.n_averaged),
                 "random": streams,
