@@ -51,7 +51,7 @@ def resident_tiles(d: int, double: bool) -> Tiles:
     return Tiles(block_m, block_d, 8 if block_m * block_d >= 8192 else 4)
 
 
-# 16 references share each load of c and y; 113 to 236 registers a thread on Hopper by ptxas, four bytes spilled at most.
+# 16 references share each load of c and y; 113 to 236 registers a thread on Hopper by ptxas, at most one spilled.
 SLICED = Tiles(16, 512, 4)
 SLICED_DOUBLE = Tiles(8, 512, 4)
 VECTOR = Tiles(1, 1024, 4)  # elementwise passes over rows: eight values a thread
