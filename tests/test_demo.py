@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-for name in ("accelerate", "matplotlib", "PIL"):
-    pytest.importorskip(name)
+pytest.importorskip("accelerate")
+pytest.importorskip("matplotlib")
+pytest.importorskip("PIL")
 
 from stablevelocity import checkpoint
 from stablevelocity.data import ArrayData

@@ -119,7 +119,7 @@ def _train(args: argparse.Namespace) -> None:
 
 def _add_sample(commands) -> argparse.ArgumentParser:
     p = commands.add_parser("sample", help="draw samples from a trained model")
-    p.add_argument("run", metavar="RUN", help="folder of a run or of one checkpoint")
+    p.add_argument("trained", metavar="RUN", help="folder of a run or of one checkpoint")
     p.add_argument("--output", required=True, metavar="DIR", help="folder for samples.png and samples.npz")
     p.add_argument("--labels", help="classes such as 0,3,7 (default: all)")
     p.add_argument("--per-class", type=int, default=8, metavar="N", help="samples of each class (default: %(default)s)")
@@ -158,7 +158,7 @@ def _sample(args: argparse.Namespace) -> None:
     for flag in ("per_class", "batch_size"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')}: expected at least 1, got {getattr(args, flag)}")
-    model, config, about = load_model(args.run, device=args.device, ema=args.weights == "ema")
+    model, config, about = load_model(args.trained, device=args.device, ema=args.weights == "ema")
     given = [(flag, getattr(args, flag)) for flag in _SAMPLING_FLAGS]
     config = load_config(None, [f"sampling.{flag}={value}" for flag, value in given if value is not None], base=config)
     classes = _labels(args.labels, about["num_classes"])

@@ -106,6 +106,7 @@ class Trainer:
         self.config, self.folder = config, Path(config.output)
         device = resolve_device(config.device)
         self.precision = resolve_precision(config.mixed_precision, device)
+        _forget_last_run(accelerate.state.AcceleratorState)
         self.accelerator = accelerate.Accelerator(
             cpu=device.type == "cpu",
             mixed_precision=self.precision,
@@ -400,6 +401,12 @@ class Trainer:
             _set_random_state(state["random"][self.rank], self.device)
         else:
             self._seed(self.config.seed + 1 + self.rank + self.step * self.world)
+
+
+def _forget_last_run(state: type) -> None:
+    """accelerate keeps one state a process and refuses a second run in it with another precision or device."""
+    if state._shared_state and state().num_processes == 1:
+        state._reset_state(reset_partial_state=True)
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:
