@@ -43,7 +43,7 @@ constexpr int64_t SMALL_D = 32;       // up to here a thread holds whole rows in
 constexpr int64_t SMALL_ROWS = 64;    // fewer rows leave its threads idle
 constexpr int64_t TILED_ROWS = 64;    // from here register tiles of rows x references beat one pass per row,
 constexpr int64_t TILED_BLOCKS = 96;  // given enough of them to fill the device,
-constexpr int64_t TILED_D = int64_t{1} << 18;         // and room for the sums of a tile of rows
+constexpr int64_t TILED_D = int64_t{1} << 17;         // and room for the sums of a tile of rows
 constexpr int64_t SCORES_LIMIT = int64_t{128} << 20;  // bytes of scores held at a time
 constexpr int64_t VECTORS_LIMIT = int64_t{64} << 20;  // bytes of per-row vectors held at a time
 constexpr int64_t ROW_BYTES = 96;                     // one row's entry in the work list
@@ -82,7 +82,7 @@ bool plan_stream(const Problem& p, Plan& plan) {
     plan.splits = plan.blocks;
     plan.rows_per_pass = p.n;
     plan.refs_per_pass = groups(p) * p.m;
-    plan.workspace_bytes = list_bytes(p) + plan.blocks * (12 * p.d + 64);
+    plan.workspace_bytes = list_bytes(p) + plan.blocks * (20 * p.d + 64);
     plan.reason = tile.reason;
     return true;
   }
@@ -119,14 +119,14 @@ void plan_tiled(const Problem& p, Plan& plan) {
   plan.tile_refs = 64;
   plan.tile_d = 16;
   // Few rows: more references per round, so that the scores have blocks enough.
-  const int64_t most = p.n <= 1024 ? 8192 : 2048;
+  const int64_t most = p.n <= 1024 ? 4096 : 2048;
   plan.refs_per_pass = std::min<int64_t>(most, ceil_div(std::max<int64_t>(p.m, 1), 64) * 64);
-  const int64_t rows = std::min(VECTORS_LIMIT / (4 * p.d), SCORES_LIMIT / (4 * plan.refs_per_pass));
+  const int64_t rows = std::min(VECTORS_LIMIT / (8 * p.d), SCORES_LIMIT / (4 * plan.refs_per_pass));
   plan.rows_per_pass = std::clamp<int64_t>(rows / 64 * 64, 64, ceil_div(p.n, 64) * 64);
   plan.splits = ceil_div(std::max<int64_t>(p.m, 1), plan.refs_per_pass);
   plan.blocks = (plan.rows_per_pass / 64) * ceil_div(plan.refs_per_pass, 64);
   plan.smem_bytes = 2 * 16 * (plan.tile_rows + 4) * 4;
-  plan.workspace_bytes = list_bytes(p) + plan.rows_per_pass * (4 * p.d + 4 * plan.refs_per_pass + 64) +
+  plan.workspace_bytes = list_bytes(p) + plan.rows_per_pass * (8 * p.d + 4 * plan.refs_per_pass + 64) +
                          4 * (p.d + plan.refs_per_pass);
   plan.reason =
       "one pool, many rows: register tiles of rows x references, scores of a few thousand references at a "
@@ -141,7 +141,7 @@ void plan_small(const Problem& p, Plan& plan) {
   plan.tile_d = p.d <= 4 ? 4 : p.d <= 12 ? 12 : p.d <= 16 ? 16 : 32;
   const int64_t row_blocks = ceil_div(p.n, plan.tile_rows);
   const int64_t wanted = ceil_div(int64_t{8} * p.sm_count, row_blocks);
-  const int64_t partial = 4 * (plan.tile_d + 4);
+  const int64_t partial = 8 * (plan.tile_d + 2);
   const int64_t most = std::max<int64_t>(1, SCORES_LIMIT / (std::max<int64_t>(p.n, 1) * partial));
   plan.splits =
       std::clamp<int64_t>(std::min(wanted, most), 1, std::max<int64_t>(1, ceil_div(p.m, plan.tile_refs)));

@@ -7,14 +7,15 @@ namespace svel::cuda {
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int TILE = 64;        // references in shared memory
-constexpr int CENTRE_REFS = 8;  // references whose mean is the centre
+constexpr int TILE = 64;         // references in shared memory
+constexpr int FLUSH_TILES = 4;   // summed in float32 before they join a float64 total in device memory
+constexpr int CENTRE_REFS = 64;  // references whose mean is the centre
 
 struct Parts {  // rows [first_row, first_row + rows) of this pass
   int64_t first_row, rows, splits, split_refs;
   float* centre;  // (tile_d,)
   float* y;       // (rows, tile_d), zero from d on
-  float* sums;    // (splits, rows, tile_d); before small_kernel, split 0 holds source - c
+  double* sums;   // (splits, rows, tile_d); before small_kernel, split 0 holds source - c
   float* best;    // (splits, rows)
   double* total;  // (splits, rows)
 };
@@ -57,6 +58,8 @@ __global__ void __launch_bounds__(THREADS)
   float y[ROWS][D], sum[ROWS][D], best[ROWS], half_alpha[ROWS], log2_rate[ROWS];
   double total[ROWS];
   int64_t local[ROWS];
+  float flushed_best[ROWS];  // the score that the flushed sums are relative to
+  bool flushed = false;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     local[r] = (static_cast<int64_t>(blockIdx.x) * ROWS + r) * THREADS + threadIdx.x;
@@ -70,11 +73,28 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int e = 0; e < D; ++e) {
       y[r][e] = parts.y[safe * D + e];
-      sum[r][e] = with_source ? parts.sums[safe * D + e] : 0.0f;
+      sum[r][e] = with_source ? static_cast<float>(parts.sums[safe * D + e]) : 0.0f;
       score = fmaf(fmaf(-half_alpha[r], sum[r][e], y[r][e]), sum[r][e], score);
     }
     if (with_source) best[r] = score, total[r] = isfinite(score) ? 1.0 : NAN;
   }
+
+  const auto flush = [&] {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      if (local[r] >= parts.rows) continue;
+      double* const sums = parts.sums + (split * parts.rows + local[r]) * D;
+      const double scale =
+          flushed ? exp2(static_cast<double>(flushed_best[r] - best[r]) * log2_rate[r]) : 0.0;
+#pragma unroll
+      for (int e = 0; e < D; ++e) {
+        sums[e] = flushed ? fma(sums[e], scale, static_cast<double>(sum[r][e])) : sum[r][e];
+        sum[r][e] = 0;
+      }
+      flushed_best[r] = best[r];
+    }
+    flushed = true;
+  };
 
   for (int64_t base = begin; base < end; base += TILE) {
     const int count = static_cast<int>(end - base < TILE ? end - base : TILE);
@@ -166,16 +186,16 @@ __global__ void __launch_bounds__(THREADS)
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) total[r] += tile_total[r];
+    const bool last = base + TILE >= end;
+    if (last || (base - begin) / TILE % FLUSH_TILES == FLUSH_TILES - 1) flush();
   }
+  if (begin >= end) flush();
 
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     if (local[r] >= parts.rows) continue;
-    const int64_t slot = split * parts.rows + local[r];
-    parts.best[slot] = best[r];
-    parts.total[slot] = total[r];
-#pragma unroll
-    for (int e = 0; e < D; ++e) parts.sums[slot * D + e] = sum[r][e];
+    parts.best[split * parts.rows + local[r]] = best[r];
+    parts.total[split * parts.rows + local[r]] = total[r];
   }
 }
 
@@ -240,7 +260,7 @@ void run_small(const char* op, const Inputs& in, const Plan& plan, void* workspa
   parts.split_refs = (tiles + plan.splits - 1) / plan.splits * TILE;
   parts.centre = carver.take<float>(tile_d);
   parts.y = carver.take<float>(plan.rows_per_pass * tile_d);
-  parts.sums = carver.take<float>(plan.splits * plan.rows_per_pass * tile_d);
+  parts.sums = carver.take<double>(plan.splits * plan.rows_per_pass * tile_d);
   parts.best = carver.take<float>(plan.splits * plan.rows_per_pass);
   parts.total = carver.take<double>(plan.splits * plan.rows_per_pass);
   centre_kernel<<<1, 64, 0, stream>>>(in, parts.centre, tile_d);

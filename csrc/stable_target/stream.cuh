@@ -17,6 +17,9 @@ namespace svel::cuda {
 constexpr int RING = 8;  // tile descriptors; more than the stages in flight
 constexpr int MAX_TILE_REFS = 8;
 constexpr int MAX_WARPS = 16;
+constexpr int FLUSH_REFS =
+    256;  // summed in float32 before they join a float64 total in device memory, so that
+          // the error does not grow with M, even where the mean is much shorter than c
 
 enum TileFlags : int {
   BEGIN = 1,        // first tile of this row in this block: form c and y
@@ -42,6 +45,7 @@ struct Cursor {  // where the block stands in the list of tiles
 // 2b + 1 for the row that goes on after it.
 struct Partials {
   float* sums;       // (2 blocks, d) sum of p_j (r_j - c)
+  double* running;   // (blocks, d) what a block has flushed of its current row
   float* centres;    // (blocks, d), written by the block where the row starts
   float* max_score;  // (2 blocks,) in units of s_j / rate
   double* total;     // (2 blocks,) sum of p_j
@@ -203,8 +207,14 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
   float half_alpha = 0, log2_rate = 0;
   Row row{};
   bool starts = false;
+  int unflushed = 0;  // tiles in `sum` since the row began or was flushed
+  bool flushed = false;
+  float flushed_best = -INFINITY;  // the score that the running sums are relative to
 #pragma unroll
   for (int q = 0; q < Q; ++q) y[q] = c[q] = sum[q] = 0;
+
+  const auto running_at = [&](int e) -> double& { return parts.running[blockIdx.x * in.d + e]; };
+  const auto running_scale = [&] { return exp2(static_cast<double>(flushed_best - best) * log2_rate); };
 
   for (int step = 0;; ++step) {
     const Tile tile = shared.ring[step % RING];
@@ -221,7 +231,7 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
       starts = tile.flags & ROW_START;
       half_alpha = static_cast<float>(0.5 * row.alpha);
       log2_rate = static_cast<float>(row.rate() * 1.4426950408889634);
-      best = -INFINITY, total = 0, y_square = 0;
+      best = -INFINITY, total = 0, y_square = 0, unflushed = 0, flushed = false;
       float source_score = 0;
       double square = 0;
 #pragma unroll
@@ -340,14 +350,30 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
       }
     }
 
-    if (!(tile.flags & END)) continue;
+    if (!(tile.flags & END)) {
+      if (++unflushed < FLUSH_REFS / TR) continue;
+      const double scale = flushed ? running_scale() : 0.0;
+#pragma unroll
+      for (int q = 0; q < Q; ++q) {
+        if (element(q) >= d) continue;
+        double& running = running_at(element(q));
+        running = flushed ? fma(running, scale, static_cast<double>(sum[q])) : sum[q];
+        sum[q] = 0;
+      }
+      unflushed = 0, flushed = true, flushed_best = best;
+      continue;
+    }
+    const double scale = flushed ? running_scale() : 0.0;
+    const auto whole_sum = [&](int q) {
+      return flushed ? fma(running_at(element(q)), scale, static_cast<double>(sum[q])) : sum[q];
+    };
     if (starts && (tile.flags & ROW_END)) {
       const double inverse = 1.0 / total;
 #pragma unroll
       for (int q = 0; q < Q; ++q) {
         if (element(q) >= d) continue;
         const int64_t at = row.index * in.d + element(q);
-        const double mean = c[q] + sum[q] * inverse;
+        const double mean = c[q] + whole_sum(q) * inverse;
         store_as(in.out, at, row.a * load_as<double>(in.x, at) + row.b * mean);
       }
       if (in.lse.data && tid == 0) {
@@ -361,7 +387,7 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
       for (int q = 0; q < Q; ++q) {
         const int e = element(q);
         if (e >= d) continue;
-        parts.sums[slot * in.d + e] = sum[q];
+        parts.sums[slot * in.d + e] = static_cast<float>(whole_sum(q));
         if (starts) parts.centres[blockIdx.x * in.d + e] = c[q];
       }
       if (tid == 0) {

@@ -54,6 +54,7 @@ void run_stream(const char* op, const Inputs& in, const Plan& plan, void* worksp
   check_launch(op);
   Partials parts;
   parts.sums = carver.take<float>(2 * plan.blocks * in.d);
+  parts.running = carver.take<double>(plan.blocks * in.d);
   parts.centres = carver.take<float>(plan.blocks * in.d);
   parts.max_score = carver.take<float>(2 * plan.blocks);
   parts.total = carver.take<double>(2 * plan.blocks);

@@ -13,7 +13,7 @@ constexpr int STEP = 16;  // depth of a shared-memory tile
 constexpr int PAD = 4;
 constexpr int THREADS = 256;
 constexpr int FLUSH = 256;
-constexpr int CENTRE_REFS = 8;  // references whose mean is the centre
+constexpr int CENTRE_REFS = 64;  // references whose mean is the centre
 
 struct Round {
   int64_t first_row, rows;  // of the work list; its order is that of x, since there are no labels
@@ -22,7 +22,7 @@ struct Round {
   float* centre;  // (d,)
   float* norms;   // (refs,) |r_j - c|^2
   float* scores;  // (rows, score_stride): scores, then weights
-  float* sums;    // (rows, d) sum of p_j (r_j - c)
+  double* sums;   // (rows, d) sum of p_j (r_j - c)
   float* best;    // (rows,) largest score so far
   float* keep;    // (rows,) factor of the old sums in this round
   double* total;  // (rows,)
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(THREADS)
     const double c = round.centre[e];
     const double own = in.source.data ? load_as<double>(in.source, at) - c : 0.0;
     const double y = row.sign * load_as<double>(in.x, at) - row.alpha * c;
-    round.sums[local * in.d + e] = static_cast<float>(own);
+    round.sums[local * in.d + e] = own;
     score += (y - 0.5 * row.alpha * own) * own;
   }
   if (in.source.data) score = block_sum<double>(score, scratch);
@@ -241,11 +241,11 @@ __global__ void __launch_bounds__(THREADS)
   for (int i = 0; i < 4; ++i) {
     const int64_t local = row0 + row + i;
     if (local >= round.rows) continue;
-    const float keep = round.keep[local];
+    const double keep = round.keep[local];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int64_t at = local * in.d + e0 + column + j;
-      if (e0 + column + j < in.d) round.sums[at] = fmaf(round.sums[at], keep, sum[i][j]);
+      if (e0 + column + j < in.d) round.sums[at] = fma(round.sums[at], keep, static_cast<double>(sum[i][j]));
     }
   }
 }
@@ -284,7 +284,7 @@ void run(const char* op, const Inputs& in, const Plan& plan, void* workspace, cu
   round.centre = carver.take<float>(in.d);
   round.norms = carver.take<float>(plan.refs_per_pass);
   round.scores = carver.take<float>(plan.rows_per_pass * plan.refs_per_pass);
-  round.sums = carver.take<float>(plan.rows_per_pass * in.d);
+  round.sums = carver.take<double>(plan.rows_per_pass * in.d);
   round.best = carver.take<float>(plan.rows_per_pass);
   round.keep = carver.take<float>(plan.rows_per_pass);
   round.total = carver.take<double>(plan.rows_per_pass);

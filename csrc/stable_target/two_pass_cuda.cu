@@ -211,7 +211,8 @@ __global__ void __launch_bounds__(SUM_THREADS)
     for (int k = 0; k < EV; ++k) store_as(in.out, at + k, NAN);
     return;
   }
-  W c[EV], recent[EV] = {}, sum[EV] = {};
+  W c[EV], recent[EV] = {};
+  double sum[EV] = {};
 #pragma unroll
   for (int k = 0; k < EV; ++k) c[k] = pass.centres[local * in.d + e + k];
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(SUM_THREADS)
 #pragma unroll
   for (int k = 0; k < EV; ++k) {
     sum[k] += recent[k];
-    if (in.source.data) sum[k] += own * (load_as<W>(in.source, at + k) - c[k]);
+    if (in.source.data) sum[k] += static_cast<double>(own) * (load_as<W>(in.source, at + k) - c[k]);
     const double mean = c[k] + sum[k] * inverse;
     store_as(in.out, at + k, row.a * load_as<double>(in.x, at + k) + row.b * mean);
   }
