@@ -26,6 +26,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = "stablevelocity_kernels"
 MIN_TORCH = (2, 11)
+NO_HEADERS = "Python.h was not found, so build information and the planner are missing; the ops are compiled"
 
 
 def torch_package() -> tuple[Path, str] | None:
@@ -59,6 +60,10 @@ def why_not_native() -> str | None:
     return None
 
 
+def has_python_headers() -> bool:
+    return Path(sysconfig.get_path("include"), "Python.h").is_file()
+
+
 def missing_build_requirements() -> list[str]:
     """What pip has to bring into the build environment, beside pyproject.toml's list."""
     needed = [tool for tool in ("cmake", "ninja") if not shutil.which(tool)]
@@ -66,9 +71,9 @@ def missing_build_requirements() -> list[str]:
 
 
 def record(folder: Path, reason: str | None) -> None:
-    """Leave beside the package why it has no compiled ops (None: it has them), for build_info()."""
+    """Leave beside the package why it has no extension module (None: it has one), for build_info()."""
     (folder / PACKAGE).mkdir(parents=True, exist_ok=True)
-    (folder / PACKAGE / "_build.json").write_text(json.dumps({"native": reason is None, "reason": reason}) + "\n")
+    (folder / PACKAGE / "_build.json").write_text(json.dumps({"reason": reason}) + "\n")
 
 
 class BuildPython(build_py):
@@ -94,7 +99,7 @@ class BuildNative(build_ext):
             self.configure(build)
             self.cmake("--build", build)
             self.cmake("--install", build, "--prefix", target)
-        record(target, None)
+        record(target, None if has_python_headers() else NO_HEADERS)
 
     def configure(self, build: Path) -> None:
         found = torch_package()
@@ -109,6 +114,7 @@ class BuildNative(build_ext):
             "SVEL_VERSION": self.distribution.get_version(),
             "SVEL_CUDA": {"0": "OFF", "1": "ON"}.get(os.environ.get("SVEL_CUDA", ""), "AUTO"),
             "SVEL_CUDA_ARCHITECTURES": os.environ.get("SVEL_CUDA_ARCHITECTURES", ""),
+            "SVEL_HOST_MODULE": "ON" if has_python_headers() else "OFF",
             "Python_EXECUTABLE": sys.executable,
         }
         try:

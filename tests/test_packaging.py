@@ -42,7 +42,7 @@ def test_build_info_without_the_extension(monkeypatch, tmp_path):
     monkeypatch.setattr(info, "_why_no_extension", "no module named _C", raising=False)
     monkeypatch.setattr(info, "_RECORD", tmp_path / "_build.json")
     assert "not built" in svk.build_info()["reason"]
-    (tmp_path / "_build.json").write_text(json.dumps({"native": False, "reason": "no C++ compiler was found"}))
+    (tmp_path / "_build.json").write_text(json.dumps({"reason": "no C++ compiler was found"}))
     assert "no C++ compiler" in svk.build_info()["reason"]
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
         svk.plan(1, 1, 1)
