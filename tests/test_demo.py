@@ -86,7 +86,7 @@ def test_a_slow_cpu_gets_fewer_steps(tmp_path, monkeypatch):
     config = demo_config(tmp_path, [*TINY, "device=cpu", "steps=900", "model.patch_size=4"])
     for seconds, steps in ((0.01, 900), (0.4, 500), (9.0, 300)):
         monkeypatch.setattr("stablevelocity.demo.Trainer.time_steps", lambda self, n, s=seconds: s)
-        assert affordable_steps(config, data) == steps
+        assert affordable_steps(config, data, budget=200.0) == steps
 
 
 def test_classifier_learns_and_leaves_the_random_stream_alone():

@@ -134,6 +134,12 @@ def test_tensorboard(tmp_path, images):
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, images, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="wandb is not installed"):
+        make(images, tmp_path, "tracker=wandb")
+
+
 def test_a_half_written_checkpoint_is_passed_over(tmp_path, images):
     result = make(images, tmp_path, "save_every=3").fit()
     (result.checkpoint / "model.safetensors").write_bytes(b"half")
@@ -234,3 +240,25 @@ def test_two_processes_share_the_batch_and_the_bank(tmp_path):
     )
     assert more.returncode == 0, more.stderr[-2000:]
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-00000008"
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_device(tmp_path, images):
+    trainer = make(images, tmp_path, "device=cuda", "mixed_precision=bf16")
+    x, y, index = images.__getitems__(range(8))
+    batch = x.cuda(), y.cuda(), index
+    for _ in range(3):
+        trainer._train_step(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer._train_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["no", "model", "step"])
+def test_training_on_a_gpu(tmp_path, images, how):
+    result = make(images, tmp_path, "device=cuda", "mixed_precision=auto", f"compile={how}").fit()
+    assert all(math.isfinite(line["loss"]) for line in result.losses)
+    assert make(images, tmp_path, "device=cuda", "mixed_precision=auto", "resume=latest", "steps=8").fit().steps == 8

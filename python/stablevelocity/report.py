@@ -36,11 +36,11 @@ def plot_variance(curve: VarianceCurve, path: str | Path, *, t_min: float | None
     if curve.stablevm is not None:
         label = f"StableVM, {curve.references} references"
         lines.append((curve.stablevm, curve.stablevm_error, label, STABLE_COLOUR))
-    floor = float(curve.cfm.max()) * 1e-7
+    floor = float(curve.cfm.max()) * 1e-6  # below it a variance is rounding: not drawn
     for value, error, label, colour in lines:
-        value, error = value.numpy(), error.numpy()
-        axes.plot(t, value.clip(floor), color=colour, label=label)
-        band = (value - 2 * error).clip(floor), (value + 2 * error).clip(floor)
+        value = value.masked_fill(value < floor, float("nan"))
+        axes.plot(t, value, color=colour, label=label)
+        band = (value - 2 * error).clamp_min(floor), value + 2 * error
         axes.fill_between(t, *band, color=colour, alpha=0.2, linewidth=0)
     if t_min is not None:
         axes.axvline(t_min, color="0.5", linewidth=1, linestyle=":", label=f"below t = {t_min}: conditional target")

@@ -8,6 +8,7 @@ Every random draw of training comes from the global random streams and from the 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import random
@@ -103,6 +104,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, dataset: ArrayData | ImageFolder | None = None, progress: bool = True):
         accelerate = require("accelerate", "train")
+        if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+            raise ModuleNotFoundError(f"tracker: {config.tracker} is not installed: pip install {config.tracker}")
         self.config, self.folder = config, Path(config.output)
         device = resolve_device(config.device)
         self.precision = resolve_precision(config.mixed_precision, device)
@@ -278,7 +281,6 @@ class Trainer:
     def _start_tracker(self) -> None:
         if self.config.tracker == "none":
             return
-        require(self.config.tracker, self.config.tracker)
         flat = {}
         for key, value in to_dict(self.config).items():
             items = value.items() if isinstance(value, dict) else [(None, value)]
