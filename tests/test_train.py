@@ -17,8 +17,9 @@ pytest.importorskip("accelerate")
 from stablevelocity import checkpoint
 from stablevelocity.config import load_config
 from stablevelocity.data import ArrayData
+from stablevelocity.ema import EMA
 from stablevelocity.generation import evaluations, generate, grid_image, load_model
-from stablevelocity.train import Trainer, ema_update, learning_rate
+from stablevelocity.train import Trainer, learning_rate
 
 SMALL = [
     "steps=6",
@@ -205,15 +206,24 @@ def test_generate_names_what_is_wrong(tmp_path, images):
     assert evaluations(sampling) == 3
 
 
-def test_learning_rate_and_average():
+def test_learning_rate():
     config = load_config(None, ["optim.warmup=4", "optim.schedule=cosine", "optim.final_lr=0.1"]).optim
     share = learning_rate(config, 24)
     assert [round(share(step), 6) for step in (0, 3, 4, 14, 24)] == [0.2, 0.8, 1.0, 0.55, 0.1]
-    average = [torch.zeros(1)]
-    ema_update(0.99)(average, [torch.ones(1)], 1)
-    assert average[0].item() == pytest.approx(1 - 2 / 11)
-    ema_update(0.99)(average, [torch.zeros(1)], 10_000)
-    assert average[0].item() == pytest.approx((1 - 2 / 11) * 0.99)
+
+
+def test_moving_average_starts_fast_and_slows_to_its_decay():
+    model = torch.nn.BatchNorm1d(1)
+    average = EMA(model, 0.99)
+    model.weight.data.fill_(2.0)
+    model.running_mean.fill_(5.0)
+    average.update(model)
+    assert average.module.weight.item() == pytest.approx(0.1 * 1 + 0.9 * 2)
+    assert average.module.running_mean.item() == 5.0
+    average.updates = 10_000
+    average.update(model)
+    assert average.module.weight.item() == pytest.approx(0.99 * 1.9 + 0.01 * 2)
+    assert not average.module.weight.requires_grad
 
 
 def test_two_processes_share_the_batch_and_the_bank(tmp_path):

@@ -53,8 +53,11 @@ def _add_demo(commands) -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    import torch
+
     from .demo import run_demo
 
+    torch.set_num_threads(min(8, torch.get_num_threads()))  # more only wait for each other on a model this small
     metrics = run_demo(args.output, steps=args.steps, seed=args.seed, device=args.device, overrides=args.set)
     folder = Path(args.output)
     agrees = metrics["samples"]["small_cnn_accuracy_on_samples"]

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .config import TrainConfig, load_config
 from .data import ArrayData, load_data, to_unit
-from .generation import evaluations, generate, save_grid
+from .generation import cpu_features, evaluations, generate, save_grid
 from .report import markdown_table, plot_loss, plot_variance
 from .train import Trainer, TrainResult
 from .variance import VarianceCurve, variance_curve
@@ -221,7 +221,7 @@ def _metrics(
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.cpu.get_capabilities().get('cpu_name', 'unknown')}, {os.cpu_count()} logical cores)"
+    return f"CPU ({cpu_features().get('cpu_name', 'unknown')}, {os.cpu_count()} logical cores)"
 
 
 def _ratio(curve: VarianceCurve, t: float) -> float | None:

@@ -32,8 +32,13 @@ def resolve_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    features = torch.cpu.get_capabilities()
+    features = cpu_features()
     return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "no"
+
+
+def cpu_features() -> dict:
+    """What torch knows of the CPU; nothing where this torch cannot say."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from . import checkpoint
 from .bank import ReferenceBank
 from .config import OptimConfig, TrainConfig, dump_yaml, to_dict
 from .data import ArrayData, Batch, ImageFolder, ShuffledOrder, load_data, loader
+from .ema import EMA
 from .generation import build_model, generate, resolve_device, resolve_precision, save_grid
 from .objectives import CFMObjective, StableVMObjective, STFObjective, TrainingSample
 from .optional import require
@@ -44,16 +44,6 @@ class TrainResult:
     steps: int
     losses: list[dict[str, float]]  # the lines of log.jsonl: step, loss (mean since the line before), grad_norm, lr
     seconds: float  # of the training loop of this call, without set-up
-
-
-def ema_update(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
-    """For AveragedModel: an exponential moving average whose decay grows as (1 + n) / (10 + n) up to `decay`."""
-
-    @torch.no_grad()
-    def update(averages: list[Tensor], current: list[Tensor], n: Tensor | int) -> None:
-        torch._foreach_lerp_(averages, current, 1.0 - min(decay, (1 + int(n)) / (10 + int(n))))
-
-    return update
 
 
 def learning_rate(config: OptimConfig, steps: int) -> Callable[[int], float]:
@@ -125,8 +115,7 @@ class Trainer:
         self.num_classes = self.dataset.num_classes if config.objective.name != "stf" else 0
         self._seed(config.seed)  # the same weights everywhere
         self.model = build_model(config.model, self.dataset.shape, self.num_classes).to(self.device)
-        # The average counts its updates on the CPU (it is never moved), so that reading the count costs no wait.
-        self.ema = AveragedModel(self.model, multi_avg_fn=ema_update(config.optim.ema)).requires_grad_(False)
+        self.ema = EMA(self.model, config.optim.ema)
         self.bank = self._build_bank()
         self.objective = build_objective(config, self.bank, self.num_classes)
         o = config.optim
@@ -216,7 +205,7 @@ class Trainer:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        self.ema.update_parameters(self.model)
+        self.ema.update(self.model)
         self.window += torch.stack([loss.detach(), norm.detach()])
         self.window_steps += 1
         self.step += 1
@@ -356,7 +345,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
-                "ema_updates": int(self.ema.n_averaged),
+                "ema_updates": self.ema.updates,
                 "random": streams,
                 "window": self.window,
                 "window_steps": self.window_steps,
@@ -390,7 +379,7 @@ class Trainer:
             raise ValueError(
                 f"model: expected the model of the checkpoint {folder}; {str(error).splitlines()[1].strip()}"
             ) from error
-        self.ema.n_averaged.fill_(state["ema_updates"])
+        self.ema.updates = state["ema_updates"]
         if self.bank is not None:
             self.bank.load_state_dict(checkpoint.load_module(folder, "bank"))
         self.optimizer.load_state_dict(state["optimizer"])
