@@ -40,6 +40,7 @@ constexpr int64_t STREAM_FIXED_SMEM = 4096;  // scores, tile descriptors, reduct
 constexpr int MAX_STAGES = 4;
 
 constexpr int64_t SMALL_D = 32;       // up to here a thread holds whole rows in registers
+constexpr int64_t EXACT_D = 8;        // up to here rounding does not average out: scores and sums in float64
 constexpr int64_t SMALL_ROWS = 64;    // fewer rows leave its threads idle
 constexpr int64_t TILED_ROWS = 64;    // from here register tiles of rows x references beat one pass per row,
 constexpr int64_t TILED_BLOCKS = 96;  // given enough of them to fill the device,
@@ -90,10 +91,11 @@ bool plan_stream(const Problem& p, Plan& plan) {
 }
 
 void plan_two_pass(const Problem& p, Plan& plan, const std::string& reason) {
-  const int64_t work = p.x_size == 8 || p.refs_size == 8 ? 8 : 4;
+  const int64_t work = p.x_size == 8 || p.refs_size == 8 || p.d <= EXACT_D ? 8 : 4;
   const int64_t tiles = std::max<int64_t>(1, groups(p) * ceil_div(p.m, TWO_PASS_TILE_REFS));
   plan.kernel = "two_pass";
   plan.aligned = p.aligned;
+  plan.wide = p.x_size == 8 || p.refs_size == 8 || p.d <= EXACT_D;
   plan.threads = 128;
   plan.tile_refs = TWO_PASS_TILE_REFS;
   plan.tile_d = 8 * plan.threads;
@@ -136,9 +138,10 @@ void plan_tiled(const Problem& p, Plan& plan) {
 void plan_small(const Problem& p, Plan& plan) {
   plan.kernel = "small";
   plan.threads = 128;
-  plan.tile_rows = p.d <= 16 ? 256 : 128;  // two rows per thread where registers allow
+  plan.wide = p.d <= EXACT_D;
+  plan.tile_rows = !plan.wide && p.d <= 16 ? 256 : 128;  // two rows per thread where registers allow
   plan.tile_refs = 64;
-  plan.tile_d = p.d <= 4 ? 4 : p.d <= 12 ? 12 : p.d <= 16 ? 16 : 32;
+  plan.tile_d = p.d <= 4 ? 4 : p.d <= 8 ? 8 : p.d <= 12 ? 12 : p.d <= 16 ? 16 : 32;
   const int64_t row_blocks = ceil_div(p.n, plan.tile_rows);
   const int64_t wanted = ceil_div(int64_t{8} * p.sm_count, row_blocks);
   const int64_t partial = 8 * (plan.tile_d + 2);
@@ -149,10 +152,10 @@ void plan_small(const Problem& p, Plan& plan) {
   plan.rows_per_pass =
       std::clamp<int64_t>(SCORES_LIMIT / (partial * plan.splits), 1, std::max<int64_t>(p.n, 1));
   plan.refs_per_pass = p.m;
-  plan.smem_bytes = plan.tile_refs * (plan.tile_d + 4) * 4;
+  plan.smem_bytes = plan.tile_refs * (plan.tile_d + 1) * (plan.wide ? 8 : 4);
   plan.workspace_bytes =
-      list_bytes(p) + plan.rows_per_pass * (plan.splits * partial + 4 * plan.tile_d) + 4 * plan.tile_d;
-  plan.reason = "one pool, D <= 32: a row per thread, references broadcast from shared memory";
+      list_bytes(p) + plan.rows_per_pass * (plan.splits * partial + 8 * plan.tile_d) + 4 * plan.tile_d;
+  plan.reason = "one pool, D <= 32: rows per thread, references broadcast from shared memory";
 }
 
 }  // namespace
@@ -166,11 +169,13 @@ Plan make_plan(const Problem& p) {
   Plan plan;
   if (p.d > 0 && (p.x_size == 8 || p.refs_size == 8)) {
     plan_two_pass(p, plan, "float64: scores, softmax and weighted sum in double");
-  } else if (!p.has_labels && p.d > 0 && p.d <= SMALL_D && p.n >= SMALL_ROWS) {
+  } else if (!p.has_labels && p.d > 0 && p.d <= SMALL_D && (p.n >= SMALL_ROWS || p.d <= EXACT_D)) {
     plan_small(p, plan);
   } else if (!p.has_labels && p.d > SMALL_D && p.d <= TILED_D && p.n >= TILED_ROWS &&
              ceil_div(p.n, 64) * ceil_div(p.d, 64) >= TILED_BLOCKS) {
     plan_tiled(p, plan);
+  } else if (p.d > 0 && p.d <= EXACT_D) {
+    plan_two_pass(p, plan, "D <= 8: rounding does not average out, so all in float64");
   } else if (!plan_stream(p, plan)) {
     plan_two_pass(p, plan, "D above what one block holds: scores first, then the weighted sum");
   }

@@ -27,6 +27,7 @@ struct Plan {
   int threads = 0;
   int stages = 1;       // tiles of references in flight
   bool aligned = true;  // 16-byte loads
+  bool wide = false;    // float64 arithmetic
   int64_t blocks = 0;   // thread blocks of the main launch
   int64_t splits = 1;   // stream: most blocks per row; two_pass: parts of D; small: parts of the references
   int64_t rows_per_pass = 0;  // rows and references that one round of launches covers

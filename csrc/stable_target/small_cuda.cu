@@ -14,10 +14,15 @@ constexpr int CENTRE_REFS = 64;  // references whose mean is the centre
 struct Parts {  // rows [first_row, first_row + rows) of this pass
   int64_t first_row, rows, splits, split_refs;
   float* centre;  // (tile_d,)
-  float* y;       // (rows, tile_d), zero from d on
+  double* y;      // (rows, tile_d), zero from d on
   double* sums;   // (splits, rows, tile_d); before small_kernel, split 0 holds source - c
-  float* best;    // (splits, rows)
+  double* best;   // (splits, rows)
   double* total;  // (splits, rows)
+};
+
+template <typename W>
+struct alignas(16) Four {  // read from shared memory 16 bytes at a time
+  W at[4];
 };
 
 __global__ void centre_kernel(const Inputs in, float* centre, int tile_d) {
@@ -40,41 +45,41 @@ __global__ void prepare_kernel(const Inputs in, const WorkList work, const Parts
   const int64_t at = row.index * in.d + e;
   const bool inside = e < in.d;
   const float c = parts.centre[e];
-  parts.y[item] = inside ? static_cast<float>(row.sign * load_as<double>(in.x, at) - row.alpha * c) : 0.0f;
+  parts.y[item] = inside ? row.sign * load_as<double>(in.x, at) - row.alpha * c : 0.0;
   if (in.source.data) parts.sums[item] = inside ? load_as<float>(in.source, at) - c : 0.0f;
 }
 
-// D: in.d rounded up; ROWS: rows per thread. Grid: (row blocks, splits).
-template <int D, int ROWS>
-__global__ void __launch_bounds__(THREADS)
+// W: arithmetic; D: in.d rounded up; ROWS: rows per thread. Grid: (row blocks, splits).
+template <typename W, int D, int ROWS>
+__global__ void __launch_bounds__(THREADS, D == 4 || D == 12 ? 3 : 2)
     small_kernel(const Inputs in, const WorkList work, const Parts parts) {
-  constexpr int BATCH = D <= 16 ? 8 : 4;         // references per step of the online softmax
-  __shared__ __align__(16) float refs[TILE][D];  // r_j - c
-  __shared__ __align__(16) float norms[TILE];
+  constexpr int BATCH = D <= 16 ? 8 : 4;     // references per step of the online softmax
+  __shared__ __align__(16) W refs[TILE][D];  // r_j - c
+  __shared__ __align__(16) W norms[TILE];
   const int64_t split = blockIdx.y, valid = valid_count(in, 0);
   const int64_t begin = split * parts.split_refs;
   const int64_t end = begin + parts.split_refs < valid ? begin + parts.split_refs : valid;
 
-  float y[ROWS][D], sum[ROWS][D], best[ROWS], half_alpha[ROWS], log2_rate[ROWS];
+  W y[ROWS][D], sum[ROWS][D], best[ROWS], half_alpha[ROWS], log2_rate[ROWS];
   double total[ROWS];
   int64_t local[ROWS];
-  float flushed_best[ROWS];  // the score that the flushed sums are relative to
+  W flushed_best[ROWS];  // the score that the flushed sums are relative to
   bool flushed = false;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     local[r] = (static_cast<int64_t>(blockIdx.x) * ROWS + r) * THREADS + threadIdx.x;
     const int64_t safe = local[r] < parts.rows ? local[r] : 0;
     const Row& row = work.rows[parts.first_row + safe];
-    half_alpha[r] = static_cast<float>(0.5 * row.alpha);
-    log2_rate[r] = static_cast<float>(row.rate() * 1.4426950408889634);
+    half_alpha[r] = static_cast<W>(0.5 * row.alpha);
+    log2_rate[r] = static_cast<W>(row.rate() * 1.4426950408889634);
     best[r] = -INFINITY, total[r] = 0;
     const bool with_source = in.source.data && split == 0;
-    float score = 0;
+    W score = 0;
 #pragma unroll
     for (int e = 0; e < D; ++e) {
-      y[r][e] = parts.y[safe * D + e];
-      sum[r][e] = with_source ? static_cast<float>(parts.sums[safe * D + e]) : 0.0f;
-      score = fmaf(fmaf(-half_alpha[r], sum[r][e], y[r][e]), sum[r][e], score);
+      y[r][e] = static_cast<W>(parts.y[safe * D + e]);
+      sum[r][e] = with_source ? static_cast<W>(parts.sums[safe * D + e]) : W(0);
+      score += (y[r][e] - half_alpha[r] * sum[r][e]) * sum[r][e];
     }
     if (with_source) best[r] = score, total[r] = isfinite(score) ? 1.0 : NAN;
   }
@@ -103,13 +108,13 @@ __global__ void __launch_bounds__(THREADS)
     for (int i = threadIdx.x; i < TILE * D; i += THREADS) {
       const int j = i / D, e = i % D;
       const bool inside = j < count && e < in.d;
-      refs[j][e] = inside ? load_as<float>(in.refs, (base + j) * in.d + e) - parts.centre[e] : 0.0f;
+      refs[j][e] = inside ? load_as<W>(in.refs, (base + j) * in.d + e) - parts.centre[e] : W(0);
     }
     __syncthreads();
     if (threadIdx.x < TILE) {
-      float norm = 0;
+      W norm = 0;
 #pragma unroll
-      for (int e = 0; e < D; ++e) norm = fmaf(refs[threadIdx.x][e], refs[threadIdx.x][e], norm);
+      for (int e = 0; e < D; ++e) norm += refs[threadIdx.x][e] * refs[threadIdx.x][e];
       norms[threadIdx.x] = norm;
     }
     __syncthreads();
@@ -117,35 +122,35 @@ __global__ void __launch_bounds__(THREADS)
     float tile_total[ROWS] = {};
 #pragma unroll 1
     for (int j0 = 0; j0 < count; j0 += BATCH) {
+      W score[ROWS][BATCH];
       float p[ROWS][BATCH];
 #pragma unroll
       for (int j = 0; j < BATCH; ++j) {
         asm volatile("" ::: "memory");  // one reference's loads at a time: more only cost registers
-        float dot[ROWS][2] = {};
+        W dot[ROWS][2] = {};
 #pragma unroll
         for (int e = 0; e < D; e += 4) {
-          const float4 v = *reinterpret_cast<const float4*>(&refs[j0 + j][e]);
+          const Four<W> v = *reinterpret_cast<const Four<W>*>(&refs[j0 + j][e]);
 #pragma unroll
           for (int r = 0; r < ROWS; ++r) {
-            dot[r][0] = fmaf(y[r][e], v.x, dot[r][0]);
-            dot[r][1] = fmaf(y[r][e + 1], v.y, dot[r][1]);
-            dot[r][0] = fmaf(y[r][e + 2], v.z, dot[r][0]);
-            dot[r][1] = fmaf(y[r][e + 3], v.w, dot[r][1]);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) dot[r][k % 2] += y[r][e + k] * v.at[k];
           }
         }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          const float score = fmaf(-half_alpha[r], norms[j0 + j], dot[r][0] + dot[r][1]);
-          p[r][j] = j0 + j < count ? score : -INFINITY;
+          const W whole = dot[r][0] + dot[r][1] - half_alpha[r] * norms[j0 + j];
+          score[r][j] = j0 + j < count ? whole : W(-INFINITY);
         }
       }
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        float now = best[r];
+        W now = best[r];
 #pragma unroll
-        for (int j = 0; j < BATCH; ++j) now = fmaxf(now, p[r][j]);
+        for (int j = 0; j < BATCH; ++j) now = score[r][j] > now ? score[r][j] : now;
         if (now > best[r]) {
-          const float keep = best[r] == -INFINITY ? 0.0f : exp2f((best[r] - now) * log2_rate[r]);
+          const float keep =
+              best[r] == -INFINITY ? 0.0f : exp2f(static_cast<float>((best[r] - now) * log2_rate[r]));
           best[r] = now;
           total[r] *= keep;
           tile_total[r] *= keep;
@@ -155,7 +160,7 @@ __global__ void __launch_bounds__(THREADS)
         float batch_total = 0;
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
-          p[r][j] = j0 + j < count ? exp2f((p[r][j] - best[r]) * log2_rate[r]) : 0.0f;
+          p[r][j] = j0 + j < count ? exp2f(static_cast<float>((score[r][j] - best[r]) * log2_rate[r])) : 0.0f;
           batch_total += p[r][j];
         }
         tile_total[r] += batch_total;
@@ -163,24 +168,20 @@ __global__ void __launch_bounds__(THREADS)
       asm volatile("" ::: "memory");  // reads the batch again: in registers it would not fit
 #pragma unroll
       for (int e = 0; e < D; e += 4) {
-        float4 add[ROWS] = {};
+        W add[ROWS][4] = {};
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
-          const float4 v = *reinterpret_cast<const float4*>(&refs[j0 + j][e]);
+          const Four<W> v = *reinterpret_cast<const Four<W>*>(&refs[j0 + j][e]);
 #pragma unroll
           for (int r = 0; r < ROWS; ++r) {
-            add[r].x = fmaf(p[r][j], v.x, add[r].x);
-            add[r].y = fmaf(p[r][j], v.y, add[r].y);
-            add[r].z = fmaf(p[r][j], v.z, add[r].z);
-            add[r].w = fmaf(p[r][j], v.w, add[r].w);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) add[r][k] += p[r][j] * v.at[k];
           }
         }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          sum[r][e] += add[r].x;
-          sum[r][e + 1] += add[r].y;
-          sum[r][e + 2] += add[r].z;
-          sum[r][e + 3] += add[r].w;
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sum[r][e + k] += add[r][k];
         }
       }
     }
@@ -212,14 +213,14 @@ __global__ void merge_kernel(const Inputs in, const WorkList work, const Parts p
     return;
   }
   const double rate = row.rate();
-  float best = -INFINITY;
-  for (int64_t s = 0; s < parts.splits; ++s) best = fmaxf(best, parts.best[s * parts.rows + local]);
+  double best = -INFINITY;
+  for (int64_t s = 0; s < parts.splits; ++s) best = fmax(best, parts.best[s * parts.rows + local]);
   double total = isfinite(best) ? 0.0 : NAN, sum = 0;
   for (int64_t s = 0; s < parts.splits; ++s) {
     const int64_t slot = s * parts.rows + local;
-    const float own = parts.best[slot];
+    const double own = parts.best[slot];
     if (own == -INFINITY && parts.total[slot] == 0) continue;  // no reference in this part
-    const double weight = exp(rate * (static_cast<double>(own) - best));
+    const double weight = exp(rate * (own - best));
     total += weight * parts.total[slot];
     sum += weight * parts.sums[slot * tile_d + e];
   }
@@ -237,13 +238,13 @@ __global__ void merge_kernel(const Inputs in, const WorkList work, const Parts p
   }
 }
 
-template <int D, int ROWS>
+template <typename W, int D, int ROWS>
 bool launch_if(const Inputs& in, const WorkList& work, const Parts& parts, const Plan& plan,
                cudaStream_t stream) {
-  if (plan.tile_d != D || plan.tile_rows != THREADS * ROWS) return false;
+  if (plan.wide != (sizeof(W) == 8) || plan.tile_d != D || plan.tile_rows != THREADS * ROWS) return false;
   const dim3 grid(static_cast<unsigned>((parts.rows + plan.tile_rows - 1) / plan.tile_rows),
                   static_cast<unsigned>(plan.splits));
-  small_kernel<D, ROWS><<<grid, THREADS, 0, stream>>>(in, work, parts);
+  small_kernel<W, D, ROWS><<<grid, THREADS, 0, stream>>>(in, work, parts);
   return true;
 }
 
@@ -259,9 +260,9 @@ void run_small(const char* op, const Inputs& in, const Plan& plan, void* workspa
   const int64_t tiles = (in.m + TILE - 1) / TILE;
   parts.split_refs = (tiles + plan.splits - 1) / plan.splits * TILE;
   parts.centre = carver.take<float>(tile_d);
-  parts.y = carver.take<float>(plan.rows_per_pass * tile_d);
+  parts.y = carver.take<double>(plan.rows_per_pass * tile_d);
   parts.sums = carver.take<double>(plan.splits * plan.rows_per_pass * tile_d);
-  parts.best = carver.take<float>(plan.splits * plan.rows_per_pass);
+  parts.best = carver.take<double>(plan.splits * plan.rows_per_pass);
   parts.total = carver.take<double>(plan.splits * plan.rows_per_pass);
   centre_kernel<<<1, 64, 0, stream>>>(in, parts.centre, tile_d);
   check_launch(op);
@@ -271,9 +272,11 @@ void run_small(const char* op, const Inputs& in, const Plan& plan, void* workspa
     prepare_kernel<<<static_cast<unsigned>((prepared + 255) / 256), 256, 0, stream>>>(in, work, parts,
                                                                                       tile_d);
     check_launch(op);
-    const bool launched =
-        launch_if<4, 2>(in, work, parts, plan, stream) || launch_if<12, 2>(in, work, parts, plan, stream) ||
-        launch_if<16, 2>(in, work, parts, plan, stream) || launch_if<32, 1>(in, work, parts, plan, stream);
+    const bool launched = launch_if<double, 4, 1>(in, work, parts, plan, stream) ||
+                          launch_if<double, 8, 1>(in, work, parts, plan, stream) ||
+                          launch_if<float, 12, 2>(in, work, parts, plan, stream) ||
+                          launch_if<float, 16, 2>(in, work, parts, plan, stream) ||
+                          launch_if<float, 32, 1>(in, work, parts, plan, stream);
     if (!launched)
       throw std::runtime_error(std::string("svel::") + op + ": no compiled kernel for the planned tile");
     check_launch(op);

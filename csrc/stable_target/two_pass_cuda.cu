@@ -291,8 +291,7 @@ void run(const char* op, const Inputs& in, const Plan& plan, void* workspace, cu
 }  // namespace
 
 void run_two_pass(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream) {
-  if (in.x.dtype == Dtype::f64 || in.refs.dtype == Dtype::f64)
-    return run<double, 1, double>(op, in, plan, workspace, stream);
+  if (plan.wide) return run<double, 1, double>(op, in, plan, workspace, stream);
   if (!plan.aligned) return run<float, 1, float>(op, in, plan, workspace, stream);
   if (in.refs.dtype == Dtype::f16) return run<__half, 8, float>(op, in, plan, workspace, stream);
   if (in.refs.dtype == Dtype::bf16) return run<__nv_bfloat16, 8, float>(op, in, plan, workspace, stream);
