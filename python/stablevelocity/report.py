@@ -45,7 +45,7 @@ def plot_variance(curve: VarianceCurve, path: str | Path, *, t_min: float | None
     if t_min is not None:
         axes.axvline(t_min, color="0.5", linewidth=1, linestyle=":", label=f"below t = {t_min}: conditional target")
     axes.set_yscale("log")
-    axes.set_ylim(bottom=floor)
+    axes.set(xlim=(0, 1), ylim=(floor, None))
     axes.legend(frameon=False)
     _write(figure, path)
 
