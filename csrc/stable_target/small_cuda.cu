@@ -36,6 +36,13 @@ __global__ void centre_kernel(const Inputs in, float* centre, int tile_d) {
   centre[e] = count ? mean / count : 0.0f;
 }
 
+__device__ float power_of_two(float v) {
+  return exp2f(v);
+}
+__device__ double power_of_two(double v) {
+  return exp2(v);
+}
+
 // y and source - c. One thread per row and element.
 __global__ void prepare_kernel(const Inputs in, const WorkList work, const Parts parts, int tile_d) {
   const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -119,11 +126,11 @@ __global__ void __launch_bounds__(THREADS, D == 4 || D == 12 ? 3 : 2)
     }
     __syncthreads();
 
-    float tile_total[ROWS] = {};
+    W tile_total[ROWS] = {};
 #pragma unroll 1
     for (int j0 = 0; j0 < count; j0 += BATCH) {
       W score[ROWS][BATCH];
-      float p[ROWS][BATCH];
+      W p[ROWS][BATCH];
 #pragma unroll
       for (int j = 0; j < BATCH; ++j) {
         asm volatile("" ::: "memory");  // one reference's loads at a time: more only cost registers
@@ -149,18 +156,17 @@ __global__ void __launch_bounds__(THREADS, D == 4 || D == 12 ? 3 : 2)
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) now = score[r][j] > now ? score[r][j] : now;
         if (now > best[r]) {
-          const float keep =
-              best[r] == -INFINITY ? 0.0f : exp2f(static_cast<float>((best[r] - now) * log2_rate[r]));
+          const W keep = best[r] == -INFINITY ? W(0) : power_of_two((best[r] - now) * log2_rate[r]);
           best[r] = now;
           total[r] *= keep;
           tile_total[r] *= keep;
 #pragma unroll
           for (int e = 0; e < D; ++e) sum[r][e] *= keep;
         }
-        float batch_total = 0;
+        W batch_total = 0;
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
-          p[r][j] = j0 + j < count ? exp2f(static_cast<float>((score[r][j] - best[r]) * log2_rate[r])) : 0.0f;
+          p[r][j] = j0 + j < count ? power_of_two((score[r][j] - best[r]) * log2_rate[r]) : W(0);
           batch_total += p[r][j];
         }
         tile_total[r] += batch_total;

@@ -1,0 +1,63 @@
+"""Every CUDA kernel once at small sizes, to run under compute-sanitizer:
+
+compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+compute-sanitizer --tool racecheck python benchmarks/sanitize.py
+"""
+
+from __future__ import annotations
+
+import torch
+
+import stablevelocity_kernels as svel
+
+
+def targets(rng: torch.Generator) -> None:
+    """Each kernel of the planner: aligned and not, with null and stray labels, counts and a source."""
+    for d in (1, 10, 127, 256, 1032, 4096, 8200, 16392):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            x = torch.randn(5, d, device="cuda", generator=rng)
+            refs = torch.randn(3, 19, d, device="cuda", generator=rng).to(dtype)
+            t = torch.tensor([0.1, 0.5, 0.9, float("nan"), 0.99], device="cuda")
+            labels = torch.tensor([0, -1, 7, 2, 1], device="cuda")
+            counts = torch.tensor([19, 0, 3], device="cuda")
+            svel.stable_target(x, refs, t, labels, counts, x)
+            svel.posterior_mean(x, refs[0], 1 - t, t)
+    for n, m, d in ((70, 130, 4160), (80, 70, 3), (80, 70, 10), (80, 70, 16), (80, 70, 30)):
+        x, refs = (torch.randn(rows, d, device="cuda", generator=rng) for rows in (n, m))
+        sigma = torch.full((n,), 0.5, device="cuda")
+        svel.posterior_mean(x, refs.half(), 1 - sigma, sigma, None, torch.tensor([m - 3], device="cuda"), x)
+
+
+def steps(rng: torch.Generator) -> None:
+    for shape in ((3, 8), (2, 2051), (2, 4, 16, 16)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            x = torch.randn(shape, device="cuda", generator=rng).to(dtype)
+            t = torch.full(shape[:1], 0.6, device="cuda")
+            svel.stablevs_step(x, x, t, t * 0.5, x, x, guidance_scale=2.0, noise_factor=0.3, path="cosine")
+            svel.affine_step(x, x, t[0], t)
+
+
+def losses(rng: torch.Generator) -> None:
+    for shape in ((2, 3, 8), (3, 5, 77), (4, 16, 768)):
+        p = torch.randn(shape, device="cuda", generator=rng).requires_grad_()
+        svel.va_repa_loss(p, torch.randn_like(p).bfloat16(), torch.ones(shape[0], device="cuda")).backward()
+
+
+def pushes(rng: torch.Generator) -> None:
+    for d in (3, 64, 2056):
+        refs = torch.zeros(4, 6, d, device="cuda", dtype=torch.float16)
+        counts, heads = (torch.zeros(4, device="cuda", dtype=torch.int32) for _ in range(2))
+        labels = torch.randint(-1, 5, (50,), device="cuda", generator=rng)
+        svel.bank_push_(refs, counts, heads, torch.randn(50, d, device="cuda", generator=rng), labels)
+
+
+def main() -> None:
+    rng = torch.Generator("cuda").manual_seed(0)
+    for part in (targets, steps, losses, pushes):
+        part(rng)
+        torch.cuda.synchronize()
+        print(f"{part.__name__}: done")
+
+
+if __name__ == "__main__":
+    main()
