@@ -271,8 +271,8 @@ conditional target below t = {config.objective.t_min}.
 ## What this does and does not show
 
 * The samples are of a small model after minutes of training on {m["data"]["samples"]} images. The CNN's agreement says
-  that classes are right and shapes legible; guidance raises it. It says nothing about diversity, nor about copies of
-  training images.
+  that classes are right and shapes legible; guidance raises it, and the settings of this demo were chosen with it in
+  view. It says nothing about diversity, nor about copies of training images.
 * A lower variance of the target is measured here. That it gives better samples than CFM at equal cost is not: this run
   trains no CFM model beside it (`svel train` with `--set objective.name=cfm` does).
 * The loss of StableVM is lower than CFM's by construction, as the target is less noisy: compare samples, not losses.
