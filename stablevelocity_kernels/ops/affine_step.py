@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, reference
-from ._register import define, refuse_gradient
+from ._register import define
 
 SCHEMA = (
     "affine_step(Tensor sample, Tensor velocity, Tensor a, Tensor b, Tensor? c=None, Tensor? velocity_uncond=None, "
@@ -20,7 +20,6 @@ def _fake(sample, velocity, a, b, c=None, velocity_uncond=None, noise=None, *, g
 
 
 define(SCHEMA, fake=_fake, reference=reference.affine_step)
-refuse_gradient("affine_step")
 
 
 def affine_step(
@@ -47,6 +46,9 @@ def affine_step(
 
     Returns:
         (N, *S) of sample's dtype; arithmetic is in float32 (float64 for a float64 sample).
+
+    Not differentiable: backward through it warns and stops there. (A backward that raises, as the targets have, costs
+    more host time than the rest of a small call.)
 
     Raises:
         RuntimeError: naming the argument, what was expected and what came.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, reference
-from ._register import define, refuse_gradient
+from ._register import define
 
 SCHEMA = (
     "stablevs_step(Tensor sample, Tensor velocity, Tensor t, Tensor tau, Tensor? velocity_uncond=None, "
@@ -31,7 +31,6 @@ def _fake(
 
 
 define(SCHEMA, fake=_fake, reference=reference.stablevs_step)
-refuse_gradient("stablevs_step")
 
 
 def stablevs_step(
@@ -64,6 +63,9 @@ def stablevs_step(
 
     Returns:
         (N, *S) of sample's dtype; arithmetic is in float32 (float64 for a float64 sample).
+
+    Not differentiable: backward through it warns and stops there. (A backward that raises, as the targets have, costs
+    more host time than the rest of a small call.)
 
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
