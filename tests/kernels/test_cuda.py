@@ -28,7 +28,8 @@ def on_gpu(*tensors):
 def check_bank(x, refs, t, labels, counts=None, source=None, prediction="velocity"):
     """stable_target on the GPU against the float64 reference, rows of each time together."""
     out = svel.stable_target(*on_gpu(x, refs, t, labels, counts, source), prediction=prediction).cpu()
-    expected = reference.stable_target(x.double(), refs, t, labels, counts, source, prediction=prediction)
+    wide_source = None if source is None else source.double()
+    expected = reference.stable_target(x.double(), refs, t, labels, counts, wide_source, prediction=prediction)
     assert torch.equal(out.isnan(), expected.isnan())
     for time in t.unique():
         rows = (t == time) & ~expected.isnan().reshape(len(t), -1).any(1)
