@@ -50,8 +50,17 @@ struct Finish {
   Storage out_storage;
 };
 
-constexpr int64_t SMALL_D =
-    128;  // up to here lanes are references (posterior_small), above they are coordinates
+// Which kernels serve a problem. posterior_f64: float64 rows, and samples of so few numbers that a target can
+// be 0 but for its last digits. posterior_small: lanes are references. posterior_wide: lanes are coordinates.
+constexpr int64_t F64_D = 2, SMALL_D = 128;
+constexpr bool in_float64(Storage x, int64_t d) {
+  return x == Storage::f64 || d <= F64_D;
+}
+
+constexpr int64_t F64_BLOCK = 1024;  // references at a time
+constexpr int64_t f64_scratch_size(int64_t d) {
+  return F64_BLOCK * (1 + (d < 8 ? d : 8));
+}
 
 // Wide kernels. Tile shapes: measured on Zen 5 (48 KiB L1d, 1 MiB L2 a core); all working sets stay within
 // the L2.
@@ -120,10 +129,19 @@ SVEL_ISA_KERNEL(void, row_norms,
 SVEL_ISA_KERNEL(void, wide_scores,
                 (const RowTile& rows, const RefBlock& block, int64_t begin, int64_t end,
                  const WideScratch& scratch, double* dots, double* norms))
-// From scores to weights; updates top and sum. Weights below exp(cut) of the largest so far become 0.
+// From scores to logits, in place. Returns how many logits of weight are in doubt because their float32
+// products are large, and lists them in `doubtful` as i WIDE_BLOCK + j.
+SVEL_ISA_KERNEL(int64_t, wide_logits,
+                (const RowTile& rows, int64_t count, const double* offset, const double* y_norm, double* dots,
+                 const double* norms, double cut, const Running& running, int32_t* doubtful))
+// Computes doubtful[first, last) again, from distances in float64.
+SVEL_ISA_KERNEL(void, wide_rescore,
+                (const RowTile& rows, const RefBlock& block, const int32_t* doubtful, int64_t first,
+                 int64_t last, double* logits))
+// From logits to weights; updates top and sum. Weights below exp(cut) of the largest so far become 0.
 SVEL_ISA_KERNEL(void, wide_weights,
-                (const RowTile& rows, int64_t count, const double* offset, double* dots, const double* norms,
-                 double cut, const Running& running, const BlockWeights& out))
+                (const RowTile& rows, int64_t count, const double* offset, const double* logits, double cut,
+                 const Running& running, const BlockWeights& out))
 // Adds a block to running.total over coordinates [begin, end), or finishes it where there is no
 // running.total.
 SVEL_ISA_KERNEL(void, wide_sums,
@@ -133,9 +151,9 @@ SVEL_ISA_KERNEL(void, wide_sums,
 SVEL_ISA_KERNEL(void, small_block,
                 (const RowTile& rows, const RefBlock& block, const double* y_norm, double cut,
                  const SmallScratch& scratch, const Running& running))
-// A block for float64 rows, all in float64. logits: (count,) scratch.
+// A block, all in float64, of at most F64_BLOCK references. scratch: f64_scratch_size(D).
 SVEL_ISA_KERNEL(void, f64_block,
-                (const RowTile& rows, const Values& refs, int64_t count, double* logits,
+                (const RowTile& rows, const Values& refs, int64_t count, double* scratch,
                  const Running& running))
 // The end of a row: out from running.total, over coordinates [begin, end) of tile rows [first, last).
 SVEL_ISA_KERNEL(void, finish_rows,

@@ -19,7 +19,6 @@ constexpr double INF = std::numeric_limits<double>::infinity();
 constexpr double NOT_A_NUMBER = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t STREAM_BYTES =
     1 << 19;  // references of a block that few rows read twice: they stay in the L2
-constexpr int64_t F64_BLOCK = 1024;
 
 template <typename T>
 using Buffer = std::unique_ptr<T[]>;
@@ -48,8 +47,8 @@ class Worker {
   Worker(const PosteriorProblem& problem, const Plan& plan, int64_t ranges)
       : p_(problem), plan_(plan), ranges_(ranges), offset_(plan.most_rows), y_norm_(ranges * plan.most_rows) {
     const int64_t n = plan.most_rows, d = p_.d;
-    if (p_.x.storage == Storage::f64) {
-      scores_ = uninitialised<double>(F64_BLOCK);
+    if (in_float64(p_.x.storage, p_.d)) {
+      scores_ = uninitialised<double>(f64_scratch_size(d));
       return;
     }
     centre_.assign(padded(d), 0.0f);
@@ -80,7 +79,7 @@ class Worker {
     const Tile& tile = plan_.tiles[share.tile];
     Part own;
     Part& here = part ? *part : own;
-    if (p_.x.storage == Storage::f64) {
+    if (in_float64(p_.x.storage, p_.d)) {
       run_f64(tile, share, here);
     } else if (p_.d <= SMALL_D) {
       run_small(tile, share, here);
@@ -122,6 +121,13 @@ class Worker {
     torch::stable::parallel_for(0, ranges_, 1, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) f(r, std::min(p_.d, r * step), std::min(p_.d, (r + 1) * step));
     });
+  }
+
+  // f(begin, end) over [0, n), in parallel when there are several ranges.
+  template <typename F>
+  void each_index(int64_t n, const F& f) {
+    if (ranges_ == 1 || n < 2) return f(int64_t{0}, n);
+    torch::stable::parallel_for(0, n, 1, f);
   }
 
   // f(references, count, whether they are the first of their group) for the blocks of a share.
@@ -194,8 +200,13 @@ class Worker {
       for (int64_t r = 1; r < ranges_; ++r) {
         for (int64_t i = 0; i < each; ++i) scores_[i] += scores_[r * each + i];
       }
-      pick_wide_weights()(rows, count, offset_.data(), scores_.get(), scores_.get() + scores, cut(tile),
-                          part.running(), weights_);
+      const int64_t doubtful =
+          pick_wide_logits()(rows, count, offset_.data(), y_norm_.data(), scores_.get(),
+                             scores_.get() + scores, cut(tile), part.running(), picked_.get());
+      each_index(doubtful, [&](int64_t begin, int64_t end) {
+        pick_wide_rescore()(rows, block, picked_.get(), begin, end, scores_.get());
+      });
+      pick_wide_weights()(rows, count, offset_.data(), scores_.get(), cut(tile), part.running(), weights_);
       const FinishTerms terms = at_once ? finish_terms(tile, part) : FinishTerms{};
       each_range([&](int64_t r, int64_t begin, int64_t end) {
         pick_wide_sums()(rows, block, weights_, begin, end, wide_[r], part.running(), terms.view(p_));
@@ -232,7 +243,8 @@ class Worker {
       const double set_share = part.top[i] == -INF ? 0.0 : std::exp(part.top[i] - top);
       const double own_weight = own == -INF ? 0.0 : std::exp(own - top);
       const double all = part.sum[i] * set_share + own_weight, lse = top + std::log(all);
-      const bool good = std::isfinite(lse);  // not where the sum is NaN, or the set empty
+      // Not where the set is empty, or something in the row or its source is NaN or Inf.
+      const bool good = std::isfinite(lse) && (!p_.source.data || std::isfinite(own));
       if (p_.lse) p_.lse[row] = good ? lse : NOT_A_NUMBER;
       if (!good) continue;
       terms.a[i] = p_.a[row];

@@ -18,7 +18,7 @@ constexpr double TILE_REFS = 16.0;   // and a tile as much as this many referenc
 
 int64_t most_rows(const PosteriorProblem& p) {
   const int64_t d = std::max<int64_t>(1, p.d);
-  if (p.x.storage == Storage::f64) return F64_ROWS;
+  if (in_float64(p.x.storage, p.d)) return d <= F64_D ? 1024 : F64_ROWS;
   if (d <= SMALL_D) return std::clamp<int64_t>(32768 / d, 256, 1024);
   return std::min(WIDE_ROWS, std::max<int64_t>(4, TILE_VALUES / d));
 }
@@ -93,7 +93,7 @@ Plan make_plan(const PosteriorProblem& p, int64_t threads) {
   Plan plan;
   sort_rows(p, plan);
   make_tiles(p, plan);
-  plan.team = p.x.storage != Storage::f64 && p.d >= TEAM_D && threads > 1;
+  plan.team = !in_float64(p.x.storage, p.d) && p.d >= TEAM_D && threads > 1;
   deal(p, plan.team ? 1 : threads, plan);
   return plan;
 }

@@ -14,6 +14,11 @@ namespace {
 constexpr int VECS = 4;                    // vectors of references at a time
 constexpr int ROWS = LANES == 16 ? 6 : 3;  // rows at a time: ROWS x VECS accumulators fit the registers
 constexpr int CHUNK = VECS * LANES;        // references at a time
+constexpr int64_t SLICE = 32;              // coordinates whose products are added up in a row
+constexpr double FAR = 4.0;     // best logits below -FAR sqrt(D) are of rows far from all references
+constexpr int64_t EXACT_D = 8;  // up to here differences cost little, and targets can be nearly 0
+constexpr float NOTHING =
+    -std::numeric_limits<float>::infinity();  // the score of a place without a reference
 static_assert(ROWS <= SMALL_ROWS && CHUNK <= SMALL_CHUNK);
 
 inline int64_t smaller(int64_t a, int64_t b) {
@@ -41,59 +46,68 @@ void transpose(const T* refs, int64_t count, int64_t d, const float* centre, flo
   }
 }
 
-// u (R, stride) = alpha y.d - alpha^2 |d|^2 / 2, or, where `direct`, -|y - alpha d|^2 / 2, and the largest u
-// of each chunk, lane by lane, in tops (R, stride / VECS). y (R, D) holds alpha y or, where direct, y.
+// u (R, stride) = z.d - |d|^2 / 2 or, where `direct`, the sum over coordinates of expected - (z - d)^2, for
+// the rows z = y / alpha, (R, D), whose low parts are z_low. The logit is u times a factor of the row, plus
+// another. Taking off what a squared difference is expected to be keeps the sums small where weights are
+// large. The largest u of each chunk, lane by lane, goes to tops (R, stride / VECS).
 template <int R, bool direct>
-void scores(const float* y, const float* alpha, const float* panel, const float* norms, int64_t d,
-            int64_t count, int64_t stride, float* u, float* tops) {
+void scores(const float* z, const float* z_low, const float* expected, const float* panel, const float* norms,
+            int64_t d, int64_t count, int64_t stride, float* u, float* tops) {
   for (int64_t j = 0; j < count; j += CHUNK) {
-    Vec acc[R][VECS];
-    for (int i = 0; i < R; ++i) {
-      for (int v = 0; v < VECS; ++v) {
-        acc[i][v] = direct ? Vec{} : load_vec(norms + j + v * LANES) * (-alpha[i] * alpha[i]);
-      }
-    }
-    const float* p = panel + j * d;
-    for (int64_t k = 0; k < d; ++k) {
-      Vec r[VECS];
-      for (int v = 0; v < VECS; ++v) r[v] = load_vec(p + (v * d + k) * LANES);
+    for (int64_t k0 = 0; k0 == 0 || k0 < d; k0 += SLICE) {  // once for D = 0
+      const int64_t end = smaller(k0 + SLICE, d);
+      Vec acc[R][VECS];
       for (int i = 0; i < R; ++i) {
-        const float value = y[i * d + k];
         for (int v = 0; v < VECS; ++v) {
-          if constexpr (direct) {
-            const Vec gap = value - alpha[i] * r[v];
-            acc[i][v] += gap * gap;
-          } else {
-            acc[i][v] += value * r[v];
+          if constexpr (direct) acc[i][v] = splat(expected[i] * static_cast<float>(end - k0));
+          if constexpr (!direct) acc[i][v] = k0 ? Vec{} : -load_vec(norms + j + v * LANES);
+        }
+      }
+      for (int64_t k = k0; k < end; ++k) {
+        Vec r[VECS];
+        for (int v = 0; v < VECS; ++v) r[v] = load_vec(panel + j * d + (v * d + k) * LANES);
+        for (int i = 0; i < R; ++i) {
+          const float high = z[i * d + k], low = z_low[i * d + k];
+          for (int v = 0; v < VECS; ++v) {
+            const Vec gap = (high - r[v]) + low;
+            acc[i][v] = direct ? acc[i][v] - gap * gap : acc[i][v] + high * r[v];
           }
         }
       }
-    }
-    for (int i = 0; i < R; ++i) {
-      float* out = u + i * stride + j;
-      for (int v = 0; v < VECS; ++v) {
-        if constexpr (direct) acc[i][v] *= -0.5f;
-        store_vec(out + v * LANES, acc[i][v]);
+      for (int i = 0; i < R; ++i) {
+        float* out = u + i * stride + j;
+        for (int v = 0; v < VECS; ++v) {
+          if (k0) acc[i][v] += load_vec(out + v * LANES);
+          store_vec(out + v * LANES, acc[i][v]);
+        }
+        if (end < d) continue;
+        if (j + CHUNK > count) {
+          for (int64_t l = count - j; l < CHUNK; ++l) out[l] = NOTHING;
+          for (int v = 0; v < VECS; ++v) acc[i][v] = load_vec(out + v * LANES);
+        }
+        store_vec(tops + (i * stride + j) / VECS, max(max(acc[i][0], acc[i][1]), max(acc[i][2], acc[i][3])));
       }
-      if (j + CHUNK > count) {
-        for (int64_t l = count - j; l < CHUNK; ++l) out[l] = -std::numeric_limits<float>::infinity();
-        for (int v = 0; v < VECS; ++v) acc[i][v] = load_vec(out + v * LANES);
-      }
-      store_vec(tops + (i * stride + j) / VECS, max(max(acc[i][0], acc[i][1]), max(acc[i][2], acc[i][3])));
     }
   }
 }
 
 // u becomes w = exp((u - top) scale), 0 below `cut`; returns their sum. alive[c]: chunk c holds a weight.
-double exponentials(float* u, const float* tops, int64_t chunks, float top, float scale, float cut,
+double exponentials(float* u, const float* tops, int64_t chunks, float top, double scale, double cut,
                     bool* alive) {
+  const float high = static_cast<float>(scale), low = static_cast<float>(scale - high),
+              lowest = static_cast<float>(cut);
   Vec sum = {};
   for (int64_t c = 0; c < chunks; ++c) {
     float* w = u + c * CHUNK;
-    const bool dead = (max_lane(load_vec(tops + c * LANES)) - top) * scale < cut;
-    alive[c] |= !dead;
+    const bool dead = (max_lane(load_vec(tops + c * LANES)) - top) * high < lowest;
+    if (dead) {
+      for (int v = 0; v < VECS; ++v) store_vec(w + v * LANES, Vec{});
+      continue;
+    }
+    alive[c] = true;
     for (int v = 0; v < VECS; ++v) {
-      const Vec e = dead ? Vec{} : exp((load_vec(w + v * LANES) - top) * scale);
+      const Vec value = load_vec(w + v * LANES), gap = value - top;
+      const Vec e = value == NOTHING ? Vec{} : exp(gap * low + gap * high);
       store_vec(w + v * LANES, e);
       sum += e;
     }
@@ -101,10 +115,11 @@ double exponentials(float* u, const float* tops, int64_t chunks, float top, floa
   return sum_lanes(sum);
 }
 
-// sums (R, D) = w (R, stride) . d over the chunks that are alive, K coordinates from k on.
-template <int R, int K>
-void weighted_sums(const float* w, int64_t stride, const float* panel, int64_t d, int64_t k, int64_t chunks,
-                   const bool* alive, float* sums) {
+// sums (R, D) = w (R, stride) . d or, where `direct`, w . (d - z), which is as small as the answer is close
+// to z, over the chunks that are alive, K coordinates from k on.
+template <int R, bool direct, int K>
+void weighted_sums(const float* w, const float* origin, int64_t stride, const float* panel, int64_t d,
+                   int64_t k, int64_t chunks, const bool* alive, float* sums) {
   Vec acc[R][K] = {};
   for (int64_t c = 0; c < chunks; ++c) {
     if (!alive[c]) continue;
@@ -113,7 +128,7 @@ void weighted_sums(const float* w, int64_t stride, const float* panel, int64_t d
       for (int s = 0; s < K; ++s) p[s] = load_vec(panel + (v * d + k + s) * LANES);
       for (int i = 0; i < R; ++i) {
         const Vec weight = load_vec(w + i * stride + v * LANES);
-        for (int s = 0; s < K; ++s) acc[i][s] += weight * p[s];
+        for (int s = 0; s < K; ++s) acc[i][s] += weight * (direct ? p[s] - origin[i * d + k + s] : p[s]);
       }
     }
   }
@@ -122,61 +137,106 @@ void weighted_sums(const float* w, int64_t stride, const float* panel, int64_t d
   }
 }
 
+// Whether a row's logits lose less as sums of differences, of which those with weight are about sigma^2 each,
+// than as products.
+bool prefers_direct(const RowTile& rows, int64_t i, double y_norm, double spread) {
+  const double products = std::fabs(rows.alpha[i]) * std::sqrt(y_norm) * spread;
+  const double limit = rows.d <= EXACT_D ? 0.0 : static_cast<double>(rows.d);
+  return products > limit * rows.sigma[i] * rows.sigma[i];
+}
+
+// For a row far from all references, whose distances are large and alike: the scores that matter again in
+// float64, as u = logit difference from the best / scale, so that the best is 0. Returns the best logit.
+double rescore(const float* z, const float* z_low, const float* panel, int64_t d, int64_t chunks, float top,
+               double scale, double cut, float* u, float* tops) {
+  double logits[SMALL_BLOCK], best = -std::numeric_limits<double>::infinity();
+  const float lowest = static_cast<float>(top + (cut - 1.0) / scale - 1e-5 * std::fabs(top));
+  for (int64_t j = 0; j < chunks * CHUNK; ++j) {
+    if (!(u[j] >= lowest)) continue;
+    double distance = 0.0;
+    for (int64_t k = 0; k < d; ++k) {
+      const double gap =
+          (static_cast<double>(z[k]) - panel[(j / LANES * d + k) * LANES + j % LANES]) + z_low[k];
+      distance += gap * gap;
+    }
+    logits[j] = 0.5 * static_cast<double>(d) - distance * scale;
+    best = logits[j] > best ? logits[j] : best;
+  }
+  for (int64_t c = 0; c < chunks; ++c) {
+    bool any = false;
+    for (int64_t j = c * CHUNK; j < (c + 1) * CHUNK; ++j) {
+      const bool matters = u[j] >= lowest;
+      any |= matters;
+      u[j] = matters ? static_cast<float>((logits[j] - best) / scale) : NOTHING;
+    }
+    store_vec(tops + c * LANES, splat(any ? 0.0f : NOTHING));
+  }
+  return best;
+}
+
 // R rows of the tile from `first` on.
-template <int R>
-void few_rows(const RowTile& rows, const RefBlock& block, int64_t first, const float* y, const double* y_norm,
-              double cut, const SmallScratch& scratch, const Running& running, double spread) {
+template <int R, bool direct>
+void few_rows(const RowTile& rows, const RefBlock& block, int64_t first, const double* y_norm, double spread,
+              double cut, const SmallScratch& scratch, const Running& running) {
   const int64_t d = rows.d, chunks = (block.count + CHUNK - 1) / CHUNK, stride = chunks * CHUNK;
-  float alpha[R], scaled[R * SMALL_D], sums[R * SMALL_D];
-  bool direct =
-      false;  // whichever loses less: products of the size |y| |d|, or differences of the size sigma sqrt(D)
+  float high[R * SMALL_D], low[R * SMALL_D], origin[R * SMALL_D], expected[R], sums[R * SMALL_D];
+  double scale[R], offset[R], x_buffer[SMALL_D];
   for (int i = 0; i < R; ++i) {
-    const double a = rows.alpha[first + i], s = rows.sigma[first + i], size = std::sqrt(y_norm[first + i]);
-    alpha[i] = static_cast<float>(a);
-    direct |= std::fabs(a) * size * spread / (s * s) > 0.5 * static_cast<double>(d) + size / std::fabs(s);
+    const double a = rows.alpha[first + i], s = rows.sigma[first + i], inverse = a == 0.0 ? 0.0 : 1.0 / a;
+    const double* x = load(rows.x.storage, rows.x.data, rows.row[first + i] * d, x_buffer, d);
+    const double prior = spread * spread * a * a, near = prior / (prior + s * s * static_cast<double>(d));
+    for (int64_t k = 0; k < d; ++k) {
+      const double z = inverse * (x[k] - a * static_cast<double>(block.centre[k]));
+      high[i * d + k] = static_cast<float>(z);
+      low[i * d + k] = static_cast<float>(z - static_cast<double>(high[i * d + k]));
+      origin[i * d + k] = static_cast<float>(near * z);  // the posterior mean, were the references normal
+    }
+    expected[i] = static_cast<float>(s * s * inverse * inverse);
+    double taken_off = 0.0;
+    for (int64_t k = 0; k < d; k += SLICE)
+      taken_off += expected[i] * static_cast<float>(smaller(SLICE, d - k));
+    scale[i] = (direct ? 0.5 : 1.0) * a * a / (s * s);
+    offset[i] =
+        0.5 * static_cast<double>(d) - (direct ? taken_off * scale[i] : 0.5 * y_norm[first + i] / (s * s));
   }
-  for (int i = 0; i < R; ++i) {
-    const float factor = direct ? 1.0f : alpha[i];
-    for (int64_t k = 0; k < d; ++k) scaled[i * d + k] = factor * y[(first + i) * d + k];
-  }
-  const auto kernel = direct ? scores<R, true> : scores<R, false>;
-  kernel(scaled, alpha, scratch.panel, scratch.norms, d, block.count, stride, scratch.scores, scratch.tops);
+  scores<R, direct>(high, low, expected, scratch.panel, scratch.norms, d, block.count, stride, scratch.scores,
+                    scratch.tops);
 
   bool alive[SMALL_BLOCK / CHUNK] = {};
   double share[R], keep[R], added[R];
   for (int i = 0; i < R; ++i) {
     const int64_t row = first + i;
-    const double scale = 1.0 / (rows.sigma[row] * rows.sigma[row]);
-    const double offset = 0.5 * static_cast<double>(d) - (direct ? 0.0 : 0.5 * y_norm[row] * scale);
-    const float* tops = scratch.tops + i * stride / VECS;
+    float* tops = scratch.tops + i * stride / VECS;
     Vec best = load_vec(tops);
     for (int64_t c = 1; c < chunks; ++c) best = max(best, load_vec(tops + c * LANES));
-    const float block_top = max_lane(best);
-    const double logit = block_top * scale + offset;
+    float block_top = max_lane(best);
+    double logit = block_top * scale[i] + offset[i];
+    if (direct && std::isfinite(logit) && logit < -FAR * std::sqrt(static_cast<double>(d) + 1.0)) {
+      logit = rescore(high + i * d, low + i * d, scratch.panel, d, chunks, block_top, scale[i], cut,
+                      scratch.scores + i * stride, tops);
+      block_top = 0.0f;
+    }
     const double top = logit > running.top[row] ? logit : running.top[row];
     const bool broken = !std::isfinite(logit) || !std::isfinite(y_norm[row]) || std::isnan(running.sum[row]);
     share[i] = broken ? std::numeric_limits<double>::quiet_NaN() : std::exp(logit - top);
     keep[i] = std::exp(running.top[row] - top);
-    added[i] =
-        share[i] * exponentials(scratch.scores + i * stride, tops, chunks, block_top,
-                                static_cast<float>(scale), static_cast<float>(cut + top - logit), alive);
+    added[i] = share[i] * exponentials(scratch.scores + i * stride, tops, chunks, block_top, scale[i],
+                                       cut + top - logit, alive);
     running.sum[row] = running.sum[row] * keep[i] + added[i];
     if (!broken) running.top[row] = top;
   }
-  int64_t k = 0;
-  for (; k + VECS <= d; k += VECS) {
-    weighted_sums<R, VECS>(scratch.scores, stride, scratch.panel, d, k, chunks, alive, sums);
-  }
-  if (k < d) {
-    with_constant<VECS - 1>(d - k, [&](auto rest) {
-      weighted_sums<R, rest>(scratch.scores, stride, scratch.panel, d, k, chunks, alive, sums);
+  for (int64_t k = 0; k < d; k += VECS) {
+    with_constant<VECS>(d - k, [&](auto some) {
+      weighted_sums<R, direct, some>(scratch.scores, origin, stride, scratch.panel, d, k, chunks, alive,
+                                     sums);
     });
   }
   for (int i = 0; i < R; ++i) {
     double* total = running.total + (first + i) * d;
-    for (int64_t c = 0; c < d; ++c) {
-      const double old = keep[i] == 0.0 ? 0.0 : keep[i] * total[c];
-      total[c] = old + (share[i] * sums[i * d + c] + added[i] * block.centre[c]);
+    for (int64_t k = 0; k < d; ++k) {
+      const double old = keep[i] == 0.0 ? 0.0 : keep[i] * total[k];
+      const double at = static_cast<double>(block.centre[k]) + (direct ? origin[i * d + k] : 0.0f);
+      total[k] = old + (share[i] * sums[i * d + k] + added[i] * at);
     }
   }
 }
@@ -193,18 +253,14 @@ void small_block(const RowTile& rows, const RefBlock& block, const double* y_nor
   for (int64_t j = 0; j < block.count; ++j) spread += scratch.norms[j];
   spread = std::sqrt(2.0 * spread / static_cast<double>(block.count));
 
-  float y[SMALL_ROWS * SMALL_D];
-  double x_buffer[SMALL_D];
-  for (int64_t first = 0; first < rows.n; first += ROWS) {
-    for (int64_t i = first; i < smaller(first + ROWS, rows.n); ++i) {
-      const double* x = load(rows.x.storage, rows.x.data, rows.row[i] * d, x_buffer, d);
-      for (int64_t k = 0; k < d; ++k) {
-        y[(i - first) * d + k] =
-            static_cast<float>(x[k] - rows.alpha[i] * static_cast<double>(block.centre[k]));
-      }
-    }
-    with_constant<ROWS>(rows.n - first, [&](auto r) {
-      few_rows<r>(rows, block, first, y - first * d, y_norm, cut, scratch, running, spread);
+  for (int64_t first = 0, last = 0; first < rows.n; first = last) {
+    const bool direct = prefers_direct(rows, first, y_norm[first], spread);
+    last = first + 1;
+    while (last < smaller(first + ROWS, rows.n) && prefers_direct(rows, last, y_norm[last], spread) == direct)
+      ++last;
+    with_constant<ROWS>(last - first, [&](auto r) {
+      const auto kernel = direct ? few_rows<r, true> : few_rows<r, false>;
+      kernel(rows, block, first, y_norm, spread, cut, scratch, running);
     });
   }
 }

@@ -14,6 +14,7 @@ constexpr int REFS = 4;                    // references at a time
 constexpr int ROWS = LANES == 16 ? 6 : 3;  // rows at a time: ROWS x REFS accumulators fit the registers
 constexpr int64_t STRIP = REFS * LANES;    // coordinates at a time in weighted sums
 constexpr int64_t CHAIN = 64;              // float32 terms in a row before a partial sum is put away
+constexpr double DOUBT = 16.0;             // measured: with it no case comes near the error that is promised
 constexpr int64_t SCORE_STRIDE = SCORE_DEPTH + SKEW, SUM_STRIDE = SUM_DEPTH + SKEW;
 static_assert(SUM_DEPTH % STRIP == 0 && padded(1) % STRIP == 0 && WIDE_BLOCK % REFS == 0);
 
@@ -218,20 +219,24 @@ void put(const RowTile& rows, int64_t i, int64_t begin, int64_t n, const float* 
 }  // namespace
 
 void find_centre(const Values& refs, int64_t count, int64_t d, int64_t begin, int64_t end, float* centre) {
-  // A sixteenth of a small set, from its start, where the caches find them again; 256 spread over a large
-  // one.
-  const int64_t used = count >= 4096 ? 256 : smaller(count, 8 + count / 16),
-                step = count >= 4096 ? count / used : 1;
-  for (int64_t k = begin; k < end; ++k) centre[k] = 0.0f;
+  // A few from the start of a small set, where the caches find them again; 256 spread over a large one.
+  const int64_t used = count >= 4096 ? 256 : smaller(count, 16), step = count >= 4096 ? count / used : 1;
   with_storage(refs.storage, refs.data, [&](const auto* r) {
-    for (int64_t j = 0; j < used; ++j) {
-      float* c = centre + begin;
-      const auto* ref = r + j * step * d + begin;
-      each_vec(end - begin,
-               [&](int64_t k, const auto& read) { store_vec(c + k, load_vec(c + k) + read(ref)); });
-    }
+    each_vec(end - begin, [&](int64_t k, const auto& read) {
+      Vec sum = {}, low = read(r + begin), high = low;
+      for (int64_t j = 0; j < used; ++j) {
+        const Vec v = read(r + j * step * d + begin);
+        sum += v;
+        low = v < low ? v : low;
+        high = max(v, high);
+      }
+      // Eight bits of the mean, and none where it does not stand out from the spread: then r - c is mostly
+      // exact.
+      const Vec mean =
+          bit_cast<Vec>(bit_cast<VecInt>(sum / static_cast<float>(used)) & static_cast<int32_t>(0xffff0000));
+      store_vec(centre + begin + k, max(mean, -mean) > 0.5f * (high - low) ? mean : Vec{});
+    });
   });
-  for (int64_t k = begin; k < end; ++k) centre[k] /= static_cast<float>(used);
 }
 
 void row_norms(const RowTile& rows, const Values& centre, bool centre_per_row, int64_t begin, int64_t end,
@@ -279,25 +284,71 @@ void wide_scores(const RowTile& rows, const RefBlock& block, int64_t begin, int6
   });
 }
 
-void wide_weights(const RowTile& rows, int64_t count, const double* offset, double* dots, const double* norms,
-                  double cut, const Running& running, const BlockWeights& out) {
+int64_t wide_logits(const RowTile& rows, int64_t count, const double* offset, const double* y_norm,
+                    double* dots, const double* norms, double cut, const Running& running,
+                    int32_t* doubtful) {
+  double spread = 0.0;
+  for (int64_t j = 0; j < count; ++j) spread = norms[j] > spread ? norms[j] : spread;
+  int64_t found = 0;
+  const int64_t full = (count + LANES - 1) / LANES * LANES;
   for (int64_t i = 0; i < rows.n; ++i) {
     double* logit = dots + i * WIDE_BLOCK;
-    float* weight = out.weight + i * WIDE_BLOCK;
     const double a = rows.alpha[i], scale = 1.0 / (rows.sigma[i] * rows.sigma[i]);
-    double tops[8];
-    for (double& top : tops) top = -std::numeric_limits<double>::infinity();
-    const int64_t full = (count + LANES - 1) / LANES * LANES;
+    double top = running.top[i];
     for (int64_t j = 0; j < count; ++j)
       logit[j] = (a * logit[j] - 0.5 * a * a * norms[j]) * scale + offset[i];
     for (int64_t j = count; j < full; ++j) logit[j] = -std::numeric_limits<double>::infinity();
+    // Products of this size lose digits that differences of the size sigma sqrt(D) keep.
+    const double size = std::fabs(a) * scale * std::sqrt(y_norm[i] * spread);
+    if (!(size > DOUBT * std::sqrt(static_cast<double>(rows.d)))) continue;
+    for (int64_t j = 0; j < count; ++j) top = logit[j] > top ? logit[j] : top;
+    const double near = top + cut - 1.0 - 0x1p-22 * size;
+    for (int64_t j = 0; j < count; ++j) {
+      if (logit[j] > near) doubtful[found++] = static_cast<int32_t>(i * WIDE_BLOCK + j);
+    }
+  }
+  return found;
+}
+
+void wide_rescore(const RowTile& rows, const RefBlock& block, const int32_t* doubtful, int64_t first,
+                  int64_t last, double* logits) {
+  typedef double VecDouble __attribute__((vector_size(8 * LANES)));
+  with_storage(rows.x.storage, rows.x.data, [&](const auto* all_x) {
+    with_storage(block.refs.storage, block.refs.data, [&](const auto* all_refs) {
+      for (int64_t s = first; s < last; ++s) {
+        const int64_t i = doubtful[s] / WIDE_BLOCK, j = doubtful[s] % WIDE_BLOCK;
+        const auto* x = all_x + rows.row[i] * rows.d;
+        const auto* ref = all_refs + j * rows.d;
+        VecDouble sum = {};
+        each_vec(rows.d, [&](int64_t, const auto& read) {
+          const VecDouble gap = __builtin_convertvector(read(x), VecDouble) -
+                                rows.alpha[i] * __builtin_convertvector(read(ref), VecDouble);
+          sum += gap * gap;
+        });
+        double distance = 0.0;
+        for (int l = 0; l < LANES; ++l) distance += sum[l];
+        logits[doubtful[s]] =
+            0.5 * static_cast<double>(rows.d) - 0.5 * distance / (rows.sigma[i] * rows.sigma[i]);
+      }
+    });
+  });
+}
+
+void wide_weights(const RowTile& rows, int64_t count, const double* offset, const double* logits, double cut,
+                  const Running& running, const BlockWeights& out) {
+  const int64_t full = (count + LANES - 1) / LANES * LANES;
+  for (int64_t i = 0; i < rows.n; ++i) {
+    const double* logit = logits + i * WIDE_BLOCK;
+    float* weight = out.weight + i * WIDE_BLOCK;
+    double tops[4];
+    for (double& top : tops) top = running.top[i];
     for (int64_t j = 0; j < full; j += 4) {
       for (int l = 0; l < 4; ++l) tops[l] = logit[j + l] > tops[l] ? logit[j + l] : tops[l];
     }
-    double top = running.top[i];
-    for (int l = 0; l < 4; ++l) top = tops[l] > top ? tops[l] : top;
-    const bool broken = !std::isfinite(offset[i]) || !std::isfinite(top) || std::isnan(running.sum[i]);
-    if (broken) {  // NaN from here on, without touching the other rows
+    double top = tops[0];
+    for (int l = 1; l < 4; ++l) top = tops[l] > top ? tops[l] : top;
+    if (!std::isfinite(offset[i]) || !std::isfinite(top) || std::isnan(running.sum[i])) {
+      // NaN from here on, without touching the other rows
       for (int64_t j = 0; j < full; ++j) weight[j] = 0.0f;
       out.keep[i] = 1.0;
       out.added[i] = 0.0;
