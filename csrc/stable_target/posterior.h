@@ -62,17 +62,15 @@ constexpr int64_t f64_scratch_size(int64_t d) {
   return F64_BLOCK * (1 + (d < 8 ? d : 8));
 }
 
-// Wide kernels. Tile shapes: measured on Zen 5 (48 KiB L1d, 1 MiB L2 a core); all working sets stay within
-// the L2.
-constexpr int64_t WIDE_ROWS = 126;   // rows of a tile
-constexpr int64_t WIDE_BLOCK = 512;  // references whose scores are held at once
-constexpr int64_t STREAM_ROWS =
-    4;  // up to here references are used as they are read, above they are unpacked once
-constexpr int64_t SCORE_DEPTH = 1024,
-                  SCORE_PANEL = 64;  // coordinates and references unpacked at once for scores
-constexpr int64_t SUM_DEPTH = 256;   // coordinates at once for weighted sums
-constexpr int64_t SKEW =
-    16;  // added to row strides in scratch, so that rows do not fall on the same cache sets
+// Wide kernels. Tile shapes: measured on Zen 5 (48 KiB L1d, 1 MiB L2 a core); working sets stay within the
+// L2.
+constexpr int64_t WIDE_ROWS = 126;     // rows of a tile
+constexpr int64_t WIDE_BLOCK = 512;    // references whose scores are held at once
+constexpr int64_t STREAM_ROWS = 4;     // up to here references are used as read, above unpacked once
+constexpr int64_t SCORE_DEPTH = 1024;  // coordinates unpacked at once for scores
+constexpr int64_t SCORE_PANEL = 64;    // references unpacked at once for scores
+constexpr int64_t SUM_DEPTH = 256;     // coordinates unpacked at once for weighted sums
+constexpr int64_t SKEW = 16;           // more floats to a row of scratch: rows fall on different cache sets
 
 constexpr int64_t padded(int64_t d) {
   return (d + 63) / 64 * 64;

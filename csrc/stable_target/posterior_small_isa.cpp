@@ -15,15 +15,11 @@ constexpr int VECS = 4;                    // vectors of references at a time
 constexpr int ROWS = LANES == 16 ? 6 : 3;  // rows at a time: ROWS x VECS accumulators fit the registers
 constexpr int CHUNK = VECS * LANES;        // references at a time
 constexpr int64_t SLICE = 32;              // coordinates whose products are added up in a row
-constexpr double FAR = 4.0;     // best logits below -FAR sqrt(D) are of rows far from all references
-constexpr int64_t EXACT_D = 8;  // up to here differences cost little, and targets can be nearly 0
+constexpr double FAR = 1.0;                // best logits below -FAR D - 16: rows far from all references
+constexpr int64_t EXACT_D = 8;             // up to here differences cost little, and targets can be nearly 0
 constexpr float NOTHING =
     -std::numeric_limits<float>::infinity();  // the score of a place without a reference
 static_assert(ROWS <= SMALL_ROWS && CHUNK <= SMALL_CHUNK);
-
-inline int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
 
 // panel (vectors of references, D, LANES) = d = r - c, zeros beyond count; norms = |d|^2 / 2.
 template <typename T>
@@ -211,7 +207,8 @@ void few_rows(const RowTile& rows, const RefBlock& block, int64_t first, const d
     for (int64_t c = 1; c < chunks; ++c) best = max(best, load_vec(tops + c * LANES));
     float block_top = max_lane(best);
     double logit = block_top * scale[i] + offset[i];
-    if (direct && std::isfinite(logit) && logit < -FAR * std::sqrt(static_cast<double>(d) + 1.0)) {
+    const bool far = logit < -FAR * static_cast<double>(d) - 16.0;
+    if (direct && far && std::isfinite(logit) && logit > running.top[row] + cut) {
       logit = rescore(high + i * d, low + i * d, scratch.panel, d, chunks, block_top, scale[i], cut,
                       scratch.scores + i * stride, tops);
       block_top = 0.0f;

@@ -138,6 +138,18 @@ inline Vec exp(Vec x) {
   return x < splat(-87.0f) ? Vec{} : scaled;
 }
 
+inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+// f(i, read) for every vector of n values: read(q) gives the values at q + i, and zeros after the n-th.
+template <typename F>
+inline void each_vec(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) f(i, [i](const auto* q) { return load_vec(q + i); });
+  if (i < n) f(i, [i, n](const auto* q) { return load_part(q + i, n - i); });
+}
+
 // f(std::integral_constant<int, n>) for 1 <= n <= Most.
 template <int Most, typename F>
 inline void with_constant(int64_t n, const F& f) {
