@@ -59,22 +59,18 @@ struct SharedState {
   double scratch[33];
 };
 
+// Ranges of equal length, the first `tiles % blocks` of them one longer; those of the last blocks may be
+// empty.
 __host__ __device__ inline int64_t range_begin(int64_t tiles, int64_t blocks, int64_t block) {
-  return tiles / blocks * block + tiles % blocks * block / blocks;
+  const int64_t longer = tiles % blocks;
+  return tiles / blocks * block + (block < longer ? block : longer);
 }
 
-// The block whose range holds `tile`: the last one that begins at or before it.
+// The block whose range holds `tile`. The ranges between those of two tiles are not empty.
 __host__ __device__ inline int64_t range_of(int64_t tiles, int64_t blocks, int64_t tile) {
-  int64_t low = 0, high = blocks;
-  while (high - low > 1) {
-    const int64_t mid = (low + high) / 2;
-    if (range_begin(tiles, blocks, mid) <= tile) {
-      low = mid;
-    } else {
-      high = mid;
-    }
-  }
-  return low;
+  const int64_t length = tiles / blocks, longer = tiles % blocks;
+  if (tile < longer * (length + 1)) return tile / (length + 1);
+  return longer + (tile - longer * (length + 1)) / length;
 }
 
 __device__ inline Tile next_tile(const Inputs& in, const WorkList& work, Cursor& at) {
@@ -401,20 +397,24 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
 
 // Merges what several blocks left of a row, and writes NaN for rows without tiles. Grid: (slices of d, rows).
 constexpr int COMBINE_THREADS = 256;
-constexpr int COMBINE_SLICE = 4 * COMBINE_THREADS;
+
+// Elements of a row per block: one a thread where rows are few, so that they still spread over the device.
+__host__ __device__ inline int64_t combine_slice(int64_t n) {
+  return (n < 64 ? 1 : 4) * COMBINE_THREADS;
+}
 
 // At least one, which sees to lse where d = 0.
-__host__ __device__ inline int64_t combine_slices(int64_t d) {
-  return d > COMBINE_SLICE ? (d + COMBINE_SLICE - 1) / COMBINE_SLICE : 1;
+__host__ __device__ inline int64_t combine_slices(int64_t n, int64_t d) {
+  return d > combine_slice(n) ? (d + combine_slice(n) - 1) / combine_slice(n) : 1;
 }
 
 __global__ void __launch_bounds__(COMBINE_THREADS)
     combine_kernel(const Inputs in, const WorkList work, const Partials parts, const int64_t blocks) {
   extern __shared__ double weights[];  // (blocks of the row,)
-  const int64_t slices = combine_slices(in.d);
+  __shared__ double scratch[COMBINE_THREADS / 32];
+  const int64_t slices = combine_slices(in.n, in.d), length = combine_slice(in.n);
   const int64_t i = blockIdx.x / slices, slice = blockIdx.x % slices;
-  const int64_t begin = slice * COMBINE_SLICE,
-                end = begin + COMBINE_SLICE < in.d ? begin + COMBINE_SLICE : in.d;
+  const int64_t begin = slice * length, end = begin + length < in.d ? begin + length : in.d;
   const int64_t tiles = work.first_tile[in.n], first = work.first_tile[i], last = work.first_tile[i + 1];
   if (first == last) {
     const int64_t index = work.rows[i].index;
@@ -426,28 +426,21 @@ __global__ void __launch_bounds__(COMBINE_THREADS)
   const int64_t from = range_of(tiles, blocks, first), to = range_of(tiles, blocks, last - 1);
   if (from == to) return;
   const Row row = work.rows[i];
-  const auto used = [&](int64_t b) {
-    return range_begin(tiles, blocks, b) < range_begin(tiles, blocks, b + 1);
-  };
-  const auto slot = [&](int64_t b) { return 2 * b + (b == from ? 1 : 0); };
-  float best = -INFINITY;
-  for (int64_t b = from; b <= to; ++b) {
-    if (used(b)) best = fmaxf(best, parts.max_score[slot(b)]);
+  const int count = static_cast<int>(to - from) + 1;
+  const auto slot = [&](int j) { return 2 * (from + j) + (j == 0 ? 1 : 0); };
+  float top = -INFINITY;
+  for (int j = threadIdx.x; j < count; j += COMBINE_THREADS) top = fmaxf(top, parts.max_score[slot(j)]);
+  const double best = block_max<double>(top, scratch);
+  double share = 0;
+  for (int j = threadIdx.x; j < count; j += COMBINE_THREADS) {
+    weights[j] = exp(row.rate() * (static_cast<double>(parts.max_score[slot(j)]) - best));
+    share += weights[j] * parts.total[slot(j)];
   }
-  for (int64_t b = from + threadIdx.x; b <= to; b += COMBINE_THREADS) {
-    weights[b - from] =
-        used(b) ? exp(row.rate() * (static_cast<double>(parts.max_score[slot(b)]) - best)) : 0.0;
-  }
-  __syncthreads();
-  double total = 0;
-  for (int64_t b = from; b <= to; ++b) {
-    if (used(b)) total += weights[b - from] * parts.total[slot(b)];
-  }
+  const double total = block_sum<double>(share, scratch);
   for (int64_t e = begin + threadIdx.x; e < end; e += COMBINE_THREADS) {
     double sum = 0;
-    for (int64_t b = from; b <= to; ++b) {
-      if (used(b)) sum += weights[b - from] * parts.sums[slot(b) * in.d + e];
-    }
+#pragma unroll 8
+    for (int j = 0; j < count; ++j) sum += weights[j] * parts.sums[slot(j) * in.d + e];
     const int64_t at = row.index * in.d + e;
     const double mean = parts.centres[from * in.d + e] + sum / total;
     store_as(in.out, at, row.a * load_as<double>(in.x, at) + row.b * mean);

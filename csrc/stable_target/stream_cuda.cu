@@ -68,7 +68,7 @@ void run_stream(const char* op, const Inputs& in, const Plan& plan, void* worksp
   if (!launched)
     throw std::runtime_error(std::string("svel::") + op + ": no compiled kernel for the planned tile");
 
-  const int64_t slices = combine_slices(in.d);
+  const int64_t slices = combine_slices(in.n, in.d);
   combine_kernel<<<static_cast<unsigned>(in.n * slices), COMBINE_THREADS, plan.blocks * sizeof(double),
                    stream>>>(in, work, parts, plan.blocks);
   check_launch(op);
