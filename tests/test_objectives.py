@@ -445,18 +445,20 @@ def test_a_step_compiles_on_the_device_without_a_copy_of_the_bank(source, rng):
     objective, model = sv.StableVMObjective(bank, source=source), Tiny().cuda()
     address = bank.refs.data_ptr()
 
-    @torch.compile(fullgraph=True)
     def loss_of(x0, labels):
         s = objective.sample(x0, labels)
         return objective.loss(model(s.x_t, s.t, s.labels), s)
 
-    for _ in range(3):
+    def peak_of(step):
         x0, labels = (part.cuda() for part in batch(8, rng))
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loss_of(x0, labels).backward()
-        peak = torch.cuda.max_memory_allocated() - before
-    assert peak < bank.refs.nbytes / 2
+        step(x0, labels).backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    eager, compiled = peak_of(loss_of), torch.compile(loss_of, fullgraph=True)
+    peaks = [peak_of(compiled) for _ in range(3)]
+    assert peaks[-1] < eager + bank.refs.nbytes / 2  # the op's own workspace is in both
     assert bank.refs.data_ptr() == address
-    assert bank.counts[:CLASSES].sum() == 24
+    assert bank.counts[:CLASSES].sum() == 32
     assert all(p.grad.isfinite().all() for p in model.parameters())
