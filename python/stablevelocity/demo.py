@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .config import TrainConfig, load_config
 from .data import ArrayData, load_data, to_unit
-from .generation import cpu_features, evaluations, generate, save_grid
+from .generation import cpu_features, evaluations, generate, resolve_device, save_grid
 from .report import markdown_table, plot_loss, plot_variance
 from .train import Trainer, TrainResult
 from .variance import VarianceCurve, variance_curve
