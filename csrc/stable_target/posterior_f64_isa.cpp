@@ -31,10 +31,10 @@ inline double exp_of(double x) {
       1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
   double p = 1.0 / 6227020800.0;
   for (const double term : terms) p = p * r + term;
-  int64_t bits, power;
+  uint64_t bits, power;
   std::memcpy(&bits, &p, sizeof bits);
   std::memcpy(&power, &shifted, sizeof power);
-  bits += static_cast<int64_t>(static_cast<uint64_t>(power) << 52);
+  bits += power << 52;
   std::memcpy(&p, &bits, sizeof p);
   return x < -708.0 ? 0.0 : p;
 }

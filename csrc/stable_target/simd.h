@@ -21,6 +21,7 @@ constexpr int LANES = 4;
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t VecInt __attribute__((vector_size(4 * LANES)));
+typedef uint32_t VecUint __attribute__((vector_size(4 * LANES)));
 typedef uint16_t VecShort __attribute__((vector_size(2 * LANES)));
 typedef float Vec4 __attribute__((vector_size(16)));
 
@@ -134,7 +135,7 @@ inline Vec exp(Vec x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const Vec scaled = bit_cast<Vec>(bit_cast<VecInt>(p) + (bit_cast<VecInt>(shifted) << 23));
+  const Vec scaled = bit_cast<Vec>(bit_cast<VecUint>(p) + (bit_cast<VecUint>(shifted) << 23));
   return x < splat(-87.0f) ? Vec{} : scaled;
 }
 
