@@ -36,9 +36,13 @@ struct Tile {
   int count, flags;
 };
 
-struct Cursor {  // where the block stands in the list of tiles
+// Where the block stands in the list of tiles. The tiles of one group of one row follow one another, and
+// between their first and their last nothing is read from the list.
+struct Cursor {
   int64_t tile, end, row;
-  bool fresh;  // the row has no tile in the ring yet
+  bool fresh;                                    // the row has no tile in the ring yet
+  int64_t row_begin, row_end;                    // tiles of the row
+  int64_t group, group_begin, group_end, count;  // the group, its tiles in the row, its valid references
 };
 
 // What a block leaves of rows that it shares with others: slot 2b of block b for the row that began earlier,
@@ -73,22 +77,45 @@ __host__ __device__ inline int64_t range_of(int64_t tiles, int64_t blocks, int64
   return longer + (tile - longer * (length + 1)) / length;
 }
 
+__device__ inline void start_row(const WorkList& work, Cursor& at, int64_t row) {
+  at.row = row;
+  at.fresh = true;
+  at.row_begin = at.group_end = work.first_tile[row];
+  at.row_end = work.first_tile[row + 1];
+}
+
+__device__ inline void start_group(const Inputs& in, const WorkList& work, Cursor& at) {
+  const Row& row = work.rows[at.row];
+  at.group = row.group, at.count = row.count;
+  at.group_begin = at.row_begin, at.group_end = at.row_end;
+  if (row.group >= 0) return;
+  if (row.count == 0) {  // one tile without references, for the source alone
+    at.group = 0;
+    return;
+  }
+  at.group = find_prefix(work.group_tiles, 0, in.k, at.tile - at.row_begin);
+  at.count = valid_count(in, at.group);
+  at.group_begin = at.row_begin + work.group_tiles[at.group];
+  at.group_end = at.row_begin + work.group_tiles[at.group + 1];
+}
+
 __device__ inline Tile next_tile(const Inputs& in, const WorkList& work, Cursor& at) {
   if (at.tile >= at.end) return {0, 0, 0, DONE};
-  while (at.tile >= work.first_tile[at.row + 1]) ++at.row, at.fresh = true;
-  const int64_t local = at.tile - work.first_tile[at.row], row_end = work.first_tile[at.row + 1];
-  const bool for_centre = at.fresh && local > 0;
-  const Span span = tile_span(in, work, work.rows[at.row], for_centre ? 0 : local);
-  Tile tile{at.row, span.group * in.m + span.first, span.count, 0};
-  if (at.fresh) tile.flags |= BEGIN;
-  at.fresh = false;
-  if (for_centre) {
-    tile.flags |= CENTRE_ONLY;
-    return tile;
+  while (at.tile >= at.row_end) start_row(work, at, at.row + 1);
+  const int begin = at.fresh ? BEGIN : 0;
+  if (at.fresh && at.tile > at.row_begin) {
+    at.fresh = false;
+    const Span span = tile_span(in, work, work.rows[at.row], 0);
+    return {at.row, span.group * in.m + span.first, span.count, begin | CENTRE_ONLY};
   }
-  if (local == 0) tile.flags |= ROW_START;
+  at.fresh = false;
+  if (at.tile >= at.group_end) start_group(in, work, at);
+  const int64_t first = (at.tile - at.group_begin) * work.tile_refs, left = at.count - first;
+  Tile tile{at.row, at.group * in.m + first, static_cast<int>(left < work.tile_refs ? left : work.tile_refs),
+            begin};
+  if (at.tile == at.row_begin) tile.flags |= ROW_START;
   ++at.tile;
-  if (at.tile == row_end) tile.flags |= END | ROW_END;
+  if (at.tile == at.row_end) tile.flags |= END | ROW_END;
   if (at.tile == at.end) tile.flags |= END;
   return tile;
 }
@@ -187,8 +214,7 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
     Cursor& at = shared.cursor;
     at.tile = range_begin(tiles, gridDim.x, blockIdx.x);
     at.end = range_begin(tiles, gridDim.x, blockIdx.x + 1);
-    at.row = at.tile < at.end ? find_prefix(work.first_tile, 0, in.n, at.tile) : 0;
-    at.fresh = true;
+    if (at.tile < at.end) start_row(work, at, find_prefix(work.first_tile, 0, in.n, at.tile));
     for (int i = 0; i < stages; ++i) shared.ring[i] = next_tile(in, work, at);
   }
   __syncthreads();

@@ -9,8 +9,8 @@ namespace svel::cuda {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int ROUNDS = 4;  // groups of 8 elements per thread
-constexpr int64_t BLOCK_ELEMENTS = int64_t{8} * THREADS * ROUNDS;
+constexpr int GROUP = 8 * THREADS;  // elements that a block takes at a time
+constexpr int MANY_BLOCKS = 1024;   // from here on a block takes several groups
 
 struct Step {
   Array sample, velocity, uncond, noise, out;  // (rows, d); uncond and noise may be null
@@ -30,39 +30,54 @@ __device__ StepCoefficients coefficients(const Step& step, int64_t row) {
   return {first, second, step.third.data ? load_as<double>(step.third, step.third_shared ? 0 : row) : 0.0};
 }
 
-// Grid: blocks_per_row for each row. W: float, or double for a float64 sample.
-template <typename W>
+// Grid: blocks_per_row for each row. W: float, or double for a float64 sample. The first loads are on their
+// way before the block waits for its coefficients.
+template <typename W, int ROUNDS>
 __global__ void __launch_bounds__(THREADS) step_kernel(const Step step) {
   __shared__ StepCoefficients shared;
-  const int64_t row = blockIdx.x / step.blocks_per_row;
+  const int64_t row = blockIdx.x / step.blocks_per_row, base = row * step.d;
+  const int64_t begin =
+      blockIdx.x % step.blocks_per_row * GROUP * ROUNDS + static_cast<int64_t>(threadIdx.x) * 8;
+  W x[8] = {}, v[8] = {}, u[8] = {}, noise[8] = {}, out[8];
+  const auto load = [&](int64_t e) {
+    if (step.vectors && e + 8 <= step.d) {
+      load8<W>(step.sample, base + e, x);
+      load8<W>(step.velocity, base + e, v);
+      if (step.uncond.data) load8<W>(step.uncond, base + e, u);
+      if (step.noise.data) load8<W>(step.noise, base + e, noise);
+    } else {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        if (e + k >= step.d) break;
+        x[k] = load_as<W>(step.sample, base + e + k);
+        v[k] = load_as<W>(step.velocity, base + e + k);
+        if (step.uncond.data) u[k] = load_as<W>(step.uncond, base + e + k);
+        if (step.noise.data) noise[k] = load_as<W>(step.noise, base + e + k);
+      }
+    }
+  };
+  load(begin);
   if (threadIdx.x == 0) shared = coefficients(step, row);
   __syncthreads();
   const W a = static_cast<W>(shared.a), b = static_cast<W>(shared.b), c = static_cast<W>(shared.c);
   const W scale = static_cast<W>(step.guidance_scale);
-  const auto value = [&](W x, W v, W u, W noise) {
-    if (step.uncond.data) v = u + scale * (v - u);
-    const W mean = a * x + b * v;
-    return step.noise.data ? mean + c * noise : mean;
-  };
-  const int64_t begin = blockIdx.x % step.blocks_per_row * BLOCK_ELEMENTS, base = row * step.d;
+  const bool guided = step.uncond.data, noisy = step.noise.data;
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
-    const int64_t e = begin + (round * THREADS + static_cast<int64_t>(threadIdx.x)) * 8, at = base + e;
-    if (step.vectors && e + 8 <= step.d) {
-      W x[8], v[8], u[8] = {}, noise[8] = {}, out[8];
-      load8<W>(step.sample, at, x);
-      load8<W>(step.velocity, at, v);
-      if (step.uncond.data) load8<W>(step.uncond, at, u);
-      if (step.noise.data) load8<W>(step.noise, at, noise);
+    const int64_t e = begin + round * GROUP;
+    if (round > 0) load(e);
 #pragma unroll
-      for (int k = 0; k < 8; ++k) out[k] = value(x[k], v[k], u[k], noise[k]);
-      store8<W>(step.out, at, out);
+    for (int k = 0; k < 8; ++k) {
+      const W velocity = guided ? u[k] + scale * (v[k] - u[k]) : v[k];
+      const W mean = a * x[k] + b * velocity;
+      out[k] = noisy ? mean + c * noise[k] : mean;
+    }
+    if (step.vectors && e + 8 <= step.d) {
+      store8<W>(step.out, base + e, out);
     } else {
-      for (int k = 0; k < 8 && e + k < step.d; ++k) {
-        const W u = step.uncond.data ? load_as<W>(step.uncond, at + k) : 0;
-        const W noise = step.noise.data ? load_as<W>(step.noise, at + k) : 0;
-        store_as(step.out, at + k,
-                 value(load_as<W>(step.sample, at + k), load_as<W>(step.velocity, at + k), u, noise));
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        if (e + k < step.d) store_as(step.out, base + e + k, out[k]);
       }
     }
   }
@@ -83,12 +98,16 @@ Tensor run(const char* op, Step step, const Tensor& sample, const Tensor& veloci
   const bool one_row = step.first_shared && step.second_shared && step.third_shared;
   const int64_t rows = one_row ? 1 : x.size(0);
   step.d = total / rows;
-  step.blocks_per_row = (step.d + BLOCK_ELEMENTS - 1) / BLOCK_ELEMENTS;
+  const bool many = total / GROUP >= MANY_BLOCKS;
+  const int64_t block = int64_t{GROUP} * (many ? 2 : 1);
+  step.blocks_per_row = (step.d + block - 1) / block;
   step.vectors = rows == 1 || step.d % 8 == 0;
   for (const Array& a : {step.sample, step.velocity, step.uncond, step.noise, step.out}) {
     step.vectors = step.vectors && is_aligned(a.data);
   }
-  const auto kernel = step.sample.dtype == Dtype::f64 ? step_kernel<double> : step_kernel<float>;
+  const bool wide = step.sample.dtype == Dtype::f64;
+  const auto kernel = wide ? (many ? step_kernel<double, 2> : step_kernel<double, 1>)
+                           : (many ? step_kernel<float, 2> : step_kernel<float, 1>);
   kernel<<<static_cast<unsigned>(rows * step.blocks_per_row), THREADS, 0, current_stream(x)>>>(step);
   check_launch(op);
   return out;
