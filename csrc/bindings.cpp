@@ -67,6 +67,7 @@ py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool 
   result["threads"] = made.threads;
   result["stages"] = made.stages;
   result["aligned"] = made.aligned;
+  result["wide"] = made.wide;
   result["blocks"] = made.blocks;
   result["splits"] = made.splits;
   result["rows_per_pass"] = made.rows_per_pass;

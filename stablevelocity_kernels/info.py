@@ -90,7 +90,8 @@ def plan(
 
     Returns:
         kernel, tiles (tile_rows, tile_refs, tile_d), threads, stages, blocks, splits, rows_per_pass, refs_per_pass,
-        smem_bytes, workspace_bytes, the least bytes and flops, and the reason in words.
+        smem_bytes, workspace_bytes, aligned (16-byte loads), wide (float64 arithmetic), the least bytes and flops, and
+        the reason in words.
 
     Raises:
         ValueError: for a size below zero, an unknown precision or device.
