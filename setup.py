@@ -98,6 +98,8 @@ class BuildNative(build_ext):
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.configure(build)
             self.cmake("--build", build)
+            for stale in (target / PACKAGE).glob("libsvel_*.so"):  # of a build that had CUDA, say
+                stale.unlink()
             self.cmake("--install", build, "--prefix", target)
         record(target, None if has_python_headers() else NO_HEADERS)
 
