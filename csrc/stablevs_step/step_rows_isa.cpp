@@ -6,8 +6,8 @@
 namespace svel::SVEL_ISA {
 namespace {
 
-constexpr int64_t BLOCK =
-    256;  // values converted at a time; of 128 to 2048 the quickest for samples beyond the cache
+// Values converted at a time: of 128 to 2048 the quickest for samples beyond the last-level cache.
+constexpr int64_t BLOCK = 256;
 
 bool stored_as(Storage storage, const Values& values) {
   return !values.data || values.storage == storage;
