@@ -6,6 +6,7 @@ A path is x_t = alpha(t) x_0 + sigma(t) eps with t = 0 at the data and t = 1 at 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -78,14 +79,18 @@ def prediction_coefficients(prediction: str, c: PathCoefficients) -> tuple[Tenso
 
 
 def stablevs_coefficients(
-    now: PathCoefficients, alpha_next: Tensor, sigma_next: Tensor, noise_factor: float
+    coefficients: Callable[[Tensor], PathCoefficients], t: Tensor, tau: Tensor, noise_factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(a, b, c) of the closed-form step a x + b v + c noise from time t to tau < t (paper, StableVS).
+    """(a, b, c) of the closed-form step a x + b v + c noise from time t to tau < t (paper, StableVS), in float64.
 
     The step draws from N(s x + (alpha_tau - s alpha_t) x0_hat, beta^2 I) with beta = noise_factor * sigma_tau,
     s = sqrt(sigma_tau^2 - beta^2) / sigma_t and x0_hat = (v - (sigma'/sigma) x) / (alpha' - sigma' alpha / sigma).
+
+    Args:
+        coefficients: the path, as a function of time.
+        t, tau: shapes that broadcast; t is clamped to [1e-5, 1 - 1e-5], tau to [0, 1].
     """
-    beta = noise_factor * sigma_next
-    s = sigma_next * math.sqrt(1.0 - noise_factor * noise_factor) / now.sigma
-    b = (alpha_next - s * now.alpha) / now.x0_factor
-    return s - b * now.x_factor, b, beta
+    now, after = coefficients(clamp_time(t.double())), coefficients(tau.double().clamp(0.0, 1.0))
+    s = after.sigma * math.sqrt(1.0 - noise_factor * noise_factor) / now.sigma
+    b = (after.alpha - s * now.alpha) / now.x0_factor
+    return s - b * now.x_factor, b, noise_factor * after.sigma

@@ -158,8 +158,7 @@ class Interpolant(ABC):
             raise ValueError(f"noise_factor: expected a number in [0, 1], got {noise_factor}")
         if noise_factor > 0.0 and noise is None:
             raise ValueError(f"noise: expected a tensor because noise_factor = {noise_factor}, got None")
-        after = self.coefficients(tau.double().clamp(0.0, 1.0))
-        a, b, c = stablevs_coefficients(self._inside(t), after.alpha, after.sigma, noise_factor)
+        a, b, c = stablevs_coefficients(self.coefficients, t, tau, noise_factor)
         if noise_factor == 0.0:
             c = noise = None
         return affine_step(sample, velocity, a, b, c, velocity_uncond, noise, guidance_scale=guidance_scale)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from .. import _checks
-from ..paths import clamp_time, path_coefficients, stablevs_coefficients
+from ..paths import path_coefficients, stablevs_coefficients
 from .affine_step import affine_step
 
 
@@ -23,9 +25,7 @@ def stablevs_step(
 ) -> Tensor:
     """See stablevelocity_kernels.stablevs_step."""
     _checks.check_stablevs_step(sample, velocity, t, tau, velocity_uncond, noise, noise_factor, path)
-    now = path_coefficients(path, clamp_time(t.double()))
-    after = path_coefficients(path, tau.double().clamp(0.0, 1.0))
-    a, b, c = stablevs_coefficients(now, after.alpha, after.sigma, noise_factor)
+    a, b, c = stablevs_coefficients(partial(path_coefficients, path), t, tau, noise_factor)
     if noise_factor == 0.0:
         c = noise = None
     return affine_step(sample, velocity, a, b, c, velocity_uncond, noise, guidance_scale=guidance_scale)
