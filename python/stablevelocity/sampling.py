@@ -7,7 +7,7 @@
 the closed form of StableVS (arXiv 2602.05435); above it the solver runs unchanged. All decisions are made on Python
 floats of the time grid, so nothing here waits for the device; updates are svel::affine_step and svel::stablevs_step.
 
-A new solver is one more function below and its name in SOLVERS; a new grid is one function and its name in GRIDS.
+A new solver is one more function below and its name in SOLVERS; time grids are in grids.py.
 """
 
 from __future__ import annotations
@@ -17,59 +17,42 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stablevelocity_kernels import affine_step, clamp_time
 
+from .grids import GRIDS, StableVS, edm_grid, expect, grow, host_times, shifted_grid, thin, time_grid, uniform_grid
 from .interpolants import Interpolant, get_interpolant
 
+__all__ = [
+    "GRIDS",
+    "SOLVERS",
+    "Guidance",
+    "StableVS",
+    "dpmpp_2m",
+    "edm_grid",
+    "euler",
+    "euler_maruyama",
+    "grow",
+    "heun",
+    "nfe",
+    "sample",
+    "shifted_grid",
+    "standard_normal",
+    "step_noise",
+    "thin",
+    "time_grid",
+    "uniform_grid",
+    "unipc",
+]
+
 Velocity = Callable[..., Tensor]
-Noise = torch.Generator | Sequence[torch.Generator] | Callable[[Tensor], Tensor] | None
+Noise = int | torch.Generator | Sequence[int | torch.Generator] | Callable[[Tensor], Tensor] | None
 Callback = Callable[[int, int, float, Tensor], None]
 Velocities = tuple[Tensor, Tensor | None]  # conditional, and unconditional where guidance is active
-
-
-def _expect(ok: bool, arg: str, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{arg}: expected {expected}, got {got!r}")
-
-
-def _is_count(value: object, lowest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
-
-
-@dataclass(frozen=True)
-class StableVS:
-    """The low-variance region and how it is sampled.
-
-    On "linear" with noise_factor 0 the closed form is Euler's step: what one gets is Euler on a thinner grid, and what
-    one saves is the model calls. On other paths it is exact for a fixed E[x_0 | x_t], which Euler is not.
-
-    Args:
-        split: a step that starts at t <= split is the closed-form step; in [0, 1).
-        low_steps: how many steps the region gets (fewer where the base grid has fewer); 0 turns StableVS off.
-        noise_factor: f in beta = f sigma_tau, the noise of a step to tau; in [0, 1], 0 is deterministic.
-        grid: "total": `steps` is the number of steps that run, the base grid is grown to make it so. "official": the
-            base grid has `steps` steps and is thinned, so that fewer run.
-    """
-
-    split: float = 0.85
-    low_steps: int = 9
-    noise_factor: float = 0.0
-    grid: str = "total"
-
-    def __post_init__(self) -> None:
-        _expect(0.0 <= self.split < 1.0, "split", "a number in [0, 1)", self.split)
-        _expect(_is_count(self.low_steps, 0), "low_steps", "an integer of at least 0", self.low_steps)
-        _expect(0.0 <= self.noise_factor <= 1.0, "noise_factor", "a number in [0, 1]", self.noise_factor)
-        _expect(self.grid in ("total", "official"), "grid", "'total' or 'official'", self.grid)
-
-    def covers(self, t: float) -> bool:
-        """Whether a step that starts at t is a StableVS step."""
-        return self.low_steps > 0 and t <= self.split
 
 
 @dataclass(frozen=True)
@@ -91,9 +74,9 @@ class Guidance:
     uncond: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _expect(math.isfinite(self.scale), "scale", "a finite number", self.scale)
+        expect(math.isfinite(self.scale), "scale", "a finite number", self.scale)
         ordered = 0.0 <= self.low <= self.high <= 1.0
-        _expect(ordered, "low, high", "times with 0 <= low <= high <= 1", (self.low, self.high))
+        expect(ordered, "low, high", "times with 0 <= low <= high <= 1", (self.low, self.high))
 
     def active(self, t: float) -> bool:
         """Whether the unconditional half is run at time t."""
@@ -102,7 +85,7 @@ class Guidance:
     def batch(self, conditioning: dict[str, Any], rows: int) -> dict[str, Any]:
         """Conditioning of the batched call: tensors of N rows are joined along them, anything else must be shared."""
         unknown = sorted(self.uncond.keys() - conditioning.keys())
-        _expect(not unknown, "uncond", f"names among {sorted(conditioning)}", unknown)
+        expect(not unknown, "uncond", f"names among {sorted(conditioning)}", unknown)
         return {name: self._join(name, value, rows) for name, value in conditioning.items()}
 
     def _join(self, name: str, cond: Any, rows: int) -> Any:
@@ -110,86 +93,11 @@ class Guidance:
         if isinstance(cond, Tensor) and cond.dim() and cond.shape[0] == rows:
             same = isinstance(uncond, Tensor) and uncond.shape == cond.shape
             got = tuple(uncond.shape) if isinstance(uncond, Tensor) else uncond
-            _expect(same, f"uncond[{name!r}]", f"a tensor of shape {tuple(cond.shape)}", got)
+            expect(same, f"uncond[{name!r}]", f"a tensor of shape {tuple(cond.shape)}", got)
             return torch.cat([cond, uncond])
         shared = uncond is cond or (not isinstance(cond, Tensor) and not isinstance(uncond, Tensor) and uncond == cond)
-        _expect(shared, f"uncond[{name!r}]", "the conditional value, because it is no tensor of N rows", uncond)
+        expect(shared, f"uncond[{name!r}]", "the conditional value, because it is no tensor of N rows", uncond)
         return cond
-
-
-def uniform_grid(steps: int) -> Tensor:
-    """steps + 1 times from 1 to 0, evenly spaced, float64: exactly i / steps, so that 17/20 is the 0.85 of a split."""
-    return torch.arange(steps, -1, -1, dtype=torch.float64) / steps
-
-
-GRIDS: dict[str, Callable[[int], Tensor]] = {"uniform": uniform_grid}
-
-
-def thin(times: Tensor, split: float, low_steps: int) -> Tensor:
-    """Replace the steps of a time grid that start at or below `split` by `low_steps` of them, evenly picked.
-
-    The first of them is kept: it is where the last step above the split lands. The picks are those of the paper's code,
-    round(linspace(0, L - 2, low_steps)) of L starts, wherever these differ from one another. With L <= low_steps the
-    grid comes back unchanged.
-
-    Args:
-        times: (n + 1,) strictly decreasing, the last is the end of the last step.
-    """
-    starts, end = times[:-1], times[-1:]
-    high, low = starts[starts > split], starts[starts <= split]
-    if len(low) <= low_steps:
-        return times
-    last = max(low_steps - 1, len(low) - 2)
-    picks = [round(i * last / max(low_steps - 1, 1)) for i in range(low_steps)]
-    return torch.cat([high, low[picks], end])
-
-
-def grow(base: Callable[[int], Tensor], steps: int, split: float, low_steps: int) -> Tensor:
-    """The thinned grid of `steps` steps: base(n) for the smallest n >= steps that thins to them.
-
-    Raises:
-        ValueError: if base has no such grid up to n = 10,000 (its steps above the split must grow one by one with n).
-    """
-    n, times = steps, thin(base(steps), split, low_steps)
-    while len(times) - 1 < steps and n < 10_000:
-        n += steps - (len(times) - 1)  # one more base step adds at most one step, so this cannot overshoot
-        times = thin(base(n), split, low_steps)
-    _expect(len(times) - 1 == steps, "kind", f"a grid that can be thinned to {steps} steps", f"{len(times) - 1} steps")
-    return times
-
-
-def time_grid(steps: int, kind: str | Callable[[int], Tensor] = "uniform", stable: StableVS | None = None) -> Tensor:
-    """The times of a sampler: 1-d float64 on the CPU, strictly decreasing from noise (1) to data (0).
-
-    Args:
-        steps: at least 1; see StableVS.grid for what it counts.
-        kind: a name in GRIDS, or a function of a number of steps that returns that many plus one times.
-        stable: thin the low-variance region; None or low_steps = 0 gives the base grid itself.
-
-    Raises:
-        ValueError: naming the argument, what was expected and what came.
-    """
-    _expect(_is_count(steps, 1), "steps", "an integer of at least 1", steps)
-    _expect(callable(kind) or kind in GRIDS, "kind", f"one of {sorted(GRIDS)} or a function", kind)
-    base = kind if callable(kind) else GRIDS[kind]
-    if stable is None or stable.low_steps == 0:
-        times = base(steps)
-    elif stable.grid == "official":
-        times = thin(base(steps), stable.split, stable.low_steps)
-    else:
-        times = grow(base, steps, stable.split, stable.low_steps)
-    return torch.tensor(_host_times(times), dtype=torch.float64)
-
-
-def _host_times(times: Tensor | Sequence[float]) -> list[float]:
-    """A time grid as Python floats; a tensor must be on the CPU, reading it elsewhere would wait for the device."""
-    if isinstance(times, Tensor):
-        _expect(times.device.type == "cpu" and times.dim() == 1, "times", "a 1-d CPU tensor", times)
-    times = [float(t) for t in times]
-    falling = all(a > b for a, b in pairwise(times))
-    ok = len(times) >= 2 and falling and times[0] <= 1.0 and times[-1] >= 0.0
-    _expect(ok, "times", "at least two strictly decreasing times in [0, 1]", times)
-    return times
 
 
 def standard_normal(like: Tensor, noise: Noise = None) -> Tensor:
@@ -197,17 +105,44 @@ def standard_normal(like: Tensor, noise: Noise = None) -> Tensor:
 
     Args:
         like: (N, *S).
-        noise: None for torch's global stream; a generator, on any device; a list of N generators, one a sample, so that
-            a sample does not depend on the batch it is in; or a function of `like`.
+        noise: None for torch's global stream; a generator, on any device; a seed, which is a new generator on the CPU;
+            a list of N generators or seeds, one a sample, so that a sample does not depend on the batch it is in; or a
+            function of `like`.
     """
     if noise is None:
         return torch.randn_like(like)
+    if isinstance(noise, int):
+        noise = torch.Generator().manual_seed(noise)
     if isinstance(noise, torch.Generator):
         return torch.randn(like.shape, generator=noise, device=noise.device, dtype=like.dtype).to(like.device)
     if callable(noise):
         return noise(like)
-    _expect(len(noise) == like.shape[0], "noise", f"{like.shape[0]} generators, one a sample", f"{len(noise)}")
-    return torch.stack([standard_normal(row, generator) for row, generator in zip(like, noise, strict=True)])
+    expect(len(noise) == like.shape[0], "noise", f"{like.shape[0]} generators or seeds, one a sample", len(noise))
+    return torch.stack([standard_normal(row, one) for row, one in zip(like, noise, strict=True)])
+
+
+def step_noise(noise: Noise) -> Noise:
+    """The noise of a run's steps: every seed becomes a generator, which the steps then draw on.
+
+    A seed stands for another stream here than in `standard_normal`, so that one may start a run and drive its steps
+    with the same seeds. Generators and functions are returned as they are.
+    """
+    if isinstance(noise, Sequence):
+        return [step_noise(one) for one in noise]
+    return torch.Generator().manual_seed(noise ^ 0x9E3779B9) if isinstance(noise, int) else noise
+
+
+class _Point(NamedTuple):
+    """A time of a multistep solver: the path there (t clamped to [1e-5, 1 - 1e-5]) and the data that was predicted."""
+
+    alpha: float
+    sigma: float
+    x0: Tensor  # (N, *S)
+
+    @property
+    def log_snr(self) -> float:
+        """Half the logarithm of the signal-to-noise ratio, in which the solvers' steps are linear."""
+        return math.log(self.alpha / self.sigma)
 
 
 class _Flow:
@@ -219,8 +154,8 @@ class _Flow:
     def __init__(self, velocity, x, times, interpolant, stable, guidance, noise, callback, conditioning):
         self.velocity, self.conditioning = velocity, conditioning
         self.interpolant: Interpolant = get_interpolant(interpolant)
-        self.stable, self.guidance, self.noise, self.callback = stable, guidance, noise, callback
-        self.times, self.dtype = _host_times(times), x.dtype
+        self.stable, self.guidance, self.noise, self.callback = stable, guidance, step_noise(noise), callback
+        self.times, self.dtype = host_times(times), x.dtype
         self.work = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.scale = guidance.scale if guidance else 1.0
         self.batched = guidance.batch(conditioning, x.shape[0]) if guidance else {}
@@ -257,6 +192,30 @@ class _Flow:
         weight = self.scalar(c) if c else None
         return affine_step(x, v[0], self.scalar(a), self.scalar(b), weight, v[1], noise, guidance_scale=self.scale)
 
+    def combine(self, x: Tensor, a: float, y: Tensor, b: float, z: Tensor | None = None, c: float = 0.0) -> Tensor:
+        """a x + b y + c z, in one launch."""
+        return affine_step(x, y, self.scalar(a), self.scalar(b), None if z is None else self.scalar(c), None, z)
+
+    def point(self, x: Tensor, v: Velocities, t: float) -> _Point:
+        """The path at time t, and the E[x_0 | x_t] that the (guided) velocity there stands for."""
+        alpha, sigma, x_factor, x0_factor = _path_at(self.interpolant, t)
+        return _Point(alpha, sigma, self.move(x, v, -x_factor / x0_factor, 1.0 / x0_factor))
+
+    def exponential(self, x: Tensor, now: _Point, before: _Point | None, tau: float) -> Tensor:
+        """A step of DPM-Solver++ to tau: with E[x_0 | x_t] constant in the log-SNR, or linear if `before` is given.
+
+        (sigma_tau / sigma) x + b (D + (h / 2 h_before) (D - D_before)) with b = alpha_tau - alpha sigma_tau / sigma.
+        Without `before`, and at tau = 0, where the log-SNR ends, it is the StableVS step without noise.
+        """
+        end = self.interpolant.coefficients(torch.tensor(tau, dtype=torch.float64))
+        a = float(end.sigma) / now.sigma
+        b = float(end.alpha) - a * now.alpha
+        if before is None or tau == 0.0:
+            return self.combine(x, a, now.x0, b)
+        h = math.log(float(end.alpha) / float(end.sigma)) - now.log_snr
+        slope = b * h / (2.0 * (now.log_snr - before.log_snr))
+        return self.combine(x, a, now.x0, b + slope, before.x0, -slope)
+
     def report(self, i: int, tau: float, x: Tensor) -> None:
         if self.callback:
             self.callback(i, len(self.times) - 1, tau, x)
@@ -284,7 +243,7 @@ def euler(
         interpolant: "linear", "cosine" or an Interpolant: the path that the velocity was trained on.
         stable: use the closed-form step where a step starts at t <= stable.split. `times` are run as they are.
         guidance: classifier-free guidance.
-        noise: see standard_normal; used by Euler-Maruyama, and by StableVS with a noise factor.
+        noise: see standard_normal and step_noise; used by Euler-Maruyama, and by StableVS with a noise factor.
         callback: callback(i, n, t, x) after step i of n (from 0), which reached time t with sample x.
         **conditioning: handed to `velocity`.
 
@@ -364,7 +323,7 @@ def euler_maruyama(
         else:
             score_x, score_v, sigma = _score_coefficients(flow.interpolant, t)
             w = sigma if diffusion is None else diffusion(t)
-            _expect(w >= 0.0, "diffusion", f"a w(t) of at least 0 at t = {t}", w)
+            expect(w >= 0.0, "diffusion", f"a w(t) of at least 0 at t = {t}", w)
             x = flow.move(x, v, 1.0 - h * w * score_x, h * (1.0 - w * score_v), math.sqrt(-2.0 * w * h))
         flow.report(i, tau, x)
     return x.to(flow.dtype)
@@ -372,16 +331,106 @@ def euler_maruyama(
 
 def _score_coefficients(interpolant: Interpolant, t: float) -> tuple[float, float, float]:
     """(a, b, sigma) with score = a x + b v: -(x - alpha x0) / sigma^2 at x0 = (v - (sigma'/sigma) x) / x0_factor."""
-    c = interpolant.coefficients(clamp_time(torch.tensor(t, dtype=torch.float64)))
-    alpha, sigma, x_factor, x0_factor = (float(value) for value in (c.alpha, c.sigma, c.x_factor, c.x0_factor))
+    alpha, sigma, x_factor, x0_factor = _path_at(interpolant, t)
     return -(1.0 + alpha * x_factor / x0_factor) / sigma**2, alpha / (sigma**2 * x0_factor), sigma
 
 
-SOLVERS: dict[str, Callable[..., Tensor]] = {"euler": euler, "heun": heun, "euler_maruyama": euler_maruyama}
+def _path_at(interpolant: Interpolant, t: float) -> tuple[float, float, float, float]:
+    """alpha, sigma, x_factor and x0_factor (see PathCoefficients) at t clamped to [1e-5, 1 - 1e-5]."""
+    c = interpolant.coefficients(clamp_time(torch.tensor(t, dtype=torch.float64)))
+    return float(c.alpha), float(c.sigma), float(c.x_factor), float(c.x0_factor)
+
+
+@torch.no_grad()
+def dpmpp_2m(
+    velocity: Velocity,
+    x: Tensor,
+    times: Tensor | Sequence[float],
+    *,
+    interpolant: str | Interpolant = "linear",
+    stable: StableVS | None = None,
+    guidance: Guidance | None = None,
+    noise: Noise = None,
+    callback: Callback | None = None,
+    **conditioning: Any,
+) -> Tensor:
+    """DPM-Solver++ 2M: second order, one evaluation a step; arguments as for `euler`.
+
+    Multistep in half the log-SNR, log(alpha / sigma), on any interpolant (Lu et al. 2022, algorithm 2). The first step,
+    and one to t = 0, are of first order, which is the StableVS step without noise.
+    """
+    flow = _Flow(velocity, x, times, interpolant, stable, guidance, noise, callback, conditioning)
+    x, before = x.to(flow.work), None
+    for i, t, tau in flow.steps():
+        v = flow(x, t)
+        if flow.in_low_region(t):
+            x = flow.closed_form(x, v, t, tau)
+        else:
+            now = flow.point(x, v, t)
+            x, before = flow.exponential(x, now, before, tau), now
+        flow.report(i, tau, x)
+    return x.to(flow.dtype)
+
+
+@torch.no_grad()
+def unipc(
+    velocity: Velocity,
+    x: Tensor,
+    times: Tensor | Sequence[float],
+    *,
+    interpolant: str | Interpolant = "linear",
+    stable: StableVS | None = None,
+    guidance: Guidance | None = None,
+    noise: Noise = None,
+    callback: Callback | None = None,
+    **conditioning: Any,
+) -> Tensor:
+    """UniPC of order 2 (UniP-2 and UniC-2 with B(h) = e^h - 1, Zhao et al. 2023): third order, one evaluation a step.
+
+    Arguments as for `euler`. The predictor is the step of DPM-Solver++ 2M; the evaluation at its end then corrects it.
+    The last step, and the one that lands in the low-variance region, have no evaluation left and stay predicted.
+    """
+    flow = _Flow(velocity, x, times, interpolant, stable, guidance, noise, callback, conditioning)
+    x, before, earlier = x.to(flow.work), None, None
+    for i, t, tau in flow.steps():
+        v = flow(x, t)
+        if flow.in_low_region(t):
+            x = flow.closed_form(x, v, t, tau)
+        else:
+            now = flow.point(x, v, t)
+            if before is not None:
+                x = _unipc_correct(flow, x, now, before, earlier)
+            x, before, earlier = flow.exponential(x, now, before, tau), now, before
+        flow.report(i, tau, x)
+    return x.to(flow.dtype)
+
+
+def _unipc_correct(flow: _Flow, x: Tensor, now: _Point, before: _Point, earlier: _Point | None) -> Tensor:
+    """UniC: x at `now`, as predicted from `before` and `earlier`, corrected with what the model says at x."""
+    h = now.log_snr - before.log_snr
+    b = now.alpha * math.expm1(-h)
+    if earlier is None:
+        return flow.combine(x, 1.0, now.x0, -0.5 * b, before.x0, 0.5 * b)
+    r = (earlier.log_snr - before.log_snr) / h  # negative
+    first = (math.expm1(-h) / -h - 1.0) / math.expm1(-h)
+    second = 2.0 * ((math.expm1(-h) / -h - 1.0) / -h - 0.5) / math.expm1(-h)
+    rho = (first - second) / (1.0 - r)  # of the difference with `earlier`; the predictor took 1/2 of it
+    back, ahead = b * (0.5 - rho) / r, b * (first - rho)
+    x = flow.combine(x, 1.0, now.x0, -ahead, before.x0, ahead - back)
+    return flow.combine(x, 1.0, earlier.x0, back)
+
+
+SOLVERS: dict[str, Callable[..., Tensor]] = {
+    "euler": euler,
+    "heun": heun,
+    "euler_maruyama": euler_maruyama,
+    "dpmpp_2m": dpmpp_2m,
+    "unipc": unipc,
+}
 
 
 def _get_solver(solver: str | Callable[..., Tensor]) -> Callable[..., Tensor]:
-    _expect(callable(solver) or solver in SOLVERS, "solver", f"one of {sorted(SOLVERS)} or a function", solver)
+    expect(callable(solver) or solver in SOLVERS, "solver", f"one of {sorted(SOLVERS)} or a function", solver)
     return solver if callable(solver) else SOLVERS[solver]
 
 
@@ -402,10 +451,10 @@ def sample(
     """Sample with a named solver on a named grid: time_grid, then the solver; see both for the arguments.
 
     Args:
-        x: (N, *S) standard normal, e.g. standard_normal(torch.empty(N, *S), generator).
-        generator: the solver's noise (see standard_normal).
+        x: (N, *S) standard normal, e.g. standard_normal(torch.empty(N, *S), seeds) for a list of N seeds.
+        generator: the solver's noise (see standard_normal and step_noise).
     """
-    times = time_grid(steps, grid, stable)
+    times = time_grid(steps, grid, stable, interpolant)
     options = {"interpolant": interpolant, "stable": stable, "guidance": guidance, "noise": generator}
     return _get_solver(solver)(velocity, x, times, callback=callback, **options, **conditioning)
 
