@@ -17,4 +17,6 @@ STABLE_TORCH_LIBRARY_IMPL(svel, CPU, m) {
   m.impl("va_repa_loss", TORCH_BOX(&va_repa_loss));
   m.impl("va_repa_loss_backward", TORCH_BOX(&va_repa_loss_backward));
   m.impl("bank_push_", TORCH_BOX(&bank_push_));
+  m.impl("bank_draw", TORCH_BOX(&bank_draw));
+  m.impl("conditional_target_", TORCH_BOX(&conditional_target_));
 }

@@ -6,7 +6,16 @@ compiled CUDA or Triton for NVIDIA GPUs, plain torch otherwise. `backends()` say
 
 from ._backend import backends, load_backends
 from .info import build_info, plan
-from .ops import affine_step, bank_push_, posterior_mean, stable_target, stablevs_step, va_repa_loss
+from .ops import (
+    affine_step,
+    bank_draw,
+    bank_push_,
+    conditional_target_,
+    posterior_mean,
+    stable_target,
+    stablevs_step,
+    va_repa_loss,
+)
 from .paths import (
     PATHS,
     PREDICTIONS,
@@ -26,9 +35,11 @@ __all__ = [
     "PathCoefficients",
     "affine_step",
     "backends",
+    "bank_draw",
     "bank_push_",
     "build_info",
     "clamp_time",
+    "conditional_target_",
     "path_coefficients",
     "plan",
     "posterior_mean",

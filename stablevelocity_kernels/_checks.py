@@ -197,10 +197,14 @@ def check_va_repa(op: str, projected: Tensor, teacher: Tensor, weight: Tensor) -
     check_row_scalar(op, "weight", weight, projected)
 
 
-def check_bank_push(refs: Tensor, counts: Tensor, heads: Tensor, values: Tensor, labels: Tensor) -> None:
+def check_bank_push(
+    refs: Tensor, counts: Tensor, heads: Tensor, values: Tensor, labels: Tensor, all_to_last: bool
+) -> None:
     op = "bank_push_"
     if refs.dim() < 2:
         fail(op, "refs", "shape (K, M, *S)", tuple(refs.shape))
+    if all_to_last and refs.shape[0] == 0:
+        fail(op, "all_to_last", "False because refs has no group", "True")
     for arg, value in {"refs": refs, "counts": counts, "heads": heads}.items():
         if not value.is_contiguous():
             fail(op, arg, "a contiguous tensor, because it is written in place", f"strides {value.stride()}")
@@ -218,3 +222,67 @@ def check_bank_push(refs: Tensor, counts: Tensor, heads: Tensor, values: Tensor,
     check_shape(op, "values", values, (labels.shape[0], *refs.shape[2:]), "(N, *S)")
     check_device(op, "values", values, refs)
     check_device(op, "labels", labels, refs)
+
+
+def check_bank_draw(
+    refs: Tensor,
+    counts: Tensor,
+    u: Tensor,
+    labels: Tensor | None,
+    fallback: Tensor | None,
+    noise: Tensor | None,
+    t: Tensor | None,
+    path: str,
+) -> None:
+    op = "bank_draw"
+    if refs.dim() < 2:
+        fail(op, "refs", "shape (K, M, *S)", tuple(refs.shape))
+    check_dtype(op, "refs", refs, FLOATS)
+    check_dtype(op, "counts", counts, (torch.int32, torch.int64))
+    check_shape(op, "counts", counts, (refs.shape[0],), "(K,)")
+    check_device(op, "counts", counts, refs)
+    check_dtype(op, "u", u, (torch.float32, torch.float64))
+    if u.dim() != 1:
+        fail(op, "u", "shape (N,)", tuple(u.shape))
+    check_device(op, "u", u, refs)
+    if labels is None:
+        if refs.shape[0] != 1:
+            fail(op, "labels", f"a tensor because refs has {refs.shape[0]} groups", None)
+    else:
+        check_dtype(op, "labels", labels, (torch.int64,))
+        check_shape(op, "labels", labels, (u.shape[0],), "(N,)")
+        check_device(op, "labels", labels, refs)
+    if (noise is None) != (t is None):
+        missing = "noise" if noise is None else "t"
+        fail(op, missing, "noise and t to be given together", f"{missing}=None")
+    for arg, value in {"fallback": fallback, "noise": noise}.items():
+        if value is not None:
+            check_dtype(op, arg, value, FLOATS)
+            check_shape(op, arg, value, (u.shape[0], *refs.shape[2:]), "(N, *S)")
+            check_device(op, arg, value, refs)
+    if t is not None:
+        check_dtype(op, "t", t, (torch.float32, torch.float64))
+        check_shape(op, "t", t, (u.shape[0],), "(N,)")
+        check_device(op, "t", t, refs)
+    check_choice(op, "path", path, PATHS)
+
+
+def check_conditional_target(
+    target: Tensor, x0: Tensor, noise: Tensor, t: Tensor, t_set: Tensor, path: str, prediction: str
+) -> None:
+    op = "conditional_target_"
+    if target.dim() < 1:
+        fail(op, "target", "shape (N, *S)", tuple(target.shape))
+    check_dtype(op, "target", target, FLOATS)
+    if not target.is_contiguous():
+        fail(op, "target", "a contiguous tensor, because it is written in place", f"strides {target.stride()}")
+    for arg, value in {"x0": x0, "noise": noise}.items():
+        check_dtype(op, arg, value, FLOATS)
+        check_shape(op, arg, value, tuple(target.shape), "of target, (N, *S)")
+        check_device(op, arg, value, target)
+    for arg, value in {"t": t, "t_set": t_set}.items():
+        check_dtype(op, arg, value, (torch.float32, torch.float64))
+        check_shape(op, arg, value, (target.shape[0],), "(N,)")
+        check_device(op, arg, value, target)
+    check_choice(op, "path", path, PATHS)
+    check_choice(op, "prediction", prediction, PREDICTIONS)

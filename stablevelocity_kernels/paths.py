@@ -78,6 +78,26 @@ def prediction_coefficients(prediction: str, c: PathCoefficients) -> tuple[Tenso
     raise RuntimeError(f"prediction: expected one of {PREDICTIONS}, got {prediction!r}")
 
 
+def conditional_coefficients(prediction: str, c: PathCoefficients) -> tuple[Tensor, Tensor]:
+    """(a, b) with prediction = a x_0 + b noise for the one x_0 and noise that x_t was made of.
+
+    Unlike `prediction_coefficients` with m = x_0 there is no cancellation as t goes to 0.
+
+    Raises:
+        RuntimeError: for a prediction other than "velocity", "x0", "noise", "score".
+    """
+    zero, one = torch.zeros_like(c.alpha), torch.ones_like(c.alpha)
+    if prediction == "velocity":
+        return c.d_alpha, c.d_sigma
+    if prediction == "x0":
+        return one, zero
+    if prediction == "noise":
+        return zero, one
+    if prediction == "score":
+        return zero, -1.0 / c.sigma
+    raise RuntimeError(f"prediction: expected one of {PREDICTIONS}, got {prediction!r}")
+
+
 def stablevs_coefficients(
     coefficients: Callable[[Tensor], PathCoefficients], t: Tensor, tau: Tensor, noise_factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 // svel::bank_push_ on CUDA: slots first, then the copy. Bytes: the values read and the slots written once;
-// finding a row's rank reads the labels of its chunk once per row, from the cache. Rows go in chunks, in
-// order.
+// finding a row's rank reads the labels of its chunk once per row, from the cache. Pushes go in chunks,
+// in order.
 #include "common/ops.h"
 #include "common/tensors.cuh"
 
@@ -13,18 +13,25 @@ constexpr int RANK_THREADS = 256;
 constexpr int COPY_THREADS = 256;
 constexpr int64_t COPY_ELEMENTS = int64_t{8} * COPY_THREADS;
 
-struct Push {             // the rows of one chunk
-  Array refs, values;     // (k, m, d), (n, d); unused when words are copied
+// The pushes of one chunk. Push i takes value i to its label's ring; with all_to_last there are as many
+// again, which take the same values to the last ring.
+struct Push {
+  Array refs, values;     // (k, m, d), (rows, d); unused when words are copied
   bool words;             // int64: copied as they are
   bool vectors;           // 8 elements at a time are aligned
-  const int64_t* labels;  // (n,)
+  const int64_t* labels;  // (rows,) in [0, label_groups)
   void* counts;           // (k,)
   void* heads;            // (k,)
   bool wide;              // counts and heads are int64, else int32
-  int64_t first, n, k, m, d;
-  int64_t* slots;   // (n,) row of refs, -1: not written
-  int64_t* pushed;  // (n,) in the last row of each label: rows of that label in the chunk, else 0
+  int64_t rows, label_groups, k, m, d;
+  int64_t first, n;  // of the chunk
+  int64_t* slots;    // (n,) row of refs, -1: not written
+  int64_t* pushed;   // (n,) in the last push of each ring: pushes to that ring in the chunk, else 0
 };
+
+__device__ int64_t ring_of(const Push& push, int64_t i) {
+  return i < push.rows ? push.labels[i] : push.k - 1;
+}
 
 __device__ int64_t read_index(const void* data, bool wide, int64_t i) {
   return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
@@ -44,44 +51,49 @@ __device__ int64_t read_head(const Push& push, int64_t label) {
   return head < 0 ? head + push.m : head;
 }
 
-// One warp per row: its rank among the rows of its label, and how many follow it.
+// One warp per push: its rank among those to the same ring, and how many follow it.
 __global__ void __launch_bounds__(RANK_THREADS) rank_kernel(const Push push) {
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * RANK_THREADS + threadIdx.x) / 32;
   const int lane = threadIdx.x % 32;
   if (i >= push.n) return;
+  const int64_t labelled =
+      min(max(push.rows - push.first, int64_t{0}), push.n);  // the others go to the last ring
   const int64_t* const labels = push.labels + push.first;
-  const int64_t label = labels[i];
-  const bool known = label >= 0 && label < push.k;
+  const int64_t ring = ring_of(push, push.first + i);
+  const bool known = i >= labelled || (ring >= 0 && ring < push.label_groups);
   int before = 0, after = 0;
-  if (known) {
-    for (int64_t j = lane; j < push.n; j += 32) {
-      const bool same = labels[j] == label;
+  if (i >= labelled) {
+    before = static_cast<int>(i - labelled);
+    after = static_cast<int>(push.n - 1 - i);
+  } else if (known) {
+    for (int64_t j = lane; j < labelled; j += 32) {
+      const bool same = labels[j] == ring;
       before += same && j < i;
       after += same && j > i;
     }
+    before = __reduce_add_sync(0xffffffffu, before);
+    after = __reduce_add_sync(0xffffffffu, after);
   }
-  before = __reduce_add_sync(0xffffffffu, before);
-  after = __reduce_add_sync(0xffffffffu, after);
   if (lane != 0) return;
-  // A slot that a later row of this chunk takes again is left to that row.
-  push.slots[i] = known && after < push.m ? label * push.m + (read_head(push, label) + before) % push.m : -1;
+  // A slot that a later push of this chunk takes again is left to that one.
+  push.slots[i] = known && after < push.m ? ring * push.m + (read_head(push, ring) + before) % push.m : -1;
   push.pushed[i] = known && after == 0 ? before + 1 : 0;
 }
 
-// Grid: slices of d for each row. Heads and counts advance here, after every slot is known.
+// Grid: slices of d for each push. Heads and counts advance here, after every slot is known.
 __global__ void __launch_bounds__(COPY_THREADS) copy_kernel(const Push push) {
   const int64_t slices = (push.d + COPY_ELEMENTS - 1) / COPY_ELEMENTS;
   const int64_t i = slices ? blockIdx.x / slices : blockIdx.x, slice = slices ? blockIdx.x % slices : 0;
   const int64_t pushed = push.pushed[i], slot = push.slots[i];
   if (slice == 0 && threadIdx.x == 0 && pushed > 0) {
-    const int64_t label = push.labels[push.first + i];
-    const int64_t count = read_index(push.counts, push.wide, label) + pushed;
-    write_index(push.heads, push.wide, label, (read_head(push, label) + pushed) % push.m);
-    write_index(push.counts, push.wide, label, count < push.m ? count : push.m);
+    const int64_t ring = ring_of(push, push.first + i);
+    const int64_t count = read_index(push.counts, push.wide, ring) + pushed;
+    write_index(push.heads, push.wide, ring, (read_head(push, ring) + pushed) % push.m);
+    write_index(push.counts, push.wide, ring, count < push.m ? count : push.m);
   }
   if (slot < 0) return;
   const int64_t e = slice * COPY_ELEMENTS + static_cast<int64_t>(threadIdx.x) * 8;
-  const int64_t from = (push.first + i) * push.d + e, to = slot * push.d + e;
+  const int64_t from = (push.first + i) % push.rows * push.d + e, to = slot * push.d + e;
   if (push.vectors && e + 8 <= push.d) {
     double v[8];
     if (push.values.dtype == Dtype::f64) {
@@ -106,12 +118,14 @@ __global__ void __launch_bounds__(COPY_THREADS) copy_kernel(const Push push) {
 }  // namespace
 
 void bank_push_(const Tensor& refs, const Tensor& counts, const Tensor& heads, const Tensor& values,
-                const Tensor& labels) {
-  check_bank_push(refs, counts, heads, values, labels);
+                const Tensor& labels, bool all_to_last) {
+  check_bank_push(refs, counts, heads, values, labels, all_to_last);
   const torch::stable::accelerator::DeviceGuard guard(refs.get_device_index());
   const Tensor v = packed(values), y = packed(labels);
-  const int64_t n = y.size(0);
   Push push{};
+  push.rows = y.size(0);
+  push.label_groups = refs.size(0) - all_to_last;
+  const int64_t n = all_to_last ? 2 * push.rows : push.rows;
   push.k = refs.size(0), push.m = refs.size(1), push.d = product(shape_of(refs), 2);
   if (n == 0 || push.k == 0 || push.m == 0) return;
   push.refs = array_of(refs), push.values = array_of(v);

@@ -9,14 +9,16 @@
 namespace svel {
 
 struct PushProblem {
-  Values values;         // (N, D)
+  Values values;  // (N, D)
+  int64_t n;
   void* refs;            // (K M, D)
   Storage refs_storage;  // i64 exactly when values are
   int64_t d;
-  const int64_t* slots;  // (N,): row of refs that each value goes to; -1: overwritten later in the same call
+  const int64_t*
+      slots;  // row of refs that push i, of value i mod N, goes to; -1: overwritten later in the call
 };
 
-// Rows [begin, end) of values.
+// Pushes [begin, end).
 SVEL_ISA_KERNEL(void, push_rows, (const PushProblem& problem, int64_t begin, int64_t end))
 
 }  // namespace svel

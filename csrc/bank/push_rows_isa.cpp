@@ -24,7 +24,7 @@ void convert_row(const PushProblem& p, int64_t from, int64_t to) {
 void push_rows(const PushProblem& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     if (p.slots[row] < 0) continue;
-    const int64_t from = row * p.d, to = p.slots[row] * p.d;
+    const int64_t from = row % p.n * p.d, to = p.slots[row] * p.d;
     if (p.values.storage == p.refs_storage) {
       const int64_t bytes = bytes_of(p.refs_storage);
       std::memcpy(static_cast<char*>(p.refs) + to * bytes,

@@ -227,6 +227,10 @@ inline void check_path(const char* op, const std::string& path) {
   check_choice(op, "path", path, {"linear", "cosine"});
 }
 
+inline void check_prediction(const char* op, const std::string& prediction) {
+  check_choice(op, "prediction", prediction, {"velocity", "x0", "noise", "score"});
+}
+
 inline void check_stable_target(const Tensor& x, const Tensor& refs, const Tensor& t,
                                 const MaybeTensor& labels, const MaybeTensor& counts,
                                 const MaybeTensor& source, const std::string& path,
@@ -235,7 +239,7 @@ inline void check_stable_target(const Tensor& x, const Tensor& refs, const Tenso
   check_reference_set(op, x, refs, labels, counts, source, precision);
   check_row_scalar(op, "t", t, x);
   check_path(op, path);
-  check_choice(op, "prediction", prediction, {"velocity", "x0", "noise", "score"});
+  check_prediction(op, prediction);
 }
 
 inline void check_affine_step(const Tensor& sample, const Tensor& velocity, const Tensor& a, const Tensor& b,
@@ -278,19 +282,23 @@ inline void check_va_repa(const char* op, const Tensor& projected, const Tensor&
   check_row_scalar(op, "weight", weight, projected);
 }
 
+inline void check_written_in_place(const char* op, const char* arg, const Tensor& t) {
+  if (t.is_contiguous()) return;
+  const auto strides = t.strides();
+  fail(op, arg, "a contiguous tensor, because it is written in place",
+       "strides " + to_text(std::vector<int64_t>(strides.begin(), strides.end())));
+}
+
 // refs (K, M, *S), counts and heads (K,), all written in place; values (N, *S), labels (N,).
 inline void check_bank_push(const Tensor& refs, const Tensor& counts, const Tensor& heads,
-                            const Tensor& values, const Tensor& labels) {
+                            const Tensor& values, const Tensor& labels, bool all_to_last) {
   const char* op = "bank_push_";
   const std::vector<int64_t> shape = shape_of(refs);
   if (shape.size() < 2) fail(op, "refs", "shape (K, M, *S)", to_text(shape));
-  for (const auto& [arg, value] :
-       {std::pair{"refs", refs}, std::pair{"counts", counts}, std::pair{"heads", heads}}) {
-    if (value.is_contiguous()) continue;
-    const auto strides = value.strides();
-    fail(op, arg, "a contiguous tensor, because it is written in place",
-         "strides " + to_text(std::vector<int64_t>(strides.begin(), strides.end())));
-  }
+  if (all_to_last && shape[0] == 0) fail(op, "all_to_last", "False because refs has no group", "True");
+  check_written_in_place(op, "refs", refs);
+  check_written_in_place(op, "counts", counts);
+  check_written_in_place(op, "heads", heads);
   if (refs.scalar_type() == ScalarType::Long) {  // dataset indices
     check_dtype(op, "values", values, {ScalarType::Long});
   } else {
@@ -315,6 +323,72 @@ inline void check_bank_push(const Tensor& refs, const Tensor& counts, const Tens
   check_shape(op, "values", values, values_shape, "(N, *S)");
   check_device(op, "values", values, refs);
   check_device(op, "labels", labels, refs);
+}
+
+// A per-row scalar (n,), float32 or float64.
+inline void check_any_row_scalar(const char* op, const char* arg, const Tensor& t, int64_t n,
+                                 const Tensor& like) {
+  check_dtype(op, arg, t, {ScalarType::Float, ScalarType::Double});
+  check_shape(op, arg, t, {n}, "(N,)");
+  check_device(op, arg, t, like);
+}
+
+// refs (K, M, *S), counts (K,); u, labels, t (N,); fallback and noise (N, *S).
+inline void check_bank_draw(const Tensor& refs, const Tensor& counts, const Tensor& u,
+                            const MaybeTensor& labels, const MaybeTensor& fallback, const MaybeTensor& noise,
+                            const MaybeTensor& t, const std::string& path) {
+  const char* op = "bank_draw";
+  const std::vector<int64_t> shape = shape_of(refs);
+  if (shape.size() < 2) fail(op, "refs", "shape (K, M, *S)", to_text(shape));
+  check_dtype(op, "refs", refs, FLOATS);
+  check_dtype(op, "counts", counts, {ScalarType::Int, ScalarType::Long});
+  check_shape(op, "counts", counts, {shape[0]}, "(K,)");
+  check_device(op, "counts", counts, refs);
+  check_dtype(op, "u", u, {ScalarType::Float, ScalarType::Double});
+  if (u.dim() != 1) fail(op, "u", "shape (N,)", to_text(shape_of(u)));
+  check_device(op, "u", u, refs);
+  const int64_t n = u.size(0);
+  if (labels) {
+    check_dtype(op, "labels", *labels, {ScalarType::Long});
+    check_shape(op, "labels", *labels, {n}, "(N,)");
+    check_device(op, "labels", *labels, refs);
+  } else if (shape[0] != 1) {
+    fail(op, "labels", "a tensor because refs has " + std::to_string(shape[0]) + " groups", "None");
+  }
+  if (noise.has_value() != t.has_value()) {
+    const std::string missing = noise ? "t" : "noise";
+    fail(op, missing, "noise and t to be given together", missing + "=None");
+  }
+  std::vector<int64_t> rows = {n};
+  rows.insert(rows.end(), shape.begin() + 2, shape.end());
+  for (const auto& [arg, value] : {std::pair{"fallback", fallback}, std::pair{"noise", noise}}) {
+    if (!value) continue;
+    check_dtype(op, arg, *value, FLOATS);
+    check_shape(op, arg, *value, rows, "(N, *S)");
+    check_device(op, arg, *value, refs);
+  }
+  if (t) check_any_row_scalar(op, "t", *t, n, refs);
+  check_path(op, path);
+}
+
+// target (N, *S), written in place; x0 and noise alike; t and t_set (N,).
+inline void check_conditional_target(const Tensor& target, const Tensor& x0, const Tensor& noise,
+                                     const Tensor& t, const Tensor& t_set, const std::string& path,
+                                     const std::string& prediction) {
+  const char* op = "conditional_target_";
+  const std::vector<int64_t> shape = shape_of(target);
+  if (shape.empty()) fail(op, "target", "shape (N, *S)", to_text(shape));
+  check_dtype(op, "target", target, FLOATS);
+  check_written_in_place(op, "target", target);
+  for (const auto& [arg, value] : {std::pair{"x0", x0}, std::pair{"noise", noise}}) {
+    check_dtype(op, arg, value, FLOATS);
+    check_shape(op, arg, value, shape, "of target, (N, *S)");
+    check_device(op, arg, value, target);
+  }
+  check_any_row_scalar(op, "t", t, shape[0], target);
+  check_any_row_scalar(op, "t_set", t_set, shape[0], target);
+  check_path(op, path);
+  check_prediction(op, prediction);
 }
 
 }  // namespace svel

@@ -32,6 +32,15 @@ Tensor va_repa_loss_backward(const Tensor& grad, const Tensor& projected, const 
                              const Tensor& weight);
 
 void bank_push_(const Tensor& refs, const Tensor& counts, const Tensor& heads, const Tensor& values,
-                const Tensor& labels);
+                const Tensor& labels, bool all_to_last);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw(const Tensor& refs, const Tensor& counts,
+                                                     const Tensor& u, const MaybeTensor& labels,
+                                                     const MaybeTensor& fallback, const MaybeTensor& noise,
+                                                     const MaybeTensor& t, const std::string& path,
+                                                     double t_min);
+
+void conditional_target_(const Tensor& target, const Tensor& x0, const Tensor& noise, const Tensor& t,
+                         const Tensor& t_set, const std::string& path, const std::string& prediction);
 
 }  // namespace svel::SVEL_DEVICE

@@ -52,7 +52,7 @@ SVEL_HOST_DEVICE inline PathCoefficients path_coefficients(Path path, double t) 
   return {c, s, -half_pi * s, half_pi * c};
 }
 
-// prediction = a x + b m, m the posterior mean of x_0
+// prediction = a x + b m, m the posterior mean of x_0; or a x_0 + b noise
 struct PredictionCoefficients {
   double a, b;
 };
@@ -68,6 +68,21 @@ SVEL_HOST_DEVICE inline PredictionCoefficients prediction_coefficients(Predictio
       return {-1.0 / (c.sigma * c.sigma), c.alpha / (c.sigma * c.sigma)};
     default:
       return {0.0, 1.0};
+  }
+}
+
+// prediction = a x_0 + b noise for the x_0 and noise that x_t was made of
+SVEL_HOST_DEVICE inline PredictionCoefficients conditional_coefficients(Prediction prediction,
+                                                                        const PathCoefficients& c) {
+  switch (prediction) {
+    case Prediction::velocity:
+      return {c.d_alpha, c.d_sigma};
+    case Prediction::noise:
+      return {0.0, 1.0};
+    case Prediction::score:
+      return {0.0, -1.0 / c.sigma};
+    default:
+      return {1.0, 0.0};
   }
 }
 

@@ -1,10 +1,21 @@
 """One page per op: schema, fake, gradient, documentation. Importing this package declares torch.ops.svel."""
 
 from .affine_step import affine_step
+from .bank_draw import bank_draw
 from .bank_push_ import bank_push_
+from .conditional_target_ import conditional_target_
 from .posterior_mean import posterior_mean
 from .stable_target import stable_target
 from .stablevs_step import stablevs_step
 from .va_repa_loss import va_repa_loss
 
-__all__ = ["affine_step", "bank_push_", "posterior_mean", "stable_target", "stablevs_step", "va_repa_loss"]
+__all__ = [
+    "affine_step",
+    "bank_draw",
+    "bank_push_",
+    "conditional_target_",
+    "posterior_mean",
+    "stable_target",
+    "stablevs_step",
+    "va_repa_loss",
+]

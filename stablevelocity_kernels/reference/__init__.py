@@ -1,7 +1,9 @@
 """Plain-torch versions of every op: what each one means, in any dtype. The tests hold every fast path to these."""
 
 from .affine_step import affine_step
+from .bank_draw import bank_draw
 from .bank_push_ import bank_push_
+from .conditional_target_ import conditional_target_
 from .posterior_mean import posterior_mean
 from .stable_target import stable_target
 from .stablevs_step import stablevs_step
@@ -9,7 +11,9 @@ from .va_repa_loss import va_repa_loss, va_repa_loss_backward
 
 __all__ = [
     "affine_step",
+    "bank_draw",
     "bank_push_",
+    "conditional_target_",
     "posterior_mean",
     "stable_target",
     "stablevs_step",
