@@ -2,6 +2,7 @@
 
 from .alignment import VAREPALoss
 from .bank import BankDraw, ReferenceBank
+from .host_bank import HostReferenceBank
 from .interpolants import Cosine, Interpolant, Linear, get_interpolant
 from .objectives import CFMObjective, StableVMObjective, STFObjective, TrainingSample
 from .sampling import Guidance, StableVS, euler, euler_maruyama, heun, sample, time_grid
@@ -13,6 +14,7 @@ __all__ = [
     "CFMObjective",
     "Cosine",
     "Guidance",
+    "HostReferenceBank",
     "Interpolant",
     "Linear",
     "ReferenceBank",

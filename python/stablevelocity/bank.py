@@ -114,6 +114,9 @@ class ReferenceBank(nn.Module):
             return labels
         return labels.masked_fill(labels == self.num_classes, -1)
 
+    def use(self, labels: Tensor | None) -> None:
+        """Make ready to draw and target for labels (N,): nothing here, where a `HostReferenceBank` fetches rings."""
+
     @torch.no_grad()
     def draw(
         self, labels: Tensor | None = None, *, n: int | None = None, generator: torch.Generator | None = None

@@ -110,7 +110,8 @@ class StableVMObjective(CFMObjective):
       it, the sample would be counted twice, so take "bank" there.
 
     Args:
-        bank: a `ReferenceBank` on the device of the batches; it also says how many classes there are.
+        bank: a `ReferenceBank` on the device of the batches, or a `HostReferenceBank` for it; it also says how many
+            classes there are.
         interpolant, prediction, times, cfg_prob: as in `CFMObjective`.
         t_min: rows with t below it take the conditional target, which reads no references.
         source: "bank" or "loader".
@@ -160,6 +161,7 @@ class StableVMObjective(CFMObjective):
             indices: (N,) int64 dataset indices, for a bank that tracks them.
             generator: on the device of x0; None for the default one.
         """
+        self.bank.use(labels)
         if self.source == "bank" and self.update_bank:
             self.bank.push(x0, labels, indices)
         x0 = x0.float()
@@ -202,10 +204,12 @@ class StableVMObjective(CFMObjective):
         Returns:
             (N, *S) float32.
         """
+        class_labels = labels if class_labels is None else class_labels
+        self.bank.use(class_labels)
         x_t, x0, noise, t = x_t.float(), x0.float(), noise.float(), t.float()
         target = self._target(x_t, x0, noise, t, labels, t < self.t_min, x0)
         if self.update_bank:
-            self.bank.push(x0, labels if class_labels is None else class_labels, indices)
+            self.bank.push(x0, class_labels, indices)
         return target
 
     def _target(self, x_t, x0, noise, t, labels, conditional, source) -> Tensor:
