@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from stablevelocity_kernels import bank_push_
+from stablevelocity_kernels import bank_draw, bank_push_
 
 from .interpolants import Interpolant, get_interpolant
 
@@ -20,8 +21,16 @@ class BankDraw(NamedTuple):
     """References drawn from a bank, one for each row."""
 
     x0: Tensor  # (N, *S) float32, or float64 from a float64 bank
-    empty: Tensor  # (N,) bool: the row's group held no reference, and x0 is not to be used
+    empty: Tensor  # (N,) bool: the row's group held no reference, and x0 is NaN
     index: Tensor | None  # (N,) int64 dataset index of x0, -1 where unknown; None unless the bank tracks indices
+
+
+class MixtureDraw(NamedTuple):
+    """Noisy samples made of a bank's references, one for each row; see `ReferenceBank.mixture`."""
+
+    x0: Tensor  # (N, *S) float32, or float64 from a float64 bank: the reference, or the fallback of an empty group
+    x_t: Tensor  # (N, *S) alpha x0 + sigma noise, of the dtype of x0
+    t_set: Tensor  # (N,) t, or NaN where the target is not to be over the set: an empty group, or t below t_min
 
 
 class ReferenceBank(nn.Module):
@@ -95,17 +104,12 @@ class ReferenceBank(nn.Module):
                 f"got {None if indices is None else tuple(indices.shape)}"
             )
         values = values.detach()
-        one_ring = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
-        classes = max(1, self.num_classes)
-        self._push_rings(slice(0, classes), values, one_ring if labels is None else labels, indices)
-        if self.refs.shape[0] > classes:
-            self._push_rings(slice(classes, None), values, one_ring, indices)
-
-    def _push_rings(self, rings: slice, values: Tensor, labels: Tensor, indices: Tensor | None) -> None:
-        counts, heads = self.counts[rings], self.heads[rings]
+        if labels is None:
+            labels = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
+        recent = self.num_classes > 0 and self.null == "ring"  # the last ring takes every row
         if indices is not None:
-            bank_push_(self.indices[rings], counts.clone(), heads.clone(), indices, labels)
-        bank_push_(self.refs[rings], counts, heads, values, labels)
+            bank_push_(self.indices, self.counts.clone(), self.heads.clone(), indices, labels, all_to_last=recent)
+        bank_push_(self.refs, self.counts, self.heads, values, labels, all_to_last=recent)
 
     def groups(self, labels: Tensor | None) -> Tensor | None:
         """Model labels (N,) in [0, num_classes] -> the ops' group labels (N,), -1 for every group; None stays None."""
@@ -128,22 +132,51 @@ class ReferenceBank(nn.Module):
             generator: on the bank's device; None for the default one.
         """
         group = self.groups(labels)
-        if group is None:
-            if n is None:
-                raise ValueError("n: expected the number of rows because labels are None, got None")
-            group = torch.zeros(n, dtype=torch.int64, device=self.refs.device)
-        ends = self.counts.cumsum(0)  # the valid references of all groups, numbered one group after the other
-        everything, known = group < 0, group.clamp(0, self.counts.shape[0] - 1)
-        count = torch.where(everything, ends[-1], self.counts[known])
-        first = (ends - self.counts)[known].masked_fill(everything, 0)
-        u = torch.rand(group.shape[0], dtype=torch.float64, device=self.refs.device, generator=generator)
-        # u < 1, but u * count may round up to count
-        number = first + torch.minimum((u * count).long(), count - 1).clamp_min(0)
-        ring = torch.searchsorted(ends, number, right=True).clamp_max(self.counts.shape[0] - 1)
-        slot = ring * self.capacity + number - (ends - self.counts)[ring]
-        x0 = self.refs.flatten(0, 1)[slot]
-        index = self.indices.flatten()[slot] if self.track_indices else None
-        return BankDraw(x0.to(torch.promote_types(x0.dtype, torch.float32)), count == 0, index)
+        if group is None and n is None:
+            raise ValueError("n: expected the number of rows because labels are None, got None")
+        x0, slot, _, _ = bank_draw(self.refs, self.counts, self._numbers(group, n, generator), group)
+        index = None
+        if self.track_indices:
+            index = self.indices.flatten()[slot].masked_fill(slot < 0, -1)
+        return BankDraw(x0, slot < 0, index)
+
+    @torch.no_grad()
+    def mixture(
+        self,
+        t: Tensor,
+        noise: Tensor,
+        labels: Tensor | None = None,
+        fallback: Tensor | None = None,
+        *,
+        interpolant: str | Interpolant = "linear",
+        t_min: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> MixtureDraw:
+        """A draw for each row from the mixture of its label's references, each blurred as time t blurs it.
+
+        Args:
+            t: (N,), 0 at the data; noise: (N, *S).
+            labels: (N,) int64 in [0, num_classes]; None for an unconditional bank.
+            fallback: (N, *S), x0 of the rows whose group is empty.
+            t_min: rows below it are not to take the target over the set.
+            generator: on the bank's device; None for the default one.
+        """
+        path, group = get_interpolant(interpolant), self.groups(labels)
+        u = self._numbers(group, t.shape[0], generator)
+        if path.name is not None:
+            x0, _, x_t, t_set = bank_draw(
+                self.refs, self.counts, u, group, fallback, noise, t, path=path.name, t_min=t_min
+            )
+        else:
+            x0, slot, _, _ = bank_draw(self.refs, self.counts, u, group, fallback)
+            x_t = path.interpolate(x0, noise, t)
+            t_set = t.masked_fill((slot < 0) | (t < t_min), math.nan)
+        return MixtureDraw(x0, x_t, t_set)
+
+    def _numbers(self, group: Tensor | None, n: int | None, generator: torch.Generator | None) -> Tensor:
+        """Uniform numbers, one for each row, which pick its reference."""
+        rows = n if group is None else group.shape[0]
+        return torch.rand(rows, dtype=torch.float64, device=self.refs.device, generator=generator)
 
     def target(
         self,

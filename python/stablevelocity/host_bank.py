@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bank import BankDraw, ReferenceBank
+from .bank import BankDraw, MixtureDraw, ReferenceBank
 
 
 class HostReferenceBank(ReferenceBank):
@@ -48,11 +48,11 @@ class HostReferenceBank(ReferenceBank):
     Order. Counts and heads follow from the labels, so the host knows them without asking the device. All copies of
     rings, in both directions, are on one side stream in the order in which they were asked for: a ring that leaves its
     place and comes back finds its pushed rows written. Copies begin after the last draw, target or push that was asked
-    for before them, so no place is overwritten while it is read; `use` makes the caller's stream wait for the rings of
-    its batch, and the next push waits until the slots of the last one are on their way no more. The host itself touches
-    `refs` only in `prefill`, `state_dict`, `load_state_dict` and pushes of CPU tensors, which wait; labels and tables
-    travel in pinned blocks that torch's allocator keeps until they have arrived. Hence in a training step the host
-    never waits, however far it runs ahead. Calls that follow each other must come from one stream.
+    for before them, so no place is overwritten while it is read, and `use` makes the caller's stream wait for the rings
+    of its batch. A push may overwrite a slot that is still on its way to the host; its own copy of that slot follows.
+    The host itself touches `refs` only in `prefill`, `state_dict`, `load_state_dict` and pushes of CPU tensors, which
+    wait; labels and tables travel in pinned blocks that torch's allocator keeps until they have arrived. Hence in a
+    training step the host never waits, however far it runs ahead. Draws, targets and pushes belong on one stream.
 
     Args:
         shape, num_classes, capacity, dtype, track_indices: as in `ReferenceBank`; num_classes at least 1, since a
@@ -200,10 +200,9 @@ class HostReferenceBank(ReferenceBank):
         self.use(labels)
         batch = self._current
         self._check_range(batch.host, self.num_classes - 1)
-        self._side.wait(self._written)
         self.staged.push(values, self._places(labels), indices)
         self._side.mark()
-        self._written = self._side.copy(self._advance(batch.host))
+        self._side.copy(self._advance(batch.host))
 
     def _advance(self, labels: np.ndarray) -> list[tuple[Tensor, Tensor]]:
         """Counts and heads after a push of labels (N,); what it wrote, as pairs of host slots and staged slots."""
@@ -211,20 +210,28 @@ class HostReferenceBank(ReferenceBank):
         classes, pushed = np.unique(labels, return_counts=True)
         for y, n in [*zip(classes.tolist(), pushed.tolist(), strict=True), (self.num_classes, len(labels))]:
             place, head = self._place[y], int(heads[y])
-            n, end = min(n, self.capacity), head + n
-            first = (end - n) % self.capacity
-            runs = (
-                (first, min(first + n, self.capacity)),
-                (0, first + n - self.capacity),
-            )  # up to the end, from the start
-            moved += [(host[y, a:b], staged[place, a:b]) for a, b in runs if a < b for host, staged in self._rings()]
-            heads[y], counts[y] = end % self.capacity, min(int(counts[y]) + n, self.capacity)
+            end = head + min(n, self.capacity)
+            for a, b in (
+                (head, min(end, self.capacity)),
+                (0, end - self.capacity),
+            ):  # on to the end, and from the start
+                moved += [(ring[y, a:b], staged[place, a:b]) for ring, staged in self._rings() if a < b]
+            heads[y], counts[y] = (head + n) % self.capacity, min(int(counts[y]) + n, self.capacity)
         return moved
 
     @torch.no_grad()
     def draw(self, labels: Tensor | None = None, **options: Any) -> BankDraw:
         """As `ReferenceBank.draw`, for labels (N,) among those of the current batch and the null label."""
         drawn = self.staged.draw(self._places(labels), **options)
+        self._side.mark()
+        return drawn
+
+    @torch.no_grad()
+    def mixture(
+        self, t: Tensor, noise: Tensor, labels: Tensor | None = None, fallback: Tensor | None = None, **options: Any
+    ) -> MixtureDraw:
+        """As `ReferenceBank.mixture`, for labels (N,) among those of the current batch and the null label."""
+        drawn = self.staged.mixture(t, noise, self._places(labels), fallback, **options)
         self._side.mark()
         return drawn
 
@@ -260,7 +267,6 @@ class HostReferenceBank(ReferenceBank):
         self._free = list(range(self.slots))
         self._batches: deque[_Batch] = deque(maxlen=2)
         self._current: _Batch | None = None
-        self._written = None  # when the last push has reached the host
         self._side.mark()
 
     def _find(self, labels: Tensor | None) -> _Batch | None:
@@ -275,15 +281,13 @@ class HostReferenceBank(ReferenceBank):
             raise ValueError(
                 f"labels: expected at most {self.max_classes} distinct classes (max_classes), got {len(classes) - 1}"
             )
-        needed = classes.union(*(b.classes for b in list(self._batches)[-1:]))  # the batch before may be in use
-        copies, counts = [], self.counts.numpy()
-        for y in sorted(classes):
-            place = self._place.pop(y, None)
-            if place is None:
-                place = self._find_place(y, needed)
-                n = int(counts[y])
-                copies += [(staged[place, :n], ring[y, :n]) for ring, staged in self._rings() if n]
-            self._place[y] = place
+        for y in sorted(classes & self._place.keys()):
+            self._place[y] = self._place.pop(y)
+        copies = []
+        for y in sorted(classes - self._place.keys()):
+            self._place[y] = place = self._find_place(y)
+            n = int(self.counts[y])
+            copies += [(staged[place, :n], ring[y, :n]) for ring, staged in self._rings() if n]
         self.copied += sum(target.nbytes for target, _ in copies)
         batch = _Batch(labels, labels._version, host, classes, self._side.copy(copies))
         self._batches.append(batch)
@@ -291,12 +295,11 @@ class HostReferenceBank(ReferenceBank):
             self._current = None  # its places may be overwritten
         return batch
 
-    def _find_place(self, y: int, needed: set[int]) -> int:
+    def _find_place(self, y: int) -> int:
+        """A free place, or the least recently used: never one of the last two batches', as those fit together."""
         if y == self.num_classes:
             return self.slots  # the null ring of `staged`
-        if not self._free:
-            self._free.append(self._place.pop(next(other for other in self._place if other not in needed)))
-        return self._free.pop()
+        return self._free.pop() if self._free else self._place.pop(next(iter(self._place)))
 
     def _places(self, labels: Tensor | None) -> Tensor:
         """Labels (N,) -> places (N,) in `staged`, on the device."""

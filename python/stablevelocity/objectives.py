@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablevelocity_kernels import clamp_time
+from stablevelocity_kernels import clamp_time, conditional_target_
 
 from .bank import ReferenceBank
 from .interpolants import Interpolant, check_prediction, expand_rows, get_interpolant
@@ -88,7 +88,8 @@ class CFMObjective:
             return None
         if self.num_classes == 0:
             raise ValueError(f"labels: expected None because num_classes = 0, got shape {tuple(labels.shape)}")
-        drop = torch.rand(labels.shape[0], device=labels.device, generator=generator) < self.cfg_prob
+        drop = torch.empty(labels.shape, dtype=torch.bool, device=labels.device)
+        drop.bernoulli_(self.cfg_prob, generator=generator)
         return labels.masked_fill(drop, self.num_classes)
 
     def _times_and_noise(self, x0: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -162,18 +163,20 @@ class StableVMObjective(CFMObjective):
             generator: on the device of x0; None for the default one.
         """
         self.bank.use(labels)
+        self.bank.use(labels)
         if self.source == "bank" and self.update_bank:
             self.bank.push(x0, labels, indices)
-        x0 = x0.float()
         dropped = self._drop_labels(labels, generator)
-        if self.source == "bank":
-            drawn = self.bank.draw(dropped, n=x0.shape[0], generator=generator)
-            x0 = torch.where(expand_rows(drawn.empty, x0), x0, drawn.x0.float())
         t, noise = self._times_and_noise(x0, generator)
-        x_t = self.interpolant.interpolate(x0, noise, t)
         if self.source == "bank":
-            target = self._target(x_t, x0, noise, t, dropped, t.lt(self.t_min) | drawn.empty, None)
+            drawn = self.bank.mixture(
+                t, noise, dropped, x0, interpolant=self.interpolant, t_min=self.t_min, generator=generator
+            )
+            x0, x_t = drawn.x0.float(), drawn.x_t.float()
+            target = self._target(x_t, x0, noise, t, drawn.t_set, dropped, None)
         else:
+            x0 = x0.float()
+            x_t = self.interpolant.interpolate(x0, noise, t)
             target = self.attach(x_t, x0, noise, t, dropped, class_labels=labels, indices=indices)
         return TrainingSample(x_t, t, dropped, target, x0, noise)
 
@@ -207,25 +210,27 @@ class StableVMObjective(CFMObjective):
         class_labels = labels if class_labels is None else class_labels
         self.bank.use(class_labels)
         x_t, x0, noise, t = x_t.float(), x0.float(), noise.float(), t.float()
-        target = self._target(x_t, x0, noise, t, labels, t < self.t_min, x0)
+        target = self._target(x_t, x0, noise, t, t.masked_fill(t < self.t_min, math.nan), labels, x0)
         if self.update_bank:
             self.bank.push(x0, class_labels, indices)
         return target
 
-    def _target(self, x_t, x0, noise, t, labels, conditional, source) -> Tensor:
-        """Rows marked `conditional` (N,) take the conditional target; t = NaN makes the op skip them."""
-        stable = self.bank.target(
+    def _target(self, x_t, x0, noise, t, t_set, labels, source) -> Tensor:
+        """Over the set at the times t_set; rows where t_set is NaN, which the op skips, take the conditional target."""
+        target = self.bank.target(
             x_t,
-            t.masked_fill(conditional, math.nan),
+            t_set,
             labels,
             source,
             interpolant=self.interpolant,
             prediction=self.prediction,
             precision=self.precision,
         )
-        return torch.where(
-            expand_rows(conditional, stable), self.interpolant.conditional(x0, noise, t, self.prediction), stable
-        )
+        if self.interpolant.name is not None:
+            conditional_target_(target, x0, noise, t, t_set, path=self.interpolant.name, prediction=self.prediction)
+            return target
+        conditional = self.interpolant.conditional(x0, noise, t, self.prediction)
+        return torch.where(expand_rows(t_set.isnan(), target), conditional, target)
 
 
 class STFObjective(CFMObjective):
