@@ -163,7 +163,6 @@ class StableVMObjective(CFMObjective):
             generator: on the device of x0; None for the default one.
         """
         self.bank.use(labels)
-        self.bank.use(labels)
         if self.source == "bank" and self.update_bank:
             self.bank.push(x0, labels, indices)
         dropped = self._drop_labels(labels, generator)
