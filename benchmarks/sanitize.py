@@ -48,12 +48,27 @@ def pushes(rng: torch.Generator) -> None:
         refs = torch.zeros(4, 6, d, device="cuda", dtype=torch.float16)
         counts, heads = (torch.zeros(4, device="cuda", dtype=torch.int32) for _ in range(2))
         labels = torch.randint(-1, 5, (50,), device="cuda", generator=rng)
-        svel.bank_push_(refs, counts, heads, torch.randn(50, d, device="cuda", generator=rng), labels)
+        values = torch.randn(50, d, device="cuda", generator=rng)
+        svel.bank_push_(refs, counts, heads, values, labels)
+        svel.bank_push_(refs, counts, heads, values, labels, all_to_last=True)
+
+
+def draws(rng: torch.Generator) -> None:
+    """Labels of every kind, empty groups, aligned and not; groups beyond one round of the search."""
+    for d in (3, 64, 2056):
+        for dtype in (torch.float16, torch.float32, torch.float64):
+            refs = torch.zeros(600, 2, d, device="cuda", dtype=dtype)
+            counts = torch.randint(0, 3, (600,), device="cuda", generator=rng)
+            labels = torch.randint(-2, 601, (50,), device="cuda", generator=rng)
+            labels[::5] = -1
+            rows, u = (torch.rand(50, k, device="cuda", generator=rng) for k in (d, 1))
+            x0, _, x_t, t_set = svel.bank_draw(refs, counts, u[:, 0], labels, rows, rows, u[:, 0], t_min=0.5)
+            svel.conditional_target_(x_t, x0, rows, u[:, 0], t_set.float())
 
 
 def main() -> None:
     rng = torch.Generator("cuda").manual_seed(0)
-    for part in (targets, steps, losses, pushes):
+    for part in (targets, steps, losses, pushes, draws):
         part(rng)
         torch.cuda.synchronize()
         print(f"{part.__name__}: done")

@@ -60,6 +60,6 @@ def _slots(counts: Tensor, capacity: int, u: Tensor, labels: Tensor) -> Tensor:
     count = torch.where(everything, ends[-1], counts[group])
     first = torch.where(everything, 0, (ends - counts)[group])
     # u < 1, but u * count may round up to count
-    number = first + torch.minimum((u.double() * count).long(), count - 1).clamp_min(0)
+    number = first + torch.minimum((u.double().clamp(0, 1) * count).long(), count - 1).clamp_min(0)
     ring = torch.searchsorted(ends, number, right=True).clamp_max(len(counts) - 1)
     return torch.where(count > 0, ring * capacity + number - (ends - counts)[ring], -1)

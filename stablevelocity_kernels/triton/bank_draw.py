@@ -89,17 +89,17 @@ def _draw(
     else:
         count = _valid(counts_ptr, label, capacity, known)
         number = _pick(u, count)
-    found = count > 0
-    slot = tl.where(found, group * capacity + number, -1)
+    slot = tl.where(count > 0, group * capacity + number, -1)
     if block == 0:
         tl.store(slot_ptr + row, slot)
 
     cols = block.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = cols < d
-    x = tl.load(refs_ptr + slot * d + cols, mask=inside & found, other=float("nan")).to(WORK)
+    drawn = cols < tl.where(slot >= 0, d, 0)
+    x = tl.load(refs_ptr + slot * d + cols, mask=drawn, other=float("nan")).to(WORK)
     if HAS_FALLBACK:  # a label out of range does not take it: it is an error that shows as NaN
-        own = tl.load(fallback_ptr + row * d + cols, mask=inside & known & (count == 0), other=0.0).to(WORK)
-        x = tl.where(known & (count == 0), own, x)
+        own = cols < tl.where(known & (slot < 0), d, 0)
+        x = tl.where(own, tl.load(fallback_ptr + row * d + cols, mask=own, other=0.0).to(WORK), x)
     tl.store(x0_ptr + row * d + cols, x, mask=inside)
     if HAS_NOISE:
         alpha, sigma = tl.load(alpha_ptr + row).to(WORK), tl.load(sigma_ptr + row).to(WORK)

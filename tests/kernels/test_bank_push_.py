@@ -5,7 +5,7 @@ import torch
 from kernel_cases import offset_by_one, with_gaps
 
 
-def by_definition(refs, counts, heads, values, labels):
+def by_definition(refs, counts, heads, values, labels, all_to_last=False):
     refs, counts, heads = refs.clone(), counts.clone(), heads.clone()
     capacity = refs.shape[1]
     for value, y in zip(values, labels.tolist(), strict=True):
@@ -13,6 +13,9 @@ def by_definition(refs, counts, heads, values, labels):
             refs[y, heads[y]] = value.to(refs.dtype)
             heads[y] = (heads[y] + 1) % capacity
             counts[y] = torch.clamp(counts[y] + 1, max=capacity)
+    if all_to_last:
+        last = torch.full_like(labels, len(refs) - 1)
+        return by_definition(refs, counts, heads, values, last)
     return refs, counts, heads
 
 
@@ -23,19 +26,21 @@ def make_bank(groups, capacity, sample, rng, dtype=torch.float32, index=torch.in
     return refs, counts, heads
 
 
-def push(implementation, bank, values, labels):
+def push(implementation, bank, values, labels, **options):
     """The bank after one call, on the CPU; the bank itself is left as it was."""
     moved = [b.clone().to(implementation.device) for b in bank]
     result = implementation.on_device("bank_push_")(
-        *moved, values.to(implementation.device), labels.to(implementation.device)
+        *moved, values.to(implementation.device), labels.to(implementation.device), **options
     )
     assert result is None
     return [m.cpu() for m in moved]
 
 
-def check(implementation, bank, values, labels):
+def check(implementation, bank, values, labels, **options):
     for got, expected in zip(
-        push(implementation, bank, values, labels), by_definition(*bank, values, labels), strict=True
+        push(implementation, bank, values, labels, **options),
+        by_definition(*bank, values, labels, **options),
+        strict=True,
     ):
         assert torch.equal(got, expected)
 
@@ -64,6 +69,17 @@ def test_one_label_beyond_the_capacity(implementation, rng, n):
 def test_many_rows_of_few_labels(implementation, rng, capacity):
     labels = torch.randint(2, (200,), generator=rng)
     check(implementation, make_bank(2, capacity, (3,), rng), torch.randn(200, 3, generator=rng), labels)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 7, 100])
+@pytest.mark.parametrize("d", [5, 8])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_all_to_the_last_group_too(implementation, rng, n, d, index):
+    """As a second call would do it with the last group's label in every row; labels are those of the other groups."""
+    bank, labels = make_bank(4, 6, (d,), rng, torch.float16, index), torch.randint(3, (n,), generator=rng)
+    check(implementation, bank, torch.randn(n, d, generator=rng), labels, all_to_last=True)
+    indices = make_bank(4, 6, (), rng, torch.int64, index)
+    check(implementation, indices, torch.arange(n) + 2**40, labels, all_to_last=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -131,11 +147,20 @@ def test_out_of_range_label_is_an_error_on_cpu_and_changes_nothing(torch_op, rng
     assert all(torch.equal(a, b) for a, b in zip(bank, before, strict=True))
 
 
+def test_the_last_group_is_no_label_where_it_takes_all(torch_op, rng):
+    if torch_op.device == "cuda":
+        pytest.skip("no label is read on the host there; the next test")
+    bank = make_bank(3, 4, (5,), rng)
+    with pytest.raises(RuntimeError, match=r"svel::bank_push_: labels: expected .*\[0, 2\).*got"):
+        torch_op.on_device("bank_push_")(*bank, torch.randn(2, 5), torch.tensor([1, 2]), all_to_last=True)
+
+
 @pytest.mark.gpu
-def test_out_of_range_label_is_skipped_on_cuda(rng):
+@pytest.mark.parametrize("all_to_last", [False, True])
+def test_out_of_range_label_is_skipped_on_cuda(rng, all_to_last):
     bank, values = make_bank(3, 4, (5,), rng), torch.randn(6, 5, generator=rng)
-    labels = torch.tensor([0, -1, 2, 3, 2**40, 2])
+    labels = torch.tensor([0, -1, 1, 3, 2**40, 1] if all_to_last else [0, -1, 2, 3, 2**40, 2])
     moved = [b.cuda() for b in bank]
-    torch.ops.svel.bank_push_(*moved, values.cuda(), labels.cuda())
-    expected = by_definition(*bank, values, labels)
+    torch.ops.svel.bank_push_(*moved, values.cuda(), labels.cuda(), all_to_last=all_to_last)
+    expected = by_definition(*bank, values, labels, all_to_last)
     assert all(torch.equal(m.cpu(), e) for m, e in zip(moved, expected, strict=True))

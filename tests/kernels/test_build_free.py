@@ -14,6 +14,7 @@ x, refs, t = torch.randn(2, 5), torch.randn(3, 5), torch.full((2,), 0.5)
 tokens, weight = torch.randn(2, 4, 6, requires_grad=True), torch.ones(2)
 counts, heads = torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
 bank = torch.zeros(3, 2, 5)
+target = torch.full((2, 5), float("nan"))
 calls = {
     "posterior_mean": lambda: svk.posterior_mean(x, refs, 1 - t, t)[0],
     "stable_target": lambda: svk.stable_target(x, refs, t),
@@ -22,6 +23,8 @@ calls = {
     "va_repa_loss": lambda: svk.va_repa_loss(tokens, torch.randn(2, 4, 6), weight),
     "va_repa_loss_backward": lambda: torch.autograd.grad(calls["va_repa_loss"](), tokens)[0],
     "bank_push_": lambda: (svk.bank_push_(bank, counts, heads, x, torch.tensor([0, 2])), bank)[1],
+    "bank_draw": lambda: svk.bank_draw(bank, counts, t, torch.tensor([0, -1]), x)[0],
+    "conditional_target_": lambda: (svk.conditional_target_(target, x, x, t, t * float("nan")), target)[1],
 }
 assert set(calls) == set(op_names()), set(calls) ^ set(op_names())
 for name, call in calls.items():

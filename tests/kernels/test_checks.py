@@ -44,6 +44,22 @@ def good(op):
             "values": zeros(N, D),
             "labels": zeros(N, dtype=I64),
         },
+        "bank_draw": {
+            "refs": zeros(K, M, D),
+            "counts": zeros(K, dtype=I32),
+            "u": zeros(N),
+            "labels": zeros(N, dtype=I64),
+            "fallback": zeros(N, D),
+            "noise": zeros(N, D),
+            "t": zeros(N),
+        },
+        "conditional_target_": {
+            "target": zeros(N, D),
+            "x0": zeros(N, D),
+            "noise": zeros(N, D),
+            "t": zeros(N),
+            "t_set": zeros(N),
+        },
     }[op]
 
 
@@ -112,6 +128,61 @@ PUSH_CASES = [
     ("values", {"values": zeros(N + 1, D)}, rf"shape \(N, \*S\) = \({N}, {D}\)", rf"\({N + 1}, {D}\)"),
     ("labels", {"labels": zeros(N, dtype=I32)}, "int64", "int32"),
     ("labels", {"labels": zeros(N, 1, dtype=I64)}, r"shape \(N,\)", rf"\({N}, 1\)"),
+    (
+        "all_to_last",
+        {"refs": zeros(0, M, D), **dict.fromkeys(("counts", "heads"), zeros(0, dtype=I32)), "all_to_last": True},
+        "False because refs has no group",
+        "True",
+    ),
+]
+
+
+def any_row_scalar_cases(arg):
+    yield (arg, {arg: zeros(N, dtype=F16)}, "float32 or float64", "float16")
+    yield (arg, {arg: zeros(N + 1)}, rf"shape \(N,\) = \({N},\)", rf"\({N + 1},\)")
+    yield (arg, {arg: zeros(N, 1)}, rf"shape \(N,\) = \({N},\)", rf"\({N}, 1\)")
+
+
+DRAW_CASES = [
+    ("refs", {"refs": zeros(K)}, r"shape \(K, M, \*S\)", rf"\({K},\)"),
+    ("refs", {"refs": zeros(K, M, D, dtype=I64)}, FLOATS, "int64"),
+    ("counts", {"counts": zeros(K)}, "int32 or int64", "float32"),
+    ("counts", {"counts": zeros(K + 1, dtype=I32)}, rf"shape \(K,\) = \({K},\)", rf"\({K + 1},\)"),
+    ("u", {"u": zeros(N, dtype=F16)}, "float32 or float64", "float16"),
+    ("u", {"u": zeros(N, 1)}, r"shape \(N,\)", rf"\({N}, 1\)"),
+    ("labels", {"labels": None}, f"a tensor because refs has {K} groups", "None"),
+    ("labels", {"labels": zeros(N, dtype=I32)}, "int64", "int32"),
+    ("labels", {"labels": zeros(N + 1, dtype=I64)}, rf"shape \(N,\) = \({N},\)", rf"\({N + 1},\)"),
+    ("noise", {"noise": None}, "noise and t to be given together", "noise=None"),
+    ("t", {"t": None}, "noise and t to be given together", "t=None"),
+    *(
+        case
+        for arg in ("fallback", "noise")
+        for case in (
+            (arg, {arg: zeros(N, D, dtype=I64)}, FLOATS, "int64"),
+            (arg, {arg: zeros(N, D + 1)}, rf"shape \(N, \*S\) = \({N}, {D}\)", rf"\({N}, {D + 1}\)"),
+        )
+    ),
+    *any_row_scalar_cases("t"),
+    ("path", {"path": "straight"}, "one of 'linear', 'cosine'", "'straight'"),
+]
+
+CONDITIONAL_CASES = [
+    ("target", {"target": zeros()}, r"shape \(N, \*S\)", r"\(\)"),
+    ("target", {"target": zeros(N, D, dtype=I64)}, FLOATS, "int64"),
+    ("target", {"target": zeros(D, N).t()}, "a contiguous tensor", "strides"),
+    *(
+        case
+        for arg in ("x0", "noise")
+        for case in (
+            (arg, {arg: zeros(N, D, dtype=I64)}, FLOATS, "int64"),
+            (arg, {arg: zeros(N, D + 1)}, rf"shape .*= \({N}, {D}\)", rf"\({N}, {D + 1}\)"),
+        )
+    ),
+    *any_row_scalar_cases("t"),
+    *any_row_scalar_cases("t_set"),
+    ("path", {"path": "straight"}, "one of 'linear', 'cosine'", "'straight'"),
+    ("prediction", {"prediction": "v"}, "one of 'velocity', 'x0', 'noise', 'score'", "'v'"),
 ]
 
 CASES = {
@@ -138,6 +209,8 @@ CASES = {
     "va_repa_loss": FEATURE_CASES,
     "va_repa_loss_backward": FEATURE_CASES,
     "bank_push_": PUSH_CASES,
+    "bank_draw": DRAW_CASES,
+    "conditional_target_": CONDITIONAL_CASES,
 }
 FLAT = [
     pytest.param(op, *case, id=f"{op}-{case[0]}-{i}") for op, cases in CASES.items() for i, case in enumerate(cases)
@@ -154,7 +227,7 @@ def message(op, arg, expected, got):
 
 
 def test_every_argument_has_a_case():
-    options = {"guidance_scale", "grad"}  # any number is good; the gradient of a 0-d loss comes from autograd
+    options = {"guidance_scale", "t_min", "grad"}  # any number is good; the gradient of a 0-d loss is autograd's
     for op, cases in CASES.items():
         schema = getattr(torch.ops.svel, op).default._schema
         assert {a.name for a in schema.arguments} - options == {case[0] for case in cases}, op

@@ -35,6 +35,15 @@ def patterns(device):
     yield "va_repa_loss_backward", (half[0].clone(), x, x + 1, weight), {}
     ints = [torch.zeros(2, dtype=torch.int32, device=device) for _ in range(2)]
     yield "bank_push_", (randn(2, 4, 5, dtype=torch.float16), *ints, randn(n, 5), labels.clamp_min(0)), {}
+    three = randn(3, 4, 5, dtype=torch.float16), *(torch.zeros(3, dtype=torch.int64, device=device) for _ in range(2))
+    yield "bank_push_", (*three, randn(n, 5), labels.clamp_min(0)), {"all_to_last": True}
+    u = torch.rand(n, generator=rng).to(device, torch.float64)
+    yield "bank_draw", (groups, counts, u, labels), {}
+    yield "bank_draw", (groups.double(), counts.int(), u.float(), labels, x.half(), x, half), {"t_min": 0.2}
+    yield "bank_draw", (groups[:1].half(), counts[:1], u, None, None, x, half.double()), {"path": "cosine"}
+    t_set = torch.tensor([0.5, float("nan"), 0.5], device=device)
+    yield "conditional_target_", (x.clone(), x, x + 1, half, t_set), {}
+    yield "conditional_target_", (x.half(), x, x + 1, half, t_set), {"path": "cosine", "prediction": "score"}
     indices = torch.zeros(2, 4, dtype=torch.int64, device=device)
     yield "bank_push_", (indices, *ints, torch.arange(n, device=device), labels.clamp_min(0)), {}
 
@@ -75,16 +84,14 @@ def test_meta_tensors(index):
     ("device", "backend"), [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=pytest.mark.gpu)]
 )
 def test_compile_in_one_graph(index, device, backend):
-    """Changed arguments (of bank_push_) as well as results are those of the eager op."""
+    """Changed arguments (of the ops in place) as well as results are those of the eager op."""
     op, args, kwargs = case(index, device)
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: op(*a, **kwargs), fullgraph=True, backend=backend)
     ours, theirs = copies(args), copies(args)
     got, expected = compiled(*ours), op(*theirs, **kwargs)
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-    for a, b in zip(ours, theirs, strict=True):
-        if isinstance(a, torch.Tensor):
-            assert torch.equal(a, b)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(

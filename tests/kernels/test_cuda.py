@@ -164,6 +164,9 @@ def calls():
     yield lambda: svel.stable_target(x.double(), bank, t, labels)
     yield lambda: svel.stable_target(torch.ones(1, 40_000, device="cuda"), torch.ones(3, 40_000, device="cuda"), t[:1])
     yield lambda: svel.bank_push_(bank, counts, heads, x, labels)
+    yield lambda: svel.bank_push_(bank, counts, heads, x, labels, all_to_last=True)
+    yield lambda: svel.bank_draw(bank, counts, t.double(), labels, x, x, t)
+    yield lambda: svel.conditional_target_(x.clone(), x, x, t, t * math.nan)
     yield lambda: svel.affine_step(x, x, t, t, t, x, x)
     yield lambda: svel.stablevs_step(x, x, t, t * 0.5)
     yield lambda: svel.va_repa_loss(z, z + 1, torch.ones(3, device="cuda"))
@@ -231,12 +234,13 @@ def test_a_side_stream(rng):
     assert torch.equal(out, expected)
 
 
-def test_labels_beyond_one_chunk_push_in_order(rng):
+@pytest.mark.parametrize("all_to_last", [False, True])
+def test_labels_beyond_one_chunk_push_in_order(rng, all_to_last):
     """bank_push_ takes 4096 rows at a time: the ring goes on where the last chunk left it."""
-    labels = torch.randint(3, (9000,), generator=rng)
+    labels = torch.randint(2 if all_to_last else 3, (9000,), generator=rng)
     values = torch.arange(9000)[:, None].expand(-1, 2).contiguous()
     refs, counts, heads = torch.full((3, 700, 2), -1), torch.zeros(3, dtype=torch.int64), torch.tensor([0, 699, 5])
     ours = on_gpu(refs, counts, heads)
-    svel.bank_push_(*ours, *on_gpu(values, labels))
-    reference.bank_push_(refs, counts, heads, values, labels)
+    svel.bank_push_(*ours, *on_gpu(values, labels), all_to_last=all_to_last)
+    reference.bank_push_(refs, counts, heads, values, labels, all_to_last=all_to_last)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, (refs, counts, heads), strict=True))

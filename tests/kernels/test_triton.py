@@ -60,6 +60,17 @@ def test_a_label_out_of_range_is_not_pushed(labels_unseen):
     assert bank[2].tolist() == [1, 0]
 
 
+def test_a_label_out_of_range_is_a_nan_draw(labels_unseen, rng):
+    refs, counts, own = torch.randn(2, 3, 5), torch.tensor([3, 0]), torch.randn(5, 5)
+    labels, u = torch.tensor([0, -2, 2, 2**40, 1]), torch.full((5,), 0.5, dtype=torch.float64)
+    x0, slot, x_t, t_set = call("bank_draw", refs, counts, u, labels, own, own, u)
+    assert slot.tolist() == [1, -1, -1, -1, -1]
+    assert torch.equal(x0[[0, 4]], torch.stack([refs[0, 1], own[4]]))
+    assert x0[1:4].isnan().all()
+    assert x_t[1:4].isnan().all()
+    assert t_set[1:].isnan().all()
+
+
 @pytest.mark.parametrize("pattern", ["shared, source", "some null labels, counts, source"])
 @pytest.mark.parametrize(
     "setting", [("SCORE_BYTES", 1), ("SLICE", 512), ("MAX_SPLITS", 1), ("MAX_RESIDENT", 0)], ids=str
@@ -98,6 +109,7 @@ def test_every_kernel_compiles_for_hopper():
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = {line.split()[0] for line in done.stdout.splitlines()}
     expected = (
-        "prepare single_pass merge scores weights weighted_sum affine_step cosines weighted_mean gradient rank write"
+        "prepare single_pass merge scores weights weighted_sum affine_step cosines weighted_mean gradient rank write "
+        "draw fill"
     )
     assert kernels == {f"_{name}" for name in expected.split()}
