@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -114,3 +116,27 @@ def bank_push_scatter(refs: Tensor, counts: Tensor, heads: Tensor, values: Tenso
     pushed = torch.zeros_like(counts).index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
     heads.add_(pushed).remainder_(capacity)
     counts.add_(pushed).clamp_(max=capacity)
+
+
+def training_step(
+    refs: Tensor,
+    counts: Tensor,
+    heads: Tensor,
+    values: Tensor,
+    labels: Tensor,
+    t_low: float,
+    cfg_prob: float,
+    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """A StableVM step: push, drop labels, draw a reference and a time for each row, x_t and its `target`.
+
+    refs (K, M, D), the last of the K groups a ring of every row; times uniform in [t_low, 1).
+    """
+    n, null = labels.shape[0], refs.shape[0] - 1
+    bank_push_scatter(refs, counts, heads, values, labels)
+    bank_push_scatter(refs, counts, heads, values, torch.full_like(labels, null))
+    labels = labels.masked_fill(torch.rand(n, device=labels.device) < cfg_prob, null)
+    x0 = refs[labels, (torch.rand(n, dtype=torch.float64, device=refs.device) * counts[labels]).long()].float()
+    t, noise = t_low + (1 - t_low) * torch.rand(n, device=refs.device), torch.randn_like(x0)
+    x_t = (1 - t[:, None]) * x0 + t[:, None] * noise
+    return x_t, target(x_t, refs, t, labels)
