@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 import warnings
 
 import pytest
@@ -318,6 +319,72 @@ def test_errors_name_the_argument(rng):
     assert host.draw(given).empty.all()
 
 
+# --- the training loop
+
+SETTINGS = [
+    "steps=8",
+    "batch_size=8",
+    "log_every=1",
+    "save_every=4",
+    "mixed_precision=no",
+    "model.patch_size=4",
+    "model.hidden_size=16",
+    "model.depth=1",
+    "model.num_heads=2",
+    "bank.capacity=4",
+    "objective.cfg_prob=0.3",
+]
+
+
+@pytest.fixture
+def trainer():
+    """Trainers on 24 random images of six classes, in a folder, with settings changed."""
+    pytest.importorskip("accelerate")
+    from stablevelocity.config import load_config
+    from stablevelocity.data import ArrayData
+    from stablevelocity.train import Trainer
+
+    pixels = torch.randint(0, 256, (24, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def make(folder, *settings, labels=True):
+        config = load_config(None, [*SETTINGS, "device=cpu", f"output={folder}", *settings])
+        return Trainer(config, dataset=ArrayData(pixels, torch.arange(24) % 6 if labels else None), progress=False)
+
+    return make
+
+
+@pytest.mark.parametrize("settings", [(), ("objective.source=loader", "bank.prefill=false")], ids=["bank", "loader"])
+def test_training_is_the_same_wherever_the_bank_is(tmp_path, trainer, settings):
+    runs, results = {}, {}
+    for place in ("device", "host"):
+        runs[place] = trainer(tmp_path / place, f"bank.storage={place}", *settings)
+        results[place] = runs[place].fit()
+    assert isinstance(runs["host"].bank, sv.HostReferenceBank)
+    assert results["host"].losses == results["device"].losses
+    assert_same_state(runs["host"].bank, runs["device"].bank)
+    fourth = results["host"].checkpoint.with_name("step-00000004")
+    for place in ("device", "host"):  # a checkpoint moves from one to the other
+        folder = tmp_path / f"on-{place}"
+        shutil.copytree(fourth, folder / "checkpoints" / fourth.name)
+        resumed = trainer(folder, f"bank.storage={place}", "resume=latest", *settings)
+        assert resumed.fit().losses == results["device"].losses
+        assert_same_state(resumed.bank, runs["device"].bank)
+
+
+def test_training_says_where_the_bank_has_to_be(tmp_path, trainer):
+    for i, (settings, labels, reason) in enumerate(
+        (
+            ((), False, "a data set without classes"),
+            (("bank.null_label=all",), True, "bank.null_label = all"),
+            (("compile=step",), True, "compile = step"),
+        )
+    ):
+        with pytest.raises(ValueError, match=f"bank.storage: expected 'device' because of {reason}"):
+            trainer(tmp_path / str(i), "bank.storage=host", *settings, labels=labels)
+    with pytest.raises(ValueError, match=r"bank\.storage: expected one of device, host, got 'disk'"):
+        trainer(tmp_path, "bank.storage=disk")
+
+
 # --- on the GPU
 
 
@@ -438,3 +505,25 @@ def test_memory_is_unpinned_when_the_bank_goes():
     refs = host.refs
     del host
     assert not refs.is_pinned()
+
+
+@pytest.mark.gpu
+def test_a_training_step_over_a_host_bank_never_waits(tmp_path, trainer):
+    run = trainer(tmp_path, "device=cuda", "mixed_precision=bf16", "bank.storage=host")
+    images = torch.randn(8, 1, 8, 8, device="cuda")
+    steps = run._ahead([(images, torch.arange(8) % 6, torch.arange(8))] * 8)
+    for _ in range(3):
+        run._train_step(next(steps))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in steps:
+            run._train_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_over_a_host_bank(tmp_path, trainer):
+    result = trainer(tmp_path, "device=cuda", "bank.storage=host").fit()
+    assert all(math.isfinite(line["loss"]) for line in result.losses)
+    assert trainer(tmp_path, "device=cuda", "bank.storage=host", "resume=latest", "steps=10").fit().steps == 10

@@ -65,8 +65,9 @@ class ObjectiveConfig:
 
 @dataclass
 class BankConfig:
-    """The reference bank of StableVM; see bank.py."""
+    """The reference bank of StableVM; see bank.py and host_bank.py."""
 
+    storage: Literal["device", "host"] = "device"  # host: pinned memory, only the classes of two batches on the device
     capacity: int = _at_least(256, 1)  # references per class
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     null_label: Literal["ring", "all"] = "ring"  # what it stands for: the most recent samples, or all references

@@ -385,15 +385,15 @@ def _pin(owner: HostReferenceBank, device: torch.device, tensors: list[Tensor]) 
     with torch.cuda.device(device):
         for tensor in tensors:
             code = int(cuda.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) if tensor.nbytes else 0
-            if code:
+            if code != 0:
                 raise RuntimeError(
                     f"refs: expected {tensor.nbytes / 2**30:.1f} GiB of host memory that can be pinned, "
                     f"got CUDA error {code} from cudaHostRegister"
                 )
-    weakref.finalize(owner, _unpin, device, tensors)
+            if tensor.nbytes:
+                weakref.finalize(owner, _unpin, device, tensor)
 
 
-def _unpin(device: torch.device, tensors: list[Tensor]) -> None:
+def _unpin(device: torch.device, tensor: Tensor) -> None:
     torch.cuda.synchronize(device)  # copies under way
-    for tensor in tensors:
-        torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+    torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())

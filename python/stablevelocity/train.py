@@ -14,7 +14,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from .config import OptimConfig, TrainConfig, dump_yaml, to_dict
 from .data import ArrayData, Batch, ImageFolder, ShuffledOrder, load_data, loader
 from .ema import EMA
 from .generation import build_model, generate, resolve_device, resolve_precision, save_grid
+from .host_bank import HostReferenceBank
 from .objectives import CFMObjective, StableVMObjective, STFObjective, TrainingSample
 from .optional import require
 
@@ -171,10 +172,19 @@ class Trainer:
         if self.config.objective.name != "stablevm":
             return None
         b = self.config.bank
-        dtype = getattr(torch, b.dtype)
-        return ReferenceBank(
-            self.dataset.shape, self.num_classes, b.capacity, dtype=dtype, null=b.null_label, device=self.device
-        )
+        options = {"dtype": getattr(torch, b.dtype), "null": b.null_label, "device": self.device}
+        if b.storage == "device":
+            return ReferenceBank(self.dataset.shape, self.num_classes, b.capacity, **options)
+        for reason, holds in (
+            ("a data set without classes", self.num_classes == 0),
+            ("bank.null_label = all, which reads every class at every step", b.null_label == "all"),
+            ("compile = step, since a host prepares each step", self.config.compile == "step"),
+            (f"{self.world} processes, each of which would pin a whole bank", self.world > 1),
+        ):
+            if holds:
+                raise ValueError(f"bank.storage: expected 'device' because of {reason}; got 'host'")
+        most = min(self.config.batch_size, self.num_classes)
+        return HostReferenceBank(self.dataset.shape, self.num_classes, b.capacity, max_classes=most, **options)
 
     def _prefill(self) -> None:
         """Fill the bank with random samples of each class, the same on every process."""
@@ -219,6 +229,10 @@ class Trainer:
 
     # -- the loop
 
+    def _ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; a bank on the host is told the labels of each while the one before it trains."""
+        return self.bank.ahead(batches) if isinstance(self.bank, HostReferenceBank) else iter(batches)
+
     def fit(self) -> TrainResult:
         """Train up to config.steps, and save the last step.
 
@@ -235,7 +249,7 @@ class Trainer:
             world=self.world,
             position=self.step * config.batch_size,
         )
-        batches = iter(loader(self.dataset, order, workers=config.data.workers, pin=self.device.type == "cuda"))
+        batches = self._ahead(loader(self.dataset, order, workers=config.data.workers, pin=self.device.type == "cuda"))
         self._start_tracker()
         self._trim_log()
         bar = tqdm(desc="train", total=config.steps, initial=start, disable=not self.progress, dynamic_ncols=True)
@@ -259,7 +273,8 @@ class Trainer:
 
     def time_steps(self, n: int) -> float:
         """Seconds a step takes here, from n steps after two to warm up; the trainer is of no use after that."""
-        batches = iter(loader(self.dataset, ShuffledOrder(len(self.dataset), self.config.batch_size, self.config.seed)))
+        order = ShuffledOrder(len(self.dataset), self.config.batch_size, self.config.seed)
+        batches = self._ahead(loader(self.dataset, order))
         times = []
         for _ in range(n + 2):
             start = time.perf_counter()
