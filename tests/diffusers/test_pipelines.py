@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CASES, STABLE, STOCK, build
 from diffusers import DiffusionPipeline
+from tiny_pipelines import CASES, DYNAMIC, STABLE, STOCK, TAKE_SIGMAS, build
 
 from stablevelocity_kernels.testing import assert_close
 
@@ -152,7 +152,7 @@ def test_the_number_of_generators_must_be_the_batch(tiny):
 CUSTOM = [1.0, 0.9, 0.7, 0.65, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.1]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sd3", "euler"), ("sd3", "unipc"), ("flux", "euler"), ("qwen", "euler"), ("qwen", "unipc")])  # fmt: skip
+@pytest.mark.parametrize(("name", "kind"), TAKE_SIGMAS)
 @pytest.mark.parametrize("sigmas", [CUSTOM, [0.8], [1.0, 0.5, 0.1, 0.0]])
 def test_custom_sigmas_run_as_they_are(tiny, name, kind, sigmas):
     t = tiny(name)
@@ -251,13 +251,12 @@ def test_a_pipeline_is_saved_and_loaded_with_its_scheduler(name, tmp_path):
 
 
 def test_where_the_stock_scheduler_cannot_run_ours_gives_its_error(tiny):
-    qwen, flow = tiny("qwen"), {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True}
     image = {"image": torch.rand(1, 3, 16, 16), "strength": 0.6}
-    for kind, t, run in (("dpm", qwen, {}), ("dpm", tiny("img2img"), image), ("unipc", tiny("img2img"), image)):
+    for kind, t, run in (("dpm", tiny("qwen"), {}), ("dpm", tiny("img2img"), image), ("unipc", tiny("img2img"), image)):
         messages = []
         for classes in (STOCK, STABLE):
             with pytest.raises((ValueError, AttributeError)) as caught:
-                t(classes[kind](**flow), 10, **run)
+                t(classes[kind](**DYNAMIC), 10, **run)
             name = f"{classes[kind].__module__}.{classes[kind].__name__}"
             messages.append(str(caught.value).replace(name, "").replace(classes[kind].__name__, ""))
         assert messages[0] == messages[1]

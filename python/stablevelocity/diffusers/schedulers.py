@@ -1,14 +1,14 @@
 """StableVS for diffusers: its flow-matching schedulers with the closed-form steps of the low-variance region.
 
-    pipe.scheduler = StableVSFlowMatchEulerScheduler.from_config(pipe.scheduler.config)          # SD3.5, Flux, Qwen-Image
-    pipe.scheduler = StableVSUniPCMultistepScheduler.from_config(pipe.scheduler.config)          # Wan
+    pipe.scheduler = StableVSFlowMatchEulerScheduler.from_config(pipe.scheduler.config)  # SD3.5, Flux, Qwen-Image
+    pipe.scheduler = StableVSUniPCMultistepScheduler.from_config(pipe.scheduler.config)  # Wan
 
 Each is a subclass: above `stable_split` the library's own step runs, at and below it `svel::stablevs_step`, on a grid
 that `StableVS.times` thins. With `stable_low_steps=0` it is the library's scheduler, bit for bit. A scheduler's sigma
 is the time t of the "linear" interpolant: 0 at the data, 1 at the noise.
 
-* `sigmas=` and `timesteps=` are run as they are given, not thinned. The one exception is linspace(1, 1 / n, n), which
-  the pipelines of Flux and Qwen-Image hand over themselves when the caller gives none: that is the base grid of n steps.
+* `sigmas=` and `timesteps=` are run as they are given, not thinned, except for linspace(1, 1 / n, n), which the
+  pipelines of Flux and Qwen-Image hand over themselves when the caller gives none: that is the base grid of n steps.
 * Image-to-image starts at the noise level of the library's grid for its strength, and runs as many steps.
 * No pipeline hands a generator to `step`: `set_noise_generator` sets what a noise factor above 0 draws on.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -56,6 +57,9 @@ class _StableVS:
     base: type[SchedulerMixin]
     needs: dict[str, object]  # configuration of `base` that the steps rely on
     output: type[SchedulerOutput] = SchedulerOutput
+    dtype: Callable[
+        [torch.dtype, torch.dtype], torch.dtype
+    ]  # of a step, from those of the model's output and the sample
     _times: Sequence[float] = ()  # the sigmas, on the host; empty where the library's scheduler runs
     _asked: Tensor | None = None  # the library's sigmas, where a thinned grid runs in their place
     _noise_source = _noise = None
@@ -145,13 +149,13 @@ class _StableVS:
             kept = kept_steps(self.sigmas, stable.split, stable.low_steps)  # of the grid that was thinned
             self.sigmas, self.timesteps, self.num_inference_steps = thinned, self.timesteps[kept], len(kept)
         times = self.sigmas.tolist()
-        falling = all(1.0 >= t >= tau >= 0.0 for t, tau in zip(times, times[1:], strict=False))
+        falling = all(1.0 >= t >= tau >= 0.0 for t, tau in pairwise(times))
         expect(falling, "sigmas", "flow-matching times that fall, in [0, 1]", times)
         self._times = times
 
     def _low(self) -> bool:
         """Whether the step at step_index is a StableVS step; in float32, in which the sigmas are stored."""
-        return bool(self._times) and self._times[self.step_index] <= float(np.float32(self.config.stable_split))
+        return self._times[self.step_index] <= float(np.float32(self.config.stable_split))
 
     def _stable_step(self, v: Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """The closed-form step of x (N, *S) with velocity v (N, *S), from sigma at step_index to the next; float32."""
@@ -202,15 +206,17 @@ def _step(base: type[SchedulerMixin]) -> Callable[..., SchedulerOutput | tuple]:
 
     @functools.wraps(base.step)
     def step(self, model_output, timestep, sample, *args, **kwargs):
-        if self._times and self.step_index is None:
+        if not self._times:
+            return base.step(self, model_output, timestep, sample, *args, **kwargs)
+        per_token = kwargs.get("per_token_timesteps")
+        expect(per_token is None, "per_token_timesteps", "None with StableVS", type(per_token).__name__)
+        if self.step_index is None:
             self._init_step_index(timestep)
         if not self._low():
             return base.step(self, model_output, timestep, sample, *args, **kwargs)
         given = signature.bind(self, model_output, timestep, sample, *args, **kwargs).arguments
-        token = given.get("per_token_timesteps")
-        expect(token is None, "per_token_timesteps", "None in the low-variance region", type(token).__name__)
         out = self._stable_step(model_output, sample, given.get("generator"))
-        out = out.to(sample.dtype if base is UniPCMultistepScheduler else model_output.dtype)  # as each does itself
+        out = out.to(self.dtype(model_output.dtype, sample.dtype))
         return self.output(prev_sample=out) if given.get("return_dict", True) else (out,)
 
     return step
@@ -220,19 +226,19 @@ class StableVSFlowMatchEulerScheduler(_StableVS, FlowMatchEulerDiscreteScheduler
     """FlowMatchEulerDiscreteScheduler with StableVS: see `_StableVS`."""
 
     base, needs = FlowMatchEulerDiscreteScheduler, {"invert_sigmas": False}
-    output = FlowMatchEulerDiscreteSchedulerOutput
+    output, dtype = FlowMatchEulerDiscreteSchedulerOutput, staticmethod(lambda v, x: v)
     __init__, set_timesteps, step = _init(base), _set_timesteps(base), _step(base)
 
 
 class StableVSDPMSolverMultistepScheduler(_StableVS, DPMSolverMultistepScheduler):
     """DPMSolverMultistepScheduler, of a configuration with flow sigmas, with StableVS: see `_StableVS`."""
 
-    base, needs = DPMSolverMultistepScheduler, _FLOW
+    base, needs, dtype = DPMSolverMultistepScheduler, _FLOW, staticmethod(torch.promote_types)
     __init__, set_timesteps, step = _init(base), _set_timesteps(base), _step(base)
 
 
 class StableVSUniPCMultistepScheduler(_StableVS, UniPCMultistepScheduler):
     """UniPCMultistepScheduler, of a configuration with flow sigmas, with StableVS: see `_StableVS`."""
 
-    base, needs = UniPCMultistepScheduler, {**_FLOW, "solver_p": None}
+    base, needs, dtype = UniPCMultistepScheduler, {**_FLOW, "solver_p": None}, staticmethod(lambda v, x: x)
     __init__, set_timesteps, step = _init(base), _set_timesteps(base), _step(base)
