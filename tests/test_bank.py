@@ -96,6 +96,35 @@ def test_draw_is_uniform(null):
         assert p > 1e-6, (label, found)
 
 
+class Plain(sv.Interpolant):
+    """The linear path as a user's own, without a name: x_t is made outside the op."""
+
+    def coefficients(self, t):
+        return sv.Linear().coefficients(t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("interpolant", ["linear", "cosine", Plain()], ids=str)
+def test_mixture_is_a_draw_and_its_noisy_sample(interpolant, dtype, rng):
+    bank = sv.ReferenceBank(SHAPE, CLASSES, CAPACITY, dtype=dtype)
+    for batch in batches(3, 7, rng, classes=3):  # class 3 stays empty
+        bank.push(*batch[:2])
+    labels, t = torch.arange(CLASSES + 1).repeat(20), torch.rand(100, generator=rng)
+    noise, own = (torch.randn(100, *SHAPE, generator=rng) for _ in range(2))
+    drawn = bank.draw(labels, generator=torch.Generator().manual_seed(2))
+    mixed = bank.mixture(
+        t, noise, labels, own, interpolant=interpolant, t_min=0.4, generator=torch.Generator().manual_seed(2)
+    )
+    empty = labels == 3
+    assert torch.equal(drawn.empty, empty)
+    assert drawn.x0[empty].isnan().all()
+    assert torch.equal(mixed.x0[~empty], drawn.x0[~empty])
+    assert torch.equal(mixed.x0[empty], own[empty].to(mixed.x0.dtype))
+    assert_close(mixed.x_t, sv.get_interpolant(interpolant).interpolate(mixed.x0.double(), noise, t))
+    assert torch.equal(mixed.t_set.isnan(), empty | (t < 0.4))
+    assert torch.equal(mixed.t_set.nan_to_num(), t.masked_fill(mixed.t_set.isnan(), 0.0))
+
+
 def test_draw_survives_the_largest_random_number(monkeypatch):
     bank = sv.ReferenceBank((), 3, 8, null="all")
     bank.push(torch.arange(9.0), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1]))

@@ -49,9 +49,10 @@ def test_cfm_sample(interpolant, prediction, rng):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("stored", [torch.float16, torch.float64])
 @pytest.mark.parametrize("source", ["bank", "loader"])
-def test_draw_is_float32_whatever_comes_in(source, dtype, rng):
-    s = sv.StableVMObjective(filled_bank(rng, dtype=torch.float16), source=source).sample(*batch(8, rng, dtype))
+def test_draw_is_float32_whatever_comes_in(source, stored, dtype, rng):
+    s = sv.StableVMObjective(filled_bank(rng, dtype=stored), source=source).sample(*batch(8, rng, dtype))
     for value in (s.x_t, s.t, s.target, s.x0, s.noise):
         assert value.dtype == torch.float32
         assert value.isfinite().all()

@@ -1,7 +1,7 @@
 """Stable Velocity flow matching: low-variance training targets, alignment and sampling, on the kernels of svel."""
 
 from .alignment import VAREPALoss
-from .bank import BankDraw, ReferenceBank
+from .bank import BankDraw, MixtureDraw, ReferenceBank
 from .host_bank import HostReferenceBank
 from .interpolants import Cosine, Interpolant, Linear, get_interpolant
 from .objectives import CFMObjective, StableVMObjective, STFObjective, TrainingSample
@@ -17,6 +17,7 @@ __all__ = [
     "HostReferenceBank",
     "Interpolant",
     "Linear",
+    "MixtureDraw",
     "ReferenceBank",
     "STFObjective",
     "StableVMObjective",
