@@ -1,0 +1,98 @@
+// One shared pool of 16-bit references and many rows, on Hopper's matrix units. With c a centre of the
+// references, d_j = r_j - c and y = x - alpha c, a row's scores are
+//   s_j = y.d_j - alpha/2 (|d_j|^2 - norm0),    its weights softmax_j(rate s_j),    its mean c + sum_j p_j
+//   d_j.
+// Rows go in passes, in the order of falling time; the references of a pass in rounds whose scores fit the
+// workspace. One round:
+//   score    y_hi.d for all pairs; y_hi is y rounded to 11 bits, so that each score is known to a proven
+//   bound select   rows where at most POOL_SURVIVORS references can still matter keep a list of those; the
+//   others,
+//            up to the last one in the order, are dense
+//   score    dense rows: adds y_lo.d, y = y_hi + y_lo to 22 bits
+//   weights  dense rows: p_j to 22 bits, as two halves, in the place of the scores
+//   sum      dense rows: sum_j p_j d_j
+//   merge    dense rows: adds what the thread blocks of the last step left; other rows: scores and sums the
+//            listed references one by one; after the last round, writes the output
+// Exact arithmetic: references are exact in halves, and so is d_j for a c of few digits wherever r_j is near
+// c; where it is not, the remainder is multiplied too. The matrix units truncate what they add up, so at most
+// 64 products are summed before they join ordinary float32 sums.
+#pragma once
+
+#include "common/planner_pool.h"
+#include "stable_target/launch.cuh"
+
+namespace svel::cuda {
+
+struct PoolFacts {
+  float scale, inverse_scale;  // d is multiplied by scale, a power of two, before it becomes a half
+  float mean_norm;             // norm0 scale^2
+  int centred;                 // c is not zero everywhere
+  int max_norm;                // the bits of max_j |d_j|^2 scale^2, a float32
+  int dense;                   // slots [0, dense) are dense in this round
+};
+
+struct PoolSlot {  // one row of a pass
+  int64_t row;     // in the work list
+  double y_square;
+  double best;   // largest score so far
+  double total;  // sum of exp(rate (s_j - best)) so far
+  float own;     // bound of |(y_hi - y).d_j| / |d_j|, with the rounding of the sums
+  float rate2;   // rate log2(e)
+  float keep;    // factor of the old sums in this round
+  int count;     // references in the list
+  int alive;
+};
+
+struct PoolFactor {  // s = unit acc - half_alpha (norm - mean_norm)
+  float unit, half_alpha;
+};
+
+struct Pool {
+  WorkList work;
+  float* centre;         // (2, d_stride) candidates, see centre_kernel
+  float* centre_float;   // (d_stride,) c scale
+  __half* centre_half;   // (d_stride,) c
+  double* statistics;    // (d_tiles, 8)
+  PoolFacts* facts;      // one
+  PoolSlot* slots;       // (rows,)
+  PoolFactor* factors;   // (rows,)
+  __half *hi, *lo;       // (rows, d_stride) y 2^e
+  float* scores;         // (rows, score_stride): scores, then weights
+  float* maxima;         // (rows, score_stride / POOL_GROUP)
+  int* survivors;        // (rows, POOL_SURVIVORS)
+  float* sums;           // (rows, d_stride) sum of p_j d_j scale
+  float* partial;        // (splits, row tiles, d tiles, POOL_ROWS, POOL_TILE)
+  int64_t first_row;     // of the pass
+  int64_t first_ref;     // of the round
+  int64_t rows, padded;  // rows of the pass; rounded up to 64
+  int64_t refs;          // of the round, valid or not
+  int64_t score_stride, d_stride;
+  int blocks;
+  bool exact;
+};
+
+__device__ inline int64_t pool_valid(const Inputs& in, const Pool& pool) {  // references of the round
+  const int64_t left = valid_count(in, 0) - pool.first_ref;
+  return left < 0 ? 0 : left > pool.refs ? pool.refs : left;
+}
+
+// How the sums of `tiles` tiles over `steps` steps each are cut, for `blocks` thread blocks: into as many
+// parts as fill whole waves of them best, fewer where it makes no difference.
+__host__ __device__ inline int pool_splits(int tiles, int steps, int blocks, int most) {
+  int best = 1;
+  float best_time = 0;
+  for (int splits = 1; splits * tiles <= most && splits * 16 <= steps + 15; ++splits) {
+    const int waves = (tiles * splits + blocks - 1) / blocks;
+    const float time = waves * ((steps + splits - 1) / splits + 4.0f);
+    if (splits == 1 || time < 0.98f * best_time) best = splits, best_time = time;
+  }
+  return best;
+}
+
+// Whether the kernels were compiled for sm_90a and this device takes them; without that run_pool throws.
+bool pool_is_built();
+void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
+void launch_pool_score(const char* op, const Inputs& in, const Pool& pool, bool low, cudaStream_t stream);
+void launch_pool_sum(const char* op, const Inputs& in, const Pool& pool, cudaStream_t stream);
+
+}  // namespace svel::cuda
