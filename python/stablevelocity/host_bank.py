@@ -1,11 +1,12 @@
 """A reference bank in host memory that brings the classes of the next batch to the device beside the current step.
 
-bank = HostReferenceBank(shape, num_classes=1000, capacity=8192, device="cuda")     # may be larger than the GPU
-objective = StableVMObjective(bank)
-bank.prefill(dataset)
-for x0, labels in bank.ahead(loader):  # labels on the device; while this batch trains, the next one's classes come
-    draw = objective.sample(x0.to("cuda", non_blocking=True), labels)
-    ...
+    bank = HostReferenceBank(shape, num_classes=1000, capacity=8192, max_classes=64, device="cuda")
+    objective = StableVMObjective(bank)
+    bank.prefill(dataset)
+    for x0, labels in bank.ahead(loader):  # labels on the device
+        draw = objective.sample(x0.to("cuda", non_blocking=True), labels)
+
+For banks larger than the GPU's memory: of those 1,000 classes the device holds the 128 of two batches, and the null ring.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class HostReferenceBank(ReferenceBank):
         max_classes: most distinct classes in a batch; by default min(num_classes, 256). min(batch size, num_classes)
             always suffices.
         slots: places for class rings on the device. By default, and at least, min(2 * max_classes, num_classes): those
-            of two batches. More places save copies.
+            of two batches. More places save copies. The device holds slots + 1 rings.
         null: "ring".
         device: of the batches. Without CUDA the same is done in ordinary memory, each copy at once.
 
@@ -211,10 +212,7 @@ class HostReferenceBank(ReferenceBank):
         for y, n in [*zip(classes.tolist(), pushed.tolist(), strict=True), (self.num_classes, len(labels))]:
             place, head = self._place[y], int(heads[y])
             end = head + min(n, self.capacity)
-            for a, b in (
-                (head, min(end, self.capacity)),
-                (0, end - self.capacity),
-            ):  # on to the end, and from the start
+            for a, b in ((head, min(end, self.capacity)), (0, end - self.capacity)):  # what wraps is the second run
                 moved += [(ring[y, a:b], staged[place, a:b]) for ring, staged in self._rings() if a < b]
             heads[y], counts[y] = (head + n) % self.capacity, min(int(counts[y]) + n, self.capacity)
         return moved
