@@ -6,7 +6,7 @@
     for x0, labels in bank.ahead(loader):  # labels on the device
         draw = objective.sample(x0.to("cuda", non_blocking=True), labels)
 
-For banks larger than the GPU's memory: of those 1,000 classes the device holds the 128 of two batches, and the null ring.
+For banks larger than the GPU: of those 1,000 classes the device holds the 128 of two batches, and the null ring.
 """
 
 from __future__ import annotations
