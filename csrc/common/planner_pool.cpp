@@ -58,6 +58,7 @@ bool plan_pool(const Problem& p, Plan& plan) {
   plan.stages = STAGES;
   plan.rows_per_pass = rows;
   plan.refs_per_pass = round_up(ceil_div(p.m, rounds), POOL_TILE);
+  plan.splits = p.precision == "exact" ? 2 : 1;  // halves that y and the weights are split into
   plan.blocks = p.sm_count;
   plan.smem_bytes = STAGES * STAGE_BYTES + 2048;
   plan.workspace_bytes = pool_layout(p.n, p.d, rows, plan.refs_per_pass).total();

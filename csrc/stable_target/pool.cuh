@@ -68,12 +68,21 @@ struct Pool {
   int64_t refs;          // of the round, valid or not
   int64_t score_stride, d_stride;
   int blocks;
-  bool exact;
+  bool exact;  // else: y_hi and upper halves of the weights alone
 };
 
 __device__ inline int64_t pool_valid(const Inputs& in, const Pool& pool) {  // references of the round
   const int64_t left = valid_count(in, 0) - pool.first_ref;
   return left < 0 ? 0 : left > pool.refs ? pool.refs : left;
+}
+
+// References per step of the sums: with both halves of their weights they fill the 64 halves of a step.
+__host__ __device__ constexpr int pool_sum_refs(bool exact) {
+  return exact ? 32 : 64;
+}
+__device__ inline int pool_sum_steps(const Pool& pool, int64_t valid) {
+  const int refs = pool_sum_refs(pool.exact);
+  return static_cast<int>((valid + refs - 1) / refs);
 }
 
 // How the sums of `tiles` tiles over `steps` steps each are cut, for `blocks` thread blocks: into as many

@@ -9,11 +9,12 @@ namespace svel::cuda {
 namespace {
 
 constexpr int THREADS = 256;
+constexpr int WEIGHT_THREADS = 512;
 constexpr int CENTRE_LANES = 8;  // threads per element of D
 constexpr double LOG2_E = 1.4426950408889634;
 constexpr float WEIGHT_SCALE = 32768.0f;  // weights are at most 1; as halves they keep 40 binary places
-constexpr double FORGOTTEN_LOG2 =
-    26;  // references that together weigh less than 2^-26 of the largest are left out
+// References that together weigh less than this times the largest are left out.
+constexpr double FORGOTTEN_LOG2_EXACT = 26, FORGOTTEN_LOG2_FAST = 16;
 enum Statistic {
   SHIFT,
   SPREAD,
@@ -275,7 +276,8 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const Inputs in, const 
   const double norm = static_cast<double>(__int_as_float(pool.facts->max_norm)) * pool.facts->inverse_scale *
                       pool.facts->inverse_scale;
   const double bound = slot.own * sqrt(norm) + row.alpha * norm * ldexp(1.0, -21);
-  const double forgotten = FORGOTTEN_LOG2 / LOG2_E + log(static_cast<double>(valid_count(in, 0)));
+  const double forgotten = (pool.exact ? FORGOTTEN_LOG2_EXACT : FORGOTTEN_LOG2_FAST) / LOG2_E +
+                           log(static_cast<double>(valid_count(in, 0)));
   const double top = fmax(static_cast<double>(best), slot.best);
   const float cut = fmaxf(static_cast<float>(top - 2 * bound - forgotten / row.rate()), -FLT_MAX);
   const float* const maxima = pool.maxima + at * (pool.score_stride / POOL_GROUP);
@@ -305,9 +307,9 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const Inputs in, const 
   if (found > POOL_SURVIVORS) atomicMax(&pool.facts->dense, static_cast<int>(at) + 1);
 }
 
-// One block per dense slot. Of eight scores s_j, 32 bytes, become eight weights' upper halves and eight
-// lower.
-__global__ void __launch_bounds__(512) weights_kernel(const Inputs in, const Pool pool) {
+// One block per dense slot. exact: of eight scores s_j, 32 bytes, become eight weights' upper halves and
+// eight lower. Else the upper halves alone, side by side from the start of the row.
+__global__ void __launch_bounds__(WEIGHT_THREADS) weights_kernel(const Inputs in, const Pool pool) {
   __shared__ float scratch[33];
   __shared__ double wide_scratch[33];
   const int64_t at = blockIdx.x, valid = pool_valid(in, pool);
@@ -316,27 +318,33 @@ __global__ void __launch_bounds__(512) weights_kernel(const Inputs in, const Poo
   const float here = row_maximum(pool, at, (valid + POOL_GROUP - 1) / POOL_GROUP, scratch);
   const float best = static_cast<float>(fmax(static_cast<double>(here), slot.best));
   const float rate2 = slot.rate2;
+  float* const row = pool.scores + at * pool.score_stride;
   double total = 0;
-  for (int64_t j = 8 * threadIdx.x; j < valid; j += 8 * blockDim.x) {
-    float4* const place = reinterpret_cast<float4*>(pool.scores + at * pool.score_stride + j);
-    const float4 low = place[0], high = place[1];
-    const float scores[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    __align__(16) __half upper[8], lower[8];
-    float sum = 0;
+  const int64_t end = static_cast<int64_t>(pool_sum_steps(pool, valid)) * pool_sum_refs(pool.exact);
+  for (int64_t j0 = 0; j0 < end; j0 += 8 * WEIGHT_THREADS) {
+    const int64_t j = j0 + 8 * threadIdx.x;
+    __align__(16) __half upper[8] = {}, lower[8] = {};
+    if (j < valid) {
+      const float4 low = *reinterpret_cast<const float4*>(row + j),
+                   high = *reinterpret_cast<const float4*>(row + j + 4);
+      const float scores[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      float sum = 0;
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      const float p = scores[k] == -INFINITY ? 0.0f : exp2f((scores[k] - best) * rate2);
-      const float scaled = p * WEIGHT_SCALE;
-      sum += p;
-      upper[k] = __float2half(scaled);
-      lower[k] = __float2half(scaled - __half2float(upper[k]));
+      for (int k = 0; k < 8; ++k) {
+        const float p = scores[k] == -INFINITY ? 0.0f : exp2f((scores[k] - best) * rate2);
+        const float scaled = p * WEIGHT_SCALE;
+        sum += p;
+        upper[k] = __float2half(scaled);
+        lower[k] = __float2half(scaled - __half2float(upper[k]));
+      }
+      total += sum;
     }
-    total += sum;
-    place[0] = *reinterpret_cast<float4*>(upper);
-    place[1] = *reinterpret_cast<float4*>(lower);
+    if (!pool.exact) __syncthreads();  // what is written now was read by other threads
+    if (j >= end) continue;
+    float* const to = pool.exact ? row + j : row + j / 2;
+    *reinterpret_cast<float4*>(to) = *reinterpret_cast<float4*>(upper);
+    if (pool.exact) *reinterpret_cast<float4*>(to + 4) = *reinterpret_cast<float4*>(lower);
   }
-  for (int64_t j = (valid + 7) / 8 * 8 + threadIdx.x; j < (valid + 31) / 32 * 32; j += blockDim.x)
-    pool.scores[at * pool.score_stride + j] = 0;
   total = block_sum(total, wide_scratch);
   if (threadIdx.x != 0) return;
   const double keep = slot.best == -INFINITY
@@ -439,10 +447,10 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const Inputs in, const P
     }
   }
   const int64_t row_tiles = (dense + POOL_ROWS - 1) / POOL_ROWS;
-  const int splits =
-      is_dense ? pool_splits(static_cast<int>(row_tiles * d_tiles), static_cast<int>((valid + 31) / 32),
-                             pool.blocks, static_cast<int>(POOL_SEGMENTS))
-               : 0;
+  const int splits = is_dense
+                         ? pool_splits(static_cast<int>(row_tiles * d_tiles), pool_sum_steps(pool, valid),
+                                       pool.blocks, static_cast<int>(POOL_SEGMENTS))
+                         : 0;
   const Row& row = pool.work.rows[slot.row];
   const double inverse = isfinite(best) && alive && total > 0 ? pool.facts->inverse_scale / total : NAN;
   const double centre_scale = pool.facts->inverse_scale;
@@ -542,7 +550,7 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
   pool.partial = reinterpret_cast<float*>(take(layout.partial));
   pool.score_stride = plan.refs_per_pass;
   pool.blocks = static_cast<int>(plan.blocks);
-  pool.exact = true;
+  pool.exact = plan.splits > 1;
 
   pool.first_row = pool.first_ref = 0;
   centre_kernel<<<static_cast<unsigned>(d_tiles), POOL_TILE * CENTRE_LANES, 0, stream>>>(in, pool);
@@ -563,8 +571,8 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
       launch_pool_score(op, in, pool, false, stream);
       select_kernel<<<slots, THREADS, 0, stream>>>(in, pool);
       check_launch(op);
-      launch_pool_score(op, in, pool, true, stream);
-      weights_kernel<<<slots, 512, 0, stream>>>(in, pool);
+      if (pool.exact) launch_pool_score(op, in, pool, true, stream);
+      weights_kernel<<<slots, WEIGHT_THREADS, 0, stream>>>(in, pool);
       check_launch(op);
       launch_pool_sum(op, in, pool, stream);
       merge<<<slots, THREADS, 0, stream>>>(in, pool, pool.first_ref + plan.refs_per_pass >= in.m);

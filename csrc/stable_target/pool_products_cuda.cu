@@ -14,10 +14,9 @@ namespace {
 
 constexpr int THREADS = 384;  // two warpgroups that multiply, one that copies
 constexpr int STAGES = 4;
-constexpr int DEPTH = 64;            // halves of the summed dimension per stage
-constexpr int SUM_REFS = DEPTH / 2;  // each reference twice: for both halves of its weight
+[[maybe_unused]] constexpr int DEPTH = 64;  // halves of the summed dimension per stage
 constexpr int BOX_BYTES = 64 * TILE_ROW_BYTES;
-constexpr int A_BYTES = 2 * BOX_BYTES;  // 128 references x 64 of D, or 32 references x 128 of D
+constexpr int A_BYTES = 2 * BOX_BYTES;  // 128 references x 64 of D, or 32 or 64 references x 128 of D
 constexpr int B_BYTES = 4 * BOX_BYTES;  // 256 rows
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES + 1024;  // and c of this depth
 constexpr int SMEM_BYTES = STAGES * STAGE_BYTES + 2048;
@@ -28,8 +27,9 @@ struct ScoreArguments {
 };
 
 struct SumArguments {
-  CUtensorMap refs;     // (m, d), boxes of 32 x 64
-  CUtensorMap weights;  // (rows, 2 refs) halves: of eight references the upper parts, then the lower; 64 x 64
+  CUtensorMap refs;     // (m, d), boxes of pool_sum_refs(exact) x 64
+  CUtensorMap weights;  // (rows, refs) halves, or (rows, 2 refs): of eight references the upper parts, then
+                        // the lower; boxes of 64 x 64
 };
 
 #ifdef SVEL_MATRIX_UNITS
@@ -307,7 +307,7 @@ __device__ inline void score_tile(const Pool& pool, Ring& ring, int64_t row0, in
 
 struct SumTile {  // a part of the references for a tile of rows x D
   int64_t row0, e0;
-  int begin, end;  // steps of SUM_REFS references
+  int begin, end;  // steps of pool_sum_refs(exact) references
   int index;       // in pool.partial
 };
 
@@ -319,7 +319,7 @@ struct SumGrid {
     rows = pool.facts->dense;
     row_tiles = static_cast<int>((rows + POOL_ROWS - 1) / POOL_ROWS);
     d_tiles = static_cast<int>((in.d + POOL_TILE - 1) / POOL_TILE);
-    steps = static_cast<int>((valid + SUM_REFS - 1) / SUM_REFS);
+    steps = pool_sum_steps(pool, valid);
     splits =
         row_tiles ? pool_splits(row_tiles * d_tiles, steps, pool.blocks, static_cast<int>(POOL_SEGMENTS)) : 0;
   }
@@ -338,13 +338,14 @@ struct SumGrid {
 
 __device__ inline void copy_sum_tile(const Pool& pool, const SumArguments& args, Ring& ring,
                                      const SumTile& tile, int width) {
+  const int refs = pool_sum_refs(pool.exact);
   for (int step = tile.begin; step < tile.end; ++step, ring.next()) {
     const Stage stage = ring.stage();
     wait_barrier(stage.empty, ring.parity ^ 1);
-    arrive_expecting(stage.full, BOX_BYTES + width * TILE_ROW_BYTES);
+    arrive_expecting(stage.full, (2 * refs + width) * TILE_ROW_BYTES);
     for (int box = 0; box < 2; ++box)
-      tensor_copy(stage.a + box * (BOX_BYTES / 2), args.refs, static_cast<int>(tile.e0) + box * 64,
-                  static_cast<int>(pool.first_ref) + step * SUM_REFS, stage.full);
+      tensor_copy(stage.a + box * refs * TILE_ROW_BYTES, args.refs, static_cast<int>(tile.e0) + box * 64,
+                  static_cast<int>(pool.first_ref) + step * refs, stage.full);
     for (int box = 0; box < width / 64; ++box)
       tensor_copy(stage.b + box * BOX_BYTES, args.weights, step * DEPTH,
                   static_cast<int>(tile.row0) + box * 64, stage.full);
@@ -356,37 +357,43 @@ __device__ inline uint32_t keep_valid(uint32_t pair, int64_t ref, int64_t valid)
   return (ref < valid ? pair & 0xffffu : 0u) | (ref + 1 < valid ? pair & 0xffff0000u : 0u);
 }
 
-// Eight references' d of two elements of D, transposed: out[h] holds element g + 8 h of references 2 t, 2 t
-// + 1.
-template <typename T>
+// The d of a step's references, transposed. ldmatrix gives, of references 16 k to 16 k + 15, elements g and g
+// + 8 of 2 t and 2 t + 1, then of 2 t + 8 and 2 t + 9. EXACT: eight references fill a[k], once for the upper
+// parts of their weights and once for the lower.
+template <typename T, bool EXACT>
 __device__ inline bool load_differences(uint32_t tile, int warp, int lane, const char* centres, float scale,
                                         int64_t first, int64_t valid, bool remainder, uint32_t (&a)[4][4]) {
+  constexpr int REFS = pool_sum_refs(EXACT);
   bool inexact = false;
 #pragma unroll
-  for (int pair = 0; pair < 2; ++pair) {
+  for (int k = 0; k < REFS / 16; ++k) {
     uint32_t raw[4];
-    const int ref = 16 * pair + lane / 16 * 8 + lane % 8;
+    const int ref = 16 * k + lane / 16 * 8 + lane % 8;
     load_matrices_transposed(tile_chunk(tile, ref, 2 * warp + lane / 8 % 2), raw);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int block = 2 * pair + i / 2, h = i % 2;
-      if (first + SUM_REFS > valid) raw[i] = keep_valid(raw[i], first + 8 * block + 2 * (lane % 4), valid);
+      const int eight = 2 * k + i / 2, h = i % 2;
+      if (first + REFS > valid) raw[i] = keep_valid(raw[i], first + 8 * eight + 2 * (lane % 4), valid);
       const Difference d = subtract<T>(raw[i], centres, h, scale, remainder);
       inexact = inexact || d.inexact;
-      a[block][h] = remainder ? d.remainder : d.value;
-      a[block][h + 2] = a[block][h];  // once for the upper part of the weight, once for the lower
+      const uint32_t value = remainder ? d.remainder : d.value;
+      if (EXACT) {
+        a[eight][h] = a[eight][h + 2] = value;
+      } else {
+        a[k][i] = value;
+      }
     }
   }
   return inexact;
 }
 
-template <typename T, int WIDTH>
+template <typename T, int WIDTH, bool EXACT>
 __device__ inline void sum_tile(const Inputs& in, const Pool& pool, Ring& ring, const SumTile& at,
                                 int64_t valid) {
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
   const int64_t e = at.e0 + group * 64 + warp * 16 + g;  // and e + 8
-  const bool centred = pool.facts->centred && pool.exact;
+  const bool centred = EXACT && pool.facts->centred;
   const float scale = pool.facts->scale;
   float centres[4];  // of e and e + 8, each for a pair of references, in the form that subtract takes
   if constexpr (DtypeOf<T>::value == Dtype::f16) {
@@ -405,13 +412,13 @@ __device__ inline void sum_tile(const Inputs& in, const Pool& pool, Ring& ring, 
   for (int step = at.begin; step < at.end; ++step, ring.next()) {
     const Stage stage = ring.stage();
     wait_barrier(stage.full, ring.parity);
-    const uint32_t tile = stage.a + group * (BOX_BYTES / 2);
-    const int64_t first = static_cast<int64_t>(step) * SUM_REFS;
+    const uint32_t tile = stage.a + group * pool_sum_refs(EXACT) * TILE_ROW_BYTES;
+    const int64_t first = static_cast<int64_t>(step) * pool_sum_refs(EXACT);
     uint32_t a[4][4];
-    const bool inexact = load_differences<T>(tile, warp, lane, from, scale, first, valid, false, a);
+    const bool inexact = load_differences<T, EXACT>(tile, warp, lane, from, scale, first, valid, false, a);
     multiply<WIDTH>(a, stage.b, sums);
     if (centred && any_of_warpgroup(inexact)) {
-      load_differences<T>(tile, warp, lane, from, scale, first, valid, true, a);
+      load_differences<T, EXACT>(tile, warp, lane, from, scale, first, valid, true, a);
       multiply<WIDTH>(a, stage.b, sums);
     }
     __syncwarp();
@@ -467,7 +474,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #endif
 }
 
-template <typename T>
+template <typename T, bool EXACT>
 __global__ void __launch_bounds__(THREADS, 1)
     sum_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Pool pool,
                const __grid_constant__ SumArguments args) {
@@ -491,11 +498,11 @@ __global__ void __launch_bounds__(THREADS, 1)
       const SumTile tile = grid.tile(index);
       const int width = row_tile_width(grid.rows, tile.row0);
       if (width == 256) {
-        sum_tile<T, 256>(in, pool, ring, tile, valid);
+        sum_tile<T, 256, EXACT>(in, pool, ring, tile, valid);
       } else if (width == 128) {
-        sum_tile<T, 128>(in, pool, ring, tile, valid);
+        sum_tile<T, 128, EXACT>(in, pool, ring, tile, valid);
       } else {
-        sum_tile<T, 64>(in, pool, ring, tile, valid);
+        sum_tile<T, 64, EXACT>(in, pool, ring, tile, valid);
       }
     }
   }
@@ -562,11 +569,14 @@ void launch_pool_score(const char* op, const Inputs& in, const Pool& pool, bool 
 
 void launch_pool_sum(const char* op, const Inputs& in, const Pool& pool, cudaStream_t stream) {
   SumArguments args;
-  args.refs = make_map(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, SUM_REFS);
-  args.weights =
-      make_map(op, pool.scores, Dtype::f16, 2 * pool.score_stride, pool.padded, 4 * pool.score_stride, 64);
-  launch(op, in.refs.dtype == Dtype::f16 ? sum_kernel<__half> : sum_kernel<__nv_bfloat16>, in, pool, args,
-         stream);
+  args.refs = make_map(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, pool_sum_refs(pool.exact));
+  args.weights = make_map(op, pool.scores, Dtype::f16, (pool.exact ? 2 : 1) * pool.score_stride, pool.padded,
+                          4 * pool.score_stride, 64);
+  const bool half = in.refs.dtype == Dtype::f16;
+  launch(op,
+         pool.exact ? (half ? sum_kernel<__half, true> : sum_kernel<__nv_bfloat16, true>)
+                    : (half ? sum_kernel<__half, false> : sum_kernel<__nv_bfloat16, false>),
+         in, pool, args, stream);
 }
 
 }  // namespace svel::cuda
