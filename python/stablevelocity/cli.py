@@ -121,13 +121,19 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _add_sample(commands) -> argparse.ArgumentParser:
-    p = commands.add_parser("sample", help="draw samples from a trained model")
+    p = commands.add_parser(
+        "sample",
+        help="draw samples from a trained model",
+        description="Draw samples. For several processes: accelerate launch -m stablevelocity sample ...",
+    )
     p.add_argument("trained", metavar="RUN", help="folder of a run or of one checkpoint")
     p.add_argument("--output", required=True, metavar="DIR", help="folder for samples.png and samples.npz")
     p.add_argument("--labels", help="classes such as 0,3,7 (default: all)")
     p.add_argument("--per-class", type=int, default=8, metavar="N", help="samples of each class (default: %(default)s)")
-    p.add_argument("--solver", choices=("euler", "heun", "euler_maruyama"))
+    p.add_argument("--solver", choices=("euler", "heun", "euler_maruyama", "dpmpp_2m", "unipc"))
     p.add_argument("--steps", type=int)
+    p.add_argument("--schedule", choices=("uniform", "shifted", "edm"), help="the time grid")
+    p.add_argument("--shift", type=float, help="of the shifted time grid")
     p.add_argument("--split", type=float, help="StableVS: time at and below which its steps are taken")
     p.add_argument("--low-steps", type=int, help="StableVS: how many there are; 0 turns it off")
     p.add_argument("--noise-factor", type=float, help="StableVS: noise of its steps, 0 to 1")
@@ -145,7 +151,8 @@ def _add_sample(commands) -> argparse.ArgumentParser:
 
 
 _SAMPLING_FLAGS = (
-    "solver", "steps", "split", "low_steps", "noise_factor", "grid", "guidance", "guidance_low", "guidance_high",
+    "solver", "steps", "schedule", "shift", "split", "low_steps", "noise_factor", "grid",
+    "guidance", "guidance_low", "guidance_high",
 )  # fmt: skip
 
 
@@ -156,17 +163,19 @@ def _sample(args: argparse.Namespace) -> None:
 
     from .config import load_config
     from .data import to_uint8
-    from .generation import evaluations, generate, load_model, resolve_precision, save_grid
+    from .generation import Processes, evaluations, generate, load_model, resolve_precision, save_grid
 
     for flag in ("per_class", "batch_size"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')}: expected at least 1, got {getattr(args, flag)}")
+    processes = Processes.launched(args.device)
     model, config, about = load_model(args.trained, device=args.device, ema=args.weights == "ema")
     given = [(flag, getattr(args, flag)) for flag in _SAMPLING_FLAGS]
     config = load_config(None, [f"sampling.{flag}={value}" for flag, value in given if value is not None], base=config)
     classes = _labels(args.labels, about["num_classes"])
     labels = None if classes is None else torch.tensor(classes).repeat_interleave(args.per_class)
-    with tqdm(desc="sample") as bar:
+    n = args.per_class if labels is None else len(labels)
+    with tqdm(desc="sample", disable=processes.rank > 0) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total
@@ -183,19 +192,25 @@ def _sample(args: argparse.Namespace) -> None:
             seed=args.seed,
             batch_size=args.batch_size,
             precision=resolve_precision(args.mixed_precision, next(model.parameters()).device),
+            processes=processes,
             callback=advance,
         )
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     image = about["kind"] == "image"
-    arrays = {"arr_0": (to_uint8(samples).permute(0, 2, 3, 1) if image else samples).numpy()}
-    if labels is not None:
-        arrays["arr_1"] = labels.numpy()
-    np.savez(folder / "samples.npz", **arrays)
-    save_grid(samples[:256], folder / "samples.png", min(args.per_class, 16))
+    part = (to_uint8(samples).permute(0, 2, 3, 1) if image else samples).numpy()
+    whole = processes.gather(part, n, args.batch_size, folder)
+    if whole is None:
+        return
+    np.savez(folder / "samples.npz", arr_0=whole, **({} if labels is None else {"arr_1": labels.numpy()}))
+    first = torch.from_numpy(whole[:256])
+    save_grid(
+        first.permute(0, 3, 1, 2) / 127.5 - 1.0 if image else first, folder / "samples.png", min(args.per_class, 16)
+    )
     layout = "uint8 NHWC" if image else "float32 NCHW"
+    calls = evaluations(config.sampling, config.objective.interpolant)
     print(
-        f"{len(samples)} samples of step {about['step']}, {evaluations(config.sampling)} model evaluations each: "
+        f"{n} samples of step {about['step']}, {calls} model evaluations each: "
         f"{folder / 'samples.png'}, {folder / 'samples.npz'} (arr_0 {layout}{', arr_1 labels' * (labels is not None)})"
     )
 

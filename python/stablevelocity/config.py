@@ -92,8 +92,10 @@ class OptimConfig:
 class SamplingConfig:
     """How samples are drawn; see sampling.py."""
 
-    solver: Literal["euler", "heun", "euler_maruyama"] = "euler"
+    solver: Literal["euler", "heun", "euler_maruyama", "dpmpp_2m", "unipc"] = "euler"
     steps: int = _at_least(30, 1)
+    schedule: Literal["uniform", "shifted", "edm"] = "uniform"  # the time grid; see grids.py
+    shift: float = 3.0  # of the shifted grid
     split: float = _between(0.85, 0.0, 1.0)  # StableVS: steps starting at or below it are the closed form
     low_steps: int = _at_least(9, 0)  # StableVS: how many they are; 0 turns StableVS off
     noise_factor: float = _between(0.0, 0.0, 1.0)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +20,7 @@ from .data import to_uint8
 from .models import SiT
 from .models.sit import SIZES
 from .optional import require
-from .sampling import Guidance, StableVS, nfe, sample, time_grid
+from .sampling import Guidance, StableVS, nfe, sample, shifted_grid, standard_normal, time_grid
 
 
 def resolve_device(name: str) -> torch.device:
@@ -88,11 +92,57 @@ def stable_vs(config: SamplingConfig) -> StableVS | None:
     return StableVS(config.split, config.low_steps, config.noise_factor, config.grid)
 
 
-def evaluations(config: SamplingConfig) -> int:
+def schedule(config: SamplingConfig) -> str | Callable[[int], Tensor]:
+    """The time grid of a configuration, as `time_grid` takes it."""
+    return partial(shifted_grid, shift=config.shift) if config.schedule == "shifted" else config.schedule
+
+
+def evaluations(config: SamplingConfig, interpolant: str = "linear") -> int:
     """Model evaluations for each sample; one with guidance counts two."""
     stable = stable_vs(config)
     guidance = Guidance(config.guidance, config.guidance_low, config.guidance_high)
-    return nfe(time_grid(config.steps, stable=stable), config.solver, stable=stable, guidance=guidance)
+    times = time_grid(config.steps, schedule(config), stable, interpolant)
+    return nfe(times, config.solver, stable=stable, guidance=guidance)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a launch by accelerate or torchrun; one alone without a launcher."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def launched(cls, device: str) -> Processes:
+        """Join the others, each with a GPU of its own unless `device` (as for `resolve_device`) is the CPU."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        state = require("accelerate", "train").PartialState(cpu=resolve_device(device).type == "cpu")
+        return cls(state.process_index, state.num_processes)
+
+    def rows(self, n: int, batch_size: int, rank: int | None = None) -> list[range]:
+        """The batches, of n samples cut into batches of batch_size, that a process (this one) makes: every world-th.
+
+        Batches do not depend on the number of processes, so that what is in them cannot either.
+        """
+        batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
+        return batches[self.rank if rank is None else rank :: self.world]
+
+    def gather(self, part: np.ndarray, n: int, batch_size: int, folder: Path) -> np.ndarray | None:
+        """All n samples in order on the first process, None on the others, from each one's own; through files."""
+        if self.world == 1:
+            return part
+        files = [folder / f"part-{rank}.npy" for rank in range(self.world)]
+        np.save(files[self.rank], part)
+        torch.distributed.barrier()
+        if self.rank:
+            return None
+        whole = np.empty((n, *part.shape[1:]), part.dtype)
+        for rank, file in enumerate(files):
+            own = [i for batch in self.rows(n, batch_size, rank) for i in batch]
+            whole[own] = np.load(file)
+            file.unlink()
+        return whole
 
 
 @torch.no_grad()
@@ -108,15 +158,17 @@ def generate(
     seed: int = 0,
     batch_size: int = 250,
     precision: str = "no",
+    processes: Processes | None = None,
     callback: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Samples (n, *shape) float32 on the CPU; the same noise for a seed on every device.
+    """Samples (n, *shape) float32 on the CPU; every sample has noise of its own, the same for a seed on every device.
 
     Args:
         model: model(x, t, y) -> velocity; run on the device of its parameters.
         labels: (n,) int64 classes; None for a model without labels, with `n` then.
         num_classes: of the model; also its null label.
         precision: "no", "bf16" or "fp16" for the model.
+        processes: with several, only the samples of this one's batches are made and returned.
         callback: callback(done, total) after each step of each batch.
 
     Raises:
@@ -132,10 +184,9 @@ def generate(
         raise ValueError(f"guidance: expected 1, since the model has no labels, got {config.guidance}")
     n = n if labels is None else len(labels)
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(n, *shape, generator=generator)
     stable, done, parts = stable_vs(config), 0, []
-    total = math.ceil(n / batch_size) * (len(time_grid(config.steps, stable=stable)) - 1)
+    batches = (processes or Processes()).rows(n, batch_size)
+    total = len(batches) * (len(time_grid(config.steps, schedule(config), stable, interpolant)) - 1)
 
     def step_done(*_) -> None:
         nonlocal done
@@ -143,10 +194,12 @@ def generate(
         if callback:
             callback(done, total)
 
-    for i in range(0, n, batch_size):
-        x, conditioning, guidance = noise[i : i + batch_size].to(device), {}, None
+    for rows in batches:
+        generators = [torch.Generator().manual_seed(sample_seed(seed, i)) for i in rows]
+        x = standard_normal(torch.empty(len(rows), *shape), generators).to(device)
+        conditioning, guidance = {}, None
         if labels is not None:
-            y = labels[i : i + batch_size].to(device)
+            y = labels[rows.start : rows.stop].to(device)
             conditioning = {"y": y}
             uncond = {"y": torch.full_like(y, num_classes)}
             guidance = Guidance(config.guidance, config.guidance_low, config.guidance_high, uncond)
@@ -156,15 +209,21 @@ def generate(
                 x,
                 solver=config.solver,
                 steps=config.steps,
+                grid=schedule(config),
                 interpolant=interpolant,
                 stable=stable,
                 guidance=guidance,
-                generator=generator,
+                generator=generators,
                 callback=step_done,
                 **conditioning,
             )
         parts.append(x.float().cpu())
     return torch.cat(parts) if parts else torch.empty(0, *shape)
+
+
+def sample_seed(seed: int, i: int) -> int:
+    """The seed of sample i of a run: another for every i below 2^32, all that torch's CPU generator reads of a seed."""
+    return (seed * 0x9E3779B1 + i) % 2**32
 
 
 def grid_image(samples: Tensor, columns: int) -> Tensor:
