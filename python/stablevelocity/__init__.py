@@ -5,7 +5,7 @@ from .bank import BankDraw, MixtureDraw, ReferenceBank
 from .host_bank import HostReferenceBank
 from .interpolants import Cosine, Interpolant, Linear, get_interpolant
 from .objectives import CFMObjective, StableVMObjective, STFObjective, TrainingSample
-from .sampling import Guidance, StableVS, euler, euler_maruyama, heun, sample, time_grid
+from .sampling import Guidance, StableVS, dpmpp_2m, euler, euler_maruyama, heun, sample, time_grid, unipc
 from .times import TimeSampler, get_time_sampler, lognormal_times, uniform_times
 from .variance import VarianceCurve, variance_curve
 
@@ -26,6 +26,7 @@ __all__ = [
     "TrainingSample",
     "VAREPALoss",
     "VarianceCurve",
+    "dpmpp_2m",
     "euler",
     "euler_maruyama",
     "get_interpolant",
@@ -35,5 +36,6 @@ __all__ = [
     "sample",
     "time_grid",
     "uniform_times",
+    "unipc",
     "variance_curve",
 ]

@@ -168,6 +168,20 @@ def test_a_step_on_the_split_is_in_the_low_region(kind):
     assert low == [False, True, True]
 
 
+@pytest.mark.parametrize("kind", ["euler", "unipc"])
+def test_the_sigmas_of_pipelines_are_a_number_of_steps(kind):
+    scheduler, default = STABLE[kind](**CONFIG[kind]), torch.linspace(1.0, 0.05, 20).tolist()
+    grids = []
+    for given in ({"sigmas": default}, {"sigmas": default, "num_inference_steps": 20}):
+        scheduler.set_timesteps(**given)
+        grids.append(scheduler.sigmas)
+        assert int((grids[-1][:-1] <= 0.85).sum()) == 9
+    assert torch.equal(*grids)
+    if kind == "euler":
+        with pytest.raises(ValueError, match="should have the same length"):
+            scheduler.set_timesteps(sigmas=default, num_inference_steps=19)
+
+
 def test_custom_timesteps():
     euler, dpm = STABLE["euler"](shift=1.0), STABLE["dpm"](**CONFIG["dpm"])
     for scheduler in (euler, dpm):

@@ -9,7 +9,8 @@ is the time t of the "linear" interpolant: 0 at the data, 1 at the noise.
 
 * `sigmas=` and `timesteps=` are run as they are given, not thinned, except for linspace(1, 1 / n, n), which the
   pipelines of Flux and Qwen-Image hand over themselves when the caller gives none: that is the base grid of n steps.
-* Image-to-image starts at the noise level of the library's grid for its strength, and runs as many steps.
+* Image-to-image starts at the noise level of the library's grid for its strength, and runs as many steps; it takes
+  stable_grid="total", since its pipelines count on a grid of `num_inference_steps`.
 * No pipeline hands a generator to `step`: `set_noise_generator` sets what a noise factor above 0 draws on.
 """
 
@@ -57,9 +58,7 @@ class _StableVS:
     base: type[SchedulerMixin]
     needs: dict[str, object]  # configuration of `base` that the steps rely on
     output: type[SchedulerOutput] = SchedulerOutput
-    dtype: Callable[
-        [torch.dtype, torch.dtype], torch.dtype
-    ]  # of a step, from those of the model's output and the sample
+    dtype: Callable[..., torch.dtype]  # that a step returns, from the model output's and the sample's
     _times: Sequence[float] = ()  # the sigmas, on the host; empty where the library's scheduler runs
     _asked: Tensor | None = None  # the library's sigmas, where a thinned grid runs in their place
     _noise_source = _noise = None
@@ -123,13 +122,14 @@ class _StableVS:
     def _set(self, given: dict) -> None:
         """set_timesteps of `base` with the arguments `given`, thinned unless these hold a grid of the caller's own."""
         self._times, self._asked, self._noise = (), None, step_noise(self._noise_source)
-        stable, sigmas, timesteps = self.stable, given.get("sigmas"), given.get("timesteps")
-        n = given.get("num_inference_steps") if sigmas is None else len(sigmas)
+        stable, n = self.stable, given.get("num_inference_steps")
+        sigmas, timesteps = given.get("sigmas"), given.get("timesteps")
         if not stable.low_steps:
             self.base.set_timesteps(self, **given)
             return
         if sigmas is not None:
             given["sigmas"] = np.array(sigmas, dtype=np.float64)  # the library's UniPC takes no lists
+            n = len(sigmas) if n in (None, len(sigmas)) and _is_default(sigmas) else None
 
         def base(n: int) -> Tensor:
             more = {} if sigmas is None else {"sigmas": np.linspace(1.0, 1.0 / n, n)}
@@ -142,7 +142,7 @@ class _StableVS:
             self.base.set_timesteps(self, **{**given, "num_inference_steps": len(timesteps), "timesteps": None})
             self.timesteps[:] = torch.as_tensor(timesteps)
             self.sigmas[:-1] = torch.as_tensor(timesteps) / self.config.num_train_timesteps
-        elif timesteps is not None or n is None or not (sigmas is None or _is_default(sigmas)):
+        elif timesteps is not None or n is None:  # the caller's own grid
             self.base.set_timesteps(self, **given)
         else:
             thinned = stable.times(base, n)
