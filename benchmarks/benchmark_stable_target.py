@@ -15,6 +15,30 @@ CLASS_BANKS = {
     "cuda": {"class_bank": (256, 1001, 256, 4096), "class_bank_large": (8, 16, 64, 131072)},
     "cpu": {"class_bank": (64, 50, 256, 4096), "class_bank_large": (4, 8, 64, 131072), "demo": (128, 11, 256, 784)},
 }
+# Around the published configuration, and large latents: (rows, classes, references per class, D), and what else differs
+SHAPES = {
+    "D 1,024": (256, 1001, 256, 1024, {}),
+    "D 2,048": (256, 1001, 256, 2048, {}),
+    "D 8,192": (256, 501, 256, 8192, {}),
+    "D 16,384": (256, 301, 256, 16384, {}),
+    "M 64": (256, 1001, 64, 4096, {}),
+    "M 1,000": (256, 501, 1000, 4096, {}),
+    "M 4,096": (64, 65, 4096, 4096, {}),
+    "partly filled": (256, 1001, 256, 4096, {"filled": 0.5}),
+    "K 10": (256, 10, 256, 4096, {}),
+    "one row": (1, 1001, 256, 4096, {}),
+    "16 rows": (16, 1001, 256, 4096, {}),
+    "2,048 rows": (2048, 1001, 256, 4096, {}),
+    "bfloat16": (256, 1001, 256, 4096, {"dtype": torch.bfloat16}),
+    "float32": (256, 501, 256, 4096, {"dtype": torch.float32}),
+    "all labels equal": (256, 1001, 256, 4096, {"labels": "equal"}),
+    "all different": (256, 1001, 256, 4096, {"labels": "different"}),
+    "65,536 (SD3.5)": (8, 16, 256, 65536, {"labels": "different"}),
+    "131,072": (8, 16, 64, 131072, {"labels": "different"}),
+    "262,144 (Flux)": (4, 8, 64, 262144, {"labels": "different"}),
+    "1,048,576": (1, 4, 256, 1 << 20, {"labels": "different"}),
+    "2,097,152": (1, 2, 64, 1 << 21, {"labels": "different"}),
+}
 # (rows, references, D, dtype)
 POOLS = {
     "cuda": {
@@ -78,6 +102,48 @@ def test_class_bank(measure, device, name):
         bytes_read=distinct * m * d * 2 + n * d * 4,
         bytes_written=n * d * 4,
         flops=4.0 * n * m * d,
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_class_bank_shapes(measure, device, name):
+    if device.type != "cuda":
+        pytest.skip("the shapes are those of a GPU")
+    n, k, m, d, options = SHAPES[name]
+    dtype, kind, filled = (
+        options.get("dtype", torch.float16),
+        options.get("labels", "random"),
+        options.get("filled", 1.0),
+    )
+    rng = torch.Generator().manual_seed(0)
+    bank = torch.randn(k, m, d, device=device, dtype=dtype)
+    labels = torch.randint(k, (n,), generator=rng)
+    if kind == "random":
+        labels[: n // 10] = k - 1  # a tenth of the rows on one class
+    elif kind == "equal":
+        labels[:] = k // 2
+    else:
+        labels = torch.randperm(k, generator=rng)[:n]
+    labels = labels.to(device)
+    count = round(filled * m)
+    counts = torch.full((k,), count, dtype=torch.int32, device=device)
+    picked = bank[labels, torch.randint(count, (n,), generator=rng).to(device)]
+    x, t = _problem(picked.cpu(), device, rng)
+    few = slice(n // 10, n // 10 + min(2 if d > 65536 else CHECKED_ROWS, n - n // 10))
+    used, index = labels[few].unique(return_inverse=True)
+    expected = reference.stable_target(x[few].double(), bank[used, :count], t[few].double(), index).cpu()
+    measure(
+        f"class bank, {name}: {n}×{k}×{m}×{d} {str(dtype).removeprefix('torch.')}",
+        lambda: svel.stable_target(x, bank, t, labels, counts),
+        check=(
+            lambda: svel.stable_target(x, bank, t, labels, counts)[few],
+            expected,
+            TOLERANCE[torch.float32, "exact"],
+        ),
+        peers={"gather + bmm": lambda: peers.target_bmm(x, bank[:, :count], t, labels)},
+        bytes_read=labels.unique().numel() * count * d * bank.element_size() + n * d * 4,
+        bytes_written=n * d * 4,
+        flops=4.0 * n * count * d,
     )
 
 

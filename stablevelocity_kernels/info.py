@@ -89,7 +89,7 @@ def plan(
         device: a CUDA device of this machine, or a key of `DEVICES`; None: the current one, or "h100" without one.
 
     Returns:
-        kernel, tiles (tile_rows, tile_refs, tile_d), threads, stages, blocks, splits, rows_per_pass, refs_per_pass,
+        kernel, tiles (tile_rows, tile_refs, tile_d), threads, stages, blocks, slices, slice, pitch, splits, rows_per_pass, refs_per_pass,
         smem_bytes, workspace_bytes, aligned (16-byte loads), wide (float64 arithmetic), the least bytes and flops, and
         the reason in words.
 
@@ -108,6 +108,7 @@ def plan(
         has_source=source,
         x_size=x_dtype.itemsize,
         refs_size=refs_dtype.itemsize,
+        refs_bf16=refs_dtype == torch.bfloat16,
         aligned=aligned,
         precision=precision,
         **_describe(device)._asdict(),

@@ -11,6 +11,7 @@ struct Problem {
   int64_t n = 0, k = 1, m = 0, d = 0;  // rows, groups, references per group, elements of a sample
   bool has_labels = false;             // without labels all rows share the one group
   int x_size = 4, refs_size = 2;       // bytes per element; 8 for either means float64 arithmetic
+  bool refs_bf16 = false;              // of the two types of two bytes
   bool aligned = true;                 // every reference starts at a multiple of 16 bytes
   bool has_source = false;
   int sm_count = 132;
@@ -20,7 +21,7 @@ struct Problem {
 };
 
 struct Plan {
-  std::string kernel;  // "stream", "two_pass", "tiled" or "small"
+  std::string kernel;  // "bulk", "stream", "two_pass", "tiled" or "small"
   int tile_rows = 1;   // per thread block: rows, references and elements of a sample held at a time
   int tile_refs = 1;
   int64_t tile_d = 0;
@@ -29,7 +30,11 @@ struct Plan {
   bool aligned = true;  // 16-byte loads
   bool wide = false;    // float64 arithmetic
   int64_t blocks = 0;   // thread blocks of the main launch
-  int64_t splits = 1;   // stream: most blocks per row; two_pass: parts of D; small: parts of the references
+  int64_t slices = 1;   // bulk: thread blocks that share a sample, and
+  int64_t slice = 0;    // elements of it for each, `pitch` apart in shared memory
+  int64_t pitch = 0;
+  int64_t splits = 1;  // bulk, stream: most parts of a row's references; two_pass: parts of D; small: parts
+                       // of the references
   int64_t rows_per_pass = 0;  // rows and references that one round of launches covers
   int64_t refs_per_pass = 0;
   int64_t smem_bytes = 0;
@@ -41,6 +46,13 @@ struct Plan {
 
 constexpr int64_t WORKSPACE_LIMIT = int64_t{256} << 20;
 constexpr int TWO_PASS_TILE_REFS = 16;
+// Bytes that a block of the bulk kernel keeps beside its stages: barriers, scores, weights; side: threads per
+// role.
+constexpr int64_t bulk_fixed_smem(int side) {
+  return 7168 + 16 * side;
+}
+constexpr int BULK_MAX_STAGES = 8;
+constexpr int BULK_MAX_CLUSTER = 8;  // above that a team of blocks spans the grid
 
 // Throws std::invalid_argument for sizes below zero and for a precision that is not "exact" or "fast".
 Plan make_plan(const Problem& problem);
