@@ -22,10 +22,27 @@ def targets(rng: torch.Generator) -> None:
             counts = torch.tensor([19, 0, 3], device="cuda")
             svel.stable_target(x, refs, t, labels, counts, x)
             svel.posterior_mean(x, refs[0], 1 - t, t)
+            unaligned = torch.empty(refs.numel() + 1, device="cuda", dtype=dtype)[1:].view_as(refs).copy_(refs)
+            svel.stable_target(x, unaligned, t, labels, counts, x)
     for n, m, d in ((70, 130, 4160), (80, 70, 3), (80, 70, 10), (80, 70, 16), (80, 70, 30)):
         x, refs = (torch.randn(rows, d, device="cuda", generator=rng) for rows in (n, m))
         sigma = torch.full((n,), 0.5, device="cuda")
         svel.posterior_mean(x, refs.half(), 1 - sigma, sigma, None, torch.tensor([m - 3], device="cuda"), x)
+
+
+def banks(rng: torch.Generator) -> None:
+    """Each form of the bulk kernel: one block to a sample, clusters, all over the grid; rows that share a pass."""
+    for d in (16, 1032, 2056, 4104, 8192, 40_000, 65_544):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            x = torch.randn(7, d, device="cuda", generator=rng)
+            refs = torch.randn(3, 9, d, device="cuda", generator=rng).to(dtype)
+            refs[1] += 10.0  # far from the origin beside its spread: scored another way
+            t = torch.tensor([0.1, 0.5, 0.9, float("nan"), 0.99, 0.3, 0.7], device="cuda")
+            labels = torch.tensor([0, 0, 0, 2, 1, 1, -1], device="cuda")
+            counts = torch.tensor([9, 5, 0], device="cuda")
+            svel.stable_target(x, refs, t, labels, counts, x)
+            svel.posterior_mean(x, refs, 1 - t, t, labels, counts)
+            svel.stable_target(x[:1], refs[0], t[:1])
 
 
 def steps(rng: torch.Generator) -> None:
@@ -68,7 +85,7 @@ def draws(rng: torch.Generator) -> None:
 
 def main() -> None:
     rng = torch.Generator("cuda").manual_seed(0)
-    for part in (targets, steps, losses, pushes, draws):
+    for part in (targets, banks, steps, losses, pushes, draws):
         part(rng)
         torch.cuda.synchronize()
         print(f"{part.__name__}: done")

@@ -10,7 +10,7 @@ from stablevelocity_kernels import info
 pytestmark = pytest.mark.skipif(info._C is None, reason="the planner needs the compiled extension")
 
 H100 = {"device": "h100"}
-SIZES_D = (1, 2, 8, 9, 10, 32, 33, 64, 784, 1000, 4096, 4100, 8192, 16384, 16392, 65537, 2**21)
+SIZES_D = (0, 1, 2, 8, 9, 10, 32, 33, 64, 784, 1000, 4096, 4100, 8192, 16384, 16392, 65537, 2**21)
 
 
 @pytest.mark.parametrize("d", SIZES_D)
@@ -19,7 +19,7 @@ def test_every_plan_is_within_the_limits(d, refs_dtype):
     for n, m, k, source in itertools.product((1, 7, 256, 50_000), (1, 256, 1_000_000), (None, 10), (False, True)):
         aligned = d * refs_dtype.itemsize % 16 == 0
         plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, source=source, aligned=aligned, **H100)
-        assert plan["kernel"] in ("stream", "two_pass", "tiled", "small")
+        assert plan["kernel"] in ("bulk", "stream", "two_pass", "tiled", "small")
         assert 0 < plan["threads"] <= 1024
         assert plan["threads"] % 32 == 0
         assert 0 <= plan["smem_bytes"] <= 232448
@@ -40,26 +40,64 @@ def test_workspace_is_bounded(n, m, d, k):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "kernel"),
+    ("sizes", "hopper", "ampere"),
     [
-        ((256, 256, 4096, 1001), "stream"),
-        ((1, 50_000, 4096, None), "stream"),
-        ((16, 256, 16384, 10), "stream"),
-        ((16, 256, 65536, 10), "two_pass"),
-        ((256, 50_000, 3072, None), "tiled"),
-        ((10_000, 100_000, 10, None), "small"),
-        ((128, 256, 2, 10), "two_pass"),
+        ((256, 256, 4096, 1001), "bulk", "stream"),
+        ((1, 50_000, 4096, None), "bulk", "stream"),
+        ((16, 256, 16384, 10), "bulk", "stream"),
+        ((16, 256, 65536, 10), "bulk", "two_pass"),
+        ((2, 64, 2**20, 2), "bulk", "two_pass"),
+        ((2, 64, 2**21, 2), "two_pass", "two_pass"),
+        ((256, 50_000, 3072, None), "tiled", "tiled"),
+        ((10_000, 100_000, 10, None), "small", "small"),
+        ((128, 256, 2, 10), "two_pass", "two_pass"),
     ],
     ids=str,
 )
-def test_the_shapes_that_matter(sizes, kernel):
-    assert info.plan(*sizes, **H100)["kernel"] == kernel
+def test_the_shapes_that_matter(sizes, hopper, ampere):
+    assert info.plan(*sizes, device="h100")["kernel"] == hopper
+    assert info.plan(*sizes, device="h200")["kernel"] == hopper
+    assert info.plan(*sizes, device="a100")["kernel"] == ampere
 
 
-def test_a_class_bank_keeps_64_kilobytes_a_tile_in_flight_three_times():
-    plan = info.plan(256, 256, 4096, 1001, **H100)
-    assert (plan["tile_refs"], plan["threads"], plan["tile_d"], plan["stages"]) == (8, 512, 4096, 3)
-    assert plan["blocks"] == info.DEVICES["h100"].sm_count
+@pytest.mark.parametrize("device", ["h100", "h200", "b200"])
+@pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("d", [16, 1024, 1032, 2056, 4096, 4104, 20_000, 32_768, 32_776, 65_536, 65_544, 2**20])
+def test_blocks_of_the_bulk_kernel_hold_a_sample_between_them(d, refs_dtype, device):
+    limits = info.DEVICES[device]
+    for n, m, k in itertools.product((1, 7, 256), (1, 256, 50_000), (None, 10)):
+        if k is None and n == 256:
+            continue  # a pool for many rows has other kernels
+        plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, device=device)
+        slices, slice_, pitch = plan["slices"], plan["slice"], plan["pitch"]
+        assert plan["kernel"] == "bulk"
+        assert slices <= limits.sm_count  # a cluster, or blocks that all run at once
+        assert slices * slice_ >= d > (slices - 1) * slice_  # and none is without elements
+        assert plan["tile_d"] >= slice_  # what the threads of a block hold
+        assert pitch >= slice_
+        assert slice_ * refs_dtype.itemsize % 16 == pitch * refs_dtype.itemsize % 16 == 0  # of a copy
+        assert plan["stages"] >= 3
+        tiles = plan["stages"] * plan["tile_refs"] * pitch * refs_dtype.itemsize
+        assert tiles < plan["smem_bytes"] <= limits.smem_limit
+        assert plan["threads"] % 32 == 0
+        assert 0 < plan["threads"] <= 1024
+        assert plan["blocks"] % slices == 0
+        resident = -(-plan["blocks"] // limits.sm_count)  # per multiprocessor: their shared memory and 1 KB each
+        assert resident * (plan["smem_bytes"] + 1024) <= limits.smem_limit + 1024
+
+
+def test_every_multiprocessor_has_a_part_of_a_class_bank():
+    for d in (1024, 4096):
+        plan = info.plan(256, 256, d, 1001, **H100)
+        assert plan["blocks"] >= info.DEVICES["h100"].sm_count
+        in_flight = plan["stages"] * plan["tile_refs"] * d * 2 * plan["blocks"] / info.DEVICES["h100"].sm_count
+        assert in_flight > 64 << 10  # twice what latency times bandwidth asks of one multiprocessor
+
+
+def test_before_hopper_a_class_bank_keeps_64_kilobytes_a_tile_in_flight_twice():
+    plan = info.plan(256, 256, 4096, 1001, device="a100")
+    assert (plan["tile_refs"], plan["threads"], plan["tile_d"], plan["stages"]) == (8, 512, 4096, 2)
+    assert plan["blocks"] == info.DEVICES["a100"].sm_count
 
 
 def test_float64_is_planned_in_two_passes():

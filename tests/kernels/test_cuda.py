@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
-from kernel_cases import direct_mean, make_problem
+from kernel_cases import direct_mean, largest_logit, make_problem, offset_by_one
 
 import stablevelocity_kernels as svel
-from stablevelocity_kernels import reference
+from stablevelocity_kernels import info, reference
 from stablevelocity_kernels.testing import TOLERANCE, assert_close, make_noisy, make_references, relative_error
 
 pytestmark = [
@@ -19,22 +19,41 @@ pytestmark = [
     pytest.mark.skipif(svel.backends().get("CUDA") != "native", reason="the compiled CUDA kernels do not serve"),
 ]
 EXACT = TOLERANCE[torch.float32, "exact"]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+WITHIN_A_BLOCK = [12, 16, 24, 784, 1024, 1032, 2048, 2056, 3080, 4096]
+OVER_BLOCKS = [4100, 4104, 8192, 20_000, 32_768, 32_776, 40_000, 65_536, 65_544, 131_072]
+# A size for each form of the bulk kernel: one block per sample (of three widths), clusters (of two), all over the grid.
+FORMS = [16, 1032, 4096, 8200, 40_000, 65_544]
 
 
 def on_gpu(*tensors):
     return [t.cuda() if isinstance(t, torch.Tensor) else t for t in tensors]
 
 
-def check_bank(x, refs, t, labels, counts=None, source=None, prediction="velocity"):
-    """stable_target on the GPU against the float64 reference, rows of each time together."""
-    out = svel.stable_target(*on_gpu(x, refs, t, labels, counts, source), prediction=prediction).cpu()
-    wide_source = None if source is None else source.double()
-    expected = reference.stable_target(x.double(), refs, t, labels, counts, wide_source, prediction=prediction)
+def check_bank(x, refs, t, labels, counts=None, source=None, prediction="velocity", unaligned=()):
+    """stable_target on the GPU against the reference in float64, rows of each time together; labels of any value.
+
+    unaligned: which of "x", "refs" and "source" start one element off any alignment.
+    """
+    named = {"x": x, "refs": refs, "t": t, "labels": labels, "counts": counts, "source": source}
+    args = {name: a if a is None else a.cuda() for name, a in named.items()}
+    args.update({name: offset_by_one(args[name]) for name in unaligned})
+    out = svel.stable_target(**args, prediction=prediction)
+    wide = {name: args[name].double() for name in ("x", "source") if args[name] is not None}
+    expected = reference.stable_target(**{**args, **wide}, prediction=prediction)
     assert torch.equal(out.isnan(), expected.isnan())
-    for time in t.unique():
-        rows = (t == time) & ~expected.isnan().reshape(len(t), -1).any(1)
+    for time in args["t"].unique():
+        rows = (args["t"] == time) & ~expected.isnan().any(1)
         if rows.any():
-            assert relative_error(out[rows], expected[rows]) <= TOLERANCE[out.dtype, "exact"]
+            error = relative_error(out[rows], expected[rows])
+            assert error <= TOLERANCE[out.dtype, "exact"], f"{error:.2e} at t = {float(time):.3f}"
+
+
+def assert_kernel(kernel, n, refs, labels=True, aligned=True):
+    """A test of one kernel is none if another serves: bulk needs a GPU that can run it, the others are always there."""
+    if kernel != "bulk" or torch.cuda.get_device_capability() >= (9, 0):
+        k, m, d = refs.shape if labels else (None, *refs.shape)
+        assert info.plan(n, m, d, k, refs_dtype=refs.dtype, aligned=aligned)["kernel"] == kernel
 
 
 def make_bank(n, k, m, d, dtype, rng, geometry="shifted"):
@@ -56,20 +75,213 @@ def make_bank(n, k, m, d, dtype, rng, geometry="shifted"):
     return x, refs, t, labels, counts
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [10, 127, 784, 1032, 2056, 4096, 4100, 8200, 16384])
-def test_class_banks_in_one_pass(rng, d, dtype):
+def test_class_banks_of_unaligned_references(rng, d, dtype):
     x, refs, t, labels, counts = make_bank(9, 3, 37, d, dtype, rng)
-    in_range = labels.clamp(-1, 2)  # the reference refuses what CUDA answers with NaN
-    stray = labels != in_range
-    out = svel.stable_target(*on_gpu(x, refs, t, labels, counts)).cpu()
-    expected = reference.stable_target(x.double(), refs, t, in_range, counts)
-    expected[stray] = math.nan
-    assert torch.equal(out.isnan(), expected.isnan())
-    for time in t[~t.isnan()].unique():
-        rows = (t == time) & ~stray
-        if rows.any():
-            assert relative_error(out[rows], expected[rows]) <= EXACT
+    assert_kernel("stream", 9, refs, aligned=False)
+    check_bank(x, refs, t, labels, counts, unaligned=["refs"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [*WITHIN_A_BLOCK, *OVER_BLOCKS])
+def test_class_banks(rng, d, dtype):
+    x, refs, t, labels, counts = make_bank(9, 3, 37 if d <= 8192 else 11, d, dtype, rng)
+    if d * dtype.itemsize % 16 == 0:
+        assert_kernel("bulk", 9, refs)
+    check_bank(x, refs, t, labels, counts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("d", "n", "m"),
+    [
+        (16, 2000, 37),
+        (1032, 1000, 21),
+        (2056, 500, 21),
+        (4096, 300, 37),
+        (8200, 100, 19),
+        (32_768, 40, 13),
+        (40_000, 40, 9),
+        (65_544, 30, 9),
+        (131_072, 20, 6),
+    ],
+)
+def test_many_rows_of_class_banks(rng, d, n, m, dtype):
+    """More tiles than blocks: those of several units follow one another in a block, and blocks meet inside units."""
+    x, refs, t, labels, counts = make_bank(n, 4, m, d, dtype, rng, "manifold")
+    check_bank(x, refs, t, labels, counts, x.flip(0) * 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", FORMS)
+def test_rows_of_one_class(rng, d, dtype):
+    """Whole units and a last one that is not: rows of a unit have their own times, sources and weights."""
+    x, refs, t, labels, counts = make_bank(14, 3, 13, d, dtype, rng, "manifold")
+    for n in (1, 2, 3, 14):
+        labels = torch.full((n,), 2)
+        labels[8:] = 1
+        check_bank(x[:n], refs, t[:n], labels, counts, x[:n].flip(0) * 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("d", "n", "m"),
+    [
+        (16, 1, 3000),
+        (16, 3, 5000),
+        (1032, 1, 3001),
+        (1032, 3, 5003),
+        (4096, 1, 3000),
+        (4096, 3, 5001),
+        (8200, 3, 999),
+        (40_000, 1, 301),
+        (40_000, 3, 150),
+        (65_544, 1, 203),
+        (65_544, 3, 101),
+    ],
+)
+def test_few_rows_over_all_blocks(rng, d, n, m, dtype):
+    """Every block has a part of a row, which one of them, or a launch of its own, merges."""
+    refs = make_references(m, d, "manifold", rng).to(dtype)
+    t = torch.tensor([0.9, 0.5, 0.98])[:n]
+    x = make_noisy(refs[torch.randint(m, (n,), generator=rng)].float(), t, rng)
+    assert_kernel("bulk", n, refs, labels=False)
+    check_bank(x, refs, t, None)
+    check_bank(x, refs, t, None, torch.tensor([m - 5]), x.flip(0) * 0.5)
+    check_bank(x, refs[None], t, torch.zeros(n, dtype=torch.int64), prediction="x0")
+
+
+@pytest.mark.parametrize(
+    ("d", "n", "dtype"),
+    [
+        (16, 1600, torch.float16),
+        (16, 1600, torch.float32),
+        (1032, 1100, torch.float16),
+        (4096, 350, torch.float16),
+        (4096, 350, torch.bfloat16),
+        (8200, 200, torch.float16),
+        (40_000, 60, torch.float16),
+    ],
+)
+def test_sums_of_more_references_than_float32_takes(rng, d, n, dtype):
+    """Enough rows for a block to add up well over a thousand references of one unit."""
+    refs = make_references(1700, d, "manifold", rng).to(dtype)[None]
+    t = torch.tensor([0.9, 0.98, 0.999])[torch.randint(3, (n,), generator=rng)]
+    x = make_noisy(refs[0, torch.randint(1700, (n,), generator=rng)], t, rng)
+    for prediction in ("velocity", "x0"):
+        check_bank(x, refs, t, torch.zeros(n, dtype=torch.int64), prediction=prediction)
+
+
+@pytest.mark.parametrize("d", FORMS)
+@pytest.mark.parametrize("source", [False, True])
+def test_empty_classes_and_rows_that_are_not_finite(rng, d, source):
+    """Each next to rows of the same class that are whole."""
+    x, refs, t, labels, counts = make_bank(20, 6, 11, d, torch.float16, rng, "manifold")
+    labels = torch.arange(20) % 6
+    labels[18:] = -1
+    counts[torch.tensor([1, 4])] = torch.tensor([0, -3])
+    refs[torch.tensor([1, 4])] = math.nan
+    own = x * 0.5 if source else None
+    t[6], x[2, -1], x[9, 0] = math.nan, math.inf, math.nan
+    if source:
+        own[5, d // 2], own[7, 0] = math.nan, math.inf
+    check_bank(x, refs, t, labels, counts, own)
+    check_bank(x, refs, t, labels, torch.zeros(6, dtype=torch.int32), own)
+    check_bank(x, refs[:, :0], t, labels, None, own)
+    check_bank(x, refs, t * math.nan, labels, counts, own)
+
+
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize(("d", "k"), [(16, 900), (1032, 300), (4096, 100), (8200, 40), (40_000, 12), (65_544, 9)])
+def test_rows_that_take_all_of_many_classes(rng, d, k, source):
+    """Classes of less than a tile, of more than one, and without references, the first one too."""
+    x, refs, t, labels, counts = make_bank(7, k, 6, d, torch.float16, rng, "manifold")
+    counts = torch.randint(7, (k,), generator=rng)
+    counts[0] = 0
+    for group, count in zip(refs, counts.tolist(), strict=True):
+        group[:] = x[0].half()
+        group += 0.05 * torch.randn(group.shape, generator=rng)
+        group[count:] = math.nan
+    for labels in (torch.full((7,), -1), torch.tensor([-1, 3, -1, 3, -1, k - 1, -1])):
+        check_bank(x, refs, t, labels, counts, x.flip(0) * 0.5 if source else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", FORMS)
+def test_data_far_from_the_origin_beside_data_near_it(rng, d, dtype):
+    """The classes of one call are scored in two ways; their rows have their own times, so that errors are apart."""
+    near = make_references(2 * 19, d, "gaussian", rng).reshape(2, 19, d)
+    far = make_references(2 * 19, d, "shifted", rng).reshape(2, 19, d)
+    refs = torch.stack([near[0], far[0], near[1], far[1]]).to(dtype)
+    labels = torch.randint(4, (25,), generator=rng)
+    t = torch.tensor([[0.5, 0.9, 0.98], [0.51, 0.91, 0.981]])[labels % 2, torch.randint(3, (25,), generator=rng)]
+    x = make_noisy(refs[labels, torch.randint(19, (25,), generator=rng)], t, rng)
+    check_bank(x, refs, t, labels)
+    check_bank(x, refs, t, labels, torch.tensor([19, 18, 1, 2]), x - 0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", FORMS)
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+def test_data_of_any_size(rng, d, dtype, size):
+    """Rows of zeros too. float16 itself ends at 65,504."""
+    size = 3e3 if dtype == torch.float16 and size > 1 else size
+    refs = (size * torch.randn(2, 11, d, generator=rng)).to(dtype)
+    labels = torch.arange(7) % 2
+    t = torch.tensor([0.3, 0.9, 0.3, 0.9, 0.9, 0.5, 0.5])
+    x = (1 - t[:, None]) * refs[labels, 3] + size * t[:, None] * torch.randn(7, d, generator=rng)
+    x[5:] = 0
+    check_bank(x, refs, t, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", FORMS)
+def test_rows_of_one_class_of_different_sizes(rng, d, dtype):
+    """A unit scales its rows to the range of float16, each by its own power of two; a time to each size."""
+    refs = torch.randn(1, 21, d, generator=rng).to(dtype)
+    sizes = torch.tensor([1.0, 1e-6, 1e4, 0.0, 1e6, 1.0, 1e-3])
+    t = torch.tensor([0.9, 0.98, 0.6, 0.97, 0.8, 0.91, 0.96])
+    x = sizes[:, None] * torch.randn(7, d, generator=rng)
+    x[5, 0] = 3e4  # one element above all others
+    check_bank(x, refs, t, torch.zeros(7, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("d", FORMS)
+def test_x_and_source_of_any_dtype_and_alignment(rng, d, x_dtype):
+    x, refs, t, labels, counts = make_bank(9, 3, 13, d, torch.float16, rng, "manifold")
+    x, source = x.to(x_dtype), (0.9 * x).to(x_dtype)
+    for unaligned in ([], ["x"], ["source"], ["x", "source"]):
+        check_bank(x, refs, t, labels, counts, source, unaligned=unaligned)
+    check_bank(x, refs, t, labels, counts, source.half())  # the dtype of the references
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "score", "x0"])
+@pytest.mark.parametrize("d", FORMS)
+def test_every_prediction_at_every_time(rng, d, prediction):
+    times = (0.05, 0.2, 0.5, 0.8, 0.95, 0.999)
+    problem = make_problem(d, 23, "manifold", rng, times=times, each=3, dtype=torch.float16)
+    check_bank(problem.x, problem.refs[None], problem.t, torch.zeros(18, dtype=torch.int64), prediction=prediction)
+
+
+@pytest.mark.parametrize("d", [*FORMS, 131_072])
+def test_lse_of_class_banks(rng, d):
+    x, refs, _, labels, counts = make_bank(9, 2, 12, d, torch.float16, rng, "gaussian")
+    sigma = torch.full((9,), 0.8)
+    sigma[1] = math.nan
+    args = on_gpu(x, refs, 1 - sigma, sigma, labels, counts)
+    for source in (None, args[0] * 0.5):
+        mean, lse = svel.posterior_mean(*args, source)
+        wide = None if source is None else source.double()
+        expected_mean, expected = reference.posterior_mean(args[0].double(), *args[1:], wide)
+        good = ~expected.isnan()
+        assert torch.equal(lse.isnan(), expected.isnan())
+        assert torch.equal(mean.isnan(), expected_mean.isnan())
+        assert_close(mean[good], expected_mean[good])
+        valid = torch.cat([group[:count] for group, count in zip(args[1], counts.tolist(), strict=True)])
+        scale = largest_logit(args[0][good], valid, args[2][good], args[3][good])
+        assert ((lse - expected)[good].abs() <= EXACT * scale).all()
 
 
 @pytest.mark.parametrize("n", [1, 2, 131, 1000, 5000])
@@ -113,10 +325,13 @@ def test_shared_pool_of_small_samples(rng, d):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("d", "m"), [(16392, 20), (65536, 40), (65537, 5), (2**21, 3)])
-def test_large_samples_in_two_passes(rng, d, m, dtype):
+@pytest.mark.parametrize(
+    ("d", "m", "unaligned"), [(16392, 20, True), (65536, 40, True), (65537, 5, True), (2**21, 3, False)]
+)
+def test_large_samples_in_two_passes(rng, d, m, unaligned, dtype):
     x, refs, t, labels, counts = make_bank(3, 2, m, d, dtype, rng, "manifold")
-    check_bank(x, refs, t, labels, counts, x - 0.1)
+    assert_kernel("two_pass", 3, refs, aligned=not unaligned)
+    check_bank(x, refs, t, labels, counts, x - 0.1, unaligned=["refs"] if unaligned else [])
 
 
 @pytest.mark.parametrize(("d", "k"), [(1, 2), (10, None), (4100, 2), (20_000, None)])
@@ -136,14 +351,79 @@ def test_the_mean_of_many_references_near_its_centre(rng):
         check_bank(x, refs, t, None, prediction="x0")
 
 
-def test_lse_merges_over_disjoint_halves(rng):
-    refs = make_references(60, 300, "manifold", rng).half()
+@pytest.mark.parametrize("d", [300, *FORMS, 131_072])
+def test_lse_merges_over_disjoint_halves(rng, d):
+    refs = make_references(31, d, "manifold", rng).half()
     sigma = torch.full((4,), 0.9)
     x = make_noisy(refs[:4], sigma, rng)
     parts = [svel.posterior_mean(*on_gpu(x, half, 1 - sigma, sigma)) for half in (refs[:11], refs[11:])]
     share = torch.softmax(torch.stack([lse for _, lse in parts]).double(), 0)[..., None]
     merged = (share[0] * parts[0][0] + share[1] * parts[1][0]).float().cpu()
     assert_close(merged, direct_mean(x, refs, 1 - sigma, sigma)[0])
+
+
+@pytest.mark.parametrize("d", FORMS)
+def test_bulk_repeats_bit_for_bit(rng, d):
+    """Blocks that merge in whatever order they arrive, with rows enough for several units to a block and with few."""
+    for n, m in ((41, 13), (2, 150)):
+        x, refs, t, labels, counts = make_bank(n, 3, m, d, torch.float16, rng, "manifold")
+        args = on_gpu(x, refs, 1 - t, t, labels, counts, x)
+        first = svel.posterior_mean(*args)
+        for _ in range(5):
+            for ours, theirs in zip(svel.posterior_mean(*args), first, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("d", FORMS)
+def test_bulk_in_a_graph_follows_its_inputs(rng, d):
+    """What the host decides at capture must hold for other labels, counts and times: it never sees them."""
+    static = on_gpu(*make_bank(11, 4, 13, d, torch.float16, rng, "manifold"))
+
+    def target():
+        x, refs, t, labels, counts = static
+        return svel.stable_target(x, refs, t, labels, counts, x), *svel.posterior_mean(
+            x, refs, 1 - t, t, labels, counts
+        )
+
+    target()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = target()
+    for round_ in range(4):
+        new = list(make_bank(11, 4, 13, d, torch.float16, rng, "manifold"))
+        if round_ == 1:
+            new[3] = torch.full((11,), -1)  # more work than at capture
+        if round_ == 2:
+            new[2] = torch.full((11,), math.nan)  # and none
+        for old, value in zip(static, new, strict=True):
+            old.copy_(value)
+        graph.replay()
+        for out, expected in zip(outs, target(), strict=True):
+            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("d", "other"), [(1032, 1032), (4096, 65_544), (8200, 8200), (8200, 40_000), (65_544, 65_544)])
+def test_two_streams_at_once(rng, d, other):
+    """Blocks that wait for one another must not wait for room that another stream holds."""
+    problems = [on_gpu(*make_bank(17, 3, 29, size, torch.float16, rng, "manifold")) for size in (d, other)]
+    expected = [svel.stable_target(*p) for p in problems]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    outs = [[], []]
+    for _ in range(10):
+        for problem, stream, made in zip(problems, streams, outs, strict=True):
+            with torch.cuda.stream(stream):
+                made.append(svel.stable_target(*problem))
+    torch.cuda.synchronize()
+    for made, right in zip(outs, expected, strict=True):
+        for out in made:
+            torch.testing.assert_close(out, right, rtol=0, atol=0, equal_nan=True)
+
+
+def test_samples_without_elements():
+    x, refs, t = torch.empty(3, 0), torch.empty(2, 5, 0), torch.full((3,), 0.5)
+    out = svel.stable_target(*on_gpu(x, refs.half(), t, torch.tensor([0, 1, -1])))
+    assert out.shape == (3, 0)
 
 
 def calls():
@@ -156,13 +436,18 @@ def calls():
     times = torch.full((100,), 0.7, device="cuda")
     heads = torch.zeros_like(counts)
     z = torch.randn(3, 5, 16, device="cuda")
+    wide = {d: (torch.ones(4, d, device="cuda"), torch.ones(2, 5, d, device="cuda").half()) for d in FORMS}
+    for samples, classes in wide.values():
+        yield lambda x=samples, bank=classes: svel.stable_target(x, bank, t, labels, counts, x)
+        yield lambda x=samples, bank=classes: svel.posterior_mean(x, bank, 1 - t, t, labels, counts)
+    yield lambda: svel.stable_target(x, offset_by_one(bank), t, labels, counts, x)
     yield lambda: svel.stable_target(x, bank, t, labels, counts, x)
     yield lambda: svel.posterior_mean(x, bank, 1 - t, t, labels, counts)
     yield lambda: svel.stable_target(many[:2], pool, t[:2])
     yield lambda: svel.stable_target(many, pool, times)
     yield lambda: svel.stable_target(rows, rows, times)
     yield lambda: svel.stable_target(x.double(), bank, t, labels)
-    yield lambda: svel.stable_target(torch.ones(1, 40_000, device="cuda"), torch.ones(3, 40_000, device="cuda"), t[:1])
+    yield lambda: svel.stable_target(torch.ones(1, 2**20 + 8, device="cuda"), many.new_ones(3, 2**20 + 8), t[:1])
     yield lambda: svel.bank_push_(bank, counts, heads, x, labels)
     yield lambda: svel.bank_push_(bank, counts, heads, x, labels, all_to_last=True)
     yield lambda: svel.bank_draw(bank, counts, t.double(), labels, x, x, t)
