@@ -86,7 +86,7 @@ int64_t list_bytes(const Problem& p) {
 }
 
 bool plan_bulk(const Problem& p, Plan& plan) {
-  if (p.cc < 90 || !p.aligned || p.refs_size == 8) return false;
+  if (p.cc < 90 || !p.aligned || p.refs_size == 8 || p.d == 0) return false;
   for (const BulkTile& tile : BULK_TILES) {
     if (tile.refs_size != p.refs_size || p.d > tile.most_d) continue;
     const int64_t held = int64_t{tile.side} * tile.elements;
