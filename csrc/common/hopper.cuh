@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "common/device.cuh"
+
 namespace svel {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -86,6 +88,59 @@ __device__ inline void store_in_cluster(float* shared, Barrier* barrier, int pee
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %3, [at];\n"
       "}" ::"r"(shared_address(shared)),
       "r"(shared_address(barrier)), "r"(peer), "f"(value) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements from shared memory; lane l names row l % 8 of matrix l / 8.
+__device__ inline void load_matrices(const void* row, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c += A B, 16 x 8 x 16.
+template <typename T>
+__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (DtypeOf<T>::value == Dtype::f16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else if constexpr (DtypeOf<T>::value == Dtype::bf16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// c += A B, 16 x 8 x 8.
+template <typename T>
+__device__ inline void multiply_add(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  if constexpr (DtypeOf<T>::value == Dtype::f16) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  } else if constexpr (DtypeOf<T>::value == Dtype::bf16) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  }
+}
+
+// Eight bytes to and from another block of the grid, whole or not at all.
+__device__ inline void post_letter(uint2* to, uint2 letter) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(letter.x), "r"(letter.y)
+               : "memory");
+}
+__device__ inline uint2 read_letter(const uint2* from) {
+  uint2 letter;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(letter.x), "=r"(letter.y)
+               : "l"(from)
+               : "memory");
+  return letter;
 }
 
 // Among `threads` threads of the block, a multiple of 32, that name the same barrier, 1 to 15.

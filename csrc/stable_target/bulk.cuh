@@ -219,45 +219,6 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory; lane l names row l % 8 of matrix l / 8.
-__device__ inline void load_matrices(const void* row, uint32_t (&v)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-// c += A B, 16 x 8 x 16.
-template <typename T>
-__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (DtypeOf<T>::value == Dtype::f16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else if constexpr (DtypeOf<T>::value == Dtype::bf16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
-
-// c += A B, 16 x 8 x 8.
-template <typename T>
-__device__ inline void multiply_add(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  if constexpr (DtypeOf<T>::value == Dtype::f16) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(b));
-  } else if constexpr (DtypeOf<T>::value == Dtype::bf16) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, "
-        "%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(b));
-  }
-}
-
 // Sums v[j] over the warp for all TR values at once; lane l gets the sum of value l / (32 / TR).
 template <int TR>
 __device__ inline float sum_over_warp(float (&v)[TR], int lane) {
@@ -394,26 +355,13 @@ struct Bulk {
       for (int peer = lane % LANES; peer < layout.slices; peer += LANES)
         store_in_cluster(&shared.mail[slot][rank][row][reference], &shared.mailed[slot], peer, score);
     } else if (lane % LANES == 0) {
-      post(mailbox(slot) + (rank * R + row) * TR + reference,
-           make_uint2(__float_as_uint(score), static_cast<unsigned>(tile) + 1));
+      post_letter(mailbox(slot) + (rank * R + row) * TR + reference,
+                  make_uint2(__float_as_uint(score), static_cast<unsigned>(tile) + 1));
     }
   }
 
   __device__ uint2* mailbox(int slot) const {
     return parts.mail + (team * TEAM_SLOTS + slot) * layout.slices * R * TR;
-  }
-
-  __device__ static void post(uint2* to, uint2 letter) {
-    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(letter.x), "r"(letter.y)
-                 : "memory");
-  }
-  __device__ static uint2 look(const uint2* from) {
-    uint2 letter;
-    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(letter.x), "=r"(letter.y)
-                 : "l"(from)
-                 : "memory");
-    return letter;
   }
 
   // The sum of what the blocks sent, in the order of their ranks.
@@ -425,8 +373,8 @@ struct Bulk {
         sum += shared.mail[slot][peer][row][reference];
       } else {
         const uint2* const from = mailbox(slot) + (peer * R + row) * TR + reference;
-        uint2 letter = look(from);
-        while (letter.y != static_cast<unsigned>(tile) + 1) letter = look(from);
+        uint2 letter = read_letter(from);
+        while (letter.y != static_cast<unsigned>(tile) + 1) letter = read_letter(from);
         sum += __uint_as_float(letter.x);
       }
     }
