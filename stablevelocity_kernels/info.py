@@ -89,8 +89,8 @@ def plan(
         device: a CUDA device of this machine, or a key of `DEVICES`; None: the current one, or "h100" without one.
 
     Returns:
-        kernel, tiles (tile_rows, tile_refs, tile_d), threads, stages, blocks, slices (blocks that share a sample), slice
-        (elements of it for each), pitch (elements from one reference to the next in shared memory), splits,
+        kernel, tiles (tile_rows, tile_refs, tile_d), threads, stages, blocks, slices (blocks that share a sample),
+        slice (elements of it for each), pitch (elements between references in shared memory), splits,
         rows_per_pass, refs_per_pass, smem_bytes, workspace_bytes, aligned (16-byte loads), wide (float64 arithmetic),
         the least bytes and flops, and the reason in words.
 
