@@ -1,6 +1,6 @@
 """Stable Velocity flow matching: low-variance training targets, alignment and sampling, on the kernels of svel."""
 
-from .alignment import VAREPALoss
+from .alignment import ConvProjector, HiddenState, VAREPALoss, projector, spatial_norm
 from .bank import BankDraw, MixtureDraw, ReferenceBank
 from .host_bank import HostReferenceBank
 from .interpolants import Cosine, Interpolant, Linear, get_interpolant
@@ -12,8 +12,10 @@ from .variance import VarianceCurve, variance_curve
 __all__ = [
     "BankDraw",
     "CFMObjective",
+    "ConvProjector",
     "Cosine",
     "Guidance",
+    "HiddenState",
     "HostReferenceBank",
     "Interpolant",
     "Linear",
@@ -33,7 +35,9 @@ __all__ = [
     "get_time_sampler",
     "heun",
     "lognormal_times",
+    "projector",
     "sample",
+    "spatial_norm",
     "time_grid",
     "uniform_times",
     "unipc",

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stablevelocity_kernels import clamp_time, va_repa_loss
 
 from .interpolants import Interpolant, get_interpolant
+from .models.sit import projector_mlp
 
 WeightFunction = Callable[[Tensor, float, Interpolant], Tensor]  # (t (N,), split, interpolant) -> (N,), not negative
 
@@ -98,3 +103,123 @@ class VAREPALoss:
         weight = self.weights(t)
         losses = [va_repa_loss(p, z.detach(), weight) for p, z in zip(projected, teacher, strict=True)]
         return torch.stack(losses).mean()
+
+
+class HiddenState:
+    """The output of a named module inside any model, taken by a forward hook.
+
+        hidden = HiddenState(model, "blocks.7")          # once, before torch.compile
+        with hidden.watch():
+            velocity = model(x, t, y)
+        loss = align(project(hidden.tokens()), teacher, t)
+
+    Only calls inside `watch` are kept, so that sampling, and blocks recomputed in a backward pass, leave nothing behind.
+
+    Args:
+        model: any module, such as our SiT or a transformer of diffusers. For DDP, the module inside.
+        at: the module's name as in `model.named_modules()`. Where it returns several tensors, as the blocks of SD3 and
+            Flux do, the name of one: "transformer_blocks.7[1]".
+
+    Raises:
+        ValueError: for a name that the model lacks, with the nearest ones that it has.
+    """
+
+    def __init__(self, model: nn.Module, at: str):
+        match = re.fullmatch(r"(.+?)(?:\[(\d+)\])?", at)
+        modules = {name: module for name, module in model.named_modules() if name}
+        if match is None or match[1] not in modules:
+            raise ValueError(f"align_at: expected the name of a module, got {at!r}; {_near(at, modules)}")
+        self.at, self.output = at, None if match[2] is None else int(match[2])
+        self._active, self._value = False, None
+        self._hook = modules[match[1]].register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._active:
+            self._value = output
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """While inside, keep what the module returns."""
+        self._active, self._value = True, None
+        try:
+            yield
+        finally:
+            self._active = False
+
+    def tokens(self) -> Tensor:
+        """The hidden state of the last `watch`, (N, T, D), given out once; (N, C, H, W) is flattened row by row.
+
+        Raises:
+            RuntimeError: when the module was not called, or returned something else than one such tensor.
+        """
+        value, self._value = self._value, None
+        if value is None:
+            raise RuntimeError(f"align_at: the module {self.at!r} was not called inside `watch`")
+        if isinstance(value, Mapping):
+            value = tuple(value.values())
+        if isinstance(value, (tuple, list)):
+            value = self._choose(value)
+        elif self.output:
+            raise RuntimeError(f"align_at: {self.at!r}: expected a module with several outputs, got one")
+        if not isinstance(value, Tensor) or value.dim() not in (3, 4):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise RuntimeError(f"align_at: {self.at!r}: expected a tensor (N, T, D) or (N, C, H, W), got {got}")
+        return value if value.dim() == 3 else value.flatten(2).transpose(1, 2)
+
+    def _choose(self, values: Sequence[Any]) -> Any:
+        tensors = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+        chosen = tensors[0] if self.output is None and len(tensors) == 1 else self.output
+        if chosen not in tensors:
+            shapes = ", ".join(f"[{i}] {tuple(values[i].shape)}" for i in tensors)
+            raise RuntimeError(f"align_at: {self.at!r}: expected a choice of its outputs: {shapes or 'no tensor'}")
+        return values[chosen]
+
+    def remove(self) -> None:
+        """Take the hook off the model."""
+        self._hook.remove()
+
+
+def _near(at: str, names: Mapping[str, Any]) -> str:
+    """What the user may have meant: the children of the longest known part of the name, and names that look alike."""
+    parent = at
+    while "." in parent and parent not in names:
+        parent = parent.rpartition(".")[0]
+    prefix = f"{parent}." if parent in names else ""
+    children = [name for name in names if name.startswith(prefix) and "." not in name[len(prefix) :]]
+    alike = difflib.get_close_matches(at, names, n=3)
+    shown = list(dict.fromkeys([*alike, *children]))
+    return f"there are {', '.join(shown[:8])}{', ...' if len(shown) > 8 else ''}"
+
+
+class ConvProjector(nn.Module):
+    """iREPA's projector: one 3x3 convolution over the grid of tokens, (N, T, D) -> (N, T, C)."""
+
+    def __init__(self, hidden_size: int, z_dim: int, grid: tuple[int, int] | None = None):
+        """`grid`: rows and columns of tokens; a square without it."""
+        super().__init__()
+        self.conv, self.grid = nn.Conv2d(hidden_size, z_dim, kernel_size=3, padding=1), grid
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows, columns = self.grid or (math.isqrt(tokens.shape[1]),) * 2
+        if rows * columns != tokens.shape[1]:
+            raise ValueError(f"grid: expected one of {tokens.shape[1]} tokens, got {rows} x {columns}")
+        image = tokens.transpose(1, 2).unflatten(2, (rows, columns))  # (N, D, rows, columns)
+        return self.conv(image).flatten(2).transpose(1, 2)
+
+
+def spatial_norm(z: Tensor, gamma: float = 0.6) -> Tensor:
+    """iREPA's normalisation of teacher features (N, T, C) over tokens: less of what all share, then unit deviation."""
+    z = z.float()
+    z = z - gamma * z.mean(dim=1, keepdim=True)
+    return z / (z.std(dim=1, keepdim=True) + 1e-6)
+
+
+def projector(
+    kind: str, hidden_size: int, z_dim: int, *, width: int = 2048, grid: tuple[int, int] | None = None
+) -> nn.Module:
+    """A projector (N, T, hidden_size) -> (N, T, z_dim): "mlp" (REPA's, of `width`) or "conv" (iREPA's, over `grid`)."""
+    if kind not in ("mlp", "conv"):
+        raise ValueError(f"projector: expected 'mlp' or 'conv', got {kind!r}")
+    if kind == "mlp":
+        return projector_mlp(hidden_size, width, z_dim)
+    return ConvProjector(hidden_size, z_dim, grid)
