@@ -113,7 +113,7 @@ class HiddenState:
             velocity = model(x, t, y)
         loss = align(project(hidden.tokens()), teacher, t)
 
-    Only calls inside `watch` are kept, so that sampling, and blocks recomputed in a backward pass, leave nothing behind.
+    Only calls inside `watch` are kept: sampling, and blocks recomputed in a backward pass, leave nothing behind.
 
     Args:
         model: any module, such as our SiT or a transformer of diffusers. For DDP, the module inside.

@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = _Parser(prog="svel", description="Stable Velocity flow matching: train, sample, measure.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
-    for add in (_add_demo, _add_train, _add_sample, _add_bench, _add_info):
+    for add in (_add_demo, _add_train, _add_sample, _add_latents, _add_bench, _add_info):
         command = add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -231,6 +231,65 @@ def _labels(text: str | None, num_classes: int) -> list[int] | None:
         if not 0 <= y < num_classes:
             raise ValueError(f"--labels: expected classes from 0 to {num_classes - 1}, got {y}")
     return classes
+
+
+def _image_arguments(p: argparse.ArgumentParser, shard_size: int) -> None:
+    """What `latents` and `features` have in common."""
+    p.add_argument("images", metavar="IMAGES", help="folder of images, one sub-folder per class")
+    p.add_argument("--output", required=True, metavar="DIR", help="folder of shards; continued where it was begun")
+    p.add_argument("--size", type=int, default=256, help="side of the images (default: %(default)s)")
+    p.add_argument("--no-flip", dest="flip", action="store_false", help="leave the mirror images out")
+    p.add_argument("--no-labels", dest="labels", action="store_false", help="sub-folders are not classes")
+    p.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="stored (default: %(default)s)")
+    p.add_argument("--shard-size", type=int, default=shard_size, help="images in a file (default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
+    p.add_argument("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+
+
+def _image_options(args: argparse.Namespace) -> tuple:
+    """The images, and the options of `write_arrays`, on this process's device of a launch by torchrun."""
+    import os
+
+    import torch
+
+    from .data import ImageFolder
+    from .generation import resolve_device
+
+    for flag in ("size", "shard_size", "batch_size"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')}: expected at least 1, got {getattr(args, flag)}")
+    device = resolve_device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not Path(args.images).is_dir():
+        raise ValueError(f"IMAGES: expected a folder, got {args.images!r}")
+    names = ("flip", "dtype", "shard_size", "batch_size", "workers")
+    options = {name: getattr(args, name) for name in names}
+    return ImageFolder(args.images, args.size, args.labels), {**options, "device": device, "progress": True}
+
+
+def _add_latents(commands) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "latents",
+        help="encode an image folder for training",
+        description="Encode an image folder into shards of latents. For several GPUs: torchrun --nproc-per-node 8 -m "
+        "stablevelocity latents ...; killed, it goes on where it was.",
+    )
+    _image_arguments(p, shard_size=4096)
+    p.add_argument("--vae", required=True, help="AutoencoderKL of diffusers by folder or name, or module:function")
+    p.set_defaults(run=_latents)
+    return p
+
+
+def _latents(args: argparse.Namespace) -> None:
+    from .latents import load_autoencoder, write_latents
+
+    images, options = _image_options(args)
+    vae = load_autoencoder(args.vae).to(options["device"])
+    about = write_latents(images, args.output, vae, args.vae, **options)
+    print(f"{about.samples} images, {about.flips} x {about.shape}, {about.shards} shards in {args.output}")
 
 
 def _add_bench(commands) -> argparse.ArgumentParser:

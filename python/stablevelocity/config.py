@@ -26,13 +26,17 @@ def _between(default: float, low: float, high: float) -> Any:
 class DataConfig:
     """What is trained on; see data.py."""
 
-    source: str = "mnist"  # "mnist", "digits", or a path: .npz, .safetensors, or a folder with one sub-folder per class
+    source: str = (
+        "mnist"  # "mnist", "digits", or a path: .npz, .safetensors, what svel latents wrote, or an image folder
+    )
     labels: bool = True  # class-conditional where the source has labels
     x_key: str = "x"  # names of the arrays in an .npz or .safetensors file
     y_key: str = "y"
     layout: Literal["auto", "NCHW", "NHWC"] = "auto"  # of 4-d arrays; auto: NHWC for uint8 with 1 or 3 channels last
     scale: float = 1.0  # multiplies floating point arrays (latents); uint8 images always become [-1, 1]
     image_size: int | None = _at_least(None, 1)  # image folders: resized on the short side, then cropped in the middle
+    flip: bool = True  # latents: visit the mirror images too, where they were written
+    posterior_noise: float = _at_least(1.0, 0.0)  # latents: times the posterior's deviation; 0 for its mean
     workers: int = _at_least(0, 0)  # processes that load data
 
 

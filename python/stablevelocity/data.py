@@ -6,8 +6,9 @@ a batch as x (N, C, H, W) float32, y (N,) int64 or None, index (N,) int64. Image
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .config import DataConfig
 from .optional import require
+from .shards import ABOUT
+
+if TYPE_CHECKING:
+    from .latents import LatentData
 
 Batch = tuple[Tensor, Tensor | None, Tensor]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -101,7 +106,7 @@ class ImageFolder(Dataset):
             raise ValueError(
                 f"data.source: expected a folder of images ({', '.join(sorted(IMAGE_SUFFIXES))}), got {root}"
             )
-        self.size, self.shape, self.num_classes = size, (3, size, size), len(classes)
+        self.root, self.size, self.shape, self.num_classes = root, size, (3, size, size), len(classes)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -126,7 +131,7 @@ class ImageFolder(Dataset):
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def load_data(config: DataConfig) -> ArrayData | ImageFolder:
+def load_data(config: DataConfig) -> ArrayData | ImageFolder | LatentData:
     """The data set that a configuration names.
 
     Raises:
@@ -137,6 +142,12 @@ def load_data(config: DataConfig) -> ArrayData | ImageFolder:
         x, y = SETS[config.source]()
         return ArrayData(x, y if config.labels else None)
     path = Path(config.source)
+    if (path / ABOUT).is_file():
+        from .latents import LatentData
+
+        return LatentData(
+            path, labels=config.labels, flip=config.flip, noise=config.posterior_noise, scale=config.scale
+        )
     if path.is_dir():
         if config.image_size is None:
             raise ValueError(
@@ -219,7 +230,7 @@ class ShuffledOrder(Sampler[list[int]]):
             yield batch[self.rank * share : (self.rank + 1) * share].tolist()
 
 
-def loader(dataset: Dataset, order: ShuffledOrder, *, workers: int = 0, pin: bool = False) -> DataLoader:
+def loader(dataset: Dataset, order: Iterable[Sequence[int]], *, workers: int = 0, pin: bool = False) -> DataLoader:
     """Batches (x, y, index) of a data set in an order; draws nothing from the global random streams."""
     return DataLoader(
         dataset,
