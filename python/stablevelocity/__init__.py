@@ -4,16 +4,18 @@ from .alignment import ConvProjector, HiddenState, VAREPALoss, projector, spatia
 from .bank import BankDraw, MixtureDraw, ReferenceBank
 from .host_bank import HostReferenceBank
 from .interpolants import Cosine, Interpolant, Linear, get_interpolant
+from .mixtures import GaussianMixture
 from .objectives import CFMObjective, StableVMObjective, STFObjective, TrainingSample
 from .sampling import Guidance, StableVS, dpmpp_2m, euler, euler_maruyama, heun, sample, time_grid, unipc
 from .times import TimeSampler, get_time_sampler, lognormal_times, uniform_times
-from .variance import VarianceCurve, variance_curve
+from .variance import Split, VarianceCurve, split_point, variance_curve
 
 __all__ = [
     "BankDraw",
     "CFMObjective",
     "ConvProjector",
     "Cosine",
+    "GaussianMixture",
     "Guidance",
     "HiddenState",
     "HostReferenceBank",
@@ -22,6 +24,7 @@ __all__ = [
     "MixtureDraw",
     "ReferenceBank",
     "STFObjective",
+    "Split",
     "StableVMObjective",
     "StableVS",
     "TimeSampler",
@@ -38,6 +41,7 @@ __all__ = [
     "projector",
     "sample",
     "spatial_norm",
+    "split_point",
     "time_grid",
     "uniform_times",
     "unipc",
