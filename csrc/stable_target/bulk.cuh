@@ -406,6 +406,7 @@ struct Bulk {
         }
       }
       if (tile.flags & UNIT_CENTRE) {  // nothing to weigh; each barrier still ends a phase for each tile
+        __syncwarp();                  // all lanes have read the tile
         if (lane == 0) {
           arrive(&shared.weighed[s]);
           arrive(&shared.empty[s]);
