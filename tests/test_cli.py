@@ -53,7 +53,7 @@ def trained(tmp_path_factory):
 def test_help_and_module_entry():
     done = subprocess.run([sys.executable, "-m", "stablevelocity", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for command in ("demo", "train", "sample", "bench", "info"):
+    for command in ("demo", "train", "sample", "variance", "bench", "info"):
         assert f"    {command} " in done.stdout
 
 
@@ -81,6 +81,79 @@ def test_sample(trained, tmp_path, capsys):
     assert a["arr_1"].tolist() == [2, 2, 2, 0, 0, 0]
     assert np.array_equal(a["arr_0"], b["arr_0"])
     assert (tmp_path / "a" / "samples.png").exists()
+
+
+def variance_of(folder):
+    return json.loads((folder / "variance.json").read_text())
+
+
+def test_variance(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "set.npz", x=rng.standard_normal((60, 9)), y=np.arange(60) % 2)  # of any shape
+    options = [tmp_path / "set.npz", "--times=8", "--rows=400", "--device=cpu"]
+    more = ["--references=5", "--classes=separate", "--effective"]
+    for name in ("a", "b"):
+        assert svel("variance", *options, *more, "--output", tmp_path / name) == 0
+        assert (tmp_path / name / "variance.png").stat().st_size > 1000
+    out = capsys.readouterr()
+    assert "split 0." in out.out
+    assert "100%" in out.err, "a progress bar"
+    found = variance_of(tmp_path / "a")
+    assert found == variance_of(tmp_path / "b")
+    assert 0 < found["interval"][0] <= found["split"] <= found["interval"][1] < 1
+    assert found["curve"]["t"] == pytest.approx([k / 9 for k in range(1, 9)])
+    assert sorted(found["by_class"]) == ["0", "1"]
+    for part in (found, *found["by_class"].values()):
+        assert len(part["curve"]["stablevm"]) == len(part["curve"]["effective"]) == 8
+        assert part["dim"] == 9
+    assert (found["samples"], found["shape"], found["classes"]) == (60, [9], "separate")
+
+    options += ["--criterion=own_mass", "--level=0.2"]
+    assert svel("variance", *options, "--pool=20", "--seed=3", "--output", tmp_path / "c") == 0
+    other = variance_of(tmp_path / "c")
+    assert (other["criterion"], other["level"], other["pool"]) == ("own_mass", 0.2, 20)
+    assert max(other["curve"]["cfm_missing"]) > 0
+    assert "by_class" not in other
+    assert "stablevm" not in other["curve"]
+
+
+def test_variance_is_that_of_the_function(tmp_path):
+    from stablevelocity import split_point, variance_curve
+
+    x = torch.randn(40, 2, 3)
+    np.savez(tmp_path / "set.npz", x=x.numpy())
+    options = ["--times=0.2,0.4,0.9", "--rows=32", "--seed=5", "--device=cpu", "--scale=2", "--interpolant=cosine"]
+    assert svel("variance", tmp_path / "set.npz", "--output", tmp_path, *options) == 0
+    curve = variance_curve(
+        2 * x, [0.2, 0.4, 0.9], interpolant="cosine", samples=32, generator=torch.Generator().manual_seed(5)
+    )
+    assert variance_of(tmp_path)["curve"]["cfm"] == curve.cfm.tolist()
+    assert variance_of(tmp_path)["split"] == split_point(curve).split
+
+
+def test_variance_of_a_bank(trained, tmp_path):
+    options = ["--times=0.3,0.9", "--rows=16", "--device=cpu", "--classes=given", "--references=3"]
+    assert svel("variance", trained, "--output", tmp_path, *options) == 0
+    found = variance_of(tmp_path)
+    assert (found["samples"], found["shape"]) == (12, [1, 8, 8])  # three rings of four
+    assert found["curve"]["stablevm"][1] < found["curve"]["cfm"][1]
+
+
+def test_mistakes_in_variance_are_one_line(capsys, tmp_path):
+    def said(*arguments):
+        return error_of(capsys, "variance", *arguments, "--output", tmp_path, "--device=cpu")
+
+    for name, arrays in (("plain", {"x": np.ones((4, 2))}), ("z", {"z": np.ones(3)}), ("i", {"x": np.arange(4)})):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    plain = tmp_path / "plain.npz"
+    assert "--classes: expected ignore, since the data hold no labels, got given" in said(plain, "--classes=given")
+    assert "expected an array x" in said(tmp_path / "z.npz")
+    assert "expected uint8 or floating point samples x (n, ...), got torch.int64 (4,)" in said(tmp_path / "i.npz")
+    assert "data.source: no such file" in said(tmp_path / "none.npz")
+    for times in ("1", "0.5,0.4", "0,1", "many"):
+        assert f"--times: expected at least two increasing times in (0, 1), or how many, got '{times}'" in said(
+            plain, f"--times={times}"
+        )
 
 
 def test_info(capsys):

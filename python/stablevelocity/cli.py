@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = _Parser(prog="svel", description="Stable Velocity flow matching: train, sample, measure.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
-    for add in (_add_demo, _add_train, _add_sample, _add_latents, _add_bench, _add_info):
+    for add in (_add_demo, _add_train, _add_sample, _add_latents, _add_variance, _add_bench, _add_info):
         command = add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -290,6 +291,182 @@ def _latents(args: argparse.Namespace) -> None:
     vae = load_autoencoder(args.vae).to(options["device"])
     about = write_latents(images, args.output, vae, args.vae, **options)
     print(f"{about.samples} images, {about.flips} x {about.shape}, {about.shards} shards in {args.output}")
+
+
+def _add_variance(commands) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "variance",
+        help="measure the variance of the targets on data, and find the split",
+        description="Measure the variance of the targets over time on any data, and the time up to which one sample "
+        "explains the noisy one: the split.",
+    )
+    p.add_argument(
+        "data",
+        metavar="DATA",
+        help="an .npz or .safetensors file with x (n, ...) and labels y where there are any (uint8 becomes [-1, 1]); "
+        "mnist; digits; a folder of images; a run or checkpoint folder for its bank",
+    )
+    p.add_argument("--output", required=True, metavar="DIR", help="folder for variance.json and variance.png")
+    p.add_argument("--times", help="such as 0.2,0.5,0.9, or how many, evenly (default: 0.05 to 0.95, 0.97, 0.99)")
+    p.add_argument(
+        "--rows", type=int, default=1024, metavar="N", help="noisy samples at each time (default: %(default)s)"
+    )
+    p.add_argument("--references", type=int, metavar="M", help="also StableVM's variance for M references")
+    p.add_argument(
+        "--pool", type=int, metavar="R", help="take the truth over R samples of a class, not all, with a bound"
+    )
+    p.add_argument(
+        "--classes",
+        choices=("ignore", "given", "separate"),
+        default="ignore",
+        help="given: variances given the class, averaged; separate: each class also by itself (default: %(default)s)",
+    )
+    p.add_argument("--criterion", choices=("variance", "own_mass"), default="variance", help="(default: %(default)s)")
+    p.add_argument("--level", type=float, help="of the criterion (default: 0.05)")
+    p.add_argument("--effective", action="store_true", help="also the effective number of references: twice the work")
+    p.add_argument("--interpolant", choices=("linear", "cosine"), default="linear", help="(default: %(default)s)")
+    p.add_argument("--scale", type=float, default=1.0, help="multiplies floating point data (default: %(default)s)")
+    p.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images of a folder")
+    p.add_argument("--precision", choices=("exact", "fast"), default="exact", help="(default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    p.set_defaults(run=_variance)
+    return p
+
+
+def _variance(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm.auto import tqdm
+
+    from .generation import resolve_device
+    from .report import plot_split
+    from .variance import LEVELS, split_point, variance_curve
+
+    times = _times(args.times)
+    x, y = _variance_data(args)
+    x = x.to(resolve_device(args.device))
+    if args.classes != "ignore" and y is None:
+        raise ValueError(f"--classes: expected ignore, since the data hold no labels, got {args.classes}")
+    parts = [("all", x, None if args.classes == "ignore" else y)]
+    if args.classes == "separate":
+        parts += [(str(label), x[(y == label).to(x.device)], None) for label in y.unique().tolist()]
+    curves, splits, found = {}, {}, {}
+    for name, data, labels in parts:
+        with tqdm(desc="variance" if name == "all" else f"class {name}") as bar:
+
+            def advance(done: int, total: int, bar: tqdm = bar) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            curve = variance_curve(
+                data,
+                times,
+                interpolant=args.interpolant,
+                references=args.references,
+                labels=labels,
+                samples=args.rows,
+                pool=args.pool,
+                effective=args.effective,
+                precision=args.precision,
+                generator=torch.Generator().manual_seed(args.seed),
+                callback=advance,
+            )
+        curves[name] = curve
+        splits[name] = {c: split_point(curve, c, level=args.level if c == args.criterion else None) for c in LEVELS}
+        found[name] = _variance_record(curve, splits[name], args.criterion)
+    settings = {
+        key: getattr(args, key) for key in ("rows", "pool", "classes", "interpolant", "scale", "seed", "precision")
+    }
+    record = {**found.pop("all"), "samples": len(x), "shape": list(x.shape[1:]), **settings}
+    if found:
+        record["by_class"] = found
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "variance.json").write_text(json.dumps(record, indent=2) + "\n")
+    plot_split(curves, {name: of[args.criterion] for name, of in splits.items()}, folder / "variance.png")
+    split = splits["all"][args.criterion]
+    print(
+        f"split {split.split:.3f} [{split.low:.3f}, {split.high:.3f}]: "
+        f"{folder / 'variance.png'}, {folder / 'variance.json'}"
+    )
+
+
+def _variance_record(curve, splits: dict, criterion: str) -> dict:
+    """What variance.json holds of one curve; variances are sums over the coordinates of a sample."""
+    split = splits[criterion]
+    names = (
+        "t", "cfm", "cfm_error", "cfm_quantiles", "cfm_missing", "stablevm", "stablevm_error", "own_mass",
+        "own_mass_error", "own_mass_missing", "entropy", "entropy_error", "effective", "effective_error",
+    )  # fmt: skip
+    values = {name: getattr(curve, name) for name in names}
+    return {
+        "split": split.split,
+        "interval": [split.low, split.high],
+        "confidence": 0.95,
+        "criterion": criterion,
+        "level": split.level,
+        "other_criteria": {
+            name: {"split": other.split, "interval": [other.low, other.high], "level": other.level}
+            for name, other in splits.items()
+            if name != criterion
+        },
+        "curve": {name: value.tolist() for name, value in values.items() if value is not None},
+        "prior": curve.prior,
+        "dim": curve.dim,
+        "references": curve.references,
+    }
+
+
+def _times(text: str | None) -> list[float]:
+    """The times that --times names: a list, or how many."""
+    if text is None:
+        return [*(i / 20 for i in range(1, 20)), 0.97, 0.99]
+    try:
+        if text.isdigit():
+            times = [(i + 1) / (int(text) + 1) for i in range(int(text))]
+        else:
+            times = [float(part) for part in text.split(",")]
+    except ValueError:
+        times = []
+    if len(times) < 2 or any(a >= b for a, b in pairwise(times)) or not 0 < times[0] <= times[-1] < 1:
+        raise ValueError(f"--times: expected at least two increasing times in (0, 1), or how many, got {text!r}")
+    return times
+
+
+def _variance_data(args: argparse.Namespace):
+    """x (n, *S) floating point and y (n,) or None, of whatever DATA names."""
+    import numpy as np
+    import torch
+
+    from . import checkpoint
+    from .config import DataConfig
+    from .data import ArrayData, load_data, to_unit
+    from .variance import bank_samples
+
+    path = Path(args.data)
+    if path.is_dir() and (checkpoint.is_complete(path) or (path / "checkpoints").is_dir()):
+        folder = checkpoint.find(path)
+        if not (folder / "bank.safetensors").is_file():
+            raise ValueError(f"data: expected a checkpoint with a bank, got {str(folder)!r}")
+        bank = checkpoint.load_module(folder, "bank")
+        return bank_samples(bank["refs"], bank["counts"], checkpoint.load(folder)[1]["data"]["num_classes"])
+    if path.suffix == ".npz" and path.is_file():  # of any shape
+        with np.load(path, allow_pickle=False) as file:
+            if "x" not in file:
+                raise ValueError(f"data: expected an array x in {str(path)!r}, got {', '.join(file) or 'none'}")
+            x, y = torch.from_numpy(file["x"]), torch.from_numpy(file["y"]) if "y" in file else None
+        if x.dtype != torch.uint8 and not x.is_floating_point():
+            raise ValueError(
+                f"data: expected uint8 or floating point samples x (n, ...), got {x.dtype} {tuple(x.shape)}"
+            )
+        if y is not None and y.shape != x.shape[:1]:
+            raise ValueError(f"data: expected {len(x)} labels y, got {tuple(y.shape)}")
+    else:
+        data = load_data(DataConfig(source=args.data, image_size=args.image_size))
+        if not isinstance(data, ArrayData):
+            return data.__getitems__(range(len(data)))[:2]
+        x, y = data.x, data.y
+    return to_unit(x) if x.dtype == torch.uint8 else x * args.scale, y
 
 
 def _add_bench(commands) -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .optional import require
-from .variance import VarianceCurve
+from .variance import Split, VarianceCurve
 
 CFM_COLOUR, STABLE_COLOUR = "#b5542a", "#22577a"
 
@@ -47,6 +47,33 @@ def plot_variance(curve: VarianceCurve, path: str | Path, *, t_min: float | None
     axes.set_yscale("log")
     axes.set(xlim=(0, 1), ylim=(floor, None))
     axes.legend(frameon=False)
+    _write(figure, path)
+
+
+def plot_split(curves: Mapping[str, VarianceCurve], splits: Mapping[str, Split], path: str | Path) -> None:
+    """V_CFM over the prior's variance, with its quantiles and the split; curves other than "all" are thin lines."""
+    figure, axes = _axes("Variance of the velocity target", "t  (0: data, 1: noise)", "share of the prior's variance")
+    for name, curve in curves.items():
+        if name != "all":
+            value = (curve.cfm / curve.prior).clamp_min(1e-6).numpy()
+            axes.plot(
+                curve.t.numpy(), value, linewidth=0.7, alpha=0.7, label=f"class {name}: split {splits[name].split:.2f}"
+            )
+    curve, split = curves["all"], splits["all"]
+    t, (low, high) = curve.t.numpy(), (curve.cfm_quantiles.T / curve.prior).clamp_min(1e-6).numpy()
+    axes.plot(t, (curve.cfm / curve.prior).clamp_min(1e-6).numpy(), color=CFM_COLOUR, label="CFM")
+    axes.fill_between(t, low, high, color=CFM_COLOUR, alpha=0.15, linewidth=0, label="CFM, 15 % to 85 % of the samples")
+    if curve.cfm_missing.any():
+        bound = ((curve.cfm + curve.cfm_missing) / curve.prior).clamp_min(1e-6).numpy()
+        axes.plot(t, bound, color=CFM_COLOUR, linestyle="--", label="CFM, at most with all data as the pool")
+    if curve.stablevm is not None:
+        value = (curve.stablevm / curve.prior).clamp_min(1e-6).numpy()
+        axes.plot(t, value, color=STABLE_COLOUR, label=f"StableVM, {curve.references} references")
+    axes.axvline(split.split, color="0.4", linewidth=1, linestyle=":", label=f"split {split.split:.3f}")
+    axes.axvspan(split.low, split.high, color="0.4", alpha=0.15, linewidth=0)
+    axes.set_yscale("log")
+    axes.set(xlim=(0, 1), ylim=(1e-6, None))
+    axes.legend(frameon=False, fontsize=7)
     _write(figure, path)
 
 
