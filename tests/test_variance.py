@@ -527,6 +527,8 @@ def test_more_errors_name_the_argument(rng):
         sv.split_point(dataclasses.replace(curve, t=curve.t.flip(0)))
     with pytest.raises(ValueError, match="curve: expected one with the own mass"):
         sv.split_point(dataclasses.replace(curve, own_mass_groups=None), "own_mass")
+    with pytest.raises(ValueError, match="curve: expected finite values"):
+        sv.split_point(sv.variance_curve(torch.ones(4, 2), TIMES, samples=4, generator=rng))
     point = torch.zeros(1, 2)
     with pytest.raises(ValueError, match=r"means: expected shape \(K, D\), got \(2,\)"):
         sv.GaussianMixture(torch.ones(1), torch.zeros(2), torch.zeros(2))

@@ -198,6 +198,10 @@ def split_point(
     from where the curve plus its error (delta method for the logarithm) rises to the level to where the curve less its
     error does. Near the split few rows carry most of the variance, so plus its error means with one row more, at the
     prior's variance (or without own mass), that happened not to be drawn; and with all that a sub-sampled pool misses.
+    On Gaussian data in 8 and 64 dimensions, 95 % intervals held the split in 91 % of 150 runs with 256 rows and 93 % to
+    95 % with 1,024 by "variance", in 95 % to 99 % by "own_mass".
+
+    A path whose velocity is unbounded at the noise (d alpha/dt is infinite there) has no finite prior: take "own_mass".
 
     Args:
         curve: of `variance_curve`, with increasing times.
@@ -224,6 +228,8 @@ def split_point(
         raise ValueError("curve: expected one with the own mass, got one measured against `truth`")
     else:
         share, missing = 1 - curve.own_mass_groups, curve.own_mass_missing
+    if not share.isfinite().all():
+        raise ValueError("curve: expected finite values over a positive prior's variance, got NaN or Inf")
     z, groups = NormalDist().inv_cdf((1 + confidence) / 2), share.shape[1]
     mean, error = share.mean(1), share.std(1) / groups**0.5
     unseen = torch.cat([share, (mean + (1 - mean) * groups / curve.samples)[:, None]], 1)  # a group with one row at 1
