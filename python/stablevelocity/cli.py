@@ -304,7 +304,7 @@ def _add_variance(commands) -> argparse.ArgumentParser:
         "data",
         metavar="DATA",
         help="an .npz or .safetensors file with x (n, ...) and labels y where there are any (uint8 becomes [-1, 1]); "
-        "mnist; digits; a folder of images; a run or checkpoint folder for its bank",
+        "mnist; digits; a folder of images, or of svel latents; a run or checkpoint folder for its bank",
     )
     p.add_argument("--output", required=True, metavar="DIR", help="folder for variance.json and variance.png")
     p.add_argument("--times", help="such as 0.2,0.5,0.9, or how many, evenly (default: 0.05 to 0.95, 0.97, 0.99)")
