@@ -223,3 +223,10 @@ def projector(
     if kind == "mlp":
         return projector_mlp(hidden_size, width, z_dim)
     return ConvProjector(hidden_size, z_dim, grid)
+
+
+class Projectors(nn.ModuleList):
+    """One projector for each teacher, called on the same tokens: (N, T, D) -> a list of (N, T, C)."""
+
+    def forward(self, tokens: Tensor) -> list[Tensor]:
+        return [project(tokens) for project in self]

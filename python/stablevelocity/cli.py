@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = _Parser(prog="svel", description="Stable Velocity flow matching: train, sample, measure.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
-    for add in (_add_demo, _add_train, _add_sample, _add_latents, _add_variance, _add_bench, _add_info):
+    for add in (_add_demo, _add_train, _add_sample, _add_latents, _add_features, _add_variance, _add_bench, _add_info):
         command = add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -80,6 +80,7 @@ _TRAIN_FLAGS = {
     "mixed_precision": "mixed_precision",
     "compile": "compile",
     "objective": "objective.name",
+    "align_at": "align_at",
     "tracker": "tracker",
     "resume": "resume",
 }
@@ -467,6 +468,32 @@ def _variance_data(args: argparse.Namespace):
             return data.__getitems__(range(len(data)))[:2]
         x, y = data.x, data.y
     return to_unit(x) if x.dtype == torch.uint8 else x * args.scale, y
+
+
+def _add_features(commands) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "features",
+        help="teacher features of an image folder, for VA-REPA",
+        description="Write a teacher's patch tokens beside svel latents. For several GPUs, and when killed: as there.",
+    )
+    _image_arguments(p, shard_size=1024)
+    p.add_argument(
+        "--teacher",
+        required=True,
+        help="torch.hub:dinov2_vitb14, timm:NAME, transformers:NAME or folder, or module:function",
+    )
+    p.add_argument("--grid", type=int, default=16, help="patches on a side, as the model has (default: %(default)s)")
+    p.set_defaults(run=_features)
+    return p
+
+
+def _features(args: argparse.Namespace) -> None:
+    from .features import load_teacher, write_features
+
+    images, options = _image_options(args)
+    teacher = load_teacher(args.teacher).to(options["device"])
+    about = write_features(images, args.output, teacher, args.teacher, grid=args.grid, **options)
+    print(f"{about.samples} images, {about.flips} x {about.shape}, {about.shards} shards in {args.output}")
 
 
 def _add_bench(commands) -> argparse.ArgumentParser:

@@ -79,6 +79,19 @@ class BankConfig:
 
 
 @dataclass
+class AlignConfig:
+    """VA-REPA, on with align_at; see alignment.py."""
+
+    features: str | None = None  # a folder that svel features wrote; several with commas between them
+    coefficient: float = _at_least(0.5, 0.0)  # of the alignment in the loss
+    schedule: Literal["hard", "hard_high", "sigmoid", "cosine", "snr"] = "sigmoid"  # weights over time
+    split: float = _between(0.7, 0.0, 1.0)
+    projector: Literal["mlp", "conv"] = "mlp"  # REPA's or iREPA's
+    width: int = _at_least(2048, 1)  # of the mlp
+    spatial_norm: bool = False  # iREPA's normalisation of the features
+
+
+@dataclass
 class OptimConfig:
     """AdamW, its schedule, and what keeps it stable."""
 
@@ -127,10 +140,12 @@ class TrainConfig:
     save_every: int = _at_least(5_000, 0)  # steps between checkpoints; 0 for the last step alone
     keep: int = _at_least(3, 0)  # how many checkpoints are kept; 0 for all
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    align_at: str | None = None  # the module whose hidden state VA-REPA aligns, such as blocks.7; none for no alignment
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     bank: BankConfig = field(default_factory=BankConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 

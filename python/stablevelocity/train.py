@@ -26,10 +26,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from . import checkpoint
+from .alignment import HiddenState, Projectors, VAREPALoss, projector, spatial_norm
 from .bank import ReferenceBank
 from .config import OptimConfig, TrainConfig, dump_yaml, to_dict
 from .data import ArrayData, Batch, ImageFolder, ShuffledOrder, load_data, loader
 from .ema import EMA
+from .features import AlignedData
 from .generation import build_model, generate, resolve_device, resolve_precision, save_grid
 from .host_bank import HostReferenceBank
 from .objectives import CFMObjective, StableVMObjective, STFObjective, TrainingSample
@@ -117,13 +119,18 @@ class Trainer:
         self._seed(config.seed)  # the same weights everywhere
         self.model = build_model(config.model, self.dataset.shape, self.num_classes).to(self.device)
         self.ema = EMA(self.model, config.optim.ema)
+        self.visited, self.projectors = self.dataset, Projectors()
+        if config.align_at is not None:
+            self._build_alignment()
         self.bank = self._build_bank()
         self.objective = build_objective(config, self.bank, self.num_classes)
         o = config.optim
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [*self.model.parameters(), *self.projectors.parameters()]
+        self.parameters = [p for p in trained if p.requires_grad]
         adamw = torch.optim.AdamW(self.parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=True)
         self.scheduler = LambdaLR(adamw, learning_rate(o, config.steps))
         self.net, self.optimizer = self.accelerator.prepare(self.model, adamw)
+        self.project = self.accelerator.prepare(self.projectors) if len(self.projectors) else self.projectors
         if config.compile == "model":
             self.net = torch.compile(self.net)
         self._loss = torch.compile(self._draw_and_loss) if config.compile == "step" else self._draw_and_loss
@@ -186,6 +193,32 @@ class Trainer:
         most = min(self.config.batch_size, self.num_classes)
         return HostReferenceBank(self.dataset.shape, self.num_classes, b.capacity, max_classes=most, **options)
 
+    def _build_alignment(self) -> None:
+        """The hook on the model, a projector for each teacher, their features beside the data, and the loss."""
+        config, a = self.config, self.config.align
+        if not a.features:
+            raise ValueError(
+                "align.features: expected a folder that svel features wrote, since align_at is set; got none"
+            )
+        if config.objective.name == "stablevm" and config.objective.source != "loader":
+            raise ValueError(
+                "objective.source: expected 'loader' with align_at, since features are read for the loader's samples; "
+                f"got {config.objective.source!r}"
+            )
+        self.hidden = HiddenState(self.model, config.align_at)
+        self.visited = AlignedData(self.dataset, [folder.strip() for folder in a.features.split(",")])
+        grid, hidden_size = self.model.grid, self.model.pos_embed.shape[2]
+        for store in self.visited.features:
+            tokens, channels = store.about.shape
+            if tokens != grid[0] * grid[1]:
+                raise ValueError(
+                    f"align.features: expected {grid[0]} x {grid[1]} tokens as in the model, got {tokens} in "
+                    f"{store.folder}"
+                )
+            self.projectors.append(projector(a.projector, hidden_size, channels, width=a.width, grid=grid))
+        self.projectors.to(self.device)
+        self.align = VAREPALoss(config.objective.interpolant, a.schedule, a.split)
+
     def _prefill(self) -> None:
         """Fill the bank with random samples of each class, the same on every process."""
         order = ShuffledOrder(len(self.dataset), min(256, len(self.dataset)), self.config.seed + 1)
@@ -196,17 +229,26 @@ class Trainer:
 
     # -- one step
 
-    def _draw_and_loss(self, x0: Tensor, labels: Tensor | None) -> Tensor:
+    def _draw_and_loss(self, x0: Tensor, labels: Tensor | None, features: list[Tensor]) -> Tensor:
         draw: TrainingSample = self.objective.sample(x0, labels)
-        return self.objective.loss(self.net(draw.x_t, draw.t, draw.labels), draw)
+        if not features:
+            return self.objective.loss(self.net(draw.x_t, draw.t, draw.labels), draw)
+        with self.hidden.watch():
+            output = self.net(draw.x_t, draw.t, draw.labels)
+        projected = self.project(self.hidden.tokens())
+        if self.config.align.spatial_norm:
+            features = [spatial_norm(z) for z in features]
+        alignment = self.align(projected, features, draw.t)
+        return self.objective.loss(output, draw) + self.config.align.coefficient * alignment
 
     def _train_step(self, batch: Batch) -> None:
         x0, labels = batch[0].to(self.device, non_blocking=True), None
         if self.num_classes:
             labels = batch[1].to(self.device, non_blocking=True)
+        features = [z.to(self.device, non_blocking=True) for z in batch[3]] if len(self.projectors) else []
         if self.bank is not None and self.objective.source == "bank":
             self._push(x0, labels)
-        loss = self._loss(x0, labels)
+        loss = self._loss(x0, labels, features)
         if self.bank is not None and self.objective.source == "loader":
             self._push(x0, labels)
         self.accelerator.backward(loss)
@@ -242,14 +284,14 @@ class Trainer:
         config = self.config
         start, began, saved = self.step, time.perf_counter(), None
         order = ShuffledOrder(
-            len(self.dataset),
+            len(self.visited),
             config.batch_size,
             config.seed,
             rank=self.rank,
             world=self.world,
             position=self.step * config.batch_size,
         )
-        batches = self._ahead(loader(self.dataset, order, workers=config.data.workers, pin=self.device.type == "cuda"))
+        batches = self._ahead(loader(self.visited, order, workers=config.data.workers, pin=self.device.type == "cuda"))
         self._start_tracker()
         self._trim_log()
         bar = tqdm(desc="train", total=config.steps, initial=start, disable=not self.progress, dynamic_ncols=True)
@@ -274,7 +316,7 @@ class Trainer:
     def time_steps(self, n: int) -> float:
         """Seconds a step takes here, from n steps after two to warm up; the trainer is of no use after that."""
         order = ShuffledOrder(len(self.dataset), self.config.batch_size, self.config.seed)
-        batches = self._ahead(loader(self.dataset, order))
+        batches = self._ahead(loader(self.visited, order))
         times = []
         for _ in range(n + 2):
             start = time.perf_counter()
@@ -347,6 +389,8 @@ class Trainer:
             modules = {"model": self.model.state_dict(), "ema": self.ema.module.state_dict()}
             if self.bank is not None:
                 modules["bank"] = self.bank.state_dict()
+            if len(self.projectors):
+                modules["projectors"] = self.projectors.state_dict()
             scaler = self.accelerator.scaler
             state = {
                 "config": to_dict(self.config),
@@ -382,6 +426,7 @@ class Trainer:
             "data.num_classes": (self.num_classes, state["data"]["num_classes"]),
             "number of samples": (len(self.dataset), state["data"]["length"]),
             "batch_size": (self.config.batch_size, state["config"]["batch_size"]),
+            "align_at": (self.config.align_at, state["config"].get("align_at")),
             "objective.name": (self.config.objective.name, state["config"]["objective"]["name"]),
         }
         for name, (ours, theirs) in now.items():
@@ -390,6 +435,8 @@ class Trainer:
         try:
             self.model.load_state_dict(checkpoint.load_module(folder, "model"))
             self.ema.module.load_state_dict(checkpoint.load_module(folder, "ema"))
+            if len(self.projectors):
+                self.projectors.load_state_dict(checkpoint.load_module(folder, "projectors"))
         except RuntimeError as error:
             raise ValueError(
                 f"model: expected the model of the checkpoint {folder}; {str(error).splitlines()[1].strip()}"
