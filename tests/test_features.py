@@ -222,3 +222,24 @@ def test_two_processes_train_the_same_projectors(latents, features, tmp_path):
     assert len(checkpoint.load_module(saved, "projectors")) == 6
     assert all(math.isfinite(line["loss"]) for line in checkpoint.load(saved)[1]["logs"])
     assert train(latents, features, tmp_path, "resume=latest", "steps=5").fit().steps == 5  # by one process
+
+
+def test_the_commands_of_the_guide_are_those_of_the_code():
+    """Every `stablevelocity` command line in docs/imagenet.md parses, and its configuration is valid."""
+    import re
+    import shlex
+    from importlib.resources import files
+    from pathlib import Path
+
+    text = (Path(__file__).parents[1] / "docs" / "imagenet.md").read_text()
+    packaged = str(files("stablevelocity") / "configs" / "imagenet_latents.yaml")
+    lines = [line.replace("$C", packaged) for line in text.replace("\\\n", " ").splitlines()]
+    found = [
+        m[1] for line in lines if (m := re.match(r"(?:torchrun|accelerate launch) .* -m stablevelocity (.*)", line))
+    ]
+    assert [line.split()[0] for line in found] == ["latents", "features", "train", "train", "sample"]
+    for line in found:
+        args = cli.build_parser().parse_args(shlex.split(line))
+        if args.command == "train":
+            args.print_config = True
+            args.run(args)
