@@ -26,7 +26,7 @@ namespace svel::cuda {
 constexpr int BULK_CENTRE_REFS = 2;  // references whose mean is the centre
 // References summed in float32 before they join a float64 total in device memory: rounding grows with the
 // root.
-constexpr int BULK_FLUSH_REFS = 1024;
+constexpr int BULK_FLUSH_REFS = 128;
 // |c|^2 over the references' spread up to which scores from products are exact enough.
 constexpr float BULK_COMMON = 16;
 // 2^-50: a tile whose weights are all below that, beside the best so far, is not added. Of 2^24 such
