@@ -310,6 +310,7 @@ class Trainer:
         finally:
             bar.close()
         seconds = time.perf_counter() - began
+        self.accelerator.wait_for_everyone()  # no process takes the group down while another still uses it
         self.accelerator.end_training()
         return TrainResult(self.folder, saved or self.resume_from, self.step, self.logs, seconds)
 
