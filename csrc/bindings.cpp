@@ -42,7 +42,7 @@ py::dict build_info() {
 }
 
 py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool has_source, int x_size,
-              int refs_size, bool aligned, const std::string& precision, int sm_count,
+              int refs_size, bool refs_bf16, bool aligned, const std::string& precision, int sm_count,
               int64_t smem_limit, int cc) {
   svel::Problem problem;
   problem.n = n;
@@ -53,6 +53,7 @@ py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool 
   problem.has_source = has_source;
   problem.x_size = x_size;
   problem.refs_size = refs_size;
+  problem.refs_bf16 = refs_bf16;
   problem.aligned = aligned;
   problem.precision = precision;
   problem.sm_count = sm_count;
@@ -71,7 +72,7 @@ py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool 
   result["blocks"] = made.blocks;
   result["slices"] = made.slices;
   result["slice"] = made.slice;
-  result["own_list"] = made.own_list;
+  result["pitch"] = made.pitch;
   result["splits"] = made.splits;
   result["rows_per_pass"] = made.rows_per_pass;
   result["refs_per_pass"] = made.refs_per_pass;
@@ -91,7 +92,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "plan", &plan, py::kw_only(), py::arg("n"), py::arg("k"), py::arg("m"), py::arg("d"),
       py::arg("has_labels"), py::arg("has_source"), py::arg("x_size"), py::arg("refs_size"),
-      py::arg("aligned"), py::arg("precision"), py::arg("sm_count"),
+      py::arg("refs_bf16"), py::arg("aligned"), py::arg("precision"), py::arg("sm_count"),
       py::arg("smem_limit"), py::arg("cc"),
       "The CUDA launch of posterior_mean and stable_target for a problem, as a dict; see common/planner.h.");
 }

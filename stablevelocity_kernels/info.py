@@ -90,7 +90,7 @@ def plan(
 
     Returns:
         kernel, tiles (tile_rows, tile_refs, tile_d), threads, stages, blocks, slices (blocks that share a sample),
-        slice (elements of it for each), own_list (whether each block builds the work list for itself), splits,
+        slice (elements of it for each), pitch (elements between references in shared memory), splits,
         rows_per_pass, refs_per_pass, smem_bytes, workspace_bytes, aligned (16-byte loads), wide (float64 arithmetic),
         the least bytes and flops, and the reason in words.
 
@@ -109,6 +109,7 @@ def plan(
         has_source=source,
         x_size=x_dtype.itemsize,
         refs_size=refs_dtype.itemsize,
+        refs_bf16=refs_dtype == torch.bfloat16,
         aligned=aligned,
         precision=precision,
         **_describe(device)._asdict(),

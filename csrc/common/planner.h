@@ -11,6 +11,7 @@ struct Problem {
   int64_t n = 0, k = 1, m = 0, d = 0;  // rows, groups, references per group, elements of a sample
   bool has_labels = false;             // without labels all rows share the one group
   int x_size = 4, refs_size = 2;       // bytes per element; 8 for either means float64 arithmetic
+  bool refs_bf16 = false;              // of the two types of two bytes
   bool aligned = true;                 // every reference starts at a multiple of 16 bytes
   bool has_source = false;
   int sm_count = 132;
@@ -25,13 +26,13 @@ struct Plan {
   int tile_refs = 1;
   int64_t tile_d = 0;
   int threads = 0;
-  int stages = 1;         // tiles of references in flight
-  bool aligned = true;    // 16-byte loads
-  bool wide = false;      // float64 arithmetic
-  int64_t blocks = 0;     // thread blocks of the main launch
-  int64_t slices = 1;     // bulk: thread blocks that share a sample, and
-  int64_t slice = 0;      // elements of it for each
-  bool own_list = false;  // bulk: each block builds the list of units for itself
+  int stages = 1;       // tiles of references in flight
+  bool aligned = true;  // 16-byte loads
+  bool wide = false;    // float64 arithmetic
+  int64_t blocks = 0;   // thread blocks of the main launch
+  int64_t slices = 1;   // bulk: thread blocks that share a sample, and
+  int64_t slice = 0;    // elements of it for each, `pitch` apart in shared memory
+  int64_t pitch = 0;
   int64_t splits = 1;  // bulk, stream: most parts of a row's references; two_pass: parts of D; small: parts
                        // of the references
   int64_t rows_per_pass = 0;  // rows and references that one round of launches covers
@@ -45,19 +46,11 @@ struct Plan {
 
 constexpr int64_t WORKSPACE_LIMIT = int64_t{256} << 20;
 constexpr int TWO_PASS_TILE_REFS = 16;
-// Bytes that a block of the bulk kernel keeps beside its stages: barriers, scores, rows of units; and where
-// the list of units is short (up to OWN_LIST_ROWS rows and OWN_LIST_GROUPS groups), the list and keys to
-// sort.
-constexpr int64_t BULK_FIXED_SMEM = 6144;
-constexpr int64_t OWN_LIST_ROWS = 256, OWN_LIST_GROUPS = 1024;
-constexpr int64_t UNIT_BYTES = 40;
-constexpr int64_t unit_list_bytes(int64_t n, int64_t k) {
-  return n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + (4 * n + 8 + 15) / 16 * 16;
+// Bytes that a block of the bulk kernel keeps beside its stages: barriers, scores, weights; side: threads per
+// role.
+constexpr int64_t bulk_fixed_smem(int side) {
+  return 7168 + 16 * side;
 }
-constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
-  return (8 * OWN_LIST_ROWS + unit_list_bytes(n, k) + 127) / 128 * 128;
-}
-constexpr int BULK_PRODUCERS = 128;  // threads, of which one warp works: registers are dealt to 128 at a time
 constexpr int BULK_MAX_STAGES = 8;
 constexpr int BULK_MAX_CLUSTER = 8;  // above that a team of blocks spans the grid
 

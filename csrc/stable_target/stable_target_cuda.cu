@@ -45,6 +45,7 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   problem.has_labels = labels.has_value(), problem.has_source = source.has_value();
   problem.x_size = size_of(in.x.dtype), problem.refs_size = size_of(in.refs.dtype);
   problem.aligned = is_aligned(in.refs.data) && in.d * problem.refs_size % 16 == 0;
+  problem.refs_bf16 = in.refs.dtype == Dtype::bf16;
   problem.precision = given.precision;
   const DeviceLimits& limits = device_limits(op, x.get_device_index());
   problem.sm_count = limits.sm_count, problem.smem_limit = limits.smem_limit, problem.cc = limits.cc;
