@@ -7,6 +7,7 @@ from .interpolants import Cosine, Interpolant, Linear, get_interpolant
 from .mixtures import GaussianMixture
 from .objectives import CFMObjective, StableVMObjective, STFObjective, TrainingSample
 from .sampling import Guidance, StableVS, dpmpp_2m, euler, euler_maruyama, heun, sample, time_grid, unipc
+from .sharded_bank import ShardedReferenceBank
 from .times import TimeSampler, get_time_sampler, lognormal_times, uniform_times
 from .variance import Split, VarianceCurve, split_point, variance_curve
 
@@ -24,6 +25,7 @@ __all__ = [
     "MixtureDraw",
     "ReferenceBank",
     "STFObjective",
+    "ShardedReferenceBank",
     "Split",
     "StableVMObjective",
     "StableVS",

@@ -101,17 +101,17 @@ def save(
     for name, module in {**modules, "state": tensors}.items():
         path = writing / f"{name}.safetensors"
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in module.items()}, path)
-        _sync(path)
+        sync(path)
     files = {path.name: path.stat().st_size for path in writing.iterdir()}
     with open(writing / STATE, "w") as file:
         json.dump({"step": step, "files": files, "state": plain}, file)
         file.flush()
         os.fsync(file.fileno())
-    _sync(writing)
+    sync(writing)
     if folder.exists():
         _discard(folder)
     os.rename(writing, folder)
-    _sync(root)
+    sync(root)
     for old in complete(root)[:-keep] if keep else []:
         _discard(old)
     return folder
@@ -123,7 +123,8 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
