@@ -58,8 +58,9 @@ def _main(work: Work, rank: int, world: int, folder: str, log: str, timeout: flo
             timeout=datetime.timedelta(seconds=timeout),
         )
         work(rank, world, folder)
-        dist.barrier()  # nobody takes the group down while another still uses it
-        dist.destroy_process_group()
+        if dist.is_initialized():  # the trainer ends the group itself
+            dist.barrier()  # nobody takes the group down while another still uses it
+            dist.destroy_process_group()
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

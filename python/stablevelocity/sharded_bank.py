@@ -143,7 +143,7 @@ class ShardedReferenceBank(ReferenceBank):
 
         Nothing but the seed of the random order travels; without a `generator` the first process draws it.
         """
-        if generator is None:
+        if generator is None and (isinstance(data, (Tensor, tuple)) or hasattr(data, "__getitem__")):
             seed = torch.randint(2**62, (1,)).to(self.rows.device)
             generator = torch.Generator().manual_seed(int(self._wait(self._gather(seed))[0]))
         return super().prefill(data, batch_size=batch_size, generator=generator)
@@ -432,14 +432,21 @@ class ShardedReferenceBank(ReferenceBank):
 
     def place(self, key: str, piece: Tensor) -> None:
         """Keep, of a piece that some process had under this name, what belongs to this process."""
-        name, part, parts, first = split_key(key)
-        capacity = -(-self.capacity // parts)
-        at = first + torch.arange(len(piece))
-        y = at // capacity
-        slot = at % capacity * parts + (part - y) % parts
+        name = split_key(key)[0]
+        y, slot = slots_of(key, len(piece), self.capacity)
         own = (slot < self.capacity) & ((slot + y) % self.parts == self.part)
         rows = self._stored()[name]
         rows[(y * self.local_capacity + slot // self.parts)[own].to(rows.device)] = piece[own].to(rows.device)
+
+    def load_whole(self, state: dict[str, Tensor]) -> None:
+        """Keep this process's part of the state dict of a `ReferenceBank`, which every process has."""
+        pieces = {f"{name}.0of1.0": state[name].flatten(0, 1) for name in ("refs", "indices") if name in state}
+        groups, capacity = state["refs"].shape[:2]
+        about = {key: (tuple(piece.shape), piece.dtype) for key, piece in pieces.items()}
+        self.check_saved([capacity, groups, self.num_classes], about, "the state dict")
+        for key, piece in pieces.items():
+            self.place(key, piece)
+        self.take_counts(state["counts"], state["heads"])
 
     def take_counts(self, counts: Tensor, heads: Tensor) -> None:
         """Take over the counts and heads (G,) of the whole rings."""
@@ -493,6 +500,15 @@ def split_key(key: str) -> tuple[str, int, int, int] | None:
     """The name of a piece as (what it holds, part, parts, first row of the part); None for another name."""
     found = _PIECE.fullmatch(key)
     return None if found is None else (found[1], int(found[2]), int(found[3]), int(found[4]))
+
+
+def slots_of(key: str, rows: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """Ring and slot (rows,) of every row of a piece of this name; a slot from `capacity` on is not in use."""
+    _, part, parts, first = split_key(key)
+    at = first + torch.arange(rows)
+    local = -(-capacity // parts)
+    y = at // local
+    return y, at % local * parts + (part - y) % parts
 
 
 def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:

@@ -23,12 +23,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner import ReadItem
 
 from .checkpoint import sync
-from .sharded_bank import split_key
+from .sharded_bank import slots_of, split_key
 
 if TYPE_CHECKING:
     from .sharded_bank import ShardedReferenceBank
-
-_SMALL = ("layout", "counts", "heads")
 
 
 def save(bank: ShardedReferenceBank, folder: str | os.PathLike) -> None:
@@ -37,7 +35,7 @@ def save(bank: ShardedReferenceBank, folder: str | os.PathLike) -> None:
     writing = folder.with_name(f".writing-{folder.name}")
     try:
         _first_process(bank, lambda: _make_empty(writing, folder))
-        _quietly(dcp.save, bank, bank.pieces(), checkpoint_id=writing)
+        _quietly(dcp.save, bank.pieces(), bank.group, checkpoint_id=writing)
         _first_process(bank, lambda: _commit(writing, folder))
     except (RuntimeError, dcp.CheckpointException) as error:
         raise RuntimeError(f"{bank.lost(f'saving {folder}')}; what was saved before is as it was") from error
@@ -45,27 +43,51 @@ def save(bank: ShardedReferenceBank, folder: str | os.PathLike) -> None:
 
 def load(bank: ShardedReferenceBank, folder: str | os.PathLike) -> None:
     """See `ShardedReferenceBank.load`."""
+    small, pieces = _describe(folder)
+    common = math.gcd(next(split_key(key)[2] for key in pieces), bank.parts)
+    wanted = {key: kind for key, kind in pieces.items() if (split_key(key)[1] - bank.part) % common == 0}
     try:
-        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        about = {key: (tuple(saved[key].size), saved[key].properties.dtype) for key in saved}
-        small = {key: torch.zeros(about[key][0], dtype=about[key][1]) for key in _SMALL}
-    except (OSError, EOFError, KeyError) as error:
-        raise ValueError(f"folder: expected a bank that was saved whole, got {str(folder)!r}") from error
-    pieces = {key: kind for key, kind in about.items() if split_key(key)}
-    parts = next(split_key(key)[2] for key in pieces)
-    common = math.gcd(parts, bank.parts)
-    wanted = {
-        key: torch.empty(1, dtype=dtype).expand(shape)  # no memory: a shape to be asked for
-        for key, (shape, dtype) in pieces.items()
-        if (split_key(key)[1] - bank.part) % common == 0
-    }
-    try:
-        _quietly(dcp.load, bank, small, checkpoint_id=folder)
+        _quietly(dcp.load, small, bank.group, checkpoint_id=folder)
         bank.check_saved(small["layout"].tolist(), pieces, str(folder))
-        _quietly(dcp.load, bank, wanted, checkpoint_id=folder, planner=_Streamed(bank.place))
+        _read(folder, wanted, bank.place, bank.group)
     except (RuntimeError, dcp.CheckpointException) as error:
         raise RuntimeError(bank.lost(f"loading {folder}")) from error
     bank.take_counts(small["counts"], small["heads"])
+
+
+def load_whole(folder: str | os.PathLike) -> dict[str, Tensor]:
+    """The bank as the state dict of a `ReferenceBank`, on the CPU; for one process, whatever others do."""
+    small, pieces = _describe(folder)
+    _quietly(dcp.load, small, None, checkpoint_id=folder)
+    capacity, groups, _ = small.pop("layout").tolist()
+    whole = {split_key(key)[0]: (shape[1:], dtype) for key, (shape, dtype) in pieces.items()}
+    state = {name: torch.zeros(groups, capacity, *shape, dtype=dtype) for name, (shape, dtype) in whole.items()}
+
+    def take(key: str, piece: Tensor) -> None:
+        y, slot = slots_of(key, len(piece), capacity)
+        used = slot < capacity
+        state[split_key(key)[0]][y[used], slot[used]] = piece[used]
+
+    _read(folder, pieces, take, None)
+    return state | small
+
+
+def _describe(folder: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """Tensors to load what is not in pieces, and shape and dtype of every piece."""
+    try:
+        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        about = {key: (tuple(saved[key].size), saved[key].properties.dtype) for key in saved}
+        small = {key: torch.zeros(about[key][0], dtype=about[key][1]) for key in ("layout", "counts", "heads")}
+    except (OSError, EOFError, KeyError) as error:
+        raise ValueError(f"folder: expected a bank that was saved whole, got {str(folder)!r}") from error
+    return small, {key: kind for key, kind in about.items() if split_key(key)}
+
+
+def _read(folder, pieces, take: Callable[[str, Tensor], None], group: dist.ProcessGroup | None) -> None:
+    """Read pieces one by one, and hand each to `take`."""
+    # tensors without memory: shapes to be asked for
+    wanted = {key: torch.empty(1, dtype=dtype).expand(shape) for key, (shape, dtype) in pieces.items()}
+    _quietly(dcp.load, wanted, group, checkpoint_id=folder, planner=_Streamed(take))
 
 
 class _Streamed(dcp.DefaultLoadPlanner):
@@ -82,10 +104,10 @@ class _Streamed(dcp.DefaultLoadPlanner):
         self.take(read_item.dest_index.fqn, tensor)
 
 
-def _quietly(call: Callable[..., object], bank: ShardedReferenceBank, state: dict[str, Tensor], **options) -> None:
+def _quietly(call: Callable[..., object], state: dict[str, Tensor], group: dist.ProcessGroup | None, **options) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there is one process
-        call(state, process_group=bank.group, no_dist=bank.group is None, **options)
+        call(state, process_group=group, no_dist=group is None, **options)
 
 
 def _first_process(bank: ShardedReferenceBank, act: Callable[[], None]) -> None:
