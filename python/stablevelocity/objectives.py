@@ -10,7 +10,8 @@ torch.compile(fullgraph=True), both with generator=None (the device's default ge
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -77,6 +78,36 @@ class CFMObjective:
         target = self.interpolant.conditional(x0, noise, t, self.prediction)
         return TrainingSample(self.interpolant.interpolate(x0, noise, t), t, labels, target, x0, noise)
 
+    def ahead(self, batches: Iterable[Sequence[Tensor | None]]) -> Iterator[TrainingSample]:
+        """The draws of batches (x0, labels), each made while the step on the one before runs.
+
+        On CUDA a draw is on a stream of its own, beside the model's kernels: what it takes, and what a bank in parts
+        communicates, is hidden by them. Draws come in the order of the batches; the bank is one batch ahead of the
+        model, which no draw depends on. A bank in parts needs a process group of its own for that, since the
+        collectives of one group wait for one another (`torch.distributed.new_group()`).
+
+        Args:
+            batches: x0 (N, *S) and labels (N,) or None, on the device, made on the current stream.
+        """
+        side, waiting = None, None
+        for x0, labels in batches:
+            if not x0.is_cuda:
+                draw, ready = self.sample(x0, labels), None
+            else:
+                side = side or torch.cuda.Stream(x0.device)
+                side.wait_stream(torch.cuda.current_stream(x0.device))
+                with torch.cuda.stream(side):
+                    draw = self.sample(x0, labels)
+                    ready = side.record_event()
+                for given in (x0, labels):
+                    if given is not None:
+                        given.record_stream(side)
+            if waiting is not None:
+                yield _arrived(*waiting)
+            waiting = draw, ready
+        if waiting is not None:
+            yield _arrived(*waiting)
+
     def loss(self, output: Tensor, sample: TrainingSample) -> Tensor:
         """Mean squared error (0-d float32) of the model's output (N, *S) to the sample's target."""
         if output.shape != sample.target.shape:
@@ -95,6 +126,18 @@ class CFMObjective:
     def _times_and_noise(self, x0: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         t = clamp_time(self.times(x0.shape[0], x0.device, generator))
         return t, torch.randn(x0.shape, device=x0.device, generator=generator)
+
+
+def _arrived(draw: TrainingSample, ready: torch.cuda.Event | None) -> TrainingSample:
+    """A draw that the current stream may use."""
+    if ready is not None:
+        current = torch.cuda.current_stream(draw.x_t.device)
+        current.wait_event(ready)
+        for field in fields(draw):
+            value = getattr(draw, field.name)
+            if value is not None:
+                value.record_stream(current)
+    return draw
 
 
 class StableVMObjective(CFMObjective):
