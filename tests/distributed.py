@@ -1,4 +1,4 @@
-"""How tests run a function on several gloo processes, all with one deadline.
+"""How tests run a function on several processes, all with one deadline: gloo, or NCCL with a GPU for each.
 
 `run_processes(f, world, folder)` calls f(rank, world, folder) on every process of a group. A process that fails, or
 outlives the deadline, fails the test with its output. Processes are forked from a server that has imported torch.
@@ -44,14 +44,16 @@ class Worker:
             time.sleep(0.01)
 
 
-def _main(work: Work, rank: int, world: int, folder: str, log: str, timeout: float) -> None:
+def _main(work: Work, rank: int, world: int, folder: str, log: str, timeout: float, backend: str) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{folder}/rendezvous",
             rank=rank,
             world_size=world,
@@ -67,14 +69,14 @@ def _main(work: Work, rank: int, world: int, folder: str, log: str, timeout: flo
         os._exit(1)
 
 
-def start_processes(work: Work, world: int, folder: Path, timeout: float = 60.0) -> list[Worker]:
+def start_processes(work: Work, world: int, folder: Path, timeout: float = 60.0, backend: str = "gloo") -> list[Worker]:
     """Start a group; timeout: seconds of its collectives."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rendezvous").unlink(missing_ok=True)
     workers = []
     for rank in range(world):
         log = folder / f"log-{rank}"
-        args = (work, rank, world, str(folder), str(log), timeout)
+        args = (work, rank, world, str(folder), str(log), timeout, backend)
         workers.append(Worker(CONTEXT.Process(target=_main, args=args, daemon=True), log))
         workers[-1].process.start()
     return workers
@@ -91,8 +93,8 @@ def finish_processes(workers: list[Worker], deadline: float) -> list[tuple[int, 
     return [(worker.process.exitcode, worker.output()) for worker in workers]
 
 
-def run_processes(work: Work, world: int, folder: Path, deadline: float = 120.0) -> None:
+def run_processes(work: Work, world: int, folder: Path, deadline: float = 120.0, backend: str = "gloo") -> None:
     """A function that succeeds on every process."""
-    results = finish_processes(start_processes(work, world, folder), deadline)
+    results = finish_processes(start_processes(work, world, folder, backend=backend), deadline)
     failed = [f"process {rank}: {code}\n{out[-3000:]}" for rank, (code, out) in enumerate(results) if code]
     assert not failed, "\n".join(failed)

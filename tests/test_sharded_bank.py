@@ -425,3 +425,100 @@ def test_a_lost_process_ends_the_others_with_an_error(tmp_path, how):
     (code, out), _ = finish_processes(workers, deadline=1)
     assert code == 1
     assert "expected all 2 processes of the group to take part in a step; process 0 waited" in out, out[-2000:]
+
+
+# --- on GPUs
+
+
+def check_on_gpus(rank, world, folder):
+    """Equal to one bank, with no wait for the device; then the step in a CUDA graph, and compiled."""
+    d, n = 1024, 24
+    plain = sv.ReferenceBank((d,), CLASSES, 9, track_indices=True, device="cuda")
+    sharded, replayed, compiled = (
+        sv.ShardedReferenceBank((d,), CLASSES, 9, track_indices=True, device="cuda") for _ in range(3)
+    )
+    rng = torch.Generator("cuda").manual_seed(0)
+
+    def batch(step):
+        x = torch.randn(n * world, d, device="cuda", generator=rng)
+        y = torch.randint(CLASSES, (n * world,), device="cuda", generator=rng)
+        return x, y, torch.arange(n * world, device="cuda") + step * n * world
+
+    def share(parts):
+        return [own(part, rank, world) for part in parts]
+
+    objectives = {bank: sv.StableVMObjective(bank, cfg_prob=0.3, t_min=0.3) for bank in (sharded, replayed, compiled)}
+    whole = sv.StableVMObjective(plain, cfg_prob=0.3, t_min=0.3, update_bank=False)
+    static = share(batch(0))
+    for bank in (sharded, replayed):  # loads kernels and communicators
+        objectives[bank].sample(*static[:2], indices=static[2])
+        bank.take_counts(torch.zeros_like(bank.counts), torch.zeros_like(bank.heads))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        kept = objectives[replayed].sample(*static[:2], indices=static[2])
+    fast = torch.compile(objectives[compiled].sample, fullgraph=True, dynamic=False)
+    for step in range(4):
+        given = batch(step)
+        mine = share(given)
+        plain.push(*given)
+        torch.manual_seed(10 * step + rank)
+        expected = whole.sample(*mine[:2])
+        torch.manual_seed(10 * step + rank)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        draw = objectives[sharded].sample(*mine[:2], indices=mine[2])
+        torch.cuda.set_sync_debug_mode("default")
+        for name in ("x_t", "t", "labels", "x0", "noise"):
+            assert torch.equal(getattr(draw, name), getattr(expected, name)), name
+        assert_close(draw.target, expected.target)
+        for target, source in zip(static, mine, strict=True):
+            target.copy_(source)
+        graph.replay()
+        again = fast(*mine[:2], indices=mine[2])
+        for bank, made in ((replayed, kept), (compiled, again)):
+            assert_same_rings(plain, bank, rank, world)
+            over = made.t >= 0.3
+            wanted = plain.target(made.x_t, made.t, made.labels)
+            assert over.any()
+            assert_close(made.target[over], wanted[over])
+    assert_same_rings(plain, sharded, rank, world)
+    sharded.save(f"{folder}/saved")
+    other = sv.ShardedReferenceBank((d,), CLASSES, 9, track_indices=True, device="cuda")
+    other.load(f"{folder}/saved")
+    assert_same_rings(plain, other, rank, world)
+    del graph
+
+
+@pytest.mark.gpu
+def test_two_gpus(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    run_processes(check_on_gpus, 2, tmp_path, backend="nccl")
+
+
+def contract_on_gpus(rank, world, folder):
+    """The contract across the sizes that the kernels cut differently, for a pool and for classes."""
+    rng = torch.Generator().manual_seed(0)
+    for d in (300, 4096, 65_536):
+        refs = make_references(40, d, "shifted", rng).half()
+        for classes in (0, 4):
+            bank = sv.ShardedReferenceBank((d,), classes, 40, null="all", device="cuda")
+            labels = torch.arange(40) % 4
+            bank.prefill([(refs.float(), labels)])
+            t = torch.tensor([0.05, 0.5, 0.9, 0.999])
+            x = (1 - t[:, None]) * refs[:4].float() + t[:, None] * torch.randn(4, d, generator=rng)
+            asked = torch.tensor([0, 1, 2, 4])
+            out = bank.target(x.cuda(), t.cuda(), asked.cuda() if classes else None, prediction="x0").cpu()
+            for i in range(4):
+                members = refs if not classes or asked[i] == 4 else refs[labels == asked[i]]
+                row = slice(i, i + 1)
+                exact = sv.Linear().target(x[row].double(), members, t[row].double(), prediction="x0")
+                assert_close(out[row], exact)
+
+
+@pytest.mark.gpu
+def test_contract_on_two_gpus(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    run_processes(contract_on_gpus, 2, tmp_path, backend="nccl")

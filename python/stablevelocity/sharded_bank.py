@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from stablevelocity_kernels import bank_draw, clamp_time, posterior_part
+from stablevelocity_kernels import affine_step, bank_draw, clamp_time, posterior_part, prediction_coefficients
 
 from .bank import BankDraw, MixtureDraw, ReferenceBank
-from .interpolants import Interpolant, get_interpolant
+from .interpolants import Interpolant, check_prediction, get_interpolant
 
 PIECE_BYTES = 1 << 28  # of a part's references in one entry of a checkpoint, which is read as a whole
 
@@ -149,29 +149,31 @@ class ShardedReferenceBank(ReferenceBank):
         return super().prefill(data, batch_size=batch_size, generator=generator)
 
     def _store(self, values: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
-        """Push rows (N, *S) of the bank's dtype, which every process has, in order."""
-        self._check_range(labels, 0, max(1, self.num_classes))
-        self._write(values, labels, indices, max(1, self.num_classes))
-        if self.num_classes and self.null == "ring":  # the last ring takes every row
-            self._write(values, torch.full_like(labels, self.num_classes), indices, self.num_classes + 1)
-        self._count()
-
-    def _write(self, values: Tensor, labels: Tensor, indices: Tensor | None, rings: int) -> None:
-        """Rows whose label is not in [0, rings) are skipped."""
+        """Push rows (N, *S) of the bank's dtype, which every process has, in order; stray labels are skipped."""
+        rings, rows = max(1, self.num_classes), torch.arange(len(labels), device=labels.device)
+        self._check_range(labels, 0, rings)
+        known, y = (labels >= 0) & (labels < rings), labels.clamp(0, rings - 1)
         ordered, order = labels.sort(stable=True)
         first = torch.searchsorted(ordered, labels)
         among = torch.searchsorted(ordered, labels, right=True) - first  # rows of the same label
-        rank = torch.empty_like(labels).scatter_(0, order, torch.arange(len(labels), device=labels.device)) - first
-        known, y = (labels >= 0) & (labels < rings), labels.clamp(0, rings - 1)
-        slot = (self.heads[y] + rank) % self.capacity
-        own = known & (rank >= among - self.capacity) & ((slot + y) % self.parts == self.part)
+        rank = torch.empty_like(labels).scatter_(0, order, rows) - first  # of a row among them
+        self._write(values, indices, y, (self.heads[y] + rank) % self.capacity, known & (rank >= among - self.capacity))
+        pushed = torch.zeros_like(self.counts).index_add_(0, y, known.to(self.counts.dtype))
+        if self.num_classes and self.null == "ring":  # the last ring takes every row
+            slot = (self.heads[-1] + rows) % self.capacity
+            self._write(values, indices, self.num_classes, slot, rows >= len(rows) - self.capacity)
+            pushed[-1] = len(rows)
+        self.heads.add_(pushed).remainder_(self.capacity)
+        self.counts.add_(pushed).clamp_(max=self.capacity)
+        self._count()
+
+    def _write(self, values: Tensor, indices: Tensor | None, y: Tensor | int, slot: Tensor, kept: Tensor) -> None:
+        """Write those rows into slots (N,) of rings y that are `kept` and whose slot is here."""
+        own = kept & ((slot + y) % self.parts == self.part)
         at = torch.where(own, y * self.local_capacity + slot // self.parts, len(self.rows) - 1)
         self.rows.index_copy_(0, at, values)
         if indices is not None:
             self.row_indices.index_copy_(0, at, indices)
-        pushed = torch.zeros_like(self.counts).index_add_(0, y, known.to(self.counts.dtype))
-        self.heads.add_(pushed).remainder_(self.capacity)
-        self.counts.add_(pushed).clamp_(max=self.capacity)
 
     def _count(self) -> None:
         """What follows from `counts`."""
@@ -261,9 +263,10 @@ class ShardedReferenceBank(ReferenceBank):
     ) -> Tensor:
         """As `ReferenceBank.target`; collective, with the same number of rows everywhere."""
         path = get_interpolant(interpolant)
+        check_prediction(prediction)
         at = path.coefficients(clamp_time(t.double()))
         mean = self.posterior_mean(x_t, at.alpha, at.sigma, self.groups(labels), source, precision=precision)
-        return path.prediction(x_t, mean, t, prediction)
+        return affine_step(x_t, mean, *prediction_coefficients(prediction, at))
 
     @torch.no_grad()
     def posterior_mean(
