@@ -129,7 +129,7 @@ class ShardedReferenceBank(ReferenceBank):
         if labels is None:
             labels = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
         sent = [values.detach().to(self.rows.dtype), labels] + ([] if indices is None else [indices])
-        self._store(*(self._wait(part) for part in [self._gather(part) for part in sent]))
+        self._store(*(self._wait(part) for part in self._gather(*sent)))
 
     def _push_prefill(self, values: Tensor, labels: Tensor | None, indices: Tensor | None) -> None:
         """Every process has the same rows and keeps its share."""
@@ -145,7 +145,7 @@ class ShardedReferenceBank(ReferenceBank):
         """
         if generator is None and (isinstance(data, (Tensor, tuple)) or hasattr(data, "__getitem__")):
             seed = torch.randint(2**62, (1,)).to(self.rows.device)
-            generator = torch.Generator().manual_seed(int(self._wait(self._gather(seed))[0]))
+            generator = torch.Generator().manual_seed(int(self._wait(self._gather(seed)[0])[0]))
         return super().prefill(data, batch_size=batch_size, generator=generator)
 
     def _store(self, values: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
@@ -233,7 +233,7 @@ class ShardedReferenceBank(ReferenceBank):
         """
         n = len(u)
         ring = torch.zeros_like(u) if group is None else group.double()
-        asked = self._wait(self._gather(torch.stack([u, ring], 1)))
+        asked = self._wait(self._gather(torch.stack([u, ring], 1))[0])
         ring = asked[:, 1].long()
         self._check_range(ring, -1, len(self.counts))
         slot = _slots(self.counts.long(), self.capacity, asked[:, 0], ring)
@@ -296,7 +296,7 @@ class ShardedReferenceBank(ReferenceBank):
         ring = torch.zeros_like(alpha) if group is None else group
         about = torch.stack([alpha.double(), sigma.double(), ring.double()], 1)
         size = max(1, -(-len(x) // self.portions))
-        coming = [(self._gather(a), self._gather(b)) for a, b in zip(x.split(size), about.split(size), strict=True)]
+        coming = [self._gather(*both) for both in zip(x.split(size), about.split(size), strict=True)]
         going = []
         for rows, those in coming:
             part = self._part(self._wait(rows), self._wait(those), group is None, precision)
@@ -332,11 +332,14 @@ class ShardedReferenceBank(ReferenceBank):
 
     # -- collectives: nothing where there is one process
 
-    def _gather(self, own: Tensor) -> Tensor:
-        """(N, ...) of every process -> (P N, ...), by rank; to be waited for."""
+    def _gather(self, *own: Tensor) -> Sequence[Tensor]:
+        """Each (N, ...) of every process -> (P N, ...), by rank; to be waited for one by one."""
         if self.parts == 1:
             return own
-        return self._call(_OPS.all_gather_into_tensor, own.contiguous(), self.parts, self._name)
+        sent = [part.contiguous() for part in own]
+        if len(sent) > 1 and sent[0].is_cuda:  # one launch of NCCL; gloo would make all of one dtype
+            return self._call(_OPS.all_gather_into_tensor_coalesced, sent, self.parts, self._name)
+        return [self._call(_OPS.all_gather_into_tensor, part, self.parts, self._name) for part in sent]
 
     def _exchange(self, sent: Tensor) -> Tensor:
         """(P N, ...), N rows for each process -> (P N, ...), N rows from each; to be waited for."""
@@ -353,6 +356,8 @@ class ShardedReferenceBank(ReferenceBank):
             return collective(*args)
         try:
             return collective(*args)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(self.lost("a step")) from error
 
