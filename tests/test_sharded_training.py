@@ -11,6 +11,16 @@ from distributed import run_processes
 from stablevelocity import checkpoint
 from stablevelocity.models.sit import SiT
 
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As in the processes: a model so small gains nothing from more, and on a busy machine they only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # --- FSDP2
 
 ROWS, STEPS, CLASSES, SHAPE = 8, 12, 3, (4, 8, 8)
