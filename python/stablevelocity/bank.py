@@ -74,9 +74,9 @@ class ReferenceBank(nn.Module):
         self.shape, self.num_classes, self.capacity, self.null = tuple(shape), num_classes, capacity, null
         self.track_indices = track_indices
         groups = max(1, num_classes) + (num_classes > 0 and null == "ring")
+        self._allocate(groups, dtype, device)
         self.register_buffer("counts", torch.zeros(groups, dtype=torch.int32, device=device))
         self.register_buffer("heads", torch.zeros(groups, dtype=torch.int32, device=device))
-        self._allocate(groups, dtype, device)
 
     def _allocate(self, groups: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         """The buffers that hold references."""

@@ -99,7 +99,7 @@ class ShardedReferenceBank(ReferenceBank):
             self.register_buffer("row_indices", torch.full((slots + 1,), -1, dtype=torch.int64, device=device))
         y = torch.arange(groups, dtype=torch.int32, device=device)
         self.register_buffer("_first", (self.part - y) % self.parts, persistent=False)  # the first own slot of a ring
-        self.register_buffer("local_counts", torch.zeros_like(self.counts), persistent=False)
+        self.register_buffer("local_counts", torch.zeros_like(y), persistent=False)
         # By ring, and last for all of them: -inf, the lse of a row whose own part is empty, or NaN where it is not.
         nothing = torch.full((groups + 1,), -math.inf, dtype=torch.float64, device=device)
         self.register_buffer("_nothing", nothing, persistent=False)
