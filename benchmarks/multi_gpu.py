@@ -188,9 +188,9 @@ def class_bank(bench: Bench) -> dict:
     steps = {
         name: sv.StableVMObjective(bank, times=times_above(T_LOW), t_min=T_LOW).sample for name, bank in banks.items()
     }
-    for calls in (targets, steps):
-        for name in list(banks)[1:] if bench.compiled else []:  # on one GPU the kernels are fused already
-            calls[f"{name}, compiled"] = torch.compile(calls[name], fullgraph=True, dynamic=False)
+    if bench.compiled:  # on one GPU the kernels are fused already
+        for calls in (targets, steps):
+            calls[f"{several}, compiled"] = torch.compile(calls[several], fullgraph=True, dynamic=False)
     errors = {
         name: check(bench, f"class bank, {name}", target(x_t, t, given)[few], expected)
         for name, target in targets.items()

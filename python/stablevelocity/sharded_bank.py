@@ -395,6 +395,7 @@ class ShardedReferenceBank(ReferenceBank):
 
         The files are written to a folder beside it, which is renamed when every process has written and flushed its
         own. Whichever process is killed, and whenever: `folder` is whole or not there, and the others get an error.
+        Banks along other dimensions of a mesh have folders of their own.
 
         Args:
             folder: what is to hold the files, on storage that all processes share; it must not exist.
