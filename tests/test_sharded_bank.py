@@ -141,6 +141,8 @@ def check_targets(rank, world, folder):
                             assert torch.equal(ours.isnan(), whole.isnan()), (capacity, null, round_, source is None)
                             assert_close(ours.nan_to_num(), whole.nan_to_num())
                 push_both(plain, sharded, global_batches(1, 2 + 9 * round_, world, seed=round_, classes=3), rank, world)
+    for nobody in (sharded.target(x[:0], t[:0], labels[:0]), sharded.draw(labels[:0]).x0):
+        assert nobody.shape == (0, *SHAPE)
     fast = sharded.target(x, t, labels, precision="fast")
     assert_close(fast.nan_to_num(), plain.target(x, t, labels, precision="fast").nan_to_num(), "fast")
     plain, sharded = build(9, num_classes=0)
@@ -244,6 +246,7 @@ def check_errors(rank, world, folder):
         (lambda: sv.ShardedReferenceBank(SHAPE, group="all"), "group: expected a process group"),
         (lambda: sv.ShardedReferenceBank(SHAPE, null="none"), "null: expected one of"),
         (lambda: bank.load(f"{folder}/nothing"), "folder: expected a bank that was saved whole"),
+        (lambda: sv.variance_curve(bank, [0.5]), f"got part {rank} of {world}" if world > 1 else "got an empty one"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -154,8 +154,8 @@ class StableVMObjective(CFMObjective):
       it, the sample would be counted twice, so take "bank" there.
 
     Args:
-        bank: a `ReferenceBank` on the device of the batches, or a `HostReferenceBank` for it; it also says how many
-            classes there are.
+        bank: a `ReferenceBank` on the device of the batches, or a `HostReferenceBank` or `ShardedReferenceBank` for it;
+            it also says how many classes there are.
         interpolant, prediction, times, cfg_prob: as in `CFMObjective`.
         t_min: rows with t below it take the conditional target, which reads no references.
         source: "bank" or "loader".

@@ -60,7 +60,7 @@ class ShardedReferenceBank(ReferenceBank):
         group: a process group or a one-dimensional `DeviceMesh` (one dimension of a larger one: `mesh["bank"]`). None:
             the default group, or this process alone without `init_process_group`. Along other dimensions of a mesh
             there are further banks, each fed by its own group.
-        portions: that the rows of a target travel in.
+        portions: how many the rows of a target travel in.
         device: of this process's part.
 
     Raises:
@@ -301,7 +301,7 @@ class ShardedReferenceBank(ReferenceBank):
         for rows, those in coming:
             part = self._part(self._wait(rows), self._wait(those), group is None, precision)
             going.append(self._exchange(part))
-        back = [self._wait(part).unflatten(0, (self.parts, -1)) for part in going]
+        back = [self._wait(part).unflatten(0, (self.parts, len(part) // self.parts)) for part in going]
         return self._merge(back[0] if len(back) == 1 else torch.cat(back, 1), x, alpha, sigma, source)
 
     def _part(self, x: Tensor, about: Tensor, one_ring: bool, precision: str) -> Tensor:
