@@ -312,12 +312,13 @@ class ShardedReferenceBank(ReferenceBank):
         else:
             mean, lse = posterior_part(x, self.refs, alpha, sigma, group, self.local_counts, precision=precision)
         lse = torch.where(lse.isnan(), self._nothing[group.clamp(-1, len(self.counts) - 1)], lse)
-        return torch.cat([mean.reshape(len(x), math.prod(self.shape)), lse[:, None].view(mean.dtype)], 1)
+        bits = lse.view(mean.dtype).reshape(len(x), 8 // mean.element_size())
+        return torch.cat([mean.reshape(len(x), math.prod(self.shape)), bits], 1)
 
     def _merge(self, back: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, source: Tensor | None) -> Tensor:
         """What the parts gave for the own rows, (P, N, D + columns of lse), weighted by their shares of the whole."""
         d = math.prod(self.shape)
-        mean, lse = back[..., :d], back[..., d:].contiguous().view(torch.float64)[..., 0]
+        mean, lse = back[..., :d], back[..., d:].reshape(-1).view(torch.float64).view(back.shape[:2])
         if source is not None:  # one part more, of one reference to a row
             rows = torch.arange(len(x), device=x.device)
             _, own = posterior_part(x, source[:, None], alpha, sigma, rows)

@@ -31,6 +31,7 @@ def test_is_posterior_mean_with_a_float64_lse(implementation, rng, pattern):
 def test_two_parts_merge_within_the_contract(implementation, rng, geometry, d):
     if implementation.interpreted and d > 5000:
         pytest.skip("too large to interpret")
+    d = d // 4 if implementation.interpreted else d
     problem = make_problem(d, 20, geometry, rng, times=(0.5, 0.9, 0.999), each=2)
     op, args = implementation.op("posterior_part"), (1 - problem.t.double(), problem.t.double())
     first, second = op(problem.x, problem.refs[:7], *args), op(problem.x, problem.refs[7:], *args)
