@@ -27,6 +27,7 @@ inline Prediction prediction_of(const std::string& name) {
   return name == "score" ? Prediction::score : Prediction::velocity;
 }
 
+constexpr double HALF_PI = 1.5707963267948966;
 constexpr double T_EPS = 1e-5;  // t is clamped to [T_EPS, 1 - T_EPS]
 
 SVEL_HOST_DEVICE inline double clamp_to(double t, double low, double high) {
@@ -47,9 +48,18 @@ struct PathCoefficients {
 
 SVEL_HOST_DEVICE inline PathCoefficients path_coefficients(Path path, double t) {
   if (path == Path::linear) return {1.0 - t, t, -1.0, 1.0};
-  const double half_pi = 1.5707963267948966;
-  const double c = cos(half_pi * t), s = sin(half_pi * t);
-  return {c, s, -half_pi * s, half_pi * c};
+#if defined(__CUDA_ARCH__)
+  double s, c;
+  sincospi(0.5 * t, &s, &c);  // no reduction of large arguments, which takes stack memory
+#else
+  const double c = std::cos(HALF_PI * t), s = std::sin(HALF_PI * t);
+#endif
+  return {c, s, -HALF_PI * s, HALF_PI * c};
+}
+
+// alpha sigma' - sigma alpha', the same at every t
+SVEL_HOST_DEVICE inline double path_determinant(Path path) {
+  return path == Path::linear ? 1.0 : HALF_PI;
 }
 
 // prediction = a x + b m, m the posterior mean of x_0; or a x_0 + b noise
@@ -86,25 +96,30 @@ SVEL_HOST_DEVICE inline PredictionCoefficients conditional_coefficients(Predicti
   }
 }
 
-// a x + b v + c noise: the closed-form StableVS step from t (where `now` holds) to tau < t
+// How a step divides sigma_tau: kept^2 + fresh^2 = 1, fresh the noise factor
+struct NoiseSplit {
+  double kept, fresh;
+};
+
+inline NoiseSplit split_noise(double noise_factor) {
+  return {std::sqrt(1.0 - noise_factor * noise_factor), noise_factor};
+}
+
+// a x + b v + c noise: the closed-form StableVS step
 struct StepCoefficients {
   double a, b, c;
 };
 
-SVEL_HOST_DEVICE inline StepCoefficients stablevs_coefficients(const PathCoefficients& now,
-                                                               const PathCoefficients& next,
-                                                               double noise_factor) {
-  const double beta = noise_factor * next.sigma;
-  const double s = next.sigma * sqrt(1.0 - noise_factor * noise_factor) / now.sigma;
-  const double b = (next.alpha - s * now.alpha) / now.x0_factor();
-  return {s - b * now.x_factor(), b, beta};
-}
-
-// The step of svel::stablevs_step: t clamped to [T_EPS, 1 - T_EPS], tau to [0, 1].
+// The step of svel::stablevs_step from t, clamped to [T_EPS, 1 - T_EPS], to tau, clamped to [0, 1]. With
+// x = alpha x_0 + sigma eps and v = alpha' x_0 + sigma' eps solved for x_0 and eps, it is
+// alpha_tau x_0 + kept sigma_tau eps + fresh sigma_tau noise; nothing is divided by sigma.
 SVEL_HOST_DEVICE inline StepCoefficients stablevs_coefficients(Path path, double t, double tau,
-                                                               double noise_factor) {
-  return stablevs_coefficients(path_coefficients(path, clamp_time(t)),
-                               path_coefficients(path, clamp_to(tau, 0.0, 1.0)), noise_factor);
+                                                               NoiseSplit split) {
+  const PathCoefficients now = path_coefficients(path, clamp_time(t));
+  const PathCoefficients next = path_coefficients(path, clamp_to(tau, 0.0, 1.0));
+  const double kept = split.kept * next.sigma, scale = 1.0 / path_determinant(path);
+  return {(next.alpha * now.d_sigma - kept * now.d_alpha) * scale,
+          (kept * now.alpha - next.alpha * now.sigma) * scale, split.fresh * next.sigma};
 }
 
 }  // namespace svel

@@ -54,10 +54,11 @@ Tensor stablevs_step(const Tensor& sample, const Tensor& velocity, const Tensor&
   check_stablevs_step(sample, velocity, t, tau, velocity_uncond, noise, noise_factor, path);
   const int64_t rows = t.dim() == 0 && tau.dim() == 0 ? 1 : sample.size(0);
   const std::vector<double> now = scalars(t, rows), next = scalars(tau, rows);
+  const NoiseSplit split = split_noise(noise_factor);
   std::vector<double> coef;
   coef.reserve(3 * rows);
   for (int64_t i = 0; i < rows; ++i) {
-    const StepCoefficients step = stablevs_coefficients(path_of(path), now[i], next[i], noise_factor);
+    const StepCoefficients step = stablevs_coefficients(path_of(path), now[i], next[i], split);
     coef.insert(coef.end(), {step.a, step.b, step.c});
   }
   return run(sample, velocity, velocity_uncond, noise_factor > 0.0 ? noise : MaybeTensor(), coef,

@@ -18,7 +18,8 @@ struct Step {
   bool first_shared, second_shared, third_shared;
   bool from_time;
   Path path;
-  double noise_factor, guidance_scale;
+  NoiseSplit split;
+  double guidance_scale;
   int64_t d, blocks_per_row;
   bool vectors;  // 8 elements at a time are aligned
 };
@@ -26,7 +27,7 @@ struct Step {
 __device__ StepCoefficients coefficients(const Step& step, int64_t row) {
   const double first = load_as<double>(step.first, step.first_shared ? 0 : row);
   const double second = load_as<double>(step.second, step.second_shared ? 0 : row);
-  if (step.from_time) return stablevs_coefficients(step.path, first, second, step.noise_factor);
+  if (step.from_time) return stablevs_coefficients(step.path, first, second, step.split);
   return {first, second, step.third.data ? load_as<double>(step.third, step.third_shared ? 0 : row) : 0.0};
 }
 
@@ -139,7 +140,7 @@ Tensor stablevs_step(const Tensor& sample, const Tensor& velocity, const Tensor&
   step.first_shared = t.dim() == 0, step.second_shared = tau.dim() == 0, step.third_shared = true;
   step.from_time = true;
   step.path = path_of(path);
-  step.noise_factor = noise_factor;
+  step.split = split_noise(noise_factor);
   step.guidance_scale = guidance_scale;
   return run("stablevs_step", step, sample, velocity, velocity_uncond,
              noise_factor > 0.0 ? noise : MaybeTensor());
