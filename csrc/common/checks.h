@@ -125,6 +125,15 @@ inline void check_shape(const char* op, const char* arg, const Tensor& t, const 
   }
 }
 
+// The same without a list of the expected sizes, for what is called at every step.
+inline void check_shape_like(const char* op, const char* arg, const Tensor& t, const Tensor& like,
+                             const char* meaning) {
+  const auto sizes = t.sizes(), expected = like.sizes();
+  if (!std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end())) {
+    fail(op, arg, std::string("shape ") + meaning + " = " + to_text(shape_of(like)), to_text(shape_of(t)));
+  }
+}
+
 inline void check_choice(const char* op, const char* arg, const std::string& value,
                          std::initializer_list<const char*> choices) {
   if (std::find(choices.begin(), choices.end(), value) != choices.end()) return;
@@ -192,17 +201,18 @@ inline void check_labels_in_range(const char* op, const int64_t* labels, int64_t
 }
 
 // A sampling step: sample (N, *S) floating point; velocity, velocity_uncond, noise alike.
-inline void check_step(const char* op, const Tensor& sample,
-                       std::initializer_list<std::pair<const char*, MaybeTensor>> others) {
+inline void check_step(const char* op, const Tensor& sample, const Tensor& velocity,
+                       const MaybeTensor& velocity_uncond, const MaybeTensor& noise) {
   if (sample.dim() < 1) fail(op, "sample", "shape (N, *S)", to_text(shape_of(sample)));
   check_dtype(op, "sample", sample, FLOATS);
-  const std::vector<int64_t> shape = shape_of(sample);
-  for (const auto& [arg, value] : others) {
-    if (!value) continue;
-    check_dtype(op, arg, *value, FLOATS);
-    check_shape(op, arg, *value, shape, "of sample, (N, *S)");
-    check_device(op, arg, *value, sample);
-  }
+  const auto check = [&](const char* arg, const Tensor& value) {
+    check_dtype(op, arg, value, FLOATS);
+    check_shape_like(op, arg, value, sample, "of sample, (N, *S)");
+    check_device(op, arg, value, sample);
+  };
+  check("velocity", velocity);
+  if (velocity_uncond) check("velocity_uncond", *velocity_uncond);
+  if (noise) check("noise", *noise);
 }
 
 // A coefficient or time of a step: (N,) or 0-d, float32 or float64.
@@ -263,7 +273,7 @@ inline void check_affine_step(const Tensor& sample, const Tensor& velocity, cons
                               const MaybeTensor& c, const MaybeTensor& velocity_uncond,
                               const MaybeTensor& noise) {
   const char* op = "affine_step";
-  check_step(op, sample, {{"velocity", velocity}, {"velocity_uncond", velocity_uncond}, {"noise", noise}});
+  check_step(op, sample, velocity, velocity_uncond, noise);
   check_step_scalar(op, "a", a, sample);
   check_step_scalar(op, "b", b, sample);
   if (c) check_step_scalar(op, "c", *c, sample);
@@ -277,7 +287,7 @@ inline void check_stablevs_step(const Tensor& sample, const Tensor& velocity, co
                                 const Tensor& tau, const MaybeTensor& velocity_uncond,
                                 const MaybeTensor& noise, double noise_factor, const std::string& path) {
   const char* op = "stablevs_step";
-  check_step(op, sample, {{"velocity", velocity}, {"velocity_uncond", velocity_uncond}, {"noise", noise}});
+  check_step(op, sample, velocity, velocity_uncond, noise);
   check_step_scalar(op, "t", t, sample);
   check_step_scalar(op, "tau", tau, sample);
   check_path(op, path);
@@ -294,7 +304,7 @@ inline void check_va_repa(const char* op, const Tensor& projected, const Tensor&
   check_dtype(op, "projected", projected, FLOATS);
   check_dtype(op, "teacher", teacher, FLOATS);
   if (projected.dim() != 3) fail(op, "projected", "shape (B, T, C)", to_text(shape_of(projected)));
-  check_shape(op, "teacher", teacher, shape_of(projected), "of projected, (B, T, C)");
+  check_shape_like(op, "teacher", teacher, projected, "of projected, (B, T, C)");
   check_device(op, "teacher", teacher, projected);
   check_row_scalar(op, "weight", weight, projected);
 }

@@ -2,6 +2,7 @@
 // pass.
 #include <vector>
 
+#include "common/allocate.h"
 #include "common/host_tensor.h"
 #include "common/ops.h"
 #include "common/parallel.h"
@@ -16,7 +17,7 @@ Tensor run(const Tensor& sample, const Tensor& velocity, const MaybeTensor& velo
            const MaybeTensor& noise, const std::vector<double>& coef, double guidance_scale) {
   const Tensor x = packed(sample), v = packed(velocity);
   const MaybeTensor u = packed(velocity_uncond), eps = packed(noise);
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+  const Tensor out = packed_like(x);
   const int64_t total = x.numel(), rows = static_cast<int64_t>(coef.size()) / 3;
   if (total == 0) return out;
   const StepProblem problem{values_of(x),

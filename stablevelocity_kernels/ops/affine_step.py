@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _checks, reference
@@ -19,7 +18,7 @@ def _fake(sample, velocity, a, b, c=None, velocity_uncond=None, noise=None, *, g
     return sample.new_empty(sample.shape)
 
 
-define(SCHEMA, fake=_fake, reference=reference.affine_step)
+_OP = define(SCHEMA, fake=_fake, reference=reference.affine_step)
 
 
 def affine_step(
@@ -53,4 +52,4 @@ def affine_step(
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
-    return torch.ops.svel.affine_step(sample, velocity, a, b, c, velocity_uncond, noise, guidance_scale=guidance_scale)
+    return _OP(sample, velocity, a, b, c, velocity_uncond, noise, guidance_scale=guidance_scale)

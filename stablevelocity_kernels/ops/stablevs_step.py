@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _checks, reference
@@ -30,7 +29,7 @@ def _fake(
     return sample.new_empty(sample.shape)
 
 
-define(SCHEMA, fake=_fake, reference=reference.stablevs_step)
+_OP = define(SCHEMA, fake=_fake, reference=reference.stablevs_step)
 
 
 def stablevs_step(
@@ -70,7 +69,7 @@ def stablevs_step(
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
-    return torch.ops.svel.stablevs_step(
+    return _OP(
         sample,
         velocity,
         t,

@@ -22,8 +22,10 @@ def _fake_backward(grad, projected, teacher, weight):
     return projected.new_empty(projected.shape)
 
 
-define(SCHEMA, fake=_fake, reference=reference.va_repa_loss)
-define(BACKWARD_SCHEMA, fake=_fake_backward, reference=reference.va_repa_loss_backward, module="va_repa_loss")
+_OP = define(SCHEMA, fake=_fake, reference=reference.va_repa_loss)
+_BACKWARD = define(
+    BACKWARD_SCHEMA, fake=_fake_backward, reference=reference.va_repa_loss_backward, module="va_repa_loss"
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -37,7 +39,7 @@ def _backward(ctx, grad):
             "svel::va_repa_loss is differentiable in projected only: detach teacher and weight, which are constants of "
             "the training step"
         )
-    return torch.ops.svel.va_repa_loss_backward(grad, projected, teacher, weight), None, None
+    return _BACKWARD(grad, projected, teacher, weight), None, None
 
 
 def _backward_of_backward(ctx, grad):
@@ -65,4 +67,4 @@ def va_repa_loss(projected: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     Raises:
         RuntimeError: naming the argument, what was expected and what came; and on double backward.
     """
-    return torch.ops.svel.va_repa_loss(projected, teacher, weight)
+    return _OP(projected, teacher, weight)
