@@ -48,17 +48,21 @@ def banks(rng: torch.Generator) -> None:
 
 def steps(rng: torch.Generator) -> None:
     for shape in ((3, 8), (2, 2051), (2, 4, 16, 16)):
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             x = torch.randn(shape, device="cuda", generator=rng).to(dtype)
             t = torch.full(shape[:1], 0.6, device="cuda")
             svel.stablevs_step(x, x, t, t * 0.5, x, x, guidance_scale=2.0, noise_factor=0.3, path="cosine")
+            svel.affine_step(x, x.float(), t[0], t)
             svel.affine_step(x, x, t[0], t)
 
 
 def losses(rng: torch.Generator) -> None:
-    for shape in ((2, 3, 8), (3, 5, 77), (4, 16, 768)):
-        p = torch.randn(shape, device="cuda", generator=rng).requires_grad_()
-        svel.va_repa_loss(p, torch.randn_like(p).bfloat16(), torch.ones(shape[0], device="cuda")).backward()
+    """Tokens held in registers, of one to four packs of channels, and the others; features of one dtype and of two."""
+    for shape in ((2, 3, 8), (3, 5, 77), (3, 5, 264), (4, 16, 768), (3, 3, 1024), (2, 3, 1032)):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            p = torch.randn(shape, device="cuda", generator=rng).to(dtype).requires_grad_()
+            for teacher in (torch.randn_like(p), torch.randn_like(p).bfloat16()):
+                svel.va_repa_loss(p, teacher, torch.ones(shape[0], device="cuda")).backward()
 
 
 def pushes(rng: torch.Generator) -> None:

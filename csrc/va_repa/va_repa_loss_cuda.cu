@@ -27,8 +27,9 @@ __global__ void __launch_bounds__(REDUCE_THREADS)
 }
 
 Tokens tokens_of(const Tensor& projected, const Tensor& teacher, const Tensor& weight) {
-  Tokens in{array_of(projected), array_of(teacher), array_of(weight),
-            projected.size(0),   projected.size(1), projected.size(2)};
+  Tokens in{};
+  in.projected = array_of(projected), in.teacher = array_of(teacher), in.weight = array_of(weight);
+  in.b = projected.size(0), in.t = projected.size(1), in.c = projected.size(2);
   in.count = in.b * in.t;
   in.vectors = in.c % PACK == 0 && is_aligned(in.projected.data) && is_aligned(in.teacher.data);
   return in;
