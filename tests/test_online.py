@@ -167,6 +167,16 @@ def test_auto_t_min(source, rng):
     assert (curve[2] > 0).all(), "every bin stays measured"
 
 
+def test_a_bank_on_the_host(rng):
+    bank = sv.HostReferenceBank((4,), num_classes=3, capacity=16, dtype=torch.float32, device="cpu")
+    objective = sv.StableVMObjective(bank, t_min="auto", cfg_prob=0.0)
+    x0, labels = torch.randn(64, 4, generator=rng), torch.arange(64) % 3
+    for _ in range(40):
+        objective.sample(x0, labels, generator=rng)
+    assert objective.variance.seen > 2048
+    assert 0.0 < float(objective.variance.split(0.01)) < float(objective.variance.split()) < 0.8
+
+
 def test_a_collapsed_estimate_recovers(rng):
     """With an empty bank the set is the sample alone and nothing seems to vary; once it is full, the split is found."""
     data = torch.randn(600, 8, generator=rng)

@@ -117,8 +117,8 @@ def main(args: argparse.Namespace) -> None:
     found, exact, growing = {}, {}, {}
     for dim in DIMS:
         mixture = sv.GaussianMixture.random(dim, generator=torch.Generator().manual_seed(args.seed)).to(device)
-        largest = mixture.sample(max(*args.sizes, 10_000)).float()
-        found[str(dim)] = measure(largest[:10_000], args, rows)
+        largest = mixture.sample(max(*args.sizes, args.samples)).float()
+        found[str(dim)] = measure(largest[: args.samples], args, rows)
         exact[str(dim)] = exact_curve(mixture, min(rows, 2000)).tolist()
         if dim < 500:
             growing[str(dim)] = {str(n): measure(largest[:n], args, affordable(rows, n, device)) for n in args.sizes}
@@ -162,7 +162,8 @@ def report(found: dict, exact: dict, growing: dict, args: argparse.Namespace, se
 if __name__ == "__main__":
     p = arguments(__doc__.splitlines()[0])
     p.add_argument("--rows", type=int, help="noisy samples at each time: 500, on CUDA 10,000")
-    p.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="samples of the mixtures with D = 10 and 100")
+    p.add_argument("--samples", type=int, default=10_000, help="of the mixtures")
+    p.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="also so many, for D = 10 and 100")
     p.add_argument(
         "--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz"), help=" "
     )
