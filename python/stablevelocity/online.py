@@ -14,6 +14,7 @@ from .variance import LEVELS, crossing
 
 _READY = 2048  # measured rows before a split is believed
 _MOMENT_ROWS = 65_536  # the mean and variance of the data are those of about so many rows
+_MOMENT_BATCH = 32  # rows of each batch that they are taken from
 _MOST = float(1 << 23)  # up to here float32 counts exactly
 
 
@@ -27,9 +28,9 @@ class OnlineVariance(nn.Module):
         E |conditional - target|^2 = V_CFM(t) - V_StableVM(t; M).
 
     Both vectors of a training step are known, so this is measured without a further pass over references. It is kept
-    in bins of time as a share of the prior's variance, the newest `horizon` rows of a bin counting most, together
-    with mean and variance of the data, classes ignored. `update` waits for nothing on the host: it captures in a CUDA
-    graph and compiles with fullgraph=True. The buffers are all there is to save.
+    in bins of time as a share of the prior's variance, the newest `horizon` rows of a bin counting most; mean and
+    variance of the data, classes ignored, come from 32 rows of each batch. `update` waits for nothing on the host: it
+    captures in a CUDA graph and compiles with fullgraph=True. The buffers are all there is to save.
 
     The curve is that of sets of M. Over more data x_t has more sources, and V_CFM leaves zero earlier: the split of
     all data, which `variance_curve` measures, is at most this one. For the `t_min` of the set that is trained with it
@@ -83,13 +84,15 @@ class OnlineVariance(nn.Module):
             measured: (N,) bool, False where the target is the conditional one. Rows that are not finite are left out.
         """
         at = self.interpolant.coefficients(clamp_time(t.double()))
-        apart = target - self.interpolant.conditional(x0, noise, t, self.prediction)
+        apart = torch.linalg.vector_norm(
+            (target - self.interpolant.conditional(x0, noise, t, self.prediction)).flatten(1), dim=1
+        )
         to_velocity = at.x0_factor / prediction_coefficients(self.prediction, at)[1]
-        value = (to_velocity**2 / self.at_noise * apart.flatten(1).square().sum(1)).float()
+        value = (to_velocity**2 / self.at_noise * apart.double() ** 2).float()
         measured = measured & value.isfinite()
         place = (t * self.bins).long().clamp(0, self.bins - 1)
         member = (place[:, None] == torch.arange(self.bins, device=t.device)) & measured[:, None]  # (N, bins)
-        off = (x0 - self.mean).flatten(1)
+        off = (x0[:_MOMENT_BATCH] - self.mean).flatten(1)
         whole = off.isfinite().all(1)
         off = torch.where(whole[:, None], off, 0.0)
         sums = torch.cat(
