@@ -133,17 +133,23 @@ def main(args: argparse.Namespace) -> None:
     for m, t in tqdm([(m, t) for m in sizes for t in TIMES], desc="references and times"):
         for kind in KINDS:
             found[f"{kind} {m} {t}"] = measure(kind, mixture, m, t, sets)
+    report(found, sizes, args, time.perf_counter() - began)
+
+
+def report(found: dict, sizes: list[int], args: argparse.Namespace, seconds: float) -> None:
     shown = [m for m in (2, 8, 32, 128, 512, 4096) if m in sizes]
 
     def cell(kind: str, m: int, t: float, what: str) -> str:
         one, base = found[f"{kind} {m} {t}"], found[f"cfm {m} {t}"]["variance"]
-        scale, places = (1 / base, 4) if what == "variance" else (1, 4)
-        return f"{one[what] * scale:.{places}f} ± {one[f'{what}_error'] * scale:.{places}f}"
+        if what == "pull":
+            return f"{one[what]:.4f} ± {one['pull_error']:.4f}"
+        return f"{one[what] / base:.3g} ± {one['variance_error'] / base:.1g}"
 
     variance = [
         [label, *(cell(kind, m, 0.9, "variance") for m in shown)] for kind, (label, _) in KINDS.items() if kind != "cfm"
     ]
-    variance.append(["1 / (M - 1)", *(f"{1 / (m - 1):.4f}" for m in shown)])
+    variance.append(["1 / M", *(f"{1 / m:.3g}" for m in shown)])
+    variance.append(["1 / (M - 1)", *(f"{1 / (m - 1):.3g}" for m in shown)])
     bias = [
         [f"{label}, t = {t}", *(cell(kind, m, t, "pull") for m in shown)]
         for t in TIMES
@@ -153,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
         [label, f"{max(abs(z) for m in sizes for t in TIMES for z in found[f'{kind} {m} {t}']['z']):.1f}"]
         for kind, (label, _) in KINDS.items()
     ]
-    record = {"seconds": time.perf_counter() - began, "times": TIMES, "references": sizes, "found": found}
+    record = {"seconds": seconds, "times": TIMES, "references": sizes, "found": found}
     counts = len(sizes) * len(TIMES) * 6
     tables = {
         "variance": table(["variance over CFM's, t = 0.9", *(f"M = {m:,}" for m in shown)], variance),
