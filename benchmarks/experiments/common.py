@@ -62,6 +62,13 @@ def new_figure(columns: int, width: float = 9.6, height: float = 3.9) -> tuple[A
     return plt.subplots(1, columns, figsize=(width, height), dpi=100, layout="constrained", squeeze=False)
 
 
+def as_json(record: dict) -> str:
+    """Numbers to six digits, a list of them on one line."""
+    rounded = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
+    flat = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), json.dumps(rounded, indent=1))
+    return flat + "\n"
+
+
 def write(name: str, args: argparse.Namespace, record: dict, tables: dict[str, str], figure: Any) -> None:
     """Write <name>.png, <name>.json and <name>.md, and put the tables between their markers in the page.
 
@@ -70,7 +77,7 @@ def write(name: str, args: argparse.Namespace, record: dict, tables: dict[str, s
     args.output.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", "page")}
     record = {"settings": settings, "machine": machine(device_of(args)), "torch": torch.__version__, **record}
-    (args.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.output / f"{name}.json").write_text(as_json(record))
     notes = f"\n\nMeasured on: {record['machine']}; `{name}.py`"
     tables = {key: f"{text}{notes}, {record['seconds']:.0f} s." for key, text in tables.items()}
     (args.output / f"{name}.md").write_text("\n\n".join(tables.values()) + "\n")
