@@ -86,11 +86,7 @@ def write(name: str, args: argparse.Namespace, record: dict, tables: dict[str, s
     if args.page.is_file():
         page = args.page.read_text()
         for key, text in tables.items():
-            page = re.sub(
-                rf"(<!-- {key} -->\n).*?(\n<!-- /{key} -->)",
-                lambda found, text=text: found[1] + text + found[2],
-                page,
-                flags=re.S,
-            )
+            place = rf"(<!-- {key} -->\n).*?(<!-- /{key} -->)"
+            page = re.sub(place, lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page, flags=re.S)
         args.page.write_text(page)
     print(f"{args.output / name}.png, .json, .md in {record['seconds']:.0f} s")

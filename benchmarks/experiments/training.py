@@ -178,10 +178,10 @@ def plot(results: dict, error: dict) -> tuple:
     middle.plot([], [], ":", color="0.4", label="weights")
     middle.plot([], [], "-", color="0.4", label="their moving average")
     middle.legend(frameon=False, fontsize=8)
-    m = f"{error['references']:,} references"
-    right.plot(error["t"], error["without_small_weights"], color="0.3", label=f"{m}, weights < 1e-5 dropped")
-    right.plot(error["t"], error["all_weights"], "--", color="0.3", label=f"{m}, all weights")
-    right.legend(frameon=False, fontsize=8)
+    middle.locator_params(axis="x", nbins=4)
+    right.plot(error["t"], error["without_small_weights"], color="0.3", label="weights < 1e-5 dropped")
+    right.plot(error["t"], error["all_weights"], "--", color="0.3", label="all weights")
+    right.legend(frameon=False, fontsize=8, title=f"{error['references']:,} references", title_fontsize=8)
     return figure
 
 
