@@ -296,6 +296,7 @@ def test_a_split_that_was_written(measured, rng):
     for given in (0.62, split, measured, str(measured / "variance.json")):
         assert sv.StableVMObjective(sv.ReferenceBank((2,)), t_min=given).t_min == 0.62
         assert sv.VAREPALoss(split=given).split == 0.62
+        assert sv.StableVS(split=given).split == 0.62
 
 
 @pytest.mark.parametrize("key", ["objective.t_min", "align.split", "sampling.split"])
@@ -312,7 +313,7 @@ def test_splits_in_configurations(key, measured):
         assert value(load_config(again)) == expected
     for given, message in (
         ("1.5", rf"{key}: expected a number from 0.0 to 1.0, got 1.5"),
-        ("nowhere.json", rf"{key}: expected a number, a Split, the path of a variance.json, or 'auto'; got 'nowhere.j"),
+        ("nowhere.json", rf"{key}: expected a number, a Split, the path of a variance.json, .* got 'nowhere.json'"),
         ("true", rf"{key}: expected a number, got True"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -284,7 +284,8 @@ def fixed_split(value: float | str | os.PathLike | Split, argument: str) -> floa
         return float(value.split if isinstance(value, Split) else value)
     except (TypeError, ValueError):
         raise ValueError(
-            f"{argument}: expected a number, a Split, the path of a variance.json, or 'auto'; got {value!r}"
+            f"{argument}: expected a number, a Split, the path of a variance.json, or 'auto' where training measures "
+            f"it; got {value!r}"
         ) from None
 
 
