@@ -22,6 +22,7 @@ def targets(rng: torch.Generator) -> None:
             counts = torch.tensor([19, 0, 3], device="cuda")
             svel.stable_target(x, refs, t, labels, counts, x)
             svel.posterior_mean(x, refs[0], 1 - t, t)
+            svel.posterior_part(x, refs[0], 1 - t, t)
             unaligned = torch.empty(refs.numel() + 1, device="cuda", dtype=dtype)[1:].view_as(refs).copy_(refs)
             svel.stable_target(x, unaligned, t, labels, counts, x)
     for n, m, d in ((70, 130, 4160), (80, 70, 3), (80, 70, 10), (80, 70, 16), (80, 70, 30)):

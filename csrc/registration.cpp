@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY_IMPL(svel, CPU, m) {
 #endif
   using namespace svel::SVEL_DEVICE;
   m.impl("posterior_mean", TORCH_BOX(&posterior_mean));
+  m.impl("posterior_part", TORCH_BOX(&posterior_part));
   m.impl("stable_target", TORCH_BOX(&stable_target));
   m.impl("affine_step", TORCH_BOX(&affine_step));
   m.impl("stablevs_step", TORCH_BOX(&stablevs_step));

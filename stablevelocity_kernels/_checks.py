@@ -129,6 +129,23 @@ def check_posterior_mean(
     check_row_scalar(op, "sigma", sigma, x)
 
 
+def check_posterior_part(
+    x: Tensor,
+    refs: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    labels: Tensor | None,
+    counts: Tensor | None,
+    precision: str,
+) -> None:
+    op = "posterior_part"
+    check_reference_set(op, x, refs, labels, counts, None, precision)
+    for arg, value in (("alpha", alpha), ("sigma", sigma)):
+        check_dtype(op, arg, value, (torch.float32, torch.float64))
+        check_shape(op, arg, value, (x.shape[0],), "(N,)")
+        check_device(op, arg, value, x)
+
+
 def check_stable_target(
     x: Tensor,
     refs: Tensor,

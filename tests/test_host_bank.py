@@ -381,7 +381,7 @@ def test_training_says_where_the_bank_has_to_be(tmp_path, trainer):
     ):
         with pytest.raises(ValueError, match=f"bank.storage: expected 'device' because of {reason}"):
             trainer(tmp_path / str(i), "bank.storage=host", *settings, labels=labels)
-    with pytest.raises(ValueError, match=r"bank\.storage: expected one of device, host, got 'disk'"):
+    with pytest.raises(ValueError, match=r"bank\.storage: expected one of device, host, sharded, got 'disk'"):
         trainer(tmp_path, "bank.storage=disk")
 
 

@@ -32,6 +32,31 @@ class Shifted(sv.Cosine):
         return sv.Cosine().coefficients(t)
 
 
+def check_ahead(device, rng):
+    """The draws of `sample` in the same order, whatever the model's stream does meanwhile."""
+    stream = [[part.to(device) for part in batch(16, rng)] for _ in range(5)]
+    objectives = [sv.StableVMObjective(filled_bank(torch.Generator().manual_seed(3)).to(device)) for _ in range(2)]
+    torch.manual_seed(5)
+    expected = [objectives[0].sample(*given) for given in stream]
+    torch.manual_seed(5)
+    seen = 0
+    for draw, whole in zip(objectives[1].ahead(stream), expected, strict=True):
+        for name in ("x_t", "t", "labels", "target", "x0", "noise"):
+            assert torch.equal(getattr(draw, name), getattr(whole, name)), name
+        seen += 1
+    assert seen == len(stream)
+    assert list(objectives[1].ahead([])) == []
+
+
+def test_ahead_gives_the_draws_of_sample(rng):
+    check_ahead("cpu", rng)
+
+
+@pytest.mark.gpu
+def test_ahead_gives_the_draws_of_sample_on_cuda(rng):
+    check_ahead("cuda", rng)
+
+
 # --- what a draw consists of
 
 

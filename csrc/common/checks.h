@@ -223,6 +223,23 @@ inline void check_posterior_mean(const Tensor& x, const Tensor& refs, const Tens
   check_row_scalar(op, "sigma", sigma, x);
 }
 
+// A per-row scalar (n,), float32 or float64.
+inline void check_any_row_scalar(const char* op, const char* arg, const Tensor& t, int64_t n,
+                                 const Tensor& like) {
+  check_dtype(op, arg, t, {ScalarType::Float, ScalarType::Double});
+  check_shape(op, arg, t, {n}, "(N,)");
+  check_device(op, arg, t, like);
+}
+
+inline void check_posterior_part(const Tensor& x, const Tensor& refs, const Tensor& alpha,
+                                 const Tensor& sigma, const MaybeTensor& labels, const MaybeTensor& counts,
+                                 const std::string& precision) {
+  const char* op = "posterior_part";
+  check_reference_set(op, x, refs, labels, counts, std::nullopt, precision);
+  check_any_row_scalar(op, "alpha", alpha, x.size(0), x);
+  check_any_row_scalar(op, "sigma", sigma, x.size(0), x);
+}
+
 inline void check_path(const char* op, const std::string& path) {
   check_choice(op, "path", path, {"linear", "cosine"});
 }
@@ -323,14 +340,6 @@ inline void check_bank_push(const Tensor& refs, const Tensor& counts, const Tens
   check_shape(op, "values", values, values_shape, "(N, *S)");
   check_device(op, "values", values, refs);
   check_device(op, "labels", labels, refs);
-}
-
-// A per-row scalar (n,), float32 or float64.
-inline void check_any_row_scalar(const char* op, const char* arg, const Tensor& t, int64_t n,
-                                 const Tensor& like) {
-  check_dtype(op, arg, t, {ScalarType::Float, ScalarType::Double});
-  check_shape(op, arg, t, {n}, "(N,)");
-  check_device(op, arg, t, like);
 }
 
 // refs (K, M, *S), counts (K,); u, labels, t (N,); fallback and noise (N, *S).

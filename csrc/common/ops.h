@@ -14,6 +14,10 @@ std::tuple<Tensor, Tensor> posterior_mean(const Tensor& x, const Tensor& refs, c
                                           const MaybeTensor& counts, const MaybeTensor& source,
                                           const std::string& precision);
 
+std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, const Tensor& alpha,
+                                          const Tensor& sigma, const MaybeTensor& labels,
+                                          const MaybeTensor& counts, const std::string& precision);
+
 Tensor stable_target(const Tensor& x, const Tensor& refs, const Tensor& t, const MaybeTensor& labels,
                      const MaybeTensor& counts, const MaybeTensor& source, const std::string& path,
                      const std::string& prediction, const std::string& precision);

@@ -584,9 +584,12 @@ struct Bulk {
       x[q] *= sign;
       y[q] = element(tid, q / EV) < length ? fmaf(-rest, c[q], fmaf(-alpha, c[q], x[q])) : 0.0f;
     }
-    if (in.lse.data) {
+    if (in.lse.data) {  // exact: parts of a set with centres of their own are merged by it
 #pragma unroll
-      for (int q = 0; q < Q; ++q) square = fma(static_cast<double>(y[q]), y[q], square);
+      for (int q = 0; q < Q; ++q) {
+        const double exact = element(tid, q / EV) < length ? x[q] - row.alpha * c[q] : 0.0;
+        square = fma(exact, exact, square);
+      }
     }
     if (in.lse.data && starts) {
       square = sum_over_scorers(square, tid);

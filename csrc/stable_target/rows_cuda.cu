@@ -2,108 +2,14 @@
 // references. One block, since everything is a scan; sorting 4096 keys in shared memory takes a few
 // microseconds.
 #include "common/hopper.cuh"
-#include "stable_target/rows.cuh"
+#include "stable_target/scan.cuh"
 
 namespace svel::cuda {
 namespace {
 
-constexpr int THREADS = 1024;
-constexpr int CHUNK = 4096;
-constexpr int CHUNK_BITS = 12;
-
-__device__ int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// Exclusive scan of v over the block's threads in their order; `total` becomes the reduction of all.
-template <typename Op>
-__device__ int64_t block_scan(int64_t v, int64_t identity, Op op, int64_t* scratch, int64_t& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const auto warp_scan = [&](int64_t value) {
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int64_t other = __shfl_up_sync(0xffffffffu, value, offset);
-      if (lane >= offset) value = op(value, other);
-    }
-    return value;
-  };
-  const int64_t mine = warp_scan(v);
-  if (lane == 31) scratch[warp] = mine;
-  __syncthreads();
-  const int64_t warps = warp_scan(lane < static_cast<int>(blockDim.x) / 32 ? scratch[lane] : identity);
-  total = __shfl_sync(0xffffffffu, warps, 31);
-  const int64_t earlier = __shfl_sync(0xffffffffu, warps, warp == 0 ? 0 : warp - 1);
-  const int64_t left = __shfl_up_sync(0xffffffffu, mine, 1);
-  __syncthreads();
-  return op(warp == 0 ? identity : earlier, lane == 0 ? identity : left);
-}
-
-__device__ int64_t block_prefix(int64_t v, int64_t* scratch, int64_t& total) {
-  return block_scan(v, 0, [](int64_t a, int64_t b) { return a + b; }, scratch, total);
-}
-
-// Ascending bitonic sort of `size` keys, a power of two. A warp's 32 pairs lie in its own 64 keys while the
-// step is at most 32: then only the warp waits.
-__device__ void sort_keys(uint64_t* keys, int size) {
-  for (int span = 2; span <= size; span *= 2) {
-    for (int step = span / 2; step > 0; step /= 2) {
-      for (int i = threadIdx.x; i < size / 2; i += blockDim.x) {
-        const int low = 2 * i - (i & (step - 1)), high = low + step;
-        const bool ascending = (low & span) == 0;
-        const uint64_t a = keys[low], b = keys[high];
-        if ((a > b) == ascending) {
-          keys[low] = b;
-          keys[high] = a;
-        }
-      }
-      if (step > 32 || (step == 1 && span >= 64)) {
-        __syncthreads();
-      } else {
-        __syncwarp();
-      }
-    }
-  }
-  __syncthreads();
-}
-
-__device__ Row make_row(const Inputs& in, int64_t index, int64_t all_references, bool& alive) {
-  Row row{};
-  row.index = index;
-  row.sign = 1.0;
-  const double given = load_as<double>(in.time_or_alpha, index);
-  if (in.from_time) {
-    const PathCoefficients at = path_coefficients(in.path, clamp_time(given));
-    const PredictionCoefficients p = prediction_coefficients(in.prediction, at);
-    row.alpha = at.alpha, row.sigma = at.sigma, row.a = p.a, row.b = p.b;
-  } else {
-    row.alpha = given, row.sigma = load_as<double>(in.sigma, index), row.a = 0.0, row.b = 1.0;
-  }
-  if (row.alpha < 0) row.alpha = -row.alpha, row.sign = -1.0;
-  alive = isfinite(row.alpha) && isfinite(row.sigma) && row.sigma != 0.0;
-  row.group = in.labels ? in.labels[index] : 0;
-  alive = alive && row.group >= -1 && row.group < in.k;
-  row.count = !alive ? 0 : row.group < 0 ? all_references : valid_count(in, row.group);
-  return row;
-}
-
-// Prefix sums of the groups' tiles, and the numbers of all tiles and references.
-__device__ void scan_groups(const Inputs& in, int tile_refs, int64_t* group_tiles, int64_t* scratch,
-                            int64_t& all_tiles, int64_t& all_references) {
-  all_tiles = all_references = 0;
-  for (int64_t base = 0; base < in.k; base += blockDim.x) {
-    const int64_t group = base + threadIdx.x, count = group < in.k ? valid_count(in, group) : 0;
-    int64_t tiles_here, references_here;
-    const int64_t before = block_prefix(ceil_div(count, tile_refs), scratch, tiles_here);
-    block_prefix(count, scratch, references_here);
-    if (group < in.k) group_tiles[group] = all_tiles + before;
-    all_tiles += tiles_here;
-    all_references += references_here;
-  }
-  if (threadIdx.x == 0) group_tiles[in.k] = all_tiles;
-}
-
-__global__ void __launch_bounds__(THREADS) list_kernel(Inputs in, WorkList work) {
+__global__ void __launch_bounds__(LIST_THREADS) list_kernel(Inputs in, WorkList work) {
   __shared__ uint64_t keys[CHUNK];
-  __shared__ int64_t scratch[THREADS / 32];
+  __shared__ int64_t scratch[LIST_THREADS / 32];
   const int tid = threadIdx.x;
 
   int64_t all_tiles, all_references;
@@ -113,7 +19,7 @@ __global__ void __launch_bounds__(THREADS) list_kernel(Inputs in, WorkList work)
     const int rows = static_cast<int>(in.n - base < CHUNK ? in.n - base : CHUNK);
     int size = 2;
     while (size < rows) size *= 2;
-    for (int i = tid; i < size; i += THREADS) {
+    for (int i = tid; i < size; i += LIST_THREADS) {
       uint64_t key = ~uint64_t{0};
       if (i < rows) {
         const int64_t label = in.labels ? in.labels[base + i] : 0;
@@ -124,7 +30,7 @@ __global__ void __launch_bounds__(THREADS) list_kernel(Inputs in, WorkList work)
     }
     __syncthreads();
     if (in.labels) sort_keys(keys, size);
-    for (int start = 0; start < rows; start += THREADS) {
+    for (int start = 0; start < rows; start += LIST_THREADS) {
       const int i = start + tid;
       int64_t mine = 0, here;
       if (i < rows) {
@@ -160,9 +66,9 @@ __device__ bool row_reads(const Inputs& in, int64_t index, int64_t all_reference
 
 // Units of rows of one group. Rows with nothing to read come last in the sort and go to list.dead. As many
 // threads as rows, at most 1024.
-__global__ void __launch_bounds__(THREADS) unit_kernel(Inputs in, UnitList list, UnitShape shape) {
+__global__ void __launch_bounds__(LIST_THREADS) unit_kernel(Inputs in, UnitList list, UnitShape shape) {
   __shared__ uint64_t keys[CHUNK];
-  __shared__ int64_t scratch[THREADS / 32];
+  __shared__ int64_t scratch[LIST_THREADS / 32];
   const int tid = threadIdx.x, threads = blockDim.x;
   allow_next_launch();
   for (int64_t i = tid; i < in.n * shape.slices; i += threads) list.arrived[i] = 0;
@@ -266,7 +172,7 @@ UnitList build_unit_list(const Inputs& in, const UnitShape& shape, void* workspa
   list.sizes = list.dead + in.n;
   list.tile_refs = shape.tile_refs;
   int threads = 128;
-  while (threads < THREADS && threads < in.n) threads *= 2;
+  while (threads < LIST_THREADS && threads < in.n) threads *= 2;
   unit_kernel<<<1, threads, 0, stream>>>(in, list, shape);
   return list;
 }
@@ -281,7 +187,7 @@ WorkList build_work_list(const Inputs& in, int tile_refs, void* workspace, cudaS
   work.first_tile = reinterpret_cast<int64_t*>(work.rows + in.n);
   work.group_tiles = work.first_tile + in.n + 1;
   work.tile_refs = tile_refs;
-  list_kernel<<<1, THREADS, 0, stream>>>(in, work);
+  list_kernel<<<1, LIST_THREADS, 0, stream>>>(in, work);
   return work;
 }
 

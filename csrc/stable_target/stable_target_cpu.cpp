@@ -1,5 +1,5 @@
-// svel::posterior_mean and svel::stable_target on the CPU: checks, coefficients of each row in double, one
-// solve.
+// svel::posterior_mean, svel::posterior_part and svel::stable_target on the CPU: checks, coefficients of each
+// row in double, one solve.
 #include <algorithm>
 #include <vector>
 
@@ -46,19 +46,16 @@ struct Arguments {
   }
 };
 
-}  // namespace
+ScalarType mean_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
-std::tuple<Tensor, Tensor> posterior_mean(const Tensor& x, const Tensor& refs, const Tensor& alpha,
-                                          const Tensor& sigma, const MaybeTensor& labels,
-                                          const MaybeTensor& counts, const MaybeTensor& source,
-                                          const std::string& precision) {
-  check_posterior_mean(x, refs, alpha, sigma, labels, counts, source, precision);
-  Arguments args("posterior_mean", x, refs, labels, counts, source);
+// Mean and lse, the latter of type lse_dtype, for arguments that are already checked.
+std::tuple<Tensor, Tensor> mean_and_lse(Arguments args, const Tensor& alpha, const Tensor& sigma,
+                                        ScalarType lse_dtype) {
   PosteriorProblem& p = args.problem;
-  const bool wide = x.scalar_type() == ScalarType::Double;
-  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
-  Tensor mean = torch::stable::new_empty(x, x.sizes(), dtype);
-  Tensor lse = torch::stable::new_empty(x, std::vector<int64_t>{p.n}, dtype);
+  Tensor mean = torch::stable::new_empty(args.x, args.x.sizes(), mean_dtype(args.x));
+  Tensor lse = torch::stable::new_empty(args.x, std::vector<int64_t>{p.n}, lse_dtype);
   p.alpha = scalars(alpha, p.n);
   p.sigma = scalars(sigma, p.n);
   p.a.assign(p.n, 0.0);
@@ -68,12 +65,30 @@ std::tuple<Tensor, Tensor> posterior_mean(const Tensor& x, const Tensor& refs, c
   std::vector<double> rows_lse(p.n);
   p.lse = rows_lse.data();
   solve(p);
-  if (wide) {
+  if (lse_dtype == ScalarType::Double) {
     std::copy(rows_lse.begin(), rows_lse.end(), lse.mutable_data_ptr<double>());
   } else {
     std::copy(rows_lse.begin(), rows_lse.end(), lse.mutable_data_ptr<float>());
   }
   return {mean, lse};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> posterior_mean(const Tensor& x, const Tensor& refs, const Tensor& alpha,
+                                          const Tensor& sigma, const MaybeTensor& labels,
+                                          const MaybeTensor& counts, const MaybeTensor& source,
+                                          const std::string& precision) {
+  check_posterior_mean(x, refs, alpha, sigma, labels, counts, source, precision);
+  return mean_and_lse({"posterior_mean", x, refs, labels, counts, source}, alpha, sigma, mean_dtype(x));
+}
+
+std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, const Tensor& alpha,
+                                          const Tensor& sigma, const MaybeTensor& labels,
+                                          const MaybeTensor& counts, const std::string& precision) {
+  check_posterior_part(x, refs, alpha, sigma, labels, counts, precision);
+  return mean_and_lse({"posterior_part", x, refs, labels, counts, std::nullopt}, alpha, sigma,
+                      ScalarType::Double);
 }
 
 Tensor stable_target(const Tensor& x, const Tensor& refs, const Tensor& t, const MaybeTensor& labels,

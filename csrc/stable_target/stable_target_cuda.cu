@@ -1,4 +1,5 @@
-// Entry points of svel::posterior_mean and svel::stable_target on CUDA: checks, plan, workspace, launch.
+// Entry points of svel::posterior_mean, svel::posterior_part and svel::stable_target on CUDA: checks, plan,
+// workspace, launch.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -61,20 +62,38 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   launch(op, in, plan, workspace.mutable_data_ptr(), stream);
 }
 
+ScalarType mean_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+std::tuple<Tensor, Tensor> mean_and_lse(const char* op, const Arguments& given, const Tensor& alpha,
+                                        const Tensor& sigma, ScalarType lse_dtype) {
+  const Tensor& x = given.x;
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor mean = torch::stable::new_empty(x, shape_of(x), mean_dtype(x));
+  const Tensor lse = torch::stable::new_empty(x, {x.size(0)}, lse_dtype);
+  run(op, given, Inputs{}, alpha, sigma, mean, lse);
+  return {mean, lse};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> posterior_mean(const Tensor& x, const Tensor& refs, const Tensor& alpha,
                                           const Tensor& sigma, const MaybeTensor& labels,
                                           const MaybeTensor& counts, const MaybeTensor& source,
                                           const std::string& precision) {
-  const char* const op = "posterior_mean";
   check_posterior_mean(x, refs, alpha, sigma, labels, counts, source, precision);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Tensor mean = torch::stable::new_empty(x, shape_of(x), dtype);
-  const Tensor lse = torch::stable::new_empty(x, {x.size(0)}, dtype);
-  run(op, {x, refs, labels, counts, source, precision}, Inputs{}, alpha, sigma, mean, lse);
-  return {mean, lse};
+  return mean_and_lse("posterior_mean", {x, refs, labels, counts, source, precision}, alpha, sigma,
+                      mean_dtype(x));
+}
+
+std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, const Tensor& alpha,
+                                          const Tensor& sigma, const MaybeTensor& labels,
+                                          const MaybeTensor& counts, const std::string& precision) {
+  check_posterior_part(x, refs, alpha, sigma, labels, counts, precision);
+  const MaybeTensor no_source;
+  return mean_and_lse("posterior_part", {x, refs, labels, counts, no_source, precision}, alpha, sigma,
+                      ScalarType::Double);
 }
 
 Tensor stable_target(const Tensor& x, const Tensor& refs, const Tensor& t, const MaybeTensor& labels,

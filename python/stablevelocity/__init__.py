@@ -8,6 +8,7 @@ from .mixtures import GaussianMixture
 from .objectives import CFMObjective, StableVMObjective, STFObjective, TrainingSample
 from .online import OnlineVariance
 from .sampling import Guidance, StableVS, dpmpp_2m, euler, euler_maruyama, heun, sample, time_grid, unipc
+from .sharded_bank import ShardedReferenceBank
 from .times import TimeSampler, get_time_sampler, lognormal_times, uniform_times
 from .variance import Split, VarianceCurve, load_split, split_point, variance_curve
 
@@ -26,6 +27,7 @@ __all__ = [
     "OnlineVariance",
     "ReferenceBank",
     "STFObjective",
+    "ShardedReferenceBank",
     "Split",
     "StableVMObjective",
     "StableVS",

@@ -74,11 +74,15 @@ class ReferenceBank(nn.Module):
         self.shape, self.num_classes, self.capacity, self.null = tuple(shape), num_classes, capacity, null
         self.track_indices = track_indices
         groups = max(1, num_classes) + (num_classes > 0 and null == "ring")
-        self.register_buffer("refs", torch.zeros(groups, capacity, *self.shape, dtype=dtype, device=device))
+        self._allocate(groups, dtype, device)
         self.register_buffer("counts", torch.zeros(groups, dtype=torch.int32, device=device))
         self.register_buffer("heads", torch.zeros(groups, dtype=torch.int32, device=device))
-        if track_indices:
-            self.register_buffer("indices", torch.full((groups, capacity), -1, dtype=torch.int64, device=device))
+
+    def _allocate(self, groups: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        """The buffers that hold references."""
+        self.register_buffer("refs", torch.zeros(groups, self.capacity, *self.shape, dtype=dtype, device=device))
+        if self.track_indices:
+            self.register_buffer("indices", torch.full((groups, self.capacity), -1, dtype=torch.int64, device=device))
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, num_classes={self.num_classes}, capacity={self.capacity}, null={self.null!r}"
@@ -97,12 +101,7 @@ class ReferenceBank(nn.Module):
                 not stored under its class.
         """
         self._check_labels(labels)
-        if (indices is not None) != self.track_indices:
-            expected = "a (N,) int64 tensor" if self.track_indices else "None"
-            raise ValueError(
-                f"indices: expected {expected} because track_indices = {self.track_indices}, "
-                f"got {None if indices is None else tuple(indices.shape)}"
-            )
+        self._check_indices(indices)
         values = values.detach()
         if labels is None:
             labels = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
@@ -226,10 +225,22 @@ class ReferenceBank(nn.Module):
         for values, labels, indices in _batches(data, batch_size, generator):
             labels = labels if self.num_classes else None
             indices = indices if self.track_indices else None
-            self.push(*(None if part is None else part.to(self.refs.device) for part in (values, labels, indices)))
+            parts = (None if part is None else part.to(self.refs.device) for part in (values, labels, indices))
+            self._push_prefill(*parts)
             if self.filled() == 1.0:
                 break
         return self.filled()
+
+    def _push_prefill(self, values: Tensor, labels: Tensor | None, indices: Tensor | None) -> None:
+        self.push(values, labels, indices)
+
+    def _check_indices(self, indices: Tensor | None) -> None:
+        if (indices is not None) != self.track_indices:
+            expected = "a (N,) int64 tensor" if self.track_indices else "None"
+            raise ValueError(
+                f"indices: expected {expected} because track_indices = {self.track_indices}, "
+                f"got {None if indices is None else tuple(indices.shape)}"
+            )
 
     def _check_labels(self, labels: Tensor | None) -> None:
         if (labels is None) == (self.num_classes > 0):

@@ -1,6 +1,6 @@
 """Checkpoints of a training run: folders of safetensors and one JSON, complete or absent, without pickle.
 
-    <run>/checkpoints/step-00005000/   model.safetensors, ema.safetensors, bank.safetensors, ..., state.json
+    <run>/checkpoints/step-00005000/   model.safetensors, ema.safetensors, bank.safetensors (or bank/), ..., state.json
 
 A folder is written under another name, flushed to disk and then renamed, so that a run killed at any moment leaves
 whole checkpoints and possibly a ".writing-..." folder, which the next save removes. Old ones leave by the same door.
@@ -91,27 +91,40 @@ def save(
     Returns:
         The folder.
     """
+    return finish(begin(root, step), step, modules, state, keep=keep)
+
+
+def begin(root: str | Path, step: int) -> Path:
+    """The folder that `finish` makes a checkpoint, empty: whatever is written into it before belongs to that."""
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     for stale in root.glob(f"{_WRITING}*"):
         shutil.rmtree(stale)
-    folder, writing = root / f"step-{step:08d}", root / f"{_WRITING}{step:08d}-{os.getpid()}"
+    writing = root / f"{_WRITING}{step:08d}-{os.getpid()}"
     writing.mkdir()
+    return writing
+
+
+def finish(
+    writing: Path, step: int, modules: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int = 0
+) -> Path:
+    """The other half of `save`: the rest of a checkpoint into the folder from `begin`, which then gets its name."""
+    root, folder = writing.parent, writing.with_name(f"step-{step:08d}")
     plain, tensors = flatten(state)
     for name, module in {**modules, "state": tensors}.items():
         path = writing / f"{name}.safetensors"
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in module.items()}, path)
-        _sync(path)
-    files = {path.name: path.stat().st_size for path in writing.iterdir()}
+        sync(path)
+    files = {str(path.relative_to(writing)): path.stat().st_size for path in writing.rglob("*") if path.is_file()}
     with open(writing / STATE, "w") as file:
         json.dump({"step": step, "files": files, "state": plain}, file)
         file.flush()
         os.fsync(file.fileno())
-    _sync(writing)
+    sync(writing)
     if folder.exists():
         _discard(folder)
     os.rename(writing, folder)
-    _sync(root)
+    sync(root)
     for old in complete(root)[:-keep] if keep else []:
         _discard(old)
     return folder
@@ -123,7 +136,8 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -183,3 +197,19 @@ def load(folder: str | Path) -> tuple[int, Any]:
 def load_module(folder: str | Path, name: str) -> dict[str, Tensor]:
     """A state dict of a checkpoint, on the CPU."""
     return load_file(Path(folder) / f"{name}.safetensors")
+
+
+def load_bank(folder: str | Path) -> dict[str, Tensor]:
+    """The state dict of a checkpoint's `ReferenceBank`, on the CPU, also where the run had it in parts.
+
+    Raises:
+        ValueError: when the checkpoint has no bank.
+    """
+    folder = Path(folder)
+    if (folder / "bank").is_dir():
+        from . import sharded_checkpoint
+
+        return sharded_checkpoint.load_whole(folder / "bank")
+    if not (folder / "bank.safetensors").is_file():
+        raise ValueError(f"data: expected a checkpoint with a bank, got {str(folder)!r}")
+    return load_module(folder, "bank")

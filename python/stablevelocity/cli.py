@@ -450,9 +450,7 @@ def _variance_data(args: argparse.Namespace):
     path = Path(args.data)
     if path.is_dir() and (checkpoint.is_complete(path) or (path / "checkpoints").is_dir()):
         folder = checkpoint.find(path)
-        if not (folder / "bank.safetensors").is_file():
-            raise ValueError(f"data: expected a checkpoint with a bank, got {str(folder)!r}")
-        bank = checkpoint.load_module(folder, "bank")
+        bank = checkpoint.load_bank(folder)
         return bank_samples(bank["refs"], bank["counts"], checkpoint.load(folder)[1]["data"]["num_classes"])
     if path.suffix == ".npz" and path.is_file():  # of any shape
         with np.load(path, allow_pickle=False) as file:

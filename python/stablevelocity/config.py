@@ -74,9 +74,11 @@ class ObjectiveConfig:
 
 @dataclass
 class BankConfig:
-    """The reference bank of StableVM; see bank.py and host_bank.py."""
+    """The reference bank of StableVM; see bank.py, host_bank.py and sharded_bank.py."""
 
-    storage: Literal["device", "host"] = "device"  # host: pinned memory, only the classes of two batches on the device
+    # device: all of it on every device; host: pinned memory, only the classes of two batches on the device;
+    # sharded: on every device a part
+    storage: Literal["device", "host", "sharded"] = "device"
     capacity: int = _at_least(256, 1)  # references per class
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     null_label: Literal["ring", "all"] = "ring"  # what it stands for: the most recent samples, or all references

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -83,6 +84,36 @@ class CFMObjective:
         target = self.interpolant.conditional(x0, noise, t, self.prediction)
         return TrainingSample(self.interpolant.interpolate(x0, noise, t), t, labels, target, x0, noise)
 
+    def ahead(self, batches: Iterable[Sequence[Tensor | None]]) -> Iterator[TrainingSample]:
+        """The draws of batches (x0, labels), each made while the step on the one before runs.
+
+        On CUDA a draw is on a stream of its own, beside the model's kernels: what it takes, and what a bank in parts
+        communicates, is hidden by them. Draws come in the order of the batches; the bank is one batch ahead of the
+        model, which no draw depends on. A bank in parts needs a process group of its own for that, since the
+        collectives of one group wait for one another (`torch.distributed.new_group()`).
+
+        Args:
+            batches: x0 (N, *S) and labels (N,) or None, on the device, made on the current stream.
+        """
+        side, waiting = None, None
+        for x0, labels in batches:
+            if not x0.is_cuda:
+                draw, ready = self.sample(x0, labels), None
+            else:
+                side = side or torch.cuda.Stream(x0.device)
+                side.wait_stream(torch.cuda.current_stream(x0.device))
+                with torch.cuda.stream(side):
+                    draw = self.sample(x0, labels)
+                    ready = side.record_event()
+                for given in (x0, labels):
+                    if given is not None:
+                        given.record_stream(side)
+            if waiting is not None:
+                yield _arrived(*waiting)
+            waiting = draw, ready
+        if waiting is not None:
+            yield _arrived(*waiting)
+
     def loss(self, output: Tensor, sample: TrainingSample) -> Tensor:
         """Mean squared error (0-d float32) of the model's output (N, *S) to the sample's target."""
         if output.shape != sample.target.shape:
@@ -103,6 +134,18 @@ class CFMObjective:
         return t, torch.randn(x0.shape, device=x0.device, generator=generator)
 
 
+def _arrived(draw: TrainingSample, ready: torch.cuda.Event | None) -> TrainingSample:
+    """A draw that the current stream may use."""
+    if ready is not None:
+        current = torch.cuda.current_stream(draw.x_t.device)
+        current.wait_event(ready)
+        for field in fields(draw):
+            value = getattr(draw, field.name)
+            if value is not None:
+                value.record_stream(current)
+    return draw
+
+
 class StableVMObjective(CFMObjective):
     """Stable velocity matching (paper, StableVM): x_t from the mixture over a reference set, regressed on the
     self-normalised target over the same set.
@@ -117,8 +160,8 @@ class StableVMObjective(CFMObjective):
       it, the sample would be counted twice, so take "bank" there.
 
     Args:
-        bank: a `ReferenceBank` on the device of the batches, or a `HostReferenceBank` for it; it also says how many
-            classes there are.
+        bank: a `ReferenceBank` on the device of the batches, or a `HostReferenceBank` or `ShardedReferenceBank` for it;
+            it also says how many classes there are.
         interpolant, prediction, times, cfg_prob: as in `CFMObjective`.
         t_min: rows with t below it take the conditional target, which reads no references. A number, a `Split`, the
             path of a variance.json, or "auto": where `variance` finds that the conditional target would add 1 % of the
@@ -158,7 +201,7 @@ class StableVMObjective(CFMObjective):
         self.precision, self.update_bank = precision, update_bank
         self.variance = None
         if online or t_min == "auto":
-            device = getattr(bank, "device", bank.refs.device)  # of a bank on the host: where it serves
+            device = getattr(bank, "device", bank.counts.device)  # of a bank on the host: where it serves
             self.variance = OnlineVariance(bank.shape, self.interpolant, prediction, device=device)
 
     @torch.no_grad()

@@ -30,7 +30,8 @@ class OnlineVariance(nn.Module):
     Both vectors of a training step are known, so this is measured without a further pass over references. It is kept
     in bins of time as a share of the prior's variance, the newest `horizon` rows of a bin counting most; mean and
     variance of the data, classes ignored, come from 32 rows of each batch. `update` waits for nothing on the host: it
-    captures in a CUDA graph and compiles with fullgraph=True. The buffers are all there is to save.
+    captures in a CUDA graph and compiles with fullgraph=True. The buffers are all there is to save. Beside a draw ahead
+    (`objective.ahead`) a split that is read may hold half of that draw's rows.
 
     The curve is that of sets of M. Over more data x_t has more sources, and V_CFM leaves zero earlier: the split of
     all data, which `variance_curve` measures, is at most this one. For the `t_min` of the set that is trained with it

@@ -37,6 +37,7 @@ from .generation import build_model, generate, resolve_device, resolve_precision
 from .host_bank import HostReferenceBank
 from .objectives import CFMObjective, StableVMObjective, STFObjective, TrainingSample
 from .optional import require
+from .sharded_bank import ShardedReferenceBank
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,8 @@ class Trainer:
         options = {"dtype": getattr(torch, b.dtype), "null": b.null_label, "device": self.device}
         if b.storage == "device":
             return ReferenceBank(self.dataset.shape, self.num_classes, b.capacity, **options)
+        if b.storage == "sharded":
+            return ShardedReferenceBank(self.dataset.shape, self.num_classes, b.capacity, **options)
         for reason, holds in (
             ("a data set without classes", self.num_classes == 0),
             ("bank.null_label = all, which reads every class at every step", b.null_label == "all"),
@@ -277,8 +280,8 @@ class Trainer:
         self.step += 1
 
     def _push(self, x0: Tensor, labels: Tensor | None) -> None:
-        """Every process stores the whole global batch, so that all banks are the same."""
-        if self.world > 1:
+        """Every bank stores the whole global batch, so that all are the same; one in parts gathers it itself."""
+        if self.world > 1 and not isinstance(self.bank, ShardedReferenceBank):
             x0 = self.accelerator.gather(x0)
             labels = None if labels is None else self.accelerator.gather(labels)
         self.bank.push(x0, labels)
@@ -407,10 +410,14 @@ class Trainer:
             from accelerate.utils import gather_object
 
             streams = gather_object(streams)
-        folder = None
+        root, writing, folder = self.folder / "checkpoints", None, None
+        if self.main:
+            writing = checkpoint.begin(root, self.step)
+        if isinstance(self.bank, ShardedReferenceBank):
+            self.bank.save(self._same_everywhere(writing) / "bank")
         if self.main:
             modules = {"model": self.model.state_dict(), "ema": self.ema.module.state_dict()}
-            if self.bank is not None:
+            if self.bank is not None and not isinstance(self.bank, ShardedReferenceBank):
                 modules["bank"] = self.bank.state_dict()
             if self.variance is not None:
                 modules["variance"] = self.variance.state_dict()
@@ -435,9 +442,17 @@ class Trainer:
                 "window_steps": self.window_steps,
                 "logs": self.logs,
             }
-            folder = checkpoint.save(self.folder / "checkpoints", self.step, modules, state, keep=self.config.keep)
+            folder = checkpoint.finish(writing, self.step, modules, state, keep=self.config.keep)
         self.accelerator.wait_for_everyone()
         return folder
+
+    def _same_everywhere(self, value: Any) -> Any:
+        """What the main process has."""
+        if self.world == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
 
     def _restore(self, folder: Path) -> None:
         """Take up a run where a checkpoint left it.
@@ -468,7 +483,7 @@ class Trainer:
             ) from error
         self.ema.updates = state["ema_updates"]
         if self.bank is not None:
-            self.bank.load_state_dict(checkpoint.load_module(folder, "bank"))
+            self._restore_bank(folder)
         if self.variance is not None and (folder / "variance.safetensors").is_file():  # else no split was auto there
             self.variance.load_state_dict(checkpoint.load_module(folder, "variance"))
         self.optimizer.load_state_dict(state["optimizer"])
@@ -481,6 +496,16 @@ class Trainer:
             _set_random_state(state["random"][self.rank], self.device)
         else:
             self._seed(self.config.seed + 1 + self.rank + self.step * self.world)
+
+    def _restore_bank(self, folder: Path) -> None:
+        """The bank of a checkpoint, wherever that run had it and however many processes it was of."""
+        if isinstance(self.bank, ShardedReferenceBank):
+            if (folder / "bank").is_dir():
+                self.bank.load(folder / "bank")
+            else:
+                self.bank.load_whole(checkpoint.load_module(folder, "bank"))
+        else:
+            self.bank.load_state_dict(checkpoint.load_bank(folder))
 
 
 def _forget_last_run(state: type) -> None:

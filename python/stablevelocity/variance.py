@@ -19,6 +19,7 @@ from stablevelocity_kernels import T_EPS, clamp_time, posterior_mean
 
 from .bank import ReferenceBank
 from .interpolants import Interpolant, get_interpolant
+from .sharded_bank import ShardedReferenceBank
 
 _GATHERED_ELEMENTS = 1 << 23  # the reference subsets are gathered once, up to about this many values
 _ROW_ELEMENTS = 1 << 25  # rows are taken to x_t and compared this many values at a time
@@ -295,6 +296,11 @@ def fixed_split(value: float | str | os.PathLike | Split, argument: str) -> floa
 def _tensors(data: Tensor | Dataset | ReferenceBank, labels: Tensor | bool | None) -> tuple[Tensor, Tensor | None]:
     """Every kind of data that `variance_curve` takes, as samples and the labels to use."""
     own = None
+    if isinstance(data, ShardedReferenceBank) and data.parts > 1:
+        raise ValueError(
+            f"data: expected a bank that this process holds whole, got part {data.part} of {data.parts} (svel variance "
+            "reads the bank of a checkpoint whole)"
+        )
     if isinstance(data, ReferenceBank):
         data, own = bank_samples(data.refs, data.counts, data.num_classes)
     elif isinstance(data, Dataset):

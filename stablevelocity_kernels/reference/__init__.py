@@ -5,6 +5,7 @@ from .bank_draw import bank_draw
 from .bank_push_ import bank_push_
 from .conditional_target_ import conditional_target_
 from .posterior_mean import posterior_mean
+from .posterior_part import posterior_part
 from .stable_target import stable_target
 from .stablevs_step import stablevs_step
 from .va_repa_loss import va_repa_loss, va_repa_loss_backward
@@ -15,6 +16,7 @@ __all__ = [
     "bank_push_",
     "conditional_target_",
     "posterior_mean",
+    "posterior_part",
     "stable_target",
     "stablevs_step",
     "va_repa_loss",

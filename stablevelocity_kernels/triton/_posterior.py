@@ -491,11 +491,11 @@ def posterior(
     counts: Tensor | None,
     source: Tensor | None,
     out_dtype: torch.dtype,
+    lse_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """a x + b m, (N, *S) of out_dtype, and lse (N,); alpha, sigma, a, b (N,) float64; arguments already checked."""
+    """a x + b m, (N, *S), and lse (N,), of these dtypes; alpha, sigma, a, b (N,) float64; arguments already checked."""
     n, d = x.shape[0], math.prod(x.shape[1:])
     groups, capacity = (1, refs.shape[0]) if labels is None else (refs.shape[0], refs.shape[1])
-    lse_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     out, lse = x.new_empty(x.shape, dtype=out_dtype), x.new_empty(n, dtype=lse_dtype)
     if n == 0:
         return out, lse

@@ -27,4 +27,4 @@ def posterior_mean(
     alpha, sigma = alpha.double().contiguous(), sigma.double().contiguous()
     a, b = torch.zeros_like(alpha), torch.ones_like(alpha)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return posterior(x, refs, alpha, sigma, a, b, labels, counts, source, dtype)
+    return posterior(x, refs, alpha, sigma, a, b, labels, counts, source, dtype, dtype)

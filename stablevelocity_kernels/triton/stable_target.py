@@ -27,4 +27,4 @@ def stable_target(
         _checks.check_labels_in_range("stable_target", labels, refs.shape[0], -1)
     at = path_coefficients(path, clamp_time(t.double().contiguous()))
     a, b = prediction_coefficients(prediction, at)
-    return posterior(x, refs, at.alpha, at.sigma, a, b, labels, counts, source, x.dtype)[0]
+    return posterior(x, refs, at.alpha, at.sigma, a, b, labels, counts, source, x.dtype, at.alpha.dtype)[0]

@@ -17,6 +17,7 @@ bank = torch.zeros(3, 2, 5)
 target = torch.full((2, 5), float("nan"))
 calls = {
     "posterior_mean": lambda: svk.posterior_mean(x, refs, 1 - t, t)[0],
+    "posterior_part": lambda: svk.posterior_part(x, refs, 1 - t, t)[0],
     "stable_target": lambda: svk.stable_target(x, refs, t),
     "affine_step": lambda: svk.affine_step(x, x, t, t),
     "stablevs_step": lambda: svk.stablevs_step(x, x, t, t / 2),

@@ -32,6 +32,8 @@ def good(op):
     }
     return {
         "posterior_mean": {**sets, "alpha": zeros(N), "sigma": zeros(N) + 0.5},
+        "posterior_part": {k: v for k, v in sets.items() if k != "source"}
+        | {"alpha": zeros(N), "sigma": zeros(N) + 0.5},
         "stable_target": {**sets, "t": zeros(N) + 0.5},
         "affine_step": {**step, "a": zeros(N), "b": zeros(), "c": zeros(N)},
         "stablevs_step": {**step, "t": zeros(N), "tau": zeros(), "noise_factor": 0.5},
@@ -187,6 +189,11 @@ CONDITIONAL_CASES = [
 
 CASES = {
     "posterior_mean": [*SET_CASES, *row_scalar_cases("alpha"), *row_scalar_cases("sigma")],
+    "posterior_part": [
+        *(case for case in SET_CASES if case[0] != "source"),
+        *any_row_scalar_cases("alpha"),
+        *any_row_scalar_cases("sigma"),
+    ],
     "stable_target": [
         *SET_CASES,
         *row_scalar_cases("t"),

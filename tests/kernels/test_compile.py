@@ -22,6 +22,9 @@ def patterns(device):
     yield "posterior_mean", (x, groups, half, half, labels, counts, x), {"precision": "fast"}
     yield "posterior_mean", (x.half(), shared, half, half, None, counts[:1].int()), {}
     yield "posterior_mean", (x.double(), groups, half.double(), half, labels), {}
+    yield "posterior_part", (x, shared, half.double(), half), {}
+    yield "posterior_part", (x.half(), groups, half, half, labels, counts), {"precision": "fast"}
+    yield "posterior_part", (x.double(), groups, half, half.double(), labels), {}
     yield "stable_target", (x, shared, half), {}
     yield "stable_target", (x, groups, half, labels, counts, x), {"path": "cosine", "prediction": "noise"}
     yield "stable_target", (x.bfloat16(), groups, half, labels), {"prediction": "score"}

@@ -362,6 +362,18 @@ def test_lse_merges_over_disjoint_halves(rng, d):
     assert_close(merged, direct_mean(x, refs, 1 - sigma, sigma)[0])
 
 
+@pytest.mark.parametrize("d", [300, *FORMS, 131_072])
+def test_parts_merge_within_the_contract_where_their_means_differ(rng, d):
+    """Two parts of one reference each, with like weights: any error of lse is an error of the mean."""
+    refs = make_references(2, d, "gaussian", rng).half()
+    sigma = torch.full((6,), 0.998)
+    x = make_noisy(refs[torch.arange(6) % 2], sigma, rng)
+    parts = [svel.posterior_part(*on_gpu(x, ref[None], 1 - sigma, sigma)) for ref in refs]
+    share = torch.softmax(torch.stack([lse for _, lse in parts]), 0)[..., None]
+    merged = (share[0] * parts[0][0] + share[1] * parts[1][0]).float().cpu()
+    assert_close(merged, direct_mean(x, refs, 1 - sigma, sigma)[0])
+
+
 @pytest.mark.parametrize("d", FORMS)
 def test_bulk_repeats_bit_for_bit(rng, d):
     """Blocks that merge in whatever order they arrive, with rows enough for several units to a block and with few."""

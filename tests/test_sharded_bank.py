@@ -1,0 +1,527 @@
+"""The bank in parts against one bank that holds everything, on 1, 2 and 4 processes; and what a lost process does."""
+
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import stablevelocity as sv
+import torch
+import torch.distributed as dist
+from distributed import finish_processes, run_processes, start_processes
+
+from stablevelocity_kernels.testing import assert_close, make_references
+
+SHAPE, CLASSES = (2, 3), 4
+WORLDS = (1, 2, 4)
+
+
+class Shifted(sv.Cosine):
+    """A user's own path: the cosine under another name."""
+
+    name = None
+
+    def coefficients(self, t):
+        return sv.Cosine().coefficients(t)
+
+
+def build(capacity, null="ring", **options):
+    """One bank that holds everything, and a part of the same bank."""
+    options = {"null": null, "track_indices": True} | options
+    num_classes, group = options.pop("num_classes", CLASSES), options.pop("group", None)
+    return (
+        sv.ReferenceBank(SHAPE, num_classes, capacity, **options),
+        sv.ShardedReferenceBank(SHAPE, num_classes, capacity, group=group, **options),
+    )
+
+
+def global_batches(count, rows, world, seed=0, classes=CLASSES):
+    """Batches of rows * world, the same on every process: (values, labels, indices)."""
+    rng = torch.Generator().manual_seed(seed)
+    for b in range(count):
+        n = rows * world
+        yield (
+            torch.randn(n, *SHAPE, generator=rng),
+            torch.randint(classes, (n,), generator=rng),
+            torch.arange(b * n, (b + 1) * n),
+        )
+
+
+def own(part, rank, world):
+    return part[rank * len(part) // world : (rank + 1) * len(part) // world]
+
+
+def push_both(plain, sharded, batches, rank, world, labelled=True):
+    for values, labels, index in batches:
+        labels = labels if labelled else None
+        plain.push(values, labels, index)
+        mine = [None if part is None else own(part, rank, world) for part in (values, labels, index)]
+        sharded.push(*mine)
+
+
+def assert_same_rings(plain, sharded, rank, world):
+    """Counts are those of the whole; slot s of ring y is with process (s + y) mod P, as its slot s div P."""
+    assert torch.equal(plain.counts, sharded.counts)
+    assert torch.equal(plain.heads, sharded.heads)
+    held = 0
+    for y, count in enumerate(plain.counts.tolist()):
+        slots = [s for s in range(count) if (s + y) % world == rank]
+        assert sharded.local_counts[y] == len(slots)
+        assert [s // world for s in slots] == list(range(len(slots)))
+        assert torch.equal(sharded.refs[y, : len(slots)], plain.refs[y, slots])
+        assert torch.equal(sharded.indices[y, : len(slots)], plain.indices[y, slots])
+        held += len(slots)
+    assert abs(held - plain.counts.sum() / world) < len(plain.counts)
+
+
+def equal(a, b):
+    return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+
+
+def generator(seed, rank):
+    return torch.Generator().manual_seed(100 * seed + rank)
+
+
+# --- what runs on every process
+
+
+def check_rings_and_draws(rank, world, folder):
+    for null in ("ring", "all"):
+        for capacity in (1, 5, 8):  # fewer slots than processes; uneven parts; even ones
+            for dtype in (torch.float16, torch.bfloat16, torch.float64):
+                plain, sharded = build(capacity, null, dtype=dtype)
+                labels = torch.arange(CLASSES + 1).repeat(4)
+                assert sharded.draw(labels).empty.all()
+                for step, batch in enumerate(global_batches(5, 3, world, classes=3)):  # class 3 stays empty
+                    push_both(plain, sharded, [batch], rank, world)
+                    assert_same_rings(plain, sharded, rank, world)
+                    ours = sharded.draw(labels, generator=generator(step, rank))
+                    whole = plain.draw(labels, generator=generator(step, rank))
+                    assert equal(ours.x0, whole.x0)
+                    assert torch.equal(ours.empty, whole.empty)
+                    assert torch.equal(ours.index, whole.index)
+                assert ours.x0.dtype == whole.x0.dtype
+                assert sharded.filled() == plain.filled()
+    plain, sharded = build(3)
+    push_both(plain, sharded, global_batches(1, 40, world, classes=2), rank, world)  # more rows than a ring holds
+    assert_same_rings(plain, sharded, rank, world)
+    plain, sharded = build(7, num_classes=0)
+    push_both(plain, sharded, global_batches(4, 3, world), rank, world, labelled=False)
+    assert_same_rings(plain, sharded, rank, world)
+    assert equal(sharded.draw(n=9, generator=generator(0, rank)).x0, plain.draw(n=9, generator=generator(0, rank)).x0)
+
+
+def check_targets(rank, world, folder):
+    labels = torch.arange(CLASSES + 1).repeat(4)
+    n = len(labels)
+    own_rng = generator(7, rank)
+    t = torch.rand(n, generator=own_rng)
+    t[3] = math.nan
+    sources = {"none": None, "float32": torch.randn(n, *SHAPE, generator=own_rng)}
+    for capacity, dtype, work in (
+        (1, torch.float32, torch.float32),
+        (6, torch.float16, torch.float32),
+        (5, torch.float64, torch.float64),
+    ):
+        for null in ("ring", "all"):
+            plain, sharded = build(capacity, null, dtype=dtype)
+            for round_ in range(3):  # empty, in part, full but for one class
+                x = torch.randn(n, *SHAPE, generator=own_rng).to(work)
+                x[1, 0, 0] = math.nan
+                for path in ("linear", "cosine", Shifted()):
+                    for prediction in ("velocity", "x0"):
+                        for source in sources.values():
+                            source = None if source is None else source.to(work)
+                            options = {"interpolant": path, "prediction": prediction}
+                            ours = sharded.target(x, t, labels, source, **options)
+                            whole = plain.target(x, t, labels, source, **options)
+                            assert ours.dtype == whole.dtype
+                            assert torch.equal(ours.isnan(), whole.isnan()), (capacity, null, round_, source is None)
+                            assert_close(ours.nan_to_num(), whole.nan_to_num())
+                push_both(plain, sharded, global_batches(1, 2 + 9 * round_, world, seed=round_, classes=3), rank, world)
+    for nobody in (sharded.target(x[:0], t[:0], labels[:0]), sharded.draw(labels[:0]).x0):
+        assert nobody.shape == (0, *SHAPE)
+    fast = sharded.target(x, t, labels, precision="fast")
+    assert_close(fast.nan_to_num(), plain.target(x, t, labels, precision="fast").nan_to_num(), "fast")
+    plain, sharded = build(9, num_classes=0)
+    push_both(plain, sharded, global_batches(2, 6, world), rank, world, labelled=False)
+    x = torch.randn(n, *SHAPE, generator=own_rng)
+    assert_close(sharded.target(x, t).nan_to_num(), plain.target(x, t).nan_to_num())
+
+
+def check_contract(rank, world, folder):
+    """On hard data, against float64, for the mean itself, in portions too; then with one reference in each part."""
+    rng = torch.Generator().manual_seed(0)
+    for geometry in ("gaussian", "manifold", "shifted"):
+        refs = make_references(41, 3000, geometry, rng)
+        for portions in (1, 3):
+            bank = sv.ShardedReferenceBank((3000,), capacity=50, dtype=torch.float32, portions=portions)
+            assert bank.prefill(refs) == 41 / 50
+            for time_ in (0.05, 0.5, 0.999):
+                t = torch.full((5,), time_)
+                x = (1 - time_) * refs[5 * rank : 5 * rank + 5] + time_ * torch.randn(5, 3000, generator=rng)
+                mean = bank.target(x, t, prediction="x0")
+                wide = sv.Linear().target(x.double(), refs, t.double(), prediction="x0")
+                assert_close(mean, wide)
+    refs = make_references(world, 20_000, "gaussian", rng)
+    bank = sv.ShardedReferenceBank((20_000,), capacity=world, dtype=torch.float32)
+    bank.prefill(refs)
+    assert bank.local_counts.tolist() == [1]
+    t = torch.full((4,), 0.998)
+    x = 0.002 * refs[:1] + 0.998 * torch.randn(4, 20_000, generator=rng)
+    assert_close(bank.target(x, t, prediction="x0"), sv.Linear().target(x.double(), refs, t.double(), prediction="x0"))
+
+
+def check_objective(rank, world, folder):
+    """Both sources over many steps: the same draws, and targets within the contract."""
+    for source in ("bank", "loader"):
+        for null in ("ring", "all"):
+            for interpolant in ("linear", Shifted()):
+                plain, sharded = build(6, null)
+                options = {"source": source, "cfg_prob": 0.3, "t_min": 0.3, "update_bank": False}
+                objectives = [sv.StableVMObjective(bank, interpolant, **options) for bank in (plain, sharded)]
+                for step, batch in enumerate(global_batches(8, 5, world)):
+                    if source == "bank":
+                        push_both(plain, sharded, [batch], rank, world)
+                    mine = [own(part, rank, world) for part in batch]
+                    draws = [o.sample(*mine[:2], generator=generator(step, rank)) for o in objectives]
+                    for name in ("x_t", "t", "labels", "x0", "noise"):
+                        assert torch.equal(*(getattr(draw, name) for draw in draws)), name
+                    assert_close(draws[1].target, draws[0].target)
+                    if source == "loader":
+                        push_both(plain, sharded, [batch], rank, world)
+                assert_same_rings(plain, sharded, rank, world)
+
+
+def check_prefill(rank, world, folder):
+    torch.manual_seed(rank)  # the global streams differ, as in training
+    x = torch.randn(60, *SHAPE, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(60) % CLASSES
+    sharded = build(6)[1]
+    assert sharded.prefill((x, y), batch_size=7) == 1.0
+    seen = torch.cat([sharded.indices[c, : sharded.local_counts[c]] for c in range(CLASSES)])
+    everything = [torch.empty(0)] * world
+    dist.all_gather_object(everything, seen.tolist())
+    flat = sorted(i for part in everything for i in part)
+    assert len(flat) == len(set(flat)) == 6 * CLASSES, "a reference is missing or twice there"
+    assert equal(sharded.refs[0, : sharded.local_counts[0]], x[sharded.indices[0, : sharded.local_counts[0]]].half())
+
+
+def check_compiled(rank, world, folder):
+    def step(bank, x0, labels, index, t, u_x):
+        bank.push(x0, labels, index)
+        drawn = bank.draw(labels)
+        mixed = bank.mixture(t, u_x, labels, x0)
+        return drawn.x0, mixed.x_t, bank.target(mixed.x_t, mixed.t_set, labels)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    _, eager_bank = build(5, "all")
+    _, fast_bank = build(5, "all")
+    for i, batch in enumerate(global_batches(3, 4, world)):
+        mine = [own(part, rank, world) for part in batch]
+        rest = torch.rand(4, generator=generator(i, rank)), torch.randn(4, *SHAPE, generator=generator(i, rank))
+        results = []
+        for run, bank in ((step, eager_bank), (compiled, fast_bank)):
+            torch.manual_seed(100 * i + rank)
+            results.append(run(bank, *mine, *rest))
+        for one, other in zip(*results, strict=True):
+            assert equal(one, other)
+    for name, value in eager_bank.state_dict().items():
+        assert torch.equal(value, fast_bank.state_dict()[name]), name
+
+
+def check_errors(rank, world, folder):
+    _, bank = build(5)
+    x, y, i = (own(part, rank, world) for part in next(iter(global_batches(1, 4, world))))
+    for call, message in (
+        (lambda: bank.push(x, None, i), "labels: expected a"),
+        (lambda: bank.push(x, y), "indices: expected a"),
+        (lambda: bank.push(x[:, :1], y, i), r"values: expected shape \(N, \*S\) with S = \(2, 3\), got \(4, 1, 3\)"),
+        (lambda: bank.push(x, y.int(), i), r"labels: expected int64 \(N,\) = \(4,\), got int32 \(4,\)"),
+        (lambda: bank.push(x, y[:2], i), r"labels: expected int64 \(N,\) = \(4,\), got int64 \(2,\)"),
+        (lambda: bank.target(x[:, :1], torch.rand(4), y), r"x_t: expected shape \(N, \*S\)"),
+        (lambda: sv.ShardedReferenceBank(SHAPE, portions=0), "portions: expected at least 1, got 0"),
+        (lambda: sv.ShardedReferenceBank(SHAPE, group="all"), "group: expected a process group"),
+        (lambda: sv.ShardedReferenceBank(SHAPE, null="none"), "null: expected one of"),
+        (lambda: bank.load(f"{folder}/nothing"), "folder: expected a bank that was saved whole"),
+        (lambda: sv.variance_curve(bank, [0.5]), f"got part {rank} of {world}" if world > 1 else "got an empty one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    # A label that only one process has wrong stops all of them: none is left waiting.
+    wrong = torch.where(torch.tensor(rank == world - 1), CLASSES, y)
+    with pytest.raises(RuntimeError, match=r"labels: expected values in \[0, 4\)"):
+        bank.push(x, wrong, i)
+    with pytest.raises(RuntimeError, match=r"labels: expected values in \[-1, 5\)"):
+        bank.draw(wrong + 1)
+    with pytest.raises(RuntimeError, match=r"labels: expected values in \[-1, 5\)"):
+        bank.target(x, torch.rand(4), wrong + 1)
+    assert bank.counts.sum() == 0
+    bank.push(x, y, i)
+    assert bank.counts[:CLASSES].sum() > 0
+
+
+def check_mesh(rank, world, folder):
+    """Two replicas of a bank in two parts, each replica fed by its own processes."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "part"))
+    with pytest.raises(ValueError, match="group: expected a DeviceMesh of one dimension, got 2"):
+        sv.ShardedReferenceBank(SHAPE, group=mesh)
+    plain = build(5)[0]
+    bank = sv.ShardedReferenceBank(SHAPE, CLASSES, 5, track_indices=True, group=mesh["part"])
+    assert (bank.parts, bank.part) == (2, rank % 2)
+    push_both(plain, bank, global_batches(3, 4, 2, seed=rank // 2), rank % 2, 2)
+    assert_same_rings(plain, bank, rank % 2, 2)
+    labels, x, t = torch.arange(CLASSES), torch.randn(4, *SHAPE), torch.rand(4)
+    assert_close(bank.target(x, t, labels), plain.target(x, t, labels))
+
+
+def check_checkpoints(rank, world, folder):
+    """What one number of processes saves, every other loads, and goes on in the same order."""
+    groups = {n: dist.new_group(list(range(n))) for n in (1, 2, 3, 4)}
+    for null in ("ring", "all"):
+        for n in (1, 2, 4):
+            if rank < n:
+                bank = build(7, null, group=groups[n])[1]
+                for batch in global_batches(3, 12 // n, n, classes=3):
+                    bank.push(*(own(part, rank, n) for part in batch))
+                bank.save(f"{folder}/{null}-{n}")
+                with pytest.raises(ValueError, match="folder: expected one that does not exist"):
+                    bank.save(f"{folder}/{null}-{n}")
+        dist.barrier()
+        for n, saved in ((1, 4), (2, 1), (2, 4), (3, 2), (3, 4), (4, 1), (4, 2), (4, 4)):
+            if rank < n:
+                plain, bank = build(7, null, group=groups[n])
+                bank.push(*(own(part, rank, n) for part in next(iter(global_batches(1, 3, n, seed=5)))))
+                for batch in global_batches(3, 12, 1, classes=3):
+                    plain.push(*batch)
+                bank.load(f"{folder}/{null}-{saved}")
+                assert_same_rings(plain, bank, rank, n)
+                push_both(plain, bank, global_batches(2, 3, n, seed=2), rank, n)
+                assert_same_rings(plain, bank, rank, n)
+                labels, x, t = torch.arange(CLASSES + 1), torch.randn(5, *SHAPE), torch.rand(5)
+                assert_close(bank.target(x, t, labels).nan_to_num(), plain.target(x, t, labels).nan_to_num())
+    for change, message in (
+        ({"capacity": 8}, "capacity: expected 7 as in .*, got 8"),
+        ({"capacity": 7, "dtype": torch.float32}, r"dtype: expected torch.float16 .*, got torch.float32"),
+        ({"capacity": 7, "track_indices": False}, "track_indices: expected True"),
+        ({"capacity": 7, "null": "all"}, "rings: expected 5 .*, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(**change)[1].load(f"{folder}/ring-2")
+    assert not list(Path(folder).glob(".writing*"))
+
+
+def check_state_dict(rank, world, folder):
+    """Interchangeable between banks of as many parts, inside a module too; dcp itself keeps every part."""
+    import torch.distributed.checkpoint as dcp
+
+    _, bank = build(5)
+    for batch in global_batches(2, 6, world):
+        bank.push(*(own(part, rank, world) for part in batch))
+    model, copy = torch.nn.Module(), torch.nn.Module()
+    model.bank, copy.bank = bank, build(5)[1]
+    dcp.save(model.state_dict(), checkpoint_id=f"{folder}/whole")
+    state = copy.state_dict()
+    dcp.load(state, checkpoint_id=f"{folder}/whole")
+    copy.load_state_dict(state)
+    assert torch.equal(copy.bank.refs, bank.refs)
+    assert torch.equal(copy.bank.indices, bank.indices)
+    assert torch.equal(copy.bank.local_counts, bank.local_counts)
+    other = {key.replace(f"{rank}of{world}", f"{rank}of{world + 1}"): value for key, value in state.items()}
+    with pytest.raises(RuntimeError, match=r"Missing key.*refs"):
+        copy.load_state_dict(other)
+
+
+# --- the tests
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_equals_one_bank(tmp_path, world):
+    run_processes(check_everything, world, tmp_path)
+
+
+def check_everything(rank, world, folder):
+    check_rings_and_draws(rank, world, folder)
+    check_targets(rank, world, folder)
+    check_contract(rank, world, folder)
+    check_objective(rank, world, folder)
+    check_prefill(rank, world, folder)
+    check_errors(rank, world, folder)
+    check_state_dict(rank, world, folder)
+    if world == 2:
+        check_compiled(rank, world, folder)
+    if world == 4:
+        check_mesh(rank, world, folder)
+
+
+def test_a_checkpoint_loads_on_any_number_of_processes(tmp_path):
+    run_processes(check_checkpoints, 4, tmp_path)
+
+
+def test_without_a_process_group_it_is_one_part(tmp_path):
+    plain, bank = build(5)
+    push_both(plain, bank, global_batches(3, 4, 1), 0, 1)
+    assert_same_rings(plain, bank, 0, 1)
+    bank.save(tmp_path / "bank")
+    other = build(5)[1]
+    other.load(tmp_path / "bank")
+    assert_same_rings(plain, other, 0, 1)
+    assert "part=0, parts=1" in repr(bank)
+
+
+# --- processes that end
+
+
+def save_for_ever(rank, world, folder):
+    bank = sv.ShardedReferenceBank((64, 1024), 4, 16)
+    bank.prefill([(torch.randn(64, 64, 1024), torch.arange(64) % 4)])
+    for step in range(10_000):
+        bank.save(Path(folder) / f"step-{step}")
+        print("saved", step, flush=True)
+
+
+def step_for_ever(rank, world, folder):
+    bank = sv.ShardedReferenceBank((8,), 4, 16)
+    for step in range(100_000):
+        bank.push(torch.randn(4, 8), torch.arange(4))
+        bank.target(torch.randn(4, 8), torch.rand(4), torch.arange(4))
+        if step == 20:
+            print("running", flush=True)
+
+
+def load_all(rank, world, folder):
+    bank = sv.ShardedReferenceBank((64, 1024), 4, 16)
+    for path in Path(folder).parent.glob("killed/step-*"):
+        bank.load(path)
+        assert bank.counts.tolist() == [16, 16, 16, 16, 16]
+        assert (bank.refs.float().flatten(2).norm(dim=2) > 0).all()
+
+
+@pytest.mark.parametrize("doomed", [0, 1])
+def test_a_kill_while_saving_costs_nothing_that_was_saved(tmp_path, doomed):
+    workers = start_processes(save_for_ever, 2, tmp_path / "killed", timeout=8)
+    workers[doomed].wait_for("saved 2")
+    end = time.monotonic() + 20
+    while not list((tmp_path / "killed").glob(".writing-*/*.distcp")) and time.monotonic() < end:
+        pass
+    workers[doomed].process.kill()
+    began = time.monotonic()
+    code, out = finish_processes(workers, deadline=30)[1 - doomed]
+    assert time.monotonic() - began < 20
+    assert code == 1
+    assert "expected all 2 processes of the group to take part in saving" in out, out[-2000:]
+    assert len(list((tmp_path / "killed").glob("step-*"))) >= 3
+    run_processes(load_all, 1, tmp_path / "after")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_lost_process_ends_the_others_with_an_error(tmp_path, how):
+    workers = start_processes(step_for_ever, 2, tmp_path, timeout=4)
+    for worker in workers:
+        worker.wait_for("running")
+    os.kill(workers[1].process.pid, how)
+    began = time.monotonic()
+    workers[0].process.join(30)
+    assert time.monotonic() - began < 20
+    (code, out), _ = finish_processes(workers, deadline=1)
+    assert code == 1
+    assert "expected all 2 processes of the group to take part in a step; process 0 waited" in out, out[-2000:]
+
+
+# --- on GPUs
+
+
+def check_on_gpus(rank, world, folder):
+    """Equal to one bank, with no wait for the device; then the step in a CUDA graph, and compiled."""
+    d, n = 1024, 24
+    plain = sv.ReferenceBank((d,), CLASSES, 9, track_indices=True, device="cuda")
+    sharded, replayed, compiled = (
+        sv.ShardedReferenceBank((d,), CLASSES, 9, track_indices=True, device="cuda") for _ in range(3)
+    )
+    rng = torch.Generator("cuda").manual_seed(0)
+
+    def batch(step):
+        x = torch.randn(n * world, d, device="cuda", generator=rng)
+        y = torch.randint(CLASSES, (n * world,), device="cuda", generator=rng)
+        return x, y, torch.arange(n * world, device="cuda") + step * n * world
+
+    def share(parts):
+        return [own(part, rank, world) for part in parts]
+
+    objectives = {bank: sv.StableVMObjective(bank, cfg_prob=0.3, t_min=0.3) for bank in (sharded, replayed, compiled)}
+    whole = sv.StableVMObjective(plain, cfg_prob=0.3, t_min=0.3, update_bank=False)
+    static = share(batch(0))
+    for bank in (sharded, replayed):  # loads kernels and communicators
+        objectives[bank].sample(*static[:2], indices=static[2])
+        bank.take_counts(torch.zeros_like(bank.counts), torch.zeros_like(bank.heads))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        kept = objectives[replayed].sample(*static[:2], indices=static[2])
+    fast = torch.compile(objectives[compiled].sample, fullgraph=True, dynamic=False)
+    for step in range(4):
+        given = batch(step)
+        mine = share(given)
+        plain.push(*given)
+        torch.manual_seed(10 * step + rank)
+        expected = whole.sample(*mine[:2])
+        torch.manual_seed(10 * step + rank)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        draw = objectives[sharded].sample(*mine[:2], indices=mine[2])
+        torch.cuda.set_sync_debug_mode("default")
+        for name in ("x_t", "t", "labels", "x0", "noise"):
+            assert torch.equal(getattr(draw, name), getattr(expected, name)), name
+        assert_close(draw.target, expected.target)
+        for target, source in zip(static, mine, strict=True):
+            target.copy_(source)
+        graph.replay()
+        again = fast(*mine[:2], indices=mine[2])
+        for bank, made in ((replayed, kept), (compiled, again)):
+            assert_same_rings(plain, bank, rank, world)
+            over = made.t >= 0.3
+            wanted = plain.target(made.x_t, made.t, made.labels)
+            assert over.any()
+            assert_close(made.target[over], wanted[over])
+    assert_same_rings(plain, sharded, rank, world)
+    sharded.save(f"{folder}/saved")
+    other = sv.ShardedReferenceBank((d,), CLASSES, 9, track_indices=True, device="cuda")
+    other.load(f"{folder}/saved")
+    assert_same_rings(plain, other, rank, world)
+    del graph
+
+
+@pytest.mark.gpu
+def test_two_gpus(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    run_processes(check_on_gpus, 2, tmp_path, backend="nccl")
+
+
+def contract_on_gpus(rank, world, folder):
+    """The contract across the sizes that the kernels cut differently, for a pool and for classes."""
+    rng = torch.Generator().manual_seed(0)
+    for d in (300, 4096, 65_536):
+        refs = make_references(40, d, "shifted", rng).half()
+        for classes in (0, 4):
+            bank = sv.ShardedReferenceBank((d,), classes, 40, null="all", device="cuda")
+            labels = torch.arange(40) % 4
+            bank.prefill([(refs.float(), labels)])
+            t = torch.tensor([0.05, 0.5, 0.9, 0.999])
+            x = (1 - t[:, None]) * refs[:4].float() + t[:, None] * torch.randn(4, d, generator=rng)
+            asked = torch.tensor([0, 1, 2, 4])
+            out = bank.target(x.cuda(), t.cuda(), asked.cuda() if classes else None, prediction="x0").cpu()
+            for i in range(4):
+                members = refs if not classes or asked[i] == 4 else refs[labels == asked[i]]
+                row = slice(i, i + 1)
+                exact = sv.Linear().target(x[row].double(), members, t[row].double(), prediction="x0")
+                assert_close(out[row], exact)
+
+
+@pytest.mark.gpu
+def test_contract_on_two_gpus(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    run_processes(contract_on_gpus, 2, tmp_path, backend="nccl")
