@@ -19,8 +19,12 @@ CFG_PROB = 0.1
 CHECKED_ROWS = 8
 
 
-@pytest.mark.parametrize("t_low", [0.5, 0.0], ids=["every row over its set", "rows below t_min left out"])
-def test_training_step(measure, device, t_low):
+@pytest.mark.parametrize(
+    ("t_low", "online"),
+    [(0.5, False), (0.0, False), (0.5, True)],
+    ids=["every row over its set", "rows below t_min left out", "every row, the online variance kept"],
+)
+def test_training_step(measure, device, t_low, online):
     n, classes, m, d = SIZES[device.type]
     torch.manual_seed(0)
     bank = ReferenceBank((d,), classes, m, device=device)
@@ -32,7 +36,7 @@ def test_training_step(measure, device, t_low):
     def times(rows: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
         return t_low + (1 - t_low) * torch.rand(rows, device=device, generator=generator)
 
-    objective = StableVMObjective(bank, times=times, cfg_prob=CFG_PROB, t_min=0.5)
+    objective = StableVMObjective(bank, times=times, cfg_prob=CFG_PROB, t_min=0.5, online=online)
     drawn = objective.sample(values, labels)
     few = (drawn.t >= 0.5).nonzero()[:CHECKED_ROWS, 0]
     used, index = drawn.labels[few].unique(return_inverse=True)
@@ -52,7 +56,8 @@ def test_training_step(measure, device, t_low):
         return lambda: peers.training_step(bank.refs, counts, heads, values, labels, t_low, CFG_PROB, targets[name])
 
     measure(
-        f"step: push + draw + target {n}×{classes + 1}×{m}×{d} float16, t in [{t_low}, 1]",
+        f"step: push + draw + target {n}×{classes + 1}×{m}×{d} float16, t in [{t_low}, 1]"
+        + ", online variance" * online,
         lambda: objective.sample(values, labels),
         check=(lambda: drawn.target[few], expected, TOLERANCE[torch.float32, "exact"]),
         peers={name: peer(name) for name in targets},

@@ -204,6 +204,22 @@ def test_mistakes_in_sampling_are_one_line(capsys, trained, tmp_path):
         capsys, "sample", trained, "--output", tmp_path, "--labels=7"
     )
     assert "sampling.split: expected" in error_of(capsys, "sample", trained, "--output", tmp_path, "--split=2")
+    said = error_of(capsys, "sample", trained, "--output", tmp_path, "--split=auto")
+    assert "sampling.split: expected a number or the path of a variance.json, since this run was trained" in said
+
+
+def test_a_split_goes_from_the_data_into_training_and_sampling(trained, tmp_path):
+    assert svel("variance", trained.parent / "set.npz", "--output", tmp_path, "--rows=32", "--device=cpu") == 0
+    split = variance_of(tmp_path)["split"]
+    assert 0.1 < split < 0.99
+    file = tmp_path / "variance.json"
+    options = ["--data", trained.parent / "set.npz", "--output", tmp_path / "run", "--steps=2", *SMALL]
+    assert svel("train", *options, f"--set=objective.t_min={file}", "--set=sampling.split=auto") == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["objective"]["t_min"] == split
+    assert config["sampling"]["split"] == "auto"
+    for more in ([], ["--split=auto"], ["--split", file]):
+        assert svel("sample", tmp_path / "run", "--output", tmp_path / "s", "--per-class=1", "--device=cpu", *more) == 0
 
 
 def test_debug_shows_the_traceback():

@@ -231,6 +231,7 @@ def test_two_processes_share_the_batch_and_the_bank(tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "set.npz", x=rng.integers(0, 256, (20, 8, 8), dtype=np.uint8), y=np.arange(20) % 2)
     overrides = [*SMALL, f"data.source={tmp_path / 'set.npz'}", f"output={tmp_path / 'run'}", "bank.prefill=false"]
+    overrides.append("objective.t_min=auto")
     sets = [part for override in overrides for part in ("--set", override)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     train = [sys.executable, "-m", "stablevelocity", "train", "--debug", *sets]
@@ -244,6 +245,9 @@ def test_two_processes_share_the_batch_and_the_bank(tmp_path):
     assert not torch.equal(state["random"][0]["torch"], state["random"][1]["torch"])
     bank = checkpoint.load_module(saved, "bank")
     assert bank["counts"].tolist() == [4, 4, 4]
+    variance = checkpoint.load_module(saved, "variance")
+    assert variance["moments"] == 48, "the online variance is of both processes' rows"
+    assert 24 < variance["seen"] <= 48
     assert int(bank["heads"].sum()) % 4 == (48 + 48) % 4  # each of 48 samples went into its class and the null ring
     more = subprocess.run(
         [*train, "--set", "resume=latest", "--set", "steps=8"], env=env, capture_output=True, text=True

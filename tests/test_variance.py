@@ -447,7 +447,7 @@ def test_split_agrees_with_the_closed_form(dim, interpolant, rng):
         variance = mixture.posterior(at.alpha * x0 + at.sigma * noise, time.repeat(1000), interpolant)[1].mean()
         exact.append(float(at.x0_factor**2 * variance))
     limit = float(coefficients(interpolant, 1 - 1e-5).x0_factor ** 2) * mixture.variance()
-    expected = sv.variance._crossing(times.double(), torch.tensor(exact).double() / limit, 0.05)
+    expected = float(sv.variance.crossing(times.double(), torch.tensor(exact).double() / limit, 0.05))
     found = sv.split_point(curve, confidence=0.999)
     assert found.low - 5e-3 < expected < found.high + 5e-3
     assert found.high - found.low < 0.1

@@ -6,10 +6,11 @@ from .host_bank import HostReferenceBank
 from .interpolants import Cosine, Interpolant, Linear, get_interpolant
 from .mixtures import GaussianMixture
 from .objectives import CFMObjective, StableVMObjective, STFObjective, TrainingSample
+from .online import OnlineVariance
 from .sampling import Guidance, StableVS, dpmpp_2m, euler, euler_maruyama, heun, sample, time_grid, unipc
 from .sharded_bank import ShardedReferenceBank
 from .times import TimeSampler, get_time_sampler, lognormal_times, uniform_times
-from .variance import Split, VarianceCurve, split_point, variance_curve
+from .variance import Split, VarianceCurve, load_split, split_point, variance_curve
 
 __all__ = [
     "BankDraw",
@@ -23,6 +24,7 @@ __all__ = [
     "Interpolant",
     "Linear",
     "MixtureDraw",
+    "OnlineVariance",
     "ReferenceBank",
     "STFObjective",
     "ShardedReferenceBank",
@@ -39,6 +41,7 @@ __all__ = [
     "get_interpolant",
     "get_time_sampler",
     "heun",
+    "load_split",
     "lognormal_times",
     "projector",
     "sample",

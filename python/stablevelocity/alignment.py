@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,33 +17,38 @@ from stablevelocity_kernels import clamp_time, va_repa_loss
 
 from .interpolants import Interpolant, get_interpolant
 from .models.sit import projector_mlp
+from .online import OnlineVariance
+from .variance import Split, fixed_split
 
-WeightFunction = Callable[[Tensor, float, Interpolant], Tensor]  # (t (N,), split, interpolant) -> (N,), not negative
+# (t (N,), split: a number or 0-d, interpolant) -> (N,), not negative
+WeightFunction = Callable[[Tensor, "float | Tensor", Interpolant], Tensor]
+DEFAULT_SPLIT = 0.7  # the paper's
 
 
-def hard_weight(t: Tensor, split: float, interpolant: Interpolant) -> Tensor:
+def hard_weight(t: Tensor, split: float | Tensor, interpolant: Interpolant) -> Tensor:
     """1 below the split, 0 from it on."""
     return (t < split).to(t.dtype)
 
 
-def hard_high_weight(t: Tensor, split: float, interpolant: Interpolant) -> Tensor:
+def hard_high_weight(t: Tensor, split: float | Tensor, interpolant: Interpolant) -> Tensor:
     """0 below the split, 1 from it on: the opposite of "hard", for comparison."""
     return (t >= split).to(t.dtype)
 
 
-def sigmoid_weight(t: Tensor, split: float, interpolant: Interpolant, sharpness: float = 20.0) -> Tensor:
+def sigmoid_weight(t: Tensor, split: float | Tensor, interpolant: Interpolant, sharpness: float = 20.0) -> Tensor:
     """sigmoid(sharpness (split - t))."""
     return torch.sigmoid(sharpness * (split - t))
 
 
-def cosine_weight(t: Tensor, split: float, interpolant: Interpolant) -> Tensor:
+def cosine_weight(t: Tensor, split: float | Tensor, interpolant: Interpolant) -> Tensor:
     """(1 + cos(pi t / split)) / 2 below the split, 0 from it on."""
     return 0.5 * (1.0 + torch.cos(math.pi * (t / split).clamp_max(1.0)))
 
 
-def snr_weight(t: Tensor, split: float, interpolant: Interpolant) -> Tensor:
+def snr_weight(t: Tensor, split: float | Tensor, interpolant: Interpolant) -> Tensor:
     """SNR(t) / (SNR(t) + SNR(split)) with SNR = (alpha / sigma)^2, multiplied out: finite at t = 0."""
-    at, there = interpolant.coefficients(clamp_time(t)), interpolant.coefficients(clamp_time(t.new_full((), split)))
+    split = split if isinstance(split, Tensor) else t.new_full((), split)
+    at, there = interpolant.coefficients(clamp_time(t)), interpolant.coefficients(clamp_time(split.to(t.dtype)))
     signal = (at.alpha * there.sigma) ** 2
     return signal / (signal + (there.alpha * at.sigma) ** 2)
 
@@ -65,25 +71,34 @@ class VAREPALoss:
     Args:
         interpolant: "linear", "cosine" or an `Interpolant`; only "snr" looks at it.
         schedule: a name in `WEIGHTS`, or a function (t, split, interpolant) -> weights (N,).
-        split: the time in (0, 1] that separates low variance (below) from high.
+        split: the time in (0, 1] that separates low variance (below) from high: a number, a `Split`, the path of a
+            variance.json, or "auto": what `variance` has found so far, 0.7 until it has found something.
+        variance: of the objective that is trained beside, `objective.variance`; with split="auto".
     """
 
     def __init__(
         self,
         interpolant: str | Interpolant = "linear",
         schedule: str | WeightFunction = "sigmoid",
-        split: float = 0.7,
+        split: float | str | os.PathLike | Split = DEFAULT_SPLIT,
+        *,
+        variance: OnlineVariance | None = None,
     ):
         if not callable(schedule) and schedule not in WEIGHTS:
             raise ValueError(f"schedule: expected one of {tuple(WEIGHTS)} or a callable, got {schedule!r}")
-        if not 0.0 < split <= 1.0:
-            raise ValueError(f"split: expected a number in (0, 1], got {split}")
-        self.interpolant, self.split = get_interpolant(interpolant), split
+        if (split == "auto") != (variance is not None):
+            expected = "the OnlineVariance of an objective" if variance is None else "None"
+            raise ValueError(f"variance: expected {expected} with split = {split!r}, got {type(variance).__name__}")
+        self.interpolant, self.variance = get_interpolant(interpolant), variance
+        self.split = split if variance is not None else fixed_split(split, "split")
+        if variance is None and not 0.0 < self.split <= 1.0:
+            raise ValueError(f"split: expected a number in (0, 1], got {self.split}")
         self.weight_function = schedule if callable(schedule) else WEIGHTS[schedule]
 
     def weights(self, t: Tensor) -> Tensor:
         """(N,) float32 weights of the times t (N,)."""
-        return self.weight_function(t.detach(), self.split, self.interpolant).float()
+        split = self.split if self.variance is None else self.variance.split(before=DEFAULT_SPLIT)
+        return self.weight_function(t.detach(), split, self.interpolant).float()
 
     def __call__(self, projected: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], t: Tensor) -> Tensor:
         """The loss (0-d float32), differentiable in `projected`.

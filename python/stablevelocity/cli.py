@@ -136,7 +136,9 @@ def _add_sample(commands) -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int)
     p.add_argument("--schedule", choices=("uniform", "shifted", "edm"), help="the time grid")
     p.add_argument("--shift", type=float, help="of the shifted time grid")
-    p.add_argument("--split", type=float, help="StableVS: time at and below which its steps are taken")
+    p.add_argument(
+        "--split", help="StableVS: time at and below which its steps are taken; a variance.json; or auto, as trained"
+    )
     p.add_argument("--low-steps", type=int, help="StableVS: how many there are; 0 turns it off")
     p.add_argument("--noise-factor", type=float, help="StableVS: noise of its steps, 0 to 1")
     p.add_argument("--grid", choices=("total", "official"), help="StableVS: what --steps counts")
@@ -165,7 +167,7 @@ def _sample(args: argparse.Namespace) -> None:
 
     from .config import load_config
     from .data import to_uint8
-    from .generation import Processes, evaluations, generate, load_model, resolve_precision, save_grid
+    from .generation import Processes, evaluations, generate, load_model, resolve_precision, save_grid, settle_split
 
     for flag in ("per_class", "batch_size"):
         if getattr(args, flag) < 1:
@@ -174,6 +176,7 @@ def _sample(args: argparse.Namespace) -> None:
     model, config, about = load_model(args.trained, device=args.device, ema=args.weights == "ema")
     given = [(flag, getattr(args, flag)) for flag in _SAMPLING_FLAGS]
     config = load_config(None, [f"sampling.{flag}={value}" for flag, value in given if value is not None], base=config)
+    config = settle_split(config, about["checkpoint"])
     classes = _labels(args.labels, about["num_classes"])
     labels = None if classes is None else torch.tensor(classes).repeat_interleave(args.per_class)
     n = args.per_class if labels is None else len(labels)

@@ -22,6 +22,11 @@ def _between(default: float, low: float, high: float) -> Any:
     return field(default=default, metadata={"low": low, "high": high})
 
 
+def _split(default: float, high: float = 1.0) -> Any:
+    """A time: a number, "auto" for what training measures, or the path of a variance.json, which becomes its number."""
+    return field(default=default, metadata={"low": 0.0, "high": high, "split": True})
+
+
 @dataclass
 class DataConfig:
     """What is trained on; see data.py."""
@@ -62,7 +67,7 @@ class ObjectiveConfig:
     interpolant: Literal["linear", "cosine"] = "linear"
     times: Literal["uniform", "lognormal"] = "uniform"
     cfg_prob: float = _between(0.1, 0.0, 1.0)
-    t_min: float = _between(0.5, 0.0, 1.0)  # stablevm: below it, the conditional target
+    t_min: float | str = _split(0.5)  # stablevm: below it, the conditional target; or auto
     source: Literal["bank", "loader"] = "bank"  # stablevm: where the sample in x_t comes from
     precision: Literal["exact", "fast"] = "exact"
 
@@ -87,7 +92,7 @@ class AlignConfig:
     features: str | None = None  # a folder that svel features wrote; several with commas between them
     coefficient: float = _at_least(0.5, 0.0)  # of the alignment in the loss
     schedule: Literal["hard", "hard_high", "sigmoid", "cosine", "snr"] = "sigmoid"  # weights over time
-    split: float = _between(0.7, 0.0, 1.0)
+    split: float | str = _split(0.7)  # or auto, with stablevm
     projector: Literal["mlp", "conv"] = "mlp"  # REPA's or iREPA's
     width: int = _at_least(2048, 1)  # of the mlp
     spatial_norm: bool = False  # iREPA's normalisation of the features
@@ -115,7 +120,7 @@ class SamplingConfig:
     steps: int = _at_least(30, 1)
     schedule: Literal["uniform", "shifted", "edm"] = "uniform"  # the time grid; see grids.py
     shift: float = 3.0  # of the shifted grid
-    split: float = _between(0.85, 0.0, 1.0)  # StableVS: steps starting at or below it are the closed form
+    split: float | str = _split(0.85)  # StableVS: steps starting at or below it are the closed form; or auto
     low_steps: int = _at_least(9, 0)  # StableVS: how many they are; 0 turns StableVS off
     noise_factor: float = _between(0.0, 0.0, 1.0)
     grid: Literal["total", "official"] = "total"
@@ -244,7 +249,9 @@ def _build(kind: type, values: Any, prefix: str) -> Any:
         if dataclasses.is_dataclass(hint):
             checked[name] = _build(hint, value, f"{key}.")
             continue
-        checked[name] = value = _convert(value, hint, key)
+        checked[name] = value = (_convert_split if limits[name].get("split") else _convert)(value, hint, key)
+        if value == "auto" and limits[name].get("split"):
+            continue
         low, high = limits[name].get("low"), limits[name].get("high")
         if value is not None and low is not None and not low <= value <= (float("inf") if high is None else high):
             expected = f"at least {low}" if high is None else f"a number from {low} to {high}"
@@ -277,6 +284,23 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise ValueError(f"{key}: expected {_TYPE_NAMES[hint]}, got {value!r}")
+
+
+def _convert_split(value: Any, hint: Any, key: str) -> float | str:
+    if value == "auto" or isinstance(value, bool):
+        return value if value == "auto" else _convert(value, float, key)
+    from .variance import fixed_split
+
+    return fixed_split(value if not _is_number(value) else float(value), key)
+
+
+def _is_number(value: Any) -> bool:
+    """Also of text such as 1e-1, which YAML leaves a string."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}

@@ -79,6 +79,7 @@ def run_demo(
     with _timed(seconds, "training"):
         result = trainer.fit()
         plot_loss(result.losses, folder / "loss.png")
+    config = dataclasses.replace(config, sampling=trainer.sampling())
     with _timed(seconds, "sampling"):
         labels = torch.arange(dataset.num_classes).repeat(samples_per_class)  # so that any first part has all classes
         with tqdm(desc="sample", disable=not progress) as bar:

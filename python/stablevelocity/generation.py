@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from .config import ModelConfig, SamplingConfig, TrainConfig, from_dict
 from .data import to_uint8
 from .models import SiT
 from .models.sit import SIZES
+from .online import OnlineVariance
 from .optional import require
 from .sampling import Guidance, StableVS, nfe, sample, shifted_grid, standard_normal, time_grid
 
@@ -69,6 +70,30 @@ def build_model(config: ModelConfig, shape: Sequence[int], num_classes: int) -> 
     )
 
 
+def sampling_split(variance: OnlineVariance) -> float:
+    """What training measured so far, as the split of sampling; the paper's 0.85 before it has seen enough."""
+    return float(variance.split(before=0.85))
+
+
+def settle_split(config: TrainConfig, folder: str | Path) -> TrainConfig:
+    """The configuration with what the training run in a checkpoint folder measured in place of sampling.split = auto.
+
+    Raises:
+        ValueError: when the run measured nothing, since no split in its configuration was auto.
+    """
+    if config.sampling.split != "auto":
+        return config
+    if not (Path(folder) / "variance.safetensors").is_file():
+        raise ValueError(
+            "sampling.split: expected a number or the path of a variance.json, since this run was trained without a "
+            "split of 'auto' and did not measure it; got 'auto'"
+        )
+    state = checkpoint.load_module(folder, "variance")
+    variance = OnlineVariance(state["mean"].shape, config.objective.interpolant, bins=len(state["rows"]))
+    variance.load_state_dict(state)
+    return replace(config, sampling=replace(config.sampling, split=sampling_split(variance)))
+
+
 def load_model(path: str | Path, *, device: str = "auto", ema: bool = True) -> tuple[SiT, TrainConfig, dict]:
     """The model of a run or checkpoint folder, ready to sample.
 
@@ -78,7 +103,7 @@ def load_model(path: str | Path, *, device: str = "auto", ema: bool = True) -> t
     """
     folder = checkpoint.find(path)
     step, state = checkpoint.load(folder)
-    config, about = from_dict(state["config"]), state["data"]
+    config, about = settle_split(from_dict(state["config"]), folder), state["data"]
     model = build_model(config.model, about["shape"], about["num_classes"])
     model.load_state_dict(checkpoint.load_module(folder, "ema" if ema else "model"))
     about = {**about, "step": step, "checkpoint": str(folder)}

@@ -5,6 +5,7 @@ A new grid is one function below and its name in GRIDS.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .interpolants import Interpolant, get_interpolant
+from .variance import Split, fixed_split
 
 
 def expect(ok: bool, arg: str, expected: str, got: object) -> None:
@@ -33,19 +35,22 @@ class StableVS:
     one saves is the model calls. On other paths it is exact for a fixed E[x_0 | x_t], which Euler is not.
 
     Args:
-        split: a step that starts at t <= split is the closed-form step; in [0, 1).
+        split: a step that starts at t <= split is the closed-form step; in [0, 1). Also a `Split`, or the path of a
+            variance.json, which become their number.
         low_steps: how many steps the region gets (fewer where the base grid has fewer); 0 turns StableVS off.
         noise_factor: f in beta = f sigma_tau, the noise of a step to tau; in [0, 1], 0 is deterministic.
         grid: "total": `steps` is the number of steps that run, the base grid is grown to make it so. "official": the
             base grid has `steps` steps and is thinned, so that fewer run.
     """
 
-    split: float = 0.85
+    split: float | str | os.PathLike | Split = 0.85
     low_steps: int = 9
     noise_factor: float = 0.0
     grid: str = "total"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.split, (int, float)):
+            object.__setattr__(self, "split", fixed_split(self.split, "split"))
         expect(0.0 <= self.split < 1.0, "split", "a number in [0, 1)", self.split)
         expect(_is_count(self.low_steps, 0), "low_steps", "an integer of at least 0", self.low_steps)
         expect(0.0 <= self.noise_factor <= 1.0, "noise_factor", "a number in [0, 1]", self.noise_factor)

@@ -10,6 +10,7 @@ torch.compile(fullgraph=True), both with generator=None (the device's default ge
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -20,7 +21,12 @@ from stablevelocity_kernels import clamp_time, conditional_target_
 
 from .bank import ReferenceBank
 from .interpolants import Interpolant, check_prediction, expand_rows, get_interpolant
+from .online import OnlineVariance
 from .times import TimeSampler, get_time_sampler
+from .variance import Split, fixed_split
+
+_T_MIN_LEVEL = 0.01  # t_min="auto": the conditional target adds at most this share of the prior's variance
+_ALWAYS = 16  # t_min="auto": every 16th row takes the target over the set at any time, so that the curve stays measured
 
 
 @dataclass(frozen=True)
@@ -157,10 +163,14 @@ class StableVMObjective(CFMObjective):
         bank: a `ReferenceBank` on the device of the batches, or a `HostReferenceBank` or `ShardedReferenceBank` for it;
             it also says how many classes there are.
         interpolant, prediction, times, cfg_prob: as in `CFMObjective`.
-        t_min: rows with t below it take the conditional target, which reads no references.
+        t_min: rows with t below it take the conditional target, which reads no references. A number, a `Split`, the
+            path of a variance.json, or "auto": where `variance` finds that the conditional target would add 1 % of the
+            prior's variance, 0 until it has seen enough. Every 16th row then takes the target over the set at any time.
         source: "bank" or "loader".
         precision: "exact" or "fast", of the target.
         update_bank: push each batch into the bank, before the draw ("bank") or after the target ("loader").
+        online: keep `variance`, an `OnlineVariance` (else None), also when t_min is fixed: then from t_min on. Save its
+            state_dict with the bank's.
     """
 
     def __init__(
@@ -171,22 +181,28 @@ class StableVMObjective(CFMObjective):
         prediction: str = "velocity",
         times: str | TimeSampler = "uniform",
         cfg_prob: float = 0.1,
-        t_min: float = 0.5,
+        t_min: float | str | os.PathLike | Split = 0.5,
         source: str = "bank",
         precision: str = "exact",
         update_bank: bool = True,
+        online: bool = False,
     ):
         super().__init__(
             interpolant, prediction=prediction, times=times, num_classes=bank.num_classes, cfg_prob=cfg_prob
         )
         if source not in ("bank", "loader"):
             raise ValueError(f"source: expected 'bank' or 'loader', got {source!r}")
-        if not 0.0 <= t_min <= 1.0:
-            raise ValueError(f"t_min: expected a number in [0, 1], got {t_min}")
         if precision not in ("exact", "fast"):
             raise ValueError(f"precision: expected 'exact' or 'fast', got {precision!r}")
-        self.bank, self.t_min, self.source = bank, t_min, source
+        self.t_min = t_min if t_min == "auto" else fixed_split(t_min, "t_min")
+        if t_min != "auto" and not 0.0 <= self.t_min <= 1.0:
+            raise ValueError(f"t_min: expected a number in [0, 1], got {t_min}")
+        self.bank, self.source = bank, source
         self.precision, self.update_bank = precision, update_bank
+        self.variance = None
+        if online or t_min == "auto":
+            device = getattr(bank, "device", bank.counts.device)  # of a bank on the host: where it serves
+            self.variance = OnlineVariance(bank.shape, self.interpolant, prediction, device=device)
 
     @torch.no_grad()
     def sample(
@@ -211,11 +227,13 @@ class StableVMObjective(CFMObjective):
         dropped = self._drop_labels(labels, generator)
         t, noise = self._times_and_noise(x0, generator)
         if self.source == "bank":
+            t_min = 0.0 if self.t_min == "auto" else self.t_min
             drawn = self.bank.mixture(
-                t, noise, dropped, x0, interpolant=self.interpolant, t_min=self.t_min, generator=generator
+                t, noise, dropped, x0, interpolant=self.interpolant, t_min=t_min, generator=generator
             )
             x0, x_t = drawn.x0.float(), drawn.x_t.float()
-            target = self._target(x_t, x0, noise, t, drawn.t_set, dropped, None)
+            t_set = self._for_set(t, drawn.t_set) if self.t_min == "auto" else drawn.t_set
+            target = self._target(x_t, x0, noise, t, t_set, dropped, None)
         else:
             x0 = x0.float()
             x_t = self.interpolant.interpolate(x0, noise, t)
@@ -252,10 +270,17 @@ class StableVMObjective(CFMObjective):
         class_labels = labels if class_labels is None else class_labels
         self.bank.use(class_labels)
         x_t, x0, noise, t = x_t.float(), x0.float(), noise.float(), t.float()
-        target = self._target(x_t, x0, noise, t, t.masked_fill(t < self.t_min, math.nan), labels, x0)
+        target = self._target(x_t, x0, noise, t, self._for_set(t, t), labels, x0)
         if self.update_bank:
             self.bank.push(x0, class_labels, indices)
         return target
+
+    def _for_set(self, t: Tensor, t_set: Tensor) -> Tensor:
+        """t_set (N,) with NaN also in the rows whose t is below t_min."""
+        if self.t_min != "auto":
+            return t_set.masked_fill(t < self.t_min, math.nan)
+        chosen = torch.arange(t.shape[0], device=t.device) % _ALWAYS != 0
+        return t_set.masked_fill(chosen & (t < self.variance.split(_T_MIN_LEVEL, before=0.0)), math.nan)
 
     def _target(self, x_t, x0, noise, t, t_set, labels, source) -> Tensor:
         """Over the set at the times t_set; rows where t_set is NaN, which the op skips, take the conditional target."""
@@ -270,9 +295,12 @@ class StableVMObjective(CFMObjective):
         )
         if self.interpolant.name is not None:
             conditional_target_(target, x0, noise, t, t_set, path=self.interpolant.name, prediction=self.prediction)
-            return target
-        conditional = self.interpolant.conditional(x0, noise, t, self.prediction)
-        return torch.where(expand_rows(t_set.isnan(), target), conditional, target)
+        else:
+            conditional = self.interpolant.conditional(x0, noise, t, self.prediction)
+            target = torch.where(expand_rows(t_set.isnan(), target), conditional, target)
+        if self.variance is not None:
+            self.variance.update(x0, noise, t, target, ~t_set.isnan())
+        return target
 
 
 class STFObjective(CFMObjective):

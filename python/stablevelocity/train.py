@@ -15,7 +15,8 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ from tqdm.auto import tqdm
 from . import checkpoint
 from .alignment import HiddenState, Projectors, VAREPALoss, projector, spatial_norm
 from .bank import ReferenceBank
-from .config import OptimConfig, TrainConfig, dump_yaml, to_dict
+from .config import OptimConfig, SamplingConfig, TrainConfig, dump_yaml, to_dict
 from .data import ArrayData, Batch, ImageFolder, ShuffledOrder, load_data, loader
 from .ema import EMA
 from .features import AlignedData
-from .generation import build_model, generate, resolve_device, resolve_precision, save_grid
+from .generation import build_model, generate, resolve_device, resolve_precision, sampling_split, save_grid
 from .host_bank import HostReferenceBank
 from .objectives import CFMObjective, StableVMObjective, STFObjective, TrainingSample
 from .optional import require
@@ -80,6 +81,7 @@ def build_objective(config: TrainConfig, bank: ReferenceBank | None, num_classes
         source=o.source,
         precision=o.precision,
         update_bank=False,
+        online="auto" in (config.align.split, config.sampling.split),
     )
 
 
@@ -100,6 +102,12 @@ class Trainer:
         accelerate = require("accelerate", "train")
         if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
             raise ModuleNotFoundError(f"tracker: {config.tracker} is not installed: pip install {config.tracker}")
+        for key, value in (("align.split", config.align.split), ("sampling.split", config.sampling.split)):
+            if value == "auto" and config.objective.name != "stablevm":
+                raise ValueError(
+                    f"{key}: expected a number or the path of a variance.json with objective.name = "
+                    f"{config.objective.name}, since StableVM's targets measure the variance; got 'auto'"
+                )
         self.config, self.folder = config, Path(config.output)
         device = resolve_device(config.device)
         self.precision = resolve_precision(config.mixed_precision, device)
@@ -125,6 +133,13 @@ class Trainer:
             self._build_alignment()
         self.bank = self._build_bank()
         self.objective = build_objective(config, self.bank, self.num_classes)
+        self.variance = getattr(self.objective, "variance", None)  # the online estimate, where a split is "auto"
+        if self.variance is not None and self.world > 1:
+            self.variance.reduce = partial(self.accelerator.reduce, reduction="sum")
+        if config.align_at is not None:
+            a = config.align
+            variance = self.variance if a.split == "auto" else None
+            self.align = VAREPALoss(config.objective.interpolant, a.schedule, a.split, variance=variance)
         o = config.optim
         trained = [*self.model.parameters(), *self.projectors.parameters()]
         self.parameters = [p for p in trained if p.requires_grad]
@@ -220,7 +235,6 @@ class Trainer:
                 )
             self.projectors.append(projector(a.projector, hidden_size, channels, width=a.width, grid=grid))
         self.projectors.to(self.device)
-        self.align = VAREPALoss(config.objective.interpolant, a.schedule, a.split)
 
     def _prefill(self) -> None:
         """Fill the bank with random samples of each class, the same on every process."""
@@ -342,6 +356,8 @@ class Trainer:
         mean = self.accelerator.reduce(self.window / max(1, self.window_steps), "mean")
         loss, norm = mean.tolist()
         line = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": self.scheduler.get_last_lr()[0]}
+        if self.variance is not None:
+            line["split"] = sampling_split(self.variance)
         self.window.zero_()
         self.window_steps = 0
         self.logs.append(line)
@@ -359,6 +375,12 @@ class Trainer:
             lines = "".join(json.dumps(line) + "\n" for line in self.logs)
             (self.folder / "log.jsonl").write_text(lines)
 
+    def sampling(self) -> SamplingConfig:
+        """How to sample now: config.sampling, with a number in place of split = auto. Waits for the device."""
+        if self.config.sampling.split != "auto":
+            return self.config.sampling
+        return replace(self.config.sampling, split=sampling_split(self.variance))
+
     def _sample_grid(self) -> None:
         """A grid of samples of the averaged model, a row for each of up to ten classes; the same noise each time."""
         if not self.main:
@@ -367,7 +389,7 @@ class Trainer:
         labels = torch.arange(classes).repeat_interleave(8) if self.num_classes else None
         samples = generate(
             self.ema.module,
-            self.config.sampling,
+            self.sampling(),
             self.dataset.shape,
             labels,
             classes * 8,
@@ -397,6 +419,8 @@ class Trainer:
             modules = {"model": self.model.state_dict(), "ema": self.ema.module.state_dict()}
             if self.bank is not None and not isinstance(self.bank, ShardedReferenceBank):
                 modules["bank"] = self.bank.state_dict()
+            if self.variance is not None:
+                modules["variance"] = self.variance.state_dict()
             if len(self.projectors):
                 modules["projectors"] = self.projectors.state_dict()
             scaler = self.accelerator.scaler
@@ -460,6 +484,8 @@ class Trainer:
         self.ema.updates = state["ema_updates"]
         if self.bank is not None:
             self._restore_bank(folder)
+        if self.variance is not None and (folder / "variance.safetensors").is_file():  # else no split was auto there
+            self.variance.load_state_dict(checkpoint.load_module(folder, "variance"))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:

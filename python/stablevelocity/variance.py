@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 
 import torch
@@ -236,21 +239,55 @@ def split_point(
     unseen = torch.cat([share, (mean + (1 - mean) * groups / curve.samples)[:, None]], 1)  # a group with one row at 1
     above = unseen.mean(1) * torch.exp(z * unseen.std(1) / groups**0.5 / unseen.mean(1)) + missing
     below = mean * torch.exp(-z * error / mean.clamp_min(1e-300))
-    low, split, high = (_crossing(curve.t, value, level) for value in (above, mean, below))
+    low, split, high = (float(crossing(curve.t, value, level)) for value in (above, mean, below))
     return Split(split, low, high, criterion, level)
 
 
-def _crossing(t: Tensor, share: Tensor, level: float) -> float:
-    """Where `share` (K,) first rises to `level`, between two times on a straight line of its logarithm."""
-    over = (share >= level).nonzero()[:, 0]
-    if not len(over):
-        return float(t[-1])
-    k = int(over[0])
-    if k == 0:
-        return 0.0
-    before, after = (math.log(max(float(share[i]), _SMALLEST_SHARE)) for i in (k - 1, k))
-    at = (math.log(level) - before) / (after - before) if after > before else 1.0
-    return float(t[k - 1] + min(1.0, max(0.0, at)) * (t[k] - t[k - 1]))
+def crossing(t: Tensor, share: Tensor, level: float) -> Tensor:
+    """Where `share` (K,) first rises to `level`, between two of the times t (K,) on a straight line of its logarithm.
+
+    0-d, on the device of t and without waiting for it: 0 when the first is above the level, t[-1] when none is.
+    """
+    over = share >= level
+    k = over.int().argmax(0, keepdim=True)  # the first of them
+    before = (k - 1).clamp_min(0)
+    log = share.clamp_min(_SMALLEST_SHARE).log()
+    rise = log[k] - log[before]
+    at = torch.where(rise > 0, (math.log(level) - log[before]) / rise, 1.0).clamp(0.0, 1.0)
+    found = torch.where(k > 0, t[before] + at * (t[k] - t[before]), 0.0)[0]
+    return torch.where(over.any(), found, t[-1])
+
+
+def load_split(path: str | os.PathLike) -> Split:
+    """The split that `svel variance` wrote into a variance.json, given by its path or its folder's.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    path = Path(path)
+    file = path / "variance.json" if path.is_dir() else path
+    try:
+        record = json.loads(file.read_text())
+        return Split(record["split"], *record["interval"], record["criterion"], record["level"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"split: expected a variance.json that svel variance wrote, got {str(path)!r}") from None
+
+
+def fixed_split(value: float | str | os.PathLike | Split, argument: str) -> float:
+    """A split as a number, from one, a `Split`, or the path of a variance.json.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    try:
+        if isinstance(value, (str, os.PathLike)):
+            value = load_split(value)
+        return float(value.split if isinstance(value, Split) else value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{argument}: expected a number, a Split, the path of a variance.json, or 'auto' where training measures "
+            f"it; got {value!r}"
+        ) from None
 
 
 # -- the data, and what is drawn from them

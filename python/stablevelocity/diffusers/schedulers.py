@@ -20,6 +20,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from stablevelocity_kernels import stablevs_step
 
 from ..grids import StableVS, expect, grow, kept_steps
 from ..sampling import standard_normal, step_noise
+from ..variance import fixed_split
 
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "final_sigmas_type": "zero"}
 
@@ -46,7 +48,9 @@ class _StableVS:
     """What the three schedulers share; `base` is the library's scheduler.
 
     Configuration, beside that of `base`:
-        stable_split: a step that starts at sigma <= stable_split is the closed-form step; in [0, 1).
+        stable_split: a step that starts at sigma <= stable_split is the closed-form step; in [0, 1). Also a `Split`, or
+            the path of the variance.json that `svel variance` wrote of the model's training data; the configuration
+            keeps the number. "auto", in `from_pretrained(folder)`: of the variance.json beside the configuration.
         stable_low_steps: how many steps the region gets; 0 is the library's scheduler.
         stable_noise_factor: noise of such a step to sigma', as a share of sigma'; in [0, 1], 0 is deterministic.
         stable_grid: "total", `num_inference_steps` steps run; "official", the base grid has that many and is thinned.
@@ -71,6 +75,13 @@ class _StableVS:
             return StableVS(c.stable_split, c.stable_low_steps, c.stable_noise_factor, c.stable_grid)
         except ValueError as error:
             raise ValueError(f"stable_{error}") from None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path=None, subfolder=None, return_unused_kwargs=False, **kwargs):
+        """The library's, with stable_split="auto" read from the variance.json beside the scheduler's configuration."""
+        if kwargs.get("stable_split") == "auto":
+            kwargs["stable_split"] = Path(pretrained_model_name_or_path) / (subfolder or "") / "variance.json"
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, return_unused_kwargs, **kwargs)
 
     def set_noise_generator(
         self, generator: int | torch.Generator | Sequence[int | torch.Generator] | None = None
@@ -182,6 +193,10 @@ def _init(base: type[SchedulerMixin]) -> Callable[..., None]:
 
     def __init__(self, *args, **kwargs):
         plain(self, *args, **{name: value for name, value in kwargs.items() if name not in options})
+        split = self.config.stable_split
+        expect(split != "auto", "stable_split", "from_pretrained(folder) with 'auto', or a number or a path", split)
+        if not isinstance(split, float):
+            self.register_to_config(stable_split=fixed_split(split, "stable_split"))
         self._check()
 
     signature = inspect.signature(plain)
