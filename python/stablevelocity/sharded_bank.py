@@ -162,7 +162,7 @@ class ShardedReferenceBank(ReferenceBank):
         if self.num_classes and self.null == "ring":  # the last ring takes every row
             slot = (self.heads[-1] + rows) % self.capacity
             self._write(values, indices, self.num_classes, slot, rows >= len(rows) - self.capacity)
-            pushed[-1] = len(rows)
+            pushed[-1].fill_(len(rows))  # an assignment would copy a scalar from the host
         self.heads.add_(pushed).remainder_(self.capacity)
         self.counts.add_(pushed).clamp_(max=self.capacity)
         self._count()
