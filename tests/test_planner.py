@@ -50,6 +50,7 @@ def test_workspace_is_bounded(n, m, d, k):
         ((2, 64, 2**21, 2), "two_pass", "two_pass"),
         ((256, 50_000, 3072, None), "tiled", "tiled"),
         ((10_000, 100_000, 10, None), "small", "small"),
+        ((256, 2048, 10, None), "small", "small"),
         ((128, 256, 2, 10), "two_pass", "two_pass"),
     ],
     ids=str,
@@ -98,6 +99,18 @@ def test_before_hopper_a_class_bank_keeps_64_kilobytes_a_tile_in_flight_twice():
     plan = info.plan(256, 256, 4096, 1001, device="a100")
     assert (plan["tile_refs"], plan["threads"], plan["tile_d"], plan["stages"]) == (8, 512, 4096, 2)
     assert plan["blocks"] == info.DEVICES["a100"].sm_count
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d"), list(itertools.product((64, 256, 10_000, 10**6), (1, 2048, 100_000, 10**8), (9, 10, 13, 16)))
+)
+def test_small_samples_are_summed_in_short_parts(n, m, d):
+    """A float32 sum is of a thousand references at most, at any size, and the workspace stays bounded."""
+    plan = info.plan(n, m, d, refs_dtype=torch.float32, **H100)
+    assert (plan["kernel"], plan["wide"]) == ("small", False)
+    assert plan["refs_per_pass"] <= 1024 * plan["splits"]
+    assert plan["splits"] < 65_536  # a grid's second dimension
+    assert plan["workspace_bytes"] < 256 << 20
 
 
 def test_float64_is_planned_in_two_passes():

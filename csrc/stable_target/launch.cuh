@@ -13,6 +13,8 @@ void run_stream(const char* op, const Inputs& in, const Plan& plan, void* worksp
 void run_two_pass(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_tiled(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_small(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
+void run_small_float(const char* op, const Inputs& in, const Plan& plan, void* workspace,
+                     cudaStream_t stream);
 
 // Hands out consecutive pieces of a workspace, each aligned to 16 bytes.
 class Carver {

@@ -1,6 +1,7 @@
-// One shared pool and D <= 32: a thread holds whole rows, references are broadcast from shared memory. Per
-// pair: 2 D + 4 float32 operations and one exponential; bytes hardly matter (every block reads its part of
-// the pool, mostly from L2). The pool is cut into plan.splits parts, merged by merge_kernel.
+// One shared pool and D <= 8 or 17 <= D <= 32: a thread holds a whole row, references are broadcast from
+// shared memory (9 <= D <= 16: small_float_cuda.cu). Per pair: 2 D + 4 operations, in float64 up to D = 8,
+// and one exponential; bytes hardly matter (every block reads its part of the pool, mostly from L2). The pool
+// is cut into plan.splits parts, merged by merge_kernel.
 #include "stable_target/launch.cuh"
 
 namespace svel::cuda {
@@ -58,7 +59,7 @@ __global__ void prepare_kernel(const Inputs in, const WorkList work, const Parts
 
 // W: arithmetic; D: in.d rounded up; ROWS: rows per thread. Grid: (row blocks, splits).
 template <typename W, int D, int ROWS>
-__global__ void __launch_bounds__(THREADS, D == 4 || D == 12 ? 3 : 2)
+__global__ void __launch_bounds__(THREADS, D == 4 ? 3 : 2)
     small_kernel(const Inputs in, const WorkList work, const Parts parts) {
   constexpr int BATCH = D <= 16 ? 8 : 4;     // references per step of the online softmax
   __shared__ __align__(16) W refs[TILE][D];  // r_j - c
@@ -257,6 +258,7 @@ bool launch_if(const Inputs& in, const WorkList& work, const Parts& parts, const
 }  // namespace
 
 void run_small(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream) {
+  if (!plan.wide && plan.tile_d <= 16) return run_small_float(op, in, plan, workspace, stream);
   Carver carver(workspace);
   const WorkList work = build_work_list(in, TILE, carver.take<char>(work_list_bytes(in.n, in.k)), stream);
   check_launch(op);
@@ -280,8 +282,6 @@ void run_small(const char* op, const Inputs& in, const Plan& plan, void* workspa
     check_launch(op);
     const bool launched = launch_if<double, 4, 1>(in, work, parts, plan, stream) ||
                           launch_if<double, 8, 1>(in, work, parts, plan, stream) ||
-                          launch_if<float, 12, 2>(in, work, parts, plan, stream) ||
-                          launch_if<float, 16, 2>(in, work, parts, plan, stream) ||
                           launch_if<float, 32, 1>(in, work, parts, plan, stream);
     if (!launched)
       throw std::runtime_error(std::string("svel::") + op + ": no compiled kernel for the planned tile");

@@ -324,6 +324,49 @@ def test_shared_pool_of_small_samples(rng, d):
     check_bank(x, refs, t, None, torch.tensor([1490], dtype=torch.int32), make_references(300, d, "gaussian", rng))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("geometry", ["gaussian", "manifold", "shifted"])
+@pytest.mark.parametrize(
+    ("n", "m", "d"), [(5000, 9001, 10), (1300, 20_000, 9), (700, 1, 11), (2000, 3000, 14), (65, 129, 15)]
+)
+def test_shared_pool_of_samples_of_9_to_16(rng, n, m, d, geometry, dtype):
+    """Several rows to a thread and one, parts of references with and without valid ones, rows that are not finite."""
+    refs = make_references(m, d, geometry, rng).to(dtype)
+    t = torch.tensor([0.2, 0.5, 0.9, 0.999])[torch.randint(4, (n,), generator=rng)]
+    x = make_noisy(refs[torch.randint(m, (n,), generator=rng)], t, rng)
+    check_bank(x, refs, t, None, prediction="x0")
+    t[3], x[7, d - 1], x[40, 0] = math.nan, math.nan, math.inf
+    refs[m * 2 // 3 :] = math.nan
+    for count in (m * 2 // 3, 0):
+        check_bank(x, refs, t, None, torch.tensor([count]), None)
+        check_bank(x, refs, t, None, torch.tensor([count], dtype=torch.int32), x.flip(0) * 0.5)
+    check_bank(x, refs[:0], t, None, None, x.flip(0) * 0.5)
+
+
+@pytest.mark.parametrize("d", [10, 16])
+def test_more_rows_than_a_round_of_small_samples(rng, d):
+    """Rounds over rows and, since their parts would not fit, over references."""
+    n, m = 70_000, 60_000
+    refs = make_references(m, d, "manifold", rng)
+    t = torch.tensor([0.5, 0.9])[torch.randint(2, (n,), generator=rng)]
+    x = make_noisy(refs[torch.randint(m, (n,), generator=rng)], t, rng)
+    out = svel.stable_target(*on_gpu(x, refs, t, None, torch.tensor([m - 5000])))
+    rows = torch.tensor([0, 1, 65_535, 65_536, n - 1])
+    expected = reference.stable_target(x[rows].double(), refs[: m - 5000].double(), t[rows])
+    assert_close(out.cpu()[rows], expected)
+
+
+@pytest.mark.parametrize(("n", "d"), [(64, 10), (3000, 13)])
+def test_lse_of_small_samples_merges_over_disjoint_parts(rng, n, d):
+    refs = make_references(3000, d, "manifold", rng)
+    sigma = torch.tensor([0.3, 0.9])[torch.randint(2, (n,), generator=rng)]
+    x = make_noisy(refs[torch.randint(3000, (n,), generator=rng)], sigma, rng)
+    parts = [svel.posterior_mean(*on_gpu(x, half, 1 - sigma, sigma)) for half in (refs[:1100], refs[1100:])]
+    share = torch.softmax(torch.stack([lse for _, lse in parts]).double(), 0)[..., None]
+    merged = (share[0] * parts[0][0] + share[1] * parts[1][0]).float().cpu()
+    assert_close(merged, direct_mean(x, refs, 1 - sigma, sigma)[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("d", "m", "unaligned"), [(16392, 20, True), (65536, 40, True), (65537, 5, True), (2**21, 3, False)]
