@@ -57,55 +57,46 @@ __global__ void prepare_kernel(const Inputs in, const WorkList work, const Parts
   if (in.source.data) parts.sums[item] = inside ? load_as<float>(in.source, at) - c : 0.0f;
 }
 
-// W: arithmetic; D: in.d rounded up; ROWS: rows per thread. Grid: (row blocks, splits).
-template <typename W, int D, int ROWS>
+// W: arithmetic; D: in.d rounded up. Grid: (row blocks, splits).
+template <typename W, int D>
 __global__ void __launch_bounds__(THREADS, D == 4 ? 3 : 2)
     small_kernel(const Inputs in, const WorkList work, const Parts parts) {
-  constexpr int BATCH = D <= 16 ? 8 : 4;     // references per step of the online softmax
+  constexpr int BATCH = D <= 8 ? 8 : 4;      // references per step of the online softmax
   __shared__ __align__(16) W refs[TILE][D];  // r_j - c
   __shared__ __align__(16) W norms[TILE];
   const int64_t split = blockIdx.y, valid = valid_count(in, 0);
   const int64_t begin = split * parts.split_refs;
   const int64_t end = begin + parts.split_refs < valid ? begin + parts.split_refs : valid;
 
-  W y[ROWS][D], sum[ROWS][D], best[ROWS], half_alpha[ROWS], log2_rate[ROWS];
-  double total[ROWS];
-  int64_t local[ROWS];
-  W flushed_best[ROWS];  // the score that the flushed sums are relative to
+  const int64_t local = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  const int64_t safe = local < parts.rows ? local : 0;
+  const Row& row = work.rows[parts.first_row + safe];
+  const W half_alpha = static_cast<W>(0.5 * row.alpha);
+  const W log2_rate = static_cast<W>(row.rate() * 1.4426950408889634);
+  W y[D], sum[D], best = -INFINITY;
+  double total = 0;
+  W flushed_best;  // the score that the flushed sums are relative to
   bool flushed = false;
+  const bool with_source = in.source.data && split == 0;
+  W score = 0;
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    local[r] = (static_cast<int64_t>(blockIdx.x) * ROWS + r) * THREADS + threadIdx.x;
-    const int64_t safe = local[r] < parts.rows ? local[r] : 0;
-    const Row& row = work.rows[parts.first_row + safe];
-    half_alpha[r] = static_cast<W>(0.5 * row.alpha);
-    log2_rate[r] = static_cast<W>(row.rate() * 1.4426950408889634);
-    best[r] = -INFINITY, total[r] = 0;
-    const bool with_source = in.source.data && split == 0;
-    W score = 0;
-#pragma unroll
-    for (int e = 0; e < D; ++e) {
-      y[r][e] = static_cast<W>(parts.y[safe * D + e]);
-      sum[r][e] = with_source ? static_cast<W>(parts.sums[safe * D + e]) : W(0);
-      score += (y[r][e] - half_alpha[r] * sum[r][e]) * sum[r][e];
-    }
-    if (with_source) best[r] = score, total[r] = isfinite(score) ? 1.0 : NAN;
+  for (int e = 0; e < D; ++e) {
+    y[e] = static_cast<W>(parts.y[safe * D + e]);
+    sum[e] = with_source ? static_cast<W>(parts.sums[safe * D + e]) : W(0);
+    score += (y[e] - half_alpha * sum[e]) * sum[e];
   }
+  if (with_source) best = score, total = isfinite(score) ? 1.0 : NAN;
 
   const auto flush = [&] {
+    if (local >= parts.rows) return;
+    double* const sums = parts.sums + (split * parts.rows + local) * D;
+    const double scale = flushed ? exp2(static_cast<double>(flushed_best - best) * log2_rate) : 0.0;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      if (local[r] >= parts.rows) continue;
-      double* const sums = parts.sums + (split * parts.rows + local[r]) * D;
-      const double scale =
-          flushed ? exp2(static_cast<double>(flushed_best[r] - best[r]) * log2_rate[r]) : 0.0;
-#pragma unroll
-      for (int e = 0; e < D; ++e) {
-        sums[e] = flushed ? fma(sums[e], scale, static_cast<double>(sum[r][e])) : sum[r][e];
-        sum[r][e] = 0;
-      }
-      flushed_best[r] = best[r];
+    for (int e = 0; e < D; ++e) {
+      sums[e] = flushed ? fma(sums[e], scale, static_cast<double>(sum[e])) : sum[e];
+      sum[e] = 0;
     }
+    flushed_best = best;
     flushed = true;
   };
 
@@ -127,84 +118,65 @@ __global__ void __launch_bounds__(THREADS, D == 4 ? 3 : 2)
     }
     __syncthreads();
 
-    W tile_total[ROWS] = {};
+    W tile_total = 0;
 #pragma unroll 1
     for (int j0 = 0; j0 < count; j0 += BATCH) {
-      W score[ROWS][BATCH];
-      W p[ROWS][BATCH];
+      W score[BATCH];
+      W p[BATCH];
 #pragma unroll
       for (int j = 0; j < BATCH; ++j) {
         asm volatile("" ::: "memory");  // one reference's loads at a time: more only cost registers
-        W dot[ROWS][2] = {};
+        W dot[2] = {};
 #pragma unroll
         for (int e = 0; e < D; e += 4) {
           const Four<W> v = *reinterpret_cast<const Four<W>*>(&refs[j0 + j][e]);
 #pragma unroll
-          for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-            for (int k = 0; k < 4; ++k) dot[r][k % 2] += y[r][e + k] * v.at[k];
-          }
+          for (int k = 0; k < 4; ++k) dot[k % 2] += y[e + k] * v.at[k];
         }
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-          const W whole = dot[r][0] + dot[r][1] - half_alpha[r] * norms[j0 + j];
-          score[r][j] = j0 + j < count ? whole : W(-INFINITY);
-        }
+        const W whole = dot[0] + dot[1] - half_alpha * norms[j0 + j];
+        score[j] = j0 + j < count ? whole : W(-INFINITY);
       }
+      W now = best;
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        W now = best[r];
+      for (int j = 0; j < BATCH; ++j) now = score[j] > now ? score[j] : now;
+      if (now > best) {
+        const W keep = best == -INFINITY ? W(0) : power_of_two((best - now) * log2_rate);
+        best = now;
+        total *= keep;
+        tile_total *= keep;
 #pragma unroll
-        for (int j = 0; j < BATCH; ++j) now = score[r][j] > now ? score[r][j] : now;
-        if (now > best[r]) {
-          const W keep = best[r] == -INFINITY ? W(0) : power_of_two((best[r] - now) * log2_rate[r]);
-          best[r] = now;
-          total[r] *= keep;
-          tile_total[r] *= keep;
-#pragma unroll
-          for (int e = 0; e < D; ++e) sum[r][e] *= keep;
-        }
-        W batch_total = 0;
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j) {
-          p[r][j] = j0 + j < count ? power_of_two((score[r][j] - best[r]) * log2_rate[r]) : W(0);
-          batch_total += p[r][j];
-        }
-        tile_total[r] += batch_total;
+        for (int e = 0; e < D; ++e) sum[e] *= keep;
       }
+      W batch_total = 0;
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j) {
+        p[j] = j0 + j < count ? power_of_two((score[j] - best) * log2_rate) : W(0);
+        batch_total += p[j];
+      }
+      tile_total += batch_total;
       asm volatile("" ::: "memory");  // reads the batch again: in registers it would not fit
 #pragma unroll
       for (int e = 0; e < D; e += 4) {
-        W add[ROWS][4] = {};
+        W add[4] = {};
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
           const Four<W> v = *reinterpret_cast<const Four<W>*>(&refs[j0 + j][e]);
 #pragma unroll
-          for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-            for (int k = 0; k < 4; ++k) add[r][k] += p[r][j] * v.at[k];
-          }
+          for (int k = 0; k < 4; ++k) add[k] += p[j] * v.at[k];
         }
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) sum[r][e + k] += add[r][k];
-        }
+        for (int k = 0; k < 4; ++k) sum[e + k] += add[k];
       }
     }
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) total[r] += tile_total[r];
+    total += tile_total;
     const bool last = base + TILE >= end;
     if (last || (base - begin) / TILE % FLUSH_TILES == FLUSH_TILES - 1) flush();
   }
   if (begin >= end) flush();
 
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    if (local[r] >= parts.rows) continue;
-    parts.best[split * parts.rows + local[r]] = best[r];
-    parts.total[split * parts.rows + local[r]] = total[r];
-  }
+  if (local >= parts.rows) return;
+  parts.best[split * parts.rows + local] = best;
+  parts.total[split * parts.rows + local] = total;
 }
 
 // One thread per element of the output.
@@ -245,13 +217,13 @@ __global__ void merge_kernel(const Inputs in, const WorkList work, const Parts p
   }
 }
 
-template <typename W, int D, int ROWS>
+template <typename W, int D>
 bool launch_if(const Inputs& in, const WorkList& work, const Parts& parts, const Plan& plan,
                cudaStream_t stream) {
-  if (plan.wide != (sizeof(W) == 8) || plan.tile_d != D || plan.tile_rows != THREADS * ROWS) return false;
+  if (plan.wide != (sizeof(W) == 8) || plan.tile_d != D) return false;
   const dim3 grid(static_cast<unsigned>((parts.rows + plan.tile_rows - 1) / plan.tile_rows),
                   static_cast<unsigned>(plan.splits));
-  small_kernel<W, D, ROWS><<<grid, THREADS, 0, stream>>>(in, work, parts);
+  small_kernel<W, D><<<grid, THREADS, 0, stream>>>(in, work, parts);
   return true;
 }
 
@@ -280,9 +252,9 @@ void run_small(const char* op, const Inputs& in, const Plan& plan, void* workspa
     prepare_kernel<<<static_cast<unsigned>((prepared + 255) / 256), 256, 0, stream>>>(in, work, parts,
                                                                                       tile_d);
     check_launch(op);
-    const bool launched = launch_if<double, 4, 1>(in, work, parts, plan, stream) ||
-                          launch_if<double, 8, 1>(in, work, parts, plan, stream) ||
-                          launch_if<float, 32, 1>(in, work, parts, plan, stream);
+    const bool launched = launch_if<double, 4>(in, work, parts, plan, stream) ||
+                          launch_if<double, 8>(in, work, parts, plan, stream) ||
+                          launch_if<float, 32>(in, work, parts, plan, stream);
     if (!launched)
       throw std::runtime_error(std::string("svel::") + op + ": no compiled kernel for the planned tile");
     check_launch(op);
