@@ -213,7 +213,7 @@ struct SmallTile {
 constexpr SmallTile SMALL_TILES[] = {
     {10, 4, 3}, {10, 1, 6}, {12, 4, 3}, {12, 1, 6}, {14, 3, 3}, {14, 1, 6}, {16, 3, 3}, {16, 1, 6},
 };
-constexpr int64_t SMALL_SPLIT = 1024;    // most references of a float32 sum
+constexpr int64_t SMALL_SPLIT = 1024;    // most references of a part, all sums of which are in float32
 constexpr int64_t SMALLEST_SPLIT = 64;   // fewer cost more in the merge than they gain
 constexpr int64_t SMALL_PASS = 1 << 16;  // rows of a round: more than fill any device
 
@@ -237,7 +237,8 @@ void plan_small_float(const Problem& p, Plan& plan) {
   plan.splits = std::clamp<int64_t>(SCORES_LIMIT / partial, 1, std::max<int64_t>(1, ceil_div(p.m, split)));
   plan.refs_per_pass = plan.splits * split;
   plan.blocks = row_blocks() * plan.splits;
-  plan.smem_bytes = plan.tile_refs * ((tile->d + 4) / 4 * 4) * 4 + 4 * tile->d;
+  plan.smem_bytes = 4 * (plan.tile_refs * ((tile->d + 4) / 4 * 4) + plan.tile_rows * (tile->d + 4) + tile->d +
+                         plan.threads / 32 * (tile->d + 1));
   plan.workspace_bytes = plan.splits * partial + 24 * p.d * plan.rows_per_pass + 64;
   plan.reason = "one pool, 9 <= D <= 16: a reference read from shared memory serves the rows of a thread";
 }
