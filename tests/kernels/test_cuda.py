@@ -343,6 +343,24 @@ def test_shared_pool_of_samples_of_9_to_16(rng, n, m, d, geometry, dtype):
     check_bank(x, refs[:0], t, None, None, x.flip(0) * 0.5)
 
 
+@pytest.mark.parametrize("geometry", ["gaussian", "manifold", "shifted"])
+@pytest.mark.parametrize(
+    ("m", "d"), [(12_000, 9), (12_000, 10), (500, 11), (12_000, 12), (500, 13), (9000, 14), (9000, 16)]
+)
+def test_small_samples_at_every_time(rng, m, d, geometry):
+    """Rows of one time side by side, so that warps score some of them as products and some as differences."""
+    times = torch.tensor([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 0.98, 0.999])
+    refs = make_references(m, d, geometry, rng)
+    t = times.repeat_interleave(512)
+    x = make_noisy(refs[torch.randint(m, (len(t),), generator=rng)], t, rng)
+    source = refs[torch.randint(m, (len(t),), generator=rng)]
+    for prediction in ("velocity", "x0", "noise"):
+        check_bank(x, refs, t, None, prediction=prediction)
+        check_bank(x, refs, t, None, None, source, prediction=prediction)
+    shuffled = torch.randperm(len(t), generator=rng)
+    check_bank(x[shuffled], refs, t[shuffled], None)
+
+
 @pytest.mark.parametrize("d", [10, 16])
 def test_more_rows_than_a_round_of_small_samples(rng, d):
     """Rounds over rows and, since their parts would not fit, over references."""
