@@ -79,6 +79,8 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
   Carver carver(workspace);
   PoolRows made{};
   made.parts = cut.clusters * cut.segments;
+  if (made.parts > POOL_MOST_PARTS)
+    throw std::runtime_error(std::string("svel::") + op + ": more parts of the pool than one merge holds");
   made.upper = carver.take<__half>(POOL_ROWS * POOL_D);
   made.lower = carver.take<__half>(POOL_ROWS * POOL_D);
   made.factors = carver.take<float4>(POOL_ROWS);
@@ -106,7 +108,7 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
     check_launch(op);
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, args, map));
     const dim3 grid(static_cast<unsigned>((in.d + 255) / 256), static_cast<unsigned>(args.rows));
-    pool_merge_kernel<<<grid, 256, 0, stream>>>(in, args, made.rows, made.parts, first);
+    pool_merge_kernel<<<grid, 256, 0, stream>>>(in, args, made.rows, static_cast<int>(made.parts), first);
     check_launch(op);
   }
 }

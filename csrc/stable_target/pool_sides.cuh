@@ -8,6 +8,7 @@
 namespace svel::cuda {
 
 constexpr int POOL_SAMPLES = 32;  // references whose mean is the centre
+constexpr int POOL_MOST_PARTS = 512;
 constexpr double POOL_LOG_2 = 0.6931471805599453;
 
 struct PoolRow {
@@ -51,17 +52,21 @@ __global__ void __launch_bounds__(512)
     const int64_t m = *valid;
     const int samples = m < POOL_SAMPLES ? static_cast<int>(m) : POOL_SAMPLES;
     const __half* const refs = static_cast<const __half*>(in.refs.data);
-    double sum = 0;
-    for (int j = 0; j < samples; ++j) {
-      const __half* const from = refs + m * j / samples * d;
-      float part = 0;
-      for (int e = threadIdx.x; e < d; e += blockDim.x) {
-        const float v = __half2float(from[e]) - centre[e];
-        part = fmaf(v, v, part);
+    float part = 0;
+    for (int j = threadIdx.x / 32; j < samples; j += blockDim.x / 32) {  // one for each warp
+      const uint4* const from = reinterpret_cast<const uint4*>(refs + m * j / samples * d);
+#pragma unroll 8
+      for (int v = threadIdx.x % 32; v < d / 8; v += 32) {
+        const uint4 raw = from[v];
+        const __half* const halves = reinterpret_cast<const __half*>(&raw);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          const float gap = __half2float(halves[k]) - centre[8 * v + k];
+          part = fmaf(gap, gap, part);
+        }
       }
-      sum += part;
     }
-    sum = block_sum<double>(sum, sums);
+    const double sum = block_sum<double>(part, sums);
     if (threadIdx.x == 0) *made.mean_norm = samples ? static_cast<float>(sum / samples) : 0.0f;
     for (int64_t i = threadIdx.x; i < made.parts * POOL_ROWS; i += blockDim.x) made.total[i] = 0;
     return;
@@ -106,19 +111,29 @@ __global__ void __launch_bounds__(512)
 }
 
 // Row first + blockIdx.y of out, and of lse, from the parts. Grid: parts of d x rows.
-__global__ void __launch_bounds__(256) pool_merge_kernel(const Inputs in, const PoolArgs args,
-                                                         const PoolRow* rows, int64_t parts, int64_t first) {
+__global__ void __launch_bounds__(256)
+    pool_merge_kernel(const Inputs in, const PoolArgs args, const PoolRow* rows, int parts, int64_t first) {
+  __shared__ double keeps[POOL_MOST_PARTS], scratch[33];
+  __shared__ float tops[33];
   const int slot = blockIdx.y, e = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  float most = POOL_NO_BEST;
-  for (int64_t p = 0; p < parts; ++p)
-    if (args.total[p * POOL_ROWS + slot] != 0) most = fmaxf(most, args.best[p * POOL_ROWS + slot]);
-  double total = 0, sum = 0;
-  for (int64_t p = 0; p < parts; ++p) {
-    const double part = args.total[p * POOL_ROWS + slot];
-    if (part == 0) continue;  // written by nobody
-    const double keep = exp2(static_cast<double>(args.best[p * POOL_ROWS + slot]) - most);
-    total += keep * part;
-    if (e < in.d) sum += keep * args.sums[(p * POOL_ROWS + slot) * in.d + e];
+  float top = POOL_NO_BEST;
+  for (int p = threadIdx.x; p < parts; p += blockDim.x)
+    if (args.total[p * POOL_ROWS + slot] != 0) top = fmaxf(top, args.best[p * POOL_ROWS + slot]);
+  const float most = block_max<float>(top, tops);
+  double share = 0;
+  for (int p = threadIdx.x; p < parts; p += blockDim.x) {
+    const double part = args.total[p * POOL_ROWS + slot];  // 0: written by nobody
+    keeps[p] = part == 0 ? 0.0 : exp2(static_cast<double>(args.best[p * POOL_ROWS + slot]) - most);
+    share += keeps[p] == 0 ? 0.0 : keeps[p] * part;
+  }
+  const double total = block_sum<double>(share, scratch);
+  double sum = 0;
+  if (e < in.d) {
+#pragma unroll 8
+    for (int p = 0; p < parts; ++p) {
+      const int64_t at = (static_cast<int64_t>(p) * POOL_ROWS + slot) * in.d + e;
+      if (keeps[p] != 0) sum += keeps[p] * args.sums[at];
+    }
   }
   const PoolRow row = rows[slot];
   const bool good = row.alive && total != 0;
