@@ -44,6 +44,7 @@ POOLS = {
     "cuda": {
         "pool": (256, 50_000, 3072, torch.float16),
         "pool_guidance": (26, 200_000, 4096, torch.float16),
+        "pool_dataset": (26, 1_280_000, 4096, torch.float16),
         "pool_one_row": (1, 50_000, 4096, torch.float16),
         "pool_small_d": (10_000, 100_000, 10, torch.float32),
         "pool_tiny": (256, 2_048, 10, torch.float32),
@@ -165,6 +166,9 @@ def test_pool(measure, device, name, precision):
         "two products, half": lambda: peers.target_matmul_half(x, pool, t),
         "sdpa": lambda: peers.target_sdpa(x, pool, t),
     }
+    if m * d > 1 << 32:  # two float32 copies of the pool would not fit
+        del options["two products, float32"]
+        options["two products by chunks, float32"] = lambda: peers.target_matmul_chunks(x, pool, t)
     if precision == "exact" or dtype == torch.float32:
         del options["two products, half"]  # its error is about 1e-4
     if d > 128:

@@ -55,6 +55,21 @@ def target_matmul(x: Tensor, refs: Tensor, t: Tensor) -> Tensor:
     return (x - centre - torch.softmax(logits, 1) @ pool) / sigma
 
 
+def target_matmul_chunks(x: Tensor, refs: Tensor, t: Tensor, chunk: int = 1 << 16) -> Tensor:
+    """The same for a pool whose float32 copy would not fit: a chunk of references at a time, softmax as it goes."""
+    alpha, sigma = _column(t)
+    centre = refs[:chunk].float().mean(0)
+    y = x - alpha * centre
+    best, total, mean = torch.full_like(alpha, -torch.inf), torch.zeros_like(alpha), torch.zeros_like(x)
+    for part in refs.split(chunk):
+        pool = part.float() - centre
+        logits = (alpha / sigma**2) * (y @ pool.T - 0.5 * alpha * torch.linalg.vector_norm(pool, dim=1).square())
+        top = torch.maximum(best, logits.amax(1, keepdim=True))
+        weights, keep = torch.exp(logits - top), torch.exp(best - top)
+        total, mean, best = total * keep + weights.sum(1, keepdim=True), mean * keep + weights @ pool, top
+    return (x - centre - mean / total) / sigma
+
+
 def target_matmul_half(x: Tensor, refs: Tensor, t: Tensor) -> Tensor:
     """One shared pool with half-precision products: the matrix units' speed, not the contract's accuracy."""
     alpha, sigma = _column(t)

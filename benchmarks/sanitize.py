@@ -46,6 +46,17 @@ def banks(rng: torch.Generator) -> None:
             svel.stable_target(x[:1], refs[0], t[:1])
 
 
+def pools(rng: torch.Generator) -> None:
+    """The pool kernel, in one pass and two."""
+    for n, m, d in ((7, 4100, 4096), (33, 6007, 2808)):
+        x = torch.randn(n, d, device="cuda", generator=rng)
+        refs = torch.randn(m, d, device="cuda", generator=rng).half()
+        t = torch.linspace(0.1, 0.99, n, device="cuda")
+        t[3] = float("nan")
+        svel.stable_target(x, refs, t)
+        svel.posterior_part(x, refs, 1 - t, t, None, torch.tensor([m - 70], device="cuda"), precision="fast")
+
+
 def steps(rng: torch.Generator) -> None:
     for shape in ((3, 8), (2, 2051), (2, 4, 16, 16)):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -90,7 +101,7 @@ def draws(rng: torch.Generator) -> None:
 
 def main() -> None:
     rng = torch.Generator("cuda").manual_seed(0)
-    for part in (targets, banks, steps, losses, pushes, draws):
+    for part in (targets, banks, pools, steps, losses, pushes, draws):
         part(rng)
         torch.cuda.synchronize()
         print(f"{part.__name__}: done")

@@ -69,6 +69,7 @@ py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool 
   result["stages"] = made.stages;
   result["aligned"] = made.aligned;
   result["wide"] = made.wide;
+  result["fast"] = made.fast;
   result["blocks"] = made.blocks;
   result["slices"] = made.slices;
   result["slice"] = made.slice;

@@ -92,7 +92,7 @@ def plan(
         kernel, tiles (tile_rows, tile_refs, tile_d), threads, stages, blocks, slices (blocks that share a sample),
         slice (elements of it for each), pitch (elements between references in shared memory), splits,
         rows_per_pass, refs_per_pass, smem_bytes, workspace_bytes, aligned (16-byte loads), wide (float64 arithmetic),
-        the least bytes and flops, and the reason in words.
+        fast (weights of one half), the least bytes and flops, and the reason in words.
 
     Raises:
         ValueError: for a size below zero, an unknown precision or device.

@@ -19,7 +19,7 @@ def test_every_plan_is_within_the_limits(d, refs_dtype):
     for n, m, k, source in itertools.product((1, 7, 256, 50_000), (1, 256, 1_000_000), (None, 10), (False, True)):
         aligned = d * refs_dtype.itemsize % 16 == 0
         plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, source=source, aligned=aligned, **H100)
-        assert plan["kernel"] in ("bulk", "stream", "two_pass", "tiled", "small")
+        assert plan["kernel"] in ("pool", "bulk", "stream", "two_pass", "tiled", "small")
         assert 0 < plan["threads"] <= 1024
         assert plan["threads"] % 32 == 0
         assert 0 <= plan["smem_bytes"] <= 232448
@@ -48,6 +48,7 @@ def test_workspace_is_bounded(n, m, d, k):
         ((16, 256, 65536, 10), "bulk", "two_pass"),
         ((2, 64, 2**20, 2), "bulk", "two_pass"),
         ((2, 64, 2**21, 2), "two_pass", "two_pass"),
+        ((26, 1_280_000, 4096, None), "pool", "stream"),
         ((256, 50_000, 3072, None), "tiled", "tiled"),
         ((10_000, 100_000, 10, None), "small", "small"),
         ((256, 2048, 10, None), "small", "small"),
@@ -70,6 +71,8 @@ def test_blocks_of_the_bulk_kernel_hold_a_sample_between_them(d, refs_dtype, dev
         if k is None and n == 256:
             continue  # a pool for many rows has other kernels
         plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, device=device)
+        if plan["kernel"] == "pool":
+            continue
         slices, slice_, pitch = plan["slices"], plan["slice"], plan["pitch"]
         assert plan["kernel"] == "bulk"
         assert slices <= limits.sm_count  # a cluster, or blocks that all run at once
@@ -85,6 +88,48 @@ def test_blocks_of_the_bulk_kernel_hold_a_sample_between_them(d, refs_dtype, dev
         assert plan["blocks"] % slices == 0
         resident = -(-plan["blocks"] // limits.sm_count)  # per multiprocessor: their shared memory and 1 KB each
         assert resident * (plan["smem_bytes"] + 1024) <= limits.smem_limit + 1024
+
+
+@pytest.mark.parametrize("device", ["h100", "h200"])
+@pytest.mark.parametrize(
+    ("n", "m", "d"), [(2, 4096, 4096), (26, 1_280_000, 4096), (64, 2**31 - 1, 4096), (32, 2**30, 256)]
+)
+def test_few_rows_beside_a_large_pool(n, m, d, device):
+    limits = info.DEVICES[device]
+    plan = info.plan(n, m, d, device=device)
+    assert plan["kernel"] == "pool"
+    assert plan["workspace_bytes"] < 256 << 20
+    assert plan["blocks"] <= limits.sm_count
+    assert plan["blocks"] % plan["slices"] == 0
+    assert plan["slices"] * plan["slice"] >= d
+    assert plan["stages"] * plan["tile_refs"] * plan["slice"] * 2 < plan["smem_bytes"] <= limits.smem_limit
+    assert plan["fast"] is False
+    assert info.plan(n, m, d, precision="fast", device=device)["fast"] is True
+
+
+@pytest.mark.parametrize(
+    ("sizes", "other"),
+    [
+        ((1, 1_280_000, 4096), {}),
+        ((65, 1_280_000, 1024), {}),
+        ((26, 4095, 4096), {}),
+        ((26, 1_280_000, 4104), {}),
+        ((26, 2**31, 4096), {}),
+        ((26, 1_280_000, 304), {}),
+        ((26, 1_280_000, 4092), {"aligned": False}),
+        ((26, 1_280_000, 4096), {"aligned": False}),
+        ((26, 1_280_000, 4096), {"source": True}),
+        ((26, 1_280_000, 4096), {"k": 1}),
+        ((26, 1_280_000, 4096), {"refs_dtype": torch.bfloat16}),
+        ((26, 1_280_000, 4096), {"refs_dtype": torch.float32}),
+        ((26, 1_280_000, 4096), {"x_dtype": torch.float64}),
+        ((26, 1_280_000, 4096), {"device": "b200"}),
+        ((26, 1_280_000, 4096), {"device": "a100"}),
+    ],
+    ids=str,
+)
+def test_what_the_pool_kernel_leaves_to_others(sizes, other):
+    assert info.plan(*sizes, **{**H100, **other})["kernel"] != "pool"
 
 
 def test_every_multiprocessor_has_a_part_of_a_class_bank():

@@ -17,11 +17,12 @@ struct Problem {
   int sm_count = 132;
   int64_t smem_limit = 232448;  // bytes of shared memory that a block may ask for
   int cc = 90;                  // compute capability times ten
+  bool has_sm90a = true;        // code for compute capability 9.0 with its own instructions was compiled
   std::string precision = "exact";
 };
 
 struct Plan {
-  std::string kernel;  // "bulk", "stream", "two_pass", "tiled" or "small"
+  std::string kernel;  // "pool", "bulk", "stream", "two_pass", "tiled" or "small"
   int tile_rows = 1;   // per thread block: rows, references and elements of a sample held at a time
   int tile_refs = 1;
   int64_t tile_d = 0;
@@ -29,12 +30,13 @@ struct Plan {
   int stages = 1;       // tiles of references in flight
   bool aligned = true;  // 16-byte loads
   bool wide = false;    // float64 arithmetic
+  bool fast = false;    // pool: weights of one half
   int64_t blocks = 0;   // thread blocks of the main launch
-  int64_t slices = 1;   // bulk: thread blocks that share a sample, and
+  int64_t slices = 1;   // pool, bulk: thread blocks that share a sample, and
   int64_t slice = 0;    // elements of it for each, `pitch` apart in shared memory
   int64_t pitch = 0;
-  int64_t splits = 1;  // bulk, stream: most parts of a row's references; two_pass: parts of D; small: parts
-                       // of the references
+  int64_t splits = 1;  // pool, bulk, stream: most parts of a row's references; two_pass: parts of D; small:
+                       // parts of the references
   int64_t rows_per_pass = 0;  // rows and references that one round of launches covers
   int64_t refs_per_pass = 0;
   int64_t smem_bytes = 0;

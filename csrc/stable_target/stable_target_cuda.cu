@@ -50,11 +50,15 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   problem.precision = given.precision;
   const DeviceLimits& limits = device_limits(op, x.get_device_index());
   problem.sm_count = limits.sm_count, problem.smem_limit = limits.smem_limit, problem.cc = limits.cc;
+#if !defined(SVEL_HAS_SM90A)
+  problem.has_sm90a = false;
+#endif
   const Plan plan = make_plan(problem);
 
   const Tensor workspace = torch::stable::new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
   const cudaStream_t stream = current_stream(x);
-  const auto launch = plan.kernel == "bulk"     ? run_bulk
+  const auto launch = plan.kernel == "pool"     ? run_pool
+                      : plan.kernel == "bulk"   ? run_bulk
                       : plan.kernel == "stream" ? run_stream
                       : plan.kernel == "tiled"  ? run_tiled
                       : plan.kernel == "small"  ? run_small

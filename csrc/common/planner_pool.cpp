@@ -1,0 +1,62 @@
+#include "common/planner_pool.h"
+
+#include <algorithm>
+
+namespace svel {
+namespace {
+
+constexpr int64_t MOST_ROWS = 2 * POOL_ROWS;  // two passes; more rows have register tiles of their own
+// Below, the few launches around the kernel and the filling of its pipeline are felt.
+constexpr int64_t LEAST_ELEMENTS = int64_t{1} << 24;
+// A tile takes the same time at every D, which 4,096 elements fill; the bulk kernel's time is that of the
+// bytes of every two rows.
+constexpr int64_t LEAST_SHARE = POOL_D;
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace
+
+PoolParts pool_parts(int64_t m, int64_t clusters) {
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(m, POOL_TILE));
+  PoolParts parts;
+  parts.clusters = std::min(clusters, tiles);
+  const int64_t most = ceil_div(tiles, parts.clusters);
+  parts.segment_tiles = std::max<int64_t>(POOL_SEGMENT, ceil_div(most, POOL_SEGMENTS));
+  parts.segments = ceil_div(most, parts.segment_tiles);
+  return parts;
+}
+
+bool plan_pool(const Problem& p, Plan& plan) {
+  const bool half = p.refs_size == 2 && !p.refs_bf16;
+  if (p.cc != 90 || !p.has_sm90a || p.smem_limit < POOL_SMEM_BYTES || p.sm_count < 8 * POOL_CLUSTER)
+    return false;
+  if (p.has_labels || p.has_source || !half || !p.aligned || p.x_size == 8) return false;
+  if (p.n < 2 || p.n > MOST_ROWS || p.d % 8 != 0 || p.d > POOL_D) return false;
+  if (p.m >= int64_t{1} << 31 || p.m * p.d < LEAST_ELEMENTS || ceil_div(p.n, 2) * p.d < LEAST_SHARE)
+    return false;
+  const PoolParts parts = pool_parts(p.m, p.sm_count / POOL_CLUSTER);
+  plan.kernel = "pool";
+  plan.threads = POOL_THREADS;
+  plan.tile_rows = POOL_ROWS;
+  plan.tile_refs = POOL_TILE;
+  plan.tile_d = POOL_D;
+  plan.stages = POOL_STAGES;
+  plan.fast = p.precision == "fast";
+  plan.slices = POOL_CLUSTER;
+  plan.slice = plan.pitch = POOL_SLICE;
+  plan.blocks = parts.clusters * POOL_CLUSTER;
+  plan.splits = parts.clusters * parts.segments;
+  plan.rows_per_pass = POOL_ROWS;
+  plan.refs_per_pass = p.m;
+  plan.smem_bytes = POOL_SMEM_BYTES;
+  plan.workspace_bytes =
+      POOL_ROWS * (4 * POOL_D + 128) + 4 * POOL_D + 4096 + plan.splits * POOL_ROWS * (4 * p.d + 12);
+  plan.reason =
+      "one pool of 2^24 elements or more, few rows: clusters of 8 blocks read it once for 32 rows, at a cost "
+      "that one pass for every two rows exceeds";
+  return true;
+}
+
+}  // namespace svel

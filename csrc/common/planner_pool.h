@@ -1,0 +1,30 @@
+// The plan of the pool kernel (stable_target/pool_rows.cuh): few rows beside a large pool of float16
+// references, on compute capability 9.0.
+#pragma once
+
+#include "common/planner.h"
+
+namespace svel {
+
+constexpr int POOL_ROWS = 32;      // of one pass over the references
+constexpr int POOL_TILE = 32;      // references
+constexpr int POOL_CLUSTER = 8;    // thread blocks that share a sample,
+constexpr int POOL_SLICE = 512;    // elements of it for each
+constexpr int POOL_STAGES = 5;     // tiles in flight
+constexpr int POOL_THREADS = 384;  // three groups of four warps
+constexpr int POOL_SMEM_BYTES = 214528;
+constexpr int POOL_SEGMENT = 1024;  // tiles that are added up in float32, at least,
+constexpr int POOL_SEGMENTS = 16;   // and most segments of a cluster's references: bounds the workspace
+constexpr int POOL_D = POOL_CLUSTER * POOL_SLICE;
+
+struct PoolParts {
+  int64_t clusters, segment_tiles, segments;  // parts: clusters x segments
+};
+
+// For m references and as many clusters as run at once.
+PoolParts pool_parts(int64_t m, int64_t clusters);
+
+// Whether the kernel serves the problem and pays.
+bool plan_pool(const Problem& problem, Plan& plan);
+
+}  // namespace svel

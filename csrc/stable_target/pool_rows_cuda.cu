@@ -1,0 +1,116 @@
+// Launches of the pool kernel: 32 rows at a time.
+#include <cudaTypedefs.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+
+#include "stable_target/launch.cuh"
+#include "stable_target/pool_sides.cuh"
+
+namespace svel::cuda {
+namespace {
+
+// cuTensorMapEncodeTiled without linking the driver.
+PFN_cuTensorMapEncodeTiled_v12000 find_encode(const char* op) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  check_cuda(op, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                  cudaEnableDefault, &found));
+#else
+  check_cuda(op, cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
+#endif
+  if (found != cudaDriverEntryPointSuccess)
+    throw std::runtime_error(std::string("svel::") + op + ": the driver has no cuTensorMapEncodeTiled");
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+}
+
+// Tiles of 64 elements of POOL_TILE references, as PoolLayout has them.
+CUtensorMap map_references(const char* op, const Inputs& in) {
+  static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encode(op);
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(in.d), static_cast<cuuint64_t>(in.m)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(in.d) * 2};
+  const cuuint32_t box[2] = {64, POOL_TILE}, ones[2] = {1, 1};
+  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, in.refs.data, sizes, strides, box,
+                                 ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error(std::string("svel::") + op + ": cuTensorMapEncodeTiled: error " +
+                             std::to_string(static_cast<int>(result)));
+  return map;
+}
+
+// Clusters that run at once; the answer for a kernel does not change.
+int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig_t& config) {
+  static std::map<const void*, int> known;
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& clusters = known[kernel];
+  if (clusters == 0) check_cuda(op, cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+  if (clusters == 0)
+    throw std::runtime_error(std::string("svel::") + op + ": the device has no room for a cluster of blocks");
+  return clusters;
+}
+
+}  // namespace
+
+void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream) {
+  const auto kernel = plan.fast ? pool_kernel<false> : pool_kernel<true>;
+  const void* const entry = reinterpret_cast<const void*>(kernel);
+  check_cuda(op, cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(plan.smem_bytes)));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {POOL_CLUSTER, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(POOL_CLUSTER);
+  config.blockDim = dim3(POOL_THREADS);
+  config.dynamicSmemBytes = static_cast<size_t>(plan.smem_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  const int64_t clusters =
+      std::min<int64_t>(resident_clusters(op, entry, config), plan.blocks / POOL_CLUSTER);
+  const PoolParts cut = pool_parts(in.m, clusters);
+  config.gridDim = dim3(static_cast<unsigned>(cut.clusters * POOL_CLUSTER));
+
+  Carver carver(workspace);
+  PoolRows made{};
+  made.parts = cut.clusters * cut.segments;
+  if (made.parts > POOL_MOST_PARTS)
+    throw std::runtime_error(std::string("svel::") + op + ": more parts of the pool than one merge holds");
+  made.upper = carver.take<__half>(POOL_ROWS * POOL_D);
+  made.lower = carver.take<__half>(POOL_ROWS * POOL_D);
+  made.factors = carver.take<float4>(POOL_ROWS);
+  made.rows = carver.take<PoolRow>(POOL_ROWS);
+  made.mean_norm = carver.take<float>(1);
+  made.total = carver.take<double>(made.parts * POOL_ROWS);
+  float* const centre = carver.take<float>(POOL_D);
+  int64_t* const valid = carver.take<int64_t>(1);
+  PoolArgs args{};
+  args.upper = made.upper, args.lower = made.lower, args.factors = made.factors,
+  args.mean_norm = made.mean_norm;
+  args.centre = centre, args.valid = valid, args.total = made.total;
+  args.best = carver.take<float>(made.parts * POOL_ROWS);
+  args.sums = carver.take<float>(made.parts * POOL_ROWS * in.d);
+  args.d = static_cast<int>(in.d);
+  args.segments = static_cast<int>(cut.segments);
+  args.segment_tiles = static_cast<int>(cut.segment_tiles);
+
+  const CUtensorMap map = map_references(op, in);
+  pool_centre_kernel<<<POOL_D / 128, 128, 0, stream>>>(in, centre, valid);
+  check_launch(op);
+  for (int64_t first = 0; first < in.n; first += POOL_ROWS) {
+    args.rows = static_cast<int>(std::min<int64_t>(POOL_ROWS, in.n - first));
+    pool_prepare_kernel<<<POOL_ROWS + 1, 512, 0, stream>>>(in, centre, valid, first, made);
+    check_launch(op);
+    check_cuda(op, cudaLaunchKernelEx(&config, kernel, args, map));
+    const dim3 grid(static_cast<unsigned>((in.d + 255) / 256), static_cast<unsigned>(args.rows));
+    pool_merge_kernel<<<grid, 256, 0, stream>>>(in, args, made.rows, static_cast<int>(made.parts), first);
+    check_launch(op);
+  }
+}
+
+}  // namespace svel::cuda

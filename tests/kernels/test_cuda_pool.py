@@ -1,0 +1,284 @@
+"""The pool kernel: two to 64 rows against one large pool of float16 references, its edges and every argument."""
+
+import math
+
+import pytest
+import torch
+from kernel_cases import ALL_T, largest_logit, offset_by_one, with_gaps
+
+import stablevelocity_kernels as svel
+from stablevelocity_kernels import info, reference
+from stablevelocity_kernels.testing import TOLERANCE, assert_close, make_noisy, make_references, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(svel.backends().get("CUDA") != "native", reason="the compiled CUDA kernels do not serve"),
+]
+EXACT = TOLERANCE[torch.float32, "exact"]
+ROWS = 32  # of one pass
+# Rows: fewer than a pass, one, one more, two. References: whole tiles and not. D: parts of 512 whole, cut, and empty.
+SHAPES = [
+    (2, 4100, 4096),
+    (26, 5003, 4088),
+    (31, 4999, 3400),
+    (32, 4096, 4096),
+    (33, 4129, 4096),
+    (63, 8201, 2056),
+    (64, 4101, 4096),
+    (5, 6007, 3072),
+    (32, 20_011, 1032),
+    (32, 65_567, 256),
+    (64, 131_101, 128),
+]
+SHAPE = (26, 4999, 3400)
+GEOMETRIES = ("gaussian", "manifold", "shifted")
+
+
+def make_pool(n, m, d, geometry, rng, times=ALL_T):
+    """x (n, d), refs (m, d) float16, t (n,): all times in turn. On the GPU."""
+    refs = make_references(m, d, geometry, rng).half()
+    t = torch.tensor([times[i % len(times)] for i in range(n)])
+    x = make_noisy(refs[torch.randint(m, (n,), generator=rng)], t, rng)
+    return x.cuda(), refs.cuda(), t.cuda()
+
+
+def assert_pool(x, refs, kernel="pool"):
+    """A test of this kernel is none if another serves."""
+    if torch.cuda.get_device_capability() == (9, 0) and info._C is not None:
+        m, d = refs.shape
+        assert info.plan(len(x), m, d, x_dtype=x.dtype, refs_dtype=refs.dtype)["kernel"] == kernel
+
+
+def check(x, refs, t, counts=None, precision="exact", path="linear", prediction="velocity"):
+    """stable_target against the reference in float64, rows of each time together."""
+    assert_pool(x, refs)
+    out = svel.stable_target(x, refs, t, None, counts, precision=precision, path=path, prediction=prediction)
+    expected = reference.stable_target(x.double(), refs, t, None, counts, path=path, prediction=prediction)
+    assert torch.equal(out.isnan(), expected.isnan())
+    for time in t[~t.isnan()].unique():
+        rows = (t == time) & ~expected.isnan().any(1)
+        if rows.any():
+            error = relative_error(out[rows], expected[rows])
+            assert error <= TOLERANCE[out.dtype, precision], f"{error:.2e} at t = {float(time):.3f}"
+    return out
+
+
+def invalidate(refs, count):
+    """NaN beyond the references that count."""
+    refs = refs.clone()
+    refs[max(0, count) :] = math.nan
+    return refs
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(("n", "m", "d"), SHAPES)
+def test_shapes(rng, n, m, d, geometry):
+    check(*make_pool(n, m, d, geometry, rng))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(("n", "m", "d"), [(26, 5003, 4088), (33, 4129, 4096), (32, 65_567, 256)])
+def test_fast(rng, n, m, d, geometry):
+    check(*make_pool(n, m, d, geometry, rng), precision="fast")
+
+
+def test_the_kernel_serves(rng):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("another kernel serves this device")
+    x, refs, t = make_pool(*SHAPE, "gaussian", rng)
+    svel.stable_target(x, refs, t)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        svel.stable_target(x, refs, t)
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages()]
+    if not any("kernel" in name for name in names):
+        pytest.skip("the profiler sees no kernels here")
+    assert any("pool_kernel" in name for name in names), names
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", ["velocity", "x0", "noise", "score"])
+def test_every_prediction_and_path(rng, prediction, path):
+    x, refs, t = make_pool(*SHAPE, "manifold", rng)
+    check(x, refs, t, prediction=prediction, path=path)
+    check(x, refs, t, prediction=prediction, path=path, precision="fast")
+
+
+def test_the_mean_of_shifted_references(rng):
+    check(*make_pool(*SHAPE, "shifted", rng), prediction="x0")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("count", [-3, 0, 1, 31, 32, 33, 500, 4994, 4999, 6000])
+def test_counts(rng, count, dtype):
+    x, refs, t = make_pool(*SHAPE, "manifold", rng)
+    out = check(x, invalidate(refs, count), t, torch.tensor([count], dtype=dtype, device="cuda"))
+    assert out.isnan().all() == (count <= 0)
+
+
+@pytest.mark.parametrize("n", [26, 40])
+def test_rows_that_are_not_finite_stay_alone(rng, n):
+    x, refs, t = make_pool(n, *SHAPE[1:], "manifold", rng)
+    x[3, 5], x[9, 0], x[n - 1, -1], t[4] = math.nan, math.inf, -math.inf, math.nan
+    out = check(x, refs, t)
+    assert out.isnan().all(1).nonzero()[:, 0].tolist() == [3, 4, 9, n - 1]
+    assert svel.stable_target(x, refs, t * math.nan).isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e-6, 3e3])
+def test_data_of_any_size(rng, size):
+    """Rows of zeros too, one element above all others, and rows of other sizes than the references."""
+    n, m, d = SHAPE
+    refs = (size * torch.randn(m, d, generator=rng)).half()
+    t = torch.tensor([0.3, 0.9])[torch.arange(n) % 2]
+    x = (1 - t[:, None]) * refs[:n].float() + size * t[:, None] * torch.randn(n, d, generator=rng)
+    x[5], x[6, 0] = 0, 3e4 * size
+    x[7] *= 1e-6
+    for row in range(4, 9):  # a time to each, since their sizes differ
+        t[row] = 0.5 + 0.05 * row
+    check(x.cuda(), refs.cuda(), t.cuda())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_x_of_any_dtype_and_alignment(rng, dtype):
+    x, refs, t = make_pool(*SHAPE, "manifold", rng)
+    check(x.to(dtype), refs, t)
+    out = svel.stable_target(x, refs, t)
+    assert torch.equal(svel.stable_target(offset_by_one(x), refs, t), out)
+    assert torch.equal(svel.stable_target(with_gaps(x), with_gaps(refs), t), out)
+
+
+def test_samples_of_several_dimensions(rng):
+    x, refs, t = make_pool(26, 4999, 4096, "gaussian", rng)
+    out = svel.stable_target(x.view(26, 4, 32, 32), refs.view(4999, 4, 32, 32), t)
+    assert torch.equal(out.view(26, 4096), svel.stable_target(x, refs, t))
+
+
+def test_mean_and_lse(rng):
+    """Any alpha: below zero, zero and NaN too."""
+    n, m, d = SHAPE
+    x, refs, sigma = make_pool(n, m, d, "gaussian", rng, times=(0.5, 0.8, 0.95))
+    alpha = 1 - sigma
+    alpha[2], alpha[3], sigma[4] = 0, math.nan, math.nan
+    alpha[10:] *= -1
+    x[10:20] *= -1
+    for counts in (None, torch.tensor([m - 700], device="cuda")):
+        valid = refs if counts is None else invalidate(refs, m - 700)
+        mean, lse = svel.posterior_mean(x, valid, alpha, sigma, None, counts)
+        expected_mean, expected = reference.posterior_mean(x.double(), valid, alpha, sigma, None, counts)
+        good = ~expected.isnan()
+        assert torch.equal(lse.isnan(), expected.isnan())
+        assert torch.equal(mean.isnan(), expected_mean.isnan())
+        for rows in good.nonzero().split(4):
+            assert_close(mean[rows[:, 0]], expected_mean[rows[:, 0]])
+        scale = largest_logit(x[good], refs[: m if counts is None else m - 700], alpha[good], sigma[good])
+        assert ((lse - expected)[good].abs() <= EXACT * scale).all()
+
+
+@pytest.mark.parametrize("op", ["posterior_mean", "posterior_part"])
+@pytest.mark.parametrize("geometry", ["gaussian", "manifold"])
+@pytest.mark.parametrize("time", [0.9, 0.98, 0.998])
+def test_lse_merges_over_disjoint_halves(rng, time, geometry, op):
+    x, refs, sigma = make_pool(9, 10_007, 3400, geometry, rng, times=(time,))
+    halves = (refs[:4997], refs[4997:])
+    assert_pool(x, halves[0])
+    means, lses = zip(*(getattr(svel, op)(x, half, 1 - sigma, sigma) for half in halves), strict=True)
+    share = torch.softmax(torch.stack(lses).double(), 0)[..., None]
+    merged = (share * torch.stack(means)).sum(0).float()
+    assert_close(merged, reference.posterior_mean(x.double(), refs, 1 - sigma, sigma)[0])
+
+
+def test_parts_merge_with_what_other_kernels_give(rng):
+    x, refs, sigma = make_pool(9, 5003, 3400, "manifold", rng, times=(0.9, 0.98))
+    halves = (refs[:4990], refs[4990:])
+    assert_pool(x, halves[0])
+    assert_pool(x, halves[1], "bulk")
+    means, lses = zip(*(svel.posterior_part(x, half, 1 - sigma, sigma) for half in halves), strict=True)
+    merged = (torch.softmax(torch.stack(lses), 0)[..., None] * torch.stack(means)).sum(0).float()
+    assert_close(merged, reference.posterior_mean(x.double(), refs, 1 - sigma, sigma)[0])
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_repeats_bit_for_bit(rng, precision):
+    x, refs, t = make_pool(40, 8009, 4096, "manifold", rng)
+    first = svel.posterior_mean(x, refs, 1 - t, t, precision=precision)
+    for _ in range(5):
+        for ours, theirs in zip(svel.posterior_mean(x, refs, 1 - t, t, precision=precision), first, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_nothing_waits_and_a_graph_follows_its_inputs(rng):
+    counts = torch.tensor([4000], device="cuda")
+    static = [*make_pool(*SHAPE, "manifold", rng), counts]
+
+    def target(x, refs, t, counts):
+        return svel.stable_target(x, refs, t, None, counts), *svel.posterior_mean(x, refs, 1 - t, t, None, counts)
+
+    target(*static)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        target(*static)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = target(*static)
+    for count in (4999, 17, 0):
+        new = [*make_pool(*SHAPE, "shifted", rng), torch.tensor([count], device="cuda")]
+        for old, value in zip(static, new, strict=True):
+            old.copy_(value)
+        graph.replay()
+        for out, expected in zip(outs, target(*new), strict=True):
+            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_two_streams_at_once(rng):
+    problems = [make_pool(26, 6007, 4096, "manifold", rng), make_pool(40, 5003, 3400, "gaussian", rng)]
+    expected = [svel.stable_target(*p) for p in problems]
+    streams, outs = [torch.cuda.Stream(), torch.cuda.Stream()], [[], []]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for problem, stream, made in zip(problems, streams, outs, strict=True):
+            with torch.cuda.stream(stream):
+                made.append(svel.stable_target(*problem))
+    torch.cuda.synchronize()
+    for made, right in zip(outs, expected, strict=True):
+        assert all(torch.equal(out, right) for out in made)
+
+
+def make_large(n, m, d):
+    """References made on the GPU; rows near the last of them."""
+    refs = torch.empty(m, d, dtype=torch.float16, device="cuda")
+    for chunk in refs.split(1 << 15):
+        chunk.copy_(torch.randn(chunk.shape, device="cuda"))
+    t = torch.tensor(ALL_T, device="cuda")[torch.arange(n) % len(ALL_T)]
+    x = (1 - t[:, None]) * refs[m - n :] + t[:, None] * torch.randn(n, d, device="cuda")
+    return x, refs, t
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(32, 530_003, 264), (6, 540_001, 4096)], ids=["two segments", "2^31"])
+def test_large(n, m, d):
+    """More tiles to a cluster than one segment adds up, and more elements than 32 bits count."""
+    x, refs, t = make_large(n, m, d)
+    check(x, refs, t)
+    check(x, refs, t, prediction="x0")
+
+
+def test_problems_that_others_serve(rng):
+    """One row, few elements, a source, labels, other dtypes: right as before."""
+    x, refs, t = make_pool(4, 4999, 3400, "manifold", rng)
+    assert_pool(x[:1], refs, "bulk")
+    assert_pool(x, refs[:4000], "bulk")
+    assert_pool(x, refs.bfloat16(), "bulk")
+    assert_pool(x, refs.float(), "bulk")
+    expected = svel.stable_target(x.double(), refs, t)
+    source = x * 0 - 50
+    for out in (
+        svel.stable_target(x[:1], refs, t[:1]),
+        svel.stable_target(x, refs, t, source=source),
+        svel.stable_target(x, refs[None], t, torch.zeros(4, dtype=torch.int64, device="cuda")),
+        svel.stable_target(x, offset_by_one(refs), t),
+    ):
+        assert_close(out, expected[: len(out)])
+    assert svel.stable_target(x[:0], refs, t[:0]).shape == (0, 3400)
