@@ -87,6 +87,7 @@ class ShardedReferenceBank(ReferenceBank):
         parts, part = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         self.group, self.parts, self.part, self.portions = group, parts, part, portions
         self._name = "" if group is None else group.group_name
+        self._brought: dict[str, str] = {}  # by method: what each process has brought to it last
         options = {"dtype": dtype, "null": null, "track_indices": track_indices}
         super().__init__(shape, num_classes, capacity, **options, device=device)
 
@@ -130,6 +131,7 @@ class ShardedReferenceBank(ReferenceBank):
         return values.to(self.rows.dtype), labels, indices
 
     def _push(self, values: Tensor, labels: Tensor, indices: Tensor | None) -> None:
+        self._check_alike("push", values)
         sent = [values, labels] + ([] if indices is None else [indices])
         self._store(*(self._wait(part) for part in self._gather(*sent)))
 
@@ -186,6 +188,7 @@ class ShardedReferenceBank(ReferenceBank):
         self, group: Tensor | None, u: Tensor, *, indexed: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The references that u (N,) picks, brought from the processes that hold them: a table (P N, 1, *S)."""
+        self._check_alike("draw", u)
         n = len(u)
         ring = torch.zeros_like(u) if group is None else group.double()
         asked = self._wait(self._gather(torch.stack([u, ring], 1))[0])
@@ -237,6 +240,7 @@ class ShardedReferenceBank(ReferenceBank):
         """
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x_t: expected shape (N, *S) with S = {self.shape}, got {tuple(x.shape)}")
+        self._check_alike("target", x)
         ring = torch.zeros_like(alpha) if group is None else group
         about = torch.stack([alpha.double(), sigma.double(), ring.double()], 1)
         size = max(1, -(-len(x) // self.portions))
@@ -314,6 +318,25 @@ class ShardedReferenceBank(ReferenceBank):
         )
 
     # -- checks
+
+    def _check_alike(self, method: str, rows: Tensor) -> None:
+        """That every process brings as many rows (N, ...) of the same dtype, or all raise.
+
+        Compared through the group's store, by the host alone, and only where a process brings other rows than in its
+        last call: where that is so on one process and not on all, it waits until the group's timeout.
+        """
+        if self.parts == 1 or torch.compiler.is_compiling():
+            return
+        brought = f"{method}: {len(rows)} rows of {str(rows.dtype).removeprefix('torch.')}"
+        if self._brought.get(method) == brought:
+            return
+        everywhere = _compare(self.group, brought)
+        if everywhere is None:
+            raise RuntimeError(f"{self.lost('a step')}, or whose rows are as before; here {brought}")
+        if set(everywhere) != {brought}:
+            got = ", ".join(f"process {part} {given}" for part, given in enumerate(everywhere))
+            raise ValueError(f"rows: expected as many on every process, and of the same dtype, got {got}")
+        self._brought[method] = brought
 
     def _check_range(self, labels: Tensor, low: int, end: int) -> None:
         """On the CPU, of the labels of all processes, so that all of them raise; in a compiled graph none is read."""
@@ -437,6 +460,7 @@ class ShardedReferenceBank(ReferenceBank):
 
 
 _OPS = torch.ops._c10d_functional
+_COMPARED: dict[str, int] = {}  # by group: how often its processes have compared what they bring
 _PIECE = re.compile(r"(refs|indices)\.(\d+)of(\d+)\.(\d+)")
 
 
@@ -453,6 +477,22 @@ def slots_of(key: str, rows: int, capacity: int) -> tuple[Tensor, Tensor]:
     local = -(-capacity // parts)
     y = at // local
     return y, at % local * parts + (part - y) % parts
+
+
+def _compare(group: dist.ProcessGroup, said: str) -> list[str] | None:
+    """What every process of the group says at this call, by rank; None when one says nothing within the timeout."""
+    store, name, parts, part = group.get_group_store(), group.group_name, group.size(), group.rank()
+    call = _COMPARED[name] = _COMPARED.get(name, 0) + 1
+    keys = [f"svel/{call}/{of}" for of in range(parts)]
+    store.set(keys[part], said)
+    try:
+        store.wait(keys)
+    except RuntimeError:  # of a file store, and the base of a DistStoreError
+        return None
+    everywhere = [store.get(key).decode() for key in keys]
+    if call > 1:  # all have read what was said before this
+        store.delete_key(f"svel/{call - 1}/{part}")
+    return everywhere
 
 
 def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
