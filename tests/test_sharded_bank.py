@@ -528,10 +528,11 @@ def check_on_gpus(rank, world, folder):
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)  # the inductor compiles the whole step
 def test_two_gpus(tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    run_processes(check_on_gpus, 2, tmp_path, backend="nccl")
+    run_processes(check_on_gpus, 2, tmp_path, deadline=580, backend="nccl")
 
 
 def contract_on_gpus(rank, world, folder):
