@@ -52,7 +52,8 @@ class ShardedReferenceBank(ReferenceBank):
     than it hides where reading them is what takes the time.
 
     A process that ends takes the others out of their next collective with an error: at once under gloo, after the
-    group's timeout under NCCL (`init_process_group(timeout=...)`).
+    group's timeout under NCCL (`init_process_group(timeout=...)`). Numbers of rows are compared on the host, in the
+    first call and where they change, outside of torch.compile.
 
     Args:
         shape, num_classes, capacity, dtype, null, track_indices: as in `ReferenceBank`; capacity counts the references
@@ -64,7 +65,8 @@ class ShardedReferenceBank(ReferenceBank):
         device: of this process's part.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: naming the argument, what was expected and what came; on every process, where these bring different
+            numbers of rows.
         RuntimeError: from any collective method, when another process of the group does not take part in it.
     """
 
