@@ -19,6 +19,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+def pytest_configure(config):
+    """Workers of pytest-xdist share the cores: more threads than these only wait for one another."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)

@@ -2,11 +2,14 @@
 
 `run_processes(f, world, folder)` calls f(rank, world, folder) on every process of a group. A process that fails, or
 outlives the deadline, fails the test with its output. Processes are forked from a server that has imported torch.
+`run_svel(arguments, world, folder)` has them run a command as under torchrun, which would import torch in each.
 """
 
 from __future__ import annotations
 
 import datetime
+import faulthandler
+import functools
 import multiprocessing
 import os
 import sys
@@ -20,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "stablevelocity"])
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "stablevelocity", "accelerate"])
 
 Work = Callable[[int, int, str], None]
 
@@ -48,6 +51,7 @@ def _main(work: Work, rank: int, world: int, folder: str, log: str, timeout: flo
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.enable()
     torch.set_num_threads(1)
     try:
         if backend == "nccl":
@@ -93,8 +97,22 @@ def finish_processes(workers: list[Worker], deadline: float) -> list[tuple[int, 
     return [(worker.process.exitcode, worker.output()) for worker in workers]
 
 
-def run_processes(work: Work, world: int, folder: Path, deadline: float = 120.0, backend: str = "gloo") -> None:
-    """A function that succeeds on every process."""
+def run_processes(work: Work, world: int, folder: Path, deadline: float = 240.0, backend: str = "gloo") -> list[str]:
+    """The output of a function that succeeds on every process."""
     results = finish_processes(start_processes(work, world, folder, backend=backend), deadline)
     failed = [f"process {rank}: {code}\n{out[-3000:]}" for rank, (code, out) in enumerate(results) if code]
     assert not failed, "\n".join(failed)
+    return [out for _, out in results]
+
+
+def run_svel(arguments: list[str], world: int, folder: Path) -> list[str]:
+    """The output of every process of a `svel` command."""
+    return run_processes(functools.partial(_svel, arguments), world, folder)
+
+
+def _svel(arguments: list[str], rank: int, world: int, folder: str) -> None:
+    from stablevelocity import cli
+
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(place) for name, place in places.items()}, CUDA_VISIBLE_DEVICES="")
+    assert cli.main(arguments) == 0

@@ -1,15 +1,13 @@
 """svel features: what teachers see and give, the shards, and training aligned to them."""
 
 import math
-import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from distributed import run_svel
 from stablevelocity import checkpoint, cli
 from stablevelocity.config import load_config
 from stablevelocity.data import ImageFolder
@@ -213,11 +211,7 @@ def test_mistakes_are_named(latents, features, tmp_path):
 
 def test_two_processes_train_the_same_projectors(latents, features, tmp_path):
     sets = [part for text in settings(latents, features, tmp_path) for part in ("--set", text)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*launch, "-m", "stablevelocity", "train", "--debug", *sets]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_svel(["train", "--debug", *sets], 2, tmp_path / "processes")
     saved = checkpoint.latest(tmp_path / "checkpoints")
     assert len(checkpoint.load_module(saved, "projectors")) == 6
     assert all(math.isfinite(line["loss"]) for line in checkpoint.load(saved)[1]["logs"])

@@ -1,12 +1,9 @@
 """`svel sample`: samples depend on the seed and their place alone, whatever the batches and processes; its files."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from distributed import run_svel
 from stablevelocity import cli
 from stablevelocity.config import SamplingConfig
 from stablevelocity.generation import Processes, evaluations, generate, sample_seed
@@ -55,13 +52,9 @@ def test_every_solver_on_every_schedule(trained, tmp_path, solver, schedule):
 @pytest.mark.parametrize("solver", ["unipc", "euler_maruyama"])
 def test_the_number_of_processes_changes_nothing(trained, tmp_path, solver):
     options = ["--per-class=3", "--batch-size=2", f"--solver={solver}", "--steps=5", "--noise-factor=0.3"]
-    assert cli.main(svel_sample(trained, tmp_path / "one", *options)) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, "-m", "stablevelocity", *svel_sample(trained, tmp_path / "two", *options)]
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("9 samples of step 2") == 1  # one process speaks
+    for name, world in (("one", 1), ("two", 2)):
+        said = run_svel(svel_sample(trained, tmp_path / name, *options), world, tmp_path / f"{name}-log")
+    assert "".join(said).count("9 samples of step 2") == 1  # one process speaks
     one, two = arrays(tmp_path / "one"), arrays(tmp_path / "two")
     assert np.array_equal(one["arr_0"], two["arr_0"])
     assert np.array_equal(one["arr_1"], two["arr_1"])

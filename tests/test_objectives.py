@@ -1,5 +1,7 @@
 """Training objectives: what a draw consists of, bias and variance of the target, and what a training step may do."""
 
+import itertools
+
 import pytest
 import stablevelocity as sv
 import torch
@@ -403,11 +405,17 @@ class Tiny(torch.nn.Module):
         return self.body(x.flatten(1) + t[:, None] + self.embed(y)).reshape(x.shape)
 
 
-@pytest.mark.parametrize("null", ["ring", "all"])
-@pytest.mark.parametrize("source", ["bank", "loader"])
-@pytest.mark.parametrize("interpolant", ["linear", Shifted()], ids=str)
+SLOW = [pytest.mark.slow, pytest.mark.timeout(600)]  # without a cache the inductor calls the C++ compiler
+
+
 @pytest.mark.parametrize(
-    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+    ("backend", "interpolant", "source", "null"),
+    [
+        *itertools.product(["eager", "aot_eager"], ["linear", Shifted()], ["bank", "loader"], ["ring", "all"]),
+        pytest.param("inductor", "linear", "bank", "ring", marks=SLOW),
+        pytest.param("inductor", Shifted(), "loader", "all", marks=SLOW),
+    ],
+    ids=str,
 )
 def test_the_draw_compiles_without_a_graph_break(backend, interpolant, source, null, rng):
     torch._dynamo.reset()  # each case counts as a recompilation of the same function otherwise

@@ -73,8 +73,9 @@ def test_import_is_fast():
         "import time, torch, numpy; start = time.perf_counter(); import stablevelocity_kernels; "
         "print(time.perf_counter() - start)"
     )
-    best = min(float(run(code)) for _ in range(4))  # the first one warms the disk, the others bear a busy machine
-    assert best < 0.3
+    # the first one may have to warm the disk; the others bear a busy machine
+    tries = (float(run(code)) for _ in range(4))
+    assert any(seconds < 0.3 for seconds in tries)
 
 
 def test_import_leaves_heavy_modules_alone():

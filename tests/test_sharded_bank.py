@@ -261,6 +261,24 @@ def check_errors(rank, world, folder):
     assert bank.counts.sum() == 0
     bank.push(x, y, i)
     assert bank.counts[:CLASSES].sum() > 0
+    # Rows that are not as many everywhere, or not of one dtype: all processes raise, and go on.
+    n = 3 - (rank == 1)
+    for call, message in (
+        (lambda: bank.push(x[:n], y[:n], i[:n]), "push: 3 rows of float16, process 1 push: 2 rows of float16"),
+        (lambda: bank.draw(y[:n]), "draw: 3 rows of float64, process 1 draw: 2 rows of float64"),
+        (lambda: bank.target(x[:n], torch.rand(n), y[:n]), "target: 3 rows of float32, process 1 target: 2 rows of"),
+        (
+            lambda: bank.target((x.half() if rank else x)[:3], torch.rand(3), y[:3]),
+            "process 1 target: 3 rows of float16",
+        ),
+    ):
+        if world > 1:
+            with pytest.raises(
+                ValueError, match=f"rows: expected as many on every process, .* got process 0 .*{message}"
+            ):
+                call()
+    bank.push(x[:2], y[:2], i[:2])  # fewer on all of them
+    assert bank.heads[-1] == 6 * world % 5
 
 
 def check_mesh(rank, world, folder):
@@ -391,6 +409,14 @@ def step_for_ever(rank, world, folder):
             print("running", flush=True)
 
 
+def step_with_other_rows(rank, world, folder):
+    bank = sv.ShardedReferenceBank((8,), 4, 16)
+    bank.push(torch.randn(4, 8), torch.arange(4))
+    print("running", flush=True)
+    n = 4 - rank
+    bank.push(torch.randn(n, 8), torch.arange(n))
+
+
 def load_all(rank, world, folder):
     bank = sv.ShardedReferenceBank((64, 1024), 4, 16)
     for path in Path(folder).parent.glob("killed/step-*"):
@@ -428,6 +454,14 @@ def test_a_lost_process_ends_the_others_with_an_error(tmp_path, how):
     (code, out), _ = finish_processes(workers, deadline=1)
     assert code == 1
     assert "expected all 2 processes of the group to take part in a step; process 0 waited" in out, out[-2000:]
+
+
+def test_one_process_with_other_rows_ends_with_an_error(tmp_path):
+    """The others see nothing new in theirs, and wait for it in the collective."""
+    results = finish_processes(start_processes(step_with_other_rows, 2, tmp_path, timeout=4), deadline=30)
+    assert [code for code, _ in results] == [1, 1]
+    assert "or whose rows are as before; here push: 3 rows of float16" in results[1][1], results[1][1][-2000:]
+    assert "expected all 2 processes of the group to take part in a step" in results[0][1], results[0][1][-2000:]
 
 
 # --- on GPUs
@@ -494,10 +528,11 @@ def check_on_gpus(rank, world, folder):
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)  # the inductor compiles the whole step
 def test_two_gpus(tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    run_processes(check_on_gpus, 2, tmp_path, backend="nccl")
+    run_processes(check_on_gpus, 2, tmp_path, deadline=580, backend="nccl")
 
 
 def contract_on_gpus(rank, world, folder):

@@ -435,7 +435,7 @@ def test_split_agrees_with_the_closed_form(dim, interpolant, rng):
     """Of a draw from a mixture of narrow components, against the split of the mixture's own variance."""
     means = 2 * torch.rand(30, dim, generator=rng) - 1
     mixture = sv.GaussianMixture(torch.rand(30, generator=rng) + 0.5, means, torch.full((30, dim), 1e-7))
-    times = split_times(60)
+    times = split_times(24)
     curve = sv.variance_curve(
         mixture.sample(3000, generator=rng), times, interpolant=interpolant, samples=1500, generator=rng
     )

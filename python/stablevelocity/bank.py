@@ -100,11 +100,19 @@ class ReferenceBank(nn.Module):
             ValueError, RuntimeError: naming the argument. On CPU also for a label out of range; on CUDA such a row is
                 not stored under its class.
         """
+        self._push(*self._to_push(values, labels, indices))
+
+    def _to_push(
+        self, values: Tensor, labels: Tensor | None, indices: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The arguments of `push`, checked: rows without a gradient, a label for each, and their indices."""
         self._check_labels(labels)
         self._check_indices(indices)
-        values = values.detach()
         if labels is None:
             labels = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
+        return values.detach(), labels, indices
+
+    def _push(self, values: Tensor, labels: Tensor, indices: Tensor | None) -> None:
         recent = self.num_classes > 0 and self.null == "ring"  # the last ring takes every row
         if indices is not None:
             bank_push_(self.indices, self.counts.clone(), self.heads.clone(), indices, labels, all_to_last=recent)
@@ -133,10 +141,10 @@ class ReferenceBank(nn.Module):
         group = self.groups(labels)
         if group is None and n is None:
             raise ValueError("n: expected the number of rows because labels are None, got None")
-        x0, slot, _, _ = bank_draw(self.refs, self.counts, self._numbers(group, n, generator), group)
-        index = None
-        if self.track_indices:
-            index = self.indices.flatten()[slot].masked_fill(slot < 0, -1)
+        u = self._numbers(group, n, generator)
+        refs, counts, group, indices = self._drawn_from(group, u, indexed=self.track_indices)
+        x0, slot, _, _ = bank_draw(refs, counts, u, group)
+        index = None if indices is None else indices[slot].masked_fill(slot < 0, -1)
         return BankDraw(x0, slot < 0, index)
 
     @torch.no_grad()
@@ -162,12 +170,11 @@ class ReferenceBank(nn.Module):
         """
         path, group = get_interpolant(interpolant), self.groups(labels)
         u = self._numbers(group, t.shape[0], generator)
+        refs, counts, group, _ = self._drawn_from(group, u)
         if path.name is not None:
-            x0, _, x_t, t_set = bank_draw(
-                self.refs, self.counts, u, group, fallback, noise, t, path=path.name, t_min=t_min
-            )
+            x0, _, x_t, t_set = bank_draw(refs, counts, u, group, fallback, noise, t, path=path.name, t_min=t_min)
         else:
-            x0, slot, _, _ = bank_draw(self.refs, self.counts, u, group, fallback)
+            x0, slot, _, _ = bank_draw(refs, counts, u, group, fallback)
             x_t = path.interpolate(x0, noise, t)
             t_set = t.masked_fill((slot < 0) | (t < t_min), math.nan)
         return MixtureDraw(x0, x_t, t_set)
@@ -175,7 +182,13 @@ class ReferenceBank(nn.Module):
     def _numbers(self, group: Tensor | None, n: int | None, generator: torch.Generator | None) -> Tensor:
         """Uniform numbers, one for each row, which pick its reference."""
         rows = n if group is None else group.shape[0]
-        return torch.rand(rows, dtype=torch.float64, device=self.refs.device, generator=generator)
+        return torch.rand(rows, dtype=torch.float64, device=self.counts.device, generator=generator)
+
+    def _drawn_from(
+        self, group: Tensor | None, u: Tensor, *, indexed: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """refs, counts and labels of the `bank_draw` with numbers u (N,), and with `indexed` the index of each slot."""
+        return self.refs, self.counts, group, self.indices.flatten() if indexed else None
 
     def target(
         self,
@@ -193,11 +206,12 @@ class ReferenceBank(nn.Module):
         labels (N,) int64 in [0, num_classes] or None; `source` (N, *S) joins its own row's set. A row without any
         reference, or with t = NaN, comes back NaN.
         """
-        group = self.groups(labels)
+        return self._target(get_interpolant(interpolant), x_t, t, self.groups(labels), source, prediction, precision)
+
+    def _target(self, path, x_t, t, group, source, prediction, precision) -> Tensor:
+        """`target` on an `Interpolant`, for rows of the ops' group labels."""
         refs = self.refs[0] if group is None else self.refs
-        return get_interpolant(interpolant).target(
-            x_t, refs, t, group, self.counts, source, prediction=prediction, precision=precision
-        )
+        return path.target(x_t, refs, t, group, self.counts, source, prediction=prediction, precision=precision)
 
     def filled(self) -> float:
         """Share of the class rings' slots that hold a reference, in [0, 1]. Waits for the device."""

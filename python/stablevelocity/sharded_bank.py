@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from stablevelocity_kernels import affine_step, bank_draw, clamp_time, posterior_part, prediction_coefficients
+from stablevelocity_kernels import affine_step, clamp_time, posterior_part, prediction_coefficients
 
-from .bank import BankDraw, MixtureDraw, ReferenceBank
-from .interpolants import Interpolant, check_prediction, get_interpolant
+from .bank import ReferenceBank
+from .interpolants import check_prediction
 
 PIECE_BYTES = 1 << 28  # of a part's references in one entry of a checkpoint, which is read as a whole
 
@@ -52,7 +52,8 @@ class ShardedReferenceBank(ReferenceBank):
     than it hides where reading them is what takes the time.
 
     A process that ends takes the others out of their next collective with an error: at once under gloo, after the
-    group's timeout under NCCL (`init_process_group(timeout=...)`).
+    group's timeout under NCCL (`init_process_group(timeout=...)`). Numbers of rows are compared on the host, in the
+    first call and where they change, outside of torch.compile.
 
     Args:
         shape, num_classes, capacity, dtype, null, track_indices: as in `ReferenceBank`; capacity counts the references
@@ -64,7 +65,8 @@ class ShardedReferenceBank(ReferenceBank):
         device: of this process's part.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: naming the argument, what was expected and what came; on every process, where these bring different
+            numbers of rows.
         RuntimeError: from any collective method, when another process of the group does not take part in it.
     """
 
@@ -87,6 +89,7 @@ class ShardedReferenceBank(ReferenceBank):
         parts, part = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         self.group, self.parts, self.part, self.portions = group, parts, part, portions
         self._name = "" if group is None else group.group_name
+        self._brought: dict[str, str] = {}  # by method: what each process has brought to it last
         options = {"dtype": dtype, "null": null, "track_indices": track_indices}
         super().__init__(shape, num_classes, capacity, **options, device=device)
 
@@ -119,24 +122,24 @@ class ShardedReferenceBank(ReferenceBank):
 
     # -- storing
 
-    @torch.no_grad()
-    def push(self, values: Tensor, labels: Tensor | None = None, indices: Tensor | None = None) -> None:
-        """Store the rows of all processes, in the order of their ranks; arguments and errors as `ReferenceBank.push`.
+    def _to_push(self, values: Tensor, labels: Tensor | None, indices: Tensor | None) -> tuple[Tensor, ...]:
+        if tuple(values.shape[1:]) != self.shape or values.dim() == 0:
+            raise ValueError(f"values: expected shape (N, *S) with S = {self.shape}, got {tuple(values.shape)}")
+        values, labels, indices = super()._to_push(values, labels, indices)
+        for name, given in (("labels", labels), ("indices", indices)):
+            if given is not None and (given.dtype != torch.int64 or given.shape != values.shape[:1]):
+                got = f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
+                raise ValueError(f"{name}: expected int64 (N,) = ({values.shape[0]},), got {got}")
+        return values.to(self.rows.dtype), labels, indices
 
-        Collective, with the same N everywhere.
-        """
-        self._check_push(values, labels, indices)
-        if labels is None:
-            labels = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
-        sent = [values.detach().to(self.rows.dtype), labels] + ([] if indices is None else [indices])
+    def _push(self, values: Tensor, labels: Tensor, indices: Tensor | None) -> None:
+        self._check_alike("push", values)
+        sent = [values, labels] + ([] if indices is None else [indices])
         self._store(*(self._wait(part) for part in self._gather(*sent)))
 
     def _push_prefill(self, values: Tensor, labels: Tensor | None, indices: Tensor | None) -> None:
         """Every process has the same rows and keeps its share."""
-        self._check_push(values, labels, indices)
-        if labels is None:
-            labels = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
-        self._store(values.detach().to(self.rows.dtype), labels, indices)
+        self._store(*self._to_push(values, labels, indices))
 
     def prefill(self, data: Any, *, batch_size: int = 256, generator: torch.Generator | None = None) -> float:
         """As `ReferenceBank.prefill`, with the same data on every process, of which each keeps its part.
@@ -183,54 +186,11 @@ class ShardedReferenceBank(ReferenceBank):
 
     # -- drawing
 
-    @torch.no_grad()
-    def draw(
-        self, labels: Tensor | None = None, *, n: int | None = None, generator: torch.Generator | None = None
-    ) -> BankDraw:
-        """As `ReferenceBank.draw`; collective, with the same number of rows everywhere."""
-        group = self.groups(labels)
-        if group is None and n is None:
-            raise ValueError("n: expected the number of rows because labels are None, got None")
-        u = self._numbers(group, n, generator)
-        table, valid, pick, slot, at = self._fetch(group, u)
-        x0, _, _, _ = bank_draw(table, valid, u, pick)
-        index = None
-        if self.track_indices:
-            fetched = self._wait(self._exchange(self.row_indices[at]))
-            index = fetched[pick.clamp_max(len(fetched) - 1)].masked_fill(slot < 0, -1)
-        return BankDraw(x0, slot < 0, index)
-
-    @torch.no_grad()
-    def mixture(
-        self,
-        t: Tensor,
-        noise: Tensor,
-        labels: Tensor | None = None,
-        fallback: Tensor | None = None,
-        *,
-        interpolant: str | Interpolant = "linear",
-        t_min: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> MixtureDraw:
-        """As `ReferenceBank.mixture`; collective, with the same number of rows everywhere."""
-        path, group = get_interpolant(interpolant), self.groups(labels)
-        u = self._numbers(group, t.shape[0], generator)
-        table, valid, pick, slot, _ = self._fetch(group, u)
-        if path.name is not None:
-            x0, _, x_t, t_set = bank_draw(table, valid, u, pick, fallback, noise, t, path=path.name, t_min=t_min)
-        else:
-            x0, _, _, _ = bank_draw(table, valid, u, pick, fallback)
-            x_t = path.interpolate(x0, noise, t)
-            t_set = t.masked_fill((slot < 0) | (t < t_min), math.nan)
-        return MixtureDraw(x0, x_t, t_set)
-
-    def _fetch(self, group: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Bring the references that u (N,) picks from the processes that hold them.
-
-        Returns:
-            table (P N, 1, *S), valid (P N,) and pick (N,): `bank_draw` of them gives each row its reference. slot (N,)
-            among the slots of all rings, -1 from an empty ring. at (P N,): what this process sent, rows of `rows`.
-        """
+    def _drawn_from(
+        self, group: Tensor | None, u: Tensor, *, indexed: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The references that u (N,) picks, brought from the processes that hold them: a table (P N, 1, *S)."""
+        self._check_alike("draw", u)
         n = len(u)
         ring = torch.zeros_like(u) if group is None else group.double()
         asked = self._wait(self._gather(torch.stack([u, ring], 1))[0])
@@ -242,30 +202,19 @@ class ShardedReferenceBank(ReferenceBank):
         own = (slot >= 0) & (owner == self.part)
         at = torch.where(own, y * self.local_capacity + s // self.parts, len(self.rows) - 1)
         table = self._wait(self._exchange(self.rows[at]))[:, None]
+        indices = self._wait(self._exchange(self.row_indices[at])) if indexed else None
         mine = slice(self.part * n, (self.part + 1) * n)
-        slot, ring = slot[mine], ring[mine]
+        valid, ring = slot[mine] >= 0, ring[mine]
         pick = owner[mine] * n + torch.arange(n, device=u.device)
         pick = pick.masked_fill((ring < -1) | (ring >= len(self.counts)), len(table))  # NaN, as in the op
-        return table, (slot >= 0).int().repeat(self.parts), pick, slot, at
+        return table, valid.int().repeat(self.parts), pick, indices
 
     # -- targets
 
-    def target(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        labels: Tensor | None = None,
-        source: Tensor | None = None,
-        *,
-        interpolant: str | Interpolant = "linear",
-        prediction: str = "velocity",
-        precision: str = "exact",
-    ) -> Tensor:
-        """As `ReferenceBank.target`; collective, with the same number of rows everywhere."""
-        path = get_interpolant(interpolant)
+    def _target(self, path, x_t, t, group, source, prediction, precision) -> Tensor:
         check_prediction(prediction)
         at = path.coefficients(clamp_time(t.double()))
-        mean = self.posterior_mean(x_t, at.alpha, at.sigma, self.groups(labels), source, precision=precision)
+        mean = self.posterior_mean(x_t, at.alpha, at.sigma, group, source, precision=precision)
         return affine_step(x_t, mean, *prediction_coefficients(prediction, at))
 
     @torch.no_grad()
@@ -293,6 +242,7 @@ class ShardedReferenceBank(ReferenceBank):
         """
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x_t: expected shape (N, *S) with S = {self.shape}, got {tuple(x.shape)}")
+        self._check_alike("target", x)
         ring = torch.zeros_like(alpha) if group is None else group
         about = torch.stack([alpha.double(), sigma.double(), ring.double()], 1)
         size = max(1, -(-len(x) // self.portions))
@@ -371,15 +321,24 @@ class ShardedReferenceBank(ReferenceBank):
 
     # -- checks
 
-    def _check_push(self, values: Tensor, labels: Tensor | None, indices: Tensor | None) -> None:
-        self._check_labels(labels)
-        self._check_indices(indices)
-        if tuple(values.shape[1:]) != self.shape or values.dim() == 0:
-            raise ValueError(f"values: expected shape (N, *S) with S = {self.shape}, got {tuple(values.shape)}")
-        for name, given in (("labels", labels), ("indices", indices)):
-            if given is not None and (given.dtype != torch.int64 or given.shape != values.shape[:1]):
-                got = f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
-                raise ValueError(f"{name}: expected int64 (N,) = ({values.shape[0]},), got {got}")
+    def _check_alike(self, method: str, rows: Tensor) -> None:
+        """That every process brings as many rows (N, ...) of the same dtype, or all raise.
+
+        Compared through the group's store, by the host alone, and only where a process brings other rows than in its
+        last call: where that is so on one process and not on all, it waits until the group's timeout.
+        """
+        if self.parts == 1 or torch.compiler.is_compiling():
+            return
+        brought = f"{method}: {len(rows)} rows of {str(rows.dtype).removeprefix('torch.')}"
+        if self._brought.get(method) == brought:
+            return
+        everywhere = _compare(self.group, brought)
+        if everywhere is None:
+            raise RuntimeError(f"{self.lost('a step')}, or whose rows are as before; here {brought}")
+        if set(everywhere) != {brought}:
+            got = ", ".join(f"process {part} {given}" for part, given in enumerate(everywhere))
+            raise ValueError(f"rows: expected as many on every process, and of the same dtype, got {got}")
+        self._brought[method] = brought
 
     def _check_range(self, labels: Tensor, low: int, end: int) -> None:
         """On the CPU, of the labels of all processes, so that all of them raise; in a compiled graph none is read."""
@@ -503,6 +462,7 @@ class ShardedReferenceBank(ReferenceBank):
 
 
 _OPS = torch.ops._c10d_functional
+_COMPARED: dict[str, int] = {}  # by group: how often its processes have compared what they bring
 _PIECE = re.compile(r"(refs|indices)\.(\d+)of(\d+)\.(\d+)")
 
 
@@ -519,6 +479,22 @@ def slots_of(key: str, rows: int, capacity: int) -> tuple[Tensor, Tensor]:
     local = -(-capacity // parts)
     y = at // local
     return y, at % local * parts + (part - y) % parts
+
+
+def _compare(group: dist.ProcessGroup, said: str) -> list[str] | None:
+    """What every process of the group says at this call, by rank; None when one says nothing within the timeout."""
+    store, name, parts, part = group.get_group_store(), group.group_name, group.size(), group.rank()
+    call = _COMPARED[name] = _COMPARED.get(name, 0) + 1
+    keys = [f"svel/{call}/{of}" for of in range(parts)]
+    store.set(keys[part], said)
+    try:
+        store.wait(keys)
+    except RuntimeError:  # of a file store, and the base of a DistStoreError
+        return None
+    everywhere = [store.get(key).decode() for key in keys]
+    if call > 1:  # all have read what was said before this
+        store.delete_key(f"svel/{call - 1}/{part}")
+    return everywhere
 
 
 def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:

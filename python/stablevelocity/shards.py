@@ -108,13 +108,15 @@ def write_shards(
 def _begin(folder: Path, about: About, labels: Tensor | None, rank: int) -> None:
     """Say what the folder is to hold, or check that it already says the same."""
     ours = json.loads(json.dumps(asdict(about)))
+    # Looked for before ABOUT: another process that begins this folder writes its labels first, shards after.
+    strange = [path for path in folder.glob("*.npy") if path.name != LABELS and not path.name.startswith(".writing-")]
     if (folder / ABOUT).exists():
         theirs = json.loads((folder / ABOUT).read_text())
         for key in ours:
             if ours[key] != theirs.get(key):
                 raise ValueError(f"output: {folder} was begun with {key} = {theirs.get(key)}, got {ours[key]}")
         return
-    if any(folder.glob("*.npy")):
+    if strange:
         raise ValueError(f"output: expected an empty folder or one of shards, got {folder} without {ABOUT}")
     if labels is not None:
         writing = folder / f".writing-{rank}-{LABELS}"
