@@ -16,8 +16,8 @@ Scalars scalars_of(const Tensor& t) {
   return {t.const_data_ptr(), t.scalar_type() == ScalarType::Double, t.dim() == 0};
 }
 
-void launch(const Step& step, bool fast, unsigned rows, cudaStream_t stream) {
-  if (!fast) return launch_any_step(step, rows, stream);
+void launch(const Step& step, bool vectors, bool one_dtype, unsigned rows, cudaStream_t stream) {
+  if (!vectors || !one_dtype) return launch_any_step(step, vectors, rows, stream);
   switch (step.sample.dtype) {
     case Dtype::f32:
       return launch_fast_step<float>(step, rows, stream);
@@ -43,16 +43,15 @@ Tensor run(const char* op, Step step, const Tensor& sample, const Tensor& veloci
   const bool one_row = step.first.shared && step.second.shared && step.third.shared;
   step.rows = one_row ? 1 : x.size(0);
   step.d = total / step.rows;
-  step.vectors = step.d % 8 == 0;
-  bool one_dtype = true;
+  bool vectors = step.d % 8 == 0, one_dtype = true;
   for (const Array& a : {step.sample, step.velocity, step.uncond, step.noise, step.out}) {
-    step.vectors = step.vectors && is_aligned(a.data);
+    vectors = vectors && is_aligned(a.data);
     one_dtype = one_dtype && (!a.data || a.dtype == step.sample.dtype);
   }
   const cudaStream_t stream = current_stream(x);
   for (; step.first_row < step.rows; step.first_row += MAX_GRID_Y) {
     const int64_t rows = std::min(MAX_GRID_Y, step.rows - step.first_row);
-    launch(step, step.vectors && one_dtype, static_cast<unsigned>(rows), stream);
+    launch(step, vectors, one_dtype, static_cast<unsigned>(rows), stream);
     check_launch(op);
   }
   return out;
