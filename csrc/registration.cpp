@@ -8,8 +8,8 @@
 
 namespace svel {
 
-// A string argument. Of a std::string argument the headers of torch (2.13 and before) allocate one for each call
-// that nothing frees.
+// A string argument. Of a std::string argument the headers of torch (2.13 and before) allocate one for each
+// call that nothing frees.
 struct Name : std::string {};
 
 // The op with Name in place of std::string, for TORCH_BOX.

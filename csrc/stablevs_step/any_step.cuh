@@ -25,7 +25,8 @@ struct Elements {
       for (int i = 0; i < 2 * SLOTS; ++i) {
         if (2 * i >= size) break;
         const uint4 word = __ldg(reinterpret_cast<const uint4*>(at) + i);
-        words[4 * i] = word.x, words[4 * i + 1] = word.y, words[4 * i + 2] = word.z, words[4 * i + 3] = word.w;
+        words[4 * i] = word.x, words[4 * i + 1] = word.y, words[4 * i + 2] = word.z,
+                  words[4 * i + 3] = word.w;
       }
     } else {
 #pragma unroll

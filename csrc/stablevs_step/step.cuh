@@ -10,7 +10,8 @@ struct Scalars {
   const void* data;  // (N,), or one value for all rows
   bool wide, shared;
 
-  // The bits at `row`. Converting a float is an instruction that waits for it, so `value` comes after all loads.
+  // The bits at `row`. Converting a float is an instruction that waits for it, so `value` comes after all
+  // loads.
   __device__ __forceinline__ uint2 load(int64_t row) const {
     const int64_t i = shared ? 0 : row;
     if (wide) return __ldg(static_cast<const uint2*>(data) + i);
