@@ -71,7 +71,7 @@ def time_cuda(call: Callable[[], object], budget: float) -> float:
 
 
 def host_time(call: Callable[[], object], device: torch.device, calls: int = 200) -> float:
-    """Seconds of the calling thread for one call, the least mean of 30 runs of `calls` that the device's queue holds."""
+    """Seconds of the calling thread for one call: the least mean of 30 runs of `calls`, which the device can queue."""
     best = float("inf")
     for _ in range(30):
         begin = time.perf_counter()

@@ -52,14 +52,14 @@ def axes_of(figure_axes: Any, title: str, x: str, y: str) -> Any:
     return figure_axes
 
 
-def new_figure(columns: int, width: float = 9.6, height: float = 3.9) -> tuple[Any, Any]:
-    """A figure with one row of axes."""
+def new_figure(columns: int, width: float = 9.6, height: float = 3.9, rows: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes, row by row."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(1, columns, figsize=(width, height), dpi=100, layout="constrained", squeeze=False)
+    return plt.subplots(rows, columns, figsize=(width, height), dpi=100, layout="constrained", squeeze=False)
 
 
 def as_json(record: dict) -> str:
