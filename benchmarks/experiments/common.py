@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import re
@@ -29,6 +30,21 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def device_of(args: argparse.Namespace) -> torch.device:
     return resolve_device(args.device)
+
+
+def idx(path: Path) -> torch.Tensor:
+    """The uint8 array of a gzipped IDX file, as MNIST and Fashion-MNIST come in.
+
+    Raises:
+        ValueError: for a file of another kind.
+    """
+    with gzip.open(path) as file:
+        content = bytearray(file.read())
+    if content[:3] != b"\0\0\x08" or not content[3]:
+        raise ValueError(f"{path}: expected an IDX file of bytes, got one that begins with {bytes(content[:4])!r}")
+    start = 4 + 4 * content[3]
+    shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
+    return torch.frombuffer(content, dtype=torch.uint8, offset=start).reshape(shape)
 
 
 def machine(device: torch.device) -> str:
