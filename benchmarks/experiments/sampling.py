@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import DOCS, arguments, axes_of, device_of, idx, machine, new_figure, table, write
+from common import DOCS, arguments, as_json, axes_of, device_of, idx, machine, new_figure, table, write
 from fashion import Judge
 from stablevelocity.config import TrainConfig
 from stablevelocity.data import ArrayData, load_data, to_unit
@@ -243,19 +243,21 @@ def plot(models: dict[str, dict]) -> object:
 
 def report(models: dict[str, dict], args: argparse.Namespace) -> None:
     """Figure, table and .json."""
+    as_read = json.loads(as_json({name: {**model, "runs": packed(model["runs"])} for name, model in models.items()}))
+    models = {name: {**model, "runs": unpacked(model["runs"])} for name, model in as_read.items()}
     head = ["solver", "sampler", "evaluations"]
     for name in models:
         head += [f"{name}: distance", "Frechet", f"less that of {BASE} steps"]
     record = {
         "machine": "; ".join(f"{name}: {model['machine']}" for name, model in models.items()),
         "seconds": sum(model["seconds"] for model in models.values()),
-        "models": {name: {**model, "runs": packed(model["runs"])} for name, model in models.items()},
+        "models": as_read,
     }
     try:
         figure = plot(models)
     except ModuleNotFoundError as error:  # a machine to measure on may have no matplotlib
         args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "sampling.json").write_text(json.dumps(record))
+        (args.output / "sampling.json").write_text(as_json(record))
         print(f"{args.output / 'sampling.json'}, for --redraw where there is matplotlib: {error}")
         return
     write("sampling", args, record, {"samplers": table(head, rows_of(models))}, figure)
