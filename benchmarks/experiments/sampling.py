@@ -211,8 +211,9 @@ def rows_of(models: dict[str, dict]) -> list[list[str]]:
 def plot(models: dict[str, dict]) -> object:
     figure, grid = new_figure(3, 12.6, 3.9 * len(models), rows=len(models))
     for (name, model), (left, middle, right) in zip(models.items(), grid, strict=True):
-        for axes, key in ((left, "distance"), (middle, "frechet")):
-            axes_of(axes, f"{name}: {key}", "model evaluations a sample", "")
+        titles = {"distance": "distance to the 250-step solution", "frechet": "Fréchet distance"}
+        for axes, (key, title) in zip((left, middle), titles.items(), strict=True):
+            axes_of(axes, f"{name}: {title}", "model evaluations a sample", "")
             for solver in solvers_of(models):
                 label, colour = NAMES[solver]
                 for kind, style in (("plain", "-"), ("stable", "--")):
@@ -225,14 +226,14 @@ def plot(models: dict[str, dict]) -> object:
             axes.minorticks_off()
         exact = find(model["runs"], kind="exact")["frechet"]
         middle.axhline(exact, color="0.6", linewidth=0.8)
-        axes_of(right, f"{name}: Frechet distance, Euler's steps above the split", "low steps", "")
+        axes_of(right, f"{name}: Fréchet distance, Euler", "low steps", "")
         euler = [r for r in model["runs"] if (r["kind"], r["solver"]) == ("stable", "euler")]
         for i, split in enumerate(sorted({run["split"] for run in euler})):
             runs = [r for r in euler if r["split"] == split]
             points = [(r["low_steps"], r["frechet"]) for r in runs]
             right.plot(*zip(*points, strict=True), color=str(0.8 - 0.15 * i), label=f"split {split}")
         full = find(model["runs"], kind="plain", solver="euler", steps=BASE)["frechet"]
-        right.axhline(full, color="#b5542a", linewidth=0.8, label=f"all {BASE} steps")
+        right.axhline(full, color="#b5542a", linewidth=0.8, label=f"all {BASE} steps", linestyle=":")
         right.set_yscale("log")
         right.legend(frameon=False, fontsize=7)
     grid[0][0].plot([], [], "-", color="0.4", label="evenly spaced")
@@ -247,7 +248,7 @@ def report(models: dict[str, dict], args: argparse.Namespace) -> None:
     models = {name: {**model, "runs": unpacked(model["runs"])} for name, model in as_read.items()}
     head = ["solver", "sampler", "evaluations"]
     for name in models:
-        head += [f"{name}: distance", "Frechet", f"less that of {BASE} steps"]
+        head += [f"{name}: distance", "Fréchet", f"less that of {BASE} steps"]
     record = {
         "machine": "; ".join(f"{name}: {model['machine']}" for name, model in models.items()),
         "seconds": sum(model["seconds"] for model in models.values()),
