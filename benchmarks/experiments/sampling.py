@@ -275,7 +275,7 @@ def main(args: argparse.Namespace) -> None:
     report(models, args)
 
 
-NAMED = {"fashion-mnist": "Fashion-MNIST", "mnist": "MNIST", "digits": "digits"}
+NAMED = {"fashion-mnist": "Fashion-MNIST", "fashion": "Fashion-MNIST", "mnist": "MNIST", "digits": "digits"}
 
 if __name__ == "__main__":
     p = arguments(__doc__.splitlines()[0])
