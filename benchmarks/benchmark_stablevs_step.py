@@ -5,6 +5,7 @@ from __future__ import annotations
 import peers
 import pytest
 import torch
+from timing import host_time
 
 import stablevelocity_kernels as svel
 from stablevelocity_kernels import reference
@@ -67,3 +68,25 @@ def test_affine_step(measure, device):
         bytes_read=8 * sample.numel(),
         bytes_written=4 * sample.numel(),
     )
+
+
+def test_host_time(benchmark, device, capsys):
+    """What calling the op costs the calling thread, beside torch.add, which also allocates and launches once."""
+    sample, cond, uncond = (torch.randn(1, 16, 128, 128, device=device, dtype=torch.bfloat16) for _ in range(3))
+    if device.type == "cpu":
+        sample, cond, uncond = (v[:, :, :1, :8] for v in (sample, cond, uncond))
+    t, tau = torch.tensor(0.8, device=device), torch.tensor(0.7, device=device)
+    calls = {
+        "stablevelocity_kernels.stablevs_step": lambda: svel.stablevs_step(
+            sample, cond, t, tau, uncond, guidance_scale=SCALE
+        ),
+        "torch.ops.svel.stablevs_step": lambda: torch.ops.svel.stablevs_step(
+            sample, cond, t, tau, uncond, guidance_scale=SCALE
+        ),
+        "torch.add": lambda: torch.add(sample, cond),
+    }
+    seconds = {name: host_time(call, device) for name, call in calls.items()}
+    benchmark.pedantic(calls["stablevelocity_kernels.stablevs_step"], rounds=5, warmup_rounds=1)
+    benchmark.extra_info.update(seconds)
+    with capsys.disabled():
+        print("\nhost time of a call:", ", ".join(f"{name} {1e6 * value:.1f} µs" for name, value in seconds.items()))

@@ -2,7 +2,48 @@
 // with SVEL_DEVICE naming its namespace.
 #include <torch/csrc/stable/library.h>
 
+#include <type_traits>
+
 #include "common/ops.h"
+
+namespace svel {
+
+// A string argument. Of a std::string argument the headers of torch (2.13 and before) allocate one for each
+// call that nothing frees.
+struct Name : std::string {};
+
+// The op with Name in place of std::string, for TORCH_BOX.
+template <auto op>
+struct Boxed;
+template <typename Result, typename... Args, Result (*op)(Args...)>
+struct Boxed<op> {
+  template <typename Arg>
+  using Given = std::conditional_t<std::is_same_v<Arg, const std::string&>, const Name&, Arg>;
+
+  static Result call(Given<Args>... args) { return op(args...); }
+};
+
+}  // namespace svel
+
+HIDDEN_NAMESPACE_BEGIN(torch, stable, detail)
+
+template <>
+struct ToImpl<svel::Name> {
+  static svel::Name call(StableIValue value, uint64_t /*build_version*/, bool /*is_internal*/) {
+    const StringHandle handle = to<StringHandle>(value);
+    const char* text = nullptr;
+    size_t length = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    svel::Name name{std::string(text, length)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return name;
+  }
+};
+
+HIDDEN_NAMESPACE_END(torch, stable, detail)
+
+#define SVEL_IMPL(op) m.impl(#op, TORCH_BOX(&svel::Boxed<&op>::call))
 
 #ifdef USE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(svel, CUDA, m) {
@@ -10,14 +51,14 @@ STABLE_TORCH_LIBRARY_IMPL(svel, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(svel, CPU, m) {
 #endif
   using namespace svel::SVEL_DEVICE;
-  m.impl("posterior_mean", TORCH_BOX(&posterior_mean));
-  m.impl("posterior_part", TORCH_BOX(&posterior_part));
-  m.impl("stable_target", TORCH_BOX(&stable_target));
-  m.impl("affine_step", TORCH_BOX(&affine_step));
-  m.impl("stablevs_step", TORCH_BOX(&stablevs_step));
-  m.impl("va_repa_loss", TORCH_BOX(&va_repa_loss));
-  m.impl("va_repa_loss_backward", TORCH_BOX(&va_repa_loss_backward));
-  m.impl("bank_push_", TORCH_BOX(&bank_push_));
-  m.impl("bank_draw", TORCH_BOX(&bank_draw));
-  m.impl("conditional_target_", TORCH_BOX(&conditional_target_));
+  SVEL_IMPL(posterior_mean);
+  SVEL_IMPL(posterior_part);
+  SVEL_IMPL(stable_target);
+  SVEL_IMPL(affine_step);
+  SVEL_IMPL(stablevs_step);
+  SVEL_IMPL(va_repa_loss);
+  SVEL_IMPL(va_repa_loss_backward);
+  SVEL_IMPL(bank_push_);
+  SVEL_IMPL(bank_draw);
+  SVEL_IMPL(conditional_target_);
 }

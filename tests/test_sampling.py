@@ -215,6 +215,35 @@ def test_euler_maruyama_has_the_marginals_of_the_flow(path, rng):
     assert kept < 0.9  # it is not the deterministic flow, which keeps all of it
 
 
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_weak_order_of_euler_maruyama(path):
+    """Mean and variance at t = 0.1 against the flow's, of order 1 and without drawing anything.
+
+    On Gaussian data a run is affine in its start and in the noise of its steps. Rows that start from 0 and 1, and rows
+    that see noise 1 in one step alone, have all its coefficients.
+    """
+    found = []
+    for steps in STEPS:
+        x = torch.zeros(steps + 2, 1, dtype=torch.float64)
+        x[1], calls = 1.0, iter(range(2, steps + 2))
+
+        def impulse(like, calls=calls):
+            return torch.zeros_like(like).index_fill_(0, torch.tensor([next(calls)]), 1.0)
+
+        times = [0.9 - 0.8 * i / steps for i in range(steps + 1)]
+        out = euler_maruyama(gaussian_velocity(path), x, times, interpolant=path, noise=impulse)[:, 0]
+        (a, s, _, _), (a_end, s_end, _, _) = at(path, 0.9), at(path, 0.1)
+        response = (out[1:] - out[0]) * torch.tensor([math.sqrt(a * a * S * S + s * s), *[1.0] * steps])
+        mean, variance = out[0] + (out[1] - out[0]) * a * MU, response.square().sum()
+        found.append([abs(float(mean) - a_end * MU), abs(float(variance) - (a_end * a_end * S * S + s_end * s_end))])
+    means, variances = zip(*found, strict=True)
+    assert orders(variances) == [pytest.approx(1.0, abs=0.3)] * 2
+    if path == "linear":  # the mean goes straight, so every step of it is exact
+        assert max(means) < 1e-12
+    else:
+        assert orders(means) == [pytest.approx(1.0, abs=0.3)] * 2
+
+
 def test_euler_maruyama_with_another_diffusion(rng):
     x1, times = torch.randn(4000, 4, generator=rng), time_grid(200)
     out = euler_maruyama(gaussian_velocity("linear"), x1, times, noise=rng, diffusion=lambda t: 0.5 * t * (1 - t))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import re
@@ -31,6 +32,21 @@ def device_of(args: argparse.Namespace) -> torch.device:
     return resolve_device(args.device)
 
 
+def idx(path: Path) -> torch.Tensor:
+    """The uint8 array of a gzipped IDX file, as MNIST and Fashion-MNIST come in.
+
+    Raises:
+        ValueError: for a file of another kind.
+    """
+    with gzip.open(path) as file:
+        content = bytearray(file.read())
+    if content[:3] != b"\0\0\x08" or not content[3]:
+        raise ValueError(f"{path}: expected an IDX file of bytes, got one that begins with {bytes(content[:4])!r}")
+    start = 4 + 4 * content[3]
+    shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
+    return torch.frombuffer(content, dtype=torch.uint8, offset=start).reshape(shape)
+
+
 def machine(device: torch.device) -> str:
     """What the figures were measured on."""
     if device.type == "cuda":
@@ -52,14 +68,14 @@ def axes_of(figure_axes: Any, title: str, x: str, y: str) -> Any:
     return figure_axes
 
 
-def new_figure(columns: int, width: float = 9.6, height: float = 3.9) -> tuple[Any, Any]:
-    """A figure with one row of axes."""
+def new_figure(columns: int, width: float = 9.6, height: float = 3.9, rows: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes, row by row."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(1, columns, figsize=(width, height), dpi=100, layout="constrained", squeeze=False)
+    return plt.subplots(rows, columns, figsize=(width, height), dpi=100, layout="constrained", squeeze=False)
 
 
 def as_json(record: dict) -> str:

@@ -11,13 +11,12 @@ the rows; on the CPU sets of 50,000 and more get half of them.
 from __future__ import annotations
 
 import argparse
-import gzip
 import time
 from pathlib import Path
 
 import stablevelocity as sv
 import torch
-from common import arguments, axes_of, device_of, new_figure, table, write
+from common import arguments, axes_of, device_of, idx, new_figure, table, write
 from stablevelocity.data import SETS, to_unit
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -34,9 +33,7 @@ def fashion_mnist(path: Path) -> Tensor | None:
     """(60000, 784) in [-1, 1]; None where the file is not there."""
     if not path.is_file():
         return None
-    with gzip.open(path) as file:
-        pixels = torch.frombuffer(bytearray(file.read()[16:]), dtype=torch.uint8)
-    return to_unit(pixels).reshape(-1, 784)
+    return to_unit(idx(path)).flatten(1)
 
 
 def exact_curve(mixture: sv.GaussianMixture, rows: int) -> Tensor:

@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(FAST_THREADS, FAST_BLOCKS_PER_SM)
   const int64_t e = (static_cast<int64_t>(blockIdx.x) * FAST_THREADS + threadIdx.x) * VALUES;
   const int64_t at = row * step.d + e;
   const bool inside = e < step.d;
-  const double first = step.first.at(row), second = step.second.at(row);
-  const double third = NOISY ? step.third.at(row) : 0.0;
+  const RowScalars scalars = load_scalars(step, row);
   Pack<T, VALUES> x, v, u, noise;
   if (inside) {
     x.load(static_cast<const T*>(step.sample.data) + at);
@@ -34,7 +33,7 @@ __global__ void __launch_bounds__(FAST_THREADS, FAST_BLOCKS_PER_SM)
     if constexpr (GUIDED) u.load(static_cast<const T*>(step.uncond.data) + at);
     if constexpr (NOISY) noise.load(static_cast<const T*>(step.noise.data) + at);
   }
-  const RowCoefficients<W> c = row_coefficients<W>(step, first, second, third);
+  const RowCoefficients<W> c = row_coefficients<W>(step, scalars);
   if (!inside) return;
   const W guidance = static_cast<W>(step.guidance);
   W out[VALUES];

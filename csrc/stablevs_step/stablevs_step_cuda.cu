@@ -1,6 +1,8 @@
 // svel::affine_step and svel::stablevs_step on CUDA, one launch: out = a x + b v + c noise with v guided.
 // Bytes: every input read once, the output written once; 6 operations per element, so bound by memory (or by
 // the launch, for small latents). Coefficients come from t and tau in double, in the same launch.
+#include <optional>
+
 #include "common/allocate.h"
 #include "common/ops.h"
 #include "common/tensors.cuh"
@@ -16,8 +18,8 @@ Scalars scalars_of(const Tensor& t) {
   return {t.const_data_ptr(), t.scalar_type() == ScalarType::Double, t.dim() == 0};
 }
 
-void launch(const Step& step, bool fast, unsigned rows, cudaStream_t stream) {
-  if (!fast) return launch_any_step(step, rows, stream);
+void launch(const Step& step, bool vectors, bool one_dtype, unsigned rows, cudaStream_t stream) {
+  if (!vectors || !one_dtype) return launch_any_step(step, vectors, rows, stream);
   switch (step.sample.dtype) {
     case Dtype::f32:
       return launch_fast_step<float>(step, rows, stream);
@@ -28,6 +30,15 @@ void launch(const Step& step, bool fast, unsigned rows, cudaStream_t stream) {
     default:
       return launch_fast_step<double>(step, rows, stream);
   }
+}
+
+// Makes the device of a tensor the current one. It mostly is, and asking costs less than torch's guard.
+std::optional<torch::stable::accelerator::DeviceGuard> on_device_of(const char* op, const Tensor& t) {
+  int current = -1;
+  check_cuda(op, cudaGetDevice(&current));
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (current != t.get_device_index()) guard.emplace(t.get_device_index());
+  return guard;
 }
 
 // `step` holds the coefficients' arrays and what they mean; this adds the tensors and launches.
@@ -43,16 +54,15 @@ Tensor run(const char* op, Step step, const Tensor& sample, const Tensor& veloci
   const bool one_row = step.first.shared && step.second.shared && step.third.shared;
   step.rows = one_row ? 1 : x.size(0);
   step.d = total / step.rows;
-  step.vectors = step.d % 8 == 0;
-  bool one_dtype = true;
+  bool vectors = step.d % 8 == 0, one_dtype = true;
   for (const Array& a : {step.sample, step.velocity, step.uncond, step.noise, step.out}) {
-    step.vectors = step.vectors && is_aligned(a.data);
+    vectors = vectors && is_aligned(a.data);
     one_dtype = one_dtype && (!a.data || a.dtype == step.sample.dtype);
   }
   const cudaStream_t stream = current_stream(x);
   for (; step.first_row < step.rows; step.first_row += MAX_GRID_Y) {
     const int64_t rows = std::min(MAX_GRID_Y, step.rows - step.first_row);
-    launch(step, step.vectors && one_dtype, static_cast<unsigned>(rows), stream);
+    launch(step, vectors, one_dtype, static_cast<unsigned>(rows), stream);
     check_launch(op);
   }
   return out;
@@ -64,7 +74,7 @@ Tensor affine_step(const Tensor& sample, const Tensor& velocity, const Tensor& a
                    const MaybeTensor& c, const MaybeTensor& velocity_uncond, const MaybeTensor& noise,
                    double guidance_scale) {
   check_affine_step(sample, velocity, a, b, c, velocity_uncond, noise);
-  const torch::stable::accelerator::DeviceGuard guard(sample.get_device_index());
+  const auto guard = on_device_of("affine_step", sample);
   const Tensor first = packed(a), second = packed(b);
   const MaybeTensor third = packed(c);
   Step step{};
@@ -79,7 +89,7 @@ Tensor stablevs_step(const Tensor& sample, const Tensor& velocity, const Tensor&
                      const MaybeTensor& velocity_uncond, const MaybeTensor& noise, double guidance_scale,
                      double noise_factor, const std::string& path) {
   check_stablevs_step(sample, velocity, t, tau, velocity_uncond, noise, noise_factor, path);
-  const torch::stable::accelerator::DeviceGuard guard(sample.get_device_index());
+  const auto guard = on_device_of("stablevs_step", sample);
   const Tensor first = packed(t), second = packed(tau);
   Step step{};
   step.first = scalars_of(first), step.second = scalars_of(second), step.third = {nullptr, false, true};

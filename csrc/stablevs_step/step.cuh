@@ -7,14 +7,20 @@
 namespace svel::cuda {
 
 struct Scalars {
-  const void* data;  // (N,), or one value for all rows; null is 0
+  const void* data;  // (N,), or one value for all rows
   bool wide, shared;
 
-  __device__ double at(int64_t row) const {
-    if (!data) return 0.0;
+  // The bits at `row`. Converting a float is an instruction that waits for it, so `value` comes after all
+  // loads.
+  __device__ __forceinline__ uint2 load(int64_t row) const {
     const int64_t i = shared ? 0 : row;
-    return wide ? static_cast<const double*>(data)[i]
-                : static_cast<double>(static_cast<const float*>(data)[i]);
+    if (wide) return __ldg(static_cast<const uint2*>(data) + i);
+    return {__ldg(static_cast<const unsigned*>(data) + i), 0u};
+  }
+
+  __device__ __forceinline__ double value(uint2 bits) const {
+    return wide ? __hiloint2double(static_cast<int>(bits.y), static_cast<int>(bits.x))
+                : static_cast<double>(__uint_as_float(bits.x));
   }
 };
 
@@ -22,13 +28,20 @@ enum class Coefficients : int { given, linear, cosine };  // a, b, c themselves;
 
 struct Step {
   Array sample, velocity, uncond, noise, out;  // (rows, d); uncond and noise may be null
-  Scalars first, second, third;                // a, b, c; or t, tau
+  Scalars first, second, third;                // a, b, c, or t, tau; third may be null
   Coefficients coefficients;
   NoiseSplit split;
   double guidance;
   int64_t rows, d, first_row;  // blockIdx.y counts rows from first_row
-  bool vectors;                // 8 elements at a time are aligned in every array
 };
+
+struct RowScalars {
+  uint2 first, second, third;
+};
+
+__device__ __forceinline__ RowScalars load_scalars(const Step& step, int64_t row) {
+  return {step.first.load(row), step.second.load(row), step.third.data ? step.third.load(row) : uint2{}};
+}
 
 template <typename W>
 struct RowCoefficients {
@@ -39,13 +52,12 @@ static __device__ __noinline__ StepCoefficients cosine_coefficients(double t, do
   return stablevs_coefficients(Path::cosine, t, tau, split);
 }
 
-// Called by all threads of a block, with step.first.at(row) and so on, which a kernel loads before it waits
-// for anything. A few operations for the linear path, so that every thread does them and none waits; sines in
-// double are long on most GPUs, so one thread works them out.
+// Called by all threads of a block. A few operations for the linear path, so that every thread does them and
+// none waits; sines in double are long on most GPUs, so one thread works them out.
 template <typename W>
-__device__ __forceinline__ RowCoefficients<W> row_coefficients(const Step& step, double first, double second,
-                                                               double third) {
-  StepCoefficients c{first, second, third};
+__device__ __forceinline__ RowCoefficients<W> row_coefficients(const Step& step, const RowScalars& loaded) {
+  const double first = step.first.value(loaded.first), second = step.second.value(loaded.second);
+  StepCoefficients c{first, second, step.third.value(loaded.third)};
   if (step.coefficients == Coefficients::linear) {
     c = stablevs_coefficients(Path::linear, first, second, step.split);
   } else if (step.coefficients == Coefficients::cosine) {

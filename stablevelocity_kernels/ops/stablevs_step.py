@@ -69,6 +69,8 @@ def stablevs_step(
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
+    if noise_factor == 0.0 and path == "linear":  # every keyword handed on is looked up: most of a microsecond for two
+        return _OP(sample, velocity, t, tau, velocity_uncond, noise, guidance_scale=guidance_scale)
     return _OP(
         sample,
         velocity,
