@@ -64,7 +64,7 @@ class Encoder(nn.Module):
             raise ValueError(f"width: expected a multiple of 8, got {width}")
         self.options = {"shape": list(shape), "num_classes": num_classes}
         self.options.update(patch_size=patch_size, width=width, depth=depth)
-        self.shape, self.patch_size = tuple(shape), patch_size
+        self.shape, self.grid = tuple(shape), (height // patch_size, wide // patch_size)
         self.stem = nn.Sequential(
             nn.Conv2d(channels, 32, 3, padding=1),
             nn.GELU(),
