@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -386,9 +387,70 @@ def train(args: argparse.Namespace) -> None:
             (args.output / "fashion_runs.json").write_text(json.dumps(record))  # a run cut short leaves what it has
 
 
+def spread(values: list[float], digits: int) -> str:
+    """Mean and, of several seeds, their standard deviation."""
+    v = torch.tensor(values, dtype=torch.float64)
+    return f"{float(v.mean()):.{digits}f}" + (f" ± {float(v.std()):.{digits}f}" if len(v) > 1 else "")
+
+
+def within(times: list[float], low: float, high: float) -> list[int]:
+    """Which of the times are in (low, high]."""
+    return [i for i, t in enumerate(times) if low < t <= high]
+
+
+def against(runs: dict, arm: str, value: Callable[[dict], float]) -> str:
+    """Change of a figure from CFM's with the same seed, in per cent of that: mean and extremes over the seeds."""
+    common = [seed for seed in runs[arm] if seed in runs["cfm"]]
+    changes = [100 * (value(runs[arm][seed]) / value(runs["cfm"][seed]) - 1) for seed in common]
+    return f"{sum(changes) / len(changes):+.1f} [{min(changes):+.1f}, {max(changes):+.1f}]"
+
+
 def report(record: dict, args: argparse.Namespace) -> None:
-    """Figure, table and .json of what was found."""
-    raise NotImplementedError
+    """Figure, tables and .json of what was found."""
+    runs = {arm: of for arm, of in record["runs"].items() if of}
+    times, steps = record["times"], record["steps"]
+    parts = {name: within(times, *limits) for name, limits in PARTS.items()}
+
+    def distance(run: dict, rows: list[int]) -> float:
+        return 100 * sum(run["distance"][-1][i] for i in rows) / len(rows)
+
+    head = [f"after {steps:,} steps", *(f"distance, %, {name}" for name in parts), "Fréchet distance"]
+    head += ["judge agrees, %", "ms a step", "seeds"]
+    rows, changes = [], []
+    for arm, of in runs.items():
+        seeds = list(of.values())
+        cells = [spread([distance(run, rows) for run in seeds], 3) for rows in parts.values()]
+        cells += [spread([run["frechet"][-1] for run in seeds], 3)]
+        cells += [spread([100 * run["agrees"][-1] for run in seeds], 2)]
+        rows.append([ARMS[arm][0], *cells, f"{record['step_ms'][arm]:.2f}", len(seeds)])
+        if arm != "cfm" and "cfm" in runs:
+            values = [partial(distance, rows=of_part) for of_part in parts.values()]
+            values.append(lambda run: run["frechet"][-1])
+            changes.append([ARMS[arm][0], *(against(runs, arm, value) for value in values)])
+    tables = {"fashion": table(head, rows)}
+    if changes:
+        change_head = ["change from CFM, %", *parts, "Fréchet distance"]
+        tables["fashion_changes"] = table(change_head, changes)
+
+    figure, ((left, middle, right),) = new_figure(3, 12.6)
+    axes_of(left, f"After {steps:,} steps", "t  (0: data, 1: noise)", "distance to the exact velocity, share")
+    axes_of(middle, "As training goes on, mean over t", "steps", "")
+    axes_of(right, "Samples as training goes on", "steps", "Fréchet distance (judge)")
+    for arm, of in runs.items():
+        label, colour = ARMS[arm]
+        every = torch.tensor([run["distance"] for run in of.values()])  # (seeds, measured, T)
+        frechet = torch.tensor([run["frechet"] for run in of.values()])  # (seeds, measured)
+        at = next(iter(of.values()))["steps"]
+        for axes, x, lines in ((left, times, every[:, -1]), (middle, at, every.mean(2)), (right, at, frechet)):
+            axes.plot(x, lines.mean(0), color=colour, label=label, marker="o", markersize=2.5)
+            axes.fill_between(x, lines.amin(0), lines.amax(0), color=colour, alpha=0.2, linewidth=0)
+    for axes in (left, middle, right):
+        axes.set_yscale("log")
+    for axes in (middle, right):
+        axes.set_xscale("log")
+    right.axhline(record["frechet_of_test_images"], color="0.4", linestyle=":", label="test images")
+    right.legend(frameon=False, fontsize=8)
+    write("fashion", args, record, tables, figure)
 
 
 if __name__ == "__main__":
