@@ -1,12 +1,10 @@
 """svel encoder: a classifier that learns, comes back as it was saved, and is a teacher for a run on the same data."""
 
-import json
-
 import pytest
 import torch
 from stablevelocity import cli
 from stablevelocity.data import ArrayData
-from stablevelocity.encoder import Encoder, load_encoder, save_encoder, train_encoder
+from stablevelocity.encoder import Encoder, about_encoder, load_encoder, save_encoder, train_encoder
 from stablevelocity.features import load_teacher, patch_tokens, write_features
 from stablevelocity.shards import Shards
 from torch.testing import assert_close
@@ -52,7 +50,7 @@ def test_saved_and_loaded_it_is_the_same_teacher(trained, tmp_path):
     x = data.__getitems__([3, 4, 5])[0]
     teacher = load_teacher(f"encoder:{tmp_path}")
     assert torch.equal(patch_tokens(teacher, x), trained[0].tokens(x))
-    assert json.loads((tmp_path / "encoder.json").read_text())["about"]["data"] == "stripes"
+    assert about_encoder(tmp_path) == {"data": "stripes", "accuracy": trained[1]}
     about = write_features(data, tmp_path / "features", teacher, flip=False, dtype="float32")
     assert (about.samples, about.flips, about.shape, about.made["grid"]) == (160, 1, (16, 16), 4)
     assert_close(Shards(tmp_path / "features").rows([3, 4, 5], [0, 0, 0]), trained[0].tokens(x), rtol=1e-4, atol=1e-5)

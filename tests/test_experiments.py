@@ -80,7 +80,7 @@ def test_the_study_of_objectives_trains_every_arm_and_keeps_what_it_found(tmp_pa
     page, models = tmp_path / "page.md", tmp_path / "models"
     page.write_text("".join(f"<!-- {key} -->\nOLD\n<!-- /{key} -->\n" for key in ("fashion", "fashion_changes")))
     command = [sys.executable, EXPERIMENTS / "fashion.py", "--data", tmp_path, "--models", models, "--output", tmp_path]
-    command += ["--page", page, "--device=cpu", "--no-compile"]
+    command += ["--page", page, "--device=cpu"]
     command += ["--width=64", "--depth=3", "--batch=4", "--references=4"]
     command += ["--seeds=2", "--steps=2", "--epochs=1", "--rows=4", "--samples=4", "--sampling-steps=1", "--trial=1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -28,13 +28,14 @@ from stablevelocity.alignment import Projectors, projector
 from stablevelocity.config import ModelConfig, TrainConfig, to_dict
 from stablevelocity.data import ArrayData, to_unit
 from stablevelocity.ema import EMA
-from stablevelocity.encoder import save_encoder, train_encoder
+from stablevelocity.encoder import Encoder, about_encoder, load_encoder, save_encoder, train_encoder
 from stablevelocity.generation import autocast, build_model, resolve_precision
 from torch import Tensor, nn
 
 TIMES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]
-SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the training, where it is measured
+SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the training, where it is measured
 SPLIT, COEFFICIENT, LOW = 0.7, 0.5, 0.5  # the paper's split and coefficient; its t_min
+FEWEST, RESET = 1000, 1.5  # steps that show anything; seconds to begin a run
 ARMS = {  # name: (label, colour)
     "cfm": ("CFM", COLOURS["cfm"]),
     "stablevm": ("StableVM", COLOURS["stablevm"]),
@@ -118,11 +119,8 @@ class Study:
         self.seconds: dict[str, float] = {}
         began = time.perf_counter()
 
-        encoder = partial(train_encoder, self.data, epochs=args.epochs, batch_size=256, patch_size=4, device=device)
-        self.teacher, self.teacher_accuracy = encoder(width=args.channels, seed=100)
-        judge, self.judge_accuracy = encoder(width=128, seed=101)
-        for name, net in (("teacher", self.teacher), ("judge", judge)):
-            save_encoder(net, args.models / name)
+        self.teacher, self.teacher_accuracy = self.encoder("teacher", width=args.channels, seed=100)
+        judge, self.judge_accuracy = self.encoder("judge", width=128, seed=101)
         self.tokens = torch.cat([self.teacher.tokens(part).to(torch.bfloat16) for part in self.x.split(1000)])
         self.judge = Judge(judge, self.x)
         self.floor = self.judge.distance(test)
@@ -168,6 +166,16 @@ class Study:
         }
         self.window = torch.zeros(2, device=device)  # sums: loss to the target, alignment
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
+
+    def encoder(self, name: str, **options: int) -> tuple[Encoder, float]:
+        """An encoder of an earlier run, or one trained now and left for a later one; and its accuracy."""
+        if self.args.encoders:
+            folder = self.args.encoders / name
+            return load_encoder(folder).to(self.device), float(about_encoder(folder)["accuracy"])
+        options = {"epochs": self.args.epochs, "batch_size": 256, "patch_size": 4, **options}
+        net, accuracy = train_encoder(self.data, device=self.device, **options)
+        save_encoder(net, self.args.models / name, accuracy=accuracy)
+        return net, accuracy
 
     def fresh(self, seed: int) -> tuple[nn.Module, Projectors]:
         """A model and a projector with the weights of a seed."""
@@ -348,10 +356,18 @@ def train(args: argparse.Namespace) -> None:
     study.measure()
     measuring = time.perf_counter() - once
     spent = time.perf_counter() - began
-    left = 0.95 * (args.seconds - spent) / args.seeds - len(SHARES) * measuring * len(took)
-    steps = args.steps or max(16, int(left / sum(took.values())) // 16 * 16)
+    left = 0.95 * (args.seconds - spent) / args.seeds - (len(SHARES) * measuring + RESET) * len(took)
+    steps = args.steps or int(left / sum(took.values())) // 16 * 16
     print(f"{spent:.1f} s to prepare {study.seconds}, {measuring:.2f} s to measure, {steps} steps a run", flush=True)
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", "page", "models", "data")}
+    if not args.steps and steps < FEWEST:
+        raise SystemExit(
+            f"--seconds: expected time for {FEWEST} steps a run or more, got {args.seconds} s: for {steps}"
+        )
+    settings = {
+        key: str(value)
+        for key, value in vars(args).items()
+        if key not in ("output", "page", "models", "data", "encoders")
+    }
     record = {
         "settings": settings,
         "machine": machine(device),
@@ -460,21 +476,24 @@ if __name__ == "__main__":
     p.add_argument("--models", type=Path, default=Path("fashion-models"), help="folder for the trained models")
     p.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help=" ")
     p.add_argument("--keep", nargs="*", choices=list(ARMS), default=["cfm", "va_repa"], help="whose model is saved")
-    for name, value in (("width", 256), ("depth", 9), ("batch", 256), ("references", 256), ("seeds", 3)):
+    for name, value in (("width", 256), ("depth", 9), ("batch", 128), ("references", 256), ("seeds", 3)):
         p.add_argument(f"--{name}", type=int, default=value, help=" ")
-    p.add_argument("--seconds", type=float, default=320, help="of all runs together, which says how many steps they do")
+    p.add_argument("--seconds", type=float, default=300, help="of all runs together, which says how many steps they do")
     p.add_argument("--steps", type=int, help="of a run, in place of what --seconds allows")
+    p.add_argument("--encoders", type=Path, help="folder with teacher and judge of an earlier run, not trained again")
     p.add_argument("--channels", type=int, default=192, help="of the teacher's tokens")
     p.add_argument("--epochs", type=int, default=6, help="of the teacher and the judge")
     p.add_argument("--lr", type=float, default=5e-4, help="of AdamW, constant after the warm-up")
     p.add_argument("--warmup", type=int, default=200, help="steps")
     p.add_argument("--ema", type=float, default=0.999, help="decay of the weights' moving average")
     p.add_argument("--rows", type=int, default=1024, help="noisy images at each time, and samples made at once")
-    p.add_argument("--samples", type=int, default=5120, help="a multiple of --rows")
-    p.add_argument("--sampling-steps", type=int, default=16, help="of Heun, two evaluations each")
+    p.add_argument("--samples", type=int, default=2048, help="a multiple of --rows")
+    p.add_argument("--sampling-steps", type=int, default=12, help="of Heun, two evaluations each")
     p.add_argument("--images", type=int, help="of the training set, the first ones; all by default")
     p.add_argument("--trial", type=int, default=60, help="steps timed before the runs")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="the blocks")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="the blocks: a minute or more"
+    )
     p.add_argument("--redraw", action="store_true", help="no training: figure and table of fashion_runs.json")
     p.add_argument("--draw", action=argparse.BooleanOptionalAction, default=True, help="figure and table at the end")
     args = p.parse_args()

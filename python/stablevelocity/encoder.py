@@ -159,6 +159,11 @@ def save_encoder(net: Encoder, folder: str | Path, **about: float | str) -> None
     (folder / ENCODER).write_text(json.dumps({**net.options, "about": about}, indent=1) + "\n")
 
 
+def about_encoder(folder: str | Path) -> dict[str, float | str]:
+    """What `save_encoder` was told of an encoder."""
+    return json.loads((Path(folder) / ENCODER).read_text())["about"]
+
+
 def load_encoder(folder: str | Path) -> Encoder:
     """The encoder of a folder, in evaluation mode.
 
