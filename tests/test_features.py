@@ -158,7 +158,7 @@ def test_the_command(images, tmp_path, capsys):
     assert cli.main([str(part) for part in (*command, "--size=16", "--grid=2", "--device=cpu")]) == 0
     assert "14 images, 2 x (4, 16), 1 shards" in capsys.readouterr().out
     assert cli.main([str(part) for part in (*command, "--teacher=dinov2")]) == 2
-    assert "--teacher: expected torch.hub:, timm: or transformers:" in capsys.readouterr().err
+    assert "--teacher: expected torch.hub:, timm:, transformers: or encoder:" in capsys.readouterr().err
 
 
 def settings(latents, features, output, *more):

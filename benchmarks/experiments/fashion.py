@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -27,13 +28,14 @@ from stablevelocity.alignment import Projectors, projector
 from stablevelocity.config import ModelConfig, TrainConfig, to_dict
 from stablevelocity.data import ArrayData, to_unit
 from stablevelocity.ema import EMA
-from stablevelocity.encoder import save_encoder, train_encoder
+from stablevelocity.encoder import Encoder, about_encoder, load_encoder, save_encoder, train_encoder
 from stablevelocity.generation import autocast, build_model, resolve_precision
 from torch import Tensor, nn
 
 TIMES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]
-SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the training, where it is measured
+SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of the training, where it is measured
 SPLIT, COEFFICIENT, LOW = 0.7, 0.5, 0.5  # the paper's split and coefficient; its t_min
+FEWEST, RESET = 1000, 1.5  # steps that show anything; seconds to begin a run
 ARMS = {  # name: (label, colour)
     "cfm": ("CFM", COLOURS["cfm"]),
     "stablevm": ("StableVM", COLOURS["stablevm"]),
@@ -117,11 +119,8 @@ class Study:
         self.seconds: dict[str, float] = {}
         began = time.perf_counter()
 
-        encoder = partial(train_encoder, self.data, epochs=args.epochs, batch_size=256, patch_size=4, device=device)
-        self.teacher, self.teacher_accuracy = encoder(width=args.channels, seed=100)
-        judge, self.judge_accuracy = encoder(width=128, seed=101)
-        for name, net in (("teacher", self.teacher), ("judge", judge)):
-            save_encoder(net, args.models / name)
+        self.teacher, self.teacher_accuracy = self.encoder("teacher", width=args.channels, seed=100)
+        judge, self.judge_accuracy = self.encoder("judge", width=128, seed=101)
         self.tokens = torch.cat([self.teacher.tokens(part).to(torch.bfloat16) for part in self.x.split(1000)])
         self.judge = Judge(judge, self.x)
         self.floor = self.judge.distance(test)
@@ -167,6 +166,16 @@ class Study:
         }
         self.window = torch.zeros(2, device=device)  # sums: loss to the target, alignment
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
+
+    def encoder(self, name: str, **options: int) -> tuple[Encoder, float]:
+        """An encoder of an earlier run, or one trained now and left for a later one; and its accuracy."""
+        if self.args.encoders:
+            folder = self.args.encoders / name
+            return load_encoder(folder).to(self.device), float(about_encoder(folder)["accuracy"])
+        options = {"epochs": self.args.epochs, "batch_size": 256, "patch_size": 4, **options}
+        net, accuracy = train_encoder(self.data, device=self.device, **options)
+        save_encoder(net, self.args.models / name, accuracy=accuracy)
+        return net, accuracy
 
     def fresh(self, seed: int) -> tuple[nn.Module, Projectors]:
         """A model and a projector with the weights of a seed."""
@@ -347,10 +356,18 @@ def train(args: argparse.Namespace) -> None:
     study.measure()
     measuring = time.perf_counter() - once
     spent = time.perf_counter() - began
-    left = 0.95 * (args.seconds - spent) / args.seeds - len(SHARES) * measuring * len(took)
-    steps = args.steps or max(16, int(left / sum(took.values())) // 16 * 16)
+    left = 0.95 * (args.seconds - spent) / args.seeds - (len(SHARES) * measuring + RESET) * len(took)
+    steps = args.steps or int(left / sum(took.values())) // 16 * 16
     print(f"{spent:.1f} s to prepare {study.seconds}, {measuring:.2f} s to measure, {steps} steps a run", flush=True)
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", "page", "models", "data")}
+    if not args.steps and steps < FEWEST:
+        raise SystemExit(
+            f"--seconds: expected time for {FEWEST} steps a run or more, got {args.seconds} s: for {steps}"
+        )
+    settings = {
+        key: str(value)
+        for key, value in vars(args).items()
+        if key not in ("output", "page", "models", "data", "encoders")
+    }
     record = {
         "settings": settings,
         "machine": machine(device),
@@ -386,9 +403,70 @@ def train(args: argparse.Namespace) -> None:
             (args.output / "fashion_runs.json").write_text(json.dumps(record))  # a run cut short leaves what it has
 
 
+def spread(values: list[float], digits: int) -> str:
+    """Mean and, of several seeds, their standard deviation."""
+    v = torch.tensor(values, dtype=torch.float64)
+    return f"{float(v.mean()):.{digits}f}" + (f" ± {float(v.std()):.{digits}f}" if len(v) > 1 else "")
+
+
+def within(times: list[float], low: float, high: float) -> list[int]:
+    """Which of the times are in (low, high]."""
+    return [i for i, t in enumerate(times) if low < t <= high]
+
+
+def against(runs: dict, arm: str, value: Callable[[dict], float]) -> str:
+    """Change of a figure from CFM's with the same seed, in per cent of that: mean and extremes over the seeds."""
+    common = [seed for seed in runs[arm] if seed in runs["cfm"]]
+    changes = [100 * (value(runs[arm][seed]) / value(runs["cfm"][seed]) - 1) for seed in common]
+    return f"{sum(changes) / len(changes):+.1f} [{min(changes):+.1f}, {max(changes):+.1f}]"
+
+
 def report(record: dict, args: argparse.Namespace) -> None:
-    """Figure, table and .json of what was found."""
-    raise NotImplementedError
+    """Figure, tables and .json of what was found."""
+    runs = {arm: of for arm, of in record["runs"].items() if of}
+    times, steps = record["times"], record["steps"]
+    parts = {name: within(times, *limits) for name, limits in PARTS.items()}
+
+    def distance(run: dict, rows: list[int]) -> float:
+        return 100 * sum(run["distance"][-1][i] for i in rows) / len(rows)
+
+    head = [f"after {steps:,} steps", *(f"distance, %, {name}" for name in parts), "Fréchet distance"]
+    head += ["judge agrees, %", "ms a step", "seeds"]
+    rows, changes = [], []
+    for arm, of in runs.items():
+        seeds = list(of.values())
+        cells = [spread([distance(run, rows) for run in seeds], 3) for rows in parts.values()]
+        cells += [spread([run["frechet"][-1] for run in seeds], 3)]
+        cells += [spread([100 * run["agrees"][-1] for run in seeds], 2)]
+        rows.append([ARMS[arm][0], *cells, f"{record['step_ms'][arm]:.2f}", len(seeds)])
+        if arm != "cfm" and "cfm" in runs:
+            values = [partial(distance, rows=of_part) for of_part in parts.values()]
+            values.append(lambda run: run["frechet"][-1])
+            changes.append([ARMS[arm][0], *(against(runs, arm, value) for value in values)])
+    tables = {"fashion": table(head, rows)}
+    if changes:
+        change_head = ["change from CFM, %", *parts, "Fréchet distance"]
+        tables["fashion_changes"] = table(change_head, changes)
+
+    figure, ((left, middle, right),) = new_figure(3, 12.6)
+    axes_of(left, f"After {steps:,} steps", "t  (0: data, 1: noise)", "distance to the exact velocity, share")
+    axes_of(middle, "As training goes on, mean over t", "steps", "")
+    axes_of(right, "Samples as training goes on", "steps", "Fréchet distance (judge)")
+    for arm, of in runs.items():
+        label, colour = ARMS[arm]
+        every = torch.tensor([run["distance"] for run in of.values()])  # (seeds, measured, T)
+        frechet = torch.tensor([run["frechet"] for run in of.values()])  # (seeds, measured)
+        at = next(iter(of.values()))["steps"]
+        for axes, x, lines in ((left, times, every[:, -1]), (middle, at, every.mean(2)), (right, at, frechet)):
+            axes.plot(x, lines.mean(0), color=colour, label=label, marker="o", markersize=2.5)
+            axes.fill_between(x, lines.amin(0), lines.amax(0), color=colour, alpha=0.2, linewidth=0)
+    for axes in (left, middle, right):
+        axes.set_yscale("log")
+    for axes in (middle, right):
+        axes.set_xscale("log")
+    right.axhline(record["frechet_of_test_images"], color="0.4", linestyle=":", label="test images")
+    right.legend(frameon=False, fontsize=8)
+    write("fashion", args, record, tables, figure)
 
 
 if __name__ == "__main__":
@@ -398,21 +476,24 @@ if __name__ == "__main__":
     p.add_argument("--models", type=Path, default=Path("fashion-models"), help="folder for the trained models")
     p.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help=" ")
     p.add_argument("--keep", nargs="*", choices=list(ARMS), default=["cfm", "va_repa"], help="whose model is saved")
-    for name, value in (("width", 256), ("depth", 9), ("batch", 256), ("references", 256), ("seeds", 3)):
+    for name, value in (("width", 256), ("depth", 9), ("batch", 128), ("references", 256), ("seeds", 3)):
         p.add_argument(f"--{name}", type=int, default=value, help=" ")
-    p.add_argument("--seconds", type=float, default=320, help="of all runs together, which says how many steps they do")
+    p.add_argument("--seconds", type=float, default=300, help="of all runs together, which says how many steps they do")
     p.add_argument("--steps", type=int, help="of a run, in place of what --seconds allows")
+    p.add_argument("--encoders", type=Path, help="folder with teacher and judge of an earlier run, not trained again")
     p.add_argument("--channels", type=int, default=192, help="of the teacher's tokens")
     p.add_argument("--epochs", type=int, default=6, help="of the teacher and the judge")
     p.add_argument("--lr", type=float, default=5e-4, help="of AdamW, constant after the warm-up")
     p.add_argument("--warmup", type=int, default=200, help="steps")
     p.add_argument("--ema", type=float, default=0.999, help="decay of the weights' moving average")
     p.add_argument("--rows", type=int, default=1024, help="noisy images at each time, and samples made at once")
-    p.add_argument("--samples", type=int, default=5120, help="a multiple of --rows")
-    p.add_argument("--sampling-steps", type=int, default=16, help="of Heun, two evaluations each")
+    p.add_argument("--samples", type=int, default=2048, help="a multiple of --rows")
+    p.add_argument("--sampling-steps", type=int, default=12, help="of Heun, two evaluations each")
     p.add_argument("--images", type=int, help="of the training set, the first ones; all by default")
     p.add_argument("--trial", type=int, default=60, help="steps timed before the runs")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="the blocks")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="the blocks: a minute or more"
+    )
     p.add_argument("--redraw", action="store_true", help="no training: figure and table of fashion_runs.json")
     p.add_argument("--draw", action=argparse.BooleanOptionalAction, default=True, help="figure and table at the end")
     args = p.parse_args()

@@ -36,7 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     parser = _Parser(prog="svel", description="Stable Velocity flow matching: train, sample, measure.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
-    for add in (_add_demo, _add_train, _add_sample, _add_latents, _add_features, _add_variance, _add_bench, _add_info):
+    adders = (_add_demo, _add_train, _add_sample, _add_latents, _add_encoder, _add_features, _add_variance)
+    for add in (*adders, _add_bench, _add_info):
         command = add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -238,9 +239,12 @@ def _labels(text: str | None, num_classes: int) -> list[int] | None:
     return classes
 
 
-def _image_arguments(p: argparse.ArgumentParser, shard_size: int) -> None:
+_FOLDER = "folder of images, one sub-folder per class"
+
+
+def _image_arguments(p: argparse.ArgumentParser, what: str, shard_size: int) -> None:
     """What `latents` and `features` have in common."""
-    p.add_argument("images", metavar="IMAGES", help="folder of images, one sub-folder per class")
+    p.add_argument("images", metavar="IMAGES", help=what)
     p.add_argument("--output", required=True, metavar="DIR", help="folder of shards; continued where it was begun")
     p.add_argument("--size", type=int, default=256, help="side of the images (default: %(default)s)")
     p.add_argument("--no-flip", dest="flip", action="store_false", help="leave the mirror images out")
@@ -252,13 +256,17 @@ def _image_arguments(p: argparse.ArgumentParser, shard_size: int) -> None:
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
 
 
-def _image_options(args: argparse.Namespace) -> tuple:
-    """The images, and the options of `write_arrays`, on this process's device of a launch by torchrun."""
+def _image_options(args: argparse.Namespace, arrays: bool = False) -> tuple:
+    """The images, and the options of `write_arrays`, on this process's device of a launch by torchrun.
+
+    With `arrays`, IMAGES may also be what `load_data` holds in memory, of which no mirror images are made.
+    """
     import os
 
     import torch
 
-    from .data import ImageFolder
+    from .config import DataConfig
+    from .data import ImageFolder, load_data
     from .generation import resolve_device
 
     for flag in ("size", "shard_size", "batch_size"):
@@ -268,10 +276,13 @@ def _image_options(args: argparse.Namespace) -> tuple:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if not Path(args.images).is_dir():
-        raise ValueError(f"IMAGES: expected a folder, got {args.images!r}")
     names = ("flip", "dtype", "shard_size", "batch_size", "workers")
     options = {name: getattr(args, name) for name in names}
+    if arrays and not Path(args.images).is_dir():
+        images = load_data(DataConfig(source=args.images, labels=args.labels))
+        return images, {**options, "flip": False, "device": device, "progress": True}
+    if not Path(args.images).is_dir():
+        raise ValueError(f"IMAGES: expected a folder, got {args.images!r}")
     return ImageFolder(args.images, args.size, args.labels), {**options, "device": device, "progress": True}
 
 
@@ -282,7 +293,7 @@ def _add_latents(commands) -> argparse.ArgumentParser:
         description="Encode an image folder into shards of latents. For several GPUs: torchrun --nproc-per-node 8 -m "
         "stablevelocity latents ...; killed, it goes on where it was.",
     )
-    _image_arguments(p, shard_size=4096)
+    _image_arguments(p, _FOLDER, shard_size=4096)
     p.add_argument("--vae", required=True, help="AutoencoderKL of diffusers by folder or name, or module:function")
     p.set_defaults(run=_latents)
     return p
@@ -471,17 +482,57 @@ def _variance_data(args: argparse.Namespace):
     return to_unit(x) if x.dtype == torch.uint8 else x * args.scale, y
 
 
+def _add_encoder(commands) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "encoder",
+        help="train a small classifier whose tokens serve as a teacher, without downloads",
+        description="Train a small convolutional classifier on a data set held in memory: svel features --teacher "
+        "encoder:DIR takes it, for VA-REPA on the same data.",
+    )
+    p.add_argument("data", metavar="DATA", help="mnist, digits, or an .npz or .safetensors file with x and labels y")
+    p.add_argument("--output", required=True, metavar="DIR", help="folder for encoder.json and encoder.safetensors")
+    p.add_argument("--patch-size", type=int, default=4, help="of the SiT to align (default: %(default)s)")
+    p.add_argument("--width", type=int, default=192, help="channels of the tokens (default: %(default)s)")
+    p.add_argument("--epochs", type=int, default=8, help="(default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    p.set_defaults(run=_encoder)
+    return p
+
+
+def _encoder(args: argparse.Namespace) -> None:
+    from .config import DataConfig
+    from .data import ArrayData, load_data
+    from .encoder import save_encoder, train_encoder
+    from .generation import resolve_device
+
+    data = load_data(DataConfig(source=args.data))
+    if not isinstance(data, ArrayData):
+        raise ValueError(f"DATA: expected mnist, digits or a file of arrays, got {args.data!r}")
+    net, accuracy = train_encoder(
+        data,
+        epochs=args.epochs,
+        seed=args.seed,
+        device=resolve_device(args.device),
+        progress=True,
+        patch_size=args.patch_size,
+        width=args.width,
+    )
+    save_encoder(net, args.output, data=args.data, accuracy=accuracy)
+    print(f"{accuracy:.1%} of the held-out samples right; {net.grid[0]} x {net.grid[1]} tokens; {args.output}")
+
+
 def _add_features(commands) -> argparse.ArgumentParser:
     p = commands.add_parser(
         "features",
         help="teacher features of an image folder, for VA-REPA",
         description="Write a teacher's patch tokens beside svel latents. For several GPUs, and when killed: as there.",
     )
-    _image_arguments(p, shard_size=1024)
+    _image_arguments(p, f"{_FOLDER}; or mnist, digits, or a file of arrays", shard_size=1024)
     p.add_argument(
         "--teacher",
         required=True,
-        help="torch.hub:dinov2_vitb14, timm:NAME, transformers:NAME or folder, or module:function",
+        help="torch.hub:dinov2_vitb14, timm:NAME, transformers:NAME or folder, encoder:DIR, or module:function",
     )
     p.add_argument("--grid", type=int, default=16, help="patches on a side, as the model has (default: %(default)s)")
     p.set_defaults(run=_features)
@@ -491,7 +542,7 @@ def _add_features(commands) -> argparse.ArgumentParser:
 def _features(args: argparse.Namespace) -> None:
     from .features import load_teacher, write_features
 
-    images, options = _image_options(args)
+    images, options = _image_options(args, arrays=True)
     teacher = load_teacher(args.teacher).to(options["device"])
     about = write_features(images, args.output, teacher, args.teacher, grid=args.grid, **options)
     print(f"{about.samples} images, {about.flips} x {about.shape}, {about.shards} shards in {args.output}")

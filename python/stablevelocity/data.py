@@ -6,6 +6,7 @@ a batch as x (N, C, H, W) float32, y (N,) int64 or None, index (N,) int64. Image
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,6 +78,10 @@ class ArrayData(Dataset):
     def __len__(self) -> int:
         return len(self.x)
 
+    def digest(self) -> str:
+        """What tells these samples from others, in this order."""
+        return hashlib.sha256(self.x.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         index = torch.tensor(indices, dtype=torch.int64)
         x = self.x[index]
@@ -107,13 +112,19 @@ class ImageFolder(Dataset):
                 f"data.source: expected a folder of images ({', '.join(sorted(IMAGE_SUFFIXES))}), got {root}"
             )
         self.root, self.size, self.shape, self.num_classes = root, size, (3, size, size), len(classes)
+        self.y = torch.tensor([i for _, i in self.files]) if classes else None
+
+    def digest(self) -> str:
+        """What tells these images from others, in this order: their names."""
+        names = "\n".join(path.relative_to(self.root).as_posix() for path, _ in self.files)
+        return hashlib.sha256(names.encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         x = to_unit(torch.stack([self._read(self.files[i][0]) for i in indices]))
-        y = torch.tensor([self.files[i][1] for i in indices]) if self.num_classes else None
+        y = None if self.y is None else self.y[list(indices)]
         return x, y, torch.tensor(indices, dtype=torch.int64)
 
     def __getitem__(self, i: int) -> Batch:

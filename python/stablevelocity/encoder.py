@@ -64,7 +64,7 @@ class Encoder(nn.Module):
             raise ValueError(f"width: expected a multiple of 8, got {width}")
         self.options = {"shape": list(shape), "num_classes": num_classes}
         self.options.update(patch_size=patch_size, width=width, depth=depth)
-        self.shape, self.patch_size = tuple(shape), patch_size
+        self.shape, self.grid = tuple(shape), (height // patch_size, wide // patch_size)
         self.stem = nn.Sequential(
             nn.Conv2d(channels, 32, 3, padding=1),
             nn.GELU(),
@@ -157,6 +157,11 @@ def save_encoder(net: Encoder, folder: str | Path, **about: float | str) -> None
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}, folder / WEIGHTS)
     (folder / ENCODER).write_text(json.dumps({**net.options, "about": about}, indent=1) + "\n")
+
+
+def about_encoder(folder: str | Path) -> dict[str, float | str]:
+    """What `save_encoder` was told of an encoder."""
+    return json.loads((Path(folder) / ENCODER).read_text())["about"]
 
 
 def load_encoder(folder: str | Path) -> Encoder:

@@ -1,4 +1,4 @@
-"""Teacher features of an image folder: `svel features`, and a data set that gives them beside the samples.
+"""Teacher features of images: `svel features`, and a data set that gives them beside the samples.
 
 They lie in the shards of `svel latents`: (samples, flips, T, C), patch tokens row by row, without class or register
 tokens, of the same crop of the same images.
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .data import ImageFolder
+from .data import ArrayData, ImageFolder
+from .encoder import Encoder, load_encoder
 from .latents import from_function, write_arrays
 from .optional import require
 from .shards import About, Shards
@@ -53,12 +54,15 @@ def patch_tokens(teacher: nn.Module, images: Tensor, grid: int = 16) -> Tensor:
 
     Args:
         teacher: DINOv2 of torch.hub, a ViT of timm or transformers, or any module with a `patch_size` that takes
-            normalised images and gives tokens (N, T, C), the patches last, or a map (N, C, grid, grid).
+            normalised images and gives tokens (N, T, C), the patches last, or a map (N, C, grid, grid). An `Encoder`
+            takes the samples as they are, and has a grid of its own.
         grid: patches on a side; the images are resized to grid * patch_size.
 
     Raises:
         RuntimeError: when the module gives fewer tokens, or something else.
     """
+    if isinstance(teacher, Encoder):
+        return teacher.tokens(images).float()
     x = teacher_pixels(images, grid * patch_size(teacher))
     out = teacher.forward_features(x) if hasattr(teacher, "forward_features") else teacher(x)
     if isinstance(out, dict) and "x_norm_patchtokens" in out:  # DINOv2 of torch.hub
@@ -73,15 +77,16 @@ def patch_tokens(teacher: nn.Module, images: Tensor, grid: int = 16) -> Tensor:
 
 
 def load_teacher(name: str) -> nn.Module:
-    """A teacher by "torch.hub:dinov2_vitb14", "timm:vit_base_patch14_dinov2.lvd142m", "transformers:<name or folder>"
-    or "module:function" (called without arguments). The first three download what is not yet there.
+    """A teacher by "torch.hub:dinov2_vitb14", "timm:vit_base_patch14_dinov2.lvd142m", "transformers:<name or folder>",
+    "encoder:<folder>" of `svel encoder`, or "module:function" (called without arguments). The first three download what
+    is not yet there.
 
     Raises:
         ValueError: for a name of another form. ModuleNotFoundError: naming the package to install.
     """
     kind, colon, model = name.partition(":")
     if not colon:
-        raise ValueError(f"--teacher: expected torch.hub:, timm: or transformers: and a name, got {name!r}")
+        raise ValueError(f"--teacher: expected torch.hub:, timm:, transformers: or encoder: and a name, got {name!r}")
     if kind == "torch.hub":
         teacher = torch.hub.load("facebookresearch/dinov2", model)
     elif kind == "timm":
@@ -90,16 +95,30 @@ def load_teacher(name: str) -> nn.Module:
         )
     elif kind == "transformers":
         teacher = require("transformers", "diffusers").AutoModel.from_pretrained(model)
+    elif kind == "encoder":
+        teacher = load_encoder(model)
     else:
         teacher = from_function(name)
     return teacher.eval()
 
 
 def write_features(
-    images: ImageFolder, folder: str | Path, teacher: nn.Module, name: str = "", *, grid: int = 16, **options: Any
+    images: ImageFolder | ArrayData,
+    folder: str | Path,
+    teacher: nn.Module,
+    name: str = "",
+    *,
+    grid: int = 16,
+    **options: Any,
 ) -> About:
-    """Write the patch tokens of every image to shards; see `latents.write_arrays` for the options."""
-    made = {"teacher": name, "grid": grid}
+    """Write the patch tokens of every image to shards; see `latents.write_arrays` for the options.
+
+    Raises:
+        ValueError: for samples of another shape than an `Encoder` was trained on.
+    """
+    if isinstance(teacher, Encoder) and teacher.shape != images.shape:
+        raise ValueError(f"--teacher: expected samples of {teacher.shape}, which it was trained on, got {images.shape}")
+    made = {"teacher": name, "grid": teacher.grid[0] if isinstance(teacher, Encoder) else grid}
     return write_arrays(images, folder, lambda x: patch_tokens(teacher, x, grid), "features", made, **options)
 
 

@@ -6,7 +6,6 @@ draws a latent from them.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .data import Batch, ImageFolder, loader
+from .data import ArrayData, Batch, ImageFolder, loader
 from .shards import About, Shards, write_shards
 
 
@@ -39,7 +38,7 @@ def posterior(autoencoder: Any, images: Tensor) -> Tensor:
 
 
 def write_arrays(
-    images: ImageFolder,
+    images: ImageFolder | ArrayData,
     folder: str | Path,
     encode: Callable[[Tensor], Tensor],
     kind: str,
@@ -73,7 +72,6 @@ def write_arrays(
             parts = [encode(x), encode(x.flip(3))] if flip else [encode(x)]
             yield torch.stack(parts, dim=1).to(getattr(torch, dtype))
 
-    names = "\n".join(path.relative_to(images.root).as_posix() for path, _ in images.files)
     about = About(
         kind=kind,
         samples=len(images),
@@ -83,11 +81,10 @@ def write_arrays(
         shard_size=min(shard_size, len(images)),
         batch_size=batch_size,
         classes=images.num_classes,
-        files=hashlib.sha256(names.encode()).hexdigest(),
-        made={"image_size": images.size, **made},
+        files=images.digest(),
+        made={"image_size": images.shape[1], **made},
     )
-    labels = torch.tensor([y for _, y in images.files]) if images.num_classes else None
-    write_shards(folder, about, labels, arrays, rank=rank, world=world, progress=progress and rank == 0)
+    write_shards(folder, about, images.y, arrays, rank=rank, world=world, progress=progress and rank == 0)
     return about
 
 
