@@ -80,6 +80,9 @@ def plan(
 ) -> dict[str, Any]:
     """The CUDA launch that `posterior_mean` and `stable_target` make for a problem.
 
+    Of the kernel "pool", an exact one is that of `stable_target`: an exact `lse` is made by the kernel that serves
+    next best, as are the rows that the pool kernel may have rounded too much.
+
     Args:
         n, m, d: rows, references per group, elements of a sample.
         k: groups of a class bank; None: one pool shared by all rows.

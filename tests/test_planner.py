@@ -88,21 +88,21 @@ def test_blocks_of_the_bulk_kernel_hold_a_sample_between_them(d, refs_dtype, dev
         assert resident * (plan["smem_bytes"] + 1024) <= limits.smem_limit + 1024
 
 
+@pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("device", ["h100", "h200"])
 @pytest.mark.parametrize(
     ("n", "m", "d"), [(2, 4096, 4096), (26, 1_280_000, 4096), (64, 2**31 - 1, 4096), (32, 2**30, 256)]
 )
-def test_few_rows_beside_a_large_pool(n, m, d, device):
+def test_few_rows_beside_a_large_pool(n, m, d, device, precision):
     limits = info.DEVICES[device]
-    plan = info.plan(n, m, d, precision="fast", device=device)
+    plan = info.plan(n, m, d, precision=precision, device=device)
     assert plan["kernel"] == "pool"
     assert plan["workspace_bytes"] < 256 << 20
     assert plan["blocks"] <= limits.sm_count
     assert plan["blocks"] % plan["slices"] == 0
     assert plan["slices"] * plan["slice"] >= d
     assert plan["stages"] * plan["tile_refs"] * plan["slice"] * 2 < plan["smem_bytes"] <= limits.smem_limit
-    assert plan["fast"] is True
-    assert info.plan(n, m, d, device=device)["kernel"] == "bulk"  # exact
+    assert plan["fast"] is (precision == "fast")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,8 @@ def test_few_rows_beside_a_large_pool(n, m, d, device):
     ids=str,
 )
 def test_what_the_pool_kernel_leaves_to_others(sizes, other):
-    assert info.plan(*sizes, **{**H100, "precision": "fast", **other})["kernel"] != "pool"
+    for precision in ("exact", "fast"):
+        assert info.plan(*sizes, **{**H100, "precision": precision, **other})["kernel"] != "pool"
 
 
 def test_every_multiprocessor_has_a_part_of_a_class_bank():

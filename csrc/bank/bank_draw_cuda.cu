@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(THREADS) draw_kernel(const Draw draw) {
   __shared__ PathCoefficients shared;
   const int64_t row = blockIdx.x / draw.slices, slice = blockIdx.x % draw.slices;
   const int64_t e = slice * SLICE + static_cast<int64_t>(threadIdx.x) * 8, at = row * draw.d + e;
-  const bool whole = draw.vectors && e + 8 <= draw.d, noisy = draw.noise.data;
+  const bool whole = draw.vectors && e + 8 <= draw.d, noisy = draw.t.data;  // also where d = 0
   W x[8], noise[8] = {};
   if (noisy && whole) load8<W>(draw.noise, at, noise);  // on its way while the slot is found
 

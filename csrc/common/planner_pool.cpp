@@ -5,7 +5,6 @@
 namespace svel {
 namespace {
 
-constexpr int64_t MOST_ROWS = 2 * POOL_ROWS;  // two passes; more rows have register tiles of their own
 // Below, the few launches around the kernel and the filling of its pipeline are felt.
 constexpr int64_t LEAST_ELEMENTS = int64_t{1} << 24;
 // A tile takes the same time at every D, which 4,096 elements fill; the bulk kernel's time is that of the
@@ -32,10 +31,8 @@ bool plan_pool(const Problem& p, Plan& plan) {
   const bool half = p.refs_size == 2 && !p.refs_bf16;
   if (p.cc != 90 || !p.has_sm90a || p.smem_limit < POOL_SMEM_BYTES || p.sm_count < 8 * POOL_CLUSTER)
     return false;
-  // Its scores have 22 bits of x: not enough for 2e-6 where weights stay spread at a small sigma.
-  if (p.precision != "fast") return false;
-  if (p.has_labels || p.has_source || !half || !p.aligned || p.x_size == 8) return false;
-  if (p.n < 2 || p.n > MOST_ROWS || p.d % 8 != 0 || p.d > POOL_D) return false;
+  if (!p.pool || p.has_labels || p.has_source || !half || !p.aligned || p.x_size == 8) return false;
+  if (p.n < 2 || p.n > POOL_MOST_ROWS || p.d % 8 != 0 || p.d > POOL_D) return false;
   if (p.m >= int64_t{1} << 31 || p.m * p.d < LEAST_ELEMENTS || ceil_div(p.n, 2) * p.d < LEAST_SHARE)
     return false;
   const PoolParts parts = pool_parts(p.m, p.sm_count / POOL_CLUSTER);
@@ -53,12 +50,12 @@ bool plan_pool(const Problem& p, Plan& plan) {
   plan.rows_per_pass = POOL_ROWS;
   plan.refs_per_pass = p.m;
   plan.smem_bytes = POOL_SMEM_BYTES;
-  plan.workspace_bytes =
-      POOL_ROWS * (4 * POOL_D + 128) + 4 * POOL_D + 4096 + plan.splits * POOL_ROWS * (4 * p.d + 12);
+  plan.workspace_bytes = POOL_ROWS * (4 * POOL_D + 128) + 4 * POOL_D + 4096 +
+                         plan.splits * POOL_ROWS * (4 * p.d + 20) + POOL_ROWS * 32 * ceil_div(p.d, 256);
   plan.reason =
-      "fast, one pool of 2^24 elements or more, few rows: clusters of 8 blocks read it once for 32 rows, at "
-      "a cost "
-      "that one pass for every two rows exceeds";
+      "one pool of 2^24 elements or more, few rows: clusters of 8 blocks read it once for 32 rows, at a cost "
+      "that one pass for every two rows exceeds; exact: rows it may have rounded too much go to another "
+      "kernel";
   return true;
 }
 

@@ -6,6 +6,8 @@
 
 namespace svel {
 
+#define SVEL_4(OP, v) OP(v[0]), OP(v[1]), OP(v[2]), OP(v[3])
+#define SVEL_8(OP, v) SVEL_4(OP, v), OP(v[4]), OP(v[5]), OP(v[6]), OP(v[7])
 #define SVEL_16(OP, v)                                                                                \
   OP(v[0]), OP(v[1]), OP(v[2]), OP(v[3]), OP(v[4]), OP(v[5]), OP(v[6]), OP(v[7]), OP(v[8]), OP(v[9]), \
       OP(v[10]), OP(v[11]), OP(v[12]), OP(v[13]), OP(v[14]), OP(v[15])
@@ -21,6 +23,14 @@ __device__ inline void commit_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 // Until at most PENDING groups are under way; acc, of one that has ended, can be read.
+template <int PENDING>
+__device__ inline void wait_products(float (&acc)[4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %4;" : SVEL_4("+f", acc) : "n"(PENDING) : "memory");
+}
+template <int PENDING>
+__device__ inline void wait_products(float (&acc)[8]) {
+  asm volatile("wgmma.wait_group.sync.aligned %8;" : SVEL_8("+f", acc) : "n"(PENDING) : "memory");
+}
 template <int PENDING>
 __device__ inline void wait_products(float (&acc)[16]) {
   asm volatile("wgmma.wait_group.sync.aligned %16;" : SVEL_16("+f", acc) : "n"(PENDING) : "memory");
@@ -52,7 +62,26 @@ __device__ inline void product_transposed(float (&acc)[16], uint64_t a, uint64_t
       : "l"(a), "l"(b), "n"(ADD)
       : "memory");
 }
-// The same for b of 64 rows.
+// The same for b of 8, 16 and 64 rows.
+template <int ADD>
+__device__ inline void product_transposed(float (&acc)[4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %6, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, %4, %5, add, 1, 1, 1, 0;\n}"
+      : SVEL_4("+f", acc)
+      : "l"(a), "l"(b), "n"(ADD)
+      : "memory");
+}
+template <int ADD>
+__device__ inline void product_transposed(float (&acc)[8], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %10, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, add, 1, "
+      "1, 1, 0;\n}"
+      : SVEL_8("+f", acc)
+      : "l"(a), "l"(b), "n"(ADD)
+      : "memory");
+}
 template <int ADD>
 __device__ inline void product_transposed(float (&acc)[32], uint64_t a, uint64_t b) {
   asm volatile(
@@ -66,6 +95,8 @@ __device__ inline void product_transposed(float (&acc)[32], uint64_t a, uint64_t
 }
 #undef SVEL_32
 #undef SVEL_16
+#undef SVEL_8
+#undef SVEL_4
 
 // Rows of 128 bytes, 16-byte chunk c of row r at c ^ (r % 8); groups of 8 rows follow one another, in either
 // direction of a matrix. A step of 32 bytes along the rows adds 2 to a descriptor.

@@ -2,13 +2,18 @@
 // 8 blocks shares a sample: a block keeps its 512 elements of the rows and of their sums in registers, and
 // tiles of 32 references pass through its shared memory. What a tile's weights need from all 8 blocks travels
 // as mail. Roles, of warps:
-//   producer   copies tiles, five in flight
 //   scorers    4 warps: rows (upper and lower halves, 64) x references, products over the block's elements
-//   norms      2 warps: |r - c|^2 of the references, c a centre
-//   weigher    gathers both from all blocks for 4 of the rows, keeps the running softmax, sends the weights
-//   to all adders     4 warps: elements x rows, the weighted sums
+//   adders     4 warps: elements x rows, the weighted sums
+//   norms      4 warps: |r - c|^2 of the references, c a centre
+//   weighers   2 warps: gather both from all blocks for 2 of the rows each, keep the running softmax, send
+//              the weights to all adders
+//   producer   copies tiles, five in flight
+// Rows come in the order of their noise: where the weights of the quieter ones have all vanished, as most do,
+// the adders leave those out, eight at a time.
+//
 // Rows are y = x - alpha c times a power of two and the row's rate, as the sum of two halves; products with
-// references as stored are then exact to float32, and so are weights as two halves. Bytes: m d references.
+// references as stored are then exact to float32, and so are weights as two halves. The largest weight is 1,
+// exactly, so a row with one neighbour gets that neighbour. Bytes: m d references.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -31,6 +36,7 @@ struct PoolArgs {
   float* sums;                  // (parts, POOL_ROWS, d) of scaled weights times references
   float* best;                  // (parts, POOL_ROWS)
   double* total;                // (parts, POOL_ROWS) of scaled weights; zero before
+  double* moment;               // (parts, POOL_ROWS) of scaled weights times (norm - mean_norm)
   int d, rows;
   int segments, segment_tiles;  // parts: clusters x segments
 };
@@ -43,8 +49,8 @@ struct PoolLayout {
       POOL_CLUSTER * (OWN + 1) * POOL_TILE * 4;        // by sender: OWN rows of dots, and norms
   static constexpr int WEIGHTS = POOL_STAGES * STAGE;  // per stage (POOL_ROWS, 32 upper and 32 lower halves)
   static constexpr int MAILS = WEIGHTS + POOL_STAGES * POOL_ROWS * 128;
-  static constexpr int KEEP = MAILS + POOL_STAGES * MAIL;            // (POOL_STAGES, POOL_ROWS)
-  static constexpr int CENTRE = KEEP + POOL_STAGES * POOL_ROWS * 4;  // (POOL_SLICE,)
+  static constexpr int KEEP = MAILS + POOL_STAGES * MAIL;  // per stage and pair of rows: 2 factors, a flag
+  static constexpr int CENTRE = KEEP + POOL_STAGES * POOL_ROWS * 8;  // (POOL_SLICE,)
   static constexpr int OWN_WEIGHTS = CENTRE + POOL_SLICE * 4;        // (OWN, 128)
   static constexpr int FULL = OWN_WEIGHTS + OWN * 128;               // barriers, one per stage each:
   static constexpr int EMPTY = FULL + 8 * POOL_STAGES;
@@ -62,11 +68,10 @@ __device__ inline float exp2_approx(float v) {
   return out;
 }
 
-// EXACT: weights of two halves, 64 columns of one product; else of one.
+// EXACT: weights of two halves, twice as many columns of one product; else of one.
 template <bool EXACT>
 struct PoolBlock {
   using L = PoolLayout;
-  static constexpr int COLUMNS = EXACT ? 32 : 16;  // sums of a thread and box
 
   const PoolArgs& args;
   char* memory;
@@ -98,23 +103,24 @@ struct PoolBlock {
     }
   }
 
-  // Two warps; warp 0 or 1, lane = 16 bytes of one of 4 references.
+  // Four warps; lane = 16 bytes of a reference and of the fourth after it.
   __device__ void take_norms(int warp, int lane) const {
-    const int chunk = lane % 8, r0 = 16 * warp + lane / 8;
+    constexpr int EACH = POOL_TILE / 16;
+    const int chunk = lane % 8, r0 = 4 * EACH * warp + lane / 8;
     const float start = -*args.mean_norm / (POOL_CLUSTER * 8);
     const float4* const centre = reinterpret_cast<const float4*>(memory + L::CENTRE) + 2 * chunk;
     for (int i = 0, s = 0, phase = 0; i < count; ++i, next(s, phase)) {
       wait_for_cluster(full(s), phase);
       const char* const stage = memory + s * L::STAGE;
-      float norm[4];
+      float norm[EACH];
 #pragma unroll
-      for (int q = 0; q < 4; ++q) norm[q] = start;
+      for (int q = 0; q < EACH; ++q) norm[q] = start;
 #pragma unroll 2
       for (int b = 0; b < L::BOXES; ++b) {
         const float4 low = centre[16 * b], high = centre[16 * b + 1];
         const float c[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-        for (int q = 0; q < 4; ++q) {
+        for (int q = 0; q < EACH; ++q) {
           const int r = r0 + 4 * q;
           const uint4 v =
               *reinterpret_cast<const uint4*>(stage + b * L::BOX + r * 128 + ((chunk ^ (r & 7)) << 4));
@@ -128,7 +134,7 @@ struct PoolBlock {
         }
       }
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
+      for (int q = 0; q < EACH; ++q) {
         for (int offset = 1; offset < 8; offset *= 2)
           norm[q] += __shfl_xor_sync(0xffffffffu, norm[q], offset);
         const uint32_t to =
@@ -138,17 +144,27 @@ struct PoolBlock {
     }
   }
 
-  // One warp; lane = reference.
-  __device__ void weigh(int lane) const {
-    constexpr int OWN = L::OWN;
-    float best[OWN], total[OWN];
-    float4 factor[OWN];
+  // Where 16 bytes of the weights of a row lie. EXACT: groups of 8 rows, their upper halves and then their
+  // lower ones, 64 bytes each; else 128 bytes each.
+  __device__ static int weight_place(int row, int chunk) {
+    if (!EXACT) return row * 128 + ((chunk ^ (row & 7)) << 4);
+    const int wide_row = row / 8 * 16 + chunk / 4 * 8 + row % 8;
+    return wide_row * 64 + (((chunk ^ (wide_row / 2)) & 3) << 4);
+  }
+
+  // Two warps, each for half of the block's rows; lane = reference.
+  __device__ void weigh(int half, int lane) const {
+    constexpr int OWN = L::OWN, PAIR = OWN / 2;
+    static_assert(PAIR == 2, "a lane sends 16 bytes of a row to half of the peers");
+    const int own_row = PAIR * half, first_row = rank * OWN + own_row;  // in the mail, and of all
+    float best[PAIR], total[PAIR], moment[PAIR];
+    float4 factor[PAIR];
 #pragma unroll
-    for (int r = 0; r < OWN; ++r)
-      best[r] = POOL_NO_BEST, total[r] = 0, factor[r] = args.factors[rank * OWN + r];
+    for (int r = 0; r < PAIR; ++r)
+      best[r] = POOL_NO_BEST, total[r] = 0, moment[r] = 0, factor[r] = args.factors[first_row + r];
     int segment = 0, in_segment = 0;
     for (int i = 0, s = 0, phase = 0; i < count; ++i, next(s, phase)) {
-      if (lane == 0) arrive_expecting(mailed(s), L::MAIL);
+      if (half == 0 && lane == 0) arrive_expecting(mailed(s), L::MAIL);
       __syncwarp();
       wait_for_cluster(mailed(s), phase);
       const float* const mail = reinterpret_cast<const float*>(memory + L::MAILS + s * L::MAIL);
@@ -157,58 +173,62 @@ struct PoolBlock {
 #pragma unroll
       for (int from = 0; from < POOL_CLUSTER; ++from)
         norm += mail[(from * (OWN + 1) + OWN) * POOL_TILE + lane];
-      float keep[OWN];
+      float keep[PAIR];
+      uint32_t bits = 0;
 #pragma unroll
-      for (int r = 0; r < OWN; ++r) {
+      for (int r = 0; r < PAIR; ++r) {
         float dot = -factor[r].z;
 #pragma unroll
         for (int from = 0; from < POOL_CLUSTER; ++from)
-          dot += mail[(from * (OWN + 1) + r) * POOL_TILE + lane];
+          dot += mail[(from * (OWN + 1) + own_row + r) * POOL_TILE + lane];
         const float logit = valid ? fmaf(factor[r].x, dot, -factor[r].y * norm) : -INFINITY;
         // Floats in their order as integers.
-        const int bits = __float_as_int(logit), ordered = bits ^ (bits >> 31 & 0x7fffffff);
+        const int as_int = __float_as_int(logit), ordered = as_int ^ (as_int >> 31 & 0x7fffffff);
         const int most = __reduce_max_sync(0xffffffffu, ordered);
-        const float highest = __int_as_float(most ^ (most >> 31 & 0x7fffffff));
-        // Whole numbers: what was added up is scaled by powers of two, without error.
-        const float top = fmaxf(best[r], ceilf(highest));
+        const float top = fmaxf(best[r], __int_as_float(most ^ (most >> 31 & 0x7fffffff)));
         keep[r] = exp2_approx(best[r] - top);
         best[r] = top;
         const float scaled = exp2_approx(logit - top) * POOL_WEIGHT_SCALE;
         const __half upper = __float2half_rn(scaled);
         const __half lower = EXACT ? __float2half_rn(scaled - __half2float(upper)) : __float2half_rn(0.0f);
         // The weights as the adders see them, so that a common mean of the references stays exact.
-        total[r] = fmaf(total[r], keep[r], __half2float(upper) + __half2float(lower));
-        __half* const to = reinterpret_cast<__half*>(memory + L::OWN_WEIGHTS + r * 128);
+        const float seen = __half2float(upper) + __half2float(lower);
+        total[r] = fmaf(total[r], keep[r], seen);
+        if (EXACT) moment[r] = fmaf(moment[r], keep[r], valid ? seen * norm : 0.0f);
+        bits |= __half_as_ushort(upper) | __half_as_ushort(lower);
+        __half* const to = reinterpret_cast<__half*>(memory + L::OWN_WEIGHTS + (own_row + r) * 128);
         to[lane] = upper, to[POOL_TILE + lane] = lower;
       }
+      const bool matters = __any_sync(0xffffffffu, bits);
       __syncwarp();
-      const uint32_t weights = base + L::WEIGHTS + s * POOL_ROWS * 128;
-      static_assert(OWN == 4, "a lane sends 16 bytes of a row");
-      const int r = lane / 8, chunk = lane % 8, row = rank * OWN + r;
-      const uint4 v = *reinterpret_cast<const uint4*>(memory + L::OWN_WEIGHTS + r * 128 + chunk * 16);
-      const int wide_row = row + chunk / 4 * POOL_ROWS;
-      const uint32_t to = EXACT ? weights + wide_row * 64 + (((chunk ^ (wide_row / 2)) & 3) << 4)
-                                : weights + row * 128 + ((chunk ^ (row & 7)) << 4);
+      const int r = lane / 8 % PAIR, chunk = lane % 8;
+      const uint4 v =
+          *reinterpret_cast<const uint4*>(memory + L::OWN_WEIGHTS + (own_row + r) * 128 + chunk * 16);
+      const uint32_t to = base + L::WEIGHTS + s * POOL_ROWS * 128 + weight_place(first_row + r, chunk);
 #pragma unroll
-      for (int peer = 0; peer < POOL_CLUSTER; ++peer)
+      for (int k = 0; k < POOL_CLUSTER / 2; ++k) {
+        const int peer = 2 * k + lane / 16;
         send(peer_address(to, peer), peer_address(weighed(s), peer), v);
+      }
       if (lane < POOL_CLUSTER) {
-        const uint32_t keeps = base + L::KEEP + (s * POOL_ROWS + rank * OWN) * 4;
+        const uint32_t keeps = base + L::KEEP + (s * POOL_ROWS + first_row) * 8;
         send(peer_address(keeps, lane), peer_address(weighed(s), lane),
-             make_uint4(__float_as_uint(keep[0]), __float_as_uint(keep[1]), __float_as_uint(keep[2]),
-                        __float_as_uint(keep[3])));
+             make_uint4(__float_as_uint(keep[0]), __float_as_uint(keep[1]), matters, 0));
       }
       __syncwarp();  // OWN_WEIGHTS is read above and overwritten next
       if (++in_segment == args.segment_tiles || i + 1 == count) {
 #pragma unroll
-        for (int own = 0; own < OWN; ++own) {
-          double sum = total[own];
-          for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-          if (lane == 0) {
-            args.best[part(segment) * POOL_ROWS + rank * OWN + own] = best[own];
-            args.total[part(segment) * POOL_ROWS + rank * OWN + own] = sum;
+        for (int own = 0; own < PAIR; ++own) {
+          double sum = total[own], with_norm = moment[own];
+          for (int offset = 16; offset > 0; offset /= 2) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+            with_norm += __shfl_xor_sync(0xffffffffu, with_norm, offset);
           }
-          total[own] = 0;
+          if (lane == 0) {
+            const int64_t at = part(segment) * POOL_ROWS + first_row + own;
+            args.best[at] = best[own], args.total[at] = sum, args.moment[at] = with_norm;
+          }
+          total[own] = 0, moment[own] = 0;
         }
         ++segment, in_segment = 0;
       }
@@ -289,62 +309,89 @@ struct PoolBlock {
     named_barrier(2, 128);
   }
 
-  // Four warps: a thread has 2 elements of each box for 8 rows.
+  using Sums = float[L::BOXES][POOL_ROWS / 2];  // of a thread: 2 elements of each box for 8 rows
+
+  // Adds a tile to the rows of the first GROUPS groups of 8.
+  template <int GROUPS>
+  __device__ static void add_tile(Sums& sum, uint64_t a, uint32_t weights, const float (&keep)[8]) {
+    constexpr int COLUMNS = GROUPS * (EXACT ? 8 : 4);                 // sums of a thread and box
+    constexpr int BATCH = COLUMNS >= 32 ? 1 : COLUMNS >= 16 ? 2 : 4;  // boxes, of two batches under way
+    constexpr int BATCHES = L::BOXES / BATCH;
+    const uint64_t w = EXACT ? rows_of_64_bytes(weights) : rows_of_128_bytes(weights);
+    float acc[2][BATCH][COLUMNS];
+#pragma unroll
+    for (int i = 0; i < 2 * BATCH * COLUMNS; ++i)
+      acc[i / (BATCH * COLUMNS)][i / COLUMNS % BATCH][i % COLUMNS] = 0;
+    const auto multiply = [&](const int batch) {
+      start_products();
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j) {
+        const uint64_t box = a + (batch * BATCH + j) * (L::BOX >> 4);
+        product_transposed<0>(acc[batch % 2][j], box, w);
+        product_transposed<1>(acc[batch % 2][j], box + (2048 >> 4), w + 2);
+      }
+      commit_products();
+    };
+    multiply(0);
+#pragma unroll
+    for (int batch = 0; batch < BATCHES; ++batch) {
+      if (batch + 1 < BATCHES) multiply(batch + 1);
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j) {
+        float (&made)[COLUMNS] = acc[batch % 2][j];
+        float (&to)[POOL_ROWS / 2] = sum[batch * BATCH + j];
+        if (batch + 1 < BATCHES) {
+          wait_products<1>(made);
+        } else {
+          wait_products<0>(made);
+        }
+#pragma unroll
+        for (int k = 0; k < 4 * GROUPS; ++k) {
+          const int column = EXACT ? k / 4 * 8 + k % 4 : k;  // of EXACT: 4 after it, the lower halves
+          const float some = EXACT ? made[column] + made[(column + 4) % COLUMNS] : made[column];
+          to[k] = fmaf(to[k], keep[k / 4 * 2 + k % 2], some);
+        }
+      }
+    }
+  }
+
+  // Four warps.
   __device__ void add(int warp, int lane) const {
     const int g = lane / 4, t = lane % 4;
-    float sum[L::BOXES][16];
+    Sums sum;
 #pragma unroll
     for (int b = 0; b < L::BOXES; ++b)
 #pragma unroll
       for (int k = 0; k < 16; ++k) sum[b][k] = 0;
-    float acc0[COLUMNS], acc1[COLUMNS];
-#pragma unroll
-    for (int k = 0; k < COLUMNS; ++k) acc0[k] = acc1[k] = 0;
     int segment = 0, in_segment = 0;
     for (int i = 0, s = 0, phase = 0; i < count; ++i, next(s, phase)) {
-      if (warp == 0 && lane == 0) arrive_expecting(weighed(s), POOL_ROWS * (128 + 4));
+      if (warp == 0 && lane == 0) arrive_expecting(weighed(s), POOL_ROWS * (128 + 8));
       wait_for_cluster(full(s), phase);
       wait_for_cluster(weighed(s), phase);
       const int64_t left = m - static_cast<int64_t>(begin + i) * POOL_TILE;
       if (left < POOL_TILE) clear_invalid(s, static_cast<int>(left), 32 * warp + lane);
       fence_async();
-      const float* const keeps = reinterpret_cast<const float*>(memory + L::KEEP) + s * POOL_ROWS + 2 * t;
+      const uint4* const keeps =
+          reinterpret_cast<const uint4*>(memory + L::KEEP + s * POOL_ROWS * 8) + t;  // of row 2 t
       float keep[8];
+      int groups = 0;  // of rows; beyond them all weights are 0, and factors 1
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float2 pair = *reinterpret_cast<const float2*>(keeps + 8 * k);
-        keep[2 * k] = pair.x, keep[2 * k + 1] = pair.y;
+        const uint4 pair = keeps[4 * k];
+        keep[2 * k] = __uint_as_float(pair.x), keep[2 * k + 1] = __uint_as_float(pair.y);
+        if (__any_sync(0xffffffffu, pair.z)) groups = k + 1;
       }
       const uint32_t weights = base + L::WEIGHTS + s * POOL_ROWS * 128;
       const uint64_t a = rows_of_128_bytes(base + s * L::STAGE);
-      const uint64_t w = EXACT ? rows_of_64_bytes(weights) : rows_of_128_bytes(weights);
-      const auto multiply = [&](float (&acc)[COLUMNS], const int b) {
-        const uint64_t box = a + b * (L::BOX >> 4);
-        start_products();
-        product_transposed<0>(acc, box, w);
-        product_transposed<1>(acc, box + (2048 >> 4), w + 2);
-        commit_products();
-      };
-      const auto join = [&](const float (&acc)[COLUMNS], float (&to)[16]) {
-#pragma unroll
-        for (int k = 0; k < 16; ++k)
-          to[k] = fmaf(to[k], keep[k / 4 * 2 + k % 2], EXACT ? acc[k] + acc[COLUMNS - 16 + k] : acc[k]);
-      };
-      multiply(acc0, 0);
-#pragma unroll
-      for (int b = 0; b < L::BOXES; b += 2) {
-        multiply(acc1, b + 1);
-        wait_products<1>(acc0);
-        join(acc0, sum[b]);
-        if (b + 2 < L::BOXES) {
-          multiply(acc0, b + 2);
-          wait_products<1>(acc1);
-        } else {
-          wait_products<0>(acc1);
-          if (lane == 0) arrive(empty(s));
-        }
-        join(acc1, sum[b + 1]);
+      if (groups > 2) {
+        add_tile<4>(sum, a, weights, keep);
+      } else if (groups == 2) {
+        add_tile<2>(sum, a, weights, keep);
+      } else if (groups == 1) {
+        add_tile<1>(sum, a, weights, keep);
       }
+      __syncwarp();
+      if (lane == 0) arrive(empty(s));
       if (++in_segment == args.segment_tiles || i + 1 == count) {
 #pragma unroll
         for (int b = 0; b < L::BOXES; ++b) {
@@ -395,19 +442,20 @@ __global__ void __launch_bounds__(POOL_THREADS, 1)
   synchronize_cluster();
 
   if (warp < 4) {
-    raise_registers<EXACT ? 208 : 216>();
+    raise_registers<184>();
     block.score(warp, lane);
   } else if (warp < 8) {
-    raise_registers<EXACT ? 224 : 216>();
+    raise_registers<224>();
     block.add(warp - 4, lane);
+  } else if (warp < 12) {
+    drop_registers<48>();
+    block.take_norms(warp - 8, lane);
   } else {
-    drop_registers<72>();
-    if (warp == 8) {
-      if (lane == 0) block.produce(map);
-    } else if (warp == 9) {
-      block.weigh(lane);
-    } else {
-      block.take_norms(warp - 10, lane);
+    drop_registers<56>();
+    if (warp < 14) {
+      block.weigh(warp - 12, lane);
+    } else if (warp == 14 && lane == 0) {
+      block.produce(map);
     }
     __syncwarp();
   }

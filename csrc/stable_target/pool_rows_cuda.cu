@@ -56,7 +56,8 @@ int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig
 
 }  // namespace
 
-void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream) {
+void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspace, double* doubtful,
+              cudaStream_t stream) {
   const auto kernel = plan.fast ? pool_kernel<false> : pool_kernel<true>;
   const void* const entry = reinterpret_cast<const void*>(kernel);
   check_cuda(op, cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -94,10 +95,14 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
   args.mean_norm = made.mean_norm;
   args.centre = centre, args.valid = valid, args.total = made.total;
   args.best = carver.take<float>(made.parts * POOL_ROWS);
+  args.moment = carver.take<double>(made.parts * POOL_ROWS);
   args.sums = carver.take<float>(made.parts * POOL_ROWS * in.d);
   args.d = static_cast<int>(in.d);
   args.segments = static_cast<int>(cut.segments);
   args.segment_tiles = static_cast<int>(cut.segment_tiles);
+
+  const unsigned merge_blocks = static_cast<unsigned>((in.d + 255) / 256);
+  PoolSums* const left = carver.take<PoolSums>(POOL_ROWS * merge_blocks);
 
   const CUtensorMap map = map_references(op, in);
   pool_centre_kernel<<<POOL_D / 128, 128, 0, stream>>>(in, centre, valid);
@@ -107,10 +112,21 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
     pool_prepare_kernel<<<POOL_ROWS + 1, 512, 0, stream>>>(in, centre, valid, first, made);
     check_launch(op);
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, args, map));
-    const dim3 grid(static_cast<unsigned>((in.d + 255) / 256), static_cast<unsigned>(args.rows));
-    pool_merge_kernel<<<grid, 256, 0, stream>>>(in, args, made.rows, static_cast<int>(made.parts), first);
+    pool_merge_kernel<<<dim3(merge_blocks, static_cast<unsigned>(args.rows)), 256, 0, stream>>>(
+        in, args, made.rows, static_cast<int>(made.parts), left);
+    check_launch(op);
+    if (plan.fast) continue;
+    pool_judge_kernel<<<1, POOL_ROWS, 0, stream>>>(in, args, made.rows, left, static_cast<int>(merge_blocks),
+                                                   doubtful);
     check_launch(op);
   }
+}
+
+void replace_doubtful(const char* op, const Inputs& in, const double* doubtful, const Array& exact,
+                      cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>((in.d + 255) / 256), static_cast<unsigned>(in.n));
+  pool_replace_kernel<<<grid, 256, 0, stream>>>(in, doubtful, exact);
+  check_launch(op);
 }
 
 }  // namespace svel::cuda

@@ -19,6 +19,17 @@ struct Arguments {
   const std::string& precision;
 };
 
+void launch(const char* op, const Inputs& in, const Plan& plan, void* workspace, double* doubtful,
+            cudaStream_t stream) {
+  if (plan.kernel == "pool") return run_pool(op, in, plan, workspace, doubtful, stream);
+  const auto run = plan.kernel == "bulk"     ? run_bulk
+                   : plan.kernel == "stream" ? run_stream
+                   : plan.kernel == "tiled"  ? run_tiled
+                   : plan.kernel == "small"  ? run_small
+                                             : run_two_pass;
+  run(op, in, plan, workspace, stream);
+}
+
 // Fills `out` (N, *S) and, where given, `lse` (N,). time_or_alpha, sigma: contiguous, see Inputs.
 void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_or_alpha,
          const MaybeTensor& sigma, const Tensor& out, const MaybeTensor& lse) {
@@ -53,17 +64,26 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
 #if !defined(SVEL_HAS_SM90A)
   problem.has_sm90a = false;
 #endif
+  problem.pool = problem.precision == "fast" || !lse;
   const Plan plan = make_plan(problem);
-
-  const Tensor workspace = torch::stable::new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
   const cudaStream_t stream = current_stream(x);
-  const auto launch = plan.kernel == "pool"     ? run_pool
-                      : plan.kernel == "bulk"   ? run_bulk
-                      : plan.kernel == "stream" ? run_stream
-                      : plan.kernel == "tiled"  ? run_tiled
-                      : plan.kernel == "small"  ? run_small
-                                                : run_two_pass;
-  launch(op, in, plan, workspace.mutable_data_ptr(), stream);
+  if (plan.kernel != "pool" || plan.fast) {
+    const Tensor workspace = torch::stable::new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
+    return launch(op, in, plan, workspace.mutable_data_ptr(), nullptr, stream);
+  }
+  // Rows that the pool kernel may have rounded too much are left to another, which passes over the others.
+  problem.pool = false;
+  const Plan rest = make_plan(problem);
+  const int64_t bytes = std::max(plan.workspace_bytes, rest.workspace_bytes);
+  const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+  const Tensor doubtful = torch::stable::new_empty(x, {in.n}, ScalarType::Double);
+  const Tensor exact = torch::stable::new_empty(out, shape_of(out));
+  double* const times = doubtful.mutable_data_ptr<double>();
+  launch(op, in, plan, workspace.mutable_data_ptr(), times, stream);
+  Inputs left = in;
+  left.time_or_alpha = array_of(doubtful), left.out = array_of(exact);
+  launch(op, left, rest, workspace.mutable_data_ptr(), nullptr, stream);
+  replace_doubtful(op, in, times, left.out, stream);
 }
 
 ScalarType mean_dtype(const Tensor& x) {

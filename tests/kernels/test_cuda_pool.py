@@ -1,4 +1,4 @@
-"""The pool kernel: fast results of two to 64 rows against one large pool of float16 references, edges and arguments."""
+"""The pool kernel: results of two to 64 rows against one large pool of float16 references, edges and arguments."""
 
 import math
 
@@ -15,6 +15,7 @@ pytestmark = [
     pytest.mark.skipif(svel.backends().get("CUDA") != "native", reason="the compiled CUDA kernels do not serve"),
 ]
 FAST = {"precision": "fast"}
+PRECISIONS = pytest.mark.parametrize("precision", ["exact", "fast"])
 ROWS = 32  # of one pass
 # Rows: fewer than a pass, one, one more, two. References: whole tiles and not. D: parts of 512 whole, cut, and empty.
 SHAPES = [
@@ -42,24 +43,24 @@ def make_pool(n, m, d, geometry, rng, times=ALL_T):
     return x.cuda(), refs.cuda(), t.cuda()
 
 
-def assert_pool(x, refs, kernel="pool"):
+def assert_pool(x, refs, kernel="pool", precision="fast"):
     """A test of this kernel is none if another serves."""
     if torch.cuda.get_device_capability() == (9, 0) and info._C is not None:
         m, d = refs.shape
-        assert info.plan(len(x), m, d, x_dtype=x.dtype, refs_dtype=refs.dtype, **FAST)["kernel"] == kernel
+        assert info.plan(len(x), m, d, x_dtype=x.dtype, refs_dtype=refs.dtype, precision=precision)["kernel"] == kernel
 
 
-def check(x, refs, t, counts=None, path="linear", prediction="velocity"):
+def check(x, refs, t, counts=None, path="linear", prediction="velocity", precision="fast"):
     """stable_target against the reference in float64, rows of each time together."""
-    assert_pool(x, refs)
-    out = svel.stable_target(x, refs, t, None, counts, path=path, prediction=prediction, **FAST)
+    assert_pool(x, refs, precision=precision)
+    out = svel.stable_target(x, refs, t, None, counts, path=path, prediction=prediction, precision=precision)
     expected = reference.stable_target(x.double(), refs, t, None, counts, path=path, prediction=prediction)
     assert torch.equal(out.isnan(), expected.isnan())
     for time in t[~t.isnan()].unique():
         rows = (t == time) & ~expected.isnan().any(1)
         if rows.any():
             error = relative_error(out[rows], expected[rows])
-            assert error <= TOLERANCE[out.dtype, "fast"], f"{error:.2e} at t = {float(time):.3f}"
+            assert error <= TOLERANCE[out.dtype, precision], f"{error:.2e} at t = {float(time):.3f}"
     return out
 
 
@@ -70,10 +71,11 @@ def invalidate(refs, count):
     return refs
 
 
+@PRECISIONS
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize(("n", "m", "d"), SHAPES)
-def test_shapes(rng, n, m, d, geometry):
-    check(*make_pool(n, m, d, geometry, rng))
+def test_shapes(rng, n, m, d, geometry, precision):
+    check(*make_pool(n, m, d, geometry, rng), precision=precision)
 
 
 def test_the_kernel_serves(rng):
@@ -90,36 +92,48 @@ def test_the_kernel_serves(rng):
     assert any("pool_kernel" in name for name in names), names
 
 
+@PRECISIONS
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("prediction", ["velocity", "x0", "noise", "score"])
-def test_every_prediction_and_path(rng, prediction, path):
+def test_every_prediction_and_path(rng, prediction, path, precision):
     x, refs, t = make_pool(*SHAPE, "manifold", rng)
-    check(x, refs, t, prediction=prediction, path=path)
+    check(x, refs, t, prediction=prediction, path=path, precision=precision)
 
 
-def test_the_mean_of_shifted_references(rng):
-    check(*make_pool(*SHAPE, "shifted", rng), prediction="x0")
+@PRECISIONS
+def test_the_mean_of_shifted_references(rng, precision):
+    check(*make_pool(*SHAPE, "shifted", rng), prediction="x0", precision=precision)
 
 
+@pytest.mark.parametrize("d", [512, 4096])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_exact_results_where_float32_products_are_not_enough(rng, geometry, d):
+    """At a small sigma far from the origin: rows with two near references go to another kernel, others stay."""
+    check(*make_pool(32, (1 << 25) // d, d, geometry, rng, times=(0.05, 0.2)), path="cosine", precision="exact")
+
+
+@PRECISIONS
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("count", [-3, 0, 1, 31, 32, 33, 500, 4994, 4999, 6000])
-def test_counts(rng, count, dtype):
+def test_counts(rng, count, dtype, precision):
     x, refs, t = make_pool(*SHAPE, "manifold", rng)
-    out = check(x, invalidate(refs, count), t, torch.tensor([count], dtype=dtype, device="cuda"))
+    out = check(x, invalidate(refs, count), t, torch.tensor([count], dtype=dtype, device="cuda"), precision=precision)
     assert out.isnan().all() == (count <= 0)
 
 
+@PRECISIONS
 @pytest.mark.parametrize("n", [26, 40])
-def test_rows_that_are_not_finite_stay_alone(rng, n):
+def test_rows_that_are_not_finite_stay_alone(rng, n, precision):
     x, refs, t = make_pool(n, *SHAPE[1:], "manifold", rng)
     x[3, 5], x[9, 0], x[n - 1, -1], t[4] = math.nan, math.inf, -math.inf, math.nan
-    out = check(x, refs, t)
+    out = check(x, refs, t, precision=precision)
     assert out.isnan().all(1).nonzero()[:, 0].tolist() == [3, 4, 9, n - 1]
-    assert svel.stable_target(x, refs, t * math.nan, **FAST).isnan().all()
+    assert svel.stable_target(x, refs, t * math.nan, precision=precision).isnan().all()
 
 
+@PRECISIONS
 @pytest.mark.parametrize("size", [1e-6, 3e3])
-def test_data_of_any_size(rng, size):
+def test_data_of_any_size(rng, size, precision):
     """Rows of zeros too, one element above all others, and rows of other sizes than the references."""
     n, m, d = SHAPE
     refs = (size * torch.randn(m, d, generator=rng)).half()
@@ -129,16 +143,17 @@ def test_data_of_any_size(rng, size):
     x[7] *= 1e-6
     for row in range(4, 9):  # a time to each, since their sizes differ
         t[row] = 0.5 + 0.05 * row
-    check(x.cuda(), refs.cuda(), t.cuda())
+    check(x.cuda(), refs.cuda(), t.cuda(), precision=precision)
 
 
+@PRECISIONS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_x_of_any_dtype_and_alignment(rng, dtype):
+def test_x_of_any_dtype_and_alignment(rng, dtype, precision):
     x, refs, t = make_pool(*SHAPE, "manifold", rng)
-    check(x.to(dtype), refs, t)
-    out = svel.stable_target(x, refs, t, **FAST)
-    assert torch.equal(svel.stable_target(offset_by_one(x), refs, t, **FAST), out)
-    assert torch.equal(svel.stable_target(with_gaps(x), with_gaps(refs), t, **FAST), out)
+    check(x.to(dtype), refs, t, precision=precision)
+    out = svel.stable_target(x, refs, t, precision=precision)
+    assert torch.equal(svel.stable_target(offset_by_one(x), refs, t, precision=precision), out)
+    assert torch.equal(svel.stable_target(with_gaps(x), with_gaps(refs), t, precision=precision), out)
 
 
 def test_samples_of_several_dimensions(rng):
@@ -205,7 +220,8 @@ def test_nothing_waits_and_a_graph_follows_its_inputs(rng):
 
     def target(x, refs, t, counts):
         mean, lse = svel.posterior_mean(x, refs, 1 - t, t, None, counts, **FAST)
-        return svel.stable_target(x, refs, t, None, counts, **FAST), mean, lse
+        outs = [svel.stable_target(x, refs, t, None, counts, precision=p) for p in ("exact", "fast")]
+        return *outs, mean, lse
 
     target(*static)
     torch.cuda.synchronize()
@@ -250,16 +266,17 @@ def make_large(n, m, d):
     return x, refs, t
 
 
+@PRECISIONS
 @pytest.mark.parametrize(("n", "m", "d"), [(32, 530_003, 264), (6, 540_001, 4096)], ids=["two segments", "2^31"])
-def test_large(n, m, d):
+def test_large(n, m, d, precision):
     """More tiles to a cluster than one segment adds up, and more elements than 32 bits count."""
     x, refs, t = make_large(n, m, d)
-    check(x, refs, t)
-    check(x, refs, t, prediction="x0")
+    check(x, refs, t, precision=precision)
+    check(x, refs, t, prediction="x0", precision=precision)
 
 
 def test_problems_that_others_serve(rng):
-    """Exact results, one row, few elements, a source, labels, other dtypes: right as before."""
+    """One row, few elements, a source, labels, other dtypes, an exact lse: right as before."""
     x, refs, t = make_pool(4, 4999, 3400, "manifold", rng)
     assert_pool(x[:1], refs, "bulk")
     assert_pool(x, refs[:4000], "bulk")
