@@ -57,12 +57,13 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
 
   const Tensor workspace = torch::stable::new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
   const cudaStream_t stream = current_stream(x);
-  const auto launch = plan.kernel == "pool"     ? run_pool
-                      : plan.kernel == "bulk"   ? run_bulk
-                      : plan.kernel == "stream" ? run_stream
-                      : plan.kernel == "tiled"  ? run_tiled
-                      : plan.kernel == "small"  ? run_small
-                                                : run_two_pass;
+  const auto launch = plan.kernel == "pool"        ? run_pool
+                      : plan.kernel == "many_rows" ? run_many_rows
+                      : plan.kernel == "bulk"      ? run_bulk
+                      : plan.kernel == "stream"    ? run_stream
+                      : plan.kernel == "tiled"     ? run_tiled
+                      : plan.kernel == "small"     ? run_small
+                                                   : run_two_pass;
   launch(op, in, plan, workspace.mutable_data_ptr(), stream);
 }
 
