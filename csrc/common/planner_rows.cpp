@@ -9,7 +9,7 @@ constexpr int64_t MIN_ROWS = 27;                          // fewer: bound by mem
 constexpr int64_t MOST_REFS = (int64_t{1} << 31) - 1024;  // coordinates of tensor copies have 31 bits
 constexpr int64_t MIN_REFS = 2048;                        // fewer: too few tiles for the device
 constexpr int64_t MIN_D = 256;                            // shorter sums leave the softmax in charge
-constexpr int64_t SCORES_LIMIT = int64_t{104} << 20;      // bytes of scores and their maxima
+constexpr int64_t SCORES_LIMIT = int64_t{128} << 20;      // bytes of scores and their maxima
 constexpr int64_t STAGES = 4;
 constexpr int64_t STAGE_BYTES = (MANY_TILE + MANY_ROWS) * 128 + 1024;
 
@@ -50,7 +50,10 @@ bool plan_many_rows(const Problem& p, Plan& plan) {
   const int64_t rows = p.n <= 64    ? 64
                        : p.n <= 128 ? 128
                                     : std::min(round_up(p.n, MANY_ROWS), row_tiles * MANY_ROWS);
-  const int64_t most = SCORES_LIMIT / (rows * 4 * (MANY_GROUP + 1) / MANY_GROUP) / MANY_TILE * MANY_TILE;
+  const int64_t left =
+      std::min(SCORES_LIMIT, WORKSPACE_LIMIT - (1 << 20) - many_layout(p.n, p.d, rows, 0).total());
+  const int64_t most = left / (rows * 4 * (MANY_GROUP + 1) / MANY_GROUP) / MANY_TILE * MANY_TILE;
+  if (most < MANY_TILE) return false;
   const int64_t rounds = ceil_div(p.m, most);
   plan.kernel = "many_rows";
   plan.threads = 384;
@@ -64,7 +67,6 @@ bool plan_many_rows(const Problem& p, Plan& plan) {
   plan.blocks = p.sm_count;
   plan.smem_bytes = STAGES * STAGE_BYTES + 2048;
   plan.workspace_bytes = many_layout(p.n, p.d, rows, plan.refs_per_pass).total();
-  if (plan.workspace_bytes > WORKSPACE_LIMIT) return false;
   plan.reason = "one pool of 16-bit references: products on the matrix units, exact work where it can matter";
   return true;
 }
