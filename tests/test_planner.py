@@ -19,7 +19,7 @@ def test_every_plan_is_within_the_limits(d, refs_dtype):
     for n, m, k, source in itertools.product((1, 7, 256, 50_000), (1, 256, 1_000_000), (None, 10), (False, True)):
         aligned = d * refs_dtype.itemsize % 16 == 0
         plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, source=source, aligned=aligned, **H100)
-        assert plan["kernel"] in ("pool", "bulk", "stream", "two_pass", "tiled", "small")
+        assert plan["kernel"] in ("pool", "many_rows", "bulk", "stream", "two_pass", "tiled", "small")
         assert 0 < plan["threads"] <= 1024
         assert plan["threads"] % 32 == 0
         assert 0 <= plan["smem_bytes"] <= 232448
@@ -49,7 +49,9 @@ def test_workspace_is_bounded(n, m, d, k):
         ((2, 64, 2**20, 2), "bulk", "two_pass"),
         ((2, 64, 2**21, 2), "two_pass", "two_pass"),
         ((26, 1_280_000, 4096, None), "bulk", "stream"),
-        ((256, 50_000, 3072, None), "tiled", "tiled"),
+        ((256, 50_000, 3072, None), "many_rows", "tiled"),
+        ((4096, 50_000, 4096, None), "many_rows", "tiled"),
+        ((50_000, 50_000, 3072, None), "many_rows", "tiled"),
         ((10_000, 100_000, 10, None), "small", "small"),
         ((256, 2048, 10, None), "small", "small"),
         ((128, 256, 2, 10), "two_pass", "two_pass"),
@@ -129,6 +131,47 @@ def test_few_rows_beside_a_large_pool(n, m, d, device, precision):
 def test_what_the_pool_kernel_leaves_to_others(sizes, other):
     for precision in ("exact", "fast"):
         assert info.plan(*sizes, **{**H100, "precision": precision, **other})["kernel"] != "pool"
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("device", ["h100", "h200"])
+@pytest.mark.parametrize(
+    ("n", "m", "d"),
+    list(itertools.product((65, 256, 4096, 10**7), (2048, 50_000, 2**31 - 1024), (256, 3072, 51_200))),
+)
+def test_many_rows_beside_a_pool(n, m, d, device, refs_dtype, precision):
+    limits = info.DEVICES[device]
+    plan = info.plan(n, m, d, refs_dtype=refs_dtype, precision=precision, device=device, source=True)
+    assert plan["kernel"] == "many_rows"
+    assert plan["workspace_bytes"] < 256 << 20
+    assert plan["smem_bytes"] <= limits.smem_limit
+    assert plan["blocks"] <= limits.sm_count
+    assert plan["rows_per_pass"] in (128, 256, 512, 768, 1024)  # whole tiles
+    assert plan["refs_per_pass"] % plan["tile_refs"] == 0
+    assert plan["fast"] is (precision == "fast")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "other"),
+    [
+        ((26, 50_000, 4096), {}),
+        ((256, 2047, 4096), {}),
+        ((256, 50_000, 248), {}),
+        ((256, 50_000, 51_208), {}),
+        ((256, 2**31 - 1023, 4096), {}),
+        ((256, 50_000, 4100), {"aligned": False}),
+        ((256, 50_000, 4096), {"aligned": False}),
+        ((256, 50_000, 4096), {"k": 1}),
+        ((256, 50_000, 4096), {"refs_dtype": torch.float32}),
+        ((256, 50_000, 4096), {"x_dtype": torch.float64}),
+        ((256, 50_000, 4096), {"device": "b200"}),
+        ((256, 50_000, 4096), {"device": "a100"}),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_for_many_rows_leaves_to_others(sizes, other):
+    assert info.plan(*sizes, **{**H100, **other})["kernel"] != "many_rows"
 
 
 def test_every_multiprocessor_has_a_part_of_a_class_bank():

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "common/planner_pool.h"
+#include "common/planner_rows.h"
 
 namespace svel {
 namespace {
@@ -281,6 +282,7 @@ Plan make_plan(const Problem& p) {
   if (p.d > 0 && (p.x_size == 8 || p.refs_size == 8)) {
     plan_two_pass(p, plan, "float64: scores, softmax and weighted sum in double");
   } else if (plan_pool(p, plan)) {  // few rows beside a large pool: nothing else comes near
+  } else if (plan_many_rows(p, plan)) {
   } else if (!p.has_labels && p.d > 0 && p.d <= SMALL_D && (p.n >= SMALL_ROWS || p.d <= EXACT_D)) {
     plan_small(p, plan);
   } else if (!p.has_labels && p.d > SMALL_D && p.d <= TILED_D && p.n >= TILED_ROWS &&

@@ -51,6 +51,20 @@ __device__ inline void product(float (&acc)[16], const uint32_t (&a)[4], uint64_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD)
       : "memory");
 }
+// The same for b of 64 rows. Warp w of the group holds rows 16 w to 16 w + 15 of a and acc; with g = lane / 4
+// and t = lane % 4: a[0] (g, 2 t and 2 t + 1), a[1] (g + 8, same), a[2] (g, 2 t + 8 and 2 t + 9), a[3] (g +
+// 8, same); acc[4 i + 2 h + p] is element (g + 8 h, 8 i + 2 t + p).
+template <int ADD>
+__device__ inline void product(float (&acc)[32], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
+      : SVEL_32("+f", acc)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD)
+      : "memory");
+}
 // acc (64 x 32) = (ADD ? acc : 0) + a^T (16 x 64) b^T (32 x 16), both in shared memory.
 template <int ADD>
 __device__ inline void product_transposed(float (&acc)[16], uint64_t a, uint64_t b) {
@@ -103,6 +117,24 @@ __device__ inline void product_transposed(float (&acc)[32], uint64_t a, uint64_t
 __device__ inline uint64_t rows_of_128_bytes(uint32_t shared) {
   return static_cast<uint64_t>((shared & 0x3FFFF) >> 4) | uint64_t{1024 >> 4} << 16 |
          uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+// Where chunk `chunk` of row `row` lies, and four 8 x 8 matrices of halves from such rows: lane l names row
+// l % 8 of matrix l / 8 and gets, of matrix m, elements (l / 4, 2 (l % 4)) and the next in out[m];
+// transposed: (2 (l % 4), l / 4) and the one below.
+__device__ inline uint32_t chunk_address(uint32_t tile, int row, int chunk) {
+  return tile + row * 128 + ((chunk ^ (row & 7)) << 4);
+}
+__device__ inline void load_matrices(uint32_t shared, uint32_t (&out)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared)
+               : "memory");
+}
+__device__ inline void load_matrices_transposed(uint32_t shared, uint32_t (&out)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared)
+               : "memory");
 }
 // Rows of 64 bytes, chunk c of row r at c ^ (r / 2 % 4).
 __device__ inline uint64_t rows_of_64_bytes(uint32_t shared) {

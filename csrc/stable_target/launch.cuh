@@ -14,6 +14,7 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
               cudaStream_t stream);
 void replace_doubtful(const char* op, const Inputs& in, const double* doubtful, const Array& exact,
                       cudaStream_t stream);
+void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_bulk(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_stream(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_two_pass(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);

@@ -22,11 +22,12 @@ struct Arguments {
 void launch(const char* op, const Inputs& in, const Plan& plan, void* workspace, double* doubtful,
             cudaStream_t stream) {
   if (plan.kernel == "pool") return run_pool(op, in, plan, workspace, doubtful, stream);
-  const auto run = plan.kernel == "bulk"     ? run_bulk
-                   : plan.kernel == "stream" ? run_stream
-                   : plan.kernel == "tiled"  ? run_tiled
-                   : plan.kernel == "small"  ? run_small
-                                             : run_two_pass;
+  const auto run = plan.kernel == "many_rows" ? run_many_rows
+                   : plan.kernel == "bulk"    ? run_bulk
+                   : plan.kernel == "stream"  ? run_stream
+                   : plan.kernel == "tiled"   ? run_tiled
+                   : plan.kernel == "small"   ? run_small
+                                              : run_two_pass;
   run(op, in, plan, workspace, stream);
 }
 

@@ -379,15 +379,18 @@ def _draw(
         groups = -(-groups // independent) * independent
         set_of = torch.arange(independent).repeat_interleave(groups // independent)
     rows = -(-samples // groups)  # of each group
-    subset = torch.stack([_subset(sets[s], size, generator) for s in set_of.tolist()])
+    if size == 1:  # as many groups as samples: drawn together
+        counts = set_of.bincount(minlength=len(sets)).tolist()
+        drawn = [s[torch.randint(len(s), (count,), generator=generator)] for s, count in zip(sets, counts, strict=True)]
+        subset = torch.cat(drawn)[:, None]
+    else:
+        subset = torch.stack([_subset(sets[s], size, generator) for s in set_of.tolist()])
     slot = torch.randint(size, (groups, rows), generator=generator)
     return _Draw(sets, sizes, set_of, subset, subset.gather(1, slot), independent)
 
 
 def _subset(pool: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
     """`size` different members of the pool, uniformly; all of a smaller pool."""
-    if size == 1:
-        return pool[torch.randint(len(pool), (1,), generator=generator)]
     return pool[torch.randperm(len(pool), generator=generator)[:size]]
 
 
@@ -423,7 +426,7 @@ class _Chunk:
         index = draw.index.flatten()[first:last]
         self.refs, self.dim = refs, math.prod(data.shape[1:])
         self.x0 = data[index.to(data.device)].to(torch.promote_types(data.dtype, torch.float32))
-        self.noise = torch.randn(self.x0.shape, generator=generator, dtype=self.x0.dtype).to(data.device)
+        self.noise = _noise_like(self.x0, generator)
         group = torch.arange(first, last) // draw.index.shape[1]
         self.subsets = None
         if with_subsets:
@@ -491,6 +494,14 @@ class _Chunk:
         power = (sigma.double() / narrow.double()) ** 2
         squares = (doubled - self.dim / 2) - power * (lse - self.dim / 2)
         return (-squares).exp().clamp(1.0, float(len(self.refs)))
+
+
+def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Normal numbers made where x is: on a GPU from a seed that the generator, on the CPU, draws."""
+    if x.device.type != "cpu":
+        seed = torch.randint(2**62, (), generator=generator)
+        generator = torch.Generator(x.device).manual_seed(int(seed))
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
 
 def _merge(means: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,30 @@
+// The plan of the kernel for many rows (stable_target/many_rows.cuh): many rows, one shared set of float16 or
+// bfloat16 references, on Hopper's matrix units.
+#pragma once
+
+#include "common/planner.h"
+
+namespace svel {
+
+constexpr int64_t MANY_TILE = 128;        // references or elements of D per tile
+constexpr int64_t MANY_ROWS = 256;        // most rows per tile
+constexpr int64_t MANY_GROUP = 16;        // references that share one maximum
+constexpr int64_t MANY_SURVIVORS = 256;   // references of a row that are scored one by one; more: all of them
+constexpr int64_t MANY_SEGMENTS = 400;    // most tiles of partial sums
+constexpr int64_t MANY_SAMPLES = 64;      // references that decide on the centre
+constexpr int64_t MANY_PASS_ROWS = 1024;  // most rows of a pass
+constexpr int64_t MANY_LIST_ROWS = int64_t{1} << 14;  // most rows of a work list
+
+// The workspace of one call, in bytes, piece by piece; also its order in memory.
+struct ManyLayout {
+  int64_t list, centre, rows, queries, scores, maxima, survivors, sums, partial;
+  int64_t total() const {
+    return list + centre + rows + queries + scores + maxima + survivors + sums + partial;
+  }
+};
+ManyLayout many_layout(int64_t n, int64_t d, int64_t rows_per_pass, int64_t refs_per_pass);
+
+// False where another kernel serves better, or this one cannot.
+bool plan_many_rows(const Problem& problem, Plan& plan);
+
+}  // namespace svel

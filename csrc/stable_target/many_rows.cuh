@@ -1,0 +1,104 @@
+// One shared pool of 16-bit references and many rows, on Hopper's matrix units. With c a centre of the
+// references, d_j = r_j - c and y = x - alpha c, a row's scores are
+//   s_j = y.d_j - alpha/2 (|d_j|^2 - norm0),    its weights softmax_j(rate s_j),    its mean c + sum_j p_j
+//   d_j.
+// Rows go in passes, in the order of falling time; the references of a pass in rounds whose scores fit the
+// workspace. One round:
+//   score    y_hi.d for all pairs; y_hi is y rounded to 11 bits, so that each score is known to a proven
+//   bound select   rows where at most MANY_SURVIVORS references can still matter keep a list of those; the
+//   others,
+//            up to the last one in the order, are dense
+//   score    dense rows: adds y_lo.d, y = y_hi + y_lo to 22 bits
+//   weights  dense rows: p_j to 22 bits, as two halves, in the place of the scores
+//   sum      dense rows: sum_j p_j d_j
+//   merge    dense rows: adds what the thread blocks of the last step left; other rows: scores and sums the
+//            listed references one by one; after the last round, writes the output
+// Exact arithmetic: references are exact in halves, and so is d_j for a c of few digits wherever r_j is near
+// c; where it is not, the remainder is multiplied too. The matrix units truncate what they add up, so at most
+// 64 products are summed before they join ordinary float32 sums.
+#pragma once
+
+#include "common/planner_rows.h"
+#include "stable_target/launch.cuh"
+
+namespace svel::cuda {
+
+struct ManyFacts {
+  float scale, inverse_scale;  // d is multiplied by scale, a power of two, before it becomes a half
+  float mean_norm;             // norm0 scale^2
+  int centred;                 // c is not zero everywhere
+  int max_norm;                // the bits of max_j |d_j|^2 scale^2, a float32
+  int dense;                   // slots [0, dense) are dense in this round
+};
+
+struct ManySlot {  // one row of a pass
+  int64_t row;     // in the work list
+  double y_square;
+  double best;   // largest score so far
+  double total;  // sum of exp(rate (s_j - best)) so far
+  float own;     // bound of |(y_hi - y).d_j| / |d_j|, with the rounding of the sums
+  float rate2;   // rate log2(e)
+  float keep;    // factor of the old sums in this round
+  int count;     // references in the list
+  int alive;
+};
+
+struct ManyFactor {  // s = unit acc - half_alpha (norm - mean_norm)
+  float unit, half_alpha;
+};
+
+struct Many {
+  WorkList work;
+  float* centre;         // (2, d_stride) candidates, see centre_kernel
+  float* centre_float;   // (d_stride,) c scale
+  __half* centre_half;   // (d_stride,) c
+  double* statistics;    // (d_tiles, 8)
+  ManyFacts* facts;      // one
+  ManySlot* slots;       // (rows,)
+  ManyFactor* factors;   // (rows,)
+  __half *hi, *lo;       // (rows, d_stride) y 2^e
+  float* scores;         // (rows, score_stride): scores, then weights
+  float* maxima;         // (rows, score_stride / MANY_GROUP)
+  int* survivors;        // (rows, MANY_SURVIVORS)
+  float* sums;           // (rows, d_stride) sum of p_j d_j scale
+  float* partial;        // (splits, row tiles, d tiles, MANY_ROWS, MANY_TILE)
+  int64_t first_row;     // of the pass
+  int64_t first_ref;     // of the round
+  int64_t rows, padded;  // rows of the pass; rounded up to 64
+  int64_t refs;          // of the round, valid or not
+  int64_t score_stride, d_stride;
+  int blocks;
+  bool exact;  // else: y_hi and upper halves of the weights alone
+};
+
+__device__ inline int64_t many_valid(const Inputs& in, const Many& many) {  // references of the round
+  const int64_t left = valid_count(in, 0) - many.first_ref;
+  return left < 0 ? 0 : left > many.refs ? many.refs : left;
+}
+
+// References per step of the sums: with both halves of their weights they fill the 64 halves of a step.
+__host__ __device__ constexpr int many_sum_refs(bool exact) {
+  return exact ? 32 : 64;
+}
+__device__ inline int many_sum_steps(const Many& many, int64_t valid) {
+  const int refs = many_sum_refs(many.exact);
+  return static_cast<int>((valid + refs - 1) / refs);
+}
+
+// How the sums of `tiles` tiles over `steps` steps each are cut, for `blocks` thread blocks: into as many
+// parts as fill whole waves of them best, fewer where it makes no difference.
+__host__ __device__ inline int many_splits(int tiles, int steps, int blocks, int most) {
+  int best = 1;
+  float best_time = 0;
+  for (int splits = 1; splits * tiles <= most && splits * 16 <= steps + 15; ++splits) {
+    const int waves = (tiles * splits + blocks - 1) / blocks;
+    const float time = waves * ((steps + splits - 1) / splits + 4.0f);
+    if (splits == 1 || time < 0.98f * best_time) best = splits, best_time = time;
+  }
+  return best;
+}
+
+void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream);
+void launch_many_sum(const char* op, const Inputs& in, const Many& many, cudaStream_t stream);
+
+}  // namespace svel::cuda

@@ -1,0 +1,308 @@
+"""The kernel of many rows against one pool of 16-bit references: every path through it, edges and arguments."""
+
+import math
+
+import pytest
+import torch
+from kernel_cases import ALL_T, largest_logit, offset_by_one, with_gaps
+
+import stablevelocity_kernels as svel
+from stablevelocity_kernels import info, reference
+from stablevelocity_kernels.testing import TOLERANCE, make_noisy, make_references, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(svel.backends().get("CUDA") != "native", reason="the compiled CUDA kernels do not serve"),
+]
+# Rows: tiles of 64, 128 and 256 whole and cut, and more than one pass. References: whole tiles and not. D: steps of 64
+# and tiles of 128 whole and cut.
+SHAPES = [
+    (65, 2048, 256),
+    (70, 2111, 264),
+    (127, 5003, 1032),
+    (129, 4100, 520),
+    (200, 4999, 3400),
+    (256, 4096, 3072),
+    (257, 3001, 4096),
+    (600, 2500, 784),
+    (1025, 2049, 384),
+]
+SHAPE = (130, 4999, 1032)
+GEOMETRIES = ("gaussian", "manifold", "shifted")
+PRECISIONS = ("exact", "fast")
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def make_pool(n, m, d, geometry, rng, times=ALL_T, dtype=torch.float16):
+    """x (n, d), refs (m, d), t (n,): all times in turn. On the GPU."""
+    refs = make_references(m, d, geometry, rng).to(dtype)
+    t = torch.tensor([times[i % len(times)] for i in range(n)])
+    x = make_noisy(refs[torch.randint(m, (n,), generator=rng)], t, rng)
+    return x.cuda(), refs.cuda(), t.cuda()
+
+
+def assert_served(x, refs, precision, kernel="many_rows", **other):
+    """A test of this kernel is none if another serves."""
+    if torch.cuda.get_device_capability() == (9, 0) and info._C is not None:
+        plan = info.plan(len(x), *refs.shape, x_dtype=x.dtype, refs_dtype=refs.dtype, precision=precision, **other)
+        assert plan["kernel"] == kernel
+
+
+def check(x, refs, t, counts=None, source=None, path="linear", prediction="velocity", precision="exact"):
+    """stable_target against the reference in float64, rows of each time together."""
+    assert_served(x, refs, precision)
+    options = {"counts": counts, "source": source, "path": path, "prediction": prediction}
+    out = svel.stable_target(x, refs, t, precision=precision, **options)
+    expected = reference.stable_target(x.double(), refs, t, **options)
+    assert torch.equal(out.isnan(), expected.isnan())
+    limit, worst = TOLERANCE[out.dtype, precision], {}
+    for time in t[~t.isnan()].unique():
+        rows = (t == time) & ~expected.isnan().any(1)
+        if rows.any():
+            worst[round(float(time), 4)] = relative_error(out[rows], expected[rows])
+    assert all(error <= limit for error in worst.values()), worst
+    return out
+
+
+def invalidate(refs, count):
+    """NaN beyond the references that count."""
+    refs = refs.clone()
+    refs[max(0, count) :] = math.nan
+    return refs
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(("n", "m", "d"), SHAPES)
+def test_shapes(rng, n, m, d, geometry, dtype, precision):
+    check(*make_pool(n, m, d, geometry, rng, dtype=dtype), precision=precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("time", [0.05, 0.5, 0.8, 0.95, 0.999])
+def test_one_time_for_all_rows(rng, time, geometry, precision):
+    """No row has many references that matter, or every row has."""
+    check(*make_pool(300, 8200, 1024, geometry, rng, times=(time,)), precision=precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("copies", [2, 250, 256, 257, 400])
+def test_as_many_survivors_as_the_list_holds(rng, copies, precision):
+    """The weights of `copies` equal references are equal: the list is full, or one too short."""
+    x, refs, t = make_pool(70, 4096, 512, "gaussian", rng, times=(0.3,))
+    refs[1000 : 1000 + copies] = refs[1000]
+    x = (0.7 * refs[1000] + 0.3 * torch.randn(x.shape, generator=rng).cuda()).contiguous()
+    check(x, refs, t, precision=precision, prediction="x0")
+
+
+def test_the_kernel_serves(rng):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("another kernel serves this device")
+    x, refs, t = make_pool(*SHAPE, "gaussian", rng)
+    svel.stable_target(x, refs, t)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        svel.stable_target(x, refs, t)
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages()]
+    if not any("kernel" in name for name in names):
+        pytest.skip("the profiler sees no kernels here")
+    assert any("sum_kernel" in name and "Many" in name for name in names), names
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", ["velocity", "x0", "noise", "score"])
+def test_every_prediction_and_path(rng, prediction, path):
+    check(*make_pool(*SHAPE, "manifold", rng), prediction=prediction, path=path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("count", [-3, 0, 1, 31, 32, 33, 500, 4994, 4999, 6000])
+def test_counts(rng, count, dtype):
+    x, refs, t = make_pool(*SHAPE, "manifold", rng)
+    out = check(x, invalidate(refs, count), t, torch.tensor([count], dtype=dtype, device="cuda"))
+    assert out.isnan().all() == (count <= 0)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("count", [0, 700, 4999])
+def test_a_source_is_one_more_reference_of_its_row(rng, count, geometry, precision):
+    """Near x, far away, and among weights that are spread."""
+    x, refs, t = make_pool(*SHAPE, geometry, rng)
+    source = refs[torch.randperm(len(refs), generator=rng)[: len(x)].cuda()].float()
+    source[::3] = (x / (1 - t[:, None]).clamp_min(0.05))[::3]
+    source[5, 7] = math.nan
+    counts = torch.tensor([count], device="cuda")
+    check(x, invalidate(refs, count), t, counts, source, precision=precision)
+
+
+@pytest.mark.parametrize("n", [70, 300])
+def test_rows_that_are_not_finite_stay_alone(rng, n):
+    x, refs, t = make_pool(n, *SHAPE[1:], "manifold", rng)
+    x[3, 5], x[9, 0], x[n - 1, -1], t[4] = math.nan, math.inf, -math.inf, math.nan
+    out = check(x, refs, t)
+    assert out.isnan().all(1).nonzero()[:, 0].tolist() == [3, 4, 9, n - 1]
+    assert svel.stable_target(x, refs, t * math.nan).isnan().all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", [1e-6, 3e3])
+def test_data_of_any_size(rng, size, precision):
+    """Rows of zeros too, one element above all others, and rows of other sizes than the references."""
+    n, m, d = SHAPE
+    refs = (size * torch.randn(m, d, generator=rng)).half()
+    t = torch.tensor([0.3, 0.9])[torch.arange(n) % 2]
+    x = (1 - t[:, None]) * refs[:n].float() + size * t[:, None] * torch.randn(n, d, generator=rng)
+    x[5], x[6, 0] = 0, 3e4 * size
+    x[7] *= 1e-6
+    for row in range(4, 9):  # a time to each, since their sizes differ
+        t[row] = 0.5 + 0.05 * row
+    check(x.cuda(), refs.cuda(), t.cuda(), precision=precision)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_x_of_any_dtype_and_alignment(rng, dtype):
+    x, refs, t = make_pool(*SHAPE, "manifold", rng)
+    check(x.to(dtype), refs, t)
+    out = svel.stable_target(x, refs, t)
+    assert torch.equal(svel.stable_target(offset_by_one(x), refs, t), out)
+    assert torch.equal(svel.stable_target(with_gaps(x), with_gaps(refs), t), out)
+
+
+def test_samples_of_several_dimensions(rng):
+    x, refs, t = make_pool(130, 2999, 1024, "gaussian", rng)
+    out = svel.stable_target(x.view(130, 4, 16, 16), refs.view(2999, 4, 16, 16), t)
+    assert torch.equal(out.view(130, 1024), svel.stable_target(x, refs, t))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_mean_and_lse(rng, precision):
+    """Any alpha: below zero, zero and NaN too."""
+    n, m, d = SHAPE
+    x, refs, sigma = make_pool(n, m, d, "gaussian", rng, times=(0.5, 0.8, 0.95))
+    alpha = 1 - sigma
+    alpha[2], alpha[3], sigma[4] = 0, math.nan, math.nan
+    alpha[10:] *= -1
+    x[10:20] *= -1
+    for counts in (None, torch.tensor([m - 700], device="cuda")):
+        valid = refs if counts is None else invalidate(refs, m - 700)
+        mean, lse = svel.posterior_mean(x, valid, alpha, sigma, None, counts, precision=precision)
+        expected_mean, expected = reference.posterior_mean(x.double(), valid, alpha, sigma, None, counts)
+        good = ~expected.isnan()
+        assert torch.equal(lse.isnan(), expected.isnan())
+        assert torch.equal(mean.isnan(), expected_mean.isnan())
+        for value in sigma[good].unique():
+            rows = good & (sigma == value)
+            assert relative_error(mean[rows], expected_mean[rows]) <= TOLERANCE[torch.float32, precision]
+        scale = largest_logit(x[good], refs[: m if counts is None else m - 700], alpha[good], sigma[good])
+        assert ((lse - expected)[good].abs() <= TOLERANCE[torch.float32, precision] * scale).all()
+
+
+@pytest.mark.parametrize("op", ["posterior_mean", "posterior_part"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("time", [0.5, 0.9, 0.98, 0.998])
+def test_lse_merges_over_disjoint_halves(rng, time, geometry, op):
+    x, refs, sigma = make_pool(90, 10_007, 1032, geometry, rng, times=(time,))
+    halves = (refs[:4997], refs[4997:])
+    assert_served(x, halves[0], "exact")
+    means, lses = zip(*(getattr(svel, op)(x, half, 1 - sigma, sigma) for half in halves), strict=True)
+    share = torch.softmax(torch.stack(lses).double(), 0)[..., None]
+    merged = (share * torch.stack(means)).sum(0)
+    expected = reference.posterior_mean(x.double(), refs, 1 - sigma, sigma)[0]
+    limit = TOLERANCE[torch.float32, "exact" if op == "posterior_part" else "fast"]
+    assert relative_error(merged, expected) <= limit
+
+
+def test_repeats_bit_for_bit(rng):
+    x, refs, t = make_pool(300, 8009, 1024, "manifold", rng)
+    first = svel.posterior_mean(x, refs, 1 - t, t)
+    for _ in range(5):
+        for ours, theirs in zip(svel.posterior_mean(x, refs, 1 - t, t), first, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_nothing_waits_and_a_graph_follows_its_inputs(rng):
+    counts = torch.tensor([4000], device="cuda")
+    static = [*make_pool(*SHAPE, "manifold", rng), counts]
+
+    def target(x, refs, t, counts):
+        mean, lse = svel.posterior_mean(x, refs, 1 - t, t, None, counts)
+        return svel.stable_target(x, refs, t, None, counts), mean, lse
+
+    target(*static)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        target(*static)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = target(*static)
+    for geometry, count in (("shifted", 4999), ("gaussian", 4999), ("manifold", 17), ("shifted", 0)):
+        new = [*make_pool(*SHAPE, geometry, rng), torch.tensor([count], device="cuda")]
+        for old, value in zip(static, new, strict=True):
+            old.copy_(value)
+        graph.replay()
+        for out, expected in zip(outs, target(*new), strict=True):
+            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_two_streams_at_once(rng):
+    problems = [make_pool(130, 6007, 1024, "manifold", rng), make_pool(300, 5003, 784, "gaussian", rng)]
+    expected = [svel.stable_target(*p) for p in problems]
+    streams, outs = [torch.cuda.Stream(), torch.cuda.Stream()], [[], []]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for problem, stream, made in zip(problems, streams, outs, strict=True):
+            with torch.cuda.stream(stream):
+                made.append(svel.stable_target(*problem))
+    torch.cuda.synchronize()
+    for made, right in zip(outs, expected, strict=True):
+        assert all(torch.equal(out, right) for out in made)
+
+
+def make_large(n, m, d):
+    """References made on the GPU; rows near the last of them."""
+    refs = torch.empty(m, d, dtype=torch.float16, device="cuda")
+    for chunk in refs.split(1 << 15):
+        chunk.copy_(torch.randn(chunk.shape, device="cuda"))
+    t = torch.tensor(ALL_T, device="cuda")[torch.arange(n) % len(ALL_T)]
+    x = (1 - t[:, None]) * refs[m - 1 - torch.arange(n, device="cuda") % m] + t[:, None] * torch.randn(n, d, device="cuda")
+    return x, refs, t
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(256, 150_001, 264), (65, 540_001, 4096)], ids=["many rounds", "2^31"])
+def test_large(n, m, d):
+    """More references than one round scores, and more elements than 32 bits count; the workspace stays bounded."""
+    x, refs, t = make_large(n, m, d)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = svel.stable_target(x, refs, t)
+    assert torch.cuda.max_memory_allocated() - before - out.nbytes < 256 << 20
+    del out
+    check(x, refs, t)
+    check(x, refs, t, prediction="x0", precision="fast")
+
+
+def test_more_rows_than_one_list_holds():
+    x, refs, t = make_large(2 * 16_384 + 77, 2050, 256)
+    check(x, refs, t)
+
+
+def test_problems_that_others_serve(rng):
+    """Labels, one row, few references, short samples, other dtypes: right as before."""
+    x, refs, t = make_pool(70, 4999, 1032, "manifold", rng)
+    assert_served(x, refs[:2000], "exact", "tiled")
+    assert_served(x, refs.float(), "exact", "tiled")
+    expected = reference.stable_target(x.double(), refs, t)
+    for out in (
+        svel.stable_target(x[:1], refs, t[:1]),
+        svel.stable_target(x, refs[None], t, torch.zeros(70, dtype=torch.int64, device="cuda")),
+        svel.stable_target(x, offset_by_one(refs), t),
+        svel.stable_target(x, refs.float(), t),
+    ):
+        assert relative_error(out, expected[: len(out)]) <= TOLERANCE[torch.float32, "exact"]
+    assert svel.stable_target(x[:0], refs, t[:0]).shape == (0, 1032)
