@@ -143,6 +143,10 @@ __device__ inline void store8(Array a, int64_t i, const W (&values)[8]) {
   }
 }
 
+__device__ inline void prefetch(const void* global) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(global));
+}
+
 // Sum over the block, the same in every thread, in a fixed order. scratch: 33 values of shared memory; starts
 // and ends with a barrier, so scratch can be used again at once.
 template <typename W>

@@ -7,8 +7,6 @@
 
 #include <cstdint>
 
-#include "common/device.cuh"
-
 namespace svel {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -27,6 +25,21 @@ __device__ inline void allow_next_launch() {
 }
 __device__ inline void wait_for_previous_launch() {
   SVEL_HOPPER_ASM("griddepcontrol.wait;" :: : "memory");
+}
+
+// From here on the threads of this warpgroup (128 threads) have COUNT registers, a multiple of 8. Waits until
+// others have given up enough. Needs sm_90a: the generic target keeps what it has.
+template <int COUNT>
+__device__ inline void take_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+template <int COUNT>
+__device__ inline void give_up_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
 }
 
 using Barrier = uint64_t;  // in shared memory
@@ -60,12 +73,25 @@ __device__ inline void wait_barrier(Barrier* barrier, uint32_t parity) {
       "r"(parity) : "memory");
 }
 
+// For what is read once: it leaves the L2 first, and what others read again stays.
+__device__ inline uint64_t read_once_policy() {
+  uint64_t policy = 0;
+  SVEL_HOPPER_ASM("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ inline uint64_t usual_policy() {
+  uint64_t policy = 0;
+  SVEL_HOPPER_ASM("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // `bytes`, a multiple of 16, both ends aligned to 16 bytes; arrives on `barrier`.
-__device__ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
+__device__ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, Barrier* barrier,
+                                 uint64_t policy) {
   SVEL_HOPPER_ASM(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], %4;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
 }
 
 // Brings `bytes`, a multiple of 16 from an address aligned to 16 bytes, to the L2.
@@ -78,7 +104,7 @@ __device__ inline void synchronize_cluster() {
   SVEL_HOPPER_ASM("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" :: : "memory");
 }
 
-// `value` to where block `peer` of the cluster has `shared`, arriving with 4 bytes on its `barrier`.
+// `value` to where block `peer` of the cluster has `shared`, arriving with its bytes on its `barrier`.
 __device__ inline void store_in_cluster(float* shared, Barrier* barrier, int peer, float value) {
   SVEL_HOPPER_ASM(
       "{\n"
@@ -89,44 +115,15 @@ __device__ inline void store_in_cluster(float* shared, Barrier* barrier, int pee
       "}" ::"r"(shared_address(shared)),
       "r"(shared_address(barrier)), "r"(peer), "f"(value) : "memory");
 }
-
-// Four 8 x 8 matrices of 16-bit elements from shared memory; lane l names row l % 8 of matrix l / 8.
-__device__ inline void load_matrices(const void* row, uint32_t (&v)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-// c += A B, 16 x 8 x 16.
-template <typename T>
-__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (DtypeOf<T>::value == Dtype::f16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else if constexpr (DtypeOf<T>::value == Dtype::bf16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
-
-// c += A B, 16 x 8 x 8.
-template <typename T>
-__device__ inline void multiply_add(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  if constexpr (DtypeOf<T>::value == Dtype::f16) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(b));
-  } else if constexpr (DtypeOf<T>::value == Dtype::bf16) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, "
-        "%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(b));
-  }
+__device__ inline void store_in_cluster(double* shared, Barrier* barrier, int peer, double value) {
+  SVEL_HOPPER_ASM(
+      "{\n"
+      ".reg .b32 to, at;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 at, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f64 [to], %3, [at];\n"
+      "}" ::"r"(shared_address(shared)),
+      "r"(shared_address(barrier)), "r"(peer), "d"(value) : "memory");
 }
 
 // Eight bytes to and from another block of the grid, whole or not at all.
@@ -143,9 +140,38 @@ __device__ inline uint2 read_letter(const uint2* from) {
   return letter;
 }
 
+// As soon as it is there.
+__device__ inline uint32_t await_letter(const uint2* from, uint32_t tag) {
+  uint2 letter = read_letter(from);
+  while (letter.y != tag) letter = read_letter(from);
+  return letter.x;
+}
+
+// A count that other blocks raise with atomicAdd after what they have written; what they wrote is seen then.
+__device__ inline int read_arrivals(const int* count) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
+  return value;
+}
+
 // Among `threads` threads of the block, a multiple of 32, that name the same barrier, 1 to 15.
 __device__ inline void named_barrier(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+// And whether the answer of any of them is yes.
+__device__ inline bool named_barrier_or(int name, int threads, bool answer) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, all;\n"
+      "setp.ne.s32 mine, %3, 0;\n"
+      "bar.red.or.pred all, %1, %2, mine;\n"
+      "selp.s32 %0, 1, 0, all;\n"
+      "}"
+      : "=r"(any)
+      : "r"(name), "r"(threads), "r"(static_cast<int>(answer))
+      : "memory");
+  return any;
 }
 
 }  // namespace svel

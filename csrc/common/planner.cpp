@@ -43,32 +43,32 @@ constexpr StreamTile STREAM_TILES[] = {
 constexpr int64_t STREAM_FIXED_SMEM = 4096;  // scores, tile descriptors, reductions
 constexpr int MAX_STAGES = 4;
 
-// Tiles of the bulk kernel (Hopper), tried in order: the first whose `consumers` threads hold D, by
+// Tiles of the bulk kernel (Hopper), tried in order: the first whose `threads` consumers hold D, by
 // `elements` each, is taken; longer samples are cut into slices over a team of blocks. `rows` of one group
-// share a pass.
+// share a pass. Sixteen warps per multiprocessor, since what a tile costs them beside its arithmetic is
+// latency.
 struct BulkTile {
   int refs_size;
-  int side, elements, tile_refs, rows, blocks;  // blocks: per multiprocessor
+  int threads, elements, tile_refs, rows, blocks;  // blocks: per multiprocessor
   int64_t most_d;
   const char* reason;
 };
 
 constexpr BulkTile BULK_TILES[] = {
-    {2, 64, 16, 8, 2, 3, 1024, "D <= 1,024: three blocks per multiprocessor"},
-    {2, 128, 16, 8, 2, 2, 2048, "D <= 2,048: two blocks per multiprocessor"},
-    {2, 256, 16, 8, 2, 1, 4096, "D <= 4,096: one block per multiprocessor, tiles of 64 KB"},
-    {2, 256, 16, 8, 2, 1, 32768, "D <= 32,768: a cluster of up to 8 blocks shares a sample"},
-    {2, 256, 32, 4, 1, 1, 65536, "D <= 65,536: a cluster of up to 8 blocks, 8,192 elements each"},
-    {2, 256, 32, 4, 1, 1, 1 << 20, "D <= 1,048,576: blocks all over the grid share a sample"},
-    {4, 64, 16, 4, 2, 3, 1024, "D <= 1,024: three blocks per multiprocessor"},
-    {4, 128, 16, 4, 2, 2, 2048, "D <= 2,048: two blocks per multiprocessor"},
-    {4, 256, 16, 4, 2, 1, 4096, "D <= 4,096: one block per multiprocessor, tiles of 64 KB"},
-    {4, 256, 16, 4, 2, 1, 32768, "D <= 32,768: a cluster of up to 8 blocks shares a sample"},
-    {4, 256, 32, 2, 1, 1, 65536, "D <= 65,536: a cluster of up to 8 blocks, 8,192 elements each"},
-    {4, 256, 32, 2, 1, 1, 1 << 20, "D <= 1,048,576: blocks all over the grid share a sample"},
+    {2, 128, 8, 4, 2, 3, 1024, "D <= 1,024: three blocks per multiprocessor"},
+    {2, 256, 8, 4, 2, 2, 2048, "D <= 2,048: two blocks per multiprocessor"},
+    {2, 512, 8, 4, 2, 1, 4096, "D <= 4,096: one block per multiprocessor, tiles of 32 KB"},
+    {2, 512, 16, 2, 1, 1, 8192, "D <= 8,192: one block per multiprocessor, tiles of 32 KB"},
+    {2, 512, 16, 4, 1, 1, 65536, "D <= 65,536: a cluster of up to 8 blocks, 8,192 elements each"},
+    {2, 512, 16, 4, 1, 1, 1 << 20, "D <= 1,048,576: blocks all over the grid share a sample"},
+    {4, 128, 8, 2, 2, 3, 1024, "D <= 1,024: three blocks per multiprocessor"},
+    {4, 256, 8, 2, 2, 2, 2048, "D <= 2,048: two blocks per multiprocessor"},
+    {4, 512, 8, 2, 2, 1, 4096, "D <= 4,096: one block per multiprocessor, tiles of 32 KB"},
+    {4, 512, 16, 1, 1, 1, 8192, "D <= 8,192: one block per multiprocessor, tiles of 32 KB"},
+    {4, 512, 16, 2, 1, 1, 65536, "D <= 65,536: a cluster of up to 8 blocks, 8,192 elements each"},
+    {4, 512, 16, 2, 1, 1, 1 << 20, "D <= 1,048,576: blocks all over the grid share a sample"},
 };
 
-constexpr int64_t BULK_ROW_BYTES = 160;  // one row's entries in the list of units
 constexpr int64_t RESERVED_SMEM = 1024;  // of every block, for the system
 
 constexpr int64_t SMALL_D = 32;       // up to here a thread holds whole rows in registers
@@ -93,36 +93,33 @@ bool plan_bulk(const Problem& p, Plan& plan) {
   if (p.cc < 90 || !p.aligned || p.refs_size == 8 || p.d == 0) return false;
   for (const BulkTile& tile : BULK_TILES) {
     if (tile.refs_size != p.refs_size || p.d > tile.most_d) continue;
-    const int64_t held = int64_t{tile.side} * tile.elements;
+    const int64_t held = int64_t{tile.threads} * tile.elements;
     const int64_t slices = ceil_div(p.d, held),
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
     if (slices > p.sm_count) return false;
-    // 128 / tile_refs bytes more than a multiple of 128: see Bulk::stage.
-    const int64_t skew = std::max<int64_t>(16, 128 / tile.tile_refs);
-    const int64_t pitch = (ceil_div(slice * p.refs_size - skew, 128) * 128 + skew) / p.refs_size;
-    const int64_t stage = tile.tile_refs * pitch * p.refs_size;
-    const int64_t fixed = bulk_fixed_smem(tile.side);
+    plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS;
+    const int64_t stage = tile.tile_refs * slice * p.refs_size;
+    const int64_t fixed = BULK_FIXED_SMEM + (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
     const int64_t share = (p.smem_limit + RESERVED_SMEM) / tile.blocks - RESERVED_SMEM;
-    const int64_t stages = std::min<int64_t>(BULK_MAX_STAGES, (share - fixed) / std::max<int64_t>(stage, 1));
+    const int64_t stages = std::min<int64_t>(BULK_MAX_STAGES, (share - fixed) / stage);
     if (stages < 3) return false;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
     const int64_t teams = std::max<int64_t>(1, std::min(tile.blocks * p.sm_count / slices, units));
     plan.kernel = "bulk";
-    plan.threads = 2 * tile.side + 64;
-    plan.tile_rows = p.refs_bf16 ? 1 : tile.rows;
+    plan.threads = tile.threads + BULK_PRODUCERS;
+    plan.tile_rows = tile.rows;
     plan.tile_refs = tile.tile_refs;
     plan.tile_d = held;
     plan.stages = static_cast<int>(stages);
     plan.slices = slices;
     plan.slice = slice;
-    plan.pitch = pitch;
     plan.blocks = teams * slices;
     plan.splits = teams;
     plan.rows_per_pass = p.n;
     plan.refs_per_pass = groups(p) * p.m;
     plan.smem_bytes = fixed + stages * stage;
-    plan.workspace_bytes = p.n * (BULK_ROW_BYTES + 12 * slices) + 8 * groups(p) + 4096 +
-                           plan.blocks * (tile.rows * (16 * slice + 48 + 32 * tile.tile_refs) + 4 * slice);
+    plan.workspace_bytes = unit_list_bytes(p.n, groups(p)) + 4 * p.n * slices + 4096 +
+                           plan.blocks * tile.rows * (16 * slice + 48 + 32 * (tile.tile_refs + 2));
     plan.reason = tile.reason;
     return true;
   }

@@ -28,14 +28,14 @@ struct Plan {
   int tile_refs = 1;
   int64_t tile_d = 0;
   int threads = 0;
-  int stages = 1;       // tiles of references in flight
-  bool aligned = true;  // 16-byte loads
-  bool wide = false;    // float64 arithmetic
-  bool fast = false;    // pool: weights of one half
-  int64_t blocks = 0;   // thread blocks of the main launch
-  int64_t slices = 1;   // pool, bulk: thread blocks that share a sample, and
-  int64_t slice = 0;    // elements of it for each, `pitch` apart in shared memory
-  int64_t pitch = 0;
+  int stages = 1;         // tiles of references in flight
+  bool aligned = true;    // 16-byte loads
+  bool wide = false;      // float64 arithmetic
+  bool fast = false;      // pool: weights of one half
+  int64_t blocks = 0;     // thread blocks of the main launch
+  int64_t slices = 1;     // pool, bulk: thread blocks that share a sample, and
+  int64_t slice = 0;      // elements of it for each
+  bool own_list = false;  // bulk: each block builds the list of units for itself
   int64_t splits = 1;  // pool, bulk, stream: most parts of a row's references; two_pass: parts of D; small:
                        // parts of the references
   int64_t rows_per_pass = 0;  // rows and references that one round of launches covers
@@ -49,11 +49,19 @@ struct Plan {
 
 constexpr int64_t WORKSPACE_LIMIT = int64_t{256} << 20;
 constexpr int TWO_PASS_TILE_REFS = 16;
-// Bytes that a block of the bulk kernel keeps beside its stages: barriers, scores, weights; side: threads per
-// role.
-constexpr int64_t bulk_fixed_smem(int side) {
-  return 7168 + 16 * side;
+// Bytes that a block of the bulk kernel keeps beside its stages: barriers, scores, rows of units; and where
+// the list of units is short (up to OWN_LIST_ROWS rows and OWN_LIST_GROUPS groups), the list and what it is
+// made of.
+constexpr int64_t BULK_FIXED_SMEM = 8192;
+constexpr int64_t OWN_LIST_ROWS = 256, OWN_LIST_GROUPS = 1024;
+constexpr int64_t UNIT_BYTES = 40;
+constexpr int64_t unit_list_bytes(int64_t n, int64_t k) {
+  return n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + (4 * n + 8 + 15) / 16 * 16;
 }
+constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
+  return (12 * OWN_LIST_ROWS + unit_list_bytes(n, k) + 127) / 128 * 128;
+}
+constexpr int BULK_PRODUCERS = 128;  // threads beside the consumers: registers are dealt to 128 at a time
 constexpr int BULK_MAX_STAGES = 8;
 constexpr int BULK_MAX_CLUSTER = 8;  // above that a team of blocks spans the grid
 

@@ -44,7 +44,7 @@ bool plan_pool(const Problem& p, Plan& plan) {
   plan.stages = POOL_STAGES;
   plan.fast = p.precision == "fast";
   plan.slices = POOL_CLUSTER;
-  plan.slice = plan.pitch = POOL_SLICE;
+  plan.slice = POOL_SLICE;
   plan.blocks = parts.clusters * POOL_CLUSTER;
   plan.splits = parts.clusters * parts.segments;
   plan.rows_per_pass = POOL_ROWS;

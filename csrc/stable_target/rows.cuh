@@ -84,48 +84,10 @@ __device__ inline Span tile_span(const Inputs& in, const WorkList& work, const R
   return {group, first, static_cast<int>(left < 0 ? 0 : left > work.tile_refs ? work.tile_refs : left)};
 }
 
-// The list of the bulk kernel (bulk.cuh): rows of one group side by side, cut into units of a few rows that
-// share one pass over their references.
-struct Unit {
-  int64_t group;  // -1: all groups
-  int64_t count;  // valid references
-  int64_t tiles;  // of its references, and one more for the sources
-  int first_row;  // in UnitList::rows
-  int rows;
-  int cost;  // of a tile, beside that of other units
-};
-
-struct UnitList {
-  Row* rows;             // (n,) those with something to read, in the order of their groups within 4096 rows
-  Unit* units;           // (n,)
-  int64_t* first_work;   // (n + 1,) prefix sums over the units of tiles times cost
-  int64_t* group_tiles;  // (k + 1,) prefix sums over the groups, where some row takes all of them
-  int* arrived;          // (n, slices) parts of a unit that wait to be merged; zero at first
-  int* dead;      // (n,) indices of the rows without references or finite coefficients: they become NaN
-  int* sizes;     // units, dead rows
-  int tile_refs;  // a power of two
-};
-
-struct UnitShape {
-  int tile_refs;  // references per tile
-  int rows;       // most rows of a unit
-  int slices;     // thread blocks that share a sample
-};
-
-// Cost of a tile of a unit: mostly that of its bytes.
-__host__ __device__ constexpr int unit_cost(int rows) {
-  return 3 + rows;
-}
-
-// Bytes of workspace for the lists.
-int64_t unit_list_bytes(int64_t n, int64_t k, int slices);
+// Bytes of workspace for the list.
 int64_t work_list_bytes(int64_t n, int64_t k);
 
 // Places the list in `workspace` (aligned to 16 bytes) and launches the kernel that fills it.
 WorkList build_work_list(const Inputs& in, int tile_refs, void* workspace, cudaStream_t stream);
-
-// Likewise. The next kernel on the stream may be launched to overlap with this one and then waits for it
-// itself (programmatic dependent launch).
-UnitList build_unit_list(const Inputs& in, const UnitShape& shape, void* workspace, cudaStream_t stream);
 
 }  // namespace svel::cuda
