@@ -93,7 +93,7 @@ def plan(
 
     Returns:
         kernel, tiles (tile_rows, tile_refs, tile_d), threads, stages, blocks, slices (blocks that share a sample),
-        slice (elements of it for each), pitch (elements between references in shared memory), splits,
+        slice (elements of it for each), own_list (whether each block builds the list of units), splits,
         rows_per_pass, refs_per_pass, smem_bytes, workspace_bytes, aligned (16-byte loads), wide (float64 arithmetic),
         fast (weights of one half), the least bytes and flops, and the reason in words.
 

@@ -30,7 +30,7 @@ namespace svel::cuda {
 // references all together are below float32's rounding.
 constexpr float NO_WEIGHT = 8.8817841970012523e-16f;
 constexpr double LOG2_E = 1.4426950408889634, LOG_2 = 0.6931471805599453;
-constexpr int TEAM_SLOTS = 4;   // a block of the team may be one tile ahead of another that still reads
+constexpr int TEAM_SLOTS = 4;      // a block of the team may be one tile ahead of another that still reads
 constexpr int SEGMENT_REFS = 256;  // summed in float32 before they move to float64
 
 enum BulkTileFlags : int {
@@ -118,14 +118,15 @@ struct Ranges {
 };
 
 struct PartState {
-  double top;    // weights are 2^(score - top)
-  double shift;  // |y|^2 / (2 sigma^2) in units of log 2
+  double top;     // weights are 2^(score - top)
+  double shift;   // |y|^2 / (2 sigma^2) in units of log 2
   PartRow moved;  // to memory already
 };
 
 template <int WARPS, int SCORES, int R>
 struct BulkShared {
-  static constexpr int PITCH = WARPS + 4;  // of a score's shares: sixteen bytes more spread them over the banks
+  static constexpr int PITCH =
+      WARPS + 4;  // of a score's shares: sixteen bytes more spread them over the banks
 
   Barrier full[BULK_MAX_STAGES], empty[BULK_MAX_STAGES], mailed[TEAM_SLOTS];
   Barrier told[UNIT_SLOTS], done[UNIT_SLOTS];
@@ -458,8 +459,8 @@ struct Bulk {
         if (unit.squares) {
 #pragma unroll
           for (int k = 0; k < EV; ++k) {
-            const double exact = fma(-row.alpha, static_cast<double>(c[k]),
-                                     static_cast<double>(sign * my.y[r][s * EV + k]));
+            const double exact =
+                fma(-row.alpha, static_cast<double>(c[k]), static_cast<double>(sign * my.y[r][s * EV + k]));
             square = fma(exact, exact, square);
           }
         }
@@ -479,8 +480,8 @@ struct Bulk {
   // From this thread's shares of the scores of a tile to their sums over the team, each in its lanes. With
   // `squares`, where a group begins, |y|^2 of the lane's row too.
   template <int ROWS>
-  __device__ float exchange(const UnitRows<R>& unit, float (&shares)[ROWS * TR], bool squares,
-                            Place& at, int tid) const {
+  __device__ float exchange(const UnitRows<R>& unit, float (&shares)[ROWS * TR], bool squares, Place& at,
+                            int tid) const {
     constexpr int COUNT = Part<ROWS>::COUNT, LANES = Part<ROWS>::LANES;
     const int thread = fresh_thread();
     const int lane = thread % 32, warp = thread / 32, value = lane / LANES, row = value / TR;
@@ -679,7 +680,7 @@ struct Bulk {
     if constexpr (Tile<ROWS>::HELD) {
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s)
-        read_tile(my, tile, s, tid, [&](int j, const float(&d)[EV]) {
+        read_tile(my, tile, s, tid, [&](int j, const float (&d)[EV]) {
 #pragma unroll
           for (int k = 0; k < EV; ++k) tile.differences[j][s * EV + k] = d[k];
         });
@@ -694,7 +695,7 @@ struct Bulk {
     for (int i = 0; i < ROWS * TR; ++i) shares[i] = 0;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s)
-      for_each(my, tile, s, tid, [&](int j, const float(&d)[EV]) {
+      for_each(my, tile, s, tid, [&](int j, const float (&d)[EV]) {
 #pragma unroll
         for (int k = 0; k < EV; ++k) {
           norm[j] = fmaf(d[k], d[k], norm[j]);
@@ -721,7 +722,7 @@ struct Bulk {
     }
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s)
-      for_each(my, tile, s, tid, [&](int j, const float(&d)[EV]) {
+      for_each(my, tile, s, tid, [&](int j, const float (&d)[EV]) {
 #pragma unroll
         for (int k = 0; k < EV; ++k) {
 #pragma unroll

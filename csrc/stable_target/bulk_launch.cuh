@@ -155,9 +155,8 @@ struct Launch : BulkLaunch {
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
     if (!layout.merge_last) {
       const int64_t chunks = (in.d + MERGE_ELEMENTS - 1) / MERGE_ELEMENTS;
-      merge_kernel
-          <<<static_cast<unsigned>(in.n * chunks), MERGE_THREADS, teams * sizeof(double), stream>>>(
-              in, list, parts, layout, R, teams);
+      merge_kernel<<<static_cast<unsigned>(in.n * chunks), MERGE_THREADS, teams * sizeof(double), stream>>>(
+          in, list, parts, layout, R, teams);
       check_launch(op);
     }
     return true;

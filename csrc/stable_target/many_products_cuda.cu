@@ -183,7 +183,7 @@ __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ri
     for (int box = 0; box < width / 64; ++box)
       tensor_copy(stage.b + box * BOX_BYTES, args.queries, e, static_cast<int>(row0) + box * 64,
                   shared_address(stage.full));
-    bulk_copy(stage.centre, centre + step * CENTRE, CENTRE, stage.full);
+    bulk_copy(stage.centre, centre + step * CENTRE, CENTRE, stage.full, usual_policy());
   }
 }
 
