@@ -51,12 +51,15 @@ def test_an_experiment_runs_and_fills_in_its_tables(name, tmp_path):
     assert all(block in text for block in (tmp_path / f"{name}.md").read_text().strip().split("\n\n"))
 
 
-def test_the_page_shows_what_was_measured():
-    """Each table of docs/regimes.md is the one in docs/figures, and each figure is there."""
-    page = (ROOT / "docs" / "regimes.md").read_text()
+@pytest.mark.parametrize(
+    ("page", "tables"), [("regimes", TABLES), ("training", {"fashion": ["fashion", "fashion_changes"]})]
+)
+def test_the_page_shows_what_was_measured(page, tables):
+    """Each table of a page is the one in docs/figures, and each figure is there."""
+    page = (ROOT / "docs" / f"{page}.md").read_text()
     for figure in re.findall(r"\]\((figures/\S+\.png)\)", page):
         assert (ROOT / "docs" / figure).is_file(), figure
-    for name, keys in TABLES.items():
+    for name, keys in tables.items():
         written = (ROOT / "docs" / "figures" / f"{name}.md").read_text()
         for key in keys:
             between = re.search(rf"<!-- {key} -->\n(.*?)\n<!-- /{key} -->", page, re.S)
