@@ -73,6 +73,8 @@ def test_blocks_of_the_bulk_kernel_hold_a_sample_between_them(d, refs_dtype, dev
         if k is None and n == 256:
             continue  # a pool for many rows has other kernels
         plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, device=device)
+        if k is None and plan["kernel"] == "pool":
+            continue  # see test_few_rows_beside_a_large_pool
         slices, slice_ = plan["slices"], plan["slice"]
         assert plan["kernel"] == "bulk"
         assert slices <= limits.sm_count  # a cluster, or blocks that all run at once

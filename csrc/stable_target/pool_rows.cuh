@@ -442,10 +442,10 @@ __global__ void __launch_bounds__(POOL_THREADS, 1)
   synchronize_cluster();
 
   if (warp < 4) {
-    raise_registers<184>();
+    raise_registers<192>();
     block.score(warp, lane);
   } else if (warp < 8) {
-    raise_registers<224>();
+    raise_registers<216>();
     block.add(warp - 4, lane);
   } else if (warp < 12) {
     drop_registers<48>();

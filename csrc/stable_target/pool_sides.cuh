@@ -21,7 +21,7 @@ constexpr double POOL_LOG_2 = 0.6931471805599453;
 constexpr int POOL_CHAIN = 128;  // products added up in float32 at a time
 constexpr double POOL_NORM_ERROR =
     0.15;                            // of |r - c|^2, beside 2^-24 of its mean: of 4,096 additions in float32
-constexpr double POOL_DOUBT = 6e-7;  // of a row's output: a third of what the contract allows
+constexpr double POOL_DOUBT = 4e-7;  // of a row's output, as one standard deviation
 
 struct PoolRow {
   int64_t index;
