@@ -43,6 +43,8 @@ SHAPES = {
 POOLS = {
     "cuda": {
         "pool": (256, 50_000, 3072, torch.float16),
+        "pool_bfloat16": (256, 50_000, 3072, torch.bfloat16),
+        "pool_many": (4096, 50_000, 4096, torch.float16),
         "pool_guidance": (26, 200_000, 4096, torch.float16),
         "pool_dataset": (26, 1_280_000, 4096, torch.float16),
         "pool_one_row": (1, 50_000, 4096, torch.float16),
@@ -148,6 +150,31 @@ def test_class_bank_shapes(measure, device, name):
     )
 
 
+# Where few references of a row matter, some do, and all (the worst case)
+TIMES = (0.5, 0.7, 0.9, 0.98, 0.999)
+
+
+def _measure_pool(measure, name, x, pool, t, precision, peer_calls, check_rows=CHECKED_ROWS):
+    """`name` as the row is called; the float16 rate is that of either type of 16 bits."""
+    (n, d), m = x.shape, len(pool)
+    rows = slice(0, min(check_rows, n))
+    half = x.is_cuda and pool.dtype != torch.float32
+    measure(
+        f"{name} {n}×{m}×{d} {str(pool.dtype).removeprefix('torch.')} {precision}",
+        lambda: svel.stable_target(x, pool, t, precision=precision),
+        check=(
+            lambda: svel.stable_target(x, pool, t, precision=precision)[rows],
+            reference.stable_target(x[rows].double(), pool, t[rows].double()).cpu(),
+            TOLERANCE[torch.float32, precision],
+        ),
+        peers=peer_calls,
+        bytes_read=m * d * pool.element_size() + n * d * 4,
+        bytes_written=n * d * 4,
+        flops=4.0 * n * m * d,
+        rate="float16" if half else "float32",
+    )
+
+
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("name", _cases(POOLS))
 def test_pool(measure, device, name, precision):
@@ -159,8 +186,6 @@ def test_pool(measure, device, name, precision):
     rng = torch.Generator().manual_seed(0)
     pool = torch.randn(m, d, device=device, dtype=dtype)
     x, t = _problem(pool[torch.randint(m, (n,), generator=rng).to(device)].cpu(), device, rng)
-    rows = slice(0, min(CHECKED_ROWS, n))
-    expected = reference.stable_target(x[rows].double(), pool, t[rows].double()).cpu()
     options = {
         "two products, float32": lambda: peers.target_matmul(x, pool, t),
         "two products, half": lambda: peers.target_matmul_half(x, pool, t),
@@ -173,17 +198,21 @@ def test_pool(measure, device, name, precision):
         del options["two products, half"]  # its error is about 1e-4
     if d > 128:
         del options["sdpa"]
-    measure(
-        f"{name} {n}×{m}×{d} {str(dtype).removeprefix('torch.')} {precision}",
-        lambda: svel.stable_target(x, pool, t, precision=precision),
-        check=(
-            lambda: svel.stable_target(x, pool, t, precision=precision)[rows],
-            expected,
-            TOLERANCE[torch.float32, precision],
-        ),
-        peers=options,
-        bytes_read=m * d * pool.element_size() + n * d * 4,
-        bytes_written=n * d * 4,
-        flops=4.0 * n * m * d,
-        rate="float16" if device.type == "cuda" and dtype == torch.float16 else "float32",
-    )
+    _measure_pool(measure, name, x, pool, t, precision, options)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("time", TIMES)
+@pytest.mark.parametrize("name", ["pool", "pool_many"])
+def test_pool_at_one_time(measure, device, name, time, precision):
+    """All rows at one time: how long depends on how many references of a row can matter."""
+    if device.type != "cuda":
+        pytest.skip("the kernel of these cases is a GPU's")
+    n, m, d, dtype = POOLS["cuda"][name]
+    rng = torch.Generator().manual_seed(0)
+    pool = torch.randn(m, d, device=device, dtype=dtype)
+    t = torch.full((n,), time)
+    x = make_noisy(pool[torch.randint(m, (n,), generator=rng).to(device)].cpu(), t, rng).to(device)
+    t = t.to(device)
+    options = {"two products, half": lambda: peers.target_matmul_half(x, pool, t)}  # its error is about 1e-4
+    _measure_pool(measure, f"{name}, t = {time}:", x, pool, t, precision, options)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import peers
 import pytest
 import torch
-
 from stablevelocity.variance import variance_curve
+
 from stablevelocity_kernels import reference
 
 # samples, which are drawn as often as there are references, and elements of each: CIFAR-10 in pixels, and a CPU's size
