@@ -15,7 +15,6 @@ struct Problem {
   bool aligned = true;                 // every reference starts at a multiple of 16 bytes
   bool has_source = false;
   bool pool = true;      // the pool kernel may serve: not for an exact lse, nor for rows that it leaves
-  bool has_lse = false;  // the caller also wants lse
   int sm_count = 132;
   int64_t smem_limit = 232448;  // bytes of shared memory that a block may ask for
   int cc = 90;                  // compute capability times ten

@@ -56,7 +56,6 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   Problem problem;
   problem.n = in.n, problem.k = in.k, problem.m = in.m, problem.d = in.d;
   problem.has_labels = labels.has_value(), problem.has_source = source.has_value();
-  problem.has_lse = lse.has_value();
   problem.x_size = size_of(in.x.dtype), problem.refs_size = size_of(in.refs.dtype);
   problem.aligned = is_aligned(in.refs.data) && in.d * problem.refs_size % 16 == 0;
   problem.refs_bf16 = in.refs.dtype == Dtype::bf16;

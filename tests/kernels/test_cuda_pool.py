@@ -32,6 +32,7 @@ SHAPES = [
     (64, 131_101, 128),
 ]
 SHAPE = (26, 4999, 3400)
+LEAST_EXACT_D = 256  # shorter samples have another kernel where results are to be exact
 GEOMETRIES = ("gaussian", "manifold", "shifted")
 
 
@@ -52,7 +53,8 @@ def assert_pool(x, refs, kernel="pool", precision="fast"):
 
 def check(x, refs, t, counts=None, path="linear", prediction="velocity", precision="fast"):
     """stable_target against the reference in float64, rows of each time together."""
-    assert_pool(x, refs, precision=precision)
+    if precision == "fast" or refs.shape[1] >= LEAST_EXACT_D:
+        assert_pool(x, refs, precision=precision)
     out = svel.stable_target(x, refs, t, None, counts, path=path, prediction=prediction, precision=precision)
     expected = reference.stable_target(x.double(), refs, t, None, counts, path=path, prediction=prediction)
     assert torch.equal(out.isnan(), expected.isnan())
