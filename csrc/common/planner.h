@@ -14,7 +14,7 @@ struct Problem {
   bool refs_bf16 = false;              // of the two types of two bytes
   bool aligned = true;                 // every reference starts at a multiple of 16 bytes
   bool has_source = false;
-  bool pool = true;      // the pool kernel may serve: not for an exact lse, nor for rows that it leaves
+  bool pool = true;  // the pool kernel may serve: not for an exact lse, nor for rows that it leaves
   int sm_count = 132;
   int64_t smem_limit = 232448;  // bytes of shared memory that a block may ask for
   int cc = 90;                  // compute capability times ten
