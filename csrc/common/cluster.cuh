@@ -72,14 +72,4 @@ __device__ inline void fence_async() {
   SVEL_HOPPER_ASM("fence.proxy.async;" :: : "memory");
 }
 
-// Registers of each thread, by all warps of a group of four.
-template <int COUNT>
-__device__ inline void raise_registers() {
-  SVEL_HOPPER_ASM("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-template <int COUNT>
-__device__ inline void drop_registers() {
-  SVEL_HOPPER_ASM("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-
 }  // namespace svel

@@ -12,12 +12,18 @@
 
 namespace svel {
 
+constexpr double LOG2_E = 1.4426950408889634, LOG_2 = 0.6931471805599453;
+
 enum class Dtype : int { f32, bf16, f16, f64 };
 
 struct Array {  // a contiguous device array whose dtype is known at run time
   void* data = nullptr;
   Dtype dtype = Dtype::f32;
 };
+
+inline bool is_aligned(const void* pointer) {  // to 16 bytes
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
 
 __host__ __device__ inline int size_of(Dtype dtype) {
   return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;

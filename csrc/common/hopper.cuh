@@ -147,30 +147,22 @@ __device__ inline uint32_t await_letter(const uint2* from, uint32_t tag) {
   return letter.x;
 }
 
-// A count that other blocks raise with atomicAdd after what they have written; what they wrote is seen then.
-__device__ inline int read_arrivals(const int* count) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
-  return value;
-}
-
 // Among `threads` threads of the block, a multiple of 32, that name the same barrier, 1 to 15.
 __device__ inline void named_barrier(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 // And whether the answer of any of them is yes.
-__device__ inline bool named_barrier_or(int name, int threads, bool answer) {
-  int any;
-  asm volatile(
+template <int THREADS>
+__device__ inline bool named_barrier_or(int name, bool answer) {
+  int any = 0;
+  SVEL_HOPPER_ASM(
       "{\n"
-      ".reg .pred mine, all;\n"
-      "setp.ne.s32 mine, %3, 0;\n"
-      "bar.red.or.pred all, %1, %2, mine;\n"
-      "selp.s32 %0, 1, 0, all;\n"
-      "}"
-      : "=r"(any)
-      : "r"(name), "r"(threads), "r"(static_cast<int>(answer))
-      : "memory");
+      ".reg .pred own, any;\n"
+      "setp.ne.s32 own, %1, 0;\n"
+      "barrier.cta.red.or.pred any, %2, %3, own;\n"
+      "selp.b32 %0, 1, 0, any;\n"
+      "}" : "=r"(any) : "r"(static_cast<int>(answer)),
+      "r"(name), "n"(THREADS) : "memory");
   return any;
 }
 

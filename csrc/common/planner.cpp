@@ -10,10 +10,6 @@
 namespace svel {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // Tiles of the single-pass kernel, tried in order: the first that holds D and fits shared memory twice is
 // taken. A block keeps tile_d elements of one row in registers (threads x vectors of 8) and stages tile_refs
 // references at a time. About 64 KB a tile on Hopper: with three in flight that is several times what latency

@@ -47,6 +47,9 @@ struct Plan {
   std::string reason;
 };
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 constexpr int64_t WORKSPACE_LIMIT = int64_t{256} << 20;
 constexpr int TWO_PASS_TILE_REFS = 16;
 // Bytes that a block of the bulk kernel keeps beside its stages: barriers, scores, rows of units; and where

@@ -12,10 +12,6 @@ constexpr int64_t LEAST_ELEMENTS = int64_t{1} << 24;
 constexpr int64_t LEAST_SHARE = POOL_D;
 constexpr int64_t LEAST_EXACT_D = 256;  // of D = 128 near a manifold an exact result was off by 4.4e-6
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 }  // namespace
 
 PoolParts pool_parts(int64_t m, int64_t clusters) {

@@ -10,12 +10,7 @@ constexpr int64_t MOST_REFS = (int64_t{1} << 31) - 1024;  // coordinates of tens
 constexpr int64_t MIN_REFS = 2048;                        // fewer: too few tiles for the device
 constexpr int64_t MIN_D = 256;                            // shorter sums leave the softmax in charge
 constexpr int64_t SCORES_LIMIT = int64_t{128} << 20;      // bytes of scores and their maxima
-constexpr int64_t STAGES = 4;
-constexpr int64_t STAGE_BYTES = (MANY_TILE + MANY_ROWS) * 128 + 1024;
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
 }
@@ -44,7 +39,7 @@ bool plan_many_rows(const Problem& p, Plan& plan) {
     return false;
   if (p.has_source) return false;  // exact: 2.006e-6 seen at t = 0.2, M = 700
   if (p.n < MIN_ROWS || p.m < MIN_REFS || p.d < MIN_D || d_tiles > MANY_SEGMENTS) return false;
-  if (p.m > MOST_REFS || STAGES * STAGE_BYTES + 2048 > p.smem_limit) return false;
+  if (p.m > MOST_REFS || MANY_SMEM_BYTES > p.smem_limit) return false;
 
   // As many rows as keep the tiles of the sums within their part of the workspace, then as many references.
   const int64_t row_tiles = std::clamp<int64_t>(MANY_SEGMENTS / d_tiles, 1, MANY_PASS_ROWS / MANY_ROWS);
@@ -57,16 +52,16 @@ bool plan_many_rows(const Problem& p, Plan& plan) {
   if (most < MANY_TILE) return false;
   const int64_t rounds = ceil_div(p.m, most);
   plan.kernel = "many_rows";
-  plan.threads = 384;
+  plan.threads = MANY_THREADS;
   plan.tile_rows = static_cast<int>(rows <= 64 ? 64 : rows <= 128 ? 128 : MANY_ROWS);
   plan.tile_refs = MANY_TILE;
   plan.tile_d = 64;
-  plan.stages = STAGES;
+  plan.stages = MANY_STAGES;
   plan.rows_per_pass = rows;
   plan.refs_per_pass = round_up(ceil_div(p.m, rounds), MANY_TILE);
   plan.fast = p.precision == "fast";
   plan.blocks = p.sm_count;
-  plan.smem_bytes = STAGES * STAGE_BYTES + 2048;
+  plan.smem_bytes = MANY_SMEM_BYTES;
   plan.workspace_bytes = many_layout(p.n, p.d, rows, plan.refs_per_pass).total();
   plan.reason = "one pool of 16-bit references: products on the matrix units, exact work where it can matter";
   return true;

@@ -34,10 +34,6 @@ inline Array array_of(const MaybeTensor& t) {
   return t ? array_of(*t) : Array{};
 }
 
-inline bool is_aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
 inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));

@@ -29,7 +29,6 @@ namespace svel::cuda {
 // 2^-50: a tile whose weights are all below that, beside the best so far, is not added. Of 2^24 such
 // references all together are below float32's rounding.
 constexpr float NO_WEIGHT = 8.8817841970012523e-16f;
-constexpr double LOG2_E = 1.4426950408889634, LOG_2 = 0.6931471805599453;
 constexpr int TEAM_SLOTS = 4;      // a block of the team may be one tile ahead of another that still reads
 constexpr int SEGMENT_REFS = 256;  // summed in float32 before they move to float64
 

@@ -23,6 +23,59 @@ __global__ void zero_kernel(int* arrived, int64_t counts) {
   for (int64_t i = threadIdx.x; i < counts; i += blockDim.x) arrived[i] = 0;
 }
 
+constexpr int MERGE_THREADS = 128;
+constexpr int64_t MERGE_ELEMENTS = 256;  // of D per block: few rows, so many blocks for each
+
+// Merges the parts of one unit over MERGE_ELEMENTS of D. Grid: units (at most n) x parts of D.
+__global__ void __launch_bounds__(MERGE_THREADS)
+    merge_kernel(const Inputs in, const UnitList list, const BulkParts parts, const BulkLayout layout,
+                 const int rows, const int64_t teams) {
+  extern __shared__ double weights[];  // (teams of the unit,)
+  __shared__ double scratch[33];
+  const int64_t chunks = (in.d + MERGE_ELEMENTS - 1) / MERGE_ELEMENTS;
+  const int u = static_cast<int>(blockIdx.x / chunks);
+  const int64_t chunk = blockIdx.x % chunks;
+  if (u >= list.sizes[0]) return;
+  const Ranges ranges(list, teams);
+  const int64_t from = ranges.first_team(list, u), to = ranges.last_team(list, u);
+  if (from == to) return;
+  const Unit unit = list.units[u];
+  const int count = static_cast<int>(to - from) + 1;
+  const int64_t begin = chunk * MERGE_ELEMENTS, end = min(begin + MERGE_ELEMENTS, in.d);
+  for (int r = 0; r < unit.rows; ++r) {
+    bool finite;
+    const Row row = make_row(in, list.order[unit.first + r], 0, finite);
+    const auto part_of = [&](int j, int64_t rank) {
+      return (2 * ((from + j) * layout.slices + rank) + (j == 0 ? 1 : 0)) * rows + r;
+    };
+    double top = -INFINITY;
+    for (int j = threadIdx.x; j < count; j += MERGE_THREADS) {
+      const double other = parts.rows[part_of(j, 0)].log2_weight;
+      top = top >= other || other != other ? top : other;
+    }
+    const double best = block_max<double>(top, scratch);
+    double share = 0;
+    for (int j = threadIdx.x; j < count; j += MERGE_THREADS) {
+      const PartRow part = parts.rows[part_of(j, 0)];
+      weights[j] = exp2(part.log2_weight - best);
+      share += weights[j] * part.total;
+    }
+    const double total = block_sum<double>(share, scratch);
+    for (int64_t e = begin + threadIdx.x; e < end; e += MERGE_THREADS) {
+      const int64_t rank = e / layout.slice, local = e % layout.slice;
+      double sum = 0;
+#pragma unroll 8
+      for (int j = 0; j < count; ++j)
+        sum = fma(weights[j], parts.sums[part_of(j, rank) * layout.slice + local], sum);
+      const int64_t at = row.index * in.d + e;
+      store_as(in.out, at, row.a * load_as<double>(in.x, at) + row.b * (sum / total));
+    }
+    if (in.lse.data && chunk == 0 && threadIdx.x == 0)
+      store_as(in.lse, row.index, log(total) + LOG_2 * best + 0.5 * static_cast<double>(in.d));
+    __syncthreads();  // weights are read above and overwritten next
+  }
+}
+
 }  // namespace
 
 void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int* arrived, int64_t counts,
@@ -38,12 +91,22 @@ void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t st
   check_launch(op);
 }
 
-int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig_t& config, int slices) {
+void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
+                 const BulkLayout& layout, int rows, int64_t teams, cudaStream_t stream) {
+  const int64_t chunks = (in.d + MERGE_ELEMENTS - 1) / MERGE_ELEMENTS;
+  merge_kernel<<<static_cast<unsigned>(in.n * chunks), MERGE_THREADS, teams * sizeof(double), stream>>>(
+      in, list, parts, layout, rows, teams);
+  check_launch(op);
+}
+
+int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig_t& config, int size) {
   static std::map<std::pair<const void*, int>, int> known;
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
-  int& clusters = known[{kernel, slices}];
+  int& clusters = known[{kernel, size}];
   if (clusters == 0) check_cuda(op, cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+  if (clusters == 0)
+    throw std::runtime_error(std::string("svel::") + op + ": the device has no room for a cluster of blocks");
   return clusters;
 }
 

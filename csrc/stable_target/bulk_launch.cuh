@@ -14,8 +14,9 @@ void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int
                      int tile_refs, int most_rows, cudaStream_t stream);
 void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t stream);
 
-// Teams that run at once; the answer for a kernel and a cluster size does not change.
-int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig_t& config, int slices);
+// Merges the parts of all units that several teams have shared, of `rows` rows each at most.
+void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
+                 const BulkLayout& layout, int rows, int64_t teams, cudaStream_t stream);
 
 struct BulkLaunch {
   const char* op;
@@ -30,59 +31,6 @@ template <typename T>
 bool launch_bulk(const BulkLaunch& launch);
 
 namespace {
-
-constexpr int MERGE_THREADS = 128;
-constexpr int64_t MERGE_ELEMENTS = 256;  // of D per block: few rows, so many blocks for each
-
-// Merges the parts of one unit over MERGE_ELEMENTS of D. Grid: units (at most n) x parts of D.
-__global__ void __launch_bounds__(MERGE_THREADS)
-    merge_kernel(const Inputs in, const UnitList list, const BulkParts parts, const BulkLayout layout,
-                 const int rows, const int64_t teams) {
-  extern __shared__ double weights[];  // (teams of the unit,)
-  __shared__ double scratch[33];
-  const int64_t chunks = (in.d + MERGE_ELEMENTS - 1) / MERGE_ELEMENTS;
-  const int u = static_cast<int>(blockIdx.x / chunks);
-  const int64_t chunk = blockIdx.x % chunks;
-  if (u >= list.sizes[0]) return;
-  const Ranges ranges(list, teams);
-  const int64_t from = ranges.first_team(list, u), to = ranges.last_team(list, u);
-  if (from == to) return;
-  const Unit unit = list.units[u];
-  const int count = static_cast<int>(to - from) + 1;
-  const int64_t begin = chunk * MERGE_ELEMENTS, end = min(begin + MERGE_ELEMENTS, in.d);
-  for (int r = 0; r < unit.rows; ++r) {
-    bool finite;
-    const Row row = make_row(in, list.order[unit.first + r], 0, finite);
-    const auto part_of = [&](int j, int64_t rank) {
-      return (2 * ((from + j) * layout.slices + rank) + (j == 0 ? 1 : 0)) * rows + r;
-    };
-    double top = -INFINITY;
-    for (int j = threadIdx.x; j < count; j += MERGE_THREADS) {
-      const double other = parts.rows[part_of(j, 0)].log2_weight;
-      top = top >= other || other != other ? top : other;
-    }
-    const double best = block_max<double>(top, scratch);
-    double share = 0;
-    for (int j = threadIdx.x; j < count; j += MERGE_THREADS) {
-      const PartRow part = parts.rows[part_of(j, 0)];
-      weights[j] = exp2(part.log2_weight - best);
-      share += weights[j] * part.total;
-    }
-    const double total = block_sum<double>(share, scratch);
-    for (int64_t e = begin + threadIdx.x; e < end; e += MERGE_THREADS) {
-      const int64_t rank = e / layout.slice, local = e % layout.slice;
-      double sum = 0;
-#pragma unroll 8
-      for (int j = 0; j < count; ++j)
-        sum = fma(weights[j], parts.sums[part_of(j, rank) * layout.slice + local], sum);
-      const int64_t at = row.index * in.d + e;
-      store_as(in.out, at, row.a * load_as<double>(in.x, at) + row.b * (sum / total));
-    }
-    if (in.lse.data && chunk == 0 && threadIdx.x == 0)
-      store_as(in.lse, row.index, log(total) + LOG_2 * best + 0.5 * static_cast<double>(in.d));
-    __syncthreads();  // weights are read above and overwritten next
-  }
-}
 
 struct Launch : BulkLaunch {
   template <typename T, int THREADS, int Q, int TR, int R, int BLOCKS, bool TEAMS = false>
@@ -105,7 +53,8 @@ struct Launch : BulkLaunch {
                                                       : Team::grid;
     layout.slice = plan.slice;
     layout.stages = plan.stages;
-    layout.vectors = in.d % 8 == 0 && aligned(in.x) && aligned(in.source) && aligned(in.out);
+    layout.vectors =
+        in.d % 8 == 0 && is_aligned(in.x.data) && is_aligned(in.source.data) && is_aligned(in.out.data);
     layout.own_list = plan.own_list;
 
     cudaLaunchAttribute attributes[2] = {};
@@ -153,17 +102,25 @@ struct Launch : BulkLaunch {
       zero_arrivals(op, parts.arrived, counts, stream);
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
-    if (!layout.merge_last) {
-      const int64_t chunks = (in.d + MERGE_ELEMENTS - 1) / MERGE_ELEMENTS;
-      merge_kernel<<<static_cast<unsigned>(in.n * chunks), MERGE_THREADS, teams * sizeof(double), stream>>>(
-          in, list, parts, layout, R, teams);
-      check_launch(op);
-    }
+    if (!layout.merge_last) merge_parts(op, in, list, parts, layout, R, teams, stream);
     return true;
   }
-
-  static bool aligned(const Array& a) { return reinterpret_cast<uintptr_t>(a.data) % 16 == 0; }
 };
+
+// The compiled tiles.
+template <typename T>
+bool launch_tiles(const BulkLaunch& launch) {
+  const Launch at{launch};
+  if constexpr (sizeof(T) == 2) {
+    return at.run_if<T, 128, 8, 4, 2, 3>() || at.run_if<T, 256, 8, 4, 2, 2>() ||
+           at.run_if<T, 512, 8, 4, 2, 1>() || at.run_if<T, 512, 16, 2, 1, 1>() ||
+           at.run_if<T, 512, 16, 4, 1, 1, true>();
+  } else {
+    return at.run_if<T, 128, 8, 2, 2, 3>() || at.run_if<T, 256, 8, 2, 2, 2>() ||
+           at.run_if<T, 512, 8, 2, 2, 1>() || at.run_if<T, 512, 16, 1, 1, 1>() ||
+           at.run_if<T, 512, 16, 2, 1, 1, true>();
+  }
+}
 
 }  // namespace
 }  // namespace svel::cuda

@@ -23,6 +23,9 @@ void run_small(const char* op, const Inputs& in, const Plan& plan, void* workspa
 void run_small_float(const char* op, const Inputs& in, const Plan& plan, void* workspace,
                      cudaStream_t stream);
 
+// Clusters of `size` blocks that run at once; the answer for a kernel and a size does not change.
+int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig_t& config, int size);
+
 // Hands out consecutive pieces of a workspace, each aligned to 16 bytes.
 class Carver {
  public:

@@ -4,24 +4,21 @@
 // |d_j|^2 formed on the way. A tile is 128 x up to 256, by two warpgroups of 64 x 256: 128 sums and twice 32
 // accumulators a thread. One warp brings stages of 64 deep tiles by tensor copies: 16 KB + 32 KB, four in
 // flight.
-#include <cudaTypedefs.h>
-
 #include "common/cluster.cuh"
+#include "common/tensor_map.cuh"
 #include "common/wgmma.cuh"
 #include "stable_target/many_rows.cuh"
 
 namespace svel::cuda {
 namespace {
 
-constexpr int THREADS = 384;  // two warpgroups that multiply, one that copies
-constexpr int STAGES = 4;
+constexpr int STAGES = MANY_STAGES;
 [[maybe_unused]] constexpr int DEPTH = 64;  // halves of the summed dimension per stage
 constexpr int ROW_BYTES = 128;
 constexpr int BOX_BYTES = 64 * ROW_BYTES;
 constexpr int A_BYTES = 2 * BOX_BYTES;  // 128 references x 64 of D, or 32 or 64 references x 128 of D
 constexpr int B_BYTES = 4 * BOX_BYTES;  // 256 rows
-constexpr int STAGE_BYTES = A_BYTES + B_BYTES + 1024;  // and c of this depth
-constexpr int SMEM_BYTES = STAGES * STAGE_BYTES + 2048;
+constexpr int STAGE_BYTES = static_cast<int>(MANY_STAGE_BYTES);  // c of this depth comes after them
 
 struct ScoreArguments {
   CUtensorMap refs;     // (m, d), boxes of 64 x 64
@@ -75,16 +72,7 @@ __device__ Ring make_ring() {
 
 // Whether any thread of this warpgroup says so.
 __device__ bool any_of_warpgroup(bool own) {
-  int any = 0;
-  SVEL_HOPPER_ASM(
-      "{\n"
-      ".reg .pred own, any;\n"
-      "setp.ne.b32 own, %1, 0;\n"
-      "barrier.cta.red.or.pred any, %2, 128, own;\n"
-      "selp.b32 %0, 1, 0, any;\n"
-      "}" : "=r"(any) : "r"(static_cast<int>(own)),
-      "r"(1 + static_cast<int>(threadIdx.x) / 128) : "memory");
-  return any;
+  return named_barrier_or<128>(1 + static_cast<int>(threadIdx.x) / 128, own);
 }
 
 // sums += a b^T for 64 halves of the summed dimension; 64 rows of b at a time, while those before are added.
@@ -444,7 +432,7 @@ __device__ inline void sum_tile(const Inputs& in, const Many& many, Ring& ring, 
 // ---- kernels
 
 template <typename T, bool LOW>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(MANY_THREADS, 1)
     score_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Many many,
                  const __grid_constant__ ScoreArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -455,14 +443,14 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int steps = static_cast<int>((in.d + DEPTH - 1) / DEPTH);
   Ring ring = make_ring();
   if (threadIdx.x >= 256) {
-    drop_registers<24>();
+    give_up_registers<24>();
     if (threadIdx.x != 256) return;
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       const int64_t row0 = tile % row_tiles * MANY_ROWS, ref0 = tile / row_tiles * MANY_TILE;
       copy_score_tile<T>(many, args, ring, row0, ref0, row_tile_width(rows, row0), steps);
     }
   } else {
-    raise_registers<240>();
+    take_registers<240>();
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       const int64_t row0 = tile % row_tiles * MANY_ROWS, ref0 = tile / row_tiles * MANY_TILE;
       const int width = row_tile_width(rows, row0);
@@ -479,7 +467,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 }
 
 template <typename T, bool EXACT>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(MANY_THREADS, 1)
     sum_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Many many,
                const __grid_constant__ SumArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -488,14 +476,14 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int tiles = grid.tiles();
   Ring ring = make_ring();
   if (threadIdx.x >= 256) {
-    drop_registers<24>();
+    give_up_registers<24>();
     if (threadIdx.x != 256) return;
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
       const SumTile tile = grid.tile(index);
       copy_sum_tile(many, args, ring, tile, row_tile_width(grid.rows, tile.row0));
     }
   } else {
-    raise_registers<240>();
+    take_registers<240>();
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
       const SumTile tile = grid.tile(index);
       const int width = row_tile_width(grid.rows, tile.row0);
@@ -513,37 +501,12 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 // ---- host
 
-// A matrix of 16-bit elements, `columns` contiguous ones per row, in boxes of 64 columns.
-CUtensorMap make_map(const char* op, const void* data, Dtype dtype, int64_t columns, int64_t rows,
-                     int64_t row_bytes, int box_rows) {
-  static const PFN_cuTensorMapEncodeTiled_v12000 encode = [&] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check_cuda(op, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                    cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess)
-      throw std::runtime_error(std::string("svel::") + op + ": the driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-  }();
-  CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_bytes)};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, ones[2] = {1, 1};
-  const CUresult result = encode(
-      &map, dtype == Dtype::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-      const_cast<void*>(data), sizes, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS)
-    throw std::runtime_error(std::string("svel::") + op + ": cuTensorMapEncodeTiled failed with " +
-                             std::to_string(static_cast<int>(result)));
-  return map;
-}
-
 template <typename Kernel, typename Arguments>
 void launch(const char* op, Kernel* kernel, const Inputs& in, const Many& many, const Arguments& args,
             cudaStream_t stream) {
-  check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES));
-  kernel<<<static_cast<unsigned>(many.blocks), THREADS, SMEM_BYTES, stream>>>(in, many, args);
+  check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(MANY_SMEM_BYTES)));
+  kernel<<<static_cast<unsigned>(many.blocks), MANY_THREADS, MANY_SMEM_BYTES, stream>>>(in, many, args);
   check_launch(op);
 }
 
@@ -551,8 +514,8 @@ void launch(const char* op, Kernel* kernel, const Inputs& in, const Many& many, 
 
 void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream) {
   ScoreArguments args;
-  args.refs = make_map(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, 64);
-  args.queries = make_map(op, low ? many.lo : many.hi, Dtype::f16, in.d, many.padded, 2 * many.d_stride, 64);
+  args.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, 64);
+  args.queries = map_rows(op, low ? many.lo : many.hi, Dtype::f16, in.d, many.padded, 2 * many.d_stride, 64);
   const bool half = in.refs.dtype == Dtype::f16;
   launch(op,
          low ? (half ? score_kernel<__half, true> : score_kernel<__nv_bfloat16, true>)
@@ -562,8 +525,8 @@ void launch_many_score(const char* op, const Inputs& in, const Many& many, bool 
 
 void launch_many_sum(const char* op, const Inputs& in, const Many& many, cudaStream_t stream) {
   SumArguments args;
-  args.refs = make_map(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, many_sum_refs(many.exact));
-  args.weights = make_map(op, many.scores, Dtype::f16, (many.exact ? 2 : 1) * many.score_stride, many.padded,
+  args.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, many_sum_refs(many.exact));
+  args.weights = map_rows(op, many.scores, Dtype::f16, (many.exact ? 2 : 1) * many.score_stride, many.padded,
                           4 * many.score_stride, 64);
   const bool half = in.refs.dtype == Dtype::f16;
   launch(op,

@@ -1,18 +1,19 @@
 // One shared pool of 16-bit references and many rows, on Hopper's matrix units. With c a centre of the
 // references, d_j = r_j - c and y = x - alpha c, a row's scores are
-//   s_j = y.d_j - alpha/2 (|d_j|^2 - norm0),    its weights softmax_j(rate s_j),    its mean c + sum_j p_j
-//   d_j.
+//   s_j = y.d_j - alpha/2 (|d_j|^2 - norm0),
+// its weights p = softmax_j(rate s_j), its mean c + sum_j p_j d_j.
 // Rows go in passes, in the order of falling time; the references of a pass in rounds whose scores fit the
 // workspace. One round:
-//   score    y_hi.d for all pairs; y_hi is y rounded to 11 bits, so that each score is known to a proven
-//   bound select   rows where at most MANY_SURVIVORS references can still matter keep a list of those; the
-//   others,
-//            up to the last one in the order, are dense
-//   score    dense rows: adds y_lo.d, y = y_hi + y_lo to 22 bits
-//   weights  dense rows: p_j to 22 bits, as two halves, in the place of the scores
-//   sum      dense rows: sum_j p_j d_j
-//   merge    dense rows: adds what the thread blocks of the last step left; other rows: scores and sums the
-//            listed references one by one; after the last round, writes the output
+//
+//  * score: y_hi.d for all pairs; y_hi is y rounded to 11 bits, so that each score is known to a proven bound
+//  * select: rows where at most MANY_SURVIVORS references can still matter keep a list of those; others, up
+//    to the last one in the order, are dense
+//  * score, dense rows: adds y_lo.d, y = y_hi + y_lo to 22 bits
+//  * weights, dense rows: p_j to 22 bits, as two halves, in the place of the scores
+//  * sum, dense rows: sum_j p_j d_j
+//  * merge: dense rows add what the thread blocks of the last step left; the others score and sum the listed
+//    references one by one; after the last round, writes the output
+//
 // Exact arithmetic: references are exact in halves, and so is d_j for a c of few digits wherever r_j is near
 // c; where it is not, the remainder is multiplied too. The matrix units truncate what they add up, so at most
 // 64 products are summed before they join ordinary float32 sums.

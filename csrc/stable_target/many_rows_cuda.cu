@@ -10,8 +10,7 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int WEIGHT_THREADS = 512;
-constexpr int CENTRE_LANES = 8;  // threads per element of D
-constexpr double LOG2_E = 1.4426950408889634;
+constexpr int CENTRE_LANES = 8;           // threads per element of D
 constexpr float WEIGHT_SCALE = 32768.0f;  // weights are at most 1; as halves they keep 40 binary places
 // References that together weigh less than this times the largest are left out.
 constexpr double FORGOTTEN_LOG2_EXACT = 26, FORGOTTEN_LOG2_FAST = 16;

@@ -442,16 +442,16 @@ __global__ void __launch_bounds__(POOL_THREADS, 1)
   synchronize_cluster();
 
   if (warp < 4) {
-    raise_registers<192>();
+    take_registers<192>();
     block.score(warp, lane);
   } else if (warp < 8) {
-    raise_registers<216>();
+    take_registers<216>();
     block.add(warp - 4, lane);
   } else if (warp < 12) {
-    drop_registers<48>();
+    give_up_registers<48>();
     block.take_norms(warp - 8, lane);
   } else {
-    drop_registers<56>();
+    give_up_registers<56>();
     if (warp < 14) {
       block.weigh(warp - 12, lane);
     } else if (warp == 14 && lane == 0) {

@@ -1,60 +1,11 @@
 // Launches of the pool kernel: 32 rows at a time.
-#include <cudaTypedefs.h>
-
 #include <algorithm>
-#include <map>
-#include <mutex>
 
+#include "common/tensor_map.cuh"
 #include "stable_target/launch.cuh"
 #include "stable_target/pool_sides.cuh"
 
 namespace svel::cuda {
-namespace {
-
-// cuTensorMapEncodeTiled without linking the driver.
-PFN_cuTensorMapEncodeTiled_v12000 find_encode(const char* op) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-  check_cuda(op, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                  cudaEnableDefault, &found));
-#else
-  check_cuda(op, cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
-#endif
-  if (found != cudaDriverEntryPointSuccess)
-    throw std::runtime_error(std::string("svel::") + op + ": the driver has no cuTensorMapEncodeTiled");
-  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-}
-
-// Tiles of 64 elements of POOL_TILE references, as PoolLayout has them.
-CUtensorMap map_references(const char* op, const Inputs& in) {
-  static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encode(op);
-  CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(in.d), static_cast<cuuint64_t>(in.m)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(in.d) * 2};
-  const cuuint32_t box[2] = {64, POOL_TILE}, ones[2] = {1, 1};
-  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, in.refs.data, sizes, strides, box,
-                                 ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS)
-    throw std::runtime_error(std::string("svel::") + op + ": cuTensorMapEncodeTiled: error " +
-                             std::to_string(static_cast<int>(result)));
-  return map;
-}
-
-// Clusters that run at once; the answer for a kernel does not change.
-int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig_t& config) {
-  static std::map<const void*, int> known;
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
-  int& clusters = known[kernel];
-  if (clusters == 0) check_cuda(op, cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
-  if (clusters == 0)
-    throw std::runtime_error(std::string("svel::") + op + ": the device has no room for a cluster of blocks");
-  return clusters;
-}
-
-}  // namespace
 
 void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspace, double* doubtful,
               cudaStream_t stream) {
@@ -73,7 +24,7 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
   config.attrs = &attribute;
   config.numAttrs = 1;
   const int64_t clusters =
-      std::min<int64_t>(resident_clusters(op, entry, config), plan.blocks / POOL_CLUSTER);
+      std::min<int64_t>(resident_clusters(op, entry, config, POOL_CLUSTER), plan.blocks / POOL_CLUSTER);
   const PoolParts cut = pool_parts(in.m, clusters);
   config.gridDim = dim3(static_cast<unsigned>(cut.clusters * POOL_CLUSTER));
 
@@ -104,7 +55,7 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
   const unsigned merge_blocks = static_cast<unsigned>((in.d + 255) / 256);
   PoolSums* const left = carver.take<PoolSums>(POOL_ROWS * merge_blocks);
 
-  const CUtensorMap map = map_references(op, in);
+  const CUtensorMap map = map_rows(op, in.refs.data, Dtype::f16, in.d, in.m, 2 * in.d, POOL_TILE);
   pool_centre_kernel<<<POOL_D / 128, 128, 0, stream>>>(in, centre, valid);
   check_launch(op);
   for (int64_t first = 0; first < in.n; first += POOL_ROWS) {

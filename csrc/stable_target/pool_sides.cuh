@@ -16,7 +16,6 @@ namespace svel::cuda {
 
 constexpr int POOL_SAMPLES = 32;  // references whose mean is the centre
 constexpr int POOL_MOST_PARTS = 512;
-constexpr double POOL_LOG_2 = 0.6931471805599453;
 
 constexpr int POOL_CHAIN = 128;  // products added up in float32 at a time
 constexpr double POOL_NORM_ERROR =
@@ -118,7 +117,7 @@ __global__ void __launch_bounds__(512)
   if (index >= 0) row = make_row(in, index, 0, alive);
   // Base-2 rate = mantissa 2^power: the power stays a factor of the dots, without error.
   int power = 0;
-  const double rate = alive ? row.rate() * 1.4426950408889634 : 0.0, mantissa = frexp(rate, &power);
+  const double rate = alive ? row.rate() * LOG2_E : 0.0, mantissa = frexp(rate, &power);
   const auto element = [&](int e) {
     return alive && e < d ? row.sign * load_as<double>(in.x, index * in.d + e) - row.alpha * centre[e] : 0.0;
   };
@@ -164,7 +163,7 @@ __global__ void __launch_bounds__(512)
     made.factors[slot] =
         alive ? make_float4(static_cast<float>(factor), static_cast<float>(norm_rate), offset, 0)
               : make_float4(1, 0, INFINITY, 0);
-    const double shift = POOL_LOG_2 * factor * (offset - dot) - square / (2 * row.sigma * row.sigma) +
+    const double shift = LOG_2 * factor * (offset - dot) - square / (2 * row.sigma * row.sigma) +
                          0.5 * static_cast<double>(in.d);
     const double of_norms = POOL_NORM_ERROR * 0.5 * row.alpha * mean_norm;
     const double logit_error = row.rate() * 0x1p-24 * sqrt(chains + 2 * products + of_norms * of_norms);
@@ -215,7 +214,7 @@ __global__ void __launch_bounds__(256)
     of_out = value * value, of_mean = (mean - args.centre[e]) * (mean - args.centre[e]);
   }
   if (in.lse.data && e == 0) {
-    const double lse = POOL_LOG_2 * (most - row.norm_rate * *args.mean_norm) + log(total / POOL_WEIGHT_SCALE);
+    const double lse = LOG_2 * (most - row.norm_rate * *args.mean_norm) + log(total / POOL_WEIGHT_SCALE);
     store_as(in.lse, row.index, good ? lse + row.shift : NAN);
   }
   of_out = block_sum<double>(of_out, scratch), of_mean = block_sum<double>(of_mean, scratch);

@@ -1,6 +1,7 @@
 // What builds lists of rows on the device shares: scans and a sort over one block, and the rows themselves.
 #pragma once
 
+#include "common/planner.h"
 #include "stable_target/rows.cuh"
 
 namespace svel::cuda {
@@ -8,10 +9,6 @@ namespace svel::cuda {
 constexpr int LIST_THREADS = 1024;
 constexpr int CHUNK = 4096;  // rows that are sorted at a time
 constexpr int CHUNK_BITS = 12;
-
-__device__ inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Exclusive scan of v over the block's threads in their order; `total` becomes the reduction of all.
 template <typename Op>

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(THREADS, D == 4 ? 3 : 2)
   const int64_t safe = local < parts.rows ? local : 0;
   const Row& row = work.rows[parts.first_row + safe];
   const W half_alpha = static_cast<W>(0.5 * row.alpha);
-  const W log2_rate = static_cast<W>(row.rate() * 1.4426950408889634);
+  const W log2_rate = static_cast<W>(row.rate() * LOG2_E);
   W y[D], sum[D], best = -INFINITY;
   double total = 0;
   W flushed_best;  // the score that the flushed sums are relative to

@@ -19,7 +19,6 @@ constexpr int TILE = 128;     // references in shared memory, one per thread
 constexpr int SUM_REFS = 64;  // references of a float32 sum in registers
 constexpr float SLACK = 32;   // weights may reach 2^32 before the base of the exponents is raised
 constexpr double LIMIT = 40;  // of the terms of a score as products: their errors are about 2^-24 of them
-constexpr double LOG2_E = 1.4426950408889634;
 
 struct Round {  // rows [first_row, first_row + rows) against references [first_ref, end_ref)
   int64_t first_row, rows;

@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS)
       row = work.rows[tile.row];
       starts = tile.flags & ROW_START;
       half_alpha = static_cast<float>(0.5 * row.alpha);
-      log2_rate = static_cast<float>(row.rate() * 1.4426950408889634);
+      log2_rate = static_cast<float>(row.rate() * LOG2_E);
       best = -INFINITY, total = 0, y_square = 0, unflushed = 0, flushed = false;
       float source_score = 0;
       double square = 0;

@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(THREADS)
   double best = before;
   for (int64_t j = threadIdx.x; j < valid; j += THREADS) best = fmax(best, static_cast<double>(scores[j]));
   best = block_max<double>(best, scratch);
-  const float log2_rate = static_cast<float>(rate * 1.4426950408889634), now = static_cast<float>(best);
+  const float log2_rate = static_cast<float>(rate * LOG2_E), now = static_cast<float>(best);
   double total = 0;
   for (int64_t j = threadIdx.x; j < round.refs; j += THREADS) {
     const float p = j < valid ? exp2f((scores[j] - now) * log2_rate) : 0.0f;

@@ -172,7 +172,7 @@ __device__ inline void build_few_units(const Inputs& in, const UnitList& list, i
     takes_all = takes_all || (in.labels && in.labels[i] == -1);
   }
   int64_t all_tiles = 0, all_references = 0;
-  if (named_barrier_or(NAME, THREADS, takes_all)) {
+  if (named_barrier_or<THREADS>(NAME, takes_all)) {
     const int each = static_cast<int>((in.k + THREADS - 1) / THREADS);
     int64_t tiles = 0, references = 0;
     const auto groups = [&](const auto& visit) {
