@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from cuda_cases import captured, nothing_waits, on_two_streams
 from kernel_cases import direct_mean, largest_logit, make_problem, offset_by_one
 
 import stablevelocity_kernels as svel
@@ -452,26 +453,18 @@ def test_bulk_in_a_graph_follows_its_inputs(rng, d):
     """What the host decides at capture must hold for other labels, counts and times: it never sees them."""
     static = on_gpu(*make_bank(11, 4, 13, d, torch.float16, rng, "manifold"))
 
-    def target():
-        x, refs, t, labels, counts = static
-        return svel.stable_target(x, refs, t, labels, counts, x), *svel.posterior_mean(
-            x, refs, 1 - t, t, labels, counts
-        )
+    def target(x, refs, t, labels, counts):
+        mean, lse = svel.posterior_mean(x, refs, 1 - t, t, labels, counts)
+        return svel.stable_target(x, refs, t, labels, counts, x), mean, lse
 
-    target()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outs = target()
+    replay = captured(target, static)
     for round_ in range(4):
         new = list(make_bank(11, 4, 13, d, torch.float16, rng, "manifold"))
         if round_ == 1:
             new[3] = torch.full((11,), -1)  # more work than at capture
         if round_ == 2:
             new[2] = torch.full((11,), math.nan)  # and none
-        for old, value in zip(static, new, strict=True):
-            old.copy_(value)
-        graph.replay()
-        for out, expected in zip(outs, target(), strict=True):
+        for out, expected in zip(replay(new), target(*static), strict=True):
             torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -479,18 +472,8 @@ def test_bulk_in_a_graph_follows_its_inputs(rng, d):
 def test_two_streams_at_once(rng, d, other):
     """Blocks that wait for one another must not wait for room that another stream holds."""
     problems = [on_gpu(*make_bank(17, 3, 29, size, torch.float16, rng, "manifold")) for size in (d, other)]
-    expected = [svel.stable_target(*p) for p in problems]
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    torch.cuda.synchronize()
-    outs = [[], []]
-    for _ in range(10):
-        for problem, stream, made in zip(problems, streams, outs, strict=True):
-            with torch.cuda.stream(stream):
-                made.append(svel.stable_target(*problem))
-    torch.cuda.synchronize()
-    for made, right in zip(outs, expected, strict=True):
-        for out in made:
-            torch.testing.assert_close(out, right, rtol=0, atol=0, equal_nan=True)
+    for out, right in on_two_streams(svel.stable_target, problems):
+        torch.testing.assert_close(out, right, rtol=0, atol=0, equal_nan=True)
 
 
 def test_samples_without_elements():
@@ -534,12 +517,8 @@ def calls():
 def test_nothing_waits_for_the_device():
     for call in calls():
         call()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nothing_waits():
             call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_results_repeat_bit_for_bit():

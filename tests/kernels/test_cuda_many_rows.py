@@ -4,11 +4,24 @@ import math
 
 import pytest
 import torch
-from kernel_cases import ALL_T, largest_logit, offset_by_one, with_gaps
+from cuda_cases import (
+    GEOMETRIES,
+    assert_served,
+    captured,
+    check_pool,
+    invalidate,
+    kernels_run,
+    make_large_pool,
+    make_pool,
+    make_pool_of_size,
+    nothing_waits,
+    on_two_streams,
+)
+from kernel_cases import largest_logit, offset_by_one, with_gaps
 
 import stablevelocity_kernels as svel
-from stablevelocity_kernels import info, reference
-from stablevelocity_kernels.testing import TOLERANCE, make_noisy, make_references, relative_error
+from stablevelocity_kernels import reference
+from stablevelocity_kernels.testing import TOLERANCE, relative_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,49 +41,15 @@ SHAPES = [
     (1025, 2049, 384),
 ]
 SHAPE = (130, 4999, 1032)
-GEOMETRIES = ("gaussian", "manifold", "shifted")
 PRECISIONS = ("exact", "fast")
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-def make_pool(n, m, d, geometry, rng, times=ALL_T, dtype=torch.float16):
-    """x (n, d), refs (m, d), t (n,): all times in turn. On the GPU."""
-    refs = make_references(m, d, geometry, rng).to(dtype)
-    t = torch.tensor([times[i % len(times)] for i in range(n)])
-    x = make_noisy(refs[torch.randint(m, (n,), generator=rng)], t, rng)
-    return x.cuda(), refs.cuda(), t.cuda()
-
-
-def assert_served(x, refs, precision, kernel="many_rows", **other):
-    """A test of this kernel is none if another serves."""
-    if torch.cuda.get_device_capability() == (9, 0) and info._C is not None:
-        plan = info.plan(len(x), *refs.shape, x_dtype=x.dtype, refs_dtype=refs.dtype, precision=precision, **other)
-        assert plan["kernel"] == kernel
-
-
-def check(x, refs, t, counts=None, source=None, path="linear", prediction="velocity", precision="exact"):
-    """stable_target against the reference in float64, rows of each time together."""
+def check(x, refs, t, counts=None, source=None, precision="exact", **options):
+    """`check_pool`, by this kernel."""
     if source is None:  # which has other kernels; their tests hold here too
-        assert_served(x, refs, precision)
-    options = {"counts": counts, "path": path, "prediction": prediction}
-    out = svel.stable_target(x, refs, t, source=source, precision=precision, **options)
-    wide = None if source is None else source.double()
-    expected = reference.stable_target(x.double(), refs, t, source=wide, **options)
-    assert torch.equal(out.isnan(), expected.isnan())
-    limit, worst = TOLERANCE[out.dtype, precision], {}
-    for time in t[~t.isnan()].unique():
-        rows = (t == time) & ~expected.isnan().any(1)
-        if rows.any():
-            worst[round(float(time), 4)] = relative_error(out[rows], expected[rows])
-    assert all(error <= limit for error in worst.values()), worst
-    return out
-
-
-def invalidate(refs, count):
-    """NaN beyond the references that count."""
-    refs = refs.clone()
-    refs[max(0, count) :] = math.nan
-    return refs
+        assert_served("many_rows", x, refs, precision)
+    return check_pool(x, refs, t, counts, source, precision=precision, **options)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -103,12 +82,8 @@ def test_the_kernel_serves(rng):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("another kernel serves this device")
     x, refs, t = make_pool(*SHAPE, "gaussian", rng)
-    svel.stable_target(x, refs, t)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        svel.stable_target(x, refs, t)
-        torch.cuda.synchronize()
-    names = [event.key for event in profile.key_averages()]
-    if not any("kernel" in name for name in names):
+    names = kernels_run(svel.stable_target, x, refs, t)
+    if not names:
         pytest.skip("the profiler sees no kernels here")
     assert any("sum_kernel" in name and "Many" in name for name in names), names
 
@@ -152,16 +127,7 @@ def test_rows_that_are_not_finite_stay_alone(rng, n):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("size", [1e-6, 3e3])
 def test_data_of_any_size(rng, size, precision):
-    """Rows of zeros too, one element above all others, and rows of other sizes than the references."""
-    n, m, d = SHAPE
-    refs = (size * torch.randn(m, d, generator=rng)).half()
-    t = torch.tensor([0.3, 0.9])[torch.arange(n) % 2]
-    x = (1 - t[:, None]) * refs[:n].float() + size * t[:, None] * torch.randn(n, d, generator=rng)
-    x[5], x[6, 0] = 0, 3e4 * size
-    x[7] *= 1e-6
-    for row in range(4, 9):  # a time to each, since their sizes differ
-        t[row] = 0.5 + 0.05 * row
-    check(x.cuda(), refs.cuda(), t.cuda(), precision=precision)
+    check(*make_pool_of_size(*SHAPE, size, rng), precision=precision)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -232,55 +198,25 @@ def test_nothing_waits_and_a_graph_follows_its_inputs(rng):
         mean, lse = svel.posterior_mean(x, refs, 1 - t, t, None, counts)
         return svel.stable_target(x, refs, t, None, counts), mean, lse
 
-    target(*static)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    replay = captured(target, static)
+    with nothing_waits():
         target(*static)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outs = target(*static)
     for geometry, count in (("shifted", 4999), ("gaussian", 4999), ("manifold", 17), ("shifted", 0)):
         new = [*make_pool(*SHAPE, geometry, rng), torch.tensor([count], device="cuda")]
-        for old, value in zip(static, new, strict=True):
-            old.copy_(value)
-        graph.replay()
-        for out, expected in zip(outs, target(*new), strict=True):
+        for out, expected in zip(replay(new), target(*new), strict=True):
             torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_two_streams_at_once(rng):
     problems = [make_pool(130, 6007, 1024, "manifold", rng), make_pool(300, 5003, 784, "gaussian", rng)]
-    expected = [svel.stable_target(*p) for p in problems]
-    streams, outs = [torch.cuda.Stream(), torch.cuda.Stream()], [[], []]
-    torch.cuda.synchronize()
-    for _ in range(10):
-        for problem, stream, made in zip(problems, streams, outs, strict=True):
-            with torch.cuda.stream(stream):
-                made.append(svel.stable_target(*problem))
-    torch.cuda.synchronize()
-    for made, right in zip(outs, expected, strict=True):
-        assert all(torch.equal(out, right) for out in made)
-
-
-def make_large(n, m, d):
-    """References made on the GPU; rows near the last of them."""
-    refs = torch.empty(m, d, dtype=torch.float16, device="cuda")
-    for chunk in refs.split(1 << 15):
-        chunk.copy_(torch.randn(chunk.shape, device="cuda"))
-    t = torch.tensor(ALL_T, device="cuda")[torch.arange(n) % len(ALL_T)]
-    x = (1 - t[:, None]) * refs[m - 1 - torch.arange(n, device="cuda") % m] + t[:, None] * torch.randn(
-        n, d, device="cuda"
-    )
-    return x, refs, t
+    for out, right in on_two_streams(svel.stable_target, problems):
+        assert torch.equal(out, right)
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(256, 150_001, 264), (65, 540_001, 4096)], ids=["many rounds", "2^31"])
 def test_large(n, m, d):
     """More references than one round scores, and more elements than 32 bits count; the workspace stays bounded."""
-    x, refs, t = make_large(n, m, d)
+    x, refs, t = make_large_pool(n, m, d)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out = svel.stable_target(x, refs, t)
@@ -291,15 +227,15 @@ def test_large(n, m, d):
 
 
 def test_more_rows_than_one_list_holds():
-    x, refs, t = make_large(2 * 16_384 + 77, 2050, 256)
+    x, refs, t = make_large_pool(2 * 16_384 + 77, 2050, 256)
     check(x, refs, t)
 
 
 def test_problems_that_others_serve(rng):
     """Labels, one row, few references, short samples, other dtypes: right as before."""
     x, refs, t = make_pool(70, 4999, 1032, "manifold", rng)
-    assert_served(x, refs[:2000], "exact", "bulk")
-    assert_served(x, refs.float(), "exact", "bulk")
+    assert_served("bulk", x, refs[:2000], "exact")
+    assert_served("bulk", x, refs.float(), "exact")
     expected = reference.stable_target(x.double(), refs, t)
     for out in (
         svel.stable_target(x[:1], refs, t[:1]),

@@ -1,14 +1,28 @@
 """The pool kernel: results of two to 64 rows against one large pool of float16 references, edges and arguments."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from kernel_cases import ALL_T, largest_logit, offset_by_one, with_gaps
+from cuda_cases import (
+    GEOMETRIES,
+    assert_served,
+    captured,
+    check_pool,
+    invalidate,
+    kernels_run,
+    make_large_pool,
+    make_pool,
+    make_pool_of_size,
+    nothing_waits,
+    on_two_streams,
+)
+from kernel_cases import largest_logit, offset_by_one, with_gaps
 
 import stablevelocity_kernels as svel
-from stablevelocity_kernels import info, reference
-from stablevelocity_kernels.testing import TOLERANCE, assert_close, make_noisy, make_references, relative_error
+from stablevelocity_kernels import reference
+from stablevelocity_kernels.testing import TOLERANCE, assert_close
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,44 +47,13 @@ SHAPES = [
 ]
 SHAPE = (26, 4999, 3400)
 LEAST_EXACT_D = 256  # shorter samples have another kernel where results are to be exact
-GEOMETRIES = ("gaussian", "manifold", "shifted")
 
 
-def make_pool(n, m, d, geometry, rng, times=ALL_T):
-    """x (n, d), refs (m, d) float16, t (n,): all times in turn. On the GPU."""
-    refs = make_references(m, d, geometry, rng).half()
-    t = torch.tensor([times[i % len(times)] for i in range(n)])
-    x = make_noisy(refs[torch.randint(m, (n,), generator=rng)], t, rng)
-    return x.cuda(), refs.cuda(), t.cuda()
-
-
-def assert_pool(x, refs, kernel="pool", precision="fast"):
-    """A test of this kernel is none if another serves."""
-    if torch.cuda.get_device_capability() == (9, 0) and info._C is not None:
-        m, d = refs.shape
-        assert info.plan(len(x), m, d, x_dtype=x.dtype, refs_dtype=refs.dtype, precision=precision)["kernel"] == kernel
-
-
-def check(x, refs, t, counts=None, path="linear", prediction="velocity", precision="fast"):
-    """stable_target against the reference in float64, rows of each time together."""
+def check(x, refs, t, counts=None, precision="fast", **options):
+    """`check_pool`, by this kernel."""
     if precision == "fast" or refs.shape[1] >= LEAST_EXACT_D:
-        assert_pool(x, refs, precision=precision)
-    out = svel.stable_target(x, refs, t, None, counts, path=path, prediction=prediction, precision=precision)
-    expected = reference.stable_target(x.double(), refs, t, None, counts, path=path, prediction=prediction)
-    assert torch.equal(out.isnan(), expected.isnan())
-    for time in t[~t.isnan()].unique():
-        rows = (t == time) & ~expected.isnan().any(1)
-        if rows.any():
-            error = relative_error(out[rows], expected[rows])
-            assert error <= TOLERANCE[out.dtype, precision], f"{error:.2e} at t = {float(time):.3f}"
-    return out
-
-
-def invalidate(refs, count):
-    """NaN beyond the references that count."""
-    refs = refs.clone()
-    refs[max(0, count) :] = math.nan
-    return refs
+        assert_served("pool", x, refs, precision)
+    return check_pool(x, refs, t, counts, precision=precision, **options)
 
 
 @PRECISIONS
@@ -84,12 +67,8 @@ def test_the_kernel_serves(rng):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("another kernel serves this device")
     x, refs, t = make_pool(*SHAPE, "gaussian", rng)
-    svel.stable_target(x, refs, t, **FAST)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        svel.stable_target(x, refs, t, **FAST)
-        torch.cuda.synchronize()
-    names = [event.key for event in profile.key_averages()]
-    if not any("kernel" in name for name in names):
+    names = kernels_run(svel.stable_target, x, refs, t, **FAST)
+    if not names:
         pytest.skip("the profiler sees no kernels here")
     assert any("pool_kernel" in name for name in names), names
 
@@ -136,16 +115,7 @@ def test_rows_that_are_not_finite_stay_alone(rng, n, precision):
 @PRECISIONS
 @pytest.mark.parametrize("size", [1e-6, 3e3])
 def test_data_of_any_size(rng, size, precision):
-    """Rows of zeros too, one element above all others, and rows of other sizes than the references."""
-    n, m, d = SHAPE
-    refs = (size * torch.randn(m, d, generator=rng)).half()
-    t = torch.tensor([0.3, 0.9])[torch.arange(n) % 2]
-    x = (1 - t[:, None]) * refs[:n].float() + size * t[:, None] * torch.randn(n, d, generator=rng)
-    x[5], x[6, 0] = 0, 3e4 * size
-    x[7] *= 1e-6
-    for row in range(4, 9):  # a time to each, since their sizes differ
-        t[row] = 0.5 + 0.05 * row
-    check(x.cuda(), refs.cuda(), t.cuda(), precision=precision)
+    check(*make_pool_of_size(*SHAPE, size, rng), precision=precision)
 
 
 @PRECISIONS
@@ -191,7 +161,7 @@ def test_mean_and_lse(rng):
 def test_lse_merges_over_disjoint_halves(rng, time, geometry, op):
     x, refs, sigma = make_pool(9, 10_007, 3400, geometry, rng, times=(time,))
     halves = (refs[:4997], refs[4997:])
-    assert_pool(x, halves[0])
+    assert_served("pool", x, halves[0], "fast")
     means, lses = zip(*(getattr(svel, op)(x, half, 1 - sigma, sigma, **FAST) for half in halves), strict=True)
     share = torch.softmax(torch.stack(lses).double(), 0)[..., None]
     merged = (share * torch.stack(means)).sum(0).float()
@@ -201,8 +171,8 @@ def test_lse_merges_over_disjoint_halves(rng, time, geometry, op):
 def test_parts_merge_with_what_other_kernels_give(rng):
     x, refs, sigma = make_pool(9, 5003, 3400, "manifold", rng, times=(0.9, 0.98))
     halves = (refs[:4990], refs[4990:])
-    assert_pool(x, halves[0])
-    assert_pool(x, halves[1], "bulk")
+    assert_served("pool", x, halves[0], "fast")
+    assert_served("bulk", x, halves[1], "fast")
     means, lses = zip(*(svel.posterior_part(x, half, 1 - sigma, sigma, **FAST) for half in halves), strict=True)
     merged = (torch.softmax(torch.stack(lses), 0)[..., None] * torch.stack(means)).sum(0).float()
     assert_close(merged, reference.posterior_mean(x.double(), refs, 1 - sigma, sigma)[0], "fast")
@@ -225,54 +195,26 @@ def test_nothing_waits_and_a_graph_follows_its_inputs(rng):
         outs = [svel.stable_target(x, refs, t, None, counts, precision=p) for p in ("exact", "fast")]
         return *outs, mean, lse
 
-    target(*static)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    replay = captured(target, static)
+    with nothing_waits():
         target(*static)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outs = target(*static)
     for count in (4999, 17, 0):
         new = [*make_pool(*SHAPE, "shifted", rng), torch.tensor([count], device="cuda")]
-        for old, value in zip(static, new, strict=True):
-            old.copy_(value)
-        graph.replay()
-        for out, expected in zip(outs, target(*new), strict=True):
+        for out, expected in zip(replay(new), target(*new), strict=True):
             torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_two_streams_at_once(rng):
     problems = [make_pool(26, 6007, 4096, "manifold", rng), make_pool(40, 5003, 3400, "gaussian", rng)]
-    expected = [svel.stable_target(*p, **FAST) for p in problems]
-    streams, outs = [torch.cuda.Stream(), torch.cuda.Stream()], [[], []]
-    torch.cuda.synchronize()
-    for _ in range(10):
-        for problem, stream, made in zip(problems, streams, outs, strict=True):
-            with torch.cuda.stream(stream):
-                made.append(svel.stable_target(*problem, **FAST))
-    torch.cuda.synchronize()
-    for made, right in zip(outs, expected, strict=True):
-        assert all(torch.equal(out, right) for out in made)
-
-
-def make_large(n, m, d):
-    """References made on the GPU; rows near the last of them."""
-    refs = torch.empty(m, d, dtype=torch.float16, device="cuda")
-    for chunk in refs.split(1 << 15):
-        chunk.copy_(torch.randn(chunk.shape, device="cuda"))
-    t = torch.tensor(ALL_T, device="cuda")[torch.arange(n) % len(ALL_T)]
-    x = (1 - t[:, None]) * refs[m - n :] + t[:, None] * torch.randn(n, d, device="cuda")
-    return x, refs, t
+    for out, right in on_two_streams(partial(svel.stable_target, **FAST), problems):
+        assert torch.equal(out, right)
 
 
 @PRECISIONS
 @pytest.mark.parametrize(("n", "m", "d"), [(32, 530_003, 264), (6, 540_001, 4096)], ids=["two segments", "2^31"])
 def test_large(n, m, d, precision):
     """More tiles to a cluster than one segment adds up, and more elements than 32 bits count."""
-    x, refs, t = make_large(n, m, d)
+    x, refs, t = make_large_pool(n, m, d)
     check(x, refs, t, precision=precision)
     check(x, refs, t, prediction="x0", precision=precision)
 
@@ -280,10 +222,10 @@ def test_large(n, m, d, precision):
 def test_problems_that_others_serve(rng):
     """One row, few elements, a source, labels, other dtypes, an exact lse: right as before."""
     x, refs, t = make_pool(4, 4999, 3400, "manifold", rng)
-    assert_pool(x[:1], refs, "bulk")
-    assert_pool(x, refs[:4000], "bulk")
-    assert_pool(x, refs.bfloat16(), "bulk")
-    assert_pool(x, refs.float(), "bulk")
+    assert_served("bulk", x[:1], refs, "fast")
+    assert_served("bulk", x, refs[:4000], "fast")
+    assert_served("bulk", x, refs.bfloat16(), "fast")
+    assert_served("bulk", x, refs.float(), "fast")
     expected = svel.stable_target(x.double(), refs, t)
     source = x * 0 - 50
     for out in (

@@ -1,0 +1,128 @@
+"""What the GPU tests of the kernels share: pools of references, runs on two streams and in a graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from kernel_cases import ALL_T
+from torch import Tensor
+
+import stablevelocity_kernels as svel
+from stablevelocity_kernels import info, reference
+from stablevelocity_kernels.testing import TOLERANCE, make_noisy, make_references, relative_error
+
+GEOMETRIES = ("gaussian", "manifold", "shifted")
+
+
+def make_pool(n, m, d, geometry, rng, times=ALL_T, dtype=torch.float16):
+    """x (n, d), refs (m, d), t (n,): all times in turn. On the GPU."""
+    refs = make_references(m, d, geometry, rng).to(dtype)
+    t = torch.tensor([times[i % len(times)] for i in range(n)])
+    x = make_noisy(refs[torch.randint(m, (n,), generator=rng)], t, rng)
+    return x.cuda(), refs.cuda(), t.cuda()
+
+
+def make_large_pool(n, m, d):
+    """References made on the GPU; rows near the last of them."""
+    refs = torch.empty(m, d, dtype=torch.float16, device="cuda")
+    for chunk in refs.split(1 << 15):
+        chunk.copy_(torch.randn(chunk.shape, device="cuda"))
+    t = torch.tensor(ALL_T, device="cuda")[torch.arange(n) % len(ALL_T)]
+    x0 = refs[m - 1 - torch.arange(n, device="cuda") % m]
+    return (1 - t[:, None]) * x0 + t[:, None] * torch.randn(n, d, device="cuda"), refs, t
+
+
+def make_pool_of_size(n, m, d, size, rng):
+    """Data of a size; rows of zeros too, one element above all others, and rows of other sizes than the references."""
+    refs = (size * torch.randn(m, d, generator=rng)).half()
+    t = torch.tensor([0.3, 0.9])[torch.arange(n) % 2]
+    x = (1 - t[:, None]) * refs[:n].float() + size * t[:, None] * torch.randn(n, d, generator=rng)
+    x[5], x[6, 0] = 0, 3e4 * size
+    x[7] *= 1e-6
+    for row in range(4, 9):  # a time to each, since their sizes differ
+        t[row] = 0.5 + 0.05 * row
+    return x.cuda(), refs.cuda(), t.cuda()
+
+
+def invalidate(refs, count):
+    """NaN beyond the references that count."""
+    refs = refs.clone()
+    refs[max(0, count) :] = math.nan
+    return refs
+
+
+def assert_served(kernel, x, refs, precision):
+    """A test of one kernel is none if another serves."""
+    if torch.cuda.get_device_capability() == (9, 0) and info._C is not None:
+        plan = info.plan(len(x), *refs.shape, x_dtype=x.dtype, refs_dtype=refs.dtype, precision=precision)
+        assert plan["kernel"] == kernel
+
+
+def check_pool(x, refs, t, counts=None, source=None, path="linear", prediction="velocity", precision="exact"):
+    """stable_target against the reference in float64, rows of each time together."""
+    options = {"counts": counts, "path": path, "prediction": prediction}
+    out = svel.stable_target(x, refs, t, source=source, precision=precision, **options)
+    wide = None if source is None else source.double()
+    expected = reference.stable_target(x.double(), refs, t, source=wide, **options)
+    assert torch.equal(out.isnan(), expected.isnan())
+    limit, worst = TOLERANCE[out.dtype, precision], {}
+    for time in t[~t.isnan()].unique():
+        rows = (t == time) & ~expected.isnan().any(1)
+        if rows.any():
+            worst[round(float(time), 4)] = relative_error(out[rows], expected[rows])
+    assert all(error <= limit for error in worst.values()), worst
+    return out
+
+
+def kernels_run(op: Callable, *args, **options) -> list[str]:
+    """The names of what a call runs on the GPU, as the profiler sees them; none where it sees no kernels."""
+    op(*args, **options)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        op(*args, **options)
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages()]
+    return names if any("kernel" in name for name in names) else []
+
+
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    """What waits for the GPU in here is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(target: Callable, static: Sequence[Tensor]) -> Callable:
+    """`target` of the static tensors as a graph: a function that copies other values there and gives what it makes."""
+    target(*static)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = target(*static)
+
+    def replay(new: Sequence[Tensor]):
+        for old, value in zip(static, new, strict=True):
+            old.copy_(value)
+        graph.replay()
+        return outs
+
+    return replay
+
+
+def on_two_streams(op: Callable, problems: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of what the op gives for two problems, ten times on two streams at once and before that alone."""
+    expected = [op(*p) for p in problems]
+    streams, outs = [torch.cuda.Stream(), torch.cuda.Stream()], [[], []]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for problem, stream, made in zip(problems, streams, outs, strict=True):
+            with torch.cuda.stream(stream):
+                made.append(op(*problem))
+    torch.cuda.synchronize()
+    for made, right in zip(outs, expected, strict=True):
+        yield from ((out, right) for out in made)
