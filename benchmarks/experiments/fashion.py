@@ -132,10 +132,9 @@ class Study:
         most = int(torch.bincount(self.data.y).max())
         whole = sv.ReferenceBank(self.data.shape, classes, most, dtype=torch.float32, null="all", device=device)
         whole.push(self.x, self.y)
-        rows = args.rows
-        self.truth = Truth(self.x, self.y, whole.refs, rows) if int(whole.counts.min()) == most else None
-        if self.truth is None:
+        if int(whole.counts.min()) < most:
             raise ValueError(f"data: expected as many images of each class, got {whole.counts.tolist()}")
+        self.truth = Truth(self.x, self.y, whole.refs, args.rows)
         self.seconds["truth"] = time.perf_counter() - began
 
         self.config = TrainConfig(

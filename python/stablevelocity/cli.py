@@ -278,12 +278,12 @@ def _image_options(args: argparse.Namespace, arrays: bool = False) -> tuple:
         torch.cuda.set_device(device)
     names = ("flip", "dtype", "shard_size", "batch_size", "workers")
     options = {name: getattr(args, name) for name in names}
-    if arrays and not Path(args.images).is_dir():
-        images = load_data(DataConfig(source=args.images, labels=args.labels))
-        return images, {**options, "flip": False, "device": device, "progress": True}
-    if not Path(args.images).is_dir():
+    options.update(device=device, progress=True)
+    if Path(args.images).is_dir():
+        return ImageFolder(args.images, args.size, args.labels), options
+    if not arrays:
         raise ValueError(f"IMAGES: expected a folder, got {args.images!r}")
-    return ImageFolder(args.images, args.size, args.labels), {**options, "device": device, "progress": True}
+    return load_data(DataConfig(source=args.images, labels=args.labels)), {**options, "flip": False}
 
 
 def _add_latents(commands) -> argparse.ArgumentParser:
