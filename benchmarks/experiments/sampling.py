@@ -131,7 +131,7 @@ def measure(folder: Path, args: argparse.Namespace, device: torch.device) -> dic
     generator = torch.Generator().manual_seed(args.seed)
     some = torch.randperm(len(images), generator=generator)[: args.samples].to(device)
     return {
-        "data": config.data.source,
+        "data": Path(config.data.source).name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained": about["step"],
         "judge_accuracy": accuracy,
