@@ -10,6 +10,8 @@ import stablevelocity as sv
 import stablevelocity.data
 import torch
 
+from stablevelocity_kernels import reference
+
 TIMES = [0.2, 0.4, 0.6, 0.8, 0.95]
 GRID = torch.linspace(-12, 12, 20_001, dtype=torch.float64)  # for integrals over x_t in one dimension
 STEP = GRID[1] - GRID[0]
@@ -244,6 +246,29 @@ def test_effective_number_row_by_row(dtype, pool, rng, monkeypatch):
         own = p.gather(1, (chunk.x0.double()[:, None] - data.double()).square().sum(2).argmin(1)[:, None])[:, 0]
         torch.testing.assert_close(out["own"], own, **tolerance)
         torch.testing.assert_close(out["entropy"], -own.log(), rtol=0, atol=tolerance["rtol"])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("t", [0.002, 0.01, 0.03, 0.05])
+def test_own_mass_where_float32_scores_are_rounded(device, t, rng):
+    """Samples far apart explain their noisy ones alone, although their scores are up to millions."""
+    data = torch.rand(1000, 784, generator=rng).to(device)
+    curve = sv.variance_curve(data, [t], samples=2000, generator=rng)
+    assert float(curve.own_mass) == pytest.approx(1.0, abs=3e-3)
+    assert float(curve.entropy) == pytest.approx(0.0, abs=3e-3)
+
+
+@pytest.mark.parametrize("t", [1e-4, 0.01, 0.5, 0.999])
+def test_lse_from_float64_scores(t, rng, monkeypatch):
+    """Near samples of near ones, in chunks of rows and of references."""
+    monkeypatch.setattr(sv.variance, "_ROW_ELEMENTS", 2000)
+    data = torch.randn(60, 100, generator=rng)
+    data = torch.cat([data, data + 0.1 * t * torch.randn(60, 100, generator=rng)]) + 3.0
+    x = (1 - t) * data + t * torch.randn(120, 100, generator=rng)
+    alpha, sigma = torch.full((120,), 1 - t), torch.full((120,), t)
+    lse = sv.variance._wide_lse(x, data, alpha, sigma)
+    expected = reference.posterior_mean(x.double(), data, alpha.double(), sigma.double())[1]
+    torch.testing.assert_close(lse, expected, rtol=0, atol=1e-8 + 1e-13 / t**2)
 
 
 def test_memory_is_bounded_by_chunks_of_rows(monkeypatch, rng):

@@ -24,6 +24,7 @@ from .sharded_bank import ShardedReferenceBank
 _GATHERED_ELEMENTS = 1 << 23  # the reference subsets are gathered once, up to about this many values
 _ROW_ELEMENTS = 1 << 25  # rows are taken to x_t and compared this many values at a time
 _POOLS = 32  # independent pools when the truth is sub-sampled: their spread is the error
+_MOST_ROUNDING = 0.15  # nats, about, of a score in float32 before float64 is taken
 _SMALLEST_SHARE = 1e-6  # below it a variance over the prior's is rounding
 LEVELS = {"variance": 0.05, "own_mass": 0.05}  # criteria of `split_point` and their default levels
 
@@ -139,25 +140,31 @@ def variance_curve(
     names = [] if truth is not None else ["own", "entropy"]
     names += ["stable"] * (references is not None) + ["effective"] * effective
     names += ["cfm_missing", "own_missing"] * (pool is not None)
-    values = {name: torch.zeros(len(times), draw.index.numel(), dtype=torch.float64) for name in ["cfm", *names]}
+    shape = (len(times), draw.index.numel())
+    values = {name: torch.zeros(shape, dtype=torch.float64, device=data.device) for name in ["cfm", *names]}
 
+    spread = _data_variance(data, classes)
     chunks = list(_chunks(draw, data))
     for i, (number, first, last) in enumerate(chunks):
         if i == 0 or number != chunks[i - 1][0]:
             members = draw.sets[number]
             refs = data if len(members) == len(data) else data[members.to(data.device)]
-        chunk = _Chunk(data, refs, members, draw, number, first, last, references is not None, generator)
+        chunk = _Chunk(data, refs, members, draw, number, first, last, references is not None, spread, generator)
         for k, time in enumerate(times):
             t = clamp_time(torch.full((last - first,), float(time), dtype=torch.float64, device=data.device))
             measured = chunk.measure(t, interpolant, pool is not None, effective, truth, precision)
             for name, value in measured.items():
-                values[name][k, first:last] = value.cpu()
+                values[name][k, first:last] = value
             if callback is not None:
                 callback(i * len(times) + k + 1, len(chunks) * len(times))
 
-    quantiles = torch.quantile(values["cfm"], torch.tensor([0.15, 0.85], dtype=torch.float64), dim=1).T
+    quantiles = torch.stack([torch.quantile(row, row.new_tensor([0.15, 0.85])) for row in values["cfm"]]).cpu()
     means = {name: value.reshape(len(times), draw.independent, -1).mean(2) for name, value in values.items()}
+    means = {name: value.cpu() for name, value in means.items()}
     result = {name: (value.mean(1), value.std(1) / value.shape[1] ** 0.5) for name, value in means.items()}
+    if "own" in result:  # rounded a little beyond what they can be
+        result["own"][0].clamp_(max=1.0)
+        result["entropy"][0].clamp_(min=0.0)
     absent, zero = (None, None), (torch.zeros_like(times), torch.zeros_like(times))
     missing = {name: result.get(name, zero) for name in ("cfm_missing", "own_missing")}
     missing = {name: value + 2 * error for name, (value, error) in missing.items()}
@@ -171,7 +178,7 @@ def variance_curve(
         stablevm_error=result.get("stable", absent)[1],
         dim=math.prod(data.shape[1:]),
         references=references,
-        prior=float(at_noise.x0_factor) ** 2 * _data_variance(data, classes),
+        prior=float(at_noise.x0_factor) ** 2 * spread,
         samples=draw.index.numel(),
         cfm_groups=means["cfm"],
         cfm_missing=missing["cfm_missing"],
@@ -371,7 +378,8 @@ def _draw(
     groups = samples if size == 1 else min(samples, max(32, _GATHERED_ELEMENTS // max(1, size * dim)))
     sets, sizes = classes, [len(members) for members in classes]
     if pool is None:
-        set_of, independent = torch.multinomial(share, groups, replacement=True, generator=generator).sort()[0], groups
+        counts = torch.multinomial(share, groups, replacement=True, generator=generator).bincount(minlength=len(sets))
+        set_of, independent = torch.arange(len(sets)).repeat_interleave(counts), groups
     else:
         independent = min(_POOLS, samples)
         of = torch.multinomial(share, independent, replacement=True, generator=generator).tolist()
@@ -422,9 +430,9 @@ def _data_variance(data: Tensor, classes: list[Tensor]) -> float:
 class _Chunk:
     """Rows first..last of the draw, with their noise: made once, measured at every time."""
 
-    def __init__(self, data, refs, members, draw, number, first, last, with_subsets, generator):
+    def __init__(self, data, refs, members, draw, number, first, last, with_subsets, spread, generator):
         index = draw.index.flatten()[first:last]
-        self.refs, self.dim = refs, math.prod(data.shape[1:])
+        self.refs, self.dim, self.spread = refs, math.prod(data.shape[1:]), spread
         self.x0 = data[index.to(data.device)].to(torch.promote_types(data.dtype, torch.float32))
         self.noise = _noise_like(self.x0, generator)
         group = torch.arange(first, last) // draw.index.shape[1]
@@ -432,11 +440,11 @@ class _Chunk:
         if with_subsets:
             self.subsets = data[draw.subset[group[0] : group[-1] + 1].to(data.device)]  # (groups here, M, *S)
             self.group = (group - group[0]).to(data.device)
-        place = torch.zeros(len(data), dtype=torch.int64)
-        place[members] = torch.arange(len(members))
-        self.half = len(members) // 2
-        self.in_first = (place[index] < self.half).to(data.device)
         self.left_out = (draw.sizes[number] - len(members)) / (len(members) / 2)  # in halves of the pool
+        self.half = len(members) // 2
+        place = torch.zeros(len(data), dtype=torch.bool)
+        place[members[: self.half]] = True
+        self.in_first = place[index].to(data.device)
 
     def measure(
         self,
@@ -451,49 +459,73 @@ class _Chunk:
         at = interpolant.coefficients(t)
         x_t, factor = interpolant.interpolate(self.x0, self.noise, t), float(at.x0_factor[0]) ** 2
         alpha, sigma = at.alpha.to(x_t.dtype), at.sigma.to(x_t.dtype)
-        out = {}
+        rounding = torch.finfo(x_t.dtype).eps * self.spread * float((alpha[0] / sigma[0]).square())
+        wide, out = rounding > _MOST_ROUNDING, {}
         if truth is not None:
             mean = truth(x_t, t).to(x_t.dtype)
         else:
-            means, lses = self._posterior(x_t, alpha, sigma, halves, precision)
+            means, lses = self._posterior(x_t, alpha, sigma, halves, precision, wide)
             mean, lse = _merge(means, lses)
-            own = self._own_logit(x_t, alpha, sigma)
-            out["own"], out["entropy"] = (own - lse).exp().clamp(max=1.0), (lse - own).clamp_min(0.0)
+            own = self._own_logit(x_t, alpha, sigma, wide)
+            out["own"], out["entropy"] = (own - lse).exp(), lse - own
             if halves:
                 nearest = torch.where(_like(self.in_first, means[0]), *means)  # the mean over its own half
                 out["cfm_missing"] = self.left_out * factor * _squared_norm(mean - nearest)
-                lost = (own - torch.where(self.in_first, *lses)).exp().clamp(max=1.0) - out["own"]
-                out["own_missing"] = self.left_out * lost.clamp_min(0.0)
+                lost = (own - torch.where(self.in_first, *lses)).exp() - out["own"]
+                out["own_missing"] = self.left_out * lost
             if effective:
-                out["effective"] = self._effective(x_t, alpha, sigma, lse, halves, precision)
+                out["effective"] = self._effective(x_t, alpha, sigma, lse, halves, precision, wide)
         out["cfm"] = factor * _squared_norm(self.x0 - mean)
         if self.subsets is not None:
             own_mean, _ = posterior_mean(x_t, self.subsets, alpha, sigma, self.group, precision=precision)
             out["stable"] = factor * _squared_norm(own_mean - mean)
         return out
 
-    def _posterior(self, x_t, alpha, sigma, halves, precision) -> tuple[list[Tensor], list[Tensor]]:
+    def _posterior(self, x_t, alpha, sigma, halves, precision, wide) -> tuple[list[Tensor], list[Tensor]]:
         """Means and lses (float64) over the whole set, or over its two halves."""
         parts = [self.refs[: self.half], self.refs[self.half :]] if halves else [self.refs]
         means, lses = zip(
             *(posterior_mean(x_t, part, alpha, sigma, precision=precision) for part in parts), strict=True
         )
+        if wide:
+            return list(means), [_wide_lse(x_t, part, alpha, sigma) for part in parts]
         return list(means), [lse.double() for lse in lses]
 
-    def _own_logit(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def _own_logit(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, wide: bool) -> Tensor:
         """The logit of x_0, as `posterior_mean` defines it for its lse."""
-        distance = _squared_norm(x_t.double() - _like(alpha.double(), x_t) * self.x0.double())
+        x0 = self.x0.double() if wide else self.x0
+        distance = _squared_norm(x_t - _like(alpha.to(x0.dtype), x0) * x0)
         return self.dim / 2 - distance / (2 * sigma.double() ** 2)
 
-    def _effective(self, x_t, alpha, sigma, lse, halves, precision) -> Tensor:
+    def _effective(self, x_t, alpha, sigma, lse, halves, precision, wide) -> Tensor:
         """1 / sum_j p_j^2. With logit_j = D/2 - d_j and sigma / sqrt(2), lse' = D/2 + log sum_j exp(-2 d_j), so
         log sum_j p_j^2 = (lse' - D/2) - 2 (lse - D/2); the 2 as the rounded sigmas have it, which matters for large D.
         """
         narrow = sigma / math.sqrt(2)
-        _, doubled = _merge(*self._posterior(x_t, alpha, narrow, halves, precision))
+        _, doubled = _merge(*self._posterior(x_t, alpha, narrow, halves, precision, wide))
         power = (sigma.double() / narrow.double()) ** 2
         squares = (doubled - self.dim / 2) - power * (lse - self.dim / 2)
         return (-squares).exp().clamp(1.0, float(len(self.refs)))
+
+
+def _wide_lse(x: Tensor, refs: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The lse of `posterior_mean`, from scores in float64. (N,) float64.
+
+    Scores grow as 1 / sigma^2, and what float32 rounds of them with them: a mean over one reference does not mind, but
+    the lse does, by some nats where sigma is 0.01 and D a few thousand.
+    """
+    alpha, sigma, most = alpha.double()[:, None], sigma.double()[:, None], _ROW_ELEMENTS
+    centre = refs.flatten(1).mean(0, dtype=torch.float64)
+    y = x.flatten(1).double() - alpha * centre
+    lse = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
+    for part in refs.flatten(1).split(max(1, most // centre.numel())):
+        d = part.double() - centre
+        half_norm = d.square().sum(1) / 2
+        rows = max(1, most // len(part))
+        for here, a, s, total in zip(*(v.split(rows) for v in (y, alpha, sigma, lse)), strict=True):
+            scores = (here @ d.T - a * half_norm) * (a / s**2)
+            total.copy_(torch.logaddexp(total, scores.logsumexp(1)))
+    return lse + centre.numel() / 2 - y.square().sum(1) / (2 * sigma[:, 0] ** 2)
 
 
 def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -518,4 +550,4 @@ def _like(per_row: Tensor, x: Tensor) -> Tensor:
 
 
 def _squared_norm(x: Tensor) -> Tensor:
-    return x.flatten(1).double().square().sum(1)
+    return x.flatten(1).square().sum(1).double()
