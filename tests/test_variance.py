@@ -271,6 +271,15 @@ def test_lse_from_float64_scores(t, rng, monkeypatch):
     torch.testing.assert_close(lse, expected, rtol=0, atol=1e-8 + 1e-13 / t**2)
 
 
+def test_rounding_of_the_own_mass_is_not_taken_for_a_rise(rng):
+    """Of a thousand samples far apart, with the float32 scores' rounding about an own mass of 1."""
+    curve = sv.variance_curve(torch.rand(1000, 784, generator=rng), [0.1, 0.2, 0.9, 0.99], samples=8000, generator=rng)
+    noise = 0.05 * torch.randn(curve.own_mass_groups[:2].shape, generator=rng, dtype=torch.float64)
+    noisy = torch.cat([curve.own_mass_groups[:2] + noise - noise.mean(1, True), curve.own_mass_groups[2:]])
+    split = sv.split_point(dataclasses.replace(curve, own_mass_groups=noisy), "own_mass")
+    assert 0.2 < split.low < split.split < split.high < 0.99
+
+
 def test_memory_is_bounded_by_chunks_of_rows(monkeypatch, rng):
     points = (-1.0, 0.5, 2.0)
     data, labels = torch.tensor(points * 2)[:, None], torch.tensor([0] * 3 + [1] * 3)

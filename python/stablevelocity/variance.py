@@ -244,7 +244,10 @@ def split_point(
     z, groups = NormalDist().inv_cdf((1 + confidence) / 2), share.shape[1]
     mean, error = share.mean(1), share.std(1) / groups**0.5
     unseen = torch.cat([share, (mean + (1 - mean) * groups / curve.samples)[:, None]], 1)  # a group with one row at 1
-    above = unseen.mean(1) * torch.exp(z * unseen.std(1) / groups**0.5 / unseen.mean(1)) + missing
+    risen, unsure = unseen.mean(1), unseen.std(1) / groups**0.5
+    # Of shares none of which is below 0 the error is at most the mean; more is rounding, which adds.
+    ratio = unsure / risen.clamp_min(1e-300)
+    above = torch.where(ratio <= 1, risen * torch.exp(z * ratio.clamp_max(1)), risen + math.expm1(z) * unsure) + missing
     below = mean * torch.exp(-z * error / mean.clamp_min(1e-300))
     low, split, high = (float(crossing(curve.t, value, level)) for value in (above, mean, below))
     return Split(split, low, high, criterion, level)
