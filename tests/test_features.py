@@ -1,13 +1,12 @@
 """svel features: what teachers see and give, the shards, and training aligned to them."""
 
-import math
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from distributed import run_svel
+from distributed import draw_as_processes, run_svel
 from stablevelocity import checkpoint, cli
 from stablevelocity.config import load_config
 from stablevelocity.data import ImageFolder
@@ -209,13 +208,28 @@ def test_mistakes_are_named(latents, features, tmp_path):
             train(latents, features, tmp_path, *more)
 
 
-def test_two_processes_train_the_same_projectors(latents, features, tmp_path):
-    sets = [part for text in settings(latents, features, tmp_path) for part in ("--set", text)]
+def assert_same_curves(lines, expected):
+    for key in ("loss", "grad_norm"):
+        curves = [torch.tensor([line[key] for line in run]) for run in (lines, expected)]
+        assert_close(*curves, rtol=1e-4, atol=0)
+
+
+def test_two_processes_align_as_one_does(latents, features, tmp_path):
+    """Weights are summed over all rows of a batch, wherever they are."""
+    quiet = "data.posterior_noise=0"  # noise is drawn for the batch of a process
+    sets = [part for text in settings(latents, features, tmp_path, quiet) for part in ("--set", text)]
     run_svel(["train", "--debug", *sets], 2, tmp_path / "processes")
     saved = checkpoint.latest(tmp_path / "checkpoints")
     assert len(checkpoint.load_module(saved, "projectors")) == 6
-    assert all(math.isfinite(line["loss"]) for line in checkpoint.load(saved)[1]["logs"])
+    alone = train(latents, features, tmp_path / "one", quiet)
+    draw_as_processes(alone, 2)
+    assert_same_curves(checkpoint.load(saved)[1]["logs"], alone.fit().losses)
     assert train(latents, features, tmp_path, "resume=latest", "steps=5").fit().steps == 5  # by one process
+
+
+def test_alignment_in_parts_is_that_of_the_batch(latents, features, tmp_path):
+    whole, parts = (train(latents, features, tmp_path / str(n), f"accumulate={n}").fit().losses for n in (1, 4))
+    assert_same_curves(parts, whole)
 
 
 def test_the_commands_of_the_guide_are_those_of_the_code():
