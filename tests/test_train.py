@@ -247,7 +247,7 @@ def test_two_processes_train_as_one(tmp_path):
     both = [*settings, f"output={tmp_path / 'both'}", "accumulate=2", "save_every=1"]
     root = tmp_path / "both" / "checkpoints"
 
-    how = "accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0".split()
+    how = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     command, env = launch(how, *both, "steps=100000")
     with open(tmp_path / "killed.txt", "w") as output:
         process = subprocess.Popen(command, env=env, stdout=output, stderr=output)
@@ -264,7 +264,7 @@ def test_two_processes_train_as_one(tmp_path):
     psutil.wait_procs(family, timeout=10)
     killed, _ = checkpoint.load(checkpoint.latest(root))
 
-    how = "torch.distributed.run --standalone --nproc-per-node=2".split()
+    how = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command, env = launch(how, *both, "resume=latest", f"steps={killed + 3}")
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

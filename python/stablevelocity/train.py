@@ -47,7 +47,8 @@ class TrainResult:
     folder: Path
     checkpoint: Path
     steps: int
-    losses: list[dict[str, float]]  # the lines of log.jsonl: step, loss (mean since the line before), grad_norm, lr
+    losses: list[dict[str, float]]  # the lines of log.jsonl: step, loss (mean since the line before), grad_norm, lr;
+    # with fp16 also skipped, the steps since the line before whose gradients overflowed
     seconds: float  # of the training loop of this call, without set-up
 
 
@@ -393,8 +394,8 @@ class Trainer:
         self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.step)
         if not math.isfinite(loss) or (taken < 1.0 and self.accelerator.scaler is None):
             raise RuntimeError(
-                f"the loss is {loss} at step {self.step}, {1.0 - taken:.0%} of the gradients since the last line of the "
-                "log are not finite: try a lower optim.lr"
+                f"the loss is {loss} at step {self.step}, and {1.0 - taken:.0%} of the gradients since the line of the "
+                "log before are not finite: try a lower optim.lr"
             )
 
     def _trim_log(self) -> None:
