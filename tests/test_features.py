@@ -9,7 +9,7 @@ import torch
 from distributed import draw_as_processes, run_svel
 from stablevelocity import checkpoint, cli
 from stablevelocity.config import load_config
-from stablevelocity.data import ImageFolder
+from stablevelocity.data import ImageFolder, to_unit
 from stablevelocity.features import AlignedData, load_teacher, patch_size, patch_tokens, teacher_pixels, write_features
 from stablevelocity.latents import LatentData, write_latents
 from stablevelocity.shards import Shards
@@ -92,6 +92,24 @@ def test_dinov2_of_transformers_gives_patch_tokens_without_the_class_token(tmp_p
     assert_close(got, out[:, 1:])
     model.save_pretrained(tmp_path)
     assert_close(patch_tokens(load_teacher(f"transformers:{tmp_path}"), images, grid=4), got)
+
+
+def test_dinov2_base_in_its_true_shape_on_a_photograph():
+    transformers = pytest.importorskip("transformers")
+    pixels = pytest.importorskip("sklearn.datasets").load_sample_image("china.jpg")[100:356, 200:456]
+    images = to_unit(torch.tensor(pixels).permute(2, 0, 1)[None])
+    seen = teacher_pixels(images, 224)
+    small = np.asarray(Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC)) / 255
+    expected = (small - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    apart = (seen[0] - torch.tensor(expected).permute(2, 0, 1)).abs()  # PIL rounds and clips between its two passes
+    assert apart.mean() < 0.01
+    assert apart.max() < 0.2
+    model = transformers.Dinov2Model(transformers.Dinov2Config(image_size=518)).eval()
+    assert sum(p.numel() for p in model.parameters()) == 86_580_480  # DINOv2 ViT-B/14
+    tokens = patch_tokens(model, images)
+    assert tokens.shape == (1, 256, 768)
+    with torch.no_grad():
+        assert_close(tokens, model(pixel_values=seen).last_hidden_state[:, 1:])
 
 
 def test_dinov2_with_registers_leaves_them_out():
