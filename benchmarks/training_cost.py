@@ -93,7 +93,7 @@ class Step:
             projected = self.project(self.hidden.tokens()) if align else None
         loss = self.objectives[objective].loss(output, draw)
         if align:
-            loss = loss + 0.5 * self.align(projected, self.features, draw.t)
+            loss = loss + 0.5 * self.align(projected, self.features, draw.t, self.align.weights(draw.t).sum())
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -165,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
         "CFM's draw": lambda: step.objectives["cfm"].sample(step.x0, step.labels),
         "StableVM: bank update, draw, target": lambda: step.objectives["stablevm"].sample(step.x0, step.labels),
         "VA-REPA's loss, forward and backward": lambda: alignment(
-            lambda p, z: step.align(p, z, t), projected, step.features
+            lambda p, z: step.align(p, z, t, step.align.weights(t).sum()), projected, step.features
         ),
         "VA-REPA's loss in plain torch": lambda: alignment(
             lambda p, z: peers.va_repa(p, z, step.align.weights(t)), projected, step.features

@@ -110,6 +110,26 @@ def run_svel(arguments: list[str], world: int, folder: Path) -> list[str]:
     return run_processes(functools.partial(_svel, arguments), world, folder)
 
 
+def draw_as_processes(trainer, world: int) -> None:
+    """Have a trainer of one process draw each share of a batch from the random stream of the process that would."""
+    from stablevelocity.objectives import TrainingSample
+
+    streams, draw = [], trainer._draw
+    for rank in range(world):
+        trainer._seed(trainer.config.seed + 1 + rank)
+        streams.append(torch.get_rng_state())
+
+    def shares(x0: torch.Tensor, labels: torch.Tensor) -> TrainingSample:
+        drawn = []
+        for rank, rows in enumerate(zip(x0.chunk(world), labels.chunk(world), strict=True)):
+            torch.set_rng_state(streams[rank])
+            drawn.append(vars(draw(*rows)))
+            streams[rank] = torch.get_rng_state()
+        return TrainingSample(**{name: torch.cat([share[name] for share in drawn]) for name in drawn[0]})
+
+    trainer._draw = shares
+
+
 def _svel(arguments: list[str], rank: int, world: int, folder: str) -> None:
     from stablevelocity import cli
 

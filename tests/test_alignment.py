@@ -99,6 +99,16 @@ def test_several_teachers_are_averaged(rng):
     assert_close(loss(p[:1], z[0], t), loss(p[0], z[0], t))
 
 
+def test_parts_of_a_batch_make_the_loss_of_the_whole(rng):
+    p, z, t = torch.randn(6, 5, 7, generator=rng), torch.randn(6, 5, 7, generator=rng), torch.rand(6, generator=rng)
+    t[4:] = 0.9  # the last part has no weight at all
+    loss = sv.VAREPALoss(schedule="hard")
+    rows = list(zip(p.chunk(3), z.chunk(3), t.chunk(3), strict=True))
+    total = loss.weights(t).sum() / 3
+    assert_close(torch.stack([loss(*part, total) for part in rows]).mean(), loss(p, z, t).double())
+    assert loss(*rows[2], torch.zeros(())) == 0
+
+
 def test_gradient_reaches_the_projections_only(rng):
     p = torch.randn(4, 5, 7, generator=rng, dtype=torch.float64, requires_grad=True)
     z = torch.randn(4, 5, 7, generator=rng, dtype=torch.float64, requires_grad=True)

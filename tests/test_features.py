@@ -1,16 +1,15 @@
 """svel features: what teachers see and give, the shards, and training aligned to them."""
 
-import math
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from distributed import run_svel
+from distributed import draw_as_processes, run_svel
 from stablevelocity import checkpoint, cli
 from stablevelocity.config import load_config
-from stablevelocity.data import ImageFolder
+from stablevelocity.data import ImageFolder, to_unit
 from stablevelocity.features import AlignedData, load_teacher, patch_size, patch_tokens, teacher_pixels, write_features
 from stablevelocity.latents import LatentData, write_latents
 from stablevelocity.shards import Shards
@@ -93,6 +92,24 @@ def test_dinov2_of_transformers_gives_patch_tokens_without_the_class_token(tmp_p
     assert_close(got, out[:, 1:])
     model.save_pretrained(tmp_path)
     assert_close(patch_tokens(load_teacher(f"transformers:{tmp_path}"), images, grid=4), got)
+
+
+def test_dinov2_base_in_its_true_shape_on_a_photograph():
+    transformers = pytest.importorskip("transformers")
+    pixels = pytest.importorskip("sklearn.datasets").load_sample_image("china.jpg")[100:356, 200:456]
+    images = to_unit(torch.tensor(pixels).permute(2, 0, 1)[None])
+    seen = teacher_pixels(images, 224)
+    small = np.asarray(Image.fromarray(pixels).resize((224, 224), Image.Resampling.BICUBIC)) / 255
+    expected = (small - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    apart = (seen[0] - torch.tensor(expected).permute(2, 0, 1)).abs()  # PIL rounds and clips between its two passes
+    assert apart.mean() < 0.01
+    assert apart.max() < 0.2
+    model = transformers.Dinov2Model(transformers.Dinov2Config(image_size=518)).eval()
+    assert sum(p.numel() for p in model.parameters()) == 86_580_480  # DINOv2 ViT-B/14
+    tokens = patch_tokens(model, images)
+    assert tokens.shape == (1, 256, 768)
+    with torch.no_grad():
+        assert_close(tokens, model(pixel_values=seen).last_hidden_state[:, 1:])
 
 
 def test_dinov2_with_registers_leaves_them_out():
@@ -209,13 +226,28 @@ def test_mistakes_are_named(latents, features, tmp_path):
             train(latents, features, tmp_path, *more)
 
 
-def test_two_processes_train_the_same_projectors(latents, features, tmp_path):
-    sets = [part for text in settings(latents, features, tmp_path) for part in ("--set", text)]
+def assert_same_curves(lines, expected):
+    for key in ("loss", "grad_norm"):
+        curves = [torch.tensor([line[key] for line in run]) for run in (lines, expected)]
+        assert_close(*curves, rtol=1e-4, atol=0)
+
+
+def test_two_processes_align_as_one_does(latents, features, tmp_path):
+    """Weights are summed over all rows of a batch, wherever they are."""
+    quiet = "data.posterior_noise=0"  # noise is drawn for the batch of a process
+    sets = [part for text in settings(latents, features, tmp_path, quiet) for part in ("--set", text)]
     run_svel(["train", "--debug", *sets], 2, tmp_path / "processes")
     saved = checkpoint.latest(tmp_path / "checkpoints")
     assert len(checkpoint.load_module(saved, "projectors")) == 6
-    assert all(math.isfinite(line["loss"]) for line in checkpoint.load(saved)[1]["logs"])
+    alone = train(latents, features, tmp_path / "one", quiet)
+    draw_as_processes(alone, 2)
+    assert_same_curves(checkpoint.load(saved)[1]["logs"], alone.fit().losses)
     assert train(latents, features, tmp_path, "resume=latest", "steps=5").fit().steps == 5  # by one process
+
+
+def test_alignment_in_parts_is_that_of_the_batch(latents, features, tmp_path):
+    whole, parts = (train(latents, features, tmp_path / str(n), f"accumulate={n}").fit().losses for n in (1, 4))
+    assert_same_curves(parts, whole)
 
 
 def test_the_commands_of_the_guide_are_those_of_the_code():

@@ -30,12 +30,19 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def save_images(folder, n=30):
+N = 300
+
+
+def save_images(folder):
+    """Pieces of two photographs, as JPEG files of several sizes in three classes."""
+    photographs = pytest.importorskip("sklearn.datasets").load_sample_images().images
     rng = np.random.default_rng(0)
-    for i in range(n):
-        path = folder / "abc"[i % 3] / f"{i:03d}.png"
+    for i in range(N):
+        path = folder / "abc"[i % 3] / f"{i:03d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (18 + i % 5, 20, 3), dtype=np.uint8)).save(path)
+        pixels, high = photographs[i % 2], 18 + i % 5
+        top, left = rng.integers(0, pixels.shape[0] - high), rng.integers(0, pixels.shape[1] - 20)
+        Image.fromarray(pixels[top : top + high, left : left + 20]).save(path)
     return folder
 
 
@@ -65,8 +72,8 @@ def vae(tmp_path_factory):
 
 
 def arguments(images, vae, output, *more):
-    values = ["latents", images, "--vae", vae, "--output", output, "--size=16", "--device=cpu", "--shard-size=8"]
-    return [str(value) for value in (*values, "--batch-size=3", *more)]
+    values = ["latents", images, "--vae", vae, "--output", output, "--size=16", "--device=cpu", "--shard-size=80"]
+    return [str(value) for value in (*values, "--batch-size=30", *more)]
 
 
 @pytest.fixture(scope="module")
@@ -83,42 +90,42 @@ def contents(folder):
 def test_shards_hold_the_posterior_of_images_and_mirror_images(images, vae, written):
     folder, autoencoder = ImageFolder(images, 16), load_autoencoder(str(vae))
     about = json.loads((written / "about.json").read_text())
-    assert (about["samples"], about["flips"], about["shape"]) == (30, 2, [2, 4, 8, 8])
+    assert (about["samples"], about["flips"], about["shape"]) == (N, 2, [2, 4, 8, 8])
     assert sorted(contents(written)) == ["about.json", "labels.npy", *(f"shard-0000{i}.npy" for i in range(4))]
     shards = Shards(written)
     assert shards.labels.tolist() == [y for _, y in folder.files]
-    x = folder.__getitems__([5, 29])[0]
+    x = folder.__getitems__([5, 299])[0]
     for flip, seen in enumerate((x, x.flip(3))):
         with torch.no_grad():
             expected = autoencoder.encode(seen).latent_dist
-        mean, std = shards.rows([5, 29], [flip, flip]).unbind(1)
+        mean, std = shards.rows([5, 299], [flip, flip]).unbind(1)
         assert_close(mean.float(), expected.mean, rtol=2e-3, atol=2e-3)  # stored in float16
         assert_close(std.float(), expected.std, rtol=2e-3, atol=2e-3)
 
 
 def test_data_set_scales_draws_and_flips(written):
     data = load_data(DataConfig(source=str(written), scale=2.0))
-    assert (len(data), data.shape, data.num_classes, data.kind) == (60, (4, 8, 8), 3, "latent")
+    assert (len(data), data.shape, data.num_classes, data.kind) == (2 * N, (4, 8, 8), 3, "latent")
     mean, std = data.shards.rows([7, 7], [0, 1]).float().unbind(1)
     quiet = load_data(DataConfig(source=str(written), posterior_noise=0.0))
-    x, y, index = quiet.__getitems__([7, 37])
+    x, y, index = quiet.__getitems__([7, 307])
     assert_close(x, (mean - 0.1) * 0.3)
     assert y.tolist() == [data.y[7].item()] * 2
-    assert index.tolist() == [7, 37]
-    first = torch.stack([(data.__getitems__([7, 37, i])[0][:2] / 0.6 + 0.1 - mean) / std for i in range(50)])
+    assert index.tolist() == [7, 307]
+    first = torch.stack([(data.__getitems__([7, 307, i])[0][:2] / 0.6 + 0.1 - mean) / std for i in range(50)])
     assert abs(first.mean()) < 5 / first.numel() ** 0.5
     assert abs(first.std() - 1) < 5 / first.numel() ** 0.5
-    a, b, c = (data.__getitems__(list(batch))[0] for batch in ((7, 37), (7, 37), (37, 7)))
+    a, b, c = (data.__getitems__(list(batch))[0] for batch in ((7, 307), (7, 307), (307, 7)))
     assert torch.equal(a, b)
     assert not torch.equal(a, c.flip(0))
     plain = load_data(DataConfig(source=str(written), labels=False, flip=False))
-    assert (len(plain), plain.num_classes, plain.__getitems__([3])[1]) == (30, 0, None)
+    assert (len(plain), plain.num_classes, plain.__getitems__([3])[1]) == (N, 0, None)
 
 
 def test_workers_see_what_one_process_does(written):
     data = LatentData(written)
     seen = [
-        [x for (x, _, _), _ in zip(loader(data, ShuffledOrder(60, 8, 0), workers=w), range(4), strict=False)]
+        [x for (x, _, _), _ in zip(loader(data, ShuffledOrder(2 * N, 8, 0), workers=w), range(4), strict=False)]
         for w in (0, 2)
     ]
     for a, b in zip(*seen, strict=True):
@@ -129,7 +136,7 @@ def test_the_data_set_holds_no_more_than_a_batch(written):
     import pickle
 
     data = LatentData(written)
-    data.__getitems__([0, 59])
+    data.__getitems__([0, 2 * N - 1])
     assert len(pickle.dumps(data)) < 10_000
 
 
@@ -193,7 +200,7 @@ def test_any_module_with_encode(images, tmp_path, form):
     folder = ImageFolder(images, 8)
     write_latents(folder, tmp_path, Halves(), flip=False, dtype="float32", shard_size=100, batch_size=4)
     data = LatentData(tmp_path, noise=0.0)
-    assert len(data) == 30
+    assert len(data) == N
     assert_close(data.__getitems__([11])[0], folder.__getitems__([11])[0][:, :, ::2, ::2])
     assert (data.shards.rows([0], [0])[:, 1] == 0).all() == (form == "tensor")
 

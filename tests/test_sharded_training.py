@@ -10,6 +10,7 @@ import torch.distributed as dist
 from distributed import run_processes
 from stablevelocity import checkpoint
 from stablevelocity.models.sit import SiT
+from torch.nn.parallel import DistributedDataParallel
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +139,11 @@ def train_over(place, *overrides):
 
 
 def train_device(rank, world, folder):
-    train_over("device")(rank, world, folder)
+    """Each batch in two parts, of which the first does not exchange gradients."""
+    quiet, no_sync = [], DistributedDataParallel.no_sync
+    DistributedDataParallel.no_sync = lambda model: (quiet.append(model), no_sync(model))[1]
+    train_over("device", "accumulate=2")(rank, world, folder)
+    assert len(quiet) == 6
 
 
 def train_sharded(rank, world, folder):
@@ -149,8 +154,12 @@ def resume_sharded(rank, world, folder):
     train_over("sharded", "resume=latest", "steps=8")(rank, world, folder)
 
 
+def grow_sharded(rank, world, folder):
+    train_over("sharded", "resume=latest", "steps=12")(rank, world, folder)
+
+
 def test_svel_train_is_the_same_over_a_bank_in_parts(tmp_path):
-    """Two processes under DDP; saved in parts, resumed by two and by one, in parts and whole."""
+    """Two processes under DDP; saved in parts, resumed by two, by one and by two again, in parts and whole."""
     pytest.importorskip("accelerate")
     for work in (train_device, train_sharded, resume_sharded):
         run_processes(work, 2, tmp_path)
@@ -165,6 +174,8 @@ def test_svel_train_is_the_same_over_a_bank_in_parts(tmp_path):
         )
         assert resumed.step >= 8
         resumed.fit()
+    run_processes(grow_sharded, 2, tmp_path)
+    assert len(curve_of(tmp_path / "sharded")) == 12
     from_whole = trainer(tmp_path / "device", "bank.storage=sharded", "bank.null_label=all", "resume=latest", "steps=7")
     assert torch.equal(from_whole.bank.refs, banks[0]["refs"])
     from_whole.fit()

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 
 pytest.importorskip("accelerate")
 
+from distributed import draw_as_processes
 from stablevelocity import checkpoint
 from stablevelocity.config import load_config
 from stablevelocity.data import ArrayData
@@ -73,8 +76,9 @@ def assert_same_checkpoint(a: Path, b: Path):
         ("objective.name=cfm", "objective.times=lognormal"),
         ("objective.name=stf", "optim.clip=0"),
         ("bank.null_label=all", "objective.interpolant=cosine", "data.workers=1"),
+        ("accumulate=2", "mixed_precision=bf16"),
     ],
-    ids=["stablevm", "loader", "cfm", "stf", "null-all-cosine"],
+    ids=["stablevm", "loader", "cfm", "stf", "null-all-cosine", "accumulate"],
 )
 def test_resume_is_bit_for_bit(tmp_path, images, overrides):
     whole = make(images, tmp_path / "a", *overrides, "save_every=3").fit()
@@ -226,39 +230,148 @@ def test_moving_average_starts_fast_and_slows_to_its_decay():
     assert not average.module.weight.requires_grad
 
 
-def test_two_processes_share_the_batch_and_the_bank(tmp_path):
-    """Two gloo processes, saved, then resumed by one."""
+def launch(how, *overrides):
+    """A command line of `svel train` for two processes, and its environment."""
+    sets = [part for override in overrides for part in ("--set", override)]
+    command = [sys.executable, "-m", *how, "-m", "stablevelocity", "train", "--debug", *sets]
+    return command, {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Two gloo processes, killed as they save, go on from what is whole; the run is that of one with the same draws."""
+    psutil = pytest.importorskip("psutil")
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "set.npz", x=rng.integers(0, 256, (20, 8, 8), dtype=np.uint8), y=np.arange(20) % 2)
-    overrides = [*SMALL, f"data.source={tmp_path / 'set.npz'}", f"output={tmp_path / 'run'}", "bank.prefill=false"]
-    overrides.append("objective.t_min=auto")
-    sets = [part for override in overrides for part in ("--set", override)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    train = [sys.executable, "-m", "stablevelocity", "train", "--debug", *sets]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, *train], env=env, capture_output=True, text=True, timeout=120)
+    settings = [*SMALL, f"data.source={tmp_path / 'set.npz'}", "bank.prefill=false", "optim.schedule=constant"]
+    settings += ["log_every=1", "objective.t_min=auto"]
+    both = [*settings, f"output={tmp_path / 'both'}", "accumulate=2", "save_every=1"]
+    root = tmp_path / "both" / "checkpoints"
+
+    how = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    command, env = launch(how, *both, "steps=100000")
+    with open(tmp_path / "killed.txt", "w") as output:
+        process = subprocess.Popen(command, env=env, stdout=output, stderr=output)
+    family, deadline = [psutil.Process(process.pid)], time.monotonic() + 100
+    try:
+        while len(checkpoint.complete(root)) < 3 or not list(root.glob(".writing-*/model.safetensors")):
+            assert process.poll() is None, (tmp_path / "killed.txt").read_text()[-2000:]
+            assert time.monotonic() < deadline
+    finally:
+        family += family[0].children(recursive=True)
+        for member in family:
+            member.kill()
+        process.wait()
+    psutil.wait_procs(family, timeout=10)
+    killed, _ = checkpoint.load(checkpoint.latest(root))
+
+    how = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command, env = launch(how, *both, "resume=latest", f"steps={killed + 3}")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    saved = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    saved = checkpoint.latest(root)
     step, state = checkpoint.load(saved)
-    assert step == 6
+    assert step == killed + 3
     assert len(state["random"]) == 2
     assert not torch.equal(state["random"][0]["torch"], state["random"][1]["torch"])
+
+    alone = Trainer(load_config(None, [*settings, f"output={tmp_path / 'one'}", f"steps={step}"]), progress=False)
+    draw_as_processes(alone, 2)
+    expected = alone.fit()
+    for key in ("loss", "grad_norm"):
+        curves = [torch.tensor([line[key] for line in lines]) for lines in (state["logs"], expected.losses)]
+        torch.testing.assert_close(*curves, rtol=1e-4, atol=0)
     bank = checkpoint.load_module(saved, "bank")
-    assert bank["counts"].tolist() == [4, 4, 4]
+    assert all(torch.equal(bank[name], held) for name, held in alone.bank.state_dict().items())
     variance = checkpoint.load_module(saved, "variance")
-    assert variance["moments"] == 48, "the online variance is of both processes' rows"
-    assert 24 < variance["seen"] <= 48
-    assert int(bank["heads"].sum()) % 4 == (48 + 48) % 4  # each of 48 samples went into its class and the null ring
-    more = subprocess.run(
-        [*train, "--set", "resume=latest", "--set", "steps=8"], env=env, capture_output=True, text=True
-    )
-    assert more.returncode == 0, more.stderr[-2000:]
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-00000008"
+    assert variance["seen"] > 4 * step, "of both processes' rows"
+    for name, held in alone.variance.state_dict().items():
+        torch.testing.assert_close(variance[name], held, rtol=1e-2, atol=1e-6)  # which ages rows by the batch
+
+    more = Trainer(load_config(None, [*both, "resume=latest", f"steps={step + 2}"]), progress=False)
+    assert more.step == step
+    more.fit()
+    assert checkpoint.latest(root).name == f"step-{step + 2:08d}"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("objective.source=loader", "model.checkpointing=true"), ("objective.name=cfm",), ("objective.name=stf",)],
+    ids=["stablevm", "loader", "cfm", "stf"],
+)
+def test_accumulated_gradients_are_those_of_the_batch(tmp_path, images, overrides):
+    runs = []
+    for parts in (1, 4):
+        trainer = make(images, tmp_path / str(parts), *overrides, f"accumulate={parts}", "optim.clip=0", "steps=1")
+        for parameter in trainer.parameters:  # at initialisation only the last layer has a gradient
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+        trainer.optimizer.zero_grad = lambda: None
+        runs.append((trainer.fit().losses[0], [p.grad for p in trainer.parameters], trainer.bank))
+    (whole, gradients, bank), (line, summed, same) = runs
+    assert line["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    for a, b in zip(summed, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    assert max(float(g.abs().max()) for g in gradients) > 1e-3
+    assert bank is None or all(torch.equal(a, b) for a, b in zip(bank.buffers(), same.buffers(), strict=True))
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(tmp_path, images):
+    with pytest.raises(ValueError, match="accumulate: expected a divisor of a process's 8 samples, got 3"):
+        make(images, tmp_path, "accumulate=3")
+
+
+@pytest.mark.parametrize(("how", "precision", "tolerance"), [("model", "no", 1e-5), ("step", "bf16", 2e-2)])
+def test_compiled_and_in_bfloat16(tmp_path, images, monkeypatch, how, precision, tolerance):
+    """What the plain step does; bfloat16 is in the model's activations, not in its weights."""
+    whole = make(images, tmp_path / "plain").fit()
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    trainer = make(images, tmp_path / "fast", f"compile={how}", f"mixed_precision={precision}", "accumulate=2")
+    outputs = []
+    trainer.model.final_layer.register_forward_hook(lambda module, inputs, output: outputs.append(output.dtype))
+    result = trainer.fit()
+    assert set(outputs) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    for key in ("loss", "grad_norm"):
+        curves = [torch.tensor([line[key] for line in run.losses]) for run in (result, whole)]
+        torch.testing.assert_close(*curves, rtol=tolerance, atol=0)
+    assert load_model(tmp_path / "fast", device="cpu")[2]["step"] == 6  # saved under the plain names
+
+
+def test_fp16_skips_steps_that_overflow_and_resumes(tmp_path, images, monkeypatch):
+    """On a CPU, where accelerate leaves fp16 out, with the autocast and the scaler that it has on a GPU."""
+    import accelerate
+
+    class Half(accelerate.Accelerator):
+        def __init__(self, **options):
+            super().__init__(**{**options, "mixed_precision": "fp16"})
+            self.native_amp, self.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**28)
+
+    whole = make(images, tmp_path / "plain", "steps=4", "log_every=1").fit()
+    monkeypatch.setattr(accelerate, "Accelerator", Half)
+    more = ("steps=12", "log_every=1", "save_every=4", "accumulate=2")
+    half = make(images, tmp_path / "half", *more).fit()
+    skipped = [line["skipped"] for line in half.losses]
+    assert skipped[0] == 1
+    assert skipped[-1] == 0
+    assert all(math.isfinite(line["grad_norm"]) for line in half.losses)
+    scaler = checkpoint.load(half.checkpoint)[1]["scaler"]
+    assert scaler["scale"] == 2.0 ** (28 - sum(skipped))
+    assert half.losses[0]["loss"] == pytest.approx(whole.losses[0]["loss"], rel=1e-3)
+    middle = half.checkpoint.with_name("step-00000004")
+    shutil.copytree(middle, tmp_path / "again" / "checkpoints" / middle.name)
+    again = make(images, tmp_path / "again", *more, "resume=latest").fit()
+    assert_same_checkpoint(half.checkpoint, again.checkpoint)
+
+
+def test_fp16_without_a_gpu_is_refused(tmp_path, images):
+    with pytest.raises(ValueError, match="mixed_precision: expected 'bf16' or 'no' on a CPU, got 'fp16'"):
+        make(images, tmp_path, "mixed_precision=fp16")
 
 
 @pytest.mark.gpu
-def test_a_step_never_waits_for_the_device(tmp_path, images):
-    trainer = make(images, tmp_path, "device=cuda", "mixed_precision=bf16")
+@pytest.mark.parametrize(("precision", "parts"), [("bf16", 1), ("bf16", 2), ("fp16", 2)])
+def test_a_step_never_waits_for_the_device(tmp_path, images, precision, parts):
+    trainer = make(images, tmp_path, "device=cuda", f"mixed_precision={precision}", f"accumulate={parts}")
     x, y, index = images.__getitems__(range(8))
     batch = x.cuda(), y.cuda(), index
     for _ in range(3):
@@ -271,8 +384,14 @@ def test_a_step_never_waits_for_the_device(tmp_path, images):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", ["no", "model", "step"])
-def test_training_on_a_gpu(tmp_path, images, how):
-    result = make(images, tmp_path, "device=cuda", "mixed_precision=auto", f"compile={how}").fit()
-    assert all(math.isfinite(line["loss"]) for line in result.losses)
-    assert make(images, tmp_path, "device=cuda", "mixed_precision=auto", "resume=latest", "steps=8").fit().steps == 8
+@pytest.mark.parametrize(("how", "precision"), [("no", "auto"), ("no", "fp16"), ("model", "fp16"), ("step", "auto")])
+def test_training_on_a_gpu(tmp_path, images, how, precision):
+    options = ("device=cuda", f"mixed_precision={precision}", f"compile={how}", "accumulate=2")
+    plain = make(images, tmp_path / "plain", "device=cuda", "steps=12").fit()
+    result = make(images, tmp_path / "fast", *options, "steps=12").fit()
+    curves = [torch.tensor([line["loss"] for line in run.losses]) for run in (result, plain)]
+    if how != "step":  # where the inductor draws other numbers
+        torch.testing.assert_close(*curves, rtol=5e-2, atol=0)
+    assert curves[0].isfinite().all()
+    assert result.losses[-1].get("skipped", 0) == 0
+    assert make(images, tmp_path / "fast", *options, "resume=latest", "steps=14").fit().steps == 14

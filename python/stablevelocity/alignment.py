@@ -100,13 +100,21 @@ class VAREPALoss:
         split = self.split if self.variance is None else self.variance.split(before=DEFAULT_SPLIT)
         return self.weight_function(t.detach(), split, self.interpolant).float()
 
-    def __call__(self, projected: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], t: Tensor) -> Tensor:
+    def __call__(
+        self,
+        projected: Tensor | Sequence[Tensor],
+        teacher: Tensor | Sequence[Tensor],
+        t: Tensor,
+        total: Tensor | None = None,
+    ) -> Tensor:
         """The loss (0-d float32), differentiable in `projected`.
 
         Args:
             projected: (N, T, C) projected hidden states, or one such tensor for each teacher.
             teacher: (N, T, C) teacher features, or a sequence of them; T and C may differ between teachers.
             t: (N,) times, 0 at the data.
+            total: 0-d, what to divide by in place of the sum of these rows' weights: where a batch comes in parts, or
+                is shared by processes, the mean over parts of theirs. The mean of the losses is then that of the batch.
 
         Raises:
             ValueError: when the numbers of tensors differ. RuntimeError: from the op, naming the argument.
@@ -117,7 +125,8 @@ class VAREPALoss:
             raise ValueError(f"teacher: expected {len(projected)} tensors, as many as projected, got {len(teacher)}")
         weight = self.weights(t)
         losses = [va_repa_loss(p, z.detach(), weight) for p, z in zip(projected, teacher, strict=True)]
-        return torch.stack(losses).mean()
+        loss = torch.stack(losses).mean()
+        return loss if total is None else loss * (weight.sum() / total.clamp_min(1e-12))
 
 
 class HiddenState:

@@ -75,6 +75,7 @@ _TRAIN_FLAGS = {
     "data": "data.source",
     "steps": "steps",
     "batch_size": "batch_size",
+    "accumulate": "accumulate",
     "lr": "optim.lr",
     "seed": "seed",
     "device": "device",

@@ -136,7 +136,8 @@ class TrainConfig:
     output: str = "runs/train"
     seed: int = 0
     steps: int = _at_least(100_000, 1)
-    batch_size: int = _at_least(256, 1)  # of all processes together
+    batch_size: int = _at_least(256, 1)  # of all processes together, in one step of the optimizer
+    accumulate: int = _at_least(1, 1)  # parts in which each process takes its share of a batch through the model
     device: Literal["auto", "cpu", "cuda"] = "auto"
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # auto: bf16 where there is hardware for it
     compile: Literal["no", "model", "step"] = "no"  # torch.compile of the model, or of the draw, the model and the loss

@@ -40,6 +40,15 @@ class TrainingSample:
     x0: Tensor  # (N, *S) float32 clean sample that x_t was made of
     noise: Tensor  # (N, *S) float32 noise that x_t was made of
 
+    def split(self, parts: int) -> list[TrainingSample]:
+        """The rows in equal parts, for a model that takes them one after the other; `parts` must divide N."""
+        columns = (getattr(self, field.name) for field in fields(self))
+        return [TrainingSample(*rows) for rows in zip(*(_chunks(column, parts) for column in columns), strict=True)]
+
+
+def _chunks(column: Tensor | None, parts: int) -> Sequence[Tensor | None]:
+    return [None] * parts if column is None else column.chunk(parts)
+
 
 class CFMObjective:
     """Conditional flow matching: x_t from the batch's own samples, regressed on the conditional target.

@@ -14,7 +14,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,8 @@ class TrainResult:
     folder: Path
     checkpoint: Path
     steps: int
-    losses: list[dict[str, float]]  # the lines of log.jsonl: step, loss (mean since the line before), grad_norm, lr
+    losses: list[dict[str, float]]  # the lines of log.jsonl: step, loss (mean since the line before), grad_norm, lr;
+    # with fp16 also skipped, the steps since the line before whose gradients overflowed
     seconds: float  # of the training loop of this call, without set-up
 
 
@@ -111,6 +112,8 @@ class Trainer:
         self.config, self.folder = config, Path(config.output)
         device = resolve_device(config.device)
         self.precision = resolve_precision(config.mixed_precision, device)
+        if self.precision == "fp16" and device.type == "cpu":
+            raise ValueError("mixed_precision: expected 'bf16' or 'no' on a CPU, got 'fp16'")
         _forget_last_run(accelerate.state.AcceleratorState)
         self.accelerator = accelerate.Accelerator(
             cpu=device.type == "cpu",
@@ -121,6 +124,9 @@ class Trainer:
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.progress = progress and self.main
+        share = config.batch_size // self.world
+        if share % config.accumulate:
+            raise ValueError(f"accumulate: expected a divisor of a process's {share} samples, got {config.accumulate}")
         self.resume_from = self._prepare_folder()
 
         self.dataset = load_data(config.data) if dataset is None else dataset
@@ -149,10 +155,13 @@ class Trainer:
         self.project = self.accelerator.prepare(self.projectors) if len(self.projectors) else self.projectors
         if config.compile == "model":
             self.net = torch.compile(self.net)
-        self._loss = torch.compile(self._draw_and_loss) if config.compile == "step" else self._draw_and_loss
+        self._draw, self._loss = self.objective.sample, self._model_and_loss
+        if config.compile == "step":
+            self._draw, self._loss = torch.compile(self._draw), torch.compile(self._loss)
 
         self.step, self.logs = 0, []
-        self.window = torch.zeros(2, device=self.device)  # sums since the last log line: loss, gradient norm
+        # sums since the last log line: loss, gradient norms that are finite, how many of them
+        self.window = torch.zeros(3, device=self.device)
         self.window_steps = 0
         self._seed(config.seed + 1 + self.rank)
         if self.resume_from is not None:
@@ -246,8 +255,7 @@ class Trainer:
 
     # -- one step
 
-    def _draw_and_loss(self, x0: Tensor, labels: Tensor | None, features: list[Tensor]) -> Tensor:
-        draw: TrainingSample = self.objective.sample(x0, labels)
+    def _model_and_loss(self, draw: TrainingSample, features: Sequence[Tensor], total: Tensor | None) -> Tensor:
         if not features:
             return self.objective.loss(self.net(draw.x_t, draw.t, draw.labels), draw)
         with self.hidden.watch():
@@ -255,7 +263,7 @@ class Trainer:
         projected = self.project(self.hidden.tokens())
         if self.config.align.spatial_norm:
             features = [spatial_norm(z) for z in features]
-        alignment = self.align(projected, features, draw.t)
+        alignment = self.align(projected, features, draw.t, total)
         return self.objective.loss(output, draw) + self.config.align.coefficient * alignment
 
     def _train_step(self, batch: Batch) -> None:
@@ -265,19 +273,34 @@ class Trainer:
         features = [z.to(self.device, non_blocking=True) for z in batch[3]] if len(self.projectors) else []
         if self.bank is not None and self.objective.source == "bank":
             self._push(x0, labels)
-        loss = self._loss(x0, labels, features)
+        draw = self._draw(x0, labels)
         if self.bank is not None and self.objective.source == "loader":
             self._push(x0, labels)
-        self.accelerator.backward(loss)
+        loss = self._backward(draw, features)
         clip = self.config.optim.clip or math.inf
         norm = self.accelerator.clip_grad_norm_(self.parameters, clip)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.ema.update(self.model)
-        self.window += torch.stack([loss.detach(), norm.detach()])
+        taken = norm.isfinite()  # else the scaler of fp16 has skipped the step
+        self.window += torch.stack([loss, torch.where(taken, norm, 0.0), taken.to(loss.dtype)])
         self.window_steps += 1
         self.step += 1
+
+    def _backward(self, draw: TrainingSample, features: list[Tensor]) -> Tensor:
+        """The gradients of the whole batch from its parts, and its loss. Processes exchange them in the last part."""
+        parts, losses, total = self.config.accumulate, [], None
+        self.accelerator.gradient_accumulation_steps = parts  # which all accelerators of a process share
+        if features:
+            total = self.accelerator.reduce(self.align.weights(draw.t).sum() / parts, "mean")
+        chunks = zip(*(z.chunk(parts) for z in features), strict=True) if features else [()] * parts
+        for rows, teachers in zip(draw.split(parts), chunks, strict=True):
+            with self.accelerator.accumulate(self.net, self.project):
+                loss = self._loss(rows, teachers, total)
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
 
     def _push(self, x0: Tensor, labels: Tensor | None) -> None:
         """Every bank stores the whole global batch, so that all are the same; one in parts gathers it itself."""
@@ -354,8 +377,11 @@ class Trainer:
     def _log(self, bar: tqdm) -> None:
         """The only read of the device in training, apart from samples and checkpoints."""
         mean = self.accelerator.reduce(self.window / max(1, self.window_steps), "mean")
-        loss, norm = mean.tolist()
+        loss, norm, taken = mean.tolist()
+        norm = norm / taken if taken else 0.0
         line = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": self.scheduler.get_last_lr()[0]}
+        if self.accelerator.scaler is not None:
+            line["skipped"] = round((1.0 - taken) * self.window_steps)
         if self.variance is not None:
             line["split"] = sampling_split(self.variance)
         self.window.zero_()
@@ -366,8 +392,11 @@ class Trainer:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
         self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.step)
-        if not math.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} at step {self.step} (gradient norm {norm}): try a lower optim.lr")
+        if not math.isfinite(loss) or (taken < 1.0 and self.accelerator.scaler is None):
+            raise RuntimeError(
+                f"the loss is {loss} at step {self.step}, and {1.0 - taken:.0%} of the gradients since the line of the "
+                "log before are not finite: try a lower optim.lr"
+            )
 
     def _trim_log(self) -> None:
         """Drop the lines that a killed run wrote after the checkpoint that we continue from."""
