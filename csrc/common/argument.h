@@ -110,8 +110,8 @@ inline bool same_dtype(const Argument& a, const Argument& b) {
   return a.shim_dtype() == b.shim_dtype();
 }
 
-// A new tensor on its way to torch, which takes it as it is: of a torch::stable::Tensor torch's headers make a
-// second handle and delete the first.
+// A new tensor on its way to torch, which takes it as it is: of a torch::stable::Tensor torch's headers make
+// a second handle and delete the first.
 struct Returned {
   AtenTensorHandle handle;
 };

@@ -20,9 +20,8 @@ Returned run(Argument& sample, Argument& velocity, MaybeArgument& uncond, MaybeA
   OwnedHandle out = packed_like(sample);
   const int64_t total = sample.numel(), rows = static_cast<int64_t>(coef.size()) / 3;
   if (total > 0) {
-    const StepProblem problem{
-        values_of(sample), values_of(velocity), values_of(uncond), values_of(noise),
-        data_of(out),      coef.data(),         total / rows,      guidance_scale};
+    const StepProblem problem{values_of(sample), values_of(velocity), values_of(uncond), values_of(noise),
+                              data_of(out),      coef.data(),         total / rows,      guidance_scale};
     const auto kernel = pick_step_elements();
     parallel_for(total, 1, [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
   }
