@@ -88,14 +88,14 @@ __global__ void __launch_bounds__(ANY_THREADS) any_step_kernel(const __grid_cons
   if (guided) {
     uncond.convert(step.uncond.dtype, other);
 #pragma unroll
-    for (int k = 0; k < ANY_VALUES; ++k) v[k] = other[k] + guidance * (v[k] - other[k]);
+    for (int k = 0; k < ANY_VALUES; ++k) v[k] = guided_velocity(v[k], other[k], guidance);
   }
 #pragma unroll
-  for (int k = 0; k < ANY_VALUES; ++k) x[k] = c.a * x[k] + c.b * v[k];
+  for (int k = 0; k < ANY_VALUES; ++k) x[k] = stepped(c, x[k], v[k]);
   if (noisy) {
     fresh.convert(step.noise.dtype, other);
 #pragma unroll
-    for (int k = 0; k < ANY_VALUES; ++k) x[k] += c.c * other[k];
+    for (int k = 0; k < ANY_VALUES; ++k) x[k] = with_noise(c, x[k], other[k]);
   }
   if constexpr (VECTORS) {
     if (begin < step.d) store8<W>(step.out, base + begin, x);

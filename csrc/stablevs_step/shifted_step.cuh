@@ -86,14 +86,14 @@ __global__ void __launch_bounds__(SHIFTED_THREADS) shifted_step_kernel(const __g
   if (guided) {
     const Pack<T, VALUES> u = pack(u_words, step.uncond);
 #pragma unroll
-    for (int k = 0; k < VALUES; ++k) out[k] = u.get(k) + guidance * (out[k] - u.get(k));
+    for (int k = 0; k < VALUES; ++k) out[k] = guided_velocity(out[k], u.get(k), guidance);
   }
 #pragma unroll
-  for (int k = 0; k < VALUES; ++k) out[k] = c.a * x.get(k) + c.b * out[k];
+  for (int k = 0; k < VALUES; ++k) out[k] = stepped(c, x.get(k), out[k]);
   if (noisy) {
     const Pack<T, VALUES> noise = pack(noise_words, step.noise);
 #pragma unroll
-    for (int k = 0; k < VALUES; ++k) out[k] += c.c * noise.get(k);
+    for (int k = 0; k < VALUES; ++k) out[k] = with_noise(c, out[k], noise.get(k));
   }
   T* const to = static_cast<T*>(step.out.data) + at;
   if (e + VALUES <= step.d) {

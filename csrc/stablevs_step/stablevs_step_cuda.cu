@@ -40,7 +40,7 @@ void launch(const char* op, const Step& step, bool aligned, bool one_dtype, unsi
   const bool whole_packs = step.d % 8 == 0;
   if (!one_dtype || !(whole_packs || step.rows == 1))
     return launch_any_step(op, step, aligned && whole_packs, rows, device, stream);
-  aligned = aligned && whole_packs;
+  aligned = aligned && whole_packs && step.d <= MOST_FAST;
   switch (step.sample.dtype) {
     case Dtype::f32:
       return launch_of_dtype<float>(op, step, aligned, rows, device, stream);

@@ -83,4 +83,19 @@ __device__ __forceinline__ RowCoefficients<W> row_coefficients(const Step& step,
   }
 }
 
+// The arithmetic of an element, rounded alike in every kernel: left to the compiler, which product of a sum
+// is fused differs between them, and a view at an odd address would not give what its copy gives.
+template <typename W>
+__device__ __forceinline__ W guided_velocity(W velocity, W uncond, W guidance) {
+  return fma(guidance, velocity - uncond, uncond);
+}
+template <typename W>
+__device__ __forceinline__ W stepped(const RowCoefficients<W>& c, W sample, W velocity) {
+  return fma(c.b, velocity, c.a * sample);
+}
+template <typename W>
+__device__ __forceinline__ W with_noise(const RowCoefficients<W>& c, W stepped, W noise) {
+  return fma(c.c, noise, stepped);
+}
+
 }  // namespace svel::cuda
