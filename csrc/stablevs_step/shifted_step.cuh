@@ -16,7 +16,8 @@ struct Shifted {
   static constexpr int WORDS = Pack<T, VALUES>::WORDS;
   uint4 raw[WORDS + 1] = {};
 
-  // Of elements before `end`: a word without any of them is not read.
+  // Of elements before `end`. Words without any of them are not read; one that has some is in memory whole,
+  // which is mapped in larger pieces.
   __device__ __forceinline__ void load(const T* from, const T* end) {
     const uintptr_t first = reinterpret_cast<uintptr_t>(from) & ~uintptr_t{15};
 #pragma unroll
