@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .. import _checks, reference
 from ._register import define, eager
@@ -54,5 +54,7 @@ def affine_step(
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
-    op = _OP if torch.compiler.is_compiling() else _EAGER
+    op = _OP if is_dynamo_compiling() else _EAGER
+    if velocity_uncond is None:  # the scale is not used, and a keyword handed on is looked up
+        return op(sample, velocity, a, b, c, None, noise)
     return op(sample, velocity, a, b, c, velocity_uncond, noise, guidance_scale=guidance_scale)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .. import _checks, reference
 from ._register import define, eager
@@ -71,8 +71,11 @@ def stablevs_step(
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
-    op = _OP if torch.compiler.is_compiling() else _EAGER
-    if noise_factor == 0.0 and path == "linear":  # every keyword handed on is looked up: most of a microsecond for two
+    op = _OP if is_dynamo_compiling() else _EAGER
+    # Every keyword handed on is looked up: most of a microsecond for two.
+    if noise_factor == 0.0 and path == "linear":
+        if velocity_uncond is None:  # the scale is not used
+            return op(sample, velocity, t, tau, None, noise)
         return op(sample, velocity, t, tau, velocity_uncond, noise, guidance_scale=guidance_scale)
     return op(
         sample,
