@@ -36,7 +36,6 @@ template <auto kernel, typename Params>
 void launch_kernel(const char* op, dim3 grid, unsigned threads, const Params& params, int device,
                    cudaStream_t stream) {
   void* args[] = {const_cast<Params*>(&params)};
-#ifndef SVEL_RUNTIME_LAUNCH
   static std::array<std::atomic<cudaFunction_t>, 16> known;
   if (device < static_cast<int>(known.size()) && driver_launch()) {
     std::atomic<cudaFunction_t>& function = known[device];
@@ -50,7 +49,6 @@ void launch_kernel(const char* op, dim3 grid, unsigned threads, const Params& pa
     if (result == CUDA_SUCCESS) return;
     // Otherwise the thread has no context yet, which the runtime mends, or the runtime has words for it.
   }
-#endif
   check_cuda(op,
              cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), args, 0, stream));
 }

@@ -4,6 +4,8 @@ The contract of each op is tested on every implementation in test_<op>.py; here 
 reach the kernels of aligned arrays of one dtype and those of any other arrays, at both ends of their tiles.
 """
 
+import threading
+
 import pytest
 import torch
 from kernel_cases import offset_by_one
@@ -154,6 +156,14 @@ def test_nan_in_a_row_stays_there(d, path):
     assert out[1].isnan().all()
     assert out[2].isnan().sum() == 1
     assert not out[::3].isnan().any()
+
+
+def test_a_step_from_a_thread_that_has_not_used_the_device():
+    args, outs = step_args(2, 1024, torch.bfloat16, True, True, True), []
+    thread = threading.Thread(target=lambda: outs.append(svel.stablevs_step(**args)))
+    thread.start()
+    thread.join()
+    assert torch.equal(outs[0], svel.stablevs_step(**args))
 
 
 def test_many_dimensions():
