@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny_pipelines import ALL, CASES, DYNAMIC, STABLE, STOCK, TAKE_SIGMAS, build
+from tiny_pipelines import ALL, CASES, CONFIGS, DYNAMIC, STABLE, STOCK, TAKE_SIGMAS, build
 
 from stablevelocity_kernels.testing import assert_close
 
@@ -246,6 +246,19 @@ def test_images_come_out(tiny):
         images, _ = t(t.stable("unipc" if name == "wan" else "euler"), 3, output_type="np")
         assert images.shape[-3:] == (size, size, 3), name
         assert np.isfinite(images).all(), name
+
+
+@pytest.mark.parametrize(("name", "kind"), ALL)
+def test_it_is_swapped_in_by_the_configuration_of_the_pipeline_s_own_scheduler(name, kind):
+    t = build(name)
+    config, same_family = t.pipe.scheduler.config, type(t.pipe.scheduler) is STOCK[kind]
+    more = {} if same_family else CONFIGS[name][kind]  # another family has to be told of the flow
+    out, _ = t(STABLE[kind].from_config(config, **more), 12)
+    assert bool(out.isfinite().all())
+    if same_family:
+        assert torch.equal(out, t(t.stable(kind), 12)[0])
+    off, _ = t(STABLE[kind].from_config(config, **more, stable_low_steps=0), 12)
+    assert torch.equal(off, t(STOCK[kind].from_config(config, **more), 12)[0])
 
 
 @pytest.mark.parametrize(("name", "kind"), ALL)
