@@ -36,21 +36,23 @@ template <auto kernel, typename Params>
 void launch_kernel(const char* op, dim3 grid, unsigned threads, const Params& params, int device,
                    cudaStream_t stream) {
   void* args[] = {const_cast<Params*>(&params)};
+  const void* const symbol = reinterpret_cast<const void*>(kernel);
   static std::array<std::atomic<cudaFunction_t>, 16> known;
   if (device < static_cast<int>(known.size()) && driver_launch()) {
-    std::atomic<cudaFunction_t>& function = known[device];
+    cudaFunction_t function = known[device].load(std::memory_order_acquire);
     if (!function) {
-      cudaFunction_t found = nullptr;
-      check_cuda(op, cudaGetFuncBySymbol(&found, reinterpret_cast<const void*>(kernel)));
-      function = found;
+      if (cudaGetFuncBySymbol(&function, symbol) != cudaSuccess) {
+        function = nullptr;
+        cudaGetLastError();  // forgets it
+      }
+      known[device].store(function, std::memory_order_release);
     }
-    const CUresult result = driver_launch()(function.load(std::memory_order_relaxed), grid.x, grid.y, grid.z,
-                                            threads, 1, 1, 0, stream, args, nullptr);
-    if (result == CUDA_SUCCESS) return;
+    if (function && driver_launch()(function, grid.x, grid.y, grid.z, threads, 1, 1, 0, stream, args,
+                                    nullptr) == CUDA_SUCCESS)
+      return;
     // Otherwise the thread has no context yet, which the runtime mends, or the runtime has words for it.
   }
-  check_cuda(op,
-             cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), args, 0, stream));
+  check_cuda(op, cudaLaunchKernel(symbol, grid, dim3(threads), args, 0, stream));
 }
 
 }  // namespace svel::cuda
