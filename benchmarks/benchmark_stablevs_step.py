@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import peers
 import pytest
 import torch
@@ -16,6 +18,7 @@ LATENTS = {
     "flux 1024": (1, 4096, 64),
     "wan2.2 720p": (1, 16, 21, 90, 160),
     "wan2.2 720p x64": (64, 16, 21, 90, 160),
+    "wan2.2 720p, odd address": (1, 16, 21, 90, 160),
 }
 SCALE, FACTOR = 4.5, 0.2
 
@@ -25,8 +28,11 @@ SCALE, FACTOR = 4.5, 0.2
 def test_stablevs_step(measure, device, latent, noisy):
     if device.type == "cpu" and latent.endswith("x64"):
         pytest.skip("too large for a CPU table")
-    shape = LATENTS[latent]
-    sample, cond, uncond, noise = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(4))
+    shape, offset = LATENTS[latent], int(latent.endswith("odd address"))
+    sample, cond, uncond, noise = (
+        torch.randn(math.prod(shape) + offset, device=device, dtype=torch.bfloat16)[offset:].view(shape)
+        for _ in range(4)
+    )
     t, tau = torch.tensor(0.8, device=device), torch.tensor(0.7, device=device)
     extra = noise if noisy else None
     factor = FACTOR if noisy else 0.0
@@ -52,6 +58,21 @@ def test_stablevs_step(measure, device, latent, noisy):
         peers={"eager": lambda: peers.stablevs(sample, cond, uncond, t, tau, SCALE, factor, extra)},
         bytes_read=(4 if noisy else 3) * size,
         bytes_written=size,
+    )
+
+
+def test_empty_kernel(measure, device):
+    """What a kernel that does nothing takes in this way of timing, beside a copy of the smallest latent."""
+    if device.type == "cpu":
+        pytest.skip("there is nothing to launch")
+    latent = torch.randn(LATENTS["sd3.5 1024"], device=device, dtype=torch.bfloat16)
+    out = torch.empty_like(latent)
+    measure(
+        "an empty kernel; peer: a copy of the sd3.5 latent",
+        lambda: torch.cuda._sleep(0),
+        check=None,
+        peers={"copy": lambda: out.copy_(latent)},
+        bytes_read=0,
     )
 
 

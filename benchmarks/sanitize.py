@@ -65,6 +65,9 @@ def steps(rng: torch.Generator) -> None:
             svel.stablevs_step(x, x, t, t * 0.5, x, x, guidance_scale=2.0, noise_factor=0.3, path="cosine")
             svel.affine_step(x, x.float(), t[0], t)
             svel.affine_step(x, x, t[0], t)
+            svel.affine_step(x, x, t[0], t[1])
+            odd = torch.empty(x.numel() + 1, device="cuda", dtype=dtype)[1:].view_as(x).copy_(x)
+            svel.stablevs_step(odd, x, t[0], t[1] * 0.5, odd, x, guidance_scale=2.0, noise_factor=0.3)
 
 
 def losses(rng: torch.Generator) -> None:

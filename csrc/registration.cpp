@@ -41,6 +41,21 @@ struct ToImpl<svel::Name> {
   }
 };
 
+template <>
+struct ToImpl<svel::Argument> {
+  static svel::Argument call(StableIValue value, uint64_t /*build_version*/, bool /*is_internal*/) {
+    return svel::Argument(to<AtenTensorHandle>(value));
+  }
+};
+
+template <>
+struct ToImpl<svel::MaybeArgument> {
+  static svel::MaybeArgument call(StableIValue value, uint64_t /*build_version*/, bool /*is_internal*/) {
+    const auto handle = to<std::optional<AtenTensorHandle>>(value);
+    return handle ? svel::MaybeArgument(*handle) : svel::MaybeArgument();
+  }
+};
+
 HIDDEN_NAMESPACE_END(torch, stable, detail)
 
 #define SVEL_IMPL(op) m.impl(#op, TORCH_BOX(&svel::Boxed<&op>::call))

@@ -93,7 +93,9 @@ inline std::string to_text(const torch::stable::Device& device) {
   return device.has_index() ? type + ":" + std::to_string(device.index()) : type;
 }
 
-inline std::vector<int64_t> shape_of(const Tensor& t) {
+// T: Tensor, or Argument (common/argument.h).
+template <typename T>
+std::vector<int64_t> shape_of(const T& t) {
   const auto sizes = t.sizes();
   return {sizes.begin(), sizes.end()};
 }
@@ -104,7 +106,8 @@ inline int64_t product(const std::vector<int64_t>& shape, size_t from = 0) {
   return n;
 }
 
-inline void check_dtype(const char* op, const char* arg, const Tensor& t, Dtypes dtypes) {
+template <typename T>
+void check_dtype(const char* op, const char* arg, const T& t, Dtypes dtypes) {
   const ScalarType dtype = t.scalar_type();
   if (std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end()) return;
   std::string expected;
@@ -122,14 +125,8 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return types[0] == types[1] && indices[0] == indices[1];
 }
 
-inline bool same_dtype(const Tensor& a, const Tensor& b) {
-  int32_t dtypes[2];
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(a.get(), &dtypes[0]));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(b.get(), &dtypes[1]));
-  return dtypes[0] == dtypes[1];
-}
-
-inline void check_device(const char* op, const char* arg, const Tensor& t, const Tensor& like) {
+template <typename T>
+void check_device(const char* op, const char* arg, const T& t, const T& like) {
   if (!same_device(t, like)) fail(op, arg, "a tensor on " + to_text(like.device()), to_text(t.device()));
 }
 
@@ -142,8 +139,8 @@ inline void check_shape(const char* op, const char* arg, const Tensor& t, const 
 }
 
 // The same without a list of the expected sizes, for what is called at every step.
-inline void check_shape_like(const char* op, const char* arg, const Tensor& t, const Tensor& like,
-                             const char* meaning) {
+template <typename T>
+void check_shape_like(const char* op, const char* arg, const T& t, const T& like, const char* meaning) {
   const auto sizes = t.sizes(), expected = like.sizes();
   if (!std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end())) {
     fail(op, arg, std::string("shape ") + meaning + " = " + to_text(shape_of(like)), to_text(shape_of(t)));
@@ -216,30 +213,6 @@ inline void check_labels_in_range(const char* op, const int64_t* labels, int64_t
        "values in [" + std::to_string(*low) + ", " + std::to_string(*high) + "]");
 }
 
-// A sampling step: sample (N, *S) floating point; velocity, velocity_uncond, noise alike.
-inline void check_step(const char* op, const Tensor& sample, const Tensor& velocity,
-                       const MaybeTensor& velocity_uncond, const MaybeTensor& noise) {
-  if (sample.dim() < 1) fail(op, "sample", "shape (N, *S)", to_text(shape_of(sample)));
-  check_dtype(op, "sample", sample, FLOATS);
-  const auto check = [&](const char* arg, const Tensor& value) {
-    if (!same_dtype(value, sample)) check_dtype(op, arg, value, FLOATS);
-    check_shape_like(op, arg, value, sample, "of sample, (N, *S)");
-    check_device(op, arg, value, sample);
-  };
-  check("velocity", velocity);
-  if (velocity_uncond) check("velocity_uncond", *velocity_uncond);
-  if (noise) check("noise", *noise);
-}
-
-// A coefficient or time of a step: (N,) or 0-d, float32 or float64.
-inline void check_step_scalar(const char* op, const char* arg, const Tensor& value, const Tensor& sample) {
-  check_dtype(op, arg, value, {ScalarType::Float, ScalarType::Double});
-  if (value.dim() > 1 || (value.dim() == 1 && value.size(0) != sample.size(0))) {
-    fail(op, arg, "shape (N,) = (" + std::to_string(sample.size(0)) + ",) or 0-d", to_text(shape_of(value)));
-  }
-  check_device(op, arg, value, sample);
-}
-
 inline void check_posterior_mean(const Tensor& x, const Tensor& refs, const Tensor& alpha,
                                  const Tensor& sigma, const MaybeTensor& labels, const MaybeTensor& counts,
                                  const MaybeTensor& source, const std::string& precision) {
@@ -283,35 +256,6 @@ inline void check_stable_target(const Tensor& x, const Tensor& refs, const Tenso
   check_row_scalar(op, "t", t, x);
   check_path(op, path);
   check_prediction(op, prediction);
-}
-
-inline void check_affine_step(const Tensor& sample, const Tensor& velocity, const Tensor& a, const Tensor& b,
-                              const MaybeTensor& c, const MaybeTensor& velocity_uncond,
-                              const MaybeTensor& noise) {
-  const char* op = "affine_step";
-  check_step(op, sample, velocity, velocity_uncond, noise);
-  check_step_scalar(op, "a", a, sample);
-  check_step_scalar(op, "b", b, sample);
-  if (c) check_step_scalar(op, "c", *c, sample);
-  if (c.has_value() != noise.has_value()) {
-    const std::string missing = c ? "noise" : "c";
-    fail(op, missing, "c and noise to be given together", missing + "=None");
-  }
-}
-
-inline void check_stablevs_step(const Tensor& sample, const Tensor& velocity, const Tensor& t,
-                                const Tensor& tau, const MaybeTensor& velocity_uncond,
-                                const MaybeTensor& noise, double noise_factor, const std::string& path) {
-  const char* op = "stablevs_step";
-  check_step(op, sample, velocity, velocity_uncond, noise);
-  check_step_scalar(op, "t", t, sample);
-  check_step_scalar(op, "tau", tau, sample);
-  check_path(op, path);
-  if (!(0.0 <= noise_factor && noise_factor <= 1.0))
-    fail(op, "noise_factor", "a number in [0, 1]", to_text(noise_factor));
-  if (noise_factor > 0.0 && !noise) {
-    fail(op, "noise", "a tensor because noise_factor = " + to_text(noise_factor), "None");
-  }
 }
 
 // projected and teacher (B, T, C), weight (B,).

@@ -1,13 +1,14 @@
 // Reading tensors that lie in host memory.
 #pragma once
 
-#include "common/checks.h"
+#include "common/argument.h"
 #include "common/storage.h"
 
 namespace svel {
 
-// For a dtype that the checks have accepted.
-inline Storage storage_of(const Tensor& t) {
+// T: Tensor or Argument, of a dtype that the checks have accepted.
+template <typename T>
+Storage storage_of(const T& t) {
   switch (t.scalar_type()) {
     case ScalarType::Half:
       return Storage::f16;
@@ -22,8 +23,12 @@ inline Storage storage_of(const Tensor& t) {
   }
 }
 
-inline Values values_of(const Tensor& t) {
+template <typename T>
+Values values_of(const T& t) {
   return {t.const_data_ptr(), storage_of(t)};
+}
+inline Values values_of(const MaybeArgument& t) {
+  return t ? Values{t.const_data_ptr(), storage_of(t)} : Values{};
 }
 
 inline Tensor packed(const Tensor& t) {
@@ -35,7 +40,8 @@ inline MaybeTensor packed(const MaybeTensor& t) {
 }
 
 // The n values of a float32 or float64 tensor, (n,) or 0-d, as double.
-inline std::vector<double> scalars(const Tensor& t, int64_t n) {
+template <typename T>
+std::vector<double> scalars(const T& t, int64_t n) {
   std::vector<double> out(static_cast<size_t>(n));
   const int64_t stride = t.dim() ? t.stride(0) : 0;
   const void* data = t.const_data_ptr();

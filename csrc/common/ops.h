@@ -5,7 +5,7 @@
 #include <string>
 #include <tuple>
 
-#include "common/checks.h"
+#include "common/argument.h"
 
 namespace svel::SVEL_DEVICE {
 
@@ -22,13 +22,12 @@ Tensor stable_target(const Tensor& x, const Tensor& refs, const Tensor& t, const
                      const MaybeTensor& counts, const MaybeTensor& source, const std::string& path,
                      const std::string& prediction, const std::string& precision);
 
-Tensor affine_step(const Tensor& sample, const Tensor& velocity, const Tensor& a, const Tensor& b,
-                   const MaybeTensor& c, const MaybeTensor& velocity_uncond, const MaybeTensor& noise,
-                   double guidance_scale);
+Returned affine_step(Argument& sample, Argument& velocity, Argument& a, Argument& b, MaybeArgument& c,
+                     MaybeArgument& velocity_uncond, MaybeArgument& noise, double guidance_scale);
 
-Tensor stablevs_step(const Tensor& sample, const Tensor& velocity, const Tensor& t, const Tensor& tau,
-                     const MaybeTensor& velocity_uncond, const MaybeTensor& noise, double guidance_scale,
-                     double noise_factor, const std::string& path);
+Returned stablevs_step(Argument& sample, Argument& velocity, Argument& t, Argument& tau,
+                       MaybeArgument& velocity_uncond, MaybeArgument& noise, double guidance_scale,
+                       double noise_factor, const std::string& path);
 
 Tensor va_repa_loss(const Tensor& projected, const Tensor& teacher, const Tensor& weight);
 

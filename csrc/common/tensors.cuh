@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <mutex>
 
-#include "common/checks.h"
+#include "common/argument.h"
 #include "common/device.cuh"
 
 namespace svel::cuda {
@@ -20,8 +20,9 @@ inline MaybeTensor packed(const MaybeTensor& t) {
   return t ? MaybeTensor(packed(*t)) : t;
 }
 
-// For a floating-point tensor; a tensor without elements may have no memory.
-inline Array array_of(const Tensor& t) {
+// For a floating-point tensor (a Tensor or an Argument); a tensor without elements may have no memory.
+template <typename T>
+Array array_of(const T& t) {
   const ScalarType dtype = t.scalar_type();
   const Dtype known = dtype == ScalarType::Double     ? Dtype::f64
                       : dtype == ScalarType::Half     ? Dtype::f16
@@ -34,10 +35,17 @@ inline Array array_of(const MaybeTensor& t) {
   return t ? array_of(*t) : Array{};
 }
 
-inline cudaStream_t current_stream(const Tensor& t) {
+inline Array array_of(const MaybeArgument& t) {
+  return t ? array_of(static_cast<const Argument&>(t)) : Array{};
+}
+
+inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
+}
+inline cudaStream_t current_stream(const Tensor& t) {
+  return current_stream(t.get_device_index());
 }
 
 struct DeviceLimits {

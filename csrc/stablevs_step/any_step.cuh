@@ -1,6 +1,7 @@
 // The step of arrays of any dtypes, sizes and addresses.
 #pragma once
 
+#include "common/kernel_launch.cuh"
 #include "common/pack.cuh"
 #include "stablevs_step/step.cuh"
 
@@ -87,14 +88,14 @@ __global__ void __launch_bounds__(ANY_THREADS) any_step_kernel(const __grid_cons
   if (guided) {
     uncond.convert(step.uncond.dtype, other);
 #pragma unroll
-    for (int k = 0; k < ANY_VALUES; ++k) v[k] = other[k] + guidance * (v[k] - other[k]);
+    for (int k = 0; k < ANY_VALUES; ++k) v[k] = guided_velocity(v[k], other[k], guidance);
   }
 #pragma unroll
-  for (int k = 0; k < ANY_VALUES; ++k) x[k] = c.a * x[k] + c.b * v[k];
+  for (int k = 0; k < ANY_VALUES; ++k) x[k] = stepped(c, x[k], v[k]);
   if (noisy) {
     fresh.convert(step.noise.dtype, other);
 #pragma unroll
-    for (int k = 0; k < ANY_VALUES; ++k) x[k] += c.c * other[k];
+    for (int k = 0; k < ANY_VALUES; ++k) x[k] = with_noise(c, x[k], other[k]);
   }
   if constexpr (VECTORS) {
     if (begin < step.d) store8<W>(step.out, base + begin, x);
@@ -107,15 +108,24 @@ __global__ void __launch_bounds__(ANY_THREADS) any_step_kernel(const __grid_cons
   }
 }
 
-inline void launch_any_step(const Step& step, bool vectors, unsigned rows, cudaStream_t stream) {
+inline void launch_any_step(const char* op, const Step& step, bool vectors, unsigned rows, int device,
+                            cudaStream_t stream) {
   constexpr int64_t TILE = ANY_THREADS * ANY_VALUES;
   const dim3 grid(static_cast<unsigned>((step.d + TILE - 1) / TILE), rows);
   bool wide = false;
   for (const Array* a : {&step.sample, &step.velocity, &step.uncond, &step.noise})
     wide = wide || (a->data && a->dtype == Dtype::f64);
-  const auto kernel = wide ? (vectors ? any_step_kernel<double, true> : any_step_kernel<double, false>)
-                           : (vectors ? any_step_kernel<float, true> : any_step_kernel<float, false>);
-  kernel<<<grid, ANY_THREADS, 0, stream>>>(step);
+  const auto launch = [&](auto work, auto in_vectors) {
+    launch_kernel<any_step_kernel<decltype(work), in_vectors.value>>(op, grid, ANY_THREADS, step, device,
+                                                                     stream);
+  };
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  if (wide) {
+    vectors ? launch(double{}, yes) : launch(double{}, no);
+  } else {
+    vectors ? launch(float{}, yes) : launch(float{}, no);
+  }
 }
 
 }  // namespace svel::cuda

@@ -52,21 +52,50 @@ static __device__ __noinline__ StepCoefficients cosine_coefficients(double t, do
   return stablevs_coefficients(Path::cosine, t, tau, split);
 }
 
-// Called by all threads of a block. A few operations for the linear path, so that every thread does them and
-// none waits; sines in double are long on most GPUs, so one thread works them out.
-template <typename W>
-__device__ __forceinline__ RowCoefficients<W> row_coefficients(const Step& step, const RowScalars& loaded) {
-  const double first = step.first.value(loaded.first), second = step.second.value(loaded.second);
-  StepCoefficients c{first, second, step.third.value(loaded.third)};
-  if (step.coefficients == Coefficients::linear) {
-    c = stablevs_coefficients(Path::linear, first, second, step.split);
-  } else if (step.coefficients == Coefficients::cosine) {
+// From a, b, c or t, tau. Called by all threads of a block. A few operations for the linear path, so that
+// every thread does them and none waits; sines in double are long on most GPUs, so one thread works them out.
+template <typename W, Coefficients KIND>
+__device__ __forceinline__ RowCoefficients<W> row_coefficients(double first, double second, double third,
+                                                               NoiseSplit split) {
+  StepCoefficients c{first, second, third};
+  if constexpr (KIND == Coefficients::linear) {
+    c = stablevs_coefficients(Path::linear, first, second, split);
+  } else if constexpr (KIND == Coefficients::cosine) {
     __shared__ StepCoefficients shared;
-    if (threadIdx.x == 0) shared = cosine_coefficients(first, second, step.split);
+    if (threadIdx.x == 0) shared = cosine_coefficients(first, second, split);
     __syncthreads();
     c = shared;
   }
   return {static_cast<W>(c.a), static_cast<W>(c.b), static_cast<W>(c.c)};
+}
+
+template <typename W>
+__device__ __forceinline__ RowCoefficients<W> row_coefficients(const Step& step, const RowScalars& loaded) {
+  const double first = step.first.value(loaded.first), second = step.second.value(loaded.second),
+               third = step.third.value(loaded.third);
+  switch (step.coefficients) {
+    case Coefficients::linear:
+      return row_coefficients<W, Coefficients::linear>(first, second, third, step.split);
+    case Coefficients::cosine:
+      return row_coefficients<W, Coefficients::cosine>(first, second, third, step.split);
+    default:
+      return row_coefficients<W, Coefficients::given>(first, second, third, step.split);
+  }
+}
+
+// The arithmetic of an element, rounded alike in every kernel: left to the compiler, which product of a sum
+// is fused differs between them, and a view at an odd address would not give what its copy gives.
+template <typename W>
+__device__ __forceinline__ W guided_velocity(W velocity, W uncond, W guidance) {
+  return fma(guidance, velocity - uncond, uncond);
+}
+template <typename W>
+__device__ __forceinline__ W stepped(const RowCoefficients<W>& c, W sample, W velocity) {
+  return fma(c.b, velocity, c.a * sample);
+}
+template <typename W>
+__device__ __forceinline__ W with_noise(const RowCoefficients<W>& c, W stepped, W noise) {
+  return fma(c.c, noise, stepped);
 }
 
 }  // namespace svel::cuda

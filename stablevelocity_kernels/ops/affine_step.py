@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .. import _checks, reference
-from ._register import define
+from ._register import define, eager
 
 SCHEMA = (
     "affine_step(Tensor sample, Tensor velocity, Tensor a, Tensor b, Tensor? c=None, Tensor? velocity_uncond=None, "
@@ -19,6 +20,7 @@ def _fake(sample, velocity, a, b, c=None, velocity_uncond=None, noise=None, *, g
 
 
 _OP = define(SCHEMA, fake=_fake, reference=reference.affine_step)
+_EAGER = eager(_OP)
 
 
 def affine_step(
@@ -52,4 +54,7 @@ def affine_step(
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
-    return _OP(sample, velocity, a, b, c, velocity_uncond, noise, guidance_scale=guidance_scale)
+    op = _OP if is_dynamo_compiling() else _EAGER
+    if velocity_uncond is None:  # the scale is not used, and a keyword handed on is looked up
+        return op(sample, velocity, a, b, c, None, noise)
+    return op(sample, velocity, a, b, c, velocity_uncond, noise, guidance_scale=guidance_scale)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .. import _checks, reference
-from ._register import define
+from ._register import define, eager
 
 SCHEMA = (
     "stablevs_step(Tensor sample, Tensor velocity, Tensor t, Tensor tau, Tensor? velocity_uncond=None, "
@@ -30,6 +31,7 @@ def _fake(
 
 
 _OP = define(SCHEMA, fake=_fake, reference=reference.stablevs_step)
+_EAGER = eager(_OP)
 
 
 def stablevs_step(
@@ -69,9 +71,13 @@ def stablevs_step(
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
-    if noise_factor == 0.0 and path == "linear":  # every keyword handed on is looked up: most of a microsecond for two
-        return _OP(sample, velocity, t, tau, velocity_uncond, noise, guidance_scale=guidance_scale)
-    return _OP(
+    op = _OP if is_dynamo_compiling() else _EAGER
+    # Every keyword handed on is looked up: most of a microsecond for two.
+    if noise_factor == 0.0 and path == "linear":
+        if velocity_uncond is None:  # the scale is not used
+            return op(sample, velocity, t, tau, None, noise)
+        return op(sample, velocity, t, tau, velocity_uncond, noise, guidance_scale=guidance_scale)
+    return op(
         sample,
         velocity,
         t,

@@ -1,10 +1,12 @@
 """The schedulers in the real pipelines: Stable Diffusion 3 and its image-to-image, Flux, Qwen-Image, Wan."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny_pipelines import CASES, DYNAMIC, STABLE, STOCK, TAKE_SIGMAS, build
+from tiny_pipelines import ALL, CASES, CONFIGS, DYNAMIC, STABLE, STOCK, TAKE_SIGMAS, build
 
 from stablevelocity_kernels.testing import assert_close
 
@@ -16,7 +18,7 @@ def low_region(scheduler):
     return int((scheduler.sigmas[:-1] <= SPLIT).sum())
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(("name", "kind"), ALL)
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("steps", [1, 4, 20])
 def test_thinning_off_is_the_stock_scheduler_bit_for_bit(tiny, name, kind, guided, steps):
@@ -102,7 +104,7 @@ def test_without_noise_it_is_euler_on_the_thinned_grid(tiny, name, kind):
     assert_close(calls[-1], again[-1].double())
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(("name", "kind"), ALL)
 def test_guidance_on_and_off(tiny, name, kind):
     t = tiny(name)
     plain, guided = (t(t.stable(kind), 12, guided=guided)[0] for guided in (False, True))
@@ -110,7 +112,7 @@ def test_guidance_on_and_off(tiny, name, kind):
     assert float((plain - guided).norm() / plain.norm()) > 1e-3
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(("name", "kind"), ALL)
 @pytest.mark.parametrize("factor", [0.0, 0.2])
 def test_noise_is_reproducible_by_seed(tiny, name, kind, factor):
     t = tiny(name)
@@ -126,7 +128,7 @@ def test_noise_is_reproducible_by_seed(tiny, name, kind, factor):
     assert torch.equal(run(5), run(6)) == (factor == 0.0)
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(("name", "kind"), ALL)
 def test_a_batch_with_a_list_of_generators_is_its_samples_one_by_one(tiny, name, kind):
     t = tiny(name)
 
@@ -178,14 +180,24 @@ def test_the_sigmas_that_a_pipeline_makes_itself_are_thinned(tiny, name):
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
-@pytest.mark.parametrize("steps", [10, 30])
+def test_custom_sigmas_of_image_to_image_run_from_its_strength_on(tiny, strength):
+    t = tiny("img2img")
+    expected, seen = t(t.stock(), len(CUSTOM), sigmas=CUSTOM, strength=strength)
+    out, ours = t(t.stable(), len(CUSTOM), sigmas=CUSTOM, strength=strength)
+    assert ours == seen
+    assert len(ours) == math.ceil(len(CUSTOM) * strength)
+    assert_close(out, expected.double())
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 30, 50])
 @pytest.mark.parametrize("factor", [0.0, 0.2])
 def test_image_to_image_starts_and_runs_as_its_strength_asks(tiny, strength, steps, factor):
     t, image = tiny("img2img"), torch.rand(1, 3, 16, 16)
     stock, scheduler = t.stock(), t.stable(stable_noise_factor=factor)
     expected, seen = t(stock, steps, image=image, strength=strength)
     out, ours = t(scheduler, steps, image=image, strength=strength)
-    assert len(ours) == len(seen) == round(steps * strength)
+    assert len(ours) == len(seen) == math.ceil(round(steps * strength, 6))
     first = steps - len(ours)
     assert torch.equal(scheduler.sigmas[first], stock.sigmas[first])
     assert ours[0] == seen[0]
@@ -236,10 +248,22 @@ def test_images_come_out(tiny):
         assert np.isfinite(images).all(), name
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "qwen", "wan"])
-def test_a_pipeline_is_saved_and_loaded_with_its_scheduler(name, tmp_path):
+@pytest.mark.parametrize(("name", "kind"), ALL)
+def test_it_is_swapped_in_by_the_configuration_of_the_pipeline_s_own_scheduler(name, kind):
     t = build(name)
-    kind = "unipc" if name == "wan" else "euler"
+    config, same_family = t.pipe.scheduler.config, type(t.pipe.scheduler) is STOCK[kind]
+    more = {} if same_family else CONFIGS[name][kind]  # another family has to be told of the flow
+    out, _ = t(STABLE[kind].from_config(config, **more), 12)
+    assert bool(out.isfinite().all())
+    if same_family:
+        assert torch.equal(out, t(t.stable(kind), 12)[0])
+    off, _ = t(STABLE[kind].from_config(config, **more, stable_low_steps=0), 12)
+    assert torch.equal(off, t(STOCK[kind].from_config(config, **more), 12)[0])
+
+
+@pytest.mark.parametrize(("name", "kind"), ALL)
+def test_a_pipeline_is_saved_and_loaded_with_its_scheduler(name, kind, tmp_path):
+    t = build(name)
     expected, _ = t(t.stable(kind, stable_split=0.8, stable_low_steps=5), 16)
     t.pipe.save_pretrained(tmp_path)
     no_text = {name: None for name in t.pipe.components if name.startswith(("text", "token"))}

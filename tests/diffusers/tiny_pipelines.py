@@ -50,6 +50,8 @@ CONFIGS = {
     "wan": {"euler": {"shift": 3.0}, "dpm": {**FLOW, "flow_shift": 3.0}, "unipc": {**FLOW, "flow_shift": 3.0}},
 }
 CASES = [(name, kind) for name, kinds in CONFIGS.items() for kind in kinds]
+ALL = [*CASES, ("img2img", "euler")]  # with the pipeline that starts from an image, which runs Euler's scheduler alone
+# FluxPipeline drops the sigmas it is given where the scheduler makes flow sigmas itself.
 TAKE_SIGMAS = [("sd3", "euler"), ("sd3", "unipc"), ("flux", "euler"), ("qwen", "euler"), ("qwen", "unipc")]
 NO_TEXT = dict.fromkeys(["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
 
@@ -155,6 +157,11 @@ def sd3_arguments(n: int, guided: bool) -> dict:
     return {**dict(zip(keys, values, strict=True)), "guidance_scale": 4.0 if guided else 1.0, "height": 16, "width": 16}
 
 
+def img2img_arguments(n: int, guided: bool) -> dict:
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).expand(n, -1, -1, -1)
+    return {**sd3_arguments(n, guided), "image": image, "strength": 0.6}
+
+
 def flux_arguments(n: int, guided: bool) -> dict:
     given = sd3_arguments(n, guided)
     return {**given, "true_cfg_scale": given.pop("guidance_scale")}
@@ -214,7 +221,7 @@ class Tiny:
 
         more = {"num_inference_steps": steps, **more} if steps is not None else more
         run = {"generator": generators, "output_type": "latent", "callback_on_step_end": callback, **more}
-        return self.pipe(**self.arguments(n, guided), **run)[0], seen
+        return self.pipe(**{**self.arguments(n, guided), **run})[0], seen
 
 
 BUILD = {
@@ -230,7 +237,8 @@ def build(name: str) -> Tiny:
     torch.manual_seed(0)
     model = "sd3" if name == "img2img" else name
     pipeline, parts, arguments = BUILD[model]
-    pipeline = StableDiffusion3Img2ImgPipeline if name == "img2img" else pipeline
+    if name == "img2img":
+        pipeline, arguments = StableDiffusion3Img2ImgPipeline, img2img_arguments
     kind = "unipc" if name == "wan" else "euler"
     pipe = pipeline(scheduler=STOCK[kind](**CONFIGS[model][kind]), **parts())
     pipe.set_progress_bar_config(disable=True)

@@ -136,6 +136,30 @@ def test_a_training_step_compiles_whole(device, backend):
         assert torch.equal(ours[1], theirs[1])
 
 
+@pytest.mark.parametrize(
+    ("device", "backend"), [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("op", ["stablevs_step", "affine_step"])
+def test_a_sampling_step_compiles_whole(op, device, backend):
+    """The public functions, which call something shorter outside torch.compile."""
+    torch._dynamo.reset()
+    rng = torch.Generator().manual_seed(0)
+    x, v, u, noise = (torch.randn(3, 8, generator=rng).to(device) for _ in range(4))
+    t, tau = (torch.full((3,), value, device=device) for value in (0.7, 0.3))
+
+    def plain(x, v):
+        return getattr(svel, op)(x, v, t, tau)
+
+    def noisy(x, v):
+        if op == "affine_step":
+            return svel.affine_step(x, v, t, tau, t, u, noise, guidance_scale=3.0)
+        return svel.stablevs_step(x, v, t, tau, u, noise, guidance_scale=3.0, noise_factor=0.2, path="cosine")
+
+    for call in (plain, noisy):
+        compiled = torch.compile(call, fullgraph=True, backend=backend)
+        torch.testing.assert_close(compiled(x, v), call(x, v), rtol=0, atol=0)
+
+
 def test_export():
     class Step(torch.nn.Module):
         def forward(self, sample, velocity, t, tau):

@@ -4,6 +4,8 @@ The contract of each op is tested on every implementation in test_<op>.py; here 
 reach the kernels of aligned arrays of one dtype and those of any other arrays, at both ends of their tiles.
 """
 
+import threading
+
 import pytest
 import torch
 from kernel_cases import offset_by_one
@@ -88,6 +90,23 @@ def test_a_step_of_a_view_at_any_offset(start):
     check_step("stablevs_step", args)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 7), (1, 8), (1, 1023), (1, 1025), (1, 6145), (3, 1032), (3, 2056)], ids=str
+)
+def test_a_view_at_any_address_gives_what_its_copy_gives(shape, dtype):
+    """To the last bit, and nothing of what lies around it in memory."""
+    for starts in ((1, 1, 1, 1), (1, 2, 3, 4), (5, 0, 7, 6)):
+        for path in PATHS:
+            args = step_args(*shape, dtype, True, True, False) | {"path": path}
+            views = dict(args)
+            for name, first in zip(NAMES, starts, strict=True):
+                around = torch.full((args[name].numel() + 16,), torch.nan, dtype=dtype, device="cuda")
+                views[name] = around[first : first + args[name].numel()].copy_(args[name].reshape(-1)).view(shape)
+            check_step("stablevs_step", views)
+            assert torch.equal(svel.stablevs_step(**views), svel.stablevs_step(**args))
+
+
 @pytest.mark.parametrize("d", [1024, 1032, 1027])
 def test_a_step_of_mixed_dtypes(d):
     for sample in DTYPES:
@@ -137,6 +156,14 @@ def test_nan_in_a_row_stays_there(d, path):
     assert out[1].isnan().all()
     assert out[2].isnan().sum() == 1
     assert not out[::3].isnan().any()
+
+
+def test_a_step_from_a_thread_that_has_not_used_the_device():
+    args, outs = step_args(2, 1024, torch.bfloat16, True, True, True), []
+    thread = threading.Thread(target=lambda: outs.append(svel.stablevs_step(**args)))
+    thread.start()
+    thread.join()
+    assert torch.equal(outs[0], svel.stablevs_step(**args))
 
 
 def test_many_dimensions():

@@ -1,0 +1,58 @@
+// A launch at the least cost to the host, for ops that a sampler calls at every step.
+#pragma once
+
+#include <cuda.h>
+
+#include <array>
+#include <atomic>
+
+#include "common/device.cuh"
+
+namespace svel::cuda {
+
+using LaunchKernel = decltype(&cuLaunchKernel);
+
+// The driver's own launch: the library does not link against the driver. Null where there is none.
+inline LaunchKernel driver_launch() {
+  static const LaunchKernel found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuLaunchKernel", &function, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuLaunchKernel", &function, cudaEnableDefault, &result);
+#endif
+    const bool there = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return there ? reinterpret_cast<LaunchKernel>(function) : nullptr;
+  }();
+  return found;
+}
+
+// Launches kernel(params) on `device`, which is the current one. The runtime's launch looks the kernel up at
+// every call; here the driver's handle of it is kept for each device.
+template <auto kernel, typename Params>
+void launch_kernel(const char* op, dim3 grid, unsigned threads, const Params& params, int device,
+                   cudaStream_t stream) {
+  void* args[] = {const_cast<Params*>(&params)};
+  const void* const symbol = reinterpret_cast<const void*>(kernel);
+  static std::array<std::atomic<cudaFunction_t>, 16> known;
+  if (device < static_cast<int>(known.size()) && driver_launch()) {
+    cudaFunction_t function = known[device].load(std::memory_order_acquire);
+    if (!function) {
+      if (cudaGetFuncBySymbol(&function, symbol) != cudaSuccess) {
+        function = nullptr;
+        cudaGetLastError();  // forgets it
+      }
+      known[device].store(function, std::memory_order_release);
+    }
+    if (function && driver_launch()(function, grid.x, grid.y, grid.z, threads, 1, 1, 0, stream, args,
+                                    nullptr) == CUDA_SUCCESS)
+      return;
+    // Otherwise the thread has no context yet, which the runtime mends, or the runtime has words for it.
+  }
+  check_cuda(op, cudaLaunchKernel(symbol, grid, dim3(threads), args, 0, stream));
+}
+
+}  // namespace svel::cuda
