@@ -73,6 +73,7 @@ py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool 
   result["blocks"] = made.blocks;
   result["slices"] = made.slices;
   result["slice"] = made.slice;
+  result["group"] = made.group;
   result["own_list"] = made.own_list;
   result["splits"] = made.splits;
   result["rows_per_pass"] = made.rows_per_pass;

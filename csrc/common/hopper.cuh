@@ -56,6 +56,10 @@ __device__ inline void publish_barriers() {
 __device__ inline void arrive(Barrier* barrier) {
   SVEL_HOPPER_ASM("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+__device__ inline void arrive_for(Barrier* barrier, int arrivals) {
+  SVEL_HOPPER_ASM("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                  "r"(arrivals) : "memory");
+}
 // Arrives, and the phase ends only after so many bytes more.
 __device__ inline void arrive_expecting(Barrier* barrier, uint32_t bytes) {
   SVEL_HOPPER_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -97,6 +101,11 @@ __device__ inline void bulk_copy(void* shared, const void* global, uint32_t byte
 // Brings `bytes`, a multiple of 16 from an address aligned to 16 bytes, to the L2.
 __device__ inline void prefetch_bulk(const void* global, uint32_t bytes) {
   SVEL_HOPPER_ASM("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
+// Writes to shared memory so far are seen by copies and products that start afterwards.
+__device__ inline void fence_async() {
+  SVEL_HOPPER_ASM("fence.proxy.async;" :: : "memory");
 }
 
 // All threads of all blocks of the cluster.

@@ -39,33 +39,29 @@ constexpr StreamTile STREAM_TILES[] = {
 constexpr int64_t STREAM_FIXED_SMEM = 4096;  // scores, tile descriptors, reductions
 constexpr int MAX_STAGES = 4;
 
-// Tiles of the bulk kernel (Hopper), tried in order: the first whose `threads` consumers hold D, by
-// `elements` each, is taken; longer samples are cut into slices over a team of blocks. `rows` of one group
-// share a pass. Sixteen warps per multiprocessor, since what a tile costs them beside its arithmetic is
-// latency.
+// Tiles of the bulk kernels (Hopper), tried in order: the first that holds D is taken. Up to 16,384 elements
+// a block holds a sample, `group` threads with `elements` each, in as many groups as its 512 threads make
+// (bulk_groups.cuh); up to `rows` of one class share a pass. Longer samples are cut into slices over a team
+// of blocks, `group` threads each (bulk.cuh).
 struct BulkTile {
   int refs_size;
-  int threads, elements, tile_refs, rows, blocks;  // blocks: per multiprocessor
+  int group, elements, tile_refs;
   int64_t most_d;
   const char* reason;
 };
 
 constexpr BulkTile BULK_TILES[] = {
-    {2, 128, 8, 4, 2, 3, 1024, "D <= 1,024: three blocks per multiprocessor"},
-    {2, 256, 8, 4, 2, 2, 2048, "D <= 2,048: two blocks per multiprocessor"},
-    {2, 512, 8, 4, 2, 1, 4096, "D <= 4,096: one block per multiprocessor, tiles of 32 KB"},
-    {2, 512, 16, 2, 1, 1, 8192, "D <= 8,192: one block per multiprocessor, tiles of 32 KB"},
-    {2, 512, 16, 4, 1, 1, 65536, "D <= 65,536: a cluster of up to 8 blocks, 8,192 elements each"},
-    {2, 512, 16, 4, 1, 1, 1 << 20, "D <= 1,048,576: blocks all over the grid share a sample"},
-    {4, 128, 8, 2, 2, 3, 1024, "D <= 1,024: three blocks per multiprocessor"},
-    {4, 256, 8, 2, 2, 2, 2048, "D <= 2,048: two blocks per multiprocessor"},
-    {4, 512, 8, 2, 2, 1, 4096, "D <= 4,096: one block per multiprocessor, tiles of 32 KB"},
-    {4, 512, 16, 1, 1, 1, 8192, "D <= 8,192: one block per multiprocessor, tiles of 32 KB"},
-    {4, 512, 16, 2, 1, 1, 65536, "D <= 65,536: a cluster of up to 8 blocks, 8,192 elements each"},
-    {4, 512, 16, 2, 1, 1, 1 << 20, "D <= 1,048,576: blocks all over the grid share a sample"},
+    {0, 32, 16, 2, 512, "D <= 512: sixteen groups of one warp"},
+    {0, 64, 16, 2, 1024, "D <= 1,024: eight groups of two warps"},
+    {0, 128, 16, 2, 2048, "D <= 2,048: four groups of four warps"},
+    {0, 256, 16, 2, 4096, "D <= 4,096: two groups of eight warps, tiles of two references in registers"},
+    {0, 512, 16, 2, 8192, "D <= 8,192: one group of sixteen warps"},
+    {2, 512, 32, 2, 16384, "D <= 16,384: one group of sixteen warps, tiles read twice"},
+    {2, 512, 16, 4, 65536, "D <= 65,536: a cluster of up to 8 blocks, 8,192 elements each"},
+    {2, 512, 16, 4, 1 << 20, "D <= 1,048,576: blocks all over the grid share a sample"},
+    {4, 512, 16, 2, 65536, "D <= 65,536: a cluster of up to 8 blocks, 8,192 elements each"},
+    {4, 512, 16, 2, 1 << 20, "D <= 1,048,576: blocks all over the grid share a sample"},
 };
-
-constexpr int64_t RESERVED_SMEM = 1024;  // of every block, for the system
 
 constexpr int64_t SMALL_D = 32;       // up to here a thread holds whole rows in registers
 constexpr int64_t EXACT_D = 8;        // up to here rounding does not average out: scores and sums in float64
@@ -88,22 +84,23 @@ int64_t list_bytes(const Problem& p) {
 bool plan_bulk(const Problem& p, Plan& plan) {
   if (p.cc < 90 || !p.aligned || p.refs_size == 8 || p.d == 0) return false;
   for (const BulkTile& tile : BULK_TILES) {
-    if (tile.refs_size != p.refs_size || p.d > tile.most_d) continue;
-    const int64_t held = int64_t{tile.threads} * tile.elements;
+    if ((tile.refs_size != 0 && tile.refs_size != p.refs_size) || p.d > tile.most_d) continue;
+    const int64_t held = int64_t{tile.group} * tile.elements;
     const int64_t slices = ceil_div(p.d, held),
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
     if (slices > p.sm_count) return false;
     plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS;
     const int64_t stage = tile.tile_refs * slice * p.refs_size;
     const int64_t fixed = BULK_FIXED_SMEM + (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
-    const int64_t share = (p.smem_limit + RESERVED_SMEM) / tile.blocks - RESERVED_SMEM;
-    const int64_t stages = std::min<int64_t>(BULK_MAX_STAGES, (share - fixed) / stage);
+    const int64_t most_stages = slices == 1 ? GROUPS_MAX_STAGES : BULK_MAX_STAGES;
+    const int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
     if (stages < 3) return false;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
-    const int64_t teams = std::max<int64_t>(1, std::min(tile.blocks * p.sm_count / slices, units));
+    const int64_t teams = std::max<int64_t>(1, std::min(p.sm_count / slices, units));
     plan.kernel = "bulk";
-    plan.threads = tile.threads + BULK_PRODUCERS;
-    plan.tile_rows = tile.rows;
+    plan.threads = GROUPS_CONSUMERS + BULK_PRODUCERS;
+    plan.group = tile.group;
+    plan.tile_rows = slices == 1 ? std::min(GROUPS_CONSUMERS / tile.group, GROUPS_MOST_ROWS) : 1;
     plan.tile_refs = tile.tile_refs;
     plan.tile_d = held;
     plan.stages = static_cast<int>(stages);
@@ -115,7 +112,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.refs_per_pass = groups(p) * p.m;
     plan.smem_bytes = fixed + stages * stage;
     plan.workspace_bytes = unit_list_bytes(p.n, groups(p)) + 4 * p.n * slices + 4096 +
-                           plan.blocks * tile.rows * (16 * slice + 48 + 32 * (tile.tile_refs + 2));
+                           plan.blocks * plan.tile_rows * (16 * slice + 48 + 32 * (tile.tile_refs + 2));
     plan.reason = tile.reason;
     return true;
   }

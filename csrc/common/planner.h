@@ -36,6 +36,7 @@ struct Plan {
   int64_t slices = 1;     // pool, bulk: thread blocks that share a sample, and
   int64_t slice = 0;      // elements of it for each
   bool own_list = false;  // bulk: each block builds the list of units for itself
+  int group = 0;          // bulk: threads that share a sample where one block holds it; the block has several
   int64_t splits = 1;  // pool, bulk, stream: most parts of a row's references; two_pass: parts of D; small:
                        // parts of the references
   int64_t rows_per_pass = 0;  // rows and references that one round of launches covers
@@ -59,11 +60,16 @@ constexpr int64_t BULK_FIXED_SMEM = 8192;
 constexpr int64_t OWN_LIST_ROWS = 256, OWN_LIST_GROUPS = 1024;
 constexpr int64_t UNIT_BYTES = 40;
 constexpr int64_t unit_list_bytes(int64_t n, int64_t k) {
-  return n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + (4 * n + 8 + 15) / 16 * 16;
+  return n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + (4 * n + 12 + 15) / 16 * 16;
+}
+constexpr int64_t bulk_list_scratch(int64_t k) {
+  return 8 * OWN_LIST_ROWS + (4 * (k + 1) + 15) / 16 * 16;
 }
 constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
-  return (12 * OWN_LIST_ROWS + unit_list_bytes(n, k) + 127) / 128 * 128;
+  return (bulk_list_scratch(k) + unit_list_bytes(n, k) + 127) / 128 * 128;
 }
+// Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
+constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
 constexpr int BULK_PRODUCERS = 128;  // threads beside the consumers: registers are dealt to 128 at a time
 constexpr int BULK_MAX_STAGES = 8;
 constexpr int BULK_MAX_CLUSTER = 8;  // above that a team of blocks spans the grid

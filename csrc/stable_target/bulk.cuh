@@ -20,17 +20,11 @@
 // merge_kernel where few units are cut into many parts.
 #pragma once
 
-#include "common/hopper.cuh"
-#include "common/planner.h"
-#include "stable_target/units.cuh"
+#include "stable_target/bulk_parts.cuh"
 
 namespace svel::cuda {
 
-// 2^-50: a tile whose weights are all below that, beside the best so far, is not added. Of 2^24 such
-// references all together are below float32's rounding.
-constexpr float NO_WEIGHT = 8.8817841970012523e-16f;
 constexpr int TEAM_SLOTS = 4;      // a block of the team may be one tile ahead of another that still reads
-constexpr int SEGMENT_REFS = 256;  // summed in float32 before they move to float64
 
 enum BulkTileFlags : int {
   PART_BEGIN = 1,   // first tile of this unit in this team
@@ -80,42 +74,6 @@ struct BulkLayout {
   bool merge_last;  // the last team to finish merges; else merge_kernel
 };
 
-// A team's share of a unit, for one row: weights are 2^log2_weight times what the sums hold.
-struct PartRow {
-  double log2_weight, total;  // sum of the weights
-};
-
-// Parts of units; slot 2b of block b for a unit that began earlier, 2b + 1 for one that begins here.
-struct BulkParts {
-  double* sums;   // (2 blocks, rows, slice) weighted sums of the references
-  PartRow* rows;  // (2 blocks, rows)
-  int* arrived;   // (n, slices) teams that have finished their part of a unit; zero at first
-  uint2* mail;    // (teams, TEAM_SLOTS, slices, LETTERS) with their tile's number, for Team::grid
-};
-
-// The tiles are cut into ranges of equal length, the first few one longer. No range is empty unless the
-// ranges before hold all tiles, so that a unit's teams follow one another.
-struct Ranges {
-  int64_t length, longer;
-
-  __device__ Ranges(const UnitList& list, int64_t teams) {
-    const int64_t tiles = list.first_tile[list.sizes[0]];
-    length = tiles / teams;
-    longer = tiles - length * teams;
-  }
-  __device__ int64_t begin(int64_t team) const { return length * team + (team < longer ? team : longer); }
-  __device__ int64_t team_of(int64_t tile) const {
-    if (tile < longer * (length + 1)) return tile / (length + 1);
-    return longer + (tile - longer * (length + 1)) / length;
-  }
-  __device__ int64_t first_team(const UnitList& list, int unit) const {
-    return team_of(list.first_tile[unit]);
-  }
-  __device__ int64_t last_team(const UnitList& list, int unit) const {
-    return team_of(list.first_tile[unit] + list.units[unit].tiles - 1);
-  }
-};
-
 struct PartState {
   double top;     // weights are 2^(score - top)
   double shift;   // |y|^2 / (2 sigma^2) in units of log 2
@@ -139,60 +97,8 @@ struct BulkShared {
   double mail_squares[TEAM_SLOTS][BULK_MAX_CLUSTER][R];
   float team_scores[2][SCORES];
   double team_squares[2][R];
-  int64_t scratch[32];
   int arrived;
 };
-
-// Four elements from i on, zero from `limit` on: for dtypes and alignments that are rare.
-__device__ inline float4 load_four(const Array& a, int64_t i, int64_t limit) {
-  float v[4];
-#pragma unroll
-  for (int k = 0; k < 4; ++k) v[k] = i + k < limit ? load_as<float>(a, i + k) : 0.0f;
-  return make_float4(v[0], v[1], v[2], v[3]);
-}
-__device__ inline void store_four(const Array& a, int64_t i, int64_t limit, float4 v) {
-  if (i < limit) store_as(a, i, v.x);
-  if (i + 1 < limit) store_as(a, i + 1, v.y);
-  if (i + 2 < limit) store_as(a, i + 2, v.z);
-  if (i + 3 < limit) store_as(a, i + 3, v.w);
-}
-
-// EV elements of T, 16 bytes, as float32.
-template <typename T, int EV>
-__device__ inline void unpack(const uint4& raw, float (&out)[EV]) {
-  const T* values = reinterpret_cast<const T*>(&raw);
-#pragma unroll
-  for (int k = 0; k < EV; ++k) out[k] = to_float(values[k]);
-}
-
-// Sums v[j] over the warp for all COUNT values at once; lane l gets the sum of value l / (32 / COUNT).
-template <int COUNT>
-__device__ inline float sum_over_warp(float (&v)[COUNT], int lane) {
-  int offset = 16;
-#pragma unroll
-  for (int half = COUNT / 2; half > 0; half /= 2, offset /= 2) {
-    const bool upper = lane & offset;
-#pragma unroll
-    for (int j = 0; j < half; ++j) {
-      const float give = upper ? v[j] : v[j + half], keep = upper ? v[j + half] : v[j];
-      v[j] = keep + __shfl_xor_sync(0xffffffffu, give, offset);
-    }
-  }
-#pragma unroll
-  for (; offset > 0; offset /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], offset);
-  return v[0];
-}
-
-template <typename W>
-__device__ inline W sum_over_lanes(W v, int lanes) {
-  for (int offset = lanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
-}
-
-// 2^exponent for an integer of at most 0; below float32's range: 0.
-__device__ inline float power_of_two(double exponent) {
-  return exponent < -126.0 ? 0.0f : __int_as_float((127 + static_cast<int>(exponent)) << 23);
-}
 
 // Thread and lane, read anew: cheaper than to keep what follows from them through a loop that needs all
 // registers.
@@ -239,19 +145,6 @@ struct Bulk {
 
   // The producer.
 
-  // The unit that tile `begin` belongs to.
-  __device__ int find_unit(int64_t begin, int lane) const {
-    int low = 0, high = list.sizes[0];  // first_tile[low] <= begin < first_tile[high]
-    while (high - low > 1) {            // 32 probes at a time
-      const int step = (high - low + 31) / 32, probe = low + lane * step;
-      const bool before = probe < high && list.first_tile[probe] <= begin;
-      const int last = 31 - __clz(__ballot_sync(0xffffffffu, before));
-      high = min(high, low + (last + 1) * step);
-      low += last * step;
-    }
-    return low;
-  }
-
   // All lanes walk alike, and each issues the copy of one reference. `taken`: stages that the ring has seen.
   __device__ void produce(int taken, int lane) const {
     const Ranges ranges(list, teams);
@@ -264,8 +157,8 @@ struct Bulk {
     };
     int64_t at = ranges.begin(team);
     const int64_t end = ranges.begin(team + 1);
-    for (int number = at < end ? find_unit(at, lane) : 0; at < end; ++number) {
-      const int64_t unit_begin = list.first_tile[number], unit_end = unit_begin + list.units[number].tiles;
+    for (int number = at < end ? find_unit(list, at, lane) : 0; at < end; ++number) {
+      const int64_t unit_begin = list.begins[number], unit_end = unit_begin + list.units[number].tiles;
       const int64_t stop = unit_end < end ? unit_end : end;
       const uint64_t policy = list.units[number].alone ? once : usual;
       int begins = GROUP_BEGIN | PART_BEGIN | (at == unit_begin ? UNIT_BEGIN : 0);
@@ -315,8 +208,8 @@ struct Bulk {
     const Ranges ranges(list, teams);
     const int64_t begin = ranges.begin(team), end = ranges.begin(team + 1);
     int slot = taken, phase = 1;
-    for (int number = begin < end ? find_unit(begin, lane) : list.sizes[0];
-         number < list.sizes[0] && list.first_tile[number] < end; ++number) {
+    for (int number = begin < end ? find_unit(list, begin, lane) : list.sizes[0];
+         number < list.sizes[0] && list.begins[number] < end; ++number) {
       const Unit unit = list.units[number];
       wait_barrier(&shared.done[slot], phase);
       UnitRows<R>& here = shared.units[slot];
@@ -970,7 +863,8 @@ __global__ void __launch_bounds__(THREADS + BULK_PRODUCERS, BLOCKS)
   char* const list_memory = staging;
   if (layout.own_list) {
     // Where merge_kernel follows, one block leaves the list in memory for it.
-    if (layout.merge_last || blockIdx.x > 0) list = place_unit_list(staging + 12 * OWN_LIST_ROWS, in.n, in.k);
+    if (layout.merge_last || blockIdx.x > 0)
+      list = place_unit_list(staging + bulk_list_scratch(in.k), in.n, in.k);
     staging += bulk_list_smem(in.n, in.k);
   }
   const Kernel kernel{in, list, parts, layout, shared, staging};
@@ -996,8 +890,12 @@ __global__ void __launch_bounds__(THREADS + BULK_PRODUCERS, BLOCKS)
     give_up_registers<PRODUCER_REGISTERS>();
     const int tid = threadIdx.x - THREADS;
     if (layout.own_list) {
-      build_few_units(in, list, TR, R, reinterpret_cast<uint32_t*>(list_memory + 8 * OWN_LIST_ROWS),
-                      reinterpret_cast<int64_t*>(list_memory), shared.scratch, tid);
+      int* const seen = reinterpret_cast<int*>(list_memory + 8 * OWN_LIST_ROWS);
+      for (int i = tid; i <= in.k; i += BULK_PRODUCERS) seen[i] = 0;
+      named_barrier(2, BULK_PRODUCERS);
+      if (tid < 32)
+        build_few_units(in, list, TR, R, seen, reinterpret_cast<int64_t*>(list_memory), tid);
+      named_barrier(2, BULK_PRODUCERS);
     } else {
       wait_for_previous_launch();
     }

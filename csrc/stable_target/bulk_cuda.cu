@@ -28,8 +28,8 @@ constexpr int64_t MERGE_ELEMENTS = 256;  // of D per block: few rows, so many bl
 
 // Merges the parts of one unit over MERGE_ELEMENTS of D. Grid: units (at most n) x parts of D.
 __global__ void __launch_bounds__(MERGE_THREADS)
-    merge_kernel(const Inputs in, const UnitList list, const BulkParts parts, const BulkLayout layout,
-                 const int rows, const int64_t teams) {
+    merge_kernel(const Inputs in, const UnitList list, const BulkParts parts, const int64_t slices,
+                 const int64_t slice, const int rows, const int64_t teams) {
   extern __shared__ double weights[];  // (teams of the unit,)
   __shared__ double scratch[33];
   const int64_t chunks = (in.d + MERGE_ELEMENTS - 1) / MERGE_ELEMENTS;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(MERGE_THREADS)
     bool finite;
     const Row row = make_row(in, list.order[unit.first + r], 0, finite);
     const auto part_of = [&](int j, int64_t rank) {
-      return (2 * ((from + j) * layout.slices + rank) + (j == 0 ? 1 : 0)) * rows + r;
+      return (2 * ((from + j) * slices + rank) + (j == 0 ? 1 : 0)) * rows + r;
     };
     double top = -INFINITY;
     for (int j = threadIdx.x; j < count; j += MERGE_THREADS) {
@@ -62,11 +62,11 @@ __global__ void __launch_bounds__(MERGE_THREADS)
     }
     const double total = block_sum<double>(share, scratch);
     for (int64_t e = begin + threadIdx.x; e < end; e += MERGE_THREADS) {
-      const int64_t rank = e / layout.slice, local = e % layout.slice;
+      const int64_t rank = e / slice, local = e % slice;
       double sum = 0;
 #pragma unroll 8
       for (int j = 0; j < count; ++j)
-        sum = fma(weights[j], parts.sums[part_of(j, rank) * layout.slice + local], sum);
+        sum = fma(weights[j], parts.sums[part_of(j, rank) * slice + local], sum);
       const int64_t at = row.index * in.d + e;
       store_as(in.out, at, row.a * load_as<double>(in.x, at) + row.b * (sum / total));
     }
@@ -92,10 +92,10 @@ void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t st
 }
 
 void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
-                 const BulkLayout& layout, int rows, int64_t teams, cudaStream_t stream) {
+                 int64_t slices, int64_t slice, int rows, int64_t teams, cudaStream_t stream) {
   const int64_t chunks = (in.d + MERGE_ELEMENTS - 1) / MERGE_ELEMENTS;
   merge_kernel<<<static_cast<unsigned>(in.n * chunks), MERGE_THREADS, teams * sizeof(double), stream>>>(
-      in, list, parts, layout, rows, teams);
+      in, list, parts, slices, slice, rows, teams);
   check_launch(op);
 }
 

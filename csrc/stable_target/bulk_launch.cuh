@@ -3,6 +3,7 @@
 #pragma once
 
 #include "stable_target/bulk.cuh"
+#include "stable_target/bulk_groups.cuh"
 #include "stable_target/launch.cuh"
 
 namespace svel::cuda {
@@ -16,7 +17,7 @@ void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t st
 
 // Merges the parts of all units that several teams have shared, of `rows` rows each at most.
 void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
-                 const BulkLayout& layout, int rows, int64_t teams, cudaStream_t stream);
+                 int64_t slices, int64_t slice, int rows, int64_t teams, cudaStream_t stream);
 
 struct BulkLaunch {
   const char* op;
@@ -33,6 +34,60 @@ bool launch_bulk(const BulkLaunch& launch);
 namespace {
 
 struct Launch : BulkLaunch {
+  // A sample in one block.
+  template <typename T, int GT, int Q, int TR>
+  bool run_groups_if() const {
+    constexpr bool HELD = Q * TR <= 32;
+    using Kernel = Groups<T, GT, Q, TR, HELD>;
+    static_assert(Kernel::FIXED_BYTES <= BULK_FIXED_SMEM, "the planner reserves less");
+    if (in.refs.dtype != DtypeOf<T>::value || plan.slices > 1 || plan.group != GT || plan.tile_d != GT * Q ||
+        plan.tile_refs != TR || plan.tile_rows != Kernel::ROWS)
+      return false;
+    const auto kernel = groups_kernel<T, GT, Q, TR, HELD>;
+    check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(plan.smem_bytes)));
+    GroupsLayout layout{};
+    layout.stages = plan.stages;
+    layout.vectors = vectors();
+    layout.own_list = plan.own_list;
+    layout.merge_last = merge_last(plan.blocks, Kernel::ROWS);
+
+    Carver carver(workspace);
+    const UnitList list = place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k);
+    BulkParts parts{};
+    parts.sums = carver.take<double>(2 * plan.blocks * Kernel::ROWS * in.d);
+    parts.rows = carver.take<PartRow>(2 * plan.blocks * Kernel::ROWS);
+    parts.arrived = carver.take<int>(in.n);
+    if (!layout.own_list) {
+      build_unit_list(op, in, list, parts.arrived, in.n, TR, Kernel::ROWS, stream);
+    } else if (layout.merge_last) {
+      zero_arrivals(op, parts.arrived, in.n, stream);
+    }
+    cudaLaunchAttribute overlaps{};
+    overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlaps.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
+    config.blockDim = dim3(GROUPS_CONSUMERS + BULK_PRODUCERS);
+    config.dynamicSmemBytes = plan.smem_bytes;
+    config.stream = stream;
+    config.attrs = &overlaps;
+    config.numAttrs = 1;
+    check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
+    if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, Kernel::ROWS, plan.blocks, stream);
+    return true;
+  }
+
+  bool vectors() const {
+    return in.d % 8 == 0 && is_aligned(in.x.data) && is_aligned(in.source.data) && is_aligned(in.out.data);
+  }
+
+  // A unit of few rows is cut into many parts where there are few units: their merge wants a launch of its
+  // own.
+  bool merge_last(int64_t teams, int rows) const { return teams <= 8 * ((in.n + rows - 1) / rows); }
+
+  // A sample over a team of blocks.
   template <typename T, int THREADS, int Q, int TR, int R, int BLOCKS, bool TEAMS = false>
   bool run_if() const {
     using Kernel = Bulk<T, THREADS, Q, TR, R, BLOCKS, TEAMS>;
@@ -53,8 +108,7 @@ struct Launch : BulkLaunch {
                                                       : Team::grid;
     layout.slice = plan.slice;
     layout.stages = plan.stages;
-    layout.vectors =
-        in.d % 8 == 0 && is_aligned(in.x.data) && is_aligned(in.source.data) && is_aligned(in.out.data);
+    layout.vectors = vectors();
     layout.own_list = plan.own_list;
 
     cudaLaunchAttribute attributes[2] = {};
@@ -92,9 +146,7 @@ struct Launch : BulkLaunch {
       parts.mail = carver.take<uint2>(letters);
       check_cuda(op, cudaMemsetAsync(parts.mail, 0, letters * sizeof(uint2), stream));
     }
-    // A unit of few rows is cut into many parts where there are few units: their merge wants a launch of its
-    // own.
-    layout.merge_last = teams <= 8 * ((in.n + R - 1) / R);
+    layout.merge_last = merge_last(teams, R);
 
     if (!layout.own_list) {
       build_unit_list(op, in, list, parts.arrived, counts, TR, R, stream);
@@ -102,7 +154,7 @@ struct Launch : BulkLaunch {
       zero_arrivals(op, parts.arrived, counts, stream);
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
-    if (!layout.merge_last) merge_parts(op, in, list, parts, layout, R, teams, stream);
+    if (!layout.merge_last) merge_parts(op, in, list, parts, layout.slices, layout.slice, R, teams, stream);
     return true;
   }
 };
@@ -111,14 +163,14 @@ struct Launch : BulkLaunch {
 template <typename T>
 bool launch_tiles(const BulkLaunch& launch) {
   const Launch at{launch};
+  const bool within_a_block = at.run_groups_if<T, 32, 16, 2>() || at.run_groups_if<T, 64, 16, 2>() ||
+                              at.run_groups_if<T, 128, 16, 2>() || at.run_groups_if<T, 256, 16, 2>() ||
+                              at.run_groups_if<T, 512, 16, 2>();
+  if (within_a_block) return true;
   if constexpr (sizeof(T) == 2) {
-    return at.run_if<T, 128, 8, 4, 2, 3>() || at.run_if<T, 256, 8, 4, 2, 2>() ||
-           at.run_if<T, 512, 8, 4, 2, 1>() || at.run_if<T, 512, 16, 2, 1, 1>() ||
-           at.run_if<T, 512, 16, 4, 1, 1, true>();
+    return at.run_groups_if<T, 512, 32, 2>() || at.run_if<T, 512, 16, 4, 1, 1, true>();
   } else {
-    return at.run_if<T, 128, 8, 2, 2, 3>() || at.run_if<T, 256, 8, 2, 2, 2>() ||
-           at.run_if<T, 512, 8, 2, 2, 1>() || at.run_if<T, 512, 16, 1, 1, 1>() ||
-           at.run_if<T, 512, 16, 2, 1, 1, true>();
+    return at.run_if<T, 512, 16, 2, 1, 1, true>();
   }
 }
 
