@@ -54,9 +54,13 @@ constexpr BulkTile BULK_TILES[] = {
     {0, 32, 16, 2, 512, "D <= 512: sixteen groups of one warp"},
     {0, 64, 16, 2, 1024, "D <= 1,024: eight groups of two warps"},
     {0, 128, 16, 2, 2048, "D <= 2,048: four groups of four warps"},
+#ifdef SVEL_EXPERIMENT
+    {2, 128, 32, 2, 4096, "experiment"},
+    {2, 256, 32, 2, 8192, "experiment"},
+#endif
     {0, 256, 16, 2, 4096, "D <= 4,096: two groups of eight warps, tiles of two references in registers"},
     {0, 512, 16, 2, 8192, "D <= 8,192: one group of sixteen warps"},
-    {2, 512, 32, 2, 16384, "D <= 16,384: one group of sixteen warps, tiles read twice"},
+    {2, 512, 32, 1, 16384, "D <= 16,384: one group of sixteen warps, tiles read twice"},
     {2, 512, 16, 4, 65536, "D <= 65,536: a cluster of up to 8 blocks, 8,192 elements each"},
     {2, 512, 16, 4, 1 << 20, "D <= 1,048,576: blocks all over the grid share a sample"},
     {4, 512, 16, 2, 65536, "D <= 65,536: a cluster of up to 8 blocks, 8,192 elements each"},
@@ -89,9 +93,10 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     const int64_t slices = ceil_div(p.d, held),
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
     if (slices > p.sm_count) return false;
-    plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS;
+    plan.own_list = slices == 1 && p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS;
     const int64_t stage = tile.tile_refs * slice * p.refs_size;
-    const int64_t fixed = BULK_FIXED_SMEM + (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
+    const int64_t fixed = BULK_FIXED_SMEM + (slices == 1 ? groups_sums_smem(tile.elements) : 0) +
+                          (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
     const int64_t most_stages = slices == 1 ? GROUPS_MAX_STAGES : BULK_MAX_STAGES;
     const int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
     if (stages < 3) return false;

@@ -62,14 +62,15 @@ constexpr int64_t UNIT_BYTES = 40;
 constexpr int64_t unit_list_bytes(int64_t n, int64_t k) {
   return n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + (4 * n + 12 + 15) / 16 * 16;
 }
-constexpr int64_t bulk_list_scratch(int64_t k) {
-  return 8 * OWN_LIST_ROWS + (4 * (k + 1) + 15) / 16 * 16;
-}
 constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
-  return (bulk_list_scratch(k) + unit_list_bytes(n, k) + 127) / 128 * 128;
+  return (unit_list_bytes(n, k) + 127) / 128 * 128;
 }
+constexpr int64_t LIST_SCRATCH_SMEM = 16384;  // within the stages, before the first copies
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
+constexpr int groups_sums_smem(int elements) {  // where groups leave their sums for one another
+  return 4 * GROUPS_CONSUMERS * elements;
+}
 constexpr int BULK_PRODUCERS = 128;  // threads beside the consumers: registers are dealt to 128 at a time
 constexpr int BULK_MAX_STAGES = 8;
 constexpr int BULK_MAX_CLUSTER = 8;  // above that a team of blocks spans the grid

@@ -70,7 +70,6 @@ struct BulkLayout {
   int64_t slice;  // elements of D per block
   int stages;
   bool vectors;     // x, source and out allow 16-byte loads and stores
-  bool own_list;    // each block builds the list of units in its shared memory
   bool merge_last;  // the last team to finish merges; else merge_kernel
 };
 
@@ -853,20 +852,12 @@ struct Bulk {
 
 template <typename T, int THREADS, int Q, int TR, int R, int BLOCKS, bool TEAMS>
 __global__ void __launch_bounds__(THREADS + BULK_PRODUCERS, BLOCKS)
-    bulk_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
+    bulk_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList list,
                 const __grid_constant__ BulkParts parts, const __grid_constant__ BulkLayout layout) {
   using Kernel = Bulk<T, THREADS, Q, TR, R, BLOCKS, TEAMS>;
   extern __shared__ __align__(128) char memory[];
   typename Kernel::Shared& shared = *reinterpret_cast<typename Kernel::Shared*>(memory);
-  UnitList list = shared_list;
-  char* staging = memory + Kernel::FIXED_BYTES;
-  char* const list_memory = staging;
-  if (layout.own_list) {
-    // Where merge_kernel follows, one block leaves the list in memory for it.
-    if (layout.merge_last || blockIdx.x > 0)
-      list = place_unit_list(staging + bulk_list_scratch(in.k), in.n, in.k);
-    staging += bulk_list_smem(in.n, in.k);
-  }
+  char* const staging = memory + Kernel::FIXED_BYTES;
   const Kernel kernel{in, list, parts, layout, shared, staging};
   if (threadIdx.x == 0) {
     for (int s = 0; s < layout.stages; ++s) {
@@ -889,16 +880,7 @@ __global__ void __launch_bounds__(THREADS + BULK_PRODUCERS, BLOCKS)
   } else {
     give_up_registers<PRODUCER_REGISTERS>();
     const int tid = threadIdx.x - THREADS;
-    if (layout.own_list) {
-      int* const seen = reinterpret_cast<int*>(list_memory + 8 * OWN_LIST_ROWS);
-      for (int i = tid; i <= in.k; i += BULK_PRODUCERS) seen[i] = 0;
-      named_barrier(2, BULK_PRODUCERS);
-      if (tid < 32)
-        build_few_units(in, list, TR, R, seen, reinterpret_cast<int64_t*>(list_memory), tid);
-      named_barrier(2, BULK_PRODUCERS);
-    } else {
-      wait_for_previous_launch();
-    }
+    wait_for_previous_launch();
     if (tid < 32) {
       kernel.produce(1, tid);
     } else if (tid < 64) {

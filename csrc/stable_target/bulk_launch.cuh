@@ -37,7 +37,7 @@ struct Launch : BulkLaunch {
   // A sample in one block.
   template <typename T, int GT, int Q, int TR>
   bool run_groups_if() const {
-    constexpr bool HELD = Q * TR <= 32;
+    constexpr bool HELD = Q == 16 && TR <= 2;
     using Kernel = Groups<T, GT, Q, TR, HELD>;
     static_assert(Kernel::FIXED_BYTES <= BULK_FIXED_SMEM, "the planner reserves less");
     if (in.refs.dtype != DtypeOf<T>::value || plan.slices > 1 || plan.group != GT || plan.tile_d != GT * Q ||
@@ -73,7 +73,7 @@ struct Launch : BulkLaunch {
     config.dynamicSmemBytes = plan.smem_bytes;
     config.stream = stream;
     config.attrs = &overlaps;
-    config.numAttrs = 1;
+    config.numAttrs = layout.own_list && !layout.merge_last ? 0 : 1;  // what came before is ours, or not
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
     if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, Kernel::ROWS, plan.blocks, stream);
     return true;
@@ -109,7 +109,6 @@ struct Launch : BulkLaunch {
     layout.slice = plan.slice;
     layout.stages = plan.stages;
     layout.vectors = vectors();
-    layout.own_list = plan.own_list;
 
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config{};
@@ -148,11 +147,7 @@ struct Launch : BulkLaunch {
     }
     layout.merge_last = merge_last(teams, R);
 
-    if (!layout.own_list) {
-      build_unit_list(op, in, list, parts.arrived, counts, TR, R, stream);
-    } else if (layout.merge_last) {
-      zero_arrivals(op, parts.arrived, counts, stream);
-    }
+    build_unit_list(op, in, list, parts.arrived, counts, TR, R, stream);
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
     if (!layout.merge_last) merge_parts(op, in, list, parts, layout.slices, layout.slice, R, teams, stream);
     return true;
@@ -168,7 +163,10 @@ bool launch_tiles(const BulkLaunch& launch) {
                               at.run_groups_if<T, 512, 16, 2>();
   if (within_a_block) return true;
   if constexpr (sizeof(T) == 2) {
-    return at.run_groups_if<T, 512, 32, 2>() || at.run_if<T, 512, 16, 4, 1, 1, true>();
+#ifdef SVEL_EXPERIMENT
+    if (at.run_groups_if<T, 128, 32, 2>() || at.run_groups_if<T, 256, 32, 2>()) return true;
+#endif
+    return at.run_groups_if<T, 512, 32, 1>() || at.run_if<T, 512, 16, 4, 1, 1, true>();
   } else {
     return at.run_if<T, 512, 16, 2, 1, 1, true>();
   }

@@ -65,20 +65,6 @@ __device__ inline int find_unit(const UnitList& list, int64_t at, int lane) {
   return low;
 }
 
-// Four elements from i on, zero from `limit` on: for dtypes and alignments that are rare.
-__device__ inline float4 load_four(const Array& a, int64_t i, int64_t limit) {
-  float v[4];
-#pragma unroll
-  for (int k = 0; k < 4; ++k) v[k] = i + k < limit ? load_as<float>(a, i + k) : 0.0f;
-  return make_float4(v[0], v[1], v[2], v[3]);
-}
-__device__ inline void store_four(const Array& a, int64_t i, int64_t limit, float4 v) {
-  if (i < limit) store_as(a, i, v.x);
-  if (i + 1 < limit) store_as(a, i + 1, v.y);
-  if (i + 2 < limit) store_as(a, i + 2, v.z);
-  if (i + 3 < limit) store_as(a, i + 3, v.w);
-}
-
 // EV elements of T, 16 bytes, as float32.
 template <typename T, int EV>
 __device__ inline void unpack(const uint4& raw, float (&out)[EV]) {
@@ -114,6 +100,280 @@ __device__ inline W sum_over_lanes(W v, int lanes) {
 // 2^exponent for an integer of at most 0; below float32's range: 0.
 __device__ inline float power_of_two(double exponent) {
   return exponent < -126.0 ? 0.0f : __int_as_float((127 + static_cast<int>(exponent)) << 23);
+}
+
+// Of a unit, in a team: its tiles from `from` to `to`.
+struct UnitShare {
+  int number;
+  int64_t from, to;
+};
+
+// A team's shares of the units in its range, by whole warps: visit(share).
+template <typename Visit>
+__device__ __forceinline__ void walk_units(const UnitList& list, int64_t teams, int64_t team, int lane,
+                                           const Visit& visit) {
+  const Ranges ranges(list, teams);
+  const int64_t low = ranges.begin(team), high = ranges.begin(team + 1);
+  if (low >= high) return;
+  for (int number = find_unit(list, low, lane); number < list.sizes[0]; ++number) {
+    const int64_t begin = list.begins[number], tiles = list.units[number].tiles;
+    if (begin >= high) return;
+    const int weight = list.units[number].weight;
+    const int64_t from = low <= begin ? 0 : ceil_div(low - begin, weight);
+    const int64_t to = ceil_div(high - begin, weight);
+    if (from < tiles) visit(UnitShare{number, from, to < tiles ? to : tiles});
+  }
+}
+
+// The tiles of one class, the one that has tile `from` of the unit.
+struct ClassTiles {
+  int64_t first;       // of its references, among all k m; -1: it has none
+  int64_t count;       // valid references
+  int64_t begin, end;  // among the unit's tiles
+};
+__device__ __forceinline__ ClassTiles class_of(const Inputs& in, const UnitList& list, const Unit& unit,
+                                               int64_t from) {
+  if (unit.count == 0) return {-1, 0, 0, unit.tiles};
+  if (unit.group >= 0) return {unit.group * in.m, unit.count, 0, unit.tiles};
+  const int64_t group = find_prefix(list.group_tiles, 0, in.k, from);
+  return {group * in.m, valid_count(in, group), list.group_tiles[group], list.group_tiles[group + 1]};
+}
+
+// What a block keeps of a row in shared memory. The sign of x: see Row.
+struct RowState {
+  int64_t index;
+  double a, b;  // out = a x + b mean
+  double alpha;
+  double per_square;                               // log2(e) / (2 sigma^2)
+  double shift;                                    // |y|^2 / (2 sigma^2) in units of log 2
+  float sign, half_alpha, high_alpha, rest_alpha;  // alpha in float32, and what that drops
+  float rate;                                      // log2(e) alpha / sigma^2
+};
+
+__device__ __forceinline__ void set_row(const Inputs& in, int64_t index, RowState& row) {
+  const Row at = row_coefficients(in, index);
+  row.index = index, row.a = at.a, row.b = at.b, row.alpha = at.alpha;
+  row.per_square = LOG2_E / (2 * at.sigma * at.sigma);
+  row.sign = static_cast<float>(at.sign), row.half_alpha = static_cast<float>(0.5 * at.alpha);
+  row.high_alpha = static_cast<float>(at.alpha);
+  row.rest_alpha = static_cast<float>(at.alpha - row.high_alpha);
+  row.rate = static_cast<float>(LOG2_E * at.rate());
+}
+
+// Four elements from i on, zero from `limit` on: for dtypes and alignments that are rare.
+__device__ inline float4 load_four(const Array& a, int64_t i, int64_t limit) {
+  float v[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) v[k] = i + k < limit ? load_as<float>(a, i + k) : 0.0f;
+  return make_float4(v[0], v[1], v[2], v[3]);
+}
+__device__ inline void store_four(const Array& a, int64_t i, int64_t limit, float4 v) {
+  if (i < limit) store_as(a, i, v.x);
+  if (i + 1 < limit) store_as(a, i + 1, v.y);
+  if (i + 2 < limit) store_as(a, i + 2, v.z);
+  if (i + 3 < limit) store_as(a, i + 3, v.w);
+}
+
+
+// Q elements of x or source, EV of them side by side, from base + first, base + first + STRIDE and so on;
+// zero from base + limit on. One branch for all loads, which are in flight together.
+template <int EV, int STRIDE, int Q>
+__device__ __forceinline__ void load_elements(const Array& a, int64_t base, int first, int limit, bool vectors,
+                                              float (&out)[Q]) {
+  const float* const from = static_cast<const float*>(a.data) + base;
+  const bool fast = a.dtype == Dtype::f32 && vectors;
+#pragma unroll
+  for (int q = 0; q < Q; q += 4) {
+    const int e = first + q / EV * STRIDE + q % EV;
+    float4 v = make_float4(0, 0, 0, 0);
+    if (fast && e < limit) v = *reinterpret_cast<const float4*>(from + e);
+    out[q] = v.x, out[q + 1] = v.y, out[q + 2] = v.z, out[q + 3] = v.w;
+  }
+  if (fast) return;
+#pragma unroll
+  for (int q = 0; q < Q; q += 4) {
+    const int e = first + q / EV * STRIDE + q % EV;
+    const float4 v = load_four(a, base + e, base + limit);
+    out[q] = v.x, out[q + 1] = v.y, out[q + 2] = v.z, out[q + 3] = v.w;
+  }
+}
+
+// From x to y = x - alpha c. This thread's share of |y|^2 where it is wanted.
+template <typename T, int Q, int SLOTS>
+__device__ __forceinline__ double subtract_centre(const RowState& row, const uint4 (&packed)[SLOTS],
+                                                  bool squares, float (&y)[Q]) {
+  constexpr int EV = Q / SLOTS;
+  const float sign = row.sign, high = row.high_alpha, rest = row.rest_alpha;
+  double square = 0;
+#pragma unroll
+  for (int s = 0; s < SLOTS; ++s) {
+    float c[EV];
+    unpack<T, EV>(packed[s], c);
+    if (squares) {
+#pragma unroll
+      for (int k = 0; k < EV; ++k) {
+        const double exact =
+            fma(-row.alpha, static_cast<double>(c[k]), static_cast<double>(sign * y[s * EV + k]));
+        square = fma(exact, exact, square);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < EV; ++k)
+      y[s * EV + k] = fmaf(-rest, c[k], fmaf(-high, c[k], sign * y[s * EV + k]));
+  }
+  return square;
+}
+
+// Of the online softmax, the same in all threads that share a row. The largest score, and the integer `top` as
+// base rate + rest; rate in units of log 2; the sum of the weights 2^(score - top).
+struct RowScores {
+  float rate, base, rest, total;
+  double top;
+
+  __device__ __forceinline__ void reset() { base = top = -INFINITY, rest = 0, total = 0; }
+};
+
+// From scores to weights, of which the first `many` count, and the sums relative to the same `top`. Whether
+// there is anything to add.
+template <int COUNT, int Q>
+__device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&scores)[COUNT],
+                                             float (&sum)[Q]) {
+  float best = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) {
+    if (j < many) best = fmaxf(best, scores[j]);
+  }
+  if (best > my.base) {  // rarely, after the first tiles
+    const double bound = static_cast<double>(best) * my.rate, top = fmax(ceil(bound), my.top);
+    const float scale = power_of_two(my.top - top);
+    my.base = best;
+    my.rest = static_cast<float>(top - bound);
+    my.top = top;
+    my.total *= scale;
+#pragma unroll
+    for (int q = 0; q < Q; ++q) sum[q] *= scale;
+  }
+  bool any = false;
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) {
+    scores[j] = j < many ? exp2f(fmaf(scores[j] - my.base, my.rate, -my.rest)) : 0.0f;
+    my.total += scores[j];
+    any = any || !(scores[j] < NO_WEIGHT);
+  }
+  return any;
+}
+
+// 2^exponent. Not in line: code that has to come from memory first costs more than the call.
+__device__ __noinline__ static double power(double exponent) { return exp2(exponent); }
+
+// Where a block works: its slice of D, and its rows of a unit.
+struct RowPlace {
+  int64_t slices;
+  int rank, rows;
+  int64_t slice, offset;
+  int length;
+  bool vectors;
+
+  __device__ int64_t part_of(int64_t team, bool begins, int row) const {
+    return (2 * (team * slices + rank) + (begins ? 1 : 0)) * rows + row;
+  }
+};
+
+struct RowEnd {
+  int64_t index;     // of the row
+  int row;           // of the unit
+  int64_t from, to;  // teams that have parts of the unit
+  double a, b;       // out = a x + b mean
+  PartRow own;       // what this team has
+  int64_t team;      // this one, if its part is not in memory; else -1
+};
+
+__device__ __forceinline__ void store_sums(double* to, const double (&v)[4]) {
+  __stcg(reinterpret_cast<double2*>(to), make_double2(v[0], v[1]));
+  __stcg(reinterpret_cast<double2*>(to) + 1, make_double2(v[2], v[3]));
+}
+__device__ __forceinline__ void add_sums(const double* from, double weight, double (&v)[4]) {
+  const double2 low = __ldcg(reinterpret_cast<const double2*>(from));
+  const double2 high = __ldcg(reinterpret_cast<const double2*>(from) + 1);
+  v[0] = fma(weight, low.x, v[0]), v[1] = fma(weight, low.y, v[1]);
+  v[2] = fma(weight, high.x, v[2]), v[3] = fma(weight, high.y, v[3]);
+}
+
+// The row's parts together, always in their order: who comes last makes no difference.
+__device__ __forceinline__ PartRow sum_of_parts(const BulkParts& parts, const RowPlace& place,
+                                                const RowEnd& end) {
+  const auto part = [&](int64_t team) {
+    if (team == end.team) return end.own;
+    const PartRow* const at = parts.rows + place.part_of(team, team == end.from, end.row);
+    return PartRow{__ldcg(&at->log2_weight), __ldcg(&at->total)};
+  };
+  double best = -INFINITY, total = 0;
+#pragma unroll 1
+  for (int64_t team = end.from; team <= end.to; ++team) {
+    const double other = part(team).log2_weight;
+    best = best >= other || other != other ? best : other;
+  }
+#pragma unroll 1
+  for (int64_t team = end.from; team <= end.to; ++team) {
+    const PartRow at = part(team);
+    total = fma(power(at.log2_weight - best), at.total, total);
+  }
+  return {best, total};
+}
+
+// Their sums for four elements of the slice from e on, relative to 2^best; `own`: of this team where its part
+// is not in memory.
+__device__ __forceinline__ void add_parts(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
+                                          double best, int e, const double (&own)[4], double (&v)[4]) {
+#pragma unroll 1
+  for (int64_t team = end.from; team <= end.to; ++team) {
+    const int64_t part = place.part_of(team, team == end.from, end.row);
+    if (team == end.team) {
+      const double weight = power(end.own.log2_weight - best);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) v[k] = fma(weight, own[k], v[k]);
+    } else {
+      add_sums(parts.sums + part * place.slice + e, power(__ldcg(&parts.rows[part].log2_weight) - best), v);
+    }
+  }
+}
+
+// out = a x + b mean for four elements of the slice from e on; the mean is by * v.
+__device__ __forceinline__ void store_row(const Inputs& in, const RowPlace& place, const RowEnd& end, int e,
+                                          double by, const double (&v)[4]) {
+  const int64_t base = end.index * in.d + place.offset;
+  float4 x;
+  if (in.x.dtype == Dtype::f32 && place.vectors) {
+    x = *reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + base + e);
+  } else {
+    x = load_four(in.x, base + e, base + place.length);
+  }
+  by *= end.b;
+  x.x = static_cast<float>(fma(end.a, static_cast<double>(x.x), by * v[0]));
+  x.y = static_cast<float>(fma(end.a, static_cast<double>(x.y), by * v[1]));
+  x.z = static_cast<float>(fma(end.a, static_cast<double>(x.z), by * v[2]));
+  x.w = static_cast<float>(fma(end.a, static_cast<double>(x.w), by * v[3]));
+  if (in.out.dtype == Dtype::f32 && place.vectors) {
+    *reinterpret_cast<float4*>(static_cast<float*>(in.out.data) + base + e) = x;
+  } else {
+    store_four(in.out, base + e, base + place.length, x);
+  }
+}
+
+// Plus D/2, which depends on the row alone: typical values stay small, and float32 keeps their digits.
+__device__ __forceinline__ void write_lse(const Inputs& in, int64_t index, const PartRow& all) {
+  store_as(in.lse, index, log(all.total) + LOG_2 * all.log2_weight + 0.5 * static_cast<double>(in.d));
+}
+
+// Rows with nothing to read become NaN; by `threads` threads of each block.
+__device__ __forceinline__ void write_dead_rows(const Inputs& in, const UnitList& list, const RowPlace& place,
+                                                int64_t teams, int64_t team, int tid, int threads) {
+  for (int64_t i = list.sizes[1] + team; i < in.n; i += teams) {
+    const int64_t index = list.order[i], base = index * in.d + place.offset;
+    for (int e = 4 * tid; e < place.length; e += 4 * threads)
+      store_four(in.out, base + e, base + place.length, make_float4(NAN, NAN, NAN, NAN));
+    if (in.lse.data && place.rank == 0 && tid == 0) store_as(in.lse, index, NAN);
+  }
 }
 
 }  // namespace svel::cuda

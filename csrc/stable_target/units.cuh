@@ -46,16 +46,17 @@ __host__ __device__ inline UnitList place_unit_list(void* memory, int64_t n, int
   return list;
 }
 
+__device__ inline bool row_is_finite(const Inputs& in, int64_t index) {
+  if (!isfinite(load_as<double>(in.time_or_alpha, index))) return false;
+  if (in.from_time) return true;
+  const double sigma = load_as<double>(in.sigma, index);
+  return isfinite(sigma) && sigma != 0.0;
+}
+
 // Whether a row has anything to read.
 __device__ inline bool row_reads(const Inputs& in, int64_t index, int64_t all_references, int64_t& group) {
-  const double given = load_as<double>(in.time_or_alpha, index);
   group = in.labels ? in.labels[index] : 0;
-  bool finite = isfinite(given);
-  if (!in.from_time) {
-    const double sigma = load_as<double>(in.sigma, index);
-    finite = finite && isfinite(sigma) && sigma != 0.0;
-  }
-  if (!finite || group < -1 || group >= in.k) return false;
+  if (!row_is_finite(in, index) || group < -1 || group >= in.k) return false;
   return in.source.data || (group < 0 ? all_references : valid_count(in, group)) > 0;
 }
 
@@ -161,142 +162,159 @@ __device__ inline void build_units(const Inputs& in, const UnitList& list, int t
   __syncthreads();
 }
 
-// The same list for OWN_LIST_ROWS rows and OWN_LIST_GROUPS groups at most, by one warp. seen: (k + 1,), zero;
-// before: (OWN_LIST_ROWS,).
-__device__ inline void build_few_units(const Inputs& in, const UnitList& list, int tile_refs, int most_rows,
-                                       int* seen, int64_t* before, int lane) {
+// What build_own_list needs beside the list.
+struct ListScratch {
+  int64_t sums[OWN_LIST_ROWS / 32];    // over the rows of a warp
+  int dead[OWN_LIST_ROWS / 32];        // rows of a warp with nothing to read
+  int keys[OWN_LIST_ROWS];             // group + 1; -1: nothing to read
+  int places[OWN_LIST_ROWS];           // among the rows of the group
+  int alls[OWN_LIST_ROWS];             // rows of the group
+  int64_t begins[OWN_LIST_ROWS];       // sums before the row, within its 32 rows
+  uint64_t seen[OWN_LIST_GROUPS + 1];  // how many rows of a group each 32 rows have, a byte for each; later
+                                       // the sums before the group
+};
+static_assert(sizeof(ListScratch) <= LIST_SCRATCH_SMEM, "the planner reserves less");
+
+// The same list for OWN_LIST_ROWS rows and OWN_LIST_GROUPS groups at most, by the BULK_PRODUCERS threads of
+// one warpgroup, `tid` among them, while the other threads of the block do something else. Nothing is
+// sorted, and the code is short: nothing can be read before it is done. NAME: of a barrier.
+template <int TILE_REFS, int MOST_ROWS, int NAME>
+__device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList& list, ListScratch& scratch,
+                                               int tid) {
   constexpr unsigned ALL = 0xffffffffu;
-  constexpr int EACH = OWN_LIST_ROWS / 32;
-  const int n = static_cast<int>(in.n), k = static_cast<int>(in.k);
+  constexpr int THREADS = BULK_PRODUCERS;
+  const int n = static_cast<int>(in.n), k = static_cast<int>(in.k), lane = tid % 32;
+  const unsigned earlier_lanes = (1u << lane) - 1;
   const auto warp_sums = [&](int64_t v) {  // inclusive
+#pragma unroll 1
     for (int offset = 1; offset < 32; offset *= 2) {
       const int64_t other = __shfl_up_sync(ALL, v, offset);
       if (lane >= offset) v += other;
     }
     return v;
   };
+  // All rows, 32 of them side by side in a warp.
+  const auto rows = [&](const auto& visit) {
+#pragma unroll 1
+    for (int i = tid; i - lane < n; i += THREADS) visit(i, i / 32);
+  };
 
-  // All loads of a kind in flight together.
-  int64_t labels[EACH];
-  double given[EACH], deviations[EACH];
-  int counts[EACH];
-#pragma unroll
-  for (int u = 0; u < EACH; ++u) labels[u] = in.labels && 32 * u + lane < n ? in.labels[32 * u + lane] : 0;
-  const bool floats =
-      in.time_or_alpha.dtype == Dtype::f32 && (in.from_time || in.sigma.dtype == Dtype::f32);
-  if (floats) {
-    float raw[EACH], raw_sigma[EACH];
-    const float* const scalars = static_cast<const float*>(in.time_or_alpha.data);
-    const float* const sigmas = in.from_time ? scalars : static_cast<const float*>(in.sigma.data);
-#pragma unroll
-    for (int u = 0; u < EACH; ++u) {
-      raw[u] = 32 * u + lane < n ? scalars[32 * u + lane] : 0.0f;
-      raw_sigma[u] = 32 * u + lane < n ? sigmas[32 * u + lane] : 0.0f;
-    }
-#pragma unroll
-    for (int u = 0; u < EACH; ++u) given[u] = raw[u], deviations[u] = in.from_time ? 1.0 : raw_sigma[u];
-  } else {
-#pragma unroll
-    for (int u = 0; u < EACH; ++u) {
-      const int i = 32 * u + lane;
-      given[u] = i < n ? load_as<double>(in.time_or_alpha, i) : 0.0;
-      deviations[u] = i < n && !in.from_time ? load_as<double>(in.sigma, i) : 1.0;
-    }
-  }
-  bool takes_all = false;
-#pragma unroll
-  for (int u = 0; u < EACH; ++u) {
-    takes_all = takes_all || labels[u] == -1;
-    counts[u] = labels[u] >= 0 && labels[u] < k ? static_cast<int>(valid_count(in, labels[u])) : 0;
-  }
-  int64_t all_tiles = 0, all_references = 0;
-  if (__any_sync(ALL, takes_all)) {
-    for (int base = 0; base < k; base += 32) {
-      const int64_t count = base + lane < k ? valid_count(in, base + lane) : 0;
-      const int64_t tiles = warp_sums(ceil_div(count, tile_refs));
-      if (base + lane < k) list.group_tiles[base + lane + 1] = all_tiles + tiles;
-      all_tiles += __shfl_sync(ALL, tiles, 31);
-      all_references += __shfl_sync(ALL, warp_sums(count), 31);
-    }
-    if (lane == 0) list.group_tiles[0] = 0;
-  }
+  if (in.counts && tid * 128 < k * (in.counts_are_long ? 8 : 4))
+    prefetch(static_cast<const char*>(in.counts) + tid * 128);
+  rows([&](int i, int) {
+    if (i < n) prefetch(static_cast<const char*>(in.time_or_alpha.data) + i * size_of(in.time_or_alpha.dtype));
+  });
+#pragma unroll 1
+  for (int i = tid; i <= k; i += THREADS) scratch.seen[i] = 0;
+  named_barrier(NAME, THREADS);
 
-  // The place of a row among those of its group, -1 without one; rows without follow from the end.
-  int place[EACH];
-  int dead = 0;
-#pragma unroll
-  for (int u = 0; u < EACH; ++u) {
-    const int i = 32 * u + lane, group = labels[u] < -1 || labels[u] >= k ? k : static_cast<int>(labels[u]);
-    const bool finite = isfinite(given[u]) && isfinite(deviations[u]) && deviations[u] != 0.0;
-    const bool reads = i < n && finite && group < k &&
-                       (in.source.data || (group < 0 ? all_references : counts[u]) > 0);
-    const unsigned without = __ballot_sync(ALL, i < n && !reads);
-    if (i < n && !reads) list.order[n - 1 - (dead + __popc(without & ((1u << lane) - 1)))] = i;
-    dead += __popc(without);
-    const int key = reads ? group + 1 : -1;
-    const unsigned same = __match_any_sync(ALL, key);
-    const int leader = __ffs(same) - 1;
-    int earlier = 0;
-    if (lane == leader && reads) {
-      earlier = seen[key];
-      seen[key] = earlier + __popc(same);
+  int64_t all_tiles = -1, all_references = 0;
+  rows([&](int i, int warp) {
+    int64_t label = -2;
+    bool reads = false;
+    if (i < n) {
+      label = in.labels ? in.labels[i] : 0;
+      if (label < -1 || label >= k) label = -2;
     }
-    __syncwarp();
-    earlier = __shfl_sync(ALL, earlier, leader);
-    place[u] = reads ? earlier + __popc(same & ((1u << lane) - 1)) : -1;
-  }
+    if (__any_sync(ALL, label == -1) && all_tiles < 0) {
+      // Each warp that needs them takes the sums over all groups; what it writes is the same for all.
+      all_tiles = 0;
+#pragma unroll 1
+      for (int base = 0; base < k; base += 32) {
+        const int64_t here = base + lane < k ? valid_count(in, base + lane) : 0;
+        const int64_t up_to = warp_sums(ceil_div(here, TILE_REFS));
+        if (base + lane < k) list.group_tiles[base + lane + 1] = all_tiles + up_to;
+        all_tiles += __shfl_sync(ALL, up_to, 31);
+        all_references += __shfl_sync(ALL, warp_sums(here), 31);
+      }
+      if (lane == 0) list.group_tiles[0] = 0;
+    }
+    if (label != -2) reads = row_is_finite(in, i) && (in.source.data || (label < 0 ? all_references : valid_count(in, label)) > 0);
+    const int key = reads ? static_cast<int>(label) + 1 : -1;
+    scratch.keys[i] = key;
+    const unsigned same = __match_any_sync(ALL, key), dead = __ballot_sync(ALL, i < n && !reads);
+    if (reads && !(same & earlier_lanes))
+      reinterpret_cast<uint8_t*>(scratch.seen + key)[warp] = static_cast<uint8_t>(__popc(same));
+    if (lane == 0) scratch.dead[warp] = __popc(dead);
+    scratch.places[i] = __popc((reads ? same : dead) & earlier_lanes);
+  });
+  if (tid == 0) list.sizes[2] = 0;
+  named_barrier(NAME, THREADS);
 
+  const int warps = (n + 31) / 32;
+  const auto tiles_of = [&](int key) {
+    const int64_t tiles = key == 0 ? all_tiles : ceil_div(valid_count(in, key - 1), TILE_REFS);
+    return tiles > 0 ? tiles : 1;
+  };
   // Sums over the groups in the order of their first rows: cost, units and rows, three in one.
-  int all[EACH];
-  int64_t tiles[EACH], sums[EACH];
-#pragma unroll
-  for (int u = 0; u < EACH; ++u) {
-    all[u] = place[u] < 0 ? 0 : seen[labels[u] + 1];
-    tiles[u] = max(ceil_div(labels[u] < 0 ? all_references : int64_t{counts[u]}, tile_refs), int64_t{1});
-    if (labels[u] < 0) tiles[u] = max(all_tiles, int64_t{1});
-    const int whole = all[u] / most_rows, rest = all[u] % most_rows;
-    const int64_t cost = tiles[u] * (whole * tile_weight(most_rows, most_rows) +
-                                     (rest > 0 ? tile_weight(most_rows, rest) : 0));
-    sums[u] = place[u] == 0 ? cost << 20 | (whole + (rest > 0)) << 10 | all[u] : 0;
-  }
-  __syncwarp();
-  int64_t sum = 0;
-#pragma unroll
-  for (int u = 0; u < EACH; ++u) {
-    const int64_t up_to = warp_sums(sums[u]);
-    before[32 * u + lane] = sum + up_to - sums[u];
-    if (place[u] == 0) seen[labels[u] + 1] = 32 * u + lane;  // from here on: the first row
-    sum += __shfl_sync(ALL, up_to, 31);
-  }
-  __syncwarp();
-  int heaviest = 0;
-#pragma unroll
-  for (int u = 0; u < EACH; ++u) {
-    if (place[u] < 0) continue;
-    const int64_t begin = before[seen[labels[u] + 1]];
-    Unit unit;
-    unit.first = static_cast<int>(begin & 1023) + place[u];
-    list.order[unit.first] = 32 * u + lane;
-    if (place[u] % most_rows != 0) continue;
-    const int number = static_cast<int>(begin >> 10 & 1023) + place[u] / most_rows;
-    unit.group = labels[u], unit.count = labels[u] < 0 ? all_references : counts[u], unit.tiles = tiles[u];
-    unit.rows = min(all[u] - place[u], most_rows);
-    unit.alone = all[u] <= most_rows;
-    unit.weight = tile_weight(most_rows, unit.rows);
-    list.units[number] = unit;
-    list.begins[number] =
-        (begin >> 20) + place[u] / most_rows * unit.tiles * tile_weight(most_rows, most_rows);
-    heaviest = max(heaviest, unit.weight);
-  }
-  heaviest = __reduce_max_sync(ALL, heaviest);
-  if (lane == 0) {
-    const int units = static_cast<int>(sum >> 10 & 1023);
-    list.begins[units] = sum >> 20;
+  rows([&](int i, int warp) {
+    const int key = scratch.keys[i];
+    int64_t sum = 0;
+    if (key >= 0) {
+      const uint64_t counts = scratch.seen[key];
+      int place = scratch.places[i], all = 0;
+#pragma unroll 1
+      for (int w = 0; w < warps; ++w) {
+        const int here = static_cast<int>(counts >> 8 * w & 255);
+        all += here;
+        if (w < warp) place += here;
+      }
+      scratch.places[i] = place, scratch.alls[i] = all;
+      if (place == 0) {
+        const int whole = all / MOST_ROWS, rest = all % MOST_ROWS;
+        const int64_t cost = tiles_of(key) * (whole * tile_weight(MOST_ROWS, MOST_ROWS) +
+                                              (rest > 0 ? tile_weight(MOST_ROWS, rest) : 0));
+        sum = cost << 20 | (whole + (rest > 0)) << 10 | all;
+      }
+    }
+    const int64_t up_to = warp_sums(sum);
+    scratch.begins[i] = up_to - sum;
+    if (lane == 31) scratch.sums[warp] = up_to;
+  });
+  named_barrier(NAME, THREADS);
+  rows([&](int i, int warp) {
+    if (scratch.keys[i] < 0 || scratch.places[i] > 0) return;
+    int64_t begin = scratch.begins[i];
+#pragma unroll 1
+    for (int w = 0; w < warp; ++w) begin += scratch.sums[w];
+    scratch.seen[scratch.keys[i]] = static_cast<uint64_t>(begin);
+  });
+  named_barrier(NAME, THREADS);
+  rows([&](int i, int warp) {
+    const int key = scratch.keys[i], place = scratch.places[i];
+    if (key >= 0) {
+      const int64_t begin = static_cast<int64_t>(scratch.seen[key]);
+      const int first = static_cast<int>(begin & 1023) + place;
+      list.order[first] = i;
+      if (place % MOST_ROWS == 0) {
+        const int number = static_cast<int>(begin >> 10 & 1023) + place / MOST_ROWS, all = scratch.alls[i];
+        Unit& unit = list.units[number];
+        const int64_t tiles = tiles_of(key);
+        unit.group = key - 1, unit.count = key == 0 ? all_references : valid_count(in, key - 1);
+        unit.tiles = tiles, unit.first = first;
+        unit.rows = min(all - place, MOST_ROWS), unit.alone = all <= MOST_ROWS;
+        const int weight = tile_weight(MOST_ROWS, unit.rows);
+        unit.weight = weight;
+        list.begins[number] =
+            (begin >> 20) + place / MOST_ROWS * tiles * tile_weight(MOST_ROWS, MOST_ROWS);
+        atomicMax(list.sizes + 2, weight);
+      }
+    } else if (i < n) {
+      int dead = place;
+      for (int w = 0; w < warp; ++w) dead += scratch.dead[w];
+      list.order[n - 1 - dead] = i;
+    }
+  });
+  if (tid == 0) {
+    int64_t total = 0;
+    for (int w = 0; w < warps; ++w) total += scratch.sums[w];
+    const int units = static_cast<int>(total >> 10 & 1023);
+    list.begins[units] = total >> 20;
     list.sizes[0] = units;
-    list.sizes[1] = n - dead;
-    list.sizes[2] = heaviest;
+    list.sizes[1] = static_cast<int>(total & 1023);
   }
-  __syncwarp();
+  fence_async();  // the scratch is where copies will go
+  named_barrier(NAME, THREADS);
 }
 
 }  // namespace svel::cuda
