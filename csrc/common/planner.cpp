@@ -41,8 +41,8 @@ constexpr int MAX_STAGES = 4;
 
 // Tiles of the bulk kernels (Hopper), tried in order: the first that holds D is taken. Up to 16,384 elements
 // a block holds a sample, `group` threads with `elements` each, in as many groups as its 512 threads make
-// (bulk_groups.cuh); up to `rows` of one class share a pass. Longer samples are cut into slices over a team
-// of blocks, `group` threads each (bulk.cuh).
+// (bulk_groups.cuh); up to four rows of one class share a pass. Longer samples are cut into slices over a
+// team of blocks (bulk_teams.cuh): a cluster of up to eight, else blocks all over the grid.
 struct BulkTile {
   int refs_size;
   int group, elements, tile_refs;
@@ -54,17 +54,12 @@ constexpr BulkTile BULK_TILES[] = {
     {0, 32, 16, 2, 512, "D <= 512: sixteen groups of one warp"},
     {0, 64, 16, 2, 1024, "D <= 1,024: eight groups of two warps"},
     {0, 128, 16, 2, 2048, "D <= 2,048: four groups of four warps"},
-#ifdef SVEL_EXPERIMENT
-    {2, 128, 32, 2, 4096, "experiment"},
-    {2, 256, 32, 2, 8192, "experiment"},
-#endif
     {0, 256, 16, 2, 4096, "D <= 4,096: two groups of eight warps, tiles of two references in registers"},
     {0, 512, 16, 2, 8192, "D <= 8,192: one group of sixteen warps"},
     {2, 512, 32, 1, 16384, "D <= 16,384: one group of sixteen warps, tiles read twice"},
-    {2, 512, 16, 4, 65536, "D <= 65,536: a cluster of up to 8 blocks, 8,192 elements each"},
-    {2, 512, 16, 4, 1 << 20, "D <= 1,048,576: blocks all over the grid share a sample"},
-    {4, 512, 16, 2, 65536, "D <= 65,536: a cluster of up to 8 blocks, 8,192 elements each"},
-    {4, 512, 16, 2, 1 << 20, "D <= 1,048,576: blocks all over the grid share a sample"},
+    {2, 512, 16, 2, 1 << 20, "D <= 1,048,576: a team of blocks, up to 8,192 elements each"},
+    {2, 512, 32, 1, 1 << 21, "D <= 2,097,152: a team of blocks, up to 16,384 elements each"},
+    {4, 512, 16, 1, 1 << 20, "D <= 1,048,576: a team of blocks, up to 8,192 elements each"},
 };
 
 constexpr int64_t SMALL_D = 32;       // up to here a thread holds whole rows in registers
@@ -85,14 +80,24 @@ int64_t list_bytes(const Problem& p) {
   return p.n * ROW_BYTES + 8 * (groups(p) + 1) + 4096;
 }
 
+// At least so many slices, a quarter more at most, so that whole teams leave the fewest multiprocessors idle.
+int64_t best_slices(int64_t least, int64_t sm_count) {
+  int64_t best = least;
+  if (least <= BULK_MAX_CLUSTER) return best;
+  for (int64_t slices = least; slices <= least + least / 4; ++slices) {
+    if (sm_count / slices * slices > sm_count / best * best) best = slices;
+  }
+  return best;
+}
+
 bool plan_bulk(const Problem& p, Plan& plan) {
   if (p.cc < 90 || !p.aligned || p.refs_size == 8 || p.d == 0) return false;
   for (const BulkTile& tile : BULK_TILES) {
     if ((tile.refs_size != 0 && tile.refs_size != p.refs_size) || p.d > tile.most_d) continue;
     const int64_t held = int64_t{tile.group} * tile.elements;
-    const int64_t slices = ceil_div(p.d, held),
+    const int64_t slices = best_slices(ceil_div(p.d, held), p.sm_count),
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
-    if (slices > p.sm_count) return false;
+    if (slices > p.sm_count) continue;
     plan.own_list = slices == 1 && p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS;
     const int64_t stage = tile.tile_refs * slice * p.refs_size;
     const int64_t fixed = BULK_FIXED_SMEM + (slices == 1 ? groups_sums_smem(tile.elements) : 0) +
@@ -117,7 +122,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.refs_per_pass = groups(p) * p.m;
     plan.smem_bytes = fixed + stages * stage;
     plan.workspace_bytes = unit_list_bytes(p.n, groups(p)) + 4 * p.n * slices + 4096 +
-                           plan.blocks * plan.tile_rows * (16 * slice + 48 + 32 * (tile.tile_refs + 2));
+                           plan.blocks * plan.tile_rows * (16 * slice + 256);
     plan.reason = tile.reason;
     return true;
   }

@@ -43,43 +43,18 @@ struct GroupsLayout {
   bool merge_last;  // the last block to finish merges; else merge_kernel
 };
 
-enum SegmentFlags : int {
-  SEGMENT_PART_BEGIN = 1,  // the first of this unit in this block
-  SEGMENT_PART_END = 2,    // the last
-  SEGMENT_UNIT_BEGIN = 4,  // the block has the unit's first tile
-  SEGMENT_UNIT_END = 8,    // the unit ends here; sources, where there are any, come after its references
-  SEGMENT_REHEARSAL = 16,  // of nothing
-  SEGMENT_LIST_DONE = 32,
-};
-
-template <int ROWS>
-struct Segment {
-  int64_t centre;         // index of the class's first reference among all k m; -1: the origin
-  int64_t first;          // of the segment's first reference
-  int tiles, references;
-  int flags, squares;     // squares: whether |y|^2 is wanted
-  int alone;              // no other unit has the class
-  int count, order;       // rows of the unit; the first one's place in UnitList::order
-  int from, to;           // blocks that have parts of the unit
-  RowState rows[ROWS];
-};
-
 struct GroupState {
   double top, shift;  // weights are 2^(score - top); |y|^2 / (2 sigma^2) in units of log 2
   float total;
 };
 
-constexpr int SEGMENT_SLOTS = 4;
-
 template <int G, int WARPS, int TR, int ROWS>
 struct GroupsShared {
   Barrier full[GROUPS_MAX_STAGES], empty[GROUPS_MAX_STAGES];
-  // Of a segment: where its references are; its rows too; all warps are done with it.
-  Barrier placed[SEGMENT_SLOTS], told[SEGMENT_SLOTS], done[SEGMENT_SLOTS];
-  Segment<ROWS> segments[SEGMENT_SLOTS];
+  Announcements<ROWS> announced;
   // Two of each: a warp is at most one exchange ahead of another that still reads.
   alignas(16) float scores[2][G][TR][WARPS < 4 ? 4 : WARPS];
-  double squares[G][WARPS];  // |y|^2
+  double squares[G][WARPS];  // shares of what is summed in float64
   GroupState states[G];
   PartRow moved[G];  // to memory already
   int final[G];
@@ -135,69 +110,14 @@ struct Groups {
     return rows == 1 ? G : rows == 2 ? G / 2 : G / 4;
   }
 
-  // The announcer.
-  __device__ __forceinline__ void announce(int lane) const {
-    int slot = 1, phase = 1;
-    const int64_t blocks = gridDim.x;
-    walk_units(list, blocks, blockIdx.x, lane, [&](const UnitShare& share) {
-      const Unit& unit = list.units[share.number];
-      const int rows = unit.rows;
-      int64_t tile = share.from;
-      int begins = SEGMENT_PART_BEGIN;
-      while (tile < share.to) {
-        const ClassTiles tiles = class_of(in, list, unit, tile);
-        const int64_t stop = min(tiles.end, share.to);
-        while (tile < stop) {
-          const int count = static_cast<int>(min(stop - tile, int64_t{SEGMENT_TILES * groups_of_a_row(rows)}));
-          wait_barrier(&shared().done[slot], phase);
-          Segment<ROWS>& segment = shared().segments[slot];
-          if (lane == 0) {
-            const int64_t before = (tile - tiles.begin) * TR;
-            segment.centre = tiles.first, segment.first = tiles.first + before;
-            segment.tiles = count;
-            segment.references = static_cast<int>(min(tiles.count - before, int64_t{count} * TR));
-            segment.flags = begins | (share.from == 0 ? SEGMENT_UNIT_BEGIN : 0) |
-                            (tile + count == share.to ? SEGMENT_PART_END : 0) |
-                            (tile + count == unit.tiles ? SEGMENT_UNIT_END : 0);
-            segment.squares = in.lse.data || unit.group < 0;
-            segment.alone = unit.alone, segment.count = rows, segment.order = unit.first;
-            arrive(&shared().placed[slot]);
-            const Ranges ranges(list, blocks);
-            segment.from = static_cast<int>(ranges.first_team(list, share.number));
-            segment.to = static_cast<int>(ranges.last_team(list, share.number));
-          }
-          __syncwarp();
-          if (lane < rows) {
-            const int64_t index = list.order[unit.first + lane];
-            if (layout.vectors)  // what the groups will need, brought near
-              prefetch_bulk(static_cast<const char*>(in.x.data) + index * in.d * size_of(in.x.dtype),
-                            d * size_of(in.x.dtype));
-            set_row(in, index, segment.rows[lane]);
-          }
-          __syncwarp();
-          if (lane == 0) arrive(&shared().told[slot]);
-          if (++slot == SEGMENT_SLOTS) slot = 0, phase ^= 1;
-          tile += count;
-          begins = 0;
-        }
-      }
-    });
-    wait_barrier(&shared().done[slot], phase);
-    if (lane == 0) {
-      shared().segments[slot].flags = SEGMENT_LIST_DONE;
-      arrive(&shared().placed[slot]);
-      arrive(&shared().told[slot]);
-    }
-  }
-
   // The producer, one thread.
   __device__ __forceinline__ void produce() const {
     Place at{1 % layout.stages, 1};
     const int tile_bytes = TR * d * static_cast<int>(sizeof(T));
     int slot = 1, slot_phase = 0;
     for (;;) {
-      wait_barrier(&shared().placed[slot], slot_phase);
-      const Segment<ROWS>& segment = shared().segments[slot];
+      wait_barrier(&shared().announced.placed[slot], slot_phase);
+      const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) return;
       const uint64_t policy = segment.alone ? read_once_policy() : usual_policy();
       const int rows = segment.count, others = ALL_WARPS - rows * WARPS;
@@ -223,12 +143,12 @@ struct Groups {
 
   // A row of nothing and a tile of whatever the ring holds. By one thread, before the others start.
   __device__ __forceinline__ void announce_rehearsal() const {
-    Segment<ROWS>& segment = shared().segments[0];
+    Segment<ROWS>& segment = shared().announced.segments[0];
     segment.centre = -1, segment.tiles = 1, segment.references = TR, segment.flags = SEGMENT_REHEARSAL;
     segment.squares = 0, segment.count = 1, segment.from = segment.to = 0;
     segment.rows[0] = RowState{};
-    arrive(&shared().placed[0]);
-    arrive(&shared().told[0]);
+    arrive(&shared().announced.placed[0]);
+    arrive(&shared().announced.told[0]);
     arrive(&shared().full[0]);
     if (G > 1) arrive_for(&shared().empty[0], ALL_WARPS - WARPS);
   }
@@ -316,18 +236,19 @@ struct Groups {
     mine.scores.reset();
 #pragma unroll
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
-    GroupState& state = shared().states[group()];
-    if (squares) {
-      square = sum_over_lanes(square, 32);
-      if (thread() % 32 == 0) shared().squares[group()][thread() / 32] = square;
-      group_barrier();
-      double all = 0;
+    if (squares) square = row.per_square * sum_over_group(square);
+    if (thread() == 0) shared().states[group()].shift = square;
+  }
+
+  __device__ __forceinline__ double sum_over_group(double share) const {
+    share = sum_over_lanes(share, 32);
+    group_barrier();  // what was there before is read
+    if (thread() % 32 == 0) shared().squares[group()][thread() / 32] = share;
+    group_barrier();
+    double all = 0;
 #pragma unroll 1
-      for (int w = 0; w < WARPS; ++w) all += shared().squares[group()][w];
-      if (thread() == 0) state.shift = row.per_square * all;
-    } else if (thread() == 0) {
-      state.shift = 0;
-    }
+    for (int w = 0; w < WARPS; ++w) all += shared().squares[group()][w];
+    return all;
   }
 
   // From this thread's shares of the scores of a tile to their sums over the group.
@@ -449,25 +370,20 @@ struct Groups {
   }
 
   // The row's own source, as one more reference.
-  __device__ __forceinline__ void add_source(Mine& mine, int64_t index, int& parity) const {
-    float difference[Q], share[1] = {0};
-    load_elements<EV, GT * EV>(in.source, index * in.d, element(0), d, layout.vectors, difference);
+  __device__ __forceinline__ void add_source(Mine& mine, const RowState& row) const {
+    float difference[Q];
+    load_elements<EV, GT * EV>(in.source, row.index * in.d, element(0), d, layout.vectors, difference);
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       float c[EV];
       centre_of(mine, s, c);
 #pragma unroll
-      for (int k = 0; k < EV; ++k) {
-        float& v = difference[s * EV + k];
-        v -= c[k];
-        share[0] = fmaf(fmaf(-mine.half_alpha, v, mine.y[s * EV + k]), v, share[0]);
-      }
+      for (int k = 0; k < EV; ++k) difference[s * EV + k] -= c[k];
     }
-    share[0] = fmaf(share[0], 0.0f, share[0]);  // what is not finite becomes NaN, in all of the row
-    exchange<1>(parity, share);
-    if (!weigh_scores(mine.scores, 1, share, mine.sum)) return;
+    const double score = sum_over_group(score_source(row, mine.y, difference));
+    const float weight = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
 #pragma unroll
-    for (int q = 0; q < Q; ++q) mine.sum[q] = fmaf(share[0], difference[q], mine.sum[q]);
+    for (int q = 0; q < Q; ++q) mine.sum[q] = fmaf(weight, difference[q], mine.sum[q]);
   }
 
   // This group's sums and what they are relative to, for the others of its row.
@@ -596,8 +512,8 @@ struct Groups {
     Place at{0, 0};
     int slot = 0, slot_phase = 0, parity = 0;
     for (;;) {
-      wait_barrier(&shared().told[slot], slot_phase);
-      const Segment<ROWS>& segment = shared().segments[slot];
+      wait_barrier(&shared().announced.told[slot], slot_phase);
+      const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) break;
       const int groups = groups_of_a_row(segment.count), turn = group() % groups;
       if (group() / groups < segment.count) {
@@ -619,7 +535,7 @@ struct Groups {
             advance(here, groups);
           }
           if (in.source.data && turn == 0 && segment.flags & SEGMENT_UNIT_END)
-            add_source(mine, segment.rows[group() / groups].index, parity);
+            add_source(mine, segment.rows[group() / groups]);
           leave_sums(mine);
         }
         end_segment(segment, groups, min(segment.tiles, groups));
@@ -627,7 +543,7 @@ struct Groups {
       advance(at, segment.tiles % layout.stages);
       if (segment.tiles / layout.stages % 2) at.phase ^= 1;
       __syncwarp();
-      if (thread() % 32 == 0) arrive(&shared().done[slot]);
+      if (thread() % 32 == 0) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
     write_dead_rows(in, list, place(), gridDim.x, blockIdx.x, group() * GT + thread(), GROUPS_CONSUMERS);
@@ -655,12 +571,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       init_barrier(&shared.full[s], 1);
       init_barrier(&shared.empty[s], Kernel::ALL_WARPS);
     }
-#pragma unroll 1
-    for (int s = 0; s < SEGMENT_SLOTS; ++s) {
-      init_barrier(&shared.placed[s], 1);
-      init_barrier(&shared.told[s], 1);
-      init_barrier(&shared.done[s], Kernel::ALL_WARPS);
-    }
+    shared.announced.init(Kernel::ALL_WARPS);
     publish_barriers();
     kernel.announce_rehearsal();
   }
@@ -679,7 +590,8 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       wait_for_previous_launch();
     }
     if (tid < 32) {
-      kernel.announce(tid);
+      const auto most_tiles = [](int rows) { return Kernel::SEGMENT_TILES * Kernel::groups_of_a_row(rows); };
+      announce<TR>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, most_tiles, 1, tid);
     } else if (tid == 32) {
       kernel.produce();
     }

@@ -2,8 +2,8 @@
 // long to compile. The list of compiled tiles is that of the planner.
 #pragma once
 
-#include "stable_target/bulk.cuh"
 #include "stable_target/bulk_groups.cuh"
+#include "stable_target/bulk_teams.cuh"
 #include "stable_target/launch.cuh"
 
 namespace svel::cuda {
@@ -88,31 +88,27 @@ struct Launch : BulkLaunch {
   bool merge_last(int64_t teams, int rows) const { return teams <= 8 * ((in.n + rows - 1) / rows); }
 
   // A sample over a team of blocks.
-  template <typename T, int THREADS, int Q, int TR, int R, int BLOCKS, bool TEAMS = false>
-  bool run_if() const {
-    using Kernel = Bulk<T, THREADS, Q, TR, R, BLOCKS, TEAMS>;
+  template <typename T, int Q, int TR>
+  bool run_teams_if() const {
+    using Kernel = Teams<T, Q, TR>;
     static_assert(Kernel::FIXED_BYTES <= BULK_FIXED_SMEM, "the planner reserves less");
-    if (in.refs.dtype != DtypeOf<T>::value || plan.threads != THREADS + BULK_PRODUCERS ||
-        plan.tile_d != THREADS * Q || plan.tile_refs != TR || plan.tile_rows != R ||
-        (plan.slices > 1) != TEAMS)
+    if (in.refs.dtype != DtypeOf<T>::value || plan.slices == 1 || plan.tile_d != Kernel::THREADS * Q ||
+        plan.tile_refs != TR)
       return false;
-    const auto kernel = bulk_kernel<T, THREADS, Q, TR, R, BLOCKS, TEAMS>;
+    const auto kernel = teams_kernel<T, Q, TR>;
     const void* const entry = reinterpret_cast<const void*>(kernel);
     check_cuda(op, cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(plan.smem_bytes)));
-
-    BulkLayout layout{};
+    TeamsLayout layout{};
     layout.slices = static_cast<int>(plan.slices);
-    layout.team = layout.slices == 1                  ? Team::block
-                  : layout.slices <= BULK_MAX_CLUSTER ? Team::cluster
-                                                      : Team::grid;
+    layout.team = layout.slices <= BULK_MAX_CLUSTER ? Team::cluster : Team::grid;
     layout.slice = plan.slice;
     layout.stages = plan.stages;
     layout.vectors = vectors();
 
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config{};
-    config.blockDim = dim3(THREADS + BULK_PRODUCERS);
+    config.blockDim = dim3(GROUPS_CONSUMERS + BULK_PRODUCERS);
     config.dynamicSmemBytes = plan.smem_bytes;
     config.stream = stream;
     config.attrs = attributes;
@@ -131,25 +127,24 @@ struct Launch : BulkLaunch {
       attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
+    layout.merge_last = merge_last(teams, 1);
 
-    const int64_t blocks = teams * layout.slices;
+    const int64_t blocks = teams * layout.slices, counts = in.n * layout.slices;
     Carver carver(workspace);
     const UnitList list = place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k);
     BulkParts parts{};
-    parts.sums = carver.take<double>(2 * blocks * R * layout.slice);
-    parts.rows = carver.take<PartRow>(2 * blocks * R);
-    const int64_t counts = in.n * layout.slices;
+    parts.sums = carver.take<double>(2 * blocks * layout.slice);
+    parts.rows = carver.take<PartRow>(2 * blocks);
     parts.arrived = carver.take<int>(counts);
     if (layout.team == Team::grid) {
-      const int64_t letters = blocks * TEAM_SLOTS * Kernel::LETTERS;
+      const int64_t letters = blocks * TEAMS_SLOTS * TEAMS_LETTERS;
       parts.mail = carver.take<uint2>(letters);
       check_cuda(op, cudaMemsetAsync(parts.mail, 0, letters * sizeof(uint2), stream));
     }
-    layout.merge_last = merge_last(teams, R);
-
-    build_unit_list(op, in, list, parts.arrived, counts, TR, R, stream);
+    build_unit_list(op, in, list, parts.arrived, counts, TR, 1, stream);
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
-    if (!layout.merge_last) merge_parts(op, in, list, parts, layout.slices, layout.slice, R, teams, stream);
+    if (!layout.merge_last)
+      merge_parts(op, in, list, parts, layout.slices, layout.slice, 1, teams, stream);
     return true;
   }
 };
@@ -163,12 +158,9 @@ bool launch_tiles(const BulkLaunch& launch) {
                               at.run_groups_if<T, 512, 16, 2>();
   if (within_a_block) return true;
   if constexpr (sizeof(T) == 2) {
-#ifdef SVEL_EXPERIMENT
-    if (at.run_groups_if<T, 128, 32, 2>() || at.run_groups_if<T, 256, 32, 2>()) return true;
-#endif
-    return at.run_groups_if<T, 512, 32, 1>() || at.run_if<T, 512, 16, 4, 1, 1, true>();
+    return at.run_groups_if<T, 512, 32, 1>() || at.run_teams_if<T, 16, 2>() || at.run_teams_if<T, 32, 1>();
   } else {
-    return at.run_if<T, 512, 16, 2, 1, 1, true>();
+    return at.run_teams_if<T, 16, 1>();
   }
 }
 

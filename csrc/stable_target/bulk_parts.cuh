@@ -22,9 +22,8 @@ struct PartRow {
 struct BulkParts {
   double* sums;   // (2 blocks, rows, slice) weighted sums of the references
   PartRow* rows;  // (2 blocks, rows)
-  int* arrived;   // zero at first. Groups: (n,) teams that have finished their part of a row of `order`; teams
-                  // of blocks: (n, slices) of a unit
-  uint2* mail;    // (teams, TEAM_SLOTS, slices, LETTERS) with their tile's number, for Team::grid
+  int* arrived;   // zero at first. (n, slices) teams that have left their part of a row of `order`
+  uint2* mail;    // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
 };
 
 // The list is cut into ranges of equal cost, the first few one longer, each of a tile at least: so a unit's
@@ -148,6 +147,8 @@ struct RowState {
   double shift;                                    // |y|^2 / (2 sigma^2) in units of log 2
   float sign, half_alpha, high_alpha, rest_alpha;  // alpha in float32, and what that drops
   float rate;                                      // log2(e) alpha / sigma^2
+
+  __device__ double exact_rate() const { return 2 * alpha * per_square; }
 };
 
 __device__ __forceinline__ void set_row(const Inputs& in, int64_t index, RowState& row) {
@@ -224,6 +225,117 @@ __device__ __forceinline__ double subtract_centre(const RowState& row, const uin
   return square;
 }
 
+// Where a block works: its slice of D, and its rows of a unit.
+struct RowPlace {
+  int64_t slices;
+  int rank, rows;
+  int64_t slice, offset;
+  int length;
+  bool vectors;
+
+  __device__ int64_t part_of(int64_t team, bool begins, int row) const {
+    return (2 * (team * slices + rank) + (begins ? 1 : 0)) * rows + row;
+  }
+};
+
+enum SegmentFlags : int {
+  SEGMENT_PART_BEGIN = 1,  // the first of this unit in this team
+  SEGMENT_PART_END = 2,    // the last
+  SEGMENT_UNIT_BEGIN = 4,  // the team has the unit's first tile
+  SEGMENT_UNIT_END = 8,    // the unit ends here; sources, where there are any, come after its references
+  SEGMENT_REHEARSAL = 16,  // of nothing
+  SEGMENT_LIST_DONE = 32,
+};
+
+// References of one class that follow one another, for the rows of a unit.
+template <int ROWS>
+struct Segment {
+  int64_t centre;         // index of the class's first reference among all k m; -1: the origin
+  int64_t first;          // of the segment's first reference
+  int tiles, references;
+  int flags, squares;     // squares: whether |y|^2 is wanted
+  int alone;              // no other unit has the class
+  int count, order;       // rows of the unit; the first one's place in UnitList::order
+  int from, to;           // teams that have parts of the unit
+  RowState rows[ROWS];
+};
+
+constexpr int SEGMENT_SLOTS = 4;
+
+template <int ROWS>
+struct Announcements {
+  // Of a segment: where its references are; its rows too; all consumers are done with it.
+  Barrier placed[SEGMENT_SLOTS], told[SEGMENT_SLOTS], done[SEGMENT_SLOTS];
+  Segment<ROWS> segments[SEGMENT_SLOTS];
+
+  __device__ void init(int warps) {
+#pragma unroll 1
+    for (int s = 0; s < SEGMENT_SLOTS; ++s) {
+      init_barrier(&placed[s], 1);
+      init_barrier(&told[s], 1);
+      init_barrier(&done[s], warps);
+    }
+  }
+};
+
+// The announcer, a warp: tells the producer and the consumers of each segment in the team's range, from slot
+// number `slot` on. most_tiles(rows): of a segment.
+template <int TR, int ROWS, typename MostTiles>
+__device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
+                                         int64_t teams, int64_t team, Announcements<ROWS>& announced,
+                                         const MostTiles& most_tiles, int slot, int lane) {
+  int phase = 1;
+  walk_units(list, teams, team, lane, [&](const UnitShare& share) {
+    const Unit& unit = list.units[share.number];
+    const int rows = unit.rows;
+    int64_t tile = share.from;
+    int begins = SEGMENT_PART_BEGIN;
+    while (tile < share.to) {
+      const ClassTiles tiles = class_of(in, list, unit, tile);
+      const int64_t stop = min(tiles.end, share.to);
+      while (tile < stop) {
+        const int count = static_cast<int>(min(stop - tile, int64_t{most_tiles(rows)}));
+        wait_barrier(&announced.done[slot], phase);
+        Segment<ROWS>& segment = announced.segments[slot];
+        if (lane == 0) {
+          const int64_t before = (tile - tiles.begin) * TR;
+          segment.centre = tiles.first, segment.first = tiles.first + before;
+          segment.tiles = count;
+          segment.references = static_cast<int>(min(tiles.count - before, int64_t{count} * TR));
+          segment.flags = begins | (share.from == 0 ? SEGMENT_UNIT_BEGIN : 0) |
+                          (tile + count == share.to ? SEGMENT_PART_END : 0) |
+                          (tile + count == unit.tiles ? SEGMENT_UNIT_END : 0);
+          segment.squares = in.lse.data || unit.group < 0;
+          segment.alone = unit.alone, segment.count = rows, segment.order = unit.first;
+          arrive(&announced.placed[slot]);
+          const Ranges ranges(list, teams);
+          segment.from = static_cast<int>(ranges.first_team(list, share.number));
+          segment.to = static_cast<int>(ranges.last_team(list, share.number));
+        }
+        __syncwarp();
+        if (lane < rows) {
+          const int64_t index = list.order[unit.first + lane];
+          if (place.vectors)  // what the consumers will need, brought near
+            prefetch_bulk(static_cast<const char*>(in.x.data) + (index * in.d + place.offset) * size_of(in.x.dtype),
+                          place.length * size_of(in.x.dtype));
+          set_row(in, index, segment.rows[lane]);
+        }
+        __syncwarp();
+        if (lane == 0) arrive(&announced.told[slot]);
+        if (++slot == SEGMENT_SLOTS) slot = 0, phase ^= 1;
+        tile += count;
+        begins = 0;
+      }
+    }
+  });
+  wait_barrier(&announced.done[slot], phase);
+  if (lane == 0) {
+    announced.segments[slot].flags = SEGMENT_LIST_DONE;
+    arrive(&announced.placed[slot]);
+    arrive(&announced.told[slot]);
+  }
+}
+
 // Of the online softmax, the same in all threads that share a row. The largest score, and the integer `top` as
 // base rate + rest; rate in units of log 2; the sum of the weights 2^(score - top).
 struct RowScores {
@@ -263,21 +375,40 @@ __device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&sc
   return any;
 }
 
+// The same for a row's own source, which may be far from all references: with a float32 score its weight would
+// be wrong by more than the contract allows. Returns the weight.
+template <int Q>
+__device__ __forceinline__ float weigh_source(RowScores& my, double score, double rate, float (&sum)[Q]) {
+  const double bound = score * rate;
+  if (bound > my.top) {
+    const double top = ceil(bound);
+    const float scale = power_of_two(my.top - top);
+    my.top = top;
+    my.total *= scale;
+#pragma unroll
+    for (int q = 0; q < Q; ++q) sum[q] *= scale;
+  }
+  const float weight = exp2f(static_cast<float>(bound - my.top));
+  my.total += weight;
+  return weight;
+}
+
+// This thread's share of the source's score; `difference`: of the source from the centre. What is not finite
+// becomes NaN, in all of the row.
+template <int Q>
+__device__ __forceinline__ double score_source(const RowState& row, const float (&y)[Q],
+                                               const float (&difference)[Q]) {
+  double share = 0;
+#pragma unroll
+  for (int q = 0; q < Q; ++q) {
+    const double d = difference[q];
+    share = fma(fma(-0.5 * row.alpha, d, static_cast<double>(y[q])), d, share);
+  }
+  return fma(share, 0.0, share);
+}
+
 // 2^exponent. Not in line: code that has to come from memory first costs more than the call.
 __device__ __noinline__ static double power(double exponent) { return exp2(exponent); }
-
-// Where a block works: its slice of D, and its rows of a unit.
-struct RowPlace {
-  int64_t slices;
-  int rank, rows;
-  int64_t slice, offset;
-  int length;
-  bool vectors;
-
-  __device__ int64_t part_of(int64_t team, bool begins, int row) const {
-    return (2 * (team * slices + rank) + (begins ? 1 : 0)) * rows + row;
-  }
-};
 
 struct RowEnd {
   int64_t index;     // of the row
