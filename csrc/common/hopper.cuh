@@ -135,6 +135,19 @@ __device__ inline void store_in_cluster(double* shared, Barrier* barrier, int pe
       "r"(shared_address(barrier)), "r"(peer), "d"(value) : "memory");
 }
 
+// A counter of arrivals in device memory: who adds leaves what the block's threads wrote before a barrier to
+// those who find their number there, and to the threads that a barrier joins them with.
+__device__ inline int arrivals_so_far(const int* counter) {
+  int count = 0;
+  SVEL_HOPPER_ASM("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+  return count;
+}
+__device__ inline int add_arrival(int* counter) {
+  int before = 0;
+  SVEL_HOPPER_ASM("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 // Eight bytes to and from another block of the grid, whole or not at all.
 __device__ inline void post_letter(uint2* to, uint2 letter) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(letter.x), "r"(letter.y)

@@ -98,7 +98,8 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     const int64_t slices = best_slices(ceil_div(p.d, held), p.sm_count),
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
     if (slices > p.sm_count) continue;
-    plan.own_list = slices == 1 && p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS;
+    plan.own_list =
+        slices == 1 && p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS && p.m < int64_t{1} << 31;
     const int64_t stage = tile.tile_refs * slice * p.refs_size;
     const int64_t fixed = BULK_FIXED_SMEM + (slices == 1 ? groups_sums_smem(tile.elements) : 0) +
                           (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
@@ -120,7 +121,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.splits = teams;
     plan.rows_per_pass = p.n;
     plan.refs_per_pass = groups(p) * p.m;
-    plan.smem_bytes = fixed + stages * stage;
+    plan.smem_bytes = fixed + std::max(stages * stage, plan.own_list ? LIST_SCRATCH_SMEM : 0);
     plan.workspace_bytes = unit_list_bytes(p.n, groups(p)) + 4 * p.n * slices + 4096 +
                            plan.blocks * plan.tile_rows * (16 * slice + 256);
     plan.reason = tile.reason;

@@ -65,7 +65,7 @@ constexpr int64_t unit_list_bytes(int64_t n, int64_t k) {
 constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
   return (unit_list_bytes(n, k) + 127) / 128 * 128;
 }
-constexpr int64_t LIST_SCRATCH_SMEM = 16384;  // within the stages, before the first copies
+constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before the first copies
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
 constexpr int groups_sums_smem(int elements) {  // where groups leave their sums for one another

@@ -11,8 +11,8 @@
 // the announcer, walks the range and tells the others of each segment: at most 256 references per group, of
 // one class.
 //
-// Instructions that no multiprocessor has run before take long to come, about 1 us for a hundred. So the code
-// before the first copies is short, and the groups go through theirs while the list is built.
+// Instructions that no multiprocessor has run before take long to come, about 1 us for a hundred: the code
+// before the first copies is short.
 //
 // Exactness. Scores and sums are of d_j = r_j - c, with c the first reference of the class:
 //   s_j = rate (y.d_j - alpha/2 |d_j|^2),  y = x - alpha c,  so that
@@ -112,9 +112,9 @@ struct Groups {
 
   // The producer, one thread.
   __device__ __forceinline__ void produce() const {
-    Place at{1 % layout.stages, 1};
+    Place at{0, 1};
     const int tile_bytes = TR * d * static_cast<int>(sizeof(T));
-    int slot = 1, slot_phase = 0;
+    int slot = 0, slot_phase = 0;
     for (;;) {
       wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
@@ -141,18 +141,6 @@ struct Groups {
     }
   }
 
-  // A row of nothing and a tile of whatever the ring holds. By one thread, before the others start.
-  __device__ __forceinline__ void announce_rehearsal() const {
-    Segment<ROWS>& segment = shared().announced.segments[0];
-    segment.centre = -1, segment.tiles = 1, segment.references = TR, segment.flags = SEGMENT_REHEARSAL;
-    segment.squares = 0, segment.count = 1, segment.from = segment.to = 0;
-    segment.rows[0] = RowState{};
-    arrive(&shared().announced.placed[0]);
-    arrive(&shared().announced.told[0]);
-    arrive(&shared().full[0]);
-    if (G > 1) arrive_for(&shared().empty[0], ALL_WARPS - WARPS);
-  }
-
   // The consumers.
 
   struct Mine {  // of a row, in this thread
@@ -166,14 +154,14 @@ struct Groups {
 
   // This thread. Read anew where it is wanted: cheaper than to keep it through a loop that needs all registers.
   __device__ __forceinline__ static int thread() {  // of the group
-    int tid;
+    unsigned tid;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
-    return tid % GT;
+    return static_cast<int>(tid % GT);
   }
   __device__ __forceinline__ static int group() {
-    int tid;
+    unsigned tid;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
-    return tid / GT;
+    return static_cast<int>(tid / GT);
   }
   __device__ __forceinline__ static int element(int slot) { return (slot * GT + thread()) * EV; }
 
@@ -422,8 +410,7 @@ struct Groups {
       bool all = others == 0;
       if (!all && layout.merge_last) {
         wait_for_previous_launch();  // which sets the counts to zero
-        all = *static_cast<volatile int*>(arrived) == others;
-        __threadfence();
+        all = arrivals_so_far(arrived) == others;
       }
       shared().final[leader] = all;
     }
@@ -474,36 +461,32 @@ struct Groups {
     };
     if (!final) {
 #pragma unroll 1
-      for (int e = 4 * own_thread; e < d && !(flags & SEGMENT_REHEARSAL); e += 4 * groups * GT) {
+      for (int e = 4 * own_thread; e < d; e += 4 * groups * GT) {
         double v[4];
         own_sums(e, v);
         store_sums(parts.sums + part * d + e, v);
       }
-      if (flags & SEGMENT_PART_END) {
-        if (own_thread == 0) parts.rows[part] = end.own;
-        __threadfence();
-      }
+      if (flags & SEGMENT_PART_END && own_thread == 0) parts.rows[part] = end.own;
       row_barrier(groups);
       if (thread() == 0) shared().moved[group()] = end.own;
       if (!(flags & SEGMENT_PART_END) || !layout.merge_last) return;
-      if (own_thread == 0) {
-        shared().final[leader] = atomicAdd(arrived, 1) == others;
-        __threadfence();
-      }
+      if (own_thread == 0) shared().final[leader] = add_arrival(arrived) == others;
       row_barrier(groups);
       final = shared().final[leader];
     }
     if (final) {
-      const PartRow all = others == 0 ? end.own : sum_of_parts(parts, here, end);
-      const double mean_by = 1 / all.total;
+      const int lane = thread() % 32;
+      PartsTogether together{end.own, 1};
+      if (others > 0) together = sum_of_parts(parts, here, end, lane);
+      const double mean_by = 1 / together.all.total;
 #pragma unroll 1
-      for (int e = 4 * own_thread; e < d; e += 4 * groups * GT) {
+      for (int e = 4 * own_thread; e - 4 * lane < d; e += 4 * groups * GT) {
         double own[4] = {}, v[4] = {};
-        if (end.team >= 0) own_sums(e, own);
-        add_parts(parts, here, end, all.log2_weight, e, own, v);
-        store_row(in, here, end, e, mean_by, v);
+        if (e < d && end.team >= 0) own_sums(e, own);
+        add_parts(parts, here, end, together, e, e < d, own, v);
+        if (e < d) store_row(in, here, end, e, mean_by, v);
       }
-      if (in.lse.data && own_thread == 0) write_lse(in, end.index, all);
+      if (in.lse.data && own_thread == 0) write_lse(in, end.index, together.all);
     }
     row_barrier(groups);  // sums, states and `final` are read above and overwritten next
   }
@@ -565,6 +548,8 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   }
   const Kernel kernel{in, list, parts, layout, staging};
   const int tid = threadIdx.x - GROUPS_CONSUMERS;
+  ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
+  if (layout.own_list) read_rows(in, *scratch);
   if (tid == 0) {
 #pragma unroll 1
     for (int s = 0; s < layout.stages; ++s) {
@@ -573,7 +558,6 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     }
     shared.announced.init(Kernel::ALL_WARPS);
     publish_barriers();
-    kernel.announce_rehearsal();
   }
   __syncthreads();
   if (tid < 0) {
@@ -582,16 +566,13 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   } else {
     give_up_registers<GROUPS_PRODUCER_REGISTERS>();
     if (layout.own_list) {
-      constexpr int NAME = Kernel::G < 4 ? 15 : 2;  // which the groups do not use before there is a list
-      ListScratch* const scratch =
-          reinterpret_cast<ListScratch*>(reinterpret_cast<char*>(kernel.stage(layout.stages)) - LIST_SCRATCH_SMEM);
-      build_own_list<TR, Kernel::ROWS, NAME>(in, list, *scratch, tid);
+      build_own_list<TR, Kernel::ROWS>(in, list, *scratch, tid);
     } else {
       wait_for_previous_launch();
     }
     if (tid < 32) {
       const auto most_tiles = [](int rows) { return Kernel::SEGMENT_TILES * Kernel::groups_of_a_row(rows); };
-      announce<TR>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, most_tiles, 1, tid);
+      announce<TR>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, most_tiles, tid);
     } else if (tid == 32) {
       kernel.produce();
     }

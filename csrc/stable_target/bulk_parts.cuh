@@ -96,7 +96,13 @@ __device__ inline W sum_over_lanes(W v, int lanes) {
   return v;
 }
 
-// 2^exponent for an integer of at most 0; below float32's range: 0.
+// 2^exponent; below the normal range of float32: 0.
+__device__ inline float power_of_two(float exponent) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  return power;
+}
+// For an integer of at most 0.
 __device__ inline float power_of_two(double exponent) {
   return exponent < -126.0 ? 0.0f : __int_as_float((127 + static_cast<int>(exponent)) << 23);
 }
@@ -243,8 +249,7 @@ enum SegmentFlags : int {
   SEGMENT_PART_END = 2,    // the last
   SEGMENT_UNIT_BEGIN = 4,  // the team has the unit's first tile
   SEGMENT_UNIT_END = 8,    // the unit ends here; sources, where there are any, come after its references
-  SEGMENT_REHEARSAL = 16,  // of nothing
-  SEGMENT_LIST_DONE = 32,
+  SEGMENT_LIST_DONE = 16,
 };
 
 // References of one class that follow one another, for the rows of a unit.
@@ -278,13 +283,12 @@ struct Announcements {
   }
 };
 
-// The announcer, a warp: tells the producer and the consumers of each segment in the team's range, from slot
-// number `slot` on. most_tiles(rows): of a segment.
+// The announcer, a warp: tells the producer and the consumers of each segment in the team's range. most_tiles(rows): of a segment.
 template <int TR, int ROWS, typename MostTiles>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
                                          int64_t teams, int64_t team, Announcements<ROWS>& announced,
-                                         const MostTiles& most_tiles, int slot, int lane) {
-  int phase = 1;
+                                         const MostTiles& most_tiles, int lane) {
+  int slot = 0, phase = 1;
   walk_units(list, teams, team, lane, [&](const UnitShare& share) {
     const Unit& unit = list.units[share.number];
     const int rows = unit.rows;
@@ -368,7 +372,8 @@ __device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&sc
   bool any = false;
 #pragma unroll
   for (int j = 0; j < COUNT; ++j) {
-    scores[j] = j < many ? exp2f(fmaf(scores[j] - my.base, my.rate, -my.rest)) : 0.0f;
+    const float exponent = fmaf(scores[j] - my.base, my.rate, -my.rest);
+    scores[j] = j < many ? power_of_two(exponent) : 0.0f;
     my.total += scores[j];
     any = any || !(scores[j] < NO_WEIGHT);
   }
@@ -430,41 +435,57 @@ __device__ __forceinline__ void add_sums(const double* from, double weight, doub
   v[2] = fma(weight, high.x, v[2]), v[3] = fma(weight, high.y, v[3]);
 }
 
-// The row's parts together, always in their order: who comes last makes no difference.
-__device__ __forceinline__ PartRow sum_of_parts(const BulkParts& parts, const RowPlace& place,
-                                                const RowEnd& end) {
-  const auto part = [&](int64_t team) {
-    if (team == end.team) return end.own;
-    const PartRow* const at = parts.rows + place.part_of(team, team == end.from, end.row);
-    return PartRow{__ldcg(&at->log2_weight), __ldcg(&at->total)};
-  };
-  double best = -INFINITY, total = 0;
+// The row's parts together, always in the same order: who comes last makes no difference. By whole warps.
+struct PartsTogether {
+  PartRow all;
+  double weight;  // of the part of team `from` + lane, relative to 2^log2_weight of all
+};
+__device__ __forceinline__ PartRow part_row(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
+                                            int64_t team) {
+  if (team == end.team) return end.own;
+  if (team > end.to) return {-INFINITY, 0};
+  const double2 row = __ldcg(
+      reinterpret_cast<const double2*>(parts.rows + place.part_of(team, team == end.from, end.row)));
+  return {row.x, row.y};
+}
+__device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, const RowPlace& place,
+                                                      const RowEnd& end, int lane) {
+  const PartRow mine = part_row(parts, place, end, end.from + lane);
+  double best = mine.log2_weight;
+  const auto greater = [](double a, double b) { return b > a || a != a ? b : a; };
 #pragma unroll 1
-  for (int64_t team = end.from; team <= end.to; ++team) {
-    const double other = part(team).log2_weight;
-    best = best >= other || other != other ? best : other;
+  for (int64_t team = end.from + 32 + lane; team <= end.to; team += 32)
+    best = greater(best, part_row(parts, place, end, team).log2_weight);
+#pragma unroll 1
+  for (int hop = 16; hop > 0; hop /= 2) best = greater(best, __shfl_xor_sync(0xffffffffu, best, hop));
+  const double weight = power(mine.log2_weight - best);
+  double total = weight * mine.total;
+#pragma unroll 1
+  for (int64_t team = end.from + 32 + lane; team <= end.to; team += 32) {
+    const PartRow other = part_row(parts, place, end, team);
+    total = fma(power(other.log2_weight - best), other.total, total);
   }
 #pragma unroll 1
-  for (int64_t team = end.from; team <= end.to; ++team) {
-    const PartRow at = part(team);
-    total = fma(power(at.log2_weight - best), at.total, total);
-  }
-  return {best, total};
+  for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(0xffffffffu, total, hop);
+  return {{best, total}, weight};
 }
 
-// Their sums for four elements of the slice from e on, relative to 2^best; `own`: of this team where its part
+// Their sums for four elements of the slice from e on, where e is `within`; `own`: of this team where its part
 // is not in memory.
 __device__ __forceinline__ void add_parts(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
-                                          double best, int e, const double (&own)[4], double (&v)[4]) {
+                                          const PartsTogether& together, int e, bool within,
+                                          const double (&own)[4], double (&v)[4]) {
 #pragma unroll 1
   for (int64_t team = end.from; team <= end.to; ++team) {
-    const int64_t part = place.part_of(team, team == end.from, end.row);
+    const int at = static_cast<int>(team - end.from);
+    double weight = __shfl_sync(0xffffffffu, together.weight, at & 31);
+    if (at >= 32) weight = power(part_row(parts, place, end, team).log2_weight - together.all.log2_weight);
+    if (!within) continue;
     if (team == end.team) {
-      const double weight = power(end.own.log2_weight - best);
 #pragma unroll
       for (int k = 0; k < 4; ++k) v[k] = fma(weight, own[k], v[k]);
     } else {
-      add_sums(parts.sums + part * place.slice + e, power(__ldcg(&parts.rows[part].log2_weight) - best), v);
+      add_sums(parts.sums + place.part_of(team, team == end.from, end.row) * place.slice + e, weight, v);
     }
   }
 }

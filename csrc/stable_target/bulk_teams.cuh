@@ -337,30 +337,26 @@ struct Teams {
         }
       }
     }
-    if (ends && !whole) {
-      if (tid == 0) parts.rows[part] = end.own;
-      __threadfence();
-    }
+    if (ends && !whole && tid == 0) parts.rows[part] = end.own;
     named_barrier(1, THREADS);
     if (tid == 0) shared().moved = end.own;
     if (whole && in.lse.data && rank == 0 && tid == 0) write_lse(in, end.index, end.own);
     if (!ends || whole || !layout.merge_last) return;
-    if (tid == 0) {
-      int* const arrived = parts.arrived + static_cast<int64_t>(segment.order) * layout.slices + rank;
-      shared().last = atomicAdd(arrived, 1) == others;
-      __threadfence();
-    }
+    if (tid == 0)
+      shared().last =
+          add_arrival(parts.arrived + static_cast<int64_t>(segment.order) * layout.slices + rank) == others;
     named_barrier(1, THREADS);
     if (!shared().last) return;
-    const PartRow all = sum_of_parts(parts, here, end);
+    const int lane = tid % 32;
+    const PartsTogether together = sum_of_parts(parts, here, end, lane);
 #pragma unroll 1
-    for (int e = 4 * tid; e < length; e += 4 * THREADS) {
+    for (int e = 4 * tid; e - 4 * lane < length; e += 4 * THREADS) {
       const double none[4] = {};
       double v[4] = {};
-      add_parts(parts, here, end, all.log2_weight, e, none, v);
-      store_row(in, here, end, e, 1 / all.total, v);
+      add_parts(parts, here, end, together, e, e < length, none, v);
+      if (e < length) store_row(in, here, end, e, 1 / together.all.total, v);
     }
-    if (in.lse.data && rank == 0 && tid == 0) write_lse(in, end.index, all);
+    if (in.lse.data && rank == 0 && tid == 0) write_lse(in, end.index, together.all);
   }
 
   __device__ __forceinline__ void consume(int tid) const {
@@ -428,7 +424,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     give_up_registers<TEAMS_OTHER_REGISTERS>();
     if (other < 32) {
       const auto most_tiles = [](int) { return Kernel::SEGMENT_TILES; };
-      announce<TR>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced, most_tiles, 0, other);
+      announce<TR>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced, most_tiles, other);
     } else if (other < 64) {
       kernel.produce(other - 32);
     } else {

@@ -22,7 +22,7 @@ struct Unit {
 // What a tile costs with so many rows of the `most` that a unit may have. One row waits for memory alone; two
 // keep a multiprocessor nearly as busy as memory does; more are bound by their arithmetic.
 __device__ constexpr int tile_weight(int most, int rows) {
-  return most == 1 ? 1 : rows == 1 ? 4 : rows == 2 ? 5 : 9;
+  return most == 1 ? 1 : rows == 1 ? 3 : rows == 2 ? 4 : 8;
 }
 
 struct UnitList {
@@ -169,20 +169,37 @@ struct ListScratch {
   int keys[OWN_LIST_ROWS];             // group + 1; -1: nothing to read
   int places[OWN_LIST_ROWS];           // among the rows of the group
   int alls[OWN_LIST_ROWS];             // rows of the group
+  int counts[OWN_LIST_GROUPS];         // valid references
   int64_t begins[OWN_LIST_ROWS];       // sums before the row, within its 32 rows
   uint64_t seen[OWN_LIST_GROUPS + 1];  // how many rows of a group each 32 rows have, a byte for each; later
                                        // the sums before the group
 };
 static_assert(sizeof(ListScratch) <= LIST_SCRATCH_SMEM, "the planner reserves less");
 
+// What is read for the list, all at once, by all threads of the block; synchronize them then.
+__device__ __forceinline__ void read_rows(const Inputs& in, ListScratch& scratch) {
+  const int tid = threadIdx.x, threads = blockDim.x;
+  if (tid < in.n) {
+    const int64_t label = in.labels ? in.labels[tid] : 0;
+    const bool good = row_is_finite(in, tid) && label >= -1 && label < in.k;
+    scratch.keys[tid] = good ? static_cast<int>(label) + 1 : -1;
+  }
+#pragma unroll 1
+  for (int g = tid; g < in.k; g += threads) {
+    scratch.counts[g] = static_cast<int>(valid_count(in, g));
+    scratch.seen[g] = 0;
+  }
+  if (tid == 0) scratch.seen[in.k] = 0;
+}
+
 // The same list for OWN_LIST_ROWS rows and OWN_LIST_GROUPS groups at most, by the BULK_PRODUCERS threads of
-// one warpgroup, `tid` among them, while the other threads of the block do something else. Nothing is
-// sorted, and the code is short: nothing can be read before it is done. NAME: of a barrier.
-template <int TILE_REFS, int MOST_ROWS, int NAME>
+// one warpgroup, `tid` among them. Nothing is sorted, and the code is short: nothing can be read before it is
+// done.
+template <int TILE_REFS, int MOST_ROWS>
 __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList& list, ListScratch& scratch,
                                                int tid) {
   constexpr unsigned ALL = 0xffffffffu;
-  constexpr int THREADS = BULK_PRODUCERS;
+  constexpr int THREADS = BULK_PRODUCERS, NAME = 15;
   const int n = static_cast<int>(in.n), k = static_cast<int>(in.k), lane = tid % 32;
   const unsigned earlier_lanes = (1u << lane) - 1;
   const auto warp_sums = [&](int64_t v) {  // inclusive
@@ -199,51 +216,35 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
     for (int i = tid; i - lane < n; i += THREADS) visit(i, i / 32);
   };
 
-  if (in.counts && tid * 128 < k * (in.counts_are_long ? 8 : 4))
-    prefetch(static_cast<const char*>(in.counts) + tid * 128);
-  rows([&](int i, int) {
-    if (i < n) prefetch(static_cast<const char*>(in.time_or_alpha.data) + i * size_of(in.time_or_alpha.dtype));
-  });
-#pragma unroll 1
-  for (int i = tid; i <= k; i += THREADS) scratch.seen[i] = 0;
-  named_barrier(NAME, THREADS);
-
-  int64_t all_tiles = -1, all_references = 0;
+  int64_t all_tiles = -1, all_references = 0;  // of all groups, where a row of this warp takes them
   rows([&](int i, int warp) {
-    int64_t label = -2;
-    bool reads = false;
-    if (i < n) {
-      label = in.labels ? in.labels[i] : 0;
-      if (label < -1 || label >= k) label = -2;
-    }
-    if (__any_sync(ALL, label == -1) && all_tiles < 0) {
-      // Each warp that needs them takes the sums over all groups; what it writes is the same for all.
+    int key = i < n ? scratch.keys[i] : -1;
+    if (__any_sync(ALL, key == 0) && all_tiles < 0) {
       all_tiles = 0;
 #pragma unroll 1
       for (int base = 0; base < k; base += 32) {
-        const int64_t here = base + lane < k ? valid_count(in, base + lane) : 0;
+        const int64_t here = base + lane < k ? scratch.counts[base + lane] : 0;
         const int64_t up_to = warp_sums(ceil_div(here, TILE_REFS));
-        if (base + lane < k) list.group_tiles[base + lane + 1] = all_tiles + up_to;
+        if (base + lane < k) list.group_tiles[base + lane + 1] = all_tiles + up_to;  // the same from all
         all_tiles += __shfl_sync(ALL, up_to, 31);
         all_references += __shfl_sync(ALL, warp_sums(here), 31);
       }
       if (lane == 0) list.group_tiles[0] = 0;
     }
-    if (label != -2) reads = row_is_finite(in, i) && (in.source.data || (label < 0 ? all_references : valid_count(in, label)) > 0);
-    const int key = reads ? static_cast<int>(label) + 1 : -1;
+    if (key >= 0 && !in.source.data && (key == 0 ? all_references : scratch.counts[key - 1]) == 0) key = -1;
     scratch.keys[i] = key;
-    const unsigned same = __match_any_sync(ALL, key), dead = __ballot_sync(ALL, i < n && !reads);
-    if (reads && !(same & earlier_lanes))
+    const unsigned same = __match_any_sync(ALL, key), dead = __ballot_sync(ALL, i < n && key < 0);
+    if (key >= 0 && !(same & earlier_lanes))
       reinterpret_cast<uint8_t*>(scratch.seen + key)[warp] = static_cast<uint8_t>(__popc(same));
     if (lane == 0) scratch.dead[warp] = __popc(dead);
-    scratch.places[i] = __popc((reads ? same : dead) & earlier_lanes);
+    scratch.places[i] = __popc((key >= 0 ? same : dead) & earlier_lanes);
   });
   if (tid == 0) list.sizes[2] = 0;
   named_barrier(NAME, THREADS);
 
   const int warps = (n + 31) / 32;
   const auto tiles_of = [&](int key) {
-    const int64_t tiles = key == 0 ? all_tiles : ceil_div(valid_count(in, key - 1), TILE_REFS);
+    const int64_t tiles = key == 0 ? all_tiles : ceil_div(scratch.counts[key - 1], TILE_REFS);
     return tiles > 0 ? tiles : 1;
   };
   // Sums over the groups in the order of their first rows: cost, units and rows, three in one.
@@ -290,7 +291,7 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
         const int number = static_cast<int>(begin >> 10 & 1023) + place / MOST_ROWS, all = scratch.alls[i];
         Unit& unit = list.units[number];
         const int64_t tiles = tiles_of(key);
-        unit.group = key - 1, unit.count = key == 0 ? all_references : valid_count(in, key - 1);
+        unit.group = key - 1, unit.count = key == 0 ? all_references : scratch.counts[key - 1];
         unit.tiles = tiles, unit.first = first;
         unit.rows = min(all - place, MOST_ROWS), unit.alone = all <= MOST_ROWS;
         const int weight = tile_weight(MOST_ROWS, unit.rows);
@@ -313,7 +314,7 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
     list.sizes[0] = units;
     list.sizes[1] = static_cast<int>(total & 1023);
   }
-  fence_async();  // the scratch is where copies will go
+  fence_async();  // copies will go to where the scratch is
   named_barrier(NAME, THREADS);
 }
 
