@@ -153,20 +153,14 @@ __device__ inline void post_letter(uint2* to, uint2 letter) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(letter.x), "r"(letter.y)
                : "memory");
 }
-__device__ inline uint2 read_letter(const uint2* from) {
-  uint2 letter;
-  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
-               : "=r"(letter.x), "=r"(letter.y)
+// Two letters side by side.
+__device__ inline uint4 read_letters(const uint2* from) {
+  uint4 letters;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(letters.x), "=r"(letters.y), "=r"(letters.z), "=r"(letters.w)
                : "l"(from)
                : "memory");
-  return letter;
-}
-
-// As soon as it is there.
-__device__ inline uint32_t await_letter(const uint2* from, uint32_t tag) {
-  uint2 letter = read_letter(from);
-  while (letter.y != tag) letter = read_letter(from);
-  return letter.x;
+  return letters;
 }
 
 // Among `threads` threads of the block, a multiple of 32, that name the same barrier, 1 to 15.

@@ -16,6 +16,7 @@ struct Problem {
   bool has_source = false;
   bool pool = true;  // the pool kernel may serve: not for an exact lse, nor for rows that it leaves
   int sm_count = 132;
+  double bandwidth = 3.35e12;  // of the device's memory, bytes per second as specified
   int64_t smem_limit = 232448;  // bytes of shared memory that a block may ask for
   int cc = 90;                  // compute capability times ten
   bool has_sm90a = true;        // code for compute capability 9.0 with its own instructions was compiled
@@ -46,6 +47,7 @@ struct Plan {
   int64_t bytes = 0;  // that must move at least, if every row has a group of its own (up to k)
   int64_t flops = 0;  // 4 n m d: a product and a weighted sum
   std::string reason;
+  int weight_two = 0, weight_four = 0;  // bulk: what a tile costs with two rows and with more; TILE_WEIGHT: one
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
@@ -68,6 +70,7 @@ constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
 constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before the first copies
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
+constexpr int TILE_WEIGHT = 8;
 constexpr int groups_sums_smem(int elements) {  // where groups leave their sums for one another
   return 4 * GROUPS_CONSUMERS * elements;
 }

@@ -44,8 +44,8 @@ struct GroupsLayout {
 };
 
 struct GroupState {
-  double top, shift;  // weights are 2^(score - top); |y|^2 / (2 sigma^2) in units of log 2
-  float total;
+  double top, shift;    // weights are 2^(score - top); |y|^2 / (2 sigma^2) in units of log 2
+  float total, source;  // of the weights of the references; the source's
 };
 
 template <int G, int WARPS, int TR, int ROWS>
@@ -60,9 +60,9 @@ struct GroupsShared {
   int final[G];
 };
 
-// T: of the references. A group of GT threads owns Q elements of D each. TR: references per tile, kept in
-// registers where HELD, so that the stage is free at once; else read twice.
-template <typename T, int GT, int Q, int TR, bool HELD>
+// T: of the references. A group of GT threads owns Q elements of D each. TR: references per tile, which a
+// thread takes into its registers, so that the stage is free at once.
+template <typename T, int GT, int Q, int TR>
 struct Groups {
   static constexpr int EV = 16 / static_cast<int>(sizeof(T));
   static constexpr int SLOTS = Q / EV, WARPS = GT / 32, G = GROUPS_CONSUMERS / GT;
@@ -145,11 +145,10 @@ struct Groups {
 
   struct Mine {  // of a row, in this thread
     float y[Q], sum[Q];  // sum: weighted, of r_j - c
-    // The centre; packed where registers are short.
-    float c[HELD ? Q : 1];
-    uint4 packed[HELD ? 1 : SLOTS];
+    float c[Q];          // the centre
     RowScores scores;
     float half_alpha;
+    float source;  // the weight of the row's own source
   };
 
   // This thread. Read anew where it is wanted: cheaper than to keep it through a loop that needs all registers.
@@ -181,18 +180,6 @@ struct Groups {
     }
   }
 
-  __device__ __forceinline__ static void centre_of(const Mine& mine, int s, float (&out)[EV]) {
-    if constexpr (HELD) {
-#pragma unroll
-      for (int k = 0; k < EV; ++k) out[k] = mine.c[s * EV + k];
-    } else {
-      uint4 packed = mine.packed[s];
-      // Not converted once and for all before the loop, which would want the registers.
-      asm volatile("" : "+r"(packed.x), "+r"(packed.y), "+r"(packed.z), "+r"(packed.w));
-      unpack<T, EV>(packed, out);
-    }
-  }
-
   // The centre, y = x - alpha c, and where it is wanted |y|^2.
   __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<ROWS>& segment, int my_row) const {
     const RowState& row = segment.rows[my_row];
@@ -211,17 +198,13 @@ struct Groups {
     double square = subtract_centre<T>(row, packed, squares, mine.y);
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
-      if constexpr (HELD) {
-        float c[EV];
-        unpack<T, EV>(packed[s], c);
+      float c[EV];
+      unpack<T, EV>(packed[s], c);
 #pragma unroll
-        for (int k = 0; k < EV; ++k) mine.c[s * EV + k] = c[k];
-      } else {
-        mine.packed[s] = packed[s];
-      }
+      for (int k = 0; k < EV; ++k) mine.c[s * EV + k] = c[k];
     }
     mine.half_alpha = row.half_alpha, mine.scores.rate = row.rate;
-    mine.scores.reset();
+    mine.scores.reset(), mine.source = 0;
 #pragma unroll
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     if (squares) square = row.per_square * sum_over_group(square);
@@ -269,30 +252,25 @@ struct Groups {
     }
   }
 
-  // The d_j of 16 bytes of each reference of a tile, one after the other: visit(s, j, d). Beyond D they are
-  // zero, beyond the tile's `many` references those of the first.
-  template <typename Visit>
-  __device__ __forceinline__ void read_tile(const Mine& mine, int at, int many, const Visit& visit) const {
-    const auto read = [&](const auto& load) {
-#pragma unroll
-      for (int s = 0; s < SLOTS; ++s) {
-        float c[EV];
-        centre_of(mine, s, c);
-#pragma unroll
-        for (int j = 0; j < TR; ++j) {
-          const uint4 raw = load(s, j);
-          float difference[EV];
-          unpack<T, EV>(raw, difference);
-#pragma unroll
-          for (int k = 0; k < EV; ++k) difference[k] -= c[k];
-          visit(s, j, difference);
-        }
-      }
-    };
+  // The d_j of a tile, in this thread. Beyond D they are zero, beyond the tile's `many` references those of
+  // the first.
+  __device__ __forceinline__ void read_tile(const Mine& mine, int at, int many, float (&out)[TR][Q]) const {
     const int first = element(0);
     const T* from[TR];
 #pragma unroll
     for (int j = 0; j < TR; ++j) from[j] = stage(at) + (j < many ? j * d : 0) + first;
+    const auto read = [&](const auto& load) {
+#pragma unroll
+      for (int s = 0; s < SLOTS; ++s) {
+#pragma unroll
+        for (int j = 0; j < TR; ++j) {
+          float r[EV];
+          unpack<T, EV>(load(s, j), r);
+#pragma unroll
+          for (int k = 0; k < EV; ++k) out[j][s * EV + k] = r[k] - mine.c[s * EV + k];
+        }
+      }
+    };
     if (d == GT * Q) {
       read([&](int s, int j) { return *reinterpret_cast<const uint4*>(from[j] + s * GT * EV); });
     } else {
@@ -311,67 +289,36 @@ struct Groups {
 
   // One tile of `many` references, at stage s.
   __device__ __forceinline__ void take_tile(Mine& mine, int s, int many, int& parity) const {
-    float norm[TR] = {}, scores[TR] = {};
-    float held[HELD ? TR : 1][HELD ? Q : 1];
-    if constexpr (HELD) {
-      read_tile(mine, s, many, [&](int slot, int j, const float(&difference)[EV]) {
+    float norm[TR] = {}, scores[TR] = {}, difference[TR][Q];
+    read_tile(mine, s, many, difference);
+    release(s);
 #pragma unroll
-        for (int k = 0; k < EV; ++k) held[j][slot * EV + k] = difference[k];
-      });
-      release(s);
+    for (int q = 0; q < Q; ++q) {
 #pragma unroll
-      for (int q = 0; q < Q; ++q) {
-#pragma unroll
-        for (int j = 0; j < TR; ++j) {
-          norm[j] = fmaf(held[j][q], held[j][q], norm[j]);
-          scores[j] = fmaf(mine.y[q], held[j][q], scores[j]);
-        }
+      for (int j = 0; j < TR; ++j) {
+        norm[j] = fmaf(difference[j][q], difference[j][q], norm[j]);
+        scores[j] = fmaf(mine.y[q], difference[j][q], scores[j]);
       }
-    } else {
-      read_tile(mine, s, many, [&](int slot, int j, const float(&difference)[EV]) {
-#pragma unroll
-        for (int k = 0; k < EV; ++k) {
-          norm[j] = fmaf(difference[k], difference[k], norm[j]);
-          scores[j] = fmaf(mine.y[slot * EV + k], difference[k], scores[j]);
-        }
-      });
     }
 #pragma unroll
     for (int j = 0; j < TR; ++j) scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
     exchange<TR>(parity, scores);
-    if (weigh_scores(mine.scores, many, scores, mine.sum)) {
-      if constexpr (HELD) {
+    if (!weigh_scores(mine.scores, many, scores, mine.sum)) return;
 #pragma unroll
-        for (int q = 0; q < Q; ++q) {
+    for (int q = 0; q < Q; ++q) {
 #pragma unroll
-          for (int j = 0; j < TR; ++j) mine.sum[q] = fmaf(scores[j], held[j][q], mine.sum[q]);
-        }
-      } else {
-        read_tile(mine, s, many, [&](int slot, int j, const float(&difference)[EV]) {
-#pragma unroll
-          for (int k = 0; k < EV; ++k)
-            mine.sum[slot * EV + k] = fmaf(scores[j], difference[k], mine.sum[slot * EV + k]);
-        });
-      }
+      for (int j = 0; j < TR; ++j) mine.sum[q] = fmaf(scores[j], difference[j][q], mine.sum[q]);
     }
-    if constexpr (!HELD) release(s);
   }
 
   // The row's own source, as one more reference.
-  __device__ __forceinline__ void add_source(Mine& mine, const RowState& row) const {
+  __device__ __forceinline__ void weigh_own_source(Mine& mine, const RowState& row) const {
     float difference[Q];
     load_elements<EV, GT * EV>(in.source, row.index * in.d, element(0), d, layout.vectors, difference);
 #pragma unroll
-    for (int s = 0; s < SLOTS; ++s) {
-      float c[EV];
-      centre_of(mine, s, c);
-#pragma unroll
-      for (int k = 0; k < EV; ++k) difference[s * EV + k] -= c[k];
-    }
+    for (int q = 0; q < Q; ++q) difference[q] -= mine.c[q];
     const double score = sum_over_group(score_source(row, mine.y, difference));
-    const float weight = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
-#pragma unroll
-    for (int q = 0; q < Q; ++q) mine.sum[q] = fmaf(weight, difference[q], mine.sum[q]);
+    mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
   }
 
   // This group's sums and what they are relative to, for the others of its row.
@@ -383,7 +330,7 @@ struct Groups {
           make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
     if (thread() == 0) {
       GroupState& state = shared().states[group()];
-      state.top = mine.scores.top, state.total = mine.scores.total;
+      state.top = mine.scores.top, state.total = mine.scores.total, state.source = mine.source;
     }
   }
 
@@ -406,6 +353,14 @@ struct Groups {
     const int own_thread = group() % groups * GT + thread();                  // among those of the row
     const int flags = segment.flags, others = segment.to - segment.from;
     int* const arrived = parts.arrived + segment.order + my_row;
+    if (flags & SEGMENT_PART_END && layout.vectors) {  // what will be read, brought near meanwhile
+#pragma unroll 1
+      for (int e = 4 * own_thread; e < d; e += 4 * groups * GT) {
+        prefetch(static_cast<const char*>(in.x.data) +
+                 (segment.rows[my_row].index * in.d + e) * size_of(in.x.dtype));
+        if (segment.centre >= 0) prefetch(static_cast<const T*>(in.refs.data) + segment.centre * in.d + e);
+      }
+    }
     if (own_thread == 0 && flags & SEGMENT_PART_END) {  // have all other blocks left their parts?
       bool all = others == 0;
       if (!all && layout.merge_last) {
@@ -432,15 +387,19 @@ struct Groups {
       const GroupState& state = shared().states[g];
       total = fma(static_cast<double>(power_of_two(state.top - best)), static_cast<double>(state.total), total);
     }
-    double by = 1, before = 0;
-    end.own = {best - shared().states[leader].shift, total};
+    double by = 1, before = 0, source = 0;  // the source is weighed by the row's first group
+    if (in.source.data)
+      source = static_cast<double>(power_of_two(shared().states[leader].top - best)) *
+               static_cast<double>(shared().states[leader].source);
+    end.own = {best - shared().states[leader].shift, total + source};
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const PartRow moved = shared().moved[group()];
       const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
       before = power(moved.log2_weight - most), by = power(now - most);
-      end.own = {most, fma(before, moved.total, by * total)};
+      end.own = {most, fma(before, moved.total, by * end.own.total)};
     }
     const double weighted = by * total;
+    source *= by;
     // Four elements from e on.
     const auto own_sums = [&](int e, double(&v)[4]) {
       float c[4] = {};
@@ -448,6 +407,7 @@ struct Groups {
         load_centre(static_cast<const T*>(in.refs.data) + segment.centre * in.d + e, c);
 #pragma unroll
       for (int k = 0; k < 4; ++k) v[k] = weighted * c[k];
+      add_source(in, here, row.index, e, source, v);
       if (!(flags & SEGMENT_PART_BEGIN)) add_sums(parts.sums + part * d + e, before, v);
 #pragma unroll 1
       for (int g = leader; g < leader + used; ++g) {
@@ -518,7 +478,7 @@ struct Groups {
             advance(here, groups);
           }
           if (in.source.data && turn == 0 && segment.flags & SEGMENT_UNIT_END)
-            add_source(mine, segment.rows[group() / groups]);
+            weigh_own_source(mine, segment.rows[group() / groups]);
           leave_sums(mine);
         }
         end_segment(segment, groups, min(segment.tiles, groups));
@@ -533,17 +493,16 @@ struct Groups {
   }
 };
 
-template <typename T, int GT, int Q, int TR, bool HELD>
+template <typename T, int GT, int Q, int TR>
 __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     groups_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
                   const __grid_constant__ BulkParts parts, const __grid_constant__ GroupsLayout layout) {
-  using Kernel = Groups<T, GT, Q, TR, HELD>;
+  using Kernel = Groups<T, GT, Q, TR>;
   typename Kernel::Shared& shared = Kernel::shared();
   UnitList list = shared_list;
   int staging = Kernel::FIXED_BYTES + Kernel::SUMS_BYTES;
   if (layout.own_list) {
-    // Where merge_kernel follows, one block leaves the list in memory for it.
-    if (layout.merge_last || blockIdx.x > 0) list = place_unit_list(Kernel::memory() + staging, in.n, in.k);
+    list = place_unit_list(Kernel::memory() + staging, in.n, in.k, shared_list.two, shared_list.four);
     staging += static_cast<int>(bulk_list_smem(in.n, in.k));
   }
   const Kernel kernel{in, list, parts, layout, staging};
@@ -575,6 +534,10 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       announce<TR>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, most_tiles, tid);
     } else if (tid == 32) {
       kernel.produce();
+    } else if (tid >= 64 && layout.own_list && !layout.merge_last && blockIdx.x == 0) {
+      const uint4* const from = reinterpret_cast<const uint4*>(list.units);  // merge_kernel wants the list
+      for (int i = tid - 64; i < unit_list_bytes(in.n, in.k) / 16; i += BULK_PRODUCERS - 64)
+        reinterpret_cast<uint4*>(shared_list.units)[i] = from[i];
     }
   }
 }

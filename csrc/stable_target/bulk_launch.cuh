@@ -37,13 +37,12 @@ struct Launch : BulkLaunch {
   // A sample in one block.
   template <typename T, int GT, int Q, int TR>
   bool run_groups_if() const {
-    constexpr bool HELD = Q == 16 && TR <= 2;
-    using Kernel = Groups<T, GT, Q, TR, HELD>;
+    using Kernel = Groups<T, GT, Q, TR>;
     static_assert(Kernel::FIXED_BYTES <= BULK_FIXED_SMEM, "the planner reserves less");
     if (in.refs.dtype != DtypeOf<T>::value || plan.slices > 1 || plan.group != GT || plan.tile_d != GT * Q ||
         plan.tile_refs != TR || plan.tile_rows != Kernel::ROWS)
       return false;
-    const auto kernel = groups_kernel<T, GT, Q, TR, HELD>;
+    const auto kernel = groups_kernel<T, GT, Q, TR>;
     check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(plan.smem_bytes)));
@@ -54,7 +53,8 @@ struct Launch : BulkLaunch {
     layout.merge_last = merge_last(plan.blocks, Kernel::ROWS);
 
     Carver carver(workspace);
-    const UnitList list = place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k);
+    const UnitList list = place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k,
+                                          plan.weight_two, plan.weight_four);
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * plan.blocks * Kernel::ROWS * in.d);
     parts.rows = carver.take<PartRow>(2 * plan.blocks * Kernel::ROWS);
@@ -131,7 +131,8 @@ struct Launch : BulkLaunch {
 
     const int64_t blocks = teams * layout.slices, counts = in.n * layout.slices;
     Carver carver(workspace);
-    const UnitList list = place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k);
+    const UnitList list = place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k,
+                                          plan.weight_two, plan.weight_four);
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * blocks * layout.slice);
     parts.rows = carver.take<PartRow>(2 * blocks);
@@ -153,14 +154,13 @@ struct Launch : BulkLaunch {
 template <typename T>
 bool launch_tiles(const BulkLaunch& launch) {
   const Launch at{launch};
-  const bool within_a_block = at.run_groups_if<T, 32, 16, 2>() || at.run_groups_if<T, 64, 16, 2>() ||
-                              at.run_groups_if<T, 128, 16, 2>() || at.run_groups_if<T, 256, 16, 2>() ||
-                              at.run_groups_if<T, 512, 16, 2>();
-  if (within_a_block) return true;
+  const bool launched = at.run_groups_if<T, 32, 16, 2>() || at.run_groups_if<T, 64, 16, 2>() ||
+                        at.run_groups_if<T, 128, 16, 2>() || at.run_groups_if<T, 256, 16, 2>();
+  if (launched) return true;
   if constexpr (sizeof(T) == 2) {
-    return at.run_groups_if<T, 512, 32, 1>() || at.run_teams_if<T, 16, 2>() || at.run_teams_if<T, 32, 1>();
+    return at.run_groups_if<T, 512, 16, 2>() || at.run_teams_if<T, 16, 2>() || at.run_teams_if<T, 32, 1>();
   } else {
-    return at.run_teams_if<T, 16, 1>();
+    return at.run_groups_if<T, 512, 16, 1>() || at.run_teams_if<T, 16, 1>();
   }
 }
 

@@ -380,8 +380,8 @@ __device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&sc
   return any;
 }
 
-// The same for a row's own source, which may be far from all references: with a float32 score its weight would
-// be wrong by more than the contract allows. Returns the weight.
+// The same for a row's own source, which comes last and may be far from all references: its score is in
+// float64, and it is added itself, not as a difference, when the segment ends. Returns its weight.
 template <int Q>
 __device__ __forceinline__ float weigh_source(RowScores& my, double score, double rate, float (&sum)[Q]) {
   const double bound = score * rate;
@@ -393,9 +393,7 @@ __device__ __forceinline__ float weigh_source(RowScores& my, double score, doubl
 #pragma unroll
     for (int q = 0; q < Q; ++q) sum[q] *= scale;
   }
-  const float weight = exp2f(static_cast<float>(bound - my.top));
-  my.total += weight;
-  return weight;
+  return power_of_two(static_cast<float>(bound - my.top));
 }
 
 // This thread's share of the source's score; `difference`: of the source from the centre. What is not finite
@@ -490,16 +488,31 @@ __device__ __forceinline__ void add_parts(const BulkParts& parts, const RowPlace
   }
 }
 
+// Four elements of x or source.
+__device__ __forceinline__ float4 load_four(const Inputs& in, const RowPlace& place, const Array& a,
+                                            int64_t index, int e) {
+  const int64_t base = index * in.d + place.offset;
+  if (a.dtype == Dtype::f32 && place.vectors)
+    return *reinterpret_cast<const float4*>(static_cast<const float*>(a.data) + base + e);
+  return load_four(a, base + e, base + place.length);
+}
+
+// The source's share of the sums: weight times itself.
+__device__ __forceinline__ void add_source(const Inputs& in, const RowPlace& place, int64_t index, int e,
+                                           double weight, double (&v)[4]) {
+  if (weight == 0) return;
+  const float4 source = load_four(in, place, in.source, index, e);
+  v[0] = fma(weight, static_cast<double>(source.x), v[0]);
+  v[1] = fma(weight, static_cast<double>(source.y), v[1]);
+  v[2] = fma(weight, static_cast<double>(source.z), v[2]);
+  v[3] = fma(weight, static_cast<double>(source.w), v[3]);
+}
+
 // out = a x + b mean for four elements of the slice from e on; the mean is by * v.
 __device__ __forceinline__ void store_row(const Inputs& in, const RowPlace& place, const RowEnd& end, int e,
                                           double by, const double (&v)[4]) {
   const int64_t base = end.index * in.d + place.offset;
-  float4 x;
-  if (in.x.dtype == Dtype::f32 && place.vectors) {
-    x = *reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + base + e);
-  } else {
-    x = load_four(in.x, base + e, base + place.length);
-  }
+  float4 x = load_four(in, place, in.x, end.index, e);
   by *= end.b;
   x.x = static_cast<float>(fma(end.a, static_cast<double>(x.x), by * v[0]));
   x.y = static_cast<float>(fma(end.a, static_cast<double>(x.y), by * v[1]));

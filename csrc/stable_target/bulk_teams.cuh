@@ -131,12 +131,17 @@ struct Teams {
         if (lane < TEAMS_LETTERS)
           post_letter(box + rank * TEAMS_LETTERS + lane,
                       make_uint2(lane == 0 ? __double2loint(share) : __double2hiint(share), tag));
-        double all = 0;
-        for (int peer = lane; peer < layout.slices; peer += 32) {
-          const uint32_t low = await_letter(box + peer * TEAMS_LETTERS, tag);
-          const uint32_t high = await_letter(box + peer * TEAMS_LETTERS + 1, tag);
-          all = plus(all, __hiloint2double(high, low), kind);
-        }
+        double all;
+        bool there;
+        do {
+          all = 0, there = true;
+#pragma unroll 4
+          for (int peer = lane; peer < layout.slices; peer += 32) {
+            const uint4 letters = read_letters(box + peer * TEAMS_LETTERS);
+            there = there && letters.y == tag && letters.w == tag;
+            all = plus(all, __hiloint2double(static_cast<int>(letters.z), static_cast<int>(letters.x)), kind);
+          }
+        } while (!__all_sync(0xffffffffu, there));
         all = sum(all, kind);
         if (lane == 0) {
           shared().mail[slot][0] = all;
@@ -168,6 +173,7 @@ struct Teams {
     uint4 c[SLOTS];      // the centre, as it is stored
     RowScores scores;
     float half_alpha;
+    float source;  // the weight of the row's own source
   };
 
   __device__ __forceinline__ static int element(int tid, int slot) { return (slot * THREADS + tid) * EV; }
@@ -186,8 +192,13 @@ struct Teams {
     const int slot = number % TEAMS_SLOTS;
     wait_barrier(&shared().mailed[slot], number / TEAMS_SLOTS & 1);
     if (layout.team == Team::grid) return shared().mail[slot][0];
-    double all = shared().mail[slot][0];
-    for (int peer = 1; peer < layout.slices; ++peer) all = plus(all, shared().mail[slot][peer], kind);
+    double all = shared().mail[slot][0], others[BULK_MAX_CLUSTER];
+#pragma unroll
+    for (int peer = 1; peer < BULK_MAX_CLUSTER; ++peer) others[peer] = shared().mail[slot][peer];
+#pragma unroll
+    for (int peer = 1; peer < BULK_MAX_CLUSTER; ++peer) {
+      if (peer < layout.slices) all = plus(all, others[peer], kind);
+    }
     return all;
   }
 
@@ -209,7 +220,7 @@ struct Teams {
     }
     const double square = subtract_centre<T>(row, mine.c, segment.squares, mine.y);
     mine.half_alpha = row.half_alpha, mine.scores.rate = row.rate;
-    mine.scores.reset();
+    mine.scores.reset(), mine.source = 0;
 #pragma unroll
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     double shift = 0;
@@ -280,7 +291,7 @@ struct Teams {
   }
 
   // The row's own source, as one more reference.
-  __device__ __forceinline__ void add_source(Mine& mine, const RowState& row, int& exchanges, int tid) const {
+  __device__ __forceinline__ void weigh_own_source(Mine& mine, const RowState& row, int& exchanges, int tid) const {
     float difference[Q];
     load(in.source, row.index, tid, difference);
 #pragma unroll
@@ -293,9 +304,7 @@ struct Teams {
     give(exchanges, Mail::square, sum_over_lanes(score_source(row, mine.y, difference), 32), tid);
     const double score = take(exchanges, Mail::square);
     ++exchanges;
-    const float weight = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
-#pragma unroll
-    for (int q = 0; q < Q; ++q) mine.sum[q] = fmaf(weight, difference[q], mine.sum[q]);
+    mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
   }
 
   // A segment's sums, to the row's result or to its part in memory.
@@ -308,14 +317,15 @@ struct Teams {
     const int64_t part = here.part_of(team, flags & SEGMENT_UNIT_BEGIN, 0);
     named_barrier(1, THREADS);  // `shift` and `moved` are written
     double by = 1, before = 0;
-    end.own = {mine.scores.top - shared().shift, static_cast<double>(mine.scores.total)};
+    end.own = {mine.scores.top - shared().shift,
+               static_cast<double>(mine.scores.total) + static_cast<double>(mine.source)};
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const PartRow moved = shared().moved;
       const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
       before = power(moved.log2_weight - most), by = power(now - most);
       end.own = {most, fma(before, moved.total, by * end.own.total)};
     }
-    const double weighted = by * mine.scores.total, mean_by = 1 / end.own.total;
+    const double weighted = by * mine.scores.total, source = by * mine.source, mean_by = 1 / end.own.total;
     double* const sums = parts.sums + part * layout.slice;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
@@ -329,6 +339,7 @@ struct Teams {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           v[i] = fma(by, static_cast<double>(mine.sum[s * EV + k + i]), weighted * c[k + i]);
+        add_source(in, here, row.index, e + k, source, v);
         if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e + k, before, v);
         if (whole) {
           store_row(in, here, end, e + k, mean_by, v);
@@ -385,7 +396,7 @@ struct Teams {
         }
       }
       if (references > 0) exchanges += tiles;
-      if (in.source.data && segment.flags & SEGMENT_UNIT_END) add_source(mine, segment.rows[0], exchanges, tid);
+      if (in.source.data && segment.flags & SEGMENT_UNIT_END) weigh_own_source(mine, segment.rows[0], exchanges, tid);
       end_segment(mine, segment, tid);
       __syncwarp();
       if (tid % 32 == 0) arrive(&shared().announced.done[slot]);

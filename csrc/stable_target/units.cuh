@@ -19,25 +19,24 @@ struct Unit {
   int weight;  // what a tile costs
 };
 
-// What a tile costs with so many rows of the `most` that a unit may have. One row waits for memory alone; two
-// keep a multiprocessor nearly as busy as memory does; more are bound by their arithmetic.
-__device__ constexpr int tile_weight(int most, int rows) {
-  return most == 1 ? 1 : rows == 1 ? 3 : rows == 2 ? 4 : 8;
-}
-
 struct UnitList {
   int* order;       // (n,) rows with something to read by group within 4096 rows, the others from the end
   Unit* units;      // (n,)
   int64_t* begins;  // (n + 1,) prefix sums over the units: tiles times their weight
   int64_t* group_tiles;  // (k + 1,) prefix sums over the groups: tiles, where some row takes all of them
   int* sizes;            // units, rows with something to read, the largest weight of a unit
+  int two, four;         // weights of a tile for two rows and for more
+
+  __device__ int weight(int rows) const { return rows == 1 ? TILE_WEIGHT : rows == 2 ? two : four; }
 };
 
 static_assert(sizeof(Unit) == UNIT_BYTES, "the planner counts so many");
 
 // The pieces of `memory`, unit_list_bytes, aligned to 16 bytes.
-__host__ __device__ inline UnitList place_unit_list(void* memory, int64_t n, int64_t k) {
+__host__ __device__ inline UnitList place_unit_list(void* memory, int64_t n, int64_t k, int two,
+                                                       int four) {
   UnitList list;
+  list.two = two, list.four = four;
   list.units = static_cast<Unit*>(memory);
   list.begins = reinterpret_cast<int64_t*>(list.units + n);
   list.group_tiles = list.begins + n + 1;
@@ -130,7 +129,7 @@ __device__ inline void build_units(const Inputs& in, const UnitList& list, int t
         unit.count = unit.group < 0 ? all_references : valid_count(in, unit.group);
         unit.tiles = unit.group < 0 ? all_tiles : ceil_div(unit.count, tile_refs);
         if (unit.tiles == 0) unit.tiles = 1;
-        unit.weight = tile_weight(most_rows, unit.rows);
+        unit.weight = list.weight(unit.rows);
         list.order[alive + i] = index;
       } else if (i < rows) {
         list.order[in.n - 1 - (dead + i - alive_here)] = index;
@@ -144,7 +143,7 @@ __device__ inline void build_units(const Inputs& in, const UnitList& list, int t
       }
       for (int rows = most_rows; rows > 0; --rows) {
         if (__syncthreads_or(leads && unit.rows == rows))
-          heaviest = max(heaviest, tile_weight(most_rows, rows));
+          heaviest = max(heaviest, list.weight(rows));
       }
       units += static_cast<int>(here & 2047);
       cost += here >> 11;
@@ -263,8 +262,8 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
       scratch.places[i] = place, scratch.alls[i] = all;
       if (place == 0) {
         const int whole = all / MOST_ROWS, rest = all % MOST_ROWS;
-        const int64_t cost = tiles_of(key) * (whole * tile_weight(MOST_ROWS, MOST_ROWS) +
-                                              (rest > 0 ? tile_weight(MOST_ROWS, rest) : 0));
+        const int64_t cost = tiles_of(key) * (whole * list.weight(MOST_ROWS) +
+                                              (rest > 0 ? list.weight(rest) : 0));
         sum = cost << 20 | (whole + (rest > 0)) << 10 | all;
       }
     }
@@ -294,10 +293,10 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
         unit.group = key - 1, unit.count = key == 0 ? all_references : scratch.counts[key - 1];
         unit.tiles = tiles, unit.first = first;
         unit.rows = min(all - place, MOST_ROWS), unit.alone = all <= MOST_ROWS;
-        const int weight = tile_weight(MOST_ROWS, unit.rows);
+        const int weight = list.weight(unit.rows);
         unit.weight = weight;
         list.begins[number] =
-            (begin >> 20) + place / MOST_ROWS * tiles * tile_weight(MOST_ROWS, MOST_ROWS);
+            (begin >> 20) + place / MOST_ROWS * tiles * list.weight(MOST_ROWS);
         atomicMax(list.sizes + 2, weight);
       }
     } else if (i < n) {
