@@ -26,15 +26,20 @@ struct BulkParts {
   uint2* mail;    // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
 };
 
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {  // neither is negative
+  if ((a | b) >> 32 != 0) return a / b;
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
+
 // The list is cut into ranges of equal cost, the first few one longer, each of a tile at least: so a unit's
 // teams follow one another. Teams beyond the last range have nothing.
 struct Ranges {
   int64_t length, longer, number;
 
   __device__ Ranges(const UnitList& list, int64_t teams) {
-    const int64_t cost = list.begins[list.sizes[0]], most = cost / max(list.sizes[2], 1);
-    number = most < 1 ? 1 : most < teams ? most : teams;
-    length = cost / number;
+    const int64_t cost = list.begins[list.sizes[0]], heaviest = max(list.sizes[2], 1);
+    number = cost >= teams * heaviest ? teams : cost >= heaviest ? divide(cost, heaviest) : 1;
+    length = divide(cost, number);
     longer = cost - length * number;
   }
   __device__ int64_t begin(int64_t team) const {
@@ -42,8 +47,8 @@ struct Ranges {
     return length * at + (at < longer ? at : longer);
   }
   __device__ int64_t team_of(int64_t cost) const {
-    if (cost < longer * (length + 1)) return cost / (length + 1);
-    return longer + (cost - longer * (length + 1)) / length;
+    if (cost < longer * (length + 1)) return divide(cost, length + 1);
+    return longer + divide(cost - longer * (length + 1), length);
   }
   __device__ int64_t first_team(const UnitList& list, int unit) const { return team_of(list.begins[unit]); }
   __device__ int64_t last_team(const UnitList& list, int unit) const {
@@ -124,9 +129,9 @@ __device__ __forceinline__ void walk_units(const UnitList& list, int64_t teams, 
     const int64_t begin = list.begins[number], tiles = list.units[number].tiles;
     if (begin >= high) return;
     const int weight = list.units[number].weight;
-    const int64_t from = low <= begin ? 0 : ceil_div(low - begin, weight);
-    const int64_t to = ceil_div(high - begin, weight);
-    if (from < tiles) visit(UnitShare{number, from, to < tiles ? to : tiles});
+    const int64_t from = low <= begin ? 0 : divide(low - begin + weight - 1, weight);
+    const int64_t to = min(divide(high - begin + weight - 1, weight), tiles);
+    if (from < tiles) visit(UnitShare{number, from, to});
   }
 }
 
@@ -168,13 +173,13 @@ __device__ __forceinline__ void set_row(const Inputs& in, int64_t index, RowStat
 }
 
 // Four elements from i on, zero from `limit` on: for dtypes and alignments that are rare.
-__device__ inline float4 load_four(const Array& a, int64_t i, int64_t limit) {
+__device__ __noinline__ static float4 load_four(Array a, int64_t i, int64_t limit) {
   float v[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) v[k] = i + k < limit ? load_as<float>(a, i + k) : 0.0f;
   return make_float4(v[0], v[1], v[2], v[3]);
 }
-__device__ inline void store_four(const Array& a, int64_t i, int64_t limit, float4 v) {
+__device__ __noinline__ static void store_four(Array a, int64_t i, int64_t limit, float4 v) {
   if (i < limit) store_as(a, i, v.x);
   if (i + 1 < limit) store_as(a, i + 1, v.y);
   if (i + 2 < limit) store_as(a, i + 2, v.z);
@@ -473,17 +478,33 @@ __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, co
 __device__ __forceinline__ void add_parts(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
                                           const PartsTogether& together, int e, bool within,
                                           const double (&own)[4], double (&v)[4]) {
+  constexpr int AT_ONCE = 4;  // loads in flight
 #pragma unroll 1
-  for (int64_t team = end.from; team <= end.to; ++team) {
-    const int at = static_cast<int>(team - end.from);
-    double weight = __shfl_sync(0xffffffffu, together.weight, at & 31);
-    if (at >= 32) weight = power(part_row(parts, place, end, team).log2_weight - together.all.log2_weight);
-    if (!within) continue;
-    if (team == end.team) {
+  for (int64_t first = end.from; first <= end.to; first += AT_ONCE) {
+    double weights[AT_ONCE];
+    double2 low[AT_ONCE], high[AT_ONCE];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) v[k] = fma(weight, own[k], v[k]);
-    } else {
-      add_sums(parts.sums + place.part_of(team, team == end.from, end.row) * place.slice + e, weight, v);
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int64_t team = first + i;
+      const int at = static_cast<int>(team - end.from);
+      weights[i] = __shfl_sync(0xffffffffu, together.weight, at & 31);
+      low[i] = high[i] = make_double2(0, 0);
+      if (team > end.to) {
+        weights[i] = 0;
+      } else if (team == end.team) {
+        low[i] = make_double2(own[0], own[1]), high[i] = make_double2(own[2], own[3]);
+      } else if (within) {
+        const double2* const from = reinterpret_cast<const double2*>(
+            parts.sums + place.part_of(team, team == end.from, end.row) * place.slice + e);
+        low[i] = __ldcg(from), high[i] = __ldcg(from + 1);
+      }
+      if (at >= 32 && team <= end.to)
+        weights[i] = power(part_row(parts, place, end, team).log2_weight - together.all.log2_weight);
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      v[0] = fma(weights[i], low[i].x, v[0]), v[1] = fma(weights[i], low[i].y, v[1]);
+      v[2] = fma(weights[i], high[i].x, v[2]), v[3] = fma(weights[i], high[i].y, v[3]);
     }
   }
 }

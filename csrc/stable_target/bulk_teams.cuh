@@ -416,6 +416,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   TeamsShared& shared = Kernel::shared();
   const Kernel kernel{in, list, parts, layout, static_cast<int>(Kernel::FIXED_BYTES)};
   const int tid = threadIdx.x, other = tid - GROUPS_CONSUMERS;
+  if (!layout.merge_last) allow_next_launch();
   if (other == 0) {
     for (int s = 0; s < layout.stages; ++s) {
       init_barrier(&shared.full[s], 1);
