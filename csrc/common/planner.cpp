@@ -102,8 +102,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     const int64_t slices = best_slices(ceil_div(p.d, held), p.sm_count),
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
     if (slices > p.sm_count) continue;
-    plan.own_list =
-        slices == 1 && p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS && p.m < int64_t{1} << 31;
+    plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS && p.m < int64_t{1} << 31;
     const int64_t stage = tile.tile_refs * slice * p.refs_size;
     const int64_t fixed = BULK_FIXED_SMEM + (slices == 1 ? groups_sums_smem(tile.elements) : 0) +
                           (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);

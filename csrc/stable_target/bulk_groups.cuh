@@ -536,9 +536,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     } else if (tid == 32) {
       kernel.produce();
     } else if (tid >= 64 && layout.own_list && !layout.merge_last && blockIdx.x == 0) {
-      const uint4* const from = reinterpret_cast<const uint4*>(list.units);  // merge_kernel wants the list
-      for (int i = tid - 64; i < unit_list_bytes(in.n, in.k) / 16; i += BULK_PRODUCERS - 64)
-        reinterpret_cast<uint4*>(shared_list.units)[i] = from[i];
+      leave_list(in, list, shared_list, tid - 64, BULK_PRODUCERS - 64);
     }
   }
 }

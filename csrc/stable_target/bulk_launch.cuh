@@ -73,7 +73,7 @@ struct Launch : BulkLaunch {
     config.dynamicSmemBytes = plan.smem_bytes;
     config.stream = stream;
     config.attrs = &overlaps;
-    config.numAttrs = layout.own_list && !layout.merge_last ? 0 : 1;  // what came before is ours, or not
+    config.numAttrs = layout.own_list && !layout.merge_last ? 0 : 1;  // whether what came before is ours
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
     if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, Kernel::ROWS, plan.blocks, stream);
     return true;
@@ -105,6 +105,7 @@ struct Launch : BulkLaunch {
     layout.slice = plan.slice;
     layout.stages = plan.stages;
     layout.vectors = vectors();
+    layout.own_list = plan.own_list;
 
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config{};
@@ -120,14 +121,14 @@ struct Launch : BulkLaunch {
       teams = std::min<int64_t>(teams, resident_clusters(op, entry, config, layout.slices));
     }
     config.gridDim = dim3(static_cast<unsigned>(teams * layout.slices));
+    layout.merge_last = merge_last(teams, 1);
     if (layout.team == Team::grid) {  // its blocks wait for one another: all run at once or none
       attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
       attributes[config.numAttrs++].val.cooperative = 1;
-    } else {
+    } else if (!layout.own_list || layout.merge_last) {  // what came before is ours
       attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
-    layout.merge_last = merge_last(teams, 1);
 
     const int64_t blocks = teams * layout.slices, counts = in.n * layout.slices;
     Carver carver(workspace);
@@ -136,13 +137,16 @@ struct Launch : BulkLaunch {
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * blocks * layout.slice);
     parts.rows = carver.take<PartRow>(2 * blocks);
+    const int64_t letters = layout.team == Team::grid ? blocks * TEAMS_SLOTS * TEAMS_LETTERS : 0;
+    parts.mail = carver.take<uint2>(letters);
     parts.arrived = carver.take<int>(counts);
-    if (layout.team == Team::grid) {
-      const int64_t letters = blocks * TEAMS_SLOTS * TEAMS_LETTERS;
-      parts.mail = carver.take<uint2>(letters);
-      check_cuda(op, cudaMemsetAsync(parts.mail, 0, letters * sizeof(uint2), stream));
+    if (layout.team == Team::grid)
+      check_cuda(op, cudaMemsetAsync(parts.mail, 0, letters * sizeof(uint2) + counts * sizeof(int), stream));
+    if (!layout.own_list) {
+      build_unit_list(op, in, list, parts.arrived, counts, TR, 1, stream);
+    } else if (layout.merge_last && layout.team == Team::cluster) {
+      zero_arrivals(op, parts.arrived, counts, stream);
     }
-    build_unit_list(op, in, list, parts.arrived, counts, TR, 1, stream);
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
     if (!layout.merge_last)
       merge_parts(op, in, list, parts, layout.slices, layout.slice, 1, teams, stream);

@@ -23,6 +23,7 @@ struct TeamsLayout {
   int64_t slice;  // elements of D per block
   int stages;
   bool vectors;     // x, source and out allow 16-byte loads and stores
+  bool own_list;    // each block builds the list of units in its shared memory
   bool merge_last;  // the last team to finish merges; else merge_kernel
 };
 
@@ -353,9 +354,11 @@ struct Teams {
     if (tid == 0) shared().moved = end.own;
     if (whole && in.lse.data && rank == 0 && tid == 0) write_lse(in, end.index, end.own);
     if (!ends || whole || !layout.merge_last) return;
-    if (tid == 0)
+    if (tid == 0) {
+      wait_for_previous_launch();  // which sets the counts to zero
       shared().last =
           add_arrival(parts.arrived + static_cast<int64_t>(segment.order) * layout.slices + rank) == others;
+    }
     named_barrier(1, THREADS);
     if (!shared().last) return;
     const int lane = tid % 32;
@@ -410,13 +413,21 @@ struct Teams {
 
 template <typename T, int Q, int TR>
 __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
-    teams_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList list,
+    teams_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
                  const __grid_constant__ BulkParts parts, const __grid_constant__ TeamsLayout layout) {
   using Kernel = Teams<T, Q, TR>;
   TeamsShared& shared = Kernel::shared();
-  const Kernel kernel{in, list, parts, layout, static_cast<int>(Kernel::FIXED_BYTES)};
+  UnitList list = shared_list;
+  int staging = static_cast<int>(Kernel::FIXED_BYTES);
+  if (layout.own_list) {
+    list = place_unit_list(Kernel::memory() + staging, in.n, in.k, shared_list.two, shared_list.four);
+    staging += static_cast<int>(bulk_list_smem(in.n, in.k));
+  }
+  const Kernel kernel{in, list, parts, layout, staging};
+  ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
   const int tid = threadIdx.x, other = tid - GROUPS_CONSUMERS;
   if (!layout.merge_last) allow_next_launch();
+  if (layout.own_list) read_rows(in, *scratch);
   if (other == 0) {
     for (int s = 0; s < layout.stages; ++s) {
       init_barrier(&shared.full[s], 1);
@@ -431,9 +442,13 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   }
   __syncthreads();
   if (layout.team == Team::cluster) synchronize_cluster();
-  wait_for_previous_launch();
+  if (!layout.own_list) wait_for_previous_launch();
   if (other >= 0) {
     give_up_registers<TEAMS_OTHER_REGISTERS>();
+    if (layout.own_list) {
+      build_own_list<TR, 1>(in, list, *scratch, other);
+      if (!layout.merge_last && blockIdx.x == 0) leave_list(in, list, shared_list, other, BULK_PRODUCERS);
+    }
     if (other < 32) {
       const auto most_tiles = [](int) { return Kernel::SEGMENT_TILES; };
       announce<TR>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced, most_tiles, other);
