@@ -84,6 +84,10 @@ int64_t list_bytes(const Problem& p) {
 // us for a tile of two references of 4,096 elements.
 constexpr double TILE_REFERENCE_SECONDS = 0.88e-6 / 2 / 2 / 4096;
 
+// Bytes that a multiprocessor has on their way. More would only wait in the memory's queues, and whatever else is
+// read behind them.
+constexpr int64_t BULK_IN_FLIGHT = 65536;
+
 // At least so many slices, a quarter more at most, so that whole teams leave the fewest multiprocessors idle.
 int64_t best_slices(int64_t least, int64_t sm_count) {
   int64_t best = least;
@@ -107,13 +111,15 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     const int64_t fixed = BULK_FIXED_SMEM + (slices == 1 ? groups_sums_smem(tile.elements) : 0) +
                           (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
     const int64_t most_stages = slices == 1 ? GROUPS_MAX_STAGES : BULK_MAX_STAGES;
-    const int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
+    int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
+    if (slices == 1) stages -= stages % (GROUPS_CONSUMERS / tile.group);  // see bulk_groups.cuh
     if (stages < 3) return false;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
     const int64_t teams = std::max<int64_t>(1, std::min(p.sm_count / slices, units));
     plan.kernel = "bulk";
     plan.threads = GROUPS_CONSUMERS + BULK_PRODUCERS;
     plan.group = tile.group;
+    plan.in_flight = static_cast<int>(std::clamp<int64_t>(BULK_IN_FLIGHT / stage, 2, stages));
     // One row waits for memory, more are bound by their arithmetic where that takes longer.
     const double memory = tile.tile_refs * p.refs_size * p.sm_count / (0.92 * p.bandwidth);
     const double arithmetic = TILE_REFERENCE_SECONDS * tile.tile_refs;

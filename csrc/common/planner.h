@@ -47,6 +47,7 @@ struct Plan {
   int64_t bytes = 0;  // that must move at least, if every row has a group of its own (up to k)
   int64_t flops = 0;  // 4 n m d: a product and a weighted sum
   std::string reason;
+  int in_flight = 0;                    // bulk: tiles on their way at once
   int weight_two = 0, weight_four = 0;  // bulk: what a tile costs with two rows and with more; TILE_WEIGHT: one
 };
 
@@ -62,7 +63,7 @@ constexpr int64_t BULK_FIXED_SMEM = 8192;
 constexpr int64_t OWN_LIST_ROWS = 256, OWN_LIST_GROUPS = 1024;
 constexpr int64_t UNIT_BYTES = 40;
 constexpr int64_t unit_list_bytes(int64_t n, int64_t k) {
-  return n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + (4 * n + 12 + 15) / 16 * 16;
+  return (n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + 4 * n + 12 + 15) / 16 * 16;
 }
 constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
   return (unit_list_bytes(n, k) + 127) / 128 * 128;

@@ -26,6 +26,15 @@
 // Where a unit lies in one block, that is the row's result. Else it is a part in memory, and the last block
 // to finish merges the parts, always in their order: results do not depend on who comes last. merge_kernel
 // does it where few units are cut into many parts.
+//
+// While all multiprocessors read, whatever else is read from memory takes several microseconds. So a unit's
+// end waits for nothing but its row of x: a part that is left for others is handed to the clerk, one more
+// warp, which counts it. The ring covers the rest.
+//
+// Each tile is visited by one group of each row. A group knows that a stage's earlier tile has arrived, and so
+// what the parity of its barrier means: within a segment because the number of stages is a multiple of that
+// of the groups, so that all tiles of a stage are its own, and from the earlier segments because their rows'
+// groups have met at the end. Groups beyond the unit's rows pass through its tiles for that reason.
 #pragma once
 
 #include "stable_target/bulk_parts.cuh"
@@ -37,15 +46,15 @@ namespace svel::cuda {
 constexpr int GROUPS_CONSUMER_REGISTERS = 112, GROUPS_PRODUCER_REGISTERS = 32;
 
 struct GroupsLayout {
-  int stages;
+  int stages, in_flight;  // tiles that there is room for; of these, on their way at once
   bool vectors;     // x, source and out allow 16-byte loads and stores
   bool own_list;    // each block builds the list of units in its shared memory
   bool merge_last;  // the last block to finish merges; else merge_kernel
 };
 
 struct GroupState {
-  double top, shift;    // weights are 2^(score - top); |y|^2 / (2 sigma^2) in units of log 2
-  float total, source;  // of the weights of the references; the source's
+  double top;   // weights are 2^(score - top)
+  float total;  // of the weights
 };
 
 template <int G, int WARPS, int TR, int ROWS>
@@ -56,8 +65,13 @@ struct GroupsShared {
   alignas(16) float scores[2][G][TR][WARPS < 4 ? 4 : WARPS];
   double squares[G][WARPS];  // shares of what is summed in float64
   GroupState states[G];
-  PartRow moved[G];  // to memory already
+  double shifts[G][WARPS];  // |y|^2 / (2 sigma^2) in units of log 2; each warp has its own
+  PartRow moved[G][WARPS];  // to memory already, too
   int final[G];
+  Barrier taken[G];  // the sums that the group left
+  Barrier filed, closed;  // a part is in memory; the clerk is done
+  int unmerged;           // rows that the clerk has found to be complete
+  RowEnd rows_left[ROWS];
 };
 
 // T: of the references. A group of GT threads owns Q elements of D each. TR: references per tile, which a
@@ -112,7 +126,9 @@ struct Groups {
 
   // The producer, one thread.
   __device__ __forceinline__ void produce() const {
-    Place at{0, 1};
+    // `behind`: the tile that must have arrived before the next one is on its way. The first few are always
+    // taken as arrived.
+    Place at{0, 1}, behind{layout.stages - layout.in_flight, 1};
     const int tile_bytes = TR * d * static_cast<int>(sizeof(T));
     int slot = 0, slot_phase = 0;
     for (;;) {
@@ -120,11 +136,13 @@ struct Groups {
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) return;
       const uint64_t policy = segment.alone ? read_once_policy() : usual_policy();
-      const int rows = segment.count, others = ALL_WARPS - rows * WARPS;
+      const int others = ALL_WARPS - G / groups_of_a_row(segment.count) * WARPS;  // warps that pass a tile by
       const char* from = static_cast<const char*>(in.refs.data) + segment.first * in.d * sizeof(T);
       int bytes = segment.references * d * static_cast<int>(sizeof(T));
       for (int tiles = segment.tiles; tiles > 0; --tiles) {
         Barrier* const full = &shared().full[at.stage];
+        wait_barrier(&shared().full[behind.stage], behind.phase);
+        advance(behind, 1);
         wait_barrier(&shared().empty[at.stage], at.phase);
         if (others > 0) arrive_for(&shared().empty[at.stage], others);
         if (bytes > 0) {
@@ -204,11 +222,11 @@ struct Groups {
       for (int k = 0; k < EV; ++k) mine.c[s * EV + k] = c[k];
     }
     mine.half_alpha = row.half_alpha, mine.scores.rate = row.rate;
-    mine.scores.reset(), mine.source = 0;
+    mine.scores.reset();
 #pragma unroll
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     if (squares) square = row.per_square * sum_over_group(square);
-    if (thread() == 0) shared().states[group()].shift = square;
+    if (thread() % 32 == 0) shared().shifts[group()][thread() / 32] = square;
   }
 
   __device__ __forceinline__ double sum_over_group(double share) const {
@@ -232,7 +250,7 @@ struct Groups {
       constexpr int LANES = 32 / COUNT;
       const int lane = thread() % 32;
       const float sum = sum_over_warp<COUNT>(shares, lane);
-      float(&scores)[TR][WARPS < 4 ? 4 : WARPS] = shared().scores[parity][group()];
+      float(&scores)[TR][WARPS < 4 ? 4 : WARPS] = shared().scores[parity & 1][group()];
       if (lane % LANES == 0) scores[lane / LANES][thread() / 32] = sum;
       group_barrier();
 #pragma unroll
@@ -321,173 +339,225 @@ struct Groups {
     mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
   }
 
-  // This group's sums and what they are relative to, for the others of its row.
-  __device__ __forceinline__ void leave_sums(const Mine& mine) const {
-    float* const to = sums_of(group());
-#pragma unroll
-    for (int q = 0; q < Q; q += 4)
-      *reinterpret_cast<float4*>(to + element(q / EV) + q % EV) =
-          make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
-    if (thread() == 0) {
-      GroupState& state = shared().states[group()];
-      state.top = mine.scores.top, state.total = mine.scores.total, state.source = mine.source;
-    }
-  }
-
-  __device__ __forceinline__ static void load_centre(const T* from, float (&out)[4]) {
-    if constexpr (sizeof(T) == 4) {
-      const float4 v = *reinterpret_cast<const float4*>(from);
-      out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
-    } else {
-      const uint2 raw = *reinterpret_cast<const uint2*>(from);
-      const T* const values = reinterpret_cast<const T*>(&raw);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) out[k] = to_float(values[k]);
-    }
-  }
-
-  // A segment's sums, from the row's groups to its result or to its part in memory. `used`: groups that had a
-  // tile.
-  __device__ __forceinline__ void end_segment(const Segment<ROWS>& segment, int groups, int used) const {
-    const int leader = group() / groups * groups, my_row = group() / groups;  // the row's first group
-    const int own_thread = group() % groups * GT + thread();                  // among those of the row
+  // A segment's sums, from the row's groups to its result or to its part in memory. The row's first group
+  // does it; the others leave theirs.
+  __device__ __forceinline__ void end_segment(Mine& mine, const Segment<ROWS>& segment, int& parity) const {
+    const int groups = groups_of_a_row(segment.count), turn = group() % groups, my_row = group() / groups;
+    const int used = min(segment.tiles, groups), lane = thread() % 32;  // used: groups that had a tile
     const int flags = segment.flags, others = segment.to - segment.from;
-    int* const arrived = parts.arrived + segment.order + my_row;
-    if (flags & SEGMENT_PART_END && layout.vectors) {  // what will be read, brought near meanwhile
-#pragma unroll 1
-      for (int e = 4 * own_thread; e < d; e += 4 * groups * GT) {
-        prefetch(static_cast<const char*>(in.x.data) +
-                 (segment.rows[my_row].index * in.d + e) * size_of(in.x.dtype));
-        if (segment.centre >= 0) prefetch(static_cast<const T*>(in.refs.data) + segment.centre * in.d + e);
+    const bool filed = is_filed(segment);
+    mine.source = 0;
+    if (in.source.data && turn == 0 && flags & SEGMENT_UNIT_END) weigh_own_source(mine, segment.rows[my_row]);
+    const RowState& row = segment.rows[my_row];
+    const RowPlace here = place();
+    float4 x[Q / 4];
+    uint4 centre[SLOTS];
+    if (turn > 0) {
+      wait_barrier(&shared().taken[group()], parity >> 1);  // those of the segment before
+      parity ^= 2;
+      float* const to = sums_of(group());
+#pragma unroll
+      for (int q = 0; q < Q; q += 4)
+        *reinterpret_cast<float4*>(to + element(q / EV) + q % EV) =
+            make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
+      if (thread() == 0) shared().states[group()] = {mine.scores.top, mine.scores.total};
+    } else {  // on their way meanwhile
+      const T* const from = static_cast<const T*>(in.refs.data) + segment.centre * in.d;
+#pragma unroll
+      for (int s = 0; s < SLOTS; ++s) {
+        centre[s] = uint4{0, 0, 0, 0};
+        if (segment.centre >= 0 && element(s) < d) centre[s] = *reinterpret_cast<const uint4*>(from + element(s));
       }
-    }
-    if (own_thread == 0 && flags & SEGMENT_PART_END) {  // have all other blocks left their parts?
-      bool all = others == 0;
-      if (!all && layout.merge_last) {
-        wait_for_previous_launch();  // which sets the counts to zero
-        all = arrivals_so_far(arrived) == others;
+      if (flags & SEGMENT_PART_END && others == 0) {
+#pragma unroll
+        for (int q = 0; q < Q; q += 4) {
+          const int e = element(q / EV) + q % EV;
+          if (e < d) x[q / 4] = load_four(in, here, in.x, row.index, e);
+        }
       }
-      shared().final[leader] = all;
     }
     row_barrier(groups);
-    bool final = flags & SEGMENT_PART_END && shared().final[leader];
-    const RowState& row = segment.rows[my_row];
-    RowEnd end{row.index, my_row, segment.from, segment.to, row.a, row.b, {}, final ? static_cast<int64_t>(blockIdx.x) : -1};
-    const RowPlace here = place();
-    const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, my_row);
+    if (turn > 0) {
+      if (filed) file(lane);
+      return;
+    }
 
-    double best = -INFINITY, total = 0;
+    double best = mine.scores.top;
 #pragma unroll 1
-    for (int g = leader; g < leader + used; ++g) {
+    for (int g = group() + 1; g < group() + used; ++g) {
       const double top = shared().states[g].top;
       best = best >= top || top != top ? best : top;
     }
+    const float scale = power_of_two(mine.scores.top - best);
+    double total = static_cast<double>(scale) * static_cast<double>(mine.scores.total);
+    double source = static_cast<double>(scale) * static_cast<double>(mine.source);
 #pragma unroll 1
-    for (int g = leader; g < leader + used; ++g) {
-      const GroupState& state = shared().states[g];
-      total = fma(static_cast<double>(power_of_two(state.top - best)), static_cast<double>(state.total), total);
-    }
-    double by = 1, before = 0, source = 0;  // the source is weighed by the row's first group
-    if (in.source.data)
-      source = static_cast<double>(power_of_two(shared().states[leader].top - best)) *
-               static_cast<double>(shared().states[leader].source);
-    end.own = {best - shared().states[leader].shift, total + source};
+    for (int g = group() + 1; g < group() + used; ++g)
+      total = fma(static_cast<double>(power_of_two(shared().states[g].top - best)),
+                  static_cast<double>(shared().states[g].total), total);
+    const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, my_row);
+    double* const sums = parts.sums + part * d;
+    RowEnd end{row.index, my_row, segment.from, segment.to, row.a, row.b, {best - shared().shifts[group()][thread() / 32], total + source}};
+    double by = 1, before = 0;
     if (!(flags & SEGMENT_PART_BEGIN)) {
-      const PartRow moved = shared().moved[group()];
+      const PartRow moved = shared().moved[group()][thread() / 32];
       const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
       before = power(moved.log2_weight - most), by = power(now - most);
       end.own = {most, fma(before, moved.total, by * end.own.total)};
     }
-    const double weighted = by * total;
-    source *= by;
-    // Four elements from e on.
-    const auto own_sums = [&](int e, double(&v)[4]) {
-      float c[4] = {};
-      if (segment.centre >= 0)
-        load_centre(static_cast<const T*>(in.refs.data) + segment.centre * in.d + e, c);
+    __syncwarp();
+    if (lane == 0) shared().moved[group()][thread() / 32] = end.own;
+    bool final = flags & SEGMENT_PART_END && others == 0;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) v[k] = weighted * c[k];
-      add_source(in, here, row.index, e, source, v);
-      if (!(flags & SEGMENT_PART_BEGIN)) add_sums(parts.sums + part * d + e, before, v);
+    for (int q = 0; q < Q; q += 4) {
+      const int e = element(q / EV) + q % EV;
+      if (e >= d) continue;
+      float c[EV];
+      unpack<T, EV>(centre[q / EV], c);
+      double w[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        w[k] = fma(static_cast<double>(scale), static_cast<double>(mine.sum[q + k]),
+                   total * static_cast<double>(c[q % EV + k]));
 #pragma unroll 1
-      for (int g = leader; g < leader + used; ++g) {
-        const double scale = by * power_of_two(shared().states[g].top - best);
-        const float4 sums = *reinterpret_cast<const float4*>(sums_of(g) + e);
-        v[0] = fma(scale, static_cast<double>(sums.x), v[0]);
-        v[1] = fma(scale, static_cast<double>(sums.y), v[1]);
-        v[2] = fma(scale, static_cast<double>(sums.z), v[2]);
-        v[3] = fma(scale, static_cast<double>(sums.w), v[3]);
+      for (int g = group() + 1; g < group() + used; ++g) {
+        const double other = power_of_two(shared().states[g].top - best);
+        const float4 theirs = *reinterpret_cast<const float4*>(sums_of(g) + e);
+        w[0] = fma(other, static_cast<double>(theirs.x), w[0]);
+        w[1] = fma(other, static_cast<double>(theirs.y), w[1]);
+        w[2] = fma(other, static_cast<double>(theirs.z), w[2]);
+        w[3] = fma(other, static_cast<double>(theirs.w), w[3]);
       }
-    };
-    if (!final) {
-#pragma unroll 1
-      for (int e = 4 * own_thread; e < d; e += 4 * groups * GT) {
-        double v[4];
-        own_sums(e, v);
-        store_sums(parts.sums + part * d + e, v);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) w[k] *= by;
+      add_source(in, here, row.index, e, by * source, w);
+      if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e, before, w);
+      if (final) {
+        store_row(in, here, end, e, 1 / end.own.total, x[q / 4], w);
+      } else {
+        store_sums(sums + e, w);
       }
-      if (flags & SEGMENT_PART_END && own_thread == 0) parts.rows[part] = end.own;
-      row_barrier(groups);
-      if (thread() == 0) shared().moved[group()] = end.own;
-      if (!(flags & SEGMENT_PART_END) || !layout.merge_last) return;
-      if (own_thread == 0) shared().final[leader] = add_arrival(arrived) == others;
-      row_barrier(groups);
-      final = shared().final[leader];
+    }
+    __syncwarp();
+    if (lane == 0) {
+      for (int g = group() + 1; g < group() + groups; ++g) arrive(&shared().taken[g]);
     }
     if (final) {
-      const int lane = thread() % 32;
-      PartsTogether together{end.own, 1};
-      if (others > 0) together = sum_of_parts(parts, here, end, lane);
-      const double mean_by = 1 / together.all.total;
-#pragma unroll 1
-      for (int e = 4 * own_thread; e - 4 * lane < d; e += 4 * groups * GT) {
-        double own[4] = {}, v[4] = {};
-        if (e < d && end.team >= 0) own_sums(e, own);
-        add_parts(parts, here, end, together, e, e < d, own, v);
-        if (e < d) store_row(in, here, end, e, mean_by, v);
-      }
-      if (in.lse.data && own_thread == 0) write_lse(in, end.index, together.all);
+      if (in.lse.data && thread() == 0) write_lse(in, end.index, end.own);
+      return;
     }
-    row_barrier(groups);  // sums, states and `final` are read above and overwritten next
+    if (!(flags & SEGMENT_PART_END)) return;
+    if (thread() == 0) parts.rows[part] = end.own;
+    if (filed) return file(lane);
+    if (!layout.merge_last) return;
+    group_barrier();
+    if (thread() == 0) shared().final[group()] = count_part(segment, my_row);
+    group_barrier();
+    final = shared().final[group()];
+    if (final) merge_row(end);
+  }
+
+  // Whether it was the last of the row's parts.
+  __device__ __forceinline__ bool count_part(const Segment<ROWS>& segment, int my_row) const {
+    wait_for_previous_launch();  // which sets the counts to zero
+    return add_arrival(parts.arrived + segment.order + my_row) == segment.to - segment.from;
+  }
+  // A part that is left to others, in all but the block's last segment.
+  __device__ __forceinline__ static bool is_filed(const Segment<ROWS>& segment) {
+    return segment.flags & SEGMENT_PART_END && !(segment.flags & SEGMENT_LAST) && segment.to > segment.from;
+  }
+  __device__ __forceinline__ void file(int lane) const {
+    __syncwarp();
+    if (lane == 0) arrive(&shared().filed);
+  }
+
+  // The row's result from its parts, all of them in memory, by one group.
+  __device__ __forceinline__ void merge_row(const RowEnd& end) const {
+    const RowPlace here = place();
+    const int lane = thread() % 32;
+    const PartsTogether together = sum_of_parts(parts, here, end, lane);
+    const double mean_by = 1 / together.all.total;
+#pragma unroll 1
+    for (int e = 4 * thread(); e - 4 * lane < d; e += 4 * GT) {
+      double v[4] = {};
+      float4 x;
+      if (e < d) x = load_four(in, here, in.x, end.index, e);
+      add_parts(parts, here, end, together, e, e < d, v);
+      if (e < d) store_row(in, here, end, e, mean_by, x, v);
+    }
+    if (in.lse.data && thread() == 0) write_lse(in, end.index, together.all);
+  }
+
+  // The clerk, one thread: counts the part of a unit that began in an earlier block. In the rare case that all
+  // others are there the consumers merge them when they have done the rest.
+  __device__ __forceinline__ void keep_files() const {
+    int slot = 0, slot_phase = 0;
+    for (;;) {
+      wait_barrier(&shared().announced.told[slot], slot_phase);
+      const Segment<ROWS>& segment = shared().announced.segments[slot];
+      if (segment.flags & SEGMENT_LIST_DONE) break;
+      if (is_filed(segment)) {
+        wait_barrier(&shared().filed, 0);
+#pragma unroll 1
+        for (int r = 0; layout.merge_last && r < segment.count; ++r) {
+          if (!count_part(segment, r)) continue;
+          const RowState& row = segment.rows[r];
+          shared().rows_left[shared().unmerged++] = {row.index, r, segment.from, segment.to, row.a, row.b, {}};
+        }
+      }
+      arrive(&shared().announced.done[slot]);
+      if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
+    }
+    arrive(&shared().closed);
   }
 
   __device__ __forceinline__ void consume() const {
     Place at{0, 0};
-    int slot = 0, slot_phase = 0, parity = 0;
+    int slot = 0, slot_phase = 0;
+    int parity = 2;  // of exchanges, and two times that of the sums left
     for (;;) {
       wait_barrier(&shared().announced.told[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) break;
       const int groups = groups_of_a_row(segment.count), turn = group() % groups;
+      Place here = at;
+      advance(here, turn);
       if (group() / groups < segment.count) {
-        {
-          Mine mine;
-          begin_segment(mine, segment, group() / groups);
-          Place here = at;
-          advance(here, turn);
-          int left = segment.references - turn * TR;
+        Mine mine;
+        begin_segment(mine, segment, group() / groups);
+        int left = segment.references - turn * TR;
 #pragma unroll 1
-          for (int tiles = segment.tiles - turn; tiles > 0; tiles -= groups) {
-            wait_barrier(&shared().full[here.stage], here.phase);
-            if (left > 0) {
-              take_tile(mine, here.stage, left, parity);
-            } else {
-              release(here.stage);
-            }
-            left -= groups * TR;
-            advance(here, groups);
+        for (int tiles = segment.tiles - turn; tiles > 0; tiles -= groups) {
+          wait_barrier(&shared().full[here.stage], here.phase);
+          if (left > 0) {
+            take_tile(mine, here.stage, left, parity);
+          } else {
+            release(here.stage);
           }
-          if (in.source.data && turn == 0 && segment.flags & SEGMENT_UNIT_END)
-            weigh_own_source(mine, segment.rows[group() / groups]);
-          leave_sums(mine);
+          left -= groups * TR;
+          advance(here, groups);
         }
-        end_segment(segment, groups, min(segment.tiles, groups));
+        end_segment(mine, segment, parity);
+      } else {
+#pragma unroll 1
+        for (int tiles = segment.tiles - turn; tiles > 0; tiles -= groups) {
+          wait_barrier(&shared().full[here.stage], here.phase);
+          release(here.stage);
+          advance(here, groups);
+        }
+        row_barrier(groups);
+        if (is_filed(segment)) file(thread() % 32);
       }
       advance(at, segment.tiles % layout.stages);
       if (segment.tiles / layout.stages % 2) at.phase ^= 1;
       __syncwarp();
       if (thread() % 32 == 0) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
+    }
+    wait_barrier(&shared().closed, 0);
+#pragma unroll 1
+    for (int i = 0; i < shared().unmerged; ++i) {
+      if (group() == 0) merge_row(shared().rows_left[i]);
     }
     write_dead_rows(in, list, place(), gridDim.x, blockIdx.x, group() * GT + thread(), GROUPS_CONSUMERS);
   }
@@ -516,7 +586,12 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       init_barrier(&shared.full[s], 1);
       init_barrier(&shared.empty[s], Kernel::ALL_WARPS);
     }
-    shared.announced.init(Kernel::ALL_WARPS);
+    shared.announced.init(Kernel::ALL_WARPS + 1);
+    init_barrier(&shared.filed, Kernel::ALL_WARPS);
+    init_barrier(&shared.closed, 1);
+    shared.unmerged = 0;
+#pragma unroll 1
+    for (int g = 0; g < Kernel::G; ++g) init_barrier(&shared.taken[g], Kernel::WARPS);
     publish_barriers();
   }
   __syncthreads();
@@ -535,8 +610,10 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       announce<TR>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, most_tiles, tid);
     } else if (tid == 32) {
       kernel.produce();
-    } else if (tid >= 64 && layout.own_list && !layout.merge_last && blockIdx.x == 0) {
-      leave_list(in, list, shared_list, tid - 64, BULK_PRODUCERS - 64);
+    } else if (tid >= 96) {
+      if (layout.own_list && !layout.merge_last && blockIdx.x == 0)
+        leave_list(in, list, shared_list, tid - 96, 32);
+      if (tid == 96) kernel.keep_files();
     }
   }
 }

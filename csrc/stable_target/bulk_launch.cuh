@@ -48,6 +48,7 @@ struct Launch : BulkLaunch {
                                         static_cast<int>(plan.smem_bytes)));
     GroupsLayout layout{};
     layout.stages = plan.stages;
+    layout.in_flight = plan.in_flight;
     layout.vectors = vectors();
     layout.own_list = plan.own_list;
     layout.merge_last = merge_last(plan.blocks, Kernel::ROWS);

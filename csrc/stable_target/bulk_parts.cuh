@@ -116,6 +116,7 @@ __device__ inline float power_of_two(double exponent) {
 struct UnitShare {
   int number;
   int64_t from, to;
+  bool last;  // of the team's range
 };
 
 // A team's shares of the units in its range, by whole warps: visit(share).
@@ -131,7 +132,7 @@ __device__ __forceinline__ void walk_units(const UnitList& list, int64_t teams, 
     const int weight = list.units[number].weight;
     const int64_t from = low <= begin ? 0 : divide(low - begin + weight - 1, weight);
     const int64_t to = min(divide(high - begin + weight - 1, weight), tiles);
-    if (from < tiles) visit(UnitShare{number, from, to});
+    if (from < tiles) visit(UnitShare{number, from, to, begin + tiles * weight >= high});
   }
 }
 
@@ -254,7 +255,8 @@ enum SegmentFlags : int {
   SEGMENT_PART_END = 2,    // the last
   SEGMENT_UNIT_BEGIN = 4,  // the team has the unit's first tile
   SEGMENT_UNIT_END = 8,    // the unit ends here; sources, where there are any, come after its references
-  SEGMENT_LIST_DONE = 16,
+  SEGMENT_LAST = 16,       // of the team's range
+  SEGMENT_LIST_DONE = 32,
 };
 
 // References of one class that follow one another, for the rows of a unit.
@@ -313,7 +315,8 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
           segment.references = static_cast<int>(min(tiles.count - before, int64_t{count} * TR));
           segment.flags = begins | (share.from == 0 ? SEGMENT_UNIT_BEGIN : 0) |
                           (tile + count == share.to ? SEGMENT_PART_END : 0) |
-                          (tile + count == unit.tiles ? SEGMENT_UNIT_END : 0);
+                          (tile + count == unit.tiles ? SEGMENT_UNIT_END : 0) |
+                          (share.last && tile + count == share.to ? SEGMENT_LAST : 0);
           segment.squares = in.lse.data || unit.group < 0;
           segment.alone = unit.alone, segment.count = rows, segment.order = unit.first;
           arrive(&announced.placed[slot]);
@@ -424,7 +427,6 @@ struct RowEnd {
   int64_t from, to;  // teams that have parts of the unit
   double a, b;       // out = a x + b mean
   PartRow own;       // what this team has
-  int64_t team;      // this one, if its part is not in memory; else -1
 };
 
 __device__ __forceinline__ void store_sums(double* to, const double (&v)[4]) {
@@ -445,7 +447,6 @@ struct PartsTogether {
 };
 __device__ __forceinline__ PartRow part_row(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
                                             int64_t team) {
-  if (team == end.team) return end.own;
   if (team > end.to) return {-INFINITY, 0};
   const double2 row = __ldcg(
       reinterpret_cast<const double2*>(parts.rows + place.part_of(team, team == end.from, end.row)));
@@ -473,11 +474,10 @@ __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, co
   return {{best, total}, weight};
 }
 
-// Their sums for four elements of the slice from e on, where e is `within`; `own`: of this team where its part
-// is not in memory.
+// Their sums for four elements of the slice from e on, where e is `within`.
 __device__ __forceinline__ void add_parts(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
                                           const PartsTogether& together, int e, bool within,
-                                          const double (&own)[4], double (&v)[4]) {
+                                          double (&v)[4]) {
   constexpr int AT_ONCE = 4;  // loads in flight
 #pragma unroll 1
   for (int64_t first = end.from; first <= end.to; first += AT_ONCE) {
@@ -491,8 +491,6 @@ __device__ __forceinline__ void add_parts(const BulkParts& parts, const RowPlace
       low[i] = high[i] = make_double2(0, 0);
       if (team > end.to) {
         weights[i] = 0;
-      } else if (team == end.team) {
-        low[i] = make_double2(own[0], own[1]), high[i] = make_double2(own[2], own[3]);
       } else if (within) {
         const double2* const from = reinterpret_cast<const double2*>(
             parts.sums + place.part_of(team, team == end.from, end.row) * place.slice + e);
@@ -529,11 +527,10 @@ __device__ __forceinline__ void add_source(const Inputs& in, const RowPlace& pla
   v[3] = fma(weight, static_cast<double>(source.w), v[3]);
 }
 
-// out = a x + b mean for four elements of the slice from e on; the mean is by * v.
+// out = a x + b mean for four elements of the slice from e on, given x; the mean is by * v.
 __device__ __forceinline__ void store_row(const Inputs& in, const RowPlace& place, const RowEnd& end, int e,
-                                          double by, const double (&v)[4]) {
+                                          double by, float4 x, const double (&v)[4]) {
   const int64_t base = end.index * in.d + place.offset;
-  float4 x = load_four(in, place, in.x, end.index, e);
   by *= end.b;
   x.x = static_cast<float>(fma(end.a, static_cast<double>(x.x), by * v[0]));
   x.y = static_cast<float>(fma(end.a, static_cast<double>(x.y), by * v[1]));

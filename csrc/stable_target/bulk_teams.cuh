@@ -313,7 +313,7 @@ struct Teams {
     const RowState& row = segment.rows[0];
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool ends = flags & SEGMENT_PART_END, whole = ends && others == 0;
-    RowEnd end{row.index, 0, segment.from, segment.to, row.a, row.b, {}, whole ? int64_t{team} : -1};
+    RowEnd end{row.index, 0, segment.from, segment.to, row.a, row.b, {}};
     const RowPlace here = place();
     const int64_t part = here.part_of(team, flags & SEGMENT_UNIT_BEGIN, 0);
     named_barrier(1, THREADS);  // `shift` and `moved` are written
@@ -343,7 +343,7 @@ struct Teams {
         add_source(in, here, row.index, e + k, source, v);
         if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e + k, before, v);
         if (whole) {
-          store_row(in, here, end, e + k, mean_by, v);
+          store_row(in, here, end, e + k, mean_by, load_four(in, here, in.x, row.index, e + k), v);
         } else {
           store_sums(sums + e + k, v);
         }
@@ -365,10 +365,10 @@ struct Teams {
     const PartsTogether together = sum_of_parts(parts, here, end, lane);
 #pragma unroll 1
     for (int e = 4 * tid; e - 4 * lane < length; e += 4 * THREADS) {
-      const double none[4] = {};
       double v[4] = {};
-      add_parts(parts, here, end, together, e, e < length, none, v);
-      if (e < length) store_row(in, here, end, e, 1 / together.all.total, v);
+      add_parts(parts, here, end, together, e, e < length, v);
+      if (e < length)
+        store_row(in, here, end, e, 1 / together.all.total, load_four(in, here, in.x, end.index, e), v);
     }
     if (in.lse.data && rank == 0 && tid == 0) write_lse(in, end.index, together.all);
   }
