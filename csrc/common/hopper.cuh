@@ -77,6 +77,19 @@ __device__ inline void wait_barrier(Barrier* barrier, uint32_t parity) {
       "r"(parity) : "memory");
 }
 
+// Whether it has ended, without waiting.
+__device__ inline bool has_passed(Barrier* barrier, uint32_t parity) {
+  int passed = 0;
+  SVEL_HOPPER_ASM(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, done;\n"
+      "}" : "=r"(passed) : "r"(shared_address(barrier)),
+      "r"(parity) : "memory");
+  return passed;
+}
+
 // For what is read once: it leaves the L2 first, and what others read again stays.
 __device__ inline uint64_t read_once_policy() {
   uint64_t policy = 0;

@@ -113,7 +113,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     const int64_t most_stages = slices == 1 ? GROUPS_MAX_STAGES : BULK_MAX_STAGES;
     int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
     if (slices == 1) stages -= stages % (GROUPS_CONSUMERS / tile.group);  // see bulk_groups.cuh
-    if (stages < 3) return false;
+    if (stages < (slices == 1 ? 3 : BULK_LAG + 2)) return false;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
     const int64_t teams = std::max<int64_t>(1, std::min(p.sm_count / slices, units));
     plan.kernel = "bulk";

@@ -77,6 +77,7 @@ constexpr int groups_sums_smem(int elements) {  // where groups leave their sums
 }
 constexpr int BULK_PRODUCERS = 128;  // threads beside the consumers: registers are dealt to 128 at a time
 constexpr int BULK_MAX_STAGES = 8;
+constexpr int BULK_LAG = 3;  // tiles that a team of blocks scores ahead of those that it adds
 constexpr int BULK_MAX_CLUSTER = 8;  // above that a team of blocks spans the grid
 
 // Throws std::invalid_argument for sizes below zero and for a precision that is not "exact" or "fast".

@@ -27,7 +27,7 @@ struct TeamsLayout {
   bool merge_last;  // the last team to finish merges; else merge_kernel
 };
 
-constexpr int TEAMS_LAG = 2;
+constexpr int TEAMS_LAG = BULK_LAG;
 // Exchanges that have memory of their own: that of exchange e is used again by e + 8. A block sends that only
 // when its warps have had the answers to e + 8 - LAG - 1, to which all blocks' warps must have given their
 // share, each after it had read the answers up to e + 8 - 2 LAG - 2.
@@ -110,45 +110,66 @@ struct Teams {
     }
   }
 
-  // The mailers. Exchanges `number`, number + TEAMS_MAILERS, ... until the consumers are done.
-  __device__ __forceinline__ void carry_mail(int number, int lane) const {
+  // The mailers: exchanges `number`, number + TEAMS_MAILERS, ... until the consumers are done.
+  __device__ __forceinline__ double share_of_block(int slot, Mail kind, int lane) const {
+    return sum(lane < WARPS ? shared().shares[slot][lane] : 0.0, kind);
+  }
+
+  __device__ __forceinline__ void carry_mail_in_cluster(int number, int lane) const {
     for (;; number += TEAMS_MAILERS) {
       const int slot = number % TEAMS_SLOTS;
       wait_barrier(&shared().given[slot], number / TEAMS_SLOTS & 1);
       const Mail kind = shared().kinds[slot];
       if (kind == Mail::done) return;
-      double share = 0;
-      if (lane < WARPS) share = shared().shares[slot][lane];
-      // The sum over the block, in all lanes.
-      share = sum(share, kind);
-      if (layout.team == Team::cluster) {
-        if (lane < layout.slices)
-          store_in_cluster(&shared().mail[slot][rank], &shared().mailed[slot], lane, share);
-        if (lane == 0) arrive_expecting(&shared().mailed[slot], 8 * layout.slices);
-      } else {
-        uint2* const box =
-            parts.mail + (int64_t{team} * TEAMS_SLOTS + slot) * layout.slices * TEAMS_LETTERS;
-        const unsigned tag = static_cast<unsigned>(number) + 1;
-        if (lane < TEAMS_LETTERS)
-          post_letter(box + rank * TEAMS_LETTERS + lane,
-                      make_uint2(lane == 0 ? __double2loint(share) : __double2hiint(share), tag));
-        double all;
-        bool there;
-        do {
-          all = 0, there = true;
-#pragma unroll 4
-          for (int peer = lane; peer < layout.slices; peer += 32) {
-            const uint4 letters = read_letters(box + peer * TEAMS_LETTERS);
-            there = there && letters.y == tag && letters.w == tag;
-            all = plus(all, __hiloint2double(static_cast<int>(letters.z), static_cast<int>(letters.x)), kind);
-          }
-        } while (!__all_sync(0xffffffffu, there));
-        all = sum(all, kind);
-        if (lane == 0) {
-          shared().mail[slot][0] = all;
-          arrive(&shared().mailed[slot]);
+      const double share = share_of_block(slot, kind, lane);
+      if (lane < layout.slices)
+        store_in_cluster(&shared().mail[slot][rank], &shared().mailed[slot], lane, share);
+      if (lane == 0) arrive_expecting(&shared().mailed[slot], 8 * layout.slices);
+    }
+  }
+
+  // Posts as soon as there is something to post, and awaits the team's letters meanwhile.
+  __device__ __forceinline__ void carry_mail_in_grid(int number, int lane) const {
+    const auto box = [&](int slot) {
+      return parts.mail + (int64_t{team} * TEAMS_SLOTS + slot) * layout.slices * TEAMS_LETTERS;
+    };
+    int posted = number;  // the next one to post
+    for (bool done = false;;) {
+      int slot = posted % TEAMS_SLOTS;
+      if (!done && __any_sync(0xffffffffu, has_passed(&shared().given[slot], posted / TEAMS_SLOTS & 1))) {
+        const Mail kind = shared().kinds[slot];
+        done = kind == Mail::done;
+        if (!done) {
+          const double share = share_of_block(slot, kind, lane);
+          if (lane < TEAMS_LETTERS)
+            post_letter(box(slot) + rank * TEAMS_LETTERS + lane,
+                        make_uint2(lane == 0 ? __double2loint(share) : __double2hiint(share), posted + 1));
+          posted += TEAMS_MAILERS;
         }
       }
+      if (number == posted) {
+        if (done) return;
+        continue;
+      }
+      slot = number % TEAMS_SLOTS;
+      const Mail kind = shared().kinds[slot];
+      const uint2* const letters_from = box(slot);
+      const unsigned tag = static_cast<unsigned>(number) + 1;
+      double all = 0;
+      bool there = true;
+#pragma unroll 4
+      for (int peer = lane; peer < layout.slices; peer += 32) {
+        const uint4 letters = read_letters(letters_from + peer * TEAMS_LETTERS);
+        there = there && letters.y == tag && letters.w == tag;
+        all = plus(all, __hiloint2double(static_cast<int>(letters.z), static_cast<int>(letters.x)), kind);
+      }
+      if (!__all_sync(0xffffffffu, there)) continue;
+      all = sum(all, kind);
+      if (lane == 0) {
+        shared().mail[slot][0] = all;
+        arrive(&shared().mailed[slot]);
+      }
+      number += TEAMS_MAILERS;
     }
   }
 
@@ -455,7 +476,11 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     } else if (other < 64) {
       kernel.produce(other - 32);
     } else {
-      kernel.carry_mail(other / 32 - 2, other % 32);
+      if (layout.team == Team::cluster) {
+        kernel.carry_mail_in_cluster(other / 32 - 2, other % 32);
+      } else {
+        kernel.carry_mail_in_grid(other / 32 - 2, other % 32);
+      }
     }
   } else {
     take_registers<TEAMS_CONSUMER_REGISTERS>();
