@@ -80,12 +80,12 @@ int64_t list_bytes(const Problem& p) {
   return p.n * ROW_BYTES + 8 * (groups(p) + 1) + 4096;
 }
 
-// Of a multiprocessor, for a row, a reference and an element. Measured on an H200: units of two rows take 0.88
-// us for a tile of two references of 4,096 elements.
+// Of a multiprocessor, for a row, a reference and an element. Measured on an H200: units of two rows take
+// 0.88 us for a tile of two references of 4,096 elements.
 constexpr double TILE_REFERENCE_SECONDS = 0.88e-6 / 2 / 2 / 4096;
 
-// Bytes that a multiprocessor has on their way. More would only wait in the memory's queues, and whatever else is
-// read behind them.
+// Bytes that a multiprocessor has on their way. More would only wait in the memory's queues, and whatever
+// else is read behind them.
 constexpr int64_t BULK_IN_FLIGHT = 65536;
 
 // At least so many slices, a quarter more at most, so that whole teams leave the fewest multiprocessors idle.

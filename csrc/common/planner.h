@@ -16,7 +16,7 @@ struct Problem {
   bool has_source = false;
   bool pool = true;  // the pool kernel may serve: not for an exact lse, nor for rows that it leaves
   int sm_count = 132;
-  double bandwidth = 3.35e12;  // of the device's memory, bytes per second as specified
+  double bandwidth = 3.35e12;   // of the device's memory, bytes per second as specified
   int64_t smem_limit = 232448;  // bytes of shared memory that a block may ask for
   int cc = 90;                  // compute capability times ten
   bool has_sm90a = true;        // code for compute capability 9.0 with its own instructions was compiled
@@ -47,8 +47,9 @@ struct Plan {
   int64_t bytes = 0;  // that must move at least, if every row has a group of its own (up to k)
   int64_t flops = 0;  // 4 n m d: a product and a weighted sum
   std::string reason;
-  int in_flight = 0;                    // bulk: tiles on their way at once
-  int weight_two = 0, weight_four = 0;  // bulk: what a tile costs with two rows and with more; TILE_WEIGHT: one
+  int in_flight = 0;  // bulk: tiles on their way at once
+  int weight_two = 0,
+      weight_four = 0;  // bulk: what a tile costs with two rows and with more; TILE_WEIGHT: one
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
@@ -77,7 +78,7 @@ constexpr int groups_sums_smem(int elements) {  // where groups leave their sums
 }
 constexpr int BULK_PRODUCERS = 128;  // threads beside the consumers: registers are dealt to 128 at a time
 constexpr int BULK_MAX_STAGES = 8;
-constexpr int BULK_LAG = 3;  // tiles that a team of blocks scores ahead of those that it adds
+constexpr int BULK_LAG = 3;          // tiles that a team of blocks scores ahead of those that it adds
 constexpr int BULK_MAX_CLUSTER = 8;  // above that a team of blocks spans the grid
 
 // Throws std::invalid_argument for sizes below zero and for a precision that is not "exact" or "fast".

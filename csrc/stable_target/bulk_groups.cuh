@@ -31,10 +31,10 @@
 // end waits for nothing but its row of x: a part that is left for others is handed to the clerk, one more
 // warp, which counts it. The ring covers the rest.
 //
-// Each tile is visited by one group of each row. A group knows that a stage's earlier tile has arrived, and so
-// what the parity of its barrier means: within a segment because the number of stages is a multiple of that
-// of the groups, so that all tiles of a stage are its own, and from the earlier segments because their rows'
-// groups have met at the end. Groups beyond the unit's rows pass through its tiles for that reason.
+// Each tile is visited by one group of each row. A group knows that a stage's earlier tile has arrived, and
+// so what the parity of its barrier means: within a segment because the number of stages is a multiple of
+// that of the groups, so that all tiles of a stage are its own, and from the earlier segments because their
+// rows' groups have met at the end. Groups beyond the unit's rows pass through its tiles for that reason.
 #pragma once
 
 #include "stable_target/bulk_parts.cuh"
@@ -47,9 +47,9 @@ constexpr int GROUPS_CONSUMER_REGISTERS = 112, GROUPS_PRODUCER_REGISTERS = 32;
 
 struct GroupsLayout {
   int stages, in_flight;  // tiles that there is room for; of these, on their way at once
-  bool vectors;     // x, source and out allow 16-byte loads and stores
-  bool own_list;    // each block builds the list of units in its shared memory
-  bool merge_last;  // the last block to finish merges; else merge_kernel
+  bool vectors;           // x, source and out allow 16-byte loads and stores
+  bool own_list;          // each block builds the list of units in its shared memory
+  bool merge_last;        // the last block to finish merges; else merge_kernel
 };
 
 struct GroupState {
@@ -68,7 +68,7 @@ struct GroupsShared {
   double shifts[G][WARPS];  // |y|^2 / (2 sigma^2) in units of log 2; each warp has its own
   PartRow moved[G][WARPS];  // to memory already, too
   int final[G];
-  Barrier taken[G];  // the sums that the group left
+  Barrier taken[G];       // the sums that the group left
   Barrier filed, closed;  // a part is in memory; the clerk is done
   int unmerged;           // rows that the clerk has found to be complete
   RowEnd rows_left[ROWS];
@@ -106,9 +106,7 @@ struct Groups {
   __device__ __forceinline__ T* stage(int s) const {  // (TR, d)
     return reinterpret_cast<T*>(memory() + (staging + s * (TR * d * static_cast<int>(sizeof(T)))));
   }
-  __device__ __forceinline__ RowPlace place() const {
-    return {1, 0, ROWS, in.d, 0, d, layout.vectors};
-  }
+  __device__ __forceinline__ RowPlace place() const { return {1, 0, ROWS, in.d, 0, d, layout.vectors}; }
 
   // Of the ring: a stage and the parity of its phase.
   struct Place {
@@ -161,7 +159,7 @@ struct Groups {
 
   // The consumers.
 
-  struct Mine {  // of a row, in this thread
+  struct Mine {          // of a row, in this thread
     float y[Q], sum[Q];  // sum: weighted, of r_j - c
     float c[Q];          // the centre
     RowScores scores;
@@ -169,7 +167,8 @@ struct Groups {
     float source;  // the weight of the row's own source
   };
 
-  // This thread. Read anew where it is wanted: cheaper than to keep it through a loop that needs all registers.
+  // This thread. Read anew where it is wanted: cheaper than to keep it through a loop that needs all
+  // registers.
   __device__ __forceinline__ static int thread() {  // of the group
     unsigned tid;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
@@ -250,7 +249,7 @@ struct Groups {
       constexpr int LANES = 32 / COUNT;
       const int lane = thread() % 32;
       const float sum = sum_over_warp<COUNT>(shares, lane);
-      float(&scores)[TR][WARPS < 4 ? 4 : WARPS] = shared().scores[parity & 1][group()];
+      float (&scores)[TR][WARPS < 4 ? 4 : WARPS] = shared().scores[parity & 1][group()];
       if (lane % LANES == 0) scores[lane / LANES][thread() / 32] = sum;
       group_barrier();
 #pragma unroll
@@ -366,7 +365,8 @@ struct Groups {
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
         centre[s] = uint4{0, 0, 0, 0};
-        if (segment.centre >= 0 && element(s) < d) centre[s] = *reinterpret_cast<const uint4*>(from + element(s));
+        if (segment.centre >= 0 && element(s) < d)
+          centre[s] = *reinterpret_cast<const uint4*>(from + element(s));
       }
       if (flags & SEGMENT_PART_END && others == 0) {
 #pragma unroll
@@ -397,7 +397,13 @@ struct Groups {
                   static_cast<double>(shared().states[g].total), total);
     const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, my_row);
     double* const sums = parts.sums + part * d;
-    RowEnd end{row.index, my_row, segment.from, segment.to, row.a, row.b, {best - shared().shifts[group()][thread() / 32], total + source}};
+    RowEnd end{row.index,
+               my_row,
+               segment.from,
+               segment.to,
+               row.a,
+               row.b,
+               {best - shared().shifts[group()][thread() / 32], total + source}};
     double by = 1, before = 0;
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const PartRow moved = shared().moved[group()][thread() / 32];
@@ -488,8 +494,8 @@ struct Groups {
     if (in.lse.data && thread() == 0) write_lse(in, end.index, together.all);
   }
 
-  // The clerk, one thread: counts the part of a unit that began in an earlier block. In the rare case that all
-  // others are there the consumers merge them when they have done the rest.
+  // The clerk, one thread: counts the part of a unit that began in an earlier block. In the rare case that
+  // all others are there the consumers merge them when they have done the rest.
   __device__ __forceinline__ void keep_files() const {
     int slot = 0, slot_phase = 0;
     for (;;) {
@@ -502,7 +508,8 @@ struct Groups {
         for (int r = 0; layout.merge_last && r < segment.count; ++r) {
           if (!count_part(segment, r)) continue;
           const RowState& row = segment.rows[r];
-          shared().rows_left[shared().unmerged++] = {row.index, r, segment.from, segment.to, row.a, row.b, {}};
+          shared().rows_left[shared().unmerged++] = {row.index, r, segment.from, segment.to, row.a,
+                                                     row.b,     {}};
         }
       }
       arrive(&shared().announced.done[slot]);

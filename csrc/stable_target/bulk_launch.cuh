@@ -149,8 +149,7 @@ struct Launch : BulkLaunch {
       zero_arrivals(op, parts.arrived, counts, stream);
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
-    if (!layout.merge_last)
-      merge_parts(op, in, list, parts, layout.slices, layout.slice, 1, teams, stream);
+    if (!layout.merge_last) merge_parts(op, in, list, parts, layout.slices, layout.slice, 1, teams, stream);
     return true;
   }
 };

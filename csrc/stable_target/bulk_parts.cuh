@@ -23,7 +23,7 @@ struct BulkParts {
   double* sums;   // (2 blocks, rows, slice) weighted sums of the references
   PartRow* rows;  // (2 blocks, rows)
   int* arrived;   // zero at first. (n, slices) teams that have left their part of a row of `order`
-  uint2* mail;    // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
+  uint2* mail;  // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
 };
 
 __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {  // neither is negative
@@ -187,12 +187,11 @@ __device__ __noinline__ static void store_four(Array a, int64_t i, int64_t limit
   if (i + 3 < limit) store_as(a, i + 3, v.w);
 }
 
-
 // Q elements of x or source, EV of them side by side, from base + first, base + first + STRIDE and so on;
 // zero from base + limit on. One branch for all loads, which are in flight together.
 template <int EV, int STRIDE, int Q>
-__device__ __forceinline__ void load_elements(const Array& a, int64_t base, int first, int limit, bool vectors,
-                                              float (&out)[Q]) {
+__device__ __forceinline__ void load_elements(const Array& a, int64_t base, int first, int limit,
+                                              bool vectors, float (&out)[Q]) {
   const float* const from = static_cast<const float*>(a.data) + base;
   const bool fast = a.dtype == Dtype::f32 && vectors;
 #pragma unroll
@@ -231,8 +230,7 @@ __device__ __forceinline__ double subtract_centre(const RowState& row, const uin
       }
     }
 #pragma unroll
-    for (int k = 0; k < EV; ++k)
-      y[s * EV + k] = fmaf(-rest, c[k], fmaf(-high, c[k], sign * y[s * EV + k]));
+    for (int k = 0; k < EV; ++k) y[s * EV + k] = fmaf(-rest, c[k], fmaf(-high, c[k], sign * y[s * EV + k]));
   }
   return square;
 }
@@ -262,13 +260,13 @@ enum SegmentFlags : int {
 // References of one class that follow one another, for the rows of a unit.
 template <int ROWS>
 struct Segment {
-  int64_t centre;         // index of the class's first reference among all k m; -1: the origin
-  int64_t first;          // of the segment's first reference
+  int64_t centre;  // index of the class's first reference among all k m; -1: the origin
+  int64_t first;   // of the segment's first reference
   int tiles, references;
-  int flags, squares;     // squares: whether |y|^2 is wanted
-  int alone;              // no other unit has the class
-  int count, order;       // rows of the unit; the first one's place in UnitList::order
-  int from, to;           // teams that have parts of the unit
+  int flags, squares;  // squares: whether |y|^2 is wanted
+  int alone;           // no other unit has the class
+  int count, order;    // rows of the unit; the first one's place in UnitList::order
+  int from, to;        // teams that have parts of the unit
   RowState rows[ROWS];
 };
 
@@ -290,7 +288,8 @@ struct Announcements {
   }
 };
 
-// The announcer, a warp: tells the producer and the consumers of each segment in the team's range. most_tiles(rows): of a segment.
+// The announcer, a warp: tells the producer and the consumers of each segment in the team's range.
+// most_tiles(rows): of a segment.
 template <int TR, int ROWS, typename MostTiles>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
                                          int64_t teams, int64_t team, Announcements<ROWS>& announced,
@@ -328,8 +327,9 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
         if (lane < rows) {
           const int64_t index = list.order[unit.first + lane];
           if (place.vectors)  // what the consumers will need, brought near
-            prefetch_bulk(static_cast<const char*>(in.x.data) + (index * in.d + place.offset) * size_of(in.x.dtype),
-                          place.length * size_of(in.x.dtype));
+            prefetch_bulk(
+                static_cast<const char*>(in.x.data) + (index * in.d + place.offset) * size_of(in.x.dtype),
+                place.length * size_of(in.x.dtype));
           set_row(in, index, segment.rows[lane]);
         }
         __syncwarp();
@@ -348,8 +348,8 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
   }
 }
 
-// Of the online softmax, the same in all threads that share a row. The largest score, and the integer `top` as
-// base rate + rest; rate in units of log 2; the sum of the weights 2^(score - top).
+// Of the online softmax, the same in all threads that share a row. The largest score, and the integer `top`
+// as base rate + rest; rate in units of log 2; the sum of the weights 2^(score - top).
 struct RowScores {
   float rate, base, rest, total;
   double top;
@@ -419,7 +419,9 @@ __device__ __forceinline__ double score_source(const RowState& row, const float 
 }
 
 // 2^exponent. Not in line: code that has to come from memory first costs more than the call.
-__device__ __noinline__ static double power(double exponent) { return exp2(exponent); }
+__device__ __noinline__ static double power(double exponent) {
+  return exp2(exponent);
+}
 
 struct RowEnd {
   int64_t index;     // of the row
@@ -448,8 +450,8 @@ struct PartsTogether {
 __device__ __forceinline__ PartRow part_row(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
                                             int64_t team) {
   if (team > end.to) return {-INFINITY, 0};
-  const double2 row = __ldcg(
-      reinterpret_cast<const double2*>(parts.rows + place.part_of(team, team == end.from, end.row)));
+  const double2 row =
+      __ldcg(reinterpret_cast<const double2*>(parts.rows + place.part_of(team, team == end.from, end.row)));
   return {row.x, row.y};
 }
 __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, const RowPlace& place,
@@ -476,8 +478,7 @@ __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, co
 
 // Their sums for four elements of the slice from e on, where e is `within`.
 __device__ __forceinline__ void add_parts(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
-                                          const PartsTogether& together, int e, bool within,
-                                          double (&v)[4]) {
+                                          const PartsTogether& together, int e, bool within, double (&v)[4]) {
   constexpr int AT_ONCE = 4;  // loads in flight
 #pragma unroll 1
   for (int64_t first = end.from; first <= end.to; first += AT_ONCE) {

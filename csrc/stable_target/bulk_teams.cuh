@@ -2,13 +2,13 @@
 // sample, each with a slice of D. Exactness, parts and the list of units: as in bulk_groups.cuh; a unit has
 // one row.
 //
-// In a block the announcer tells of the segments, and the producer brings tiles of a slice of a few references
-// into a ring in shared memory by bulk copies. Sixteen warps score a tile, leave their partial sums for the mailers, and go on to the next
-// one: LAG tiles later its scores have come back from the whole team, the tile is read again and added to the
-// row, and its stage is free. So the way over the team costs no time. Two warps, the mailers, take tiles in
-// turn: they add up the block's partial sums and send them to all blocks of the team, through distributed
-// shared memory where the team is a cluster, else through letters in device memory, tagged with the number of
-// their exchange, which they also await there.
+// In a block the announcer tells of the segments, and the producer brings tiles of a slice of a few
+// references into a ring in shared memory by bulk copies. Sixteen warps score a tile, leave their partial
+// sums for the mailers, and go on to the next one: LAG tiles later its scores have come back from the whole
+// team, the tile is read again and added to the row, and its stage is free. So the way over the team costs no
+// time. Two warps, the mailers, take tiles in turn: they add up the block's partial sums and send them to all
+// blocks of the team, through distributed shared memory where the team is a cluster, else through letters in
+// device memory, tagged with the number of their exchange, which they also await there.
 #pragma once
 
 #include "stable_target/bulk_parts.cuh"
@@ -190,7 +190,7 @@ struct Teams {
 
   // The consumers.
 
-  struct Mine {  // of the row, in this thread
+  struct Mine {          // of the row, in this thread
     float y[Q], sum[Q];  // sum: weighted, of r_j - c
     uint4 c[SLOTS];      // the centre, as it is stored
     RowScores scores;
@@ -284,7 +284,7 @@ struct Teams {
 
   __device__ __forceinline__ void score_tile(const Mine& mine, int at, int many, int number, int tid) const {
     float norm[TR] = {}, scores[TR] = {};
-    read_tile(mine, at, many, tid, [&](int s, int j, const float(&difference)[EV]) {
+    read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
 #pragma unroll
       for (int k = 0; k < EV; ++k) {
         norm[j] = fmaf(difference[k], difference[k], norm[j]);
@@ -305,7 +305,7 @@ struct Teams {
     weights[0] = low(answer);
     if constexpr (TR > 1) weights[1] = high(answer);
     if (!weigh_scores(mine.scores, many, weights, mine.sum)) return;
-    read_tile(mine, at, many, tid, [&](int s, int j, const float(&difference)[EV]) {
+    read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
 #pragma unroll
       for (int k = 0; k < EV; ++k)
         mine.sum[s * EV + k] = fmaf(weights[j], difference[k], mine.sum[s * EV + k]);
@@ -313,7 +313,8 @@ struct Teams {
   }
 
   // The row's own source, as one more reference.
-  __device__ __forceinline__ void weigh_own_source(Mine& mine, const RowState& row, int& exchanges, int tid) const {
+  __device__ __forceinline__ void weigh_own_source(Mine& mine, const RowState& row, int& exchanges,
+                                                   int tid) const {
     float difference[Q];
     load(in.source, row.index, tid, difference);
 #pragma unroll
@@ -412,15 +413,15 @@ struct Teams {
           if (++s == layout.stages) s = 0, phase ^= 1;
         }
         if (i >= LAG) {
-          if (references > 0)
-            add_tile(mine, behind, references - (i - LAG) * TR, exchanges + i - LAG, tid);
+          if (references > 0) add_tile(mine, behind, references - (i - LAG) * TR, exchanges + i - LAG, tid);
           __syncwarp();
           if (tid % 32 == 0) arrive(&shared().empty[behind]);
           if (++behind == layout.stages) behind = 0;
         }
       }
       if (references > 0) exchanges += tiles;
-      if (in.source.data && segment.flags & SEGMENT_UNIT_END) weigh_own_source(mine, segment.rows[0], exchanges, tid);
+      if (in.source.data && segment.flags & SEGMENT_UNIT_END)
+        weigh_own_source(mine, segment.rows[0], exchanges, tid);
       end_segment(mine, segment, tid);
       __syncwarp();
       if (tid % 32 == 0) arrive(&shared().announced.done[slot]);

@@ -33,8 +33,7 @@ struct UnitList {
 static_assert(sizeof(Unit) == UNIT_BYTES, "the planner counts so many");
 
 // The pieces of `memory`, unit_list_bytes, aligned to 16 bytes.
-__host__ __device__ inline UnitList place_unit_list(void* memory, int64_t n, int64_t k, int two,
-                                                       int four) {
+__host__ __device__ inline UnitList place_unit_list(void* memory, int64_t n, int64_t k, int two, int four) {
   UnitList list;
   list.two = two, list.four = four;
   list.units = static_cast<Unit*>(memory);
@@ -142,8 +141,7 @@ __device__ inline void build_units(const Inputs& in, const UnitList& list, int t
         list.begins[units + (before & 2047)] = cost + (before >> 11);
       }
       for (int rows = most_rows; rows > 0; --rows) {
-        if (__syncthreads_or(leads && unit.rows == rows))
-          heaviest = max(heaviest, list.weight(rows));
+        if (__syncthreads_or(leads && unit.rows == rows)) heaviest = max(heaviest, list.weight(rows));
       }
       units += static_cast<int>(here & 2047);
       cost += here >> 11;
@@ -262,8 +260,8 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
       scratch.places[i] = place, scratch.alls[i] = all;
       if (place == 0) {
         const int whole = all / MOST_ROWS, rest = all % MOST_ROWS;
-        const int64_t cost = tiles_of(key) * (whole * list.weight(MOST_ROWS) +
-                                              (rest > 0 ? list.weight(rest) : 0));
+        const int64_t cost =
+            tiles_of(key) * (whole * list.weight(MOST_ROWS) + (rest > 0 ? list.weight(rest) : 0));
         sum = cost << 20 | (whole + (rest > 0)) << 10 | all;
       }
     }
@@ -295,8 +293,7 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
         unit.rows = min(all - place, MOST_ROWS), unit.alone = all <= MOST_ROWS;
         const int weight = list.weight(unit.rows);
         unit.weight = weight;
-        list.begins[number] =
-            (begin >> 20) + place / MOST_ROWS * tiles * list.weight(MOST_ROWS);
+        list.begins[number] = (begin >> 20) + place / MOST_ROWS * tiles * list.weight(MOST_ROWS);
         atomicMax(list.sizes + 2, weight);
       }
     } else if (i < n) {
@@ -318,8 +315,8 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
 }
 
 // Where merge_kernel follows, one block leaves its list in memory.
-__device__ __forceinline__ void leave_list(const Inputs& in, const UnitList& list, const UnitList& to, int tid,
-                                           int threads) {
+__device__ __forceinline__ void leave_list(const Inputs& in, const UnitList& list, const UnitList& to,
+                                           int tid, int threads) {
   const uint4* const from = reinterpret_cast<const uint4*>(list.units);
   for (int i = tid; i < unit_list_bytes(in.n, in.k) / 16; i += threads)
     reinterpret_cast<uint4*>(to.units)[i] = from[i];
