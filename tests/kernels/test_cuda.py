@@ -23,8 +23,8 @@ EXACT = TOLERANCE[torch.float32, "exact"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 WITHIN_A_BLOCK = [12, 16, 24, 784, 1024, 1032, 2048, 2056, 3080, 4096]
 OVER_BLOCKS = [4100, 4104, 8192, 20_000, 32_768, 32_776, 40_000, 65_536, 65_544, 131_072]
-# A size for each form of the bulk kernels: groups in a block of one, two, four, eight and sixteen warps, clusters of two
-# and of more, all over the grid.
+# A size for each form of the bulk kernels: groups in a block of one, two, four, eight and sixteen warps, clusters of
+# two and of more, all over the grid.
 FORMS = [16, 1000, 1032, 4096, 8192, 8200, 40_000, 65_544]
 
 
