@@ -20,13 +20,15 @@ __device__ inline void arrive_expecting(uint32_t barrier, uint32_t bytes) {
   SVEL_HOPPER_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
                   "r"(bytes) : "memory");
 }
-// Acquires at the scope of the cluster: what peers sent is seen.
-__device__ inline void wait_for_cluster(uint32_t barrier, uint32_t parity) {
+// For what peers sent as well: it arrives in shared memory, which nothing caches. To acquire and to release
+// at the scope of the cluster would empty the L1 and wait for all stores, at several hundred cycles each
+// time.
+__device__ inline void wait_barrier(uint32_t barrier, uint32_t parity) {
   SVEL_HOPPER_ASM(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}" ::"r"(barrier),
       "r"(parity) : "memory");
@@ -58,6 +60,11 @@ __device__ inline void send(uint32_t to, uint32_t barrier, uint4 v) {
       "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier) : "memory");
 }
 
+// On a barrier of any block of the cluster, by its address there.
+__device__ inline void arrive_in_cluster(uint32_t barrier) {
+  SVEL_HOPPER_ASM("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // The map's box at (row, column) of a matrix; what lies outside becomes zero.
 __device__ inline void tensor_copy(uint32_t shared, const CUtensorMap& map, int column, int row,
                                    uint32_t barrier) {
@@ -65,6 +72,16 @@ __device__ inline void tensor_copy(uint32_t shared, const CUtensorMap& map, int 
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
       "%3}], [%4];" ::"r"(shared),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+// The same to this place in every block of the cluster that `blocks` names by its bit; arrives on the barrier
+// at this place of each.
+__device__ inline void tensor_copy_to_all(uint32_t shared, const CUtensorMap& map, int column, int row,
+                                          uint32_t barrier, uint16_t blocks) {
+  SVEL_HOPPER_ASM(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(barrier), "h"(blocks) : "memory");
 }
 
 }  // namespace svel

@@ -15,6 +15,13 @@ namespace svel {
 #define SVEL_HOPPER_ASM(...)
 #endif
 
+// Of a kernel: so many blocks to a cluster.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define SVEL_CLUSTER(blocks) __cluster_dims__(blocks)
+#else
+#define SVEL_CLUSTER(blocks)
+#endif
+
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -40,6 +47,12 @@ __device__ inline void give_up_registers() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 #endif
+}
+
+__device__ inline uint32_t load_shared(uint32_t shared) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(shared) : "memory");
+  return value;
 }
 
 using Barrier = uint64_t;  // in shared memory
@@ -179,6 +192,10 @@ __device__ inline uint4 read_letters(const uint2* from) {
 // Among `threads` threads of the block, a multiple of 32, that name the same barrier, 1 to 15.
 __device__ inline void named_barrier(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+// The same for those that need not wait.
+__device__ inline void named_barrier_arrive(int name, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 // And whether the answer of any of them is yes.
 template <int THREADS>

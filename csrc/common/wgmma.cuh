@@ -15,6 +15,21 @@ namespace svel {
   SVEL_16(OP, v), OP(v[16]), OP(v[17]), OP(v[18]), OP(v[19]), OP(v[20]), OP(v[21]), OP(v[22]), OP(v[23]), \
       OP(v[24]), OP(v[25]), OP(v[26]), OP(v[27]), OP(v[28]), OP(v[29]), OP(v[30]), OP(v[31])
 
+#define SVEL_64(OP, v)                                                                                    \
+  SVEL_32(OP, v), OP(v[32]), OP(v[33]), OP(v[34]), OP(v[35]), OP(v[36]), OP(v[37]), OP(v[38]), OP(v[39]), \
+      OP(v[40]), OP(v[41]), OP(v[42]), OP(v[43]), OP(v[44]), OP(v[45]), OP(v[46]), OP(v[47]), OP(v[48]),  \
+      OP(v[49]), OP(v[50]), OP(v[51]), OP(v[52]), OP(v[53]), OP(v[54]), OP(v[55]), OP(v[56]), OP(v[57]),  \
+      OP(v[58]), OP(v[59]), OP(v[60]), OP(v[61]), OP(v[62]), OP(v[63])
+#define SVEL_128(OP, v)                                                                                   \
+  SVEL_64(OP, v), OP(v[64]), OP(v[65]), OP(v[66]), OP(v[67]), OP(v[68]), OP(v[69]), OP(v[70]), OP(v[71]), \
+      OP(v[72]), OP(v[73]), OP(v[74]), OP(v[75]), OP(v[76]), OP(v[77]), OP(v[78]), OP(v[79]), OP(v[80]),  \
+      OP(v[81]), OP(v[82]), OP(v[83]), OP(v[84]), OP(v[85]), OP(v[86]), OP(v[87]), OP(v[88]), OP(v[89]),  \
+      OP(v[90]), OP(v[91]), OP(v[92]), OP(v[93]), OP(v[94]), OP(v[95]), OP(v[96]), OP(v[97]), OP(v[98]),  \
+      OP(v[99]), OP(v[100]), OP(v[101]), OP(v[102]), OP(v[103]), OP(v[104]), OP(v[105]), OP(v[106]),      \
+      OP(v[107]), OP(v[108]), OP(v[109]), OP(v[110]), OP(v[111]), OP(v[112]), OP(v[113]), OP(v[114]),     \
+      OP(v[115]), OP(v[116]), OP(v[117]), OP(v[118]), OP(v[119]), OP(v[120]), OP(v[121]), OP(v[122]),     \
+      OP(v[123]), OP(v[124]), OP(v[125]), OP(v[126]), OP(v[127])
+
 // Around the products of one group: before the first, and after the last.
 __device__ inline void start_products() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -40,6 +55,20 @@ __device__ inline void wait_products(float (&acc)[32]) {
   asm volatile("wgmma.wait_group.sync.aligned %32;" : SVEL_32("+f", acc) : "n"(PENDING) : "memory");
 }
 
+template <int PENDING>
+__device__ inline void wait_products(float (&acc)[64]) {
+  asm volatile("wgmma.wait_group.sync.aligned %64;" : SVEL_64("+f", acc) : "n"(PENDING) : "memory");
+}
+template <int PENDING>
+__device__ inline void wait_products(float (&acc)[128]) {
+  asm volatile("wgmma.wait_group.sync.aligned %128;" : SVEL_128("+f", acc) : "n"(PENDING) : "memory");
+}
+// The same where no result is read yet.
+template <int PENDING>
+__device__ inline void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
 // acc (64 x 32) = (ADD ? acc : 0) + a (64 x 16, registers) b^T (32 x 16, shared memory).
 template <int ADD>
 __device__ inline void product(float (&acc)[16], const uint32_t (&a)[4], uint64_t b) {
@@ -61,6 +90,18 @@ __device__ inline void product(float (&acc)[32], const uint32_t (&a)[4], uint64_
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
       "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
+      : SVEL_32("+f", acc)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD)
+      : "memory");
+}
+// acc (64 x 64) = (ADD ? acc : 0) + a (64 x 16, registers) b (16 x 64, shared memory).
+template <int ADD>
+__device__ inline void product_with_columns(float (&acc)[32], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}"
       : SVEL_32("+f", acc)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD)
       : "memory");
@@ -107,6 +148,81 @@ __device__ inline void product_transposed(float (&acc)[32], uint64_t a, uint64_t
       : "l"(a), "l"(b), "n"(ADD)
       : "memory");
 }
+// And of 128 and 256.
+template <int ADD>
+__device__ inline void product_transposed(float (&acc)[64], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
+      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
+      "%56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, add, 1, 1, 1, 0;\n}"
+      : SVEL_64("+f", acc)
+      : "l"(a), "l"(b), "n"(ADD)
+      : "memory");
+}
+template <int ADD>
+__device__ inline void product_transposed(float (&acc)[128], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
+      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
+      "%56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, "
+      "%74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "
+      "%92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, "
+      "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "
+      "%123, %124, %125, %126, %127}, %128, %129, add, 1, 1, 1, 0;\n}"
+      : SVEL_128("+f", acc)
+      : "l"(a), "l"(b), "n"(ADD)
+      : "memory");
+}
+// acc (64 x n) = (ADD ? acc : 0) + a (64 x 16) b^T (n x 16), both in shared memory; n of 64, 128 and 256.
+template <int ADD>
+__device__ inline void product_shared(float (&acc)[32], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, add, 1, 1, 0, 0;\n}"
+      : SVEL_32("+f", acc)
+      : "l"(a), "l"(b), "n"(ADD)
+      : "memory");
+}
+template <int ADD>
+__device__ inline void product_shared(float (&acc)[64], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
+      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
+      "%56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, add, 1, 1, 0, 0;\n}"
+      : SVEL_64("+f", acc)
+      : "l"(a), "l"(b), "n"(ADD)
+      : "memory");
+}
+template <int ADD>
+__device__ inline void product_shared(float (&acc)[128], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
+      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
+      "%56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, "
+      "%74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "
+      "%92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, "
+      "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "
+      "%123, %124, %125, %126, %127}, %128, %129, add, 1, 1, 0, 0;\n}"
+      : SVEL_128("+f", acc)
+      : "l"(a), "l"(b), "n"(ADD)
+      : "memory");
+}
+#undef SVEL_128
+#undef SVEL_64
 #undef SVEL_32
 #undef SVEL_16
 #undef SVEL_8

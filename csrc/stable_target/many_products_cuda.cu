@@ -1,9 +1,15 @@
 // The two matrix products of many_rows.cuh: scores (references x rows, summed over D) and weighted sums (D x
-// rows, summed over references). 2 rows refs d operations each, per half of the second operand. Both keep the
-// references as the first operand, which passes through registers: there the centre is subtracted, and
-// |d_j|^2 formed on the way. A tile is 128 x up to 256, by two warpgroups of 64 x 256: 128 sums and twice 32
-// accumulators a thread. One warp brings stages of 64 deep tiles by tensor copies: 16 KB + 32 KB, four in
-// flight.
+// rows, summed over references). 2 rows refs d operations each, per half of the second operand. A tile is 128
+// x up to 256, by two warpgroups of 64 x 256. One warp brings stages of 64 deep tiles by tensor copies: 16 KB
+// + 32 KB, four in flight. Two thread blocks make a cluster: their first operands differ, their second is the
+// same, of which each brings half for both: otherwise the L2 would be as busy as the matrix units.
+//
+// The first operand is the references, as stored and from shared memory: 128 sums and 64 accumulators a
+// thread, of sums that the matrix units only begin; where these finish them, 128. |r_j|^2 is formed by three
+// warps beside. Where the references have a centre, or are bfloat16, the first operand passes through
+// registers: there the centre is subtracted, and |d_j|^2 formed on the way.
+#include <type_traits>
+
 #include "common/cluster.cuh"
 #include "common/tensor_map.cuh"
 #include "common/wgmma.cuh"
@@ -12,7 +18,7 @@
 namespace svel::cuda {
 namespace {
 
-constexpr int STAGES = MANY_STAGES;
+[[maybe_unused]] constexpr int STAGES = MANY_STAGES;
 [[maybe_unused]] constexpr int DEPTH = 64;  // halves of the summed dimension per stage
 constexpr int ROW_BYTES = 128;
 constexpr int BOX_BYTES = 64 * ROW_BYTES;
@@ -27,16 +33,32 @@ struct ScoreArguments {
 
 struct SumArguments {
   CUtensorMap refs;     // (m, d), boxes of many_sum_refs(exact) x 64
-  CUtensorMap weights;  // (rows, refs) halves, or (rows, 2 refs): of eight references the upper parts, then
-                        // the lower; boxes of 64 x 64
+  CUtensorMap weights;  // (rows, refs) halves, or (rows, 2 refs): of 32 references the upper parts, then the
+                        // lower; boxes of 64 x 64
 };
 
+enum class Scores { FAST, EXACT, LOW };  // y_hi.d to few digits, to float32's; and y_lo.d added to the latter
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+template <auto VALUE>
+using Constant = std::integral_constant<decltype(VALUE), VALUE>;
+
+constexpr int NORM_WARPS = 3;
+constexpr int NORMS_BARRIER = 3;  // beside those of the two warpgroups
+constexpr int TURN_BARRIER = 4;
+constexpr uint16_t BOTH = 3;  // blocks of a cluster
 
 struct Stage {
   uint32_t a, b;
   char* centre;
   Barrier *full, *empty;
+
+  // One lane of a warp that multiplied: the stage can be filled again. The second operand comes from both
+  // blocks of the cluster, so both are told.
+  __device__ void release() const {
+    for (int rank = 0; rank < 2; ++rank) arrive_in_cluster(peer_address(shared_address(empty), rank));
+  }
 };
 
 struct Ring {
@@ -55,18 +77,20 @@ struct Ring {
   }
 };
 
-__device__ Ring make_ring() {
+// helpers: warps beside those that multiply of which each stage needs a release, in its block.
+__device__ Ring make_ring(int helpers) {
   extern __shared__ char raw[];
   __shared__ Barrier barriers[2 * STAGES];
   const uint32_t misaligned = shared_address(raw) % 1024;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
       init_barrier(barriers + s, 1);
-      init_barrier(barriers + STAGES + s, 8);  // the warps that multiply
+      init_barrier(barriers + STAGES + s, 16 + helpers);  // the warps that multiply, of both blocks
     }
     publish_barriers();
   }
   __syncthreads();
+  synchronize_cluster();
   return {raw + (misaligned ? 1024 - misaligned : 0), barriers};
 }
 
@@ -102,6 +126,80 @@ __device__ inline void multiply(const uint32_t (&a)[4][4], uint32_t b, float (&s
     }
 #pragma unroll
     for (int i = 0; i < 32; ++i) sums[(part - 1) * 32 + i] += acc[(part - 1) % 2][i];
+  }
+}
+
+// One of the four products of a step, both operands from shared memory: the k-th 16 of its 64 halves. GROUPS:
+// of 16 references, which the first operand has in its rows, as often as needed; 0: it has them in its
+// columns.
+template <int ADD, int GROUPS, int COUNT>
+__device__ inline void product_of_step(float (&acc)[COUNT], uint64_t a, uint64_t b, int k) {
+  if constexpr (GROUPS == 0) {
+    product_shared<ADD>(acc, a + 2 * k, b + 2 * k);
+  } else {
+    product_transposed<ADD>(acc, a + k % GROUPS * (2048 >> 4), b + 2 * k);
+  }
+}
+
+// sums += a b^T for a step, at most 128 rows of b at a time. While one of the two warpgroups adds the other
+// multiplies.
+template <int WIDTH, int GROUPS>
+__device__ inline void multiply_shared(uint32_t a, uint32_t b, bool first, float (&sums)[WIDTH / 2]) {
+  constexpr int PART = WIDTH < 128 ? WIDTH : 128;
+  const uint64_t from = rows_of_128_bytes(a), with = rows_of_128_bytes(b);
+#pragma unroll
+  for (int part = 0; part < WIDTH / PART; ++part) {
+    float acc[PART / 2];
+    const uint64_t rows = with + part * (PART * ROW_BYTES >> 4);
+    // The second warpgroup starts when the first is through with its first products, and stays behind.
+    if (part == 0 && first && threadIdx.x >= 128) named_barrier(TURN_BARRIER, 256);
+    start_products();
+    product_of_step<0, GROUPS>(acc, from, rows, 0);
+    product_of_step<1, GROUPS>(acc, from, rows, 1);
+    product_of_step<1, GROUPS>(acc, from, rows, 2);
+    product_of_step<1, GROUPS>(acc, from, rows, 3);
+    commit_products();
+    wait_products<0>(acc);
+    if (part == 0 && first && threadIdx.x < 128) named_barrier_arrive(TURN_BARRIER, 256);
+#pragma unroll
+    for (int i = 0; i < PART / 2; ++i) sums[part * (PART / 2) + i] += acc[i];
+  }
+}
+
+// The same into sums of the matrix units, which truncate; the products may still be under way.
+template <int WIDTH, int GROUPS>
+__device__ inline void accumulate_shared(uint32_t a, uint32_t b, float (&sums)[WIDTH / 2]) {
+  const uint64_t from = rows_of_128_bytes(a), rows = rows_of_128_bytes(b);
+  start_products();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) product_of_step<1, GROUPS>(sums, from, rows, k);
+  commit_products();
+}
+
+// All of `steps`. ROUNDED: sums in float32 of what 64 products come to. Else: as the matrix units add.
+template <int WIDTH, int GROUPS, bool ROUNDED>
+__device__ inline void multiply_steps(Ring& ring, uint32_t a_offset, int steps, float (&sums)[WIDTH / 2]) {
+  const bool first_lane = threadIdx.x % 32 == 0;
+  if constexpr (ROUNDED) {
+    for (int step = 0; step < steps; ++step, ring.next()) {
+      const Stage stage = ring.stage();
+      wait_barrier(stage.full, ring.parity);
+      // A warpgroup gets ahead of the other by at most the stages of the ring: by less than so many steps.
+      multiply_shared<WIDTH, GROUPS>(stage.a + a_offset, stage.b, step == 0 && steps >= STAGES, sums);
+      if (first_lane) stage.release();
+    }
+  } else {
+    Stage before{};
+    for (int step = 0; step < steps; ++step, ring.next()) {
+      const Stage stage = ring.stage();
+      wait_barrier(stage.full, ring.parity);
+      accumulate_shared<WIDTH, GROUPS>(stage.a + a_offset, stage.b, sums);
+      wait_products<1>();
+      if (step > 0 && first_lane) before.release();
+      before = stage;
+    }
+    wait_products<0>(sums);
+    if (steps > 0 && first_lane) before.release();
   }
 }
 
@@ -155,7 +253,7 @@ __device__ inline int row_tile_width(int64_t rows, int64_t row0) {
 
 template <typename T>
 __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ring& ring, int64_t row0,
-                                int64_t ref0, int width, int steps) {
+                                int64_t ref0, int width, int steps, int rank) {
   constexpr int CENTRE = DtypeOf<T>::value == Dtype::f16 ? DEPTH * 2 : DEPTH * 4;
   const char* const centre = DtypeOf<T>::value == Dtype::f16
                                  ? reinterpret_cast<const char*>(many.centre_half)
@@ -168,9 +266,9 @@ __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ri
     for (int box = 0; box < 2; ++box)
       tensor_copy(stage.a + box * BOX_BYTES, args.refs, e, static_cast<int>(many.first_ref + ref0) + box * 64,
                   shared_address(stage.full));
-    for (int box = 0; box < width / 64; ++box)
-      tensor_copy(stage.b + box * BOX_BYTES, args.queries, e, static_cast<int>(row0) + box * 64,
-                  shared_address(stage.full));
+    for (int box = rank; box < width / 64; box += 2)
+      tensor_copy_to_all(stage.b + box * BOX_BYTES, args.queries, e, static_cast<int>(row0) + box * 64,
+                         shared_address(stage.full), BOTH);
     bulk_copy(stage.centre, centre + step * CENTRE, CENTRE, stage.full, usual_policy());
   }
 }
@@ -196,17 +294,16 @@ __device__ inline int maxima_over_lanes(float (&v)[COUNT], int lane) {
   }
 }
 
-template <typename T, int WIDTH, bool LOW>
-__device__ inline void score_tile(const Many& many, Ring& ring, int64_t row0, int64_t ref0, int64_t valid,
-                                  int steps) {
+// y.d of 64 references and WIDTH rows for a warpgroup, d in registers; |d|^2 of references g and g + 8 of 16.
+template <typename T, int WIDTH, Scores KIND>
+__device__ inline void multiply_differences(const Many& many, Ring& ring, int steps, float (&sums)[WIDTH / 2],
+                                            double (&norms)[2]) {
+  constexpr bool LOW = KIND == Scores::LOW;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int g = lane / 4, t = lane % 4;
-  const bool centred = many.facts->centred && many.exact && !LOW;
+  const int t = lane % 4;
+  const bool centred = many.facts->centred && KIND == Scores::EXACT;
   const float scale = many.facts->scale;
-  float sums[WIDTH / 2];
-#pragma unroll
-  for (int i = 0; i < WIDTH / 2; ++i) sums[i] = 0;
-  double norms[2] = {0, 0};
+  norms[0] = norms[1] = 0;
 
   for (int step = 0; step < steps; ++step, ring.next()) {
     const Stage stage = ring.stage();
@@ -248,8 +345,40 @@ __device__ inline void score_tile(const Many& many, Ring& ring, int64_t row0, in
     }
     if (!LOW) norms[0] += part[0], norms[1] += part[1];
     __syncwarp();
-    if (lane == 0) arrive(stage.empty);
+    if (lane == 0) stage.release();
   }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    norms[h] += __shfl_xor_sync(0xffffffffu, norms[h], 1);
+    norms[h] += __shfl_xor_sync(0xffffffffu, norms[h], 2);
+  }
+}
+
+// PLAIN: references as stored are the first operand, and others have their norms.
+template <typename T, int WIDTH, Scores KIND, bool PLAIN>
+__device__ inline void score_tile(const Many& many, Ring& ring, const double* others, int64_t row0,
+                                  int64_t ref0, int64_t valid, int steps) {
+  constexpr bool LOW = KIND == Scores::LOW;
+  const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int g = lane / 4, t = lane % 4;
+  float sums[WIDTH / 2];
+#pragma unroll
+  for (int i = 0; i < WIDTH / 2; ++i) sums[i] = 0;
+  double norms[2];
+  if constexpr (PLAIN) {
+    multiply_steps<WIDTH, 0, KIND == Scores::EXACT>(ring, group * BOX_BYTES, steps, sums);
+    if (!LOW) {
+      named_barrier(NORMS_BARRIER, 256 + 32 * NORM_WARPS);
+      for (int h = 0; h < 2; ++h) {
+        norms[h] = 0;
+        for (int part = 0; part < NORM_WARPS; ++part)
+          norms[h] += others[part * MANY_TILE + group * 64 + warp * 16 + g + 8 * h];
+      }
+    }
+  } else {
+    multiply_differences<T, WIDTH, KIND>(many, ring, steps, sums, norms);
+  }
+  if (ref0 >= valid) return;  // the second tile of the last pair may have none
 
   // This thread's references are ref0 + 64 group + 16 warp + g and the eighth after it; its rows row0 + 8 b +
   // 2 t and the next.
@@ -259,8 +388,6 @@ __device__ inline void score_tile(const Many& many, Ring& ring, int64_t row0, in
   if (!LOW) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      norms[h] += __shfl_xor_sync(0xffffffffu, norms[h], 1);
-      norms[h] += __shfl_xor_sync(0xffffffffu, norms[h], 2);
       above[h] = static_cast<float>(norms[h] - many.facts->mean_norm);
       if (row0 == 0 && t == 0 && inside[h]) {
         atomicMax(&many.facts->max_norm, __float_as_int(static_cast<float>(norms[h])));
@@ -268,22 +395,32 @@ __device__ inline void score_tile(const Many& many, Ring& ring, int64_t row0, in
     }
   }
   float best[WIDTH / 4];
-  const ManyFactor* const factors = many.factors + row0;
+  const float4* const factors = reinterpret_cast<const float4*>(many.factors + row0);
+  float* const scores = many.scores + row0 * many.score_stride + ref;
+  const auto place = [&](int b, int p) { return (8 * b + 2 * t + p) * many.score_stride; };
+  constexpr int BATCH = LOW ? 8 : 2;  // of 4 scores each, which are loaded before any is stored
 #pragma unroll
-  for (int b = 0; b < WIDTH / 8; ++b) {
-    const float4 pair = *reinterpret_cast<const float4*>(factors + 8 * b + 2 * t);
-    const float unit[2] = {pair.x, pair.z}, half_alpha[2] = {pair.y, pair.w};
+  for (int b0 = 0; b0 < WIDTH / 8; b0 += BATCH) {
+    float old[BATCH][2][2];
+    if (LOW) {
 #pragma unroll
-    for (int p = 0; p < 2; ++p) {
-      float* const to = many.scores + (row0 + 8 * b + 2 * t + p) * many.score_stride + ref;
+      for (int i = 0; i < 4 * BATCH; ++i)
+        old[i / 4][i / 2 % 2][i % 2] = scores[place(b0 + i / 4, i / 2 % 2) + 8 * (i % 2)];
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * BATCH; ++i) {
+      const int b = b0 + i / 2, p = i % 2;
+      const float4 factor = __ldg(factors + 8 * b + 2 * t + p);  // unit, half_alpha, low_centre
       float value[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float product = sums[4 * b + 2 * h + p] * unit[p];
-        value[h] = LOW ? to[8 * h] + product : fmaf(-half_alpha[p], above[h], product);
+        const float product = sums[4 * b + 2 * h + p] * factor.x;
+        value[h] = !LOW    ? fmaf(-factor.y, above[h], product)
+                   : PLAIN ? old[i / 2][p][h] + (product - factor.z)
+                           : old[i / 2][p][h] + product;
         if (value[h] != value[h]) value[h] = INFINITY;  // a reference that is not finite: seen by every row
         if (!inside[h]) value[h] = -INFINITY;
-        to[8 * h] = value[h];
+        scores[place(b, p) + 8 * h] = value[h];
       }
       best[2 * b + p] = fmaxf(value[0], value[1]);
     }
@@ -297,16 +434,88 @@ __device__ inline void score_tile(const Many& many, Ring& ring, int64_t row0, in
   }
 }
 
+// One of NORM_WARPS warps: its part of |r_j|^2 of the references of a tile, of every third step, in float32
+// over 512 elements of those. Lane: 16 bytes of every fourth reference.
+__device__ inline void take_norms(Ring& ring, int own, int steps, double* norms) {
+  constexpr int EACH = static_cast<int>(MANY_TILE) / 4, FLUSH = 8;  // references of a lane; steps
+  const int lane = threadIdx.x % 32, chunk = lane % 8;
+  float part[EACH];
+  double total[EACH / 8] = {};
+#pragma unroll
+  for (int q = 0; q < EACH; ++q) part[q] = 0;
+  int taken = 0;
+  for (int step = 0; step < steps; ++step, ring.next()) {
+    if (step % NORM_WARPS == own) {
+      const Stage stage = ring.stage();
+      wait_barrier(stage.full, ring.parity);
+#pragma unroll
+      for (int q = 0; q < EACH; ++q) {
+        const int row = 4 * q + lane / 8;
+        const uint4 v = *reinterpret_cast<const uint4*>(ring.memory + ring.at * STAGE_BYTES +
+                                                        row * ROW_BYTES + ((chunk ^ (row & 7)) << 4));
+        const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float2 pair = __half22float2(halves(words[k]));
+          part[q] = fmaf(pair.x, pair.x, part[q]), part[q] = fmaf(pair.y, pair.y, part[q]);
+        }
+      }
+      __syncwarp();
+      if (lane == 0) arrive(stage.empty);
+      ++taken;
+    }
+    if (taken < FLUSH && step + 1 < steps) continue;
+    taken = 0;
+    // The sums over eight lanes, an eighth of them for each.
+    const auto halve = [&](auto left, int offset) {
+      constexpr int LEFT = decltype(left)::value;
+#pragma unroll
+      for (int q = 0; q < LEFT; ++q) {
+        const bool upper = chunk & offset;
+        const float send = upper ? part[q] : part[q + LEFT], kept = upper ? part[q + LEFT] : part[q];
+        part[q] = kept + __shfl_xor_sync(0xffffffffu, send, offset);
+      }
+    };
+    halve(Constant<EACH / 2>{}, 4);
+    halve(Constant<EACH / 4>{}, 2);
+    halve(Constant<EACH / 8>{}, 1);
+#pragma unroll
+    for (int q = 0; q < EACH / 8; ++q) total[q] += part[q];
+#pragma unroll
+    for (int q = 0; q < EACH; ++q) part[q] = 0;
+  }
+  const int first = (chunk & 4 ? EACH / 2 : 0) + (chunk & 2 ? EACH / 4 : 0) + (chunk & 1 ? EACH / 8 : 0);
+#pragma unroll
+  for (int q = 0; q < EACH / 8; ++q) norms[own * MANY_TILE + 4 * (first + q) + lane / 8] = total[q];
+  named_barrier(NORMS_BARRIER, 256 + 32 * NORM_WARPS);
+}
+
+// One warp: brings the scores that a tile is added to nearer, some in each step.
+__device__ inline void fetch_scores(const Many& many, Ring& ring, int64_t row0, int64_t ref0, int64_t valid,
+                                    int width, int steps) {
+  const int lane = threadIdx.x % 32;
+  for (int step = 0; step < steps; ++step, ring.next()) {
+    const Stage stage = ring.stage();
+    wait_barrier(stage.full, ring.parity);
+    for (int row = width * step / steps + lane; row < width * (step + 1) / steps; row += 32)
+      if (ref0 < valid)
+        prefetch_bulk(many.scores + (row0 + row) * many.score_stride + ref0, MANY_TILE * sizeof(float));
+    __syncwarp();
+    if (lane == 0) arrive(stage.empty);
+  }
+}
+
 // ---- weighted sums
 
 struct SumTile {  // a part of the references for a tile of rows x D
   int64_t row0, e0;
   int begin, end;  // steps of many_sum_refs(exact) references
-  int index;       // in many.partial
+  int index;       // in many.partial; -1: beyond D
 };
 
+// In pairs of tiles of D, one for each block of a cluster.
 struct SumGrid {
-  int row_tiles, d_tiles, steps, splits;
+  int row_tiles, d_tiles, pairs, steps, splits;
   int64_t rows;
 
   __device__ SumGrid(const Inputs& in, const Many& many, int64_t valid) {
@@ -314,24 +523,25 @@ struct SumGrid {
     row_tiles = static_cast<int>((rows + MANY_ROWS - 1) / MANY_ROWS);
     d_tiles = static_cast<int>((in.d + MANY_TILE - 1) / MANY_TILE);
     steps = many_sum_steps(many, valid);
-    splits =
-        row_tiles ? many_splits(row_tiles * d_tiles, steps, many.blocks, static_cast<int>(MANY_SEGMENTS)) : 0;
+    pairs = (d_tiles + 1) / 2;
+    splits = row_tiles ? many_sum_splits(many, row_tiles, d_tiles, steps) : 0;
   }
-  __device__ int tiles() const { return splits * row_tiles * d_tiles; }
-  __device__ SumTile tile(int index) const {
-    const int split = index / (row_tiles * d_tiles), row_tile = index / d_tiles % row_tiles;
+  __device__ int units() const { return splits * row_tiles * pairs; }
+  __device__ SumTile tile(int unit, int rank) const {
+    const int split = unit / (row_tiles * pairs), row_tile = unit / pairs % row_tiles;
+    const int d_tile = unit % pairs * 2 + rank;
     SumTile tile;
     tile.row0 = row_tile * MANY_ROWS;
-    tile.e0 = index % d_tiles * MANY_TILE;
+    tile.e0 = d_tile * MANY_TILE;
     tile.begin = static_cast<int>(static_cast<int64_t>(steps) * split / splits);
     tile.end = static_cast<int>(static_cast<int64_t>(steps) * (split + 1) / splits);
-    tile.index = index;
+    tile.index = d_tile < d_tiles ? (split * row_tiles + row_tile) * d_tiles + d_tile : -1;
     return tile;
   }
 };
 
 __device__ inline void copy_sum_tile(const Many& many, const SumArguments& args, Ring& ring,
-                                     const SumTile& tile, int width) {
+                                     const SumTile& tile, int width, int rank) {
   const int refs = many_sum_refs(many.exact);
   for (int step = tile.begin; step < tile.end; ++step, ring.next()) {
     const Stage stage = ring.stage();
@@ -340,9 +550,9 @@ __device__ inline void copy_sum_tile(const Many& many, const SumArguments& args,
     for (int box = 0; box < 2; ++box)
       tensor_copy(stage.a + box * refs * ROW_BYTES, args.refs, static_cast<int>(tile.e0) + box * 64,
                   static_cast<int>(many.first_ref) + step * refs, shared_address(stage.full));
-    for (int box = 0; box < width / 64; ++box)
-      tensor_copy(stage.b + box * BOX_BYTES, args.weights, step * DEPTH,
-                  static_cast<int>(tile.row0) + box * 64, shared_address(stage.full));
+    for (int box = rank; box < width / 64; box += 2)
+      tensor_copy_to_all(stage.b + box * BOX_BYTES, args.weights, step * DEPTH,
+                         static_cast<int>(tile.row0) + box * 64, shared_address(stage.full), BOTH);
   }
 }
 
@@ -352,8 +562,8 @@ __device__ inline uint32_t keep_valid(uint32_t pair, int64_t ref, int64_t valid)
 }
 
 // The d of a step's references, transposed. ldmatrix gives, of references 16 k to 16 k + 15, elements g and g
-// + 8 of 2 t and 2 t + 1, then of 2 t + 8 and 2 t + 9. EXACT: eight references fill a[k], once for the upper
-// parts of their weights and once for the lower.
+// + 8 of 2 t and 2 t + 1, then of 2 t + 8 and 2 t + 9. EXACT: once for the upper parts of their weights and
+// once for the lower.
 template <typename T, bool EXACT>
 __device__ inline bool load_differences(uint32_t tile, int warp, int lane, const char* centres, float scale,
                                         int64_t first, int64_t valid, bool remainder, uint32_t (&a)[4][4]) {
@@ -371,29 +581,29 @@ __device__ inline bool load_differences(uint32_t tile, int warp, int lane, const
       const Difference d = subtract<T>(raw[i], centres, h, scale, remainder);
       inexact = inexact || d.inexact;
       const uint32_t value = remainder ? d.remainder : d.value;
-      if (EXACT) {
-        a[eight][h] = a[eight][h + 2] = value;
-      } else {
-        a[k][i] = value;
-      }
+      a[k][i] = value;
+      if (EXACT) a[k + 2][i] = value;
     }
   }
   return inexact;
 }
 
-template <typename T, int WIDTH, bool EXACT>
+// PLAIN: references as stored are the first operand, all but those of a step that has invalid ones.
+template <typename T, int WIDTH, bool EXACT, bool PLAIN>
 __device__ inline void sum_tile(const Inputs& in, const Many& many, Ring& ring, const SumTile& at,
                                 int64_t valid) {
+  constexpr int REFS = many_sum_refs(EXACT);
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
   const int64_t e = at.e0 + group * 64 + warp * 16 + g;  // and e + 8
-  const bool centred = EXACT && many.facts->centred;
+  const bool centred = EXACT && !PLAIN && many.facts->centred;
   const float scale = many.facts->scale;
-  float centres[4];  // of e and e + 8, each for a pair of references, in the form that subtract takes
-  if constexpr (DtypeOf<T>::value == Dtype::f16) {
+  float centres[4] = {0, 0, 0,
+                      0};  // of e and e + 8, each for a pair of references, in the form that subtract takes
+  if (PLAIN || at.index < 0) {
+  } else if constexpr (DtypeOf<T>::value == Dtype::f16) {
     reinterpret_cast<__half2*>(centres)[0] = __half2half2(many.centre_half[e]);
     reinterpret_cast<__half2*>(centres)[1] = __half2half2(many.centre_half[e + 8]);
-    centres[2] = centres[3] = 0;
   } else {
     centres[0] = centres[1] = many.centre_float[e];
     centres[2] = centres[3] = many.centre_float[e + 8];
@@ -403,11 +613,18 @@ __device__ inline void sum_tile(const Inputs& in, const Many& many, Ring& ring, 
 #pragma unroll
   for (int i = 0; i < WIDTH / 2; ++i) sums[i] = 0;
 
-  for (int step = at.begin; step < at.end; ++step, ring.next()) {
+  int step = at.begin;
+  if constexpr (PLAIN) {
+    const int whole = static_cast<int>(valid / REFS);
+    const int end = at.end <= whole ? at.end : at.begin > whole ? at.begin : whole;
+    multiply_steps<WIDTH, REFS / 16, EXACT>(ring, group * REFS * ROW_BYTES, end - step, sums);
+    step = end;
+  }
+  for (; step < at.end; ++step, ring.next()) {
     const Stage stage = ring.stage();
     wait_barrier(stage.full, ring.parity);
-    const uint32_t tile = stage.a + group * many_sum_refs(EXACT) * ROW_BYTES;
-    const int64_t first = static_cast<int64_t>(step) * many_sum_refs(EXACT);
+    const uint32_t tile = stage.a + group * REFS * ROW_BYTES;
+    const int64_t first = static_cast<int64_t>(step) * REFS;
     uint32_t a[4][4];
     const bool inexact = load_differences<T, EXACT>(tile, warp, lane, from, scale, first, valid, false, a);
     multiply<WIDTH>(a, stage.b, sums);
@@ -416,9 +633,10 @@ __device__ inline void sum_tile(const Inputs& in, const Many& many, Ring& ring, 
       multiply<WIDTH>(a, stage.b, sums);
     }
     __syncwarp();
-    if (lane == 0) arrive(stage.empty);
+    if (lane == 0) stage.release();
   }
 
+  if (at.index < 0) return;
   float* const to = many.partial + static_cast<int64_t>(at.index) * (MANY_ROWS * MANY_TILE) + (e - at.e0);
 #pragma unroll
   for (int i = 0; i < WIDTH / 2; ++i) {
@@ -431,71 +649,127 @@ __device__ inline void sum_tile(const Inputs& in, const Many& many, Ring& ring, 
 
 // ---- kernels
 
-template <typename T, bool LOW>
-__global__ void __launch_bounds__(MANY_THREADS, 1)
+// Grid: clusters of two blocks, each a tile of references against the same rows.
+template <typename T, Scores KIND>
+__global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     score_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Many many,
                  const __grid_constant__ ScoreArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr bool LOW = KIND == Scores::LOW, HALF = DtypeOf<T>::value == Dtype::f16;
+  __shared__ double norms[2][NORM_WARPS * MANY_TILE];
   const int64_t rows = LOW ? many.facts->dense : many.padded, valid = many_valid(in, many);
   const int64_t row_tiles = (rows + MANY_ROWS - 1) / MANY_ROWS,
-                ref_tiles = (valid + MANY_TILE - 1) / MANY_TILE;
-  const int64_t tiles = row_tiles * ref_tiles;
+                pairs = (valid + 2 * MANY_TILE - 1) / (2 * MANY_TILE);
+  const int64_t units = row_tiles * pairs;
   const int steps = static_cast<int>((in.d + DEPTH - 1) / DEPTH);
-  Ring ring = make_ring();
+  const int rank = blockIdx.x % 2;
+  const bool plain = HALF && (LOW || !many.facts->centred);
+  const bool helped = plain && !LOW;
+  Ring ring = make_ring(helped || LOW ? 1 : 0);
+  const auto row0_of = [&](int64_t unit) { return unit % row_tiles * MANY_ROWS; };
+  const auto ref0_of = [&](int64_t unit) { return (unit / row_tiles * 2 + rank) * MANY_TILE; };
   if (threadIdx.x >= 256) {
-    give_up_registers<24>();
-    if (threadIdx.x != 256) return;
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const int64_t row0 = tile % row_tiles * MANY_ROWS, ref0 = tile / row_tiles * MANY_TILE;
-      copy_score_tile<T>(many, args, ring, row0, ref0, row_tile_width(rows, row0), steps);
+    give_up_registers<LOW ? 24 : 72>();
+    const int warp = static_cast<int>(threadIdx.x) / 32 - 8;
+    if (threadIdx.x == 256) {
+      for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2)
+        copy_score_tile<T>(many, args, ring, row0_of(unit), ref0_of(unit),
+                           row_tile_width(rows, row0_of(unit)), steps, rank);
+    } else if (LOW && warp == 1) {
+      for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2)
+        fetch_scores(many, ring, row0_of(unit), ref0_of(unit), valid, row_tile_width(rows, row0_of(unit)),
+                     steps);
+    } else if (helped && warp > 0) {
+      int buffer = 0;
+      for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2, buffer ^= 1)
+        take_norms(ring, warp - 1, steps, norms[buffer]);
     }
+    __syncwarp();
   } else {
-    take_registers<240>();
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const int64_t row0 = tile % row_tiles * MANY_ROWS, ref0 = tile / row_tiles * MANY_TILE;
+    take_registers<LOW ? 240 : 216>();
+    int buffer = 0;
+    for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2, buffer ^= 1) {
+      const int64_t row0 = row0_of(unit), ref0 = ref0_of(unit);
       const int width = row_tile_width(rows, row0);
-      if (width == 256) {
-        score_tile<T, 256, LOW>(many, ring, row0, ref0, valid, steps);
-      } else if (width == 128) {
-        score_tile<T, 128, LOW>(many, ring, row0, ref0, valid, steps);
+      const auto tile = [&](auto wide, auto is_plain) {
+        score_tile<T, decltype(wide)::value, KIND, decltype(is_plain)::value>(many, ring, norms[buffer], row0,
+                                                                              ref0, valid, steps);
+      };
+      const auto by_width = [&](auto is_plain) {
+        if (width == 256) {
+          tile(Constant<256>{}, is_plain);
+        } else if (width == 128) {
+          tile(Constant<128>{}, is_plain);
+        } else {
+          tile(Constant<64>{}, is_plain);
+        }
+      };
+      if constexpr (HALF && LOW) {
+        by_width(Constant<true>{});
+      } else if constexpr (HALF) {
+        if (plain) {
+          by_width(Constant<true>{});
+        } else {
+          by_width(Constant<false>{});
+        }
       } else {
-        score_tile<T, 64, LOW>(many, ring, row0, ref0, valid, steps);
+        by_width(Constant<false>{});
       }
     }
   }
+  synchronize_cluster();  // the peer may still copy to this block's memory, or arrive on its barriers
 #endif
 }
 
 template <typename T, bool EXACT>
-__global__ void __launch_bounds__(MANY_THREADS, 1)
+__global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     sum_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Many many,
                const __grid_constant__ SumArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr bool HALF = DtypeOf<T>::value == Dtype::f16;
   const int64_t valid = many_valid(in, many);
   const SumGrid grid(in, many, valid);
-  const int tiles = grid.tiles();
-  Ring ring = make_ring();
+  const int units = grid.units(), rank = blockIdx.x % 2;
+  Ring ring = make_ring(0);
   if (threadIdx.x >= 256) {
     give_up_registers<24>();
-    if (threadIdx.x != 256) return;
-    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-      const SumTile tile = grid.tile(index);
-      copy_sum_tile(many, args, ring, tile, row_tile_width(grid.rows, tile.row0));
+    if (threadIdx.x == 256) {
+      for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
+        const SumTile tile = grid.tile(unit, rank);
+        copy_sum_tile(many, args, ring, tile, row_tile_width(grid.rows, tile.row0), rank);
+      }
     }
+    __syncwarp();
   } else {
     take_registers<240>();
-    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-      const SumTile tile = grid.tile(index);
-      const int width = row_tile_width(grid.rows, tile.row0);
-      if (width == 256) {
-        sum_tile<T, 256, EXACT>(in, many, ring, tile, valid);
-      } else if (width == 128) {
-        sum_tile<T, 128, EXACT>(in, many, ring, tile, valid);
+    const bool plain = HALF && !many.facts->centred;
+    for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
+      const SumTile at = grid.tile(unit, rank);
+      const int width = row_tile_width(grid.rows, at.row0);
+      const auto tile = [&](auto wide, auto is_plain) {
+        sum_tile<T, decltype(wide)::value, EXACT, decltype(is_plain)::value>(in, many, ring, at, valid);
+      };
+      const auto by_width = [&](auto is_plain) {
+        if (width == 256) {
+          tile(Constant<256>{}, is_plain);
+        } else if (width == 128) {
+          tile(Constant<128>{}, is_plain);
+        } else {
+          tile(Constant<64>{}, is_plain);
+        }
+      };
+      if constexpr (HALF) {
+        if (plain) {
+          by_width(Constant<true>{});
+        } else {
+          by_width(Constant<false>{});
+        }
       } else {
-        sum_tile<T, 64, EXACT>(in, many, ring, tile, valid);
+        by_width(Constant<false>{});
       }
     }
   }
+  synchronize_cluster();  // the peer may still copy to this block's memory, or arrive on its barriers
 #endif
 }
 
@@ -506,7 +780,8 @@ void launch(const char* op, Kernel* kernel, const Inputs& in, const Many& many, 
             cudaStream_t stream) {
   check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(MANY_SMEM_BYTES)));
-  kernel<<<static_cast<unsigned>(many.blocks), MANY_THREADS, MANY_SMEM_BYTES, stream>>>(in, many, args);
+  kernel<<<static_cast<unsigned>(many.blocks / 2 * 2), MANY_THREADS, MANY_SMEM_BYTES, stream>>>(in, many,
+                                                                                                args);
   check_launch(op);
 }
 
@@ -517,10 +792,14 @@ void launch_many_score(const char* op, const Inputs& in, const Many& many, bool 
   args.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, 64);
   args.queries = map_rows(op, low ? many.lo : many.hi, Dtype::f16, in.d, many.padded, 2 * many.d_stride, 64);
   const bool half = in.refs.dtype == Dtype::f16;
-  launch(op,
-         low ? (half ? score_kernel<__half, true> : score_kernel<__nv_bfloat16, true>)
-             : (half ? score_kernel<__half, false> : score_kernel<__nv_bfloat16, false>),
-         in, many, args, stream);
+  const auto start = [&](auto* kernel) { launch(op, kernel, in, many, args, stream); };
+  if (low) {
+    start(half ? score_kernel<__half, Scores::LOW> : score_kernel<__nv_bfloat16, Scores::LOW>);
+  } else if (many.exact) {
+    start(half ? score_kernel<__half, Scores::EXACT> : score_kernel<__nv_bfloat16, Scores::EXACT>);
+  } else {
+    start(half ? score_kernel<__half, Scores::FAST> : score_kernel<__nv_bfloat16, Scores::FAST>);
+  }
 }
 
 void launch_many_sum(const char* op, const Inputs& in, const Many& many, cudaStream_t stream) {

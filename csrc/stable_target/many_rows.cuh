@@ -16,7 +16,8 @@
 //
 // Exact arithmetic: references are exact in halves, and so is d_j for a c of few digits wherever r_j is near
 // c; where it is not, the remainder is multiplied too. The matrix units truncate what they add up, so at most
-// 64 products are summed before they join ordinary float32 sums.
+// 64 products are summed before they join ordinary float32 sums; y_lo.d, which is small, they add up to the
+// end, as they do all sums where results need not be exact.
 #pragma once
 
 #include "common/planner_rows.h"
@@ -44,8 +45,9 @@ struct ManySlot {  // one row of a pass
   int alive;
 };
 
-struct ManyFactor {  // s = unit acc - half_alpha (norm - mean_norm)
+struct alignas(16) ManyFactor {  // s = unit acc - half_alpha (norm - mean_norm)
   float unit, half_alpha;
+  float low_centre;  // unit y_lo.c 2^e
 };
 
 struct Many {
@@ -88,15 +90,22 @@ __device__ inline int many_sum_steps(const Many& many, int64_t valid) {
 
 // How the sums of `tiles` tiles over `steps` steps each are cut, for `blocks` thread blocks: into as many
 // parts as fill whole waves of them best, fewer where it makes no difference.
+constexpr float PART_STEPS = 0.2f;  // what merging a part of a pair of tiles takes, in steps
 __host__ __device__ inline int many_splits(int tiles, int steps, int blocks, int most) {
   int best = 1;
   float best_time = 0;
   for (int splits = 1; splits * tiles <= most && splits * 16 <= steps + 15; ++splits) {
     const int waves = (tiles * splits + blocks - 1) / blocks;
-    const float time = waves * ((steps + splits - 1) / splits + 4.0f);
+    const float time = waves * ((steps + splits - 1) / splits + 4.0f) + PART_STEPS * tiles * splits;
     if (splits == 1 || time < 0.98f * best_time) best = splits, best_time = time;
   }
   return best;
+}
+
+// For tiles in pairs, and clusters of two blocks.
+__host__ __device__ inline int many_sum_splits(const Many& many, int row_tiles, int d_tiles, int steps) {
+  return many_splits(row_tiles * ((d_tiles + 1) / 2), steps, many.blocks / 2,
+                     static_cast<int>(MANY_SEGMENTS / 2));
 }
 
 void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream);

@@ -38,20 +38,24 @@ __device__ float coarse(double mean) {
 __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const Inputs in, const Many many) {
   __shared__ double sums[CENTRE_LANES][MANY_TILE], squares[CENTRE_LANES][MANY_TILE];
   __shared__ float lowest[CENTRE_LANES][MANY_TILE], highest[CENTRE_LANES][MANY_TILE];
-  __shared__ double scratch[33];
+  __shared__ double of_warps[STATISTICS][MANY_TILE / 32];
   const int column = threadIdx.x % MANY_TILE, part = threadIdx.x / MANY_TILE;
   const int64_t e = static_cast<int64_t>(blockIdx.x) * MANY_TILE + column;
   const int64_t valid = valid_count(in, 0), samples = valid < MANY_SAMPLES ? valid : MANY_SAMPLES;
   double sum = 0, square = 0;
   float low = INFINITY, high = -INFINITY;
-  if (e < in.d) {
+  float seen[MANY_SAMPLES / CENTRE_LANES];  // all are loaded before the first is looked at
 #pragma unroll
-    for (int64_t s = part; s < MANY_SAMPLES; s += CENTRE_LANES) {
-      if (s >= samples) break;
-      const float v = load_as<float>(in.refs, valid * s / samples * in.d + e);
-      sum += v, square += static_cast<double>(v) * v;
-      low = fminf(low, v), high = fmaxf(high, v);
-    }
+  for (int i = 0; i < MANY_SAMPLES / CENTRE_LANES; ++i) {
+    const int64_t s = part + i * CENTRE_LANES;
+    seen[i] = e < in.d && s < samples ? load_as<float>(in.refs, valid * s / samples * in.d + e) : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < MANY_SAMPLES / CENTRE_LANES; ++i) {
+    const float v = seen[i];
+    if (e >= in.d || part + i * CENTRE_LANES >= samples) continue;
+    sum += v, square += static_cast<double>(v) * v;
+    low = fminf(low, v), high = fmaxf(high, v);
   }
   sums[part][column] = sum, squares[part][column] = square;
   lowest[part][column] = low, highest[part][column] = high;
@@ -78,11 +82,22 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
     many.centre[e] = strict;
     many.centre[many.d_stride + e] = all;
   }
+  const auto joined = [](int k, double a, double b) { return k < MAX_PLAIN ? a + b : fmax(a, b); };
+  if (part == 0) {
 #pragma unroll
-  for (int k = 0; k < STATISTICS; ++k) {
-    const double value = k < MAX_PLAIN ? block_sum(own[k], scratch) : block_max(own[k], scratch);
-    if (threadIdx.x == 0) many.statistics[blockIdx.x * STATISTICS + k] = value;
+    for (int k = 0; k < STATISTICS; ++k) {
+      double value = own[k];
+      for (int offset = 16; offset > 0; offset /= 2)
+        value = joined(k, value, __shfl_xor_sync(0xffffffffu, value, offset));
+      if (column % 32 == 0) of_warps[k][column / 32] = value;
+    }
   }
+  __syncthreads();
+  const int k = threadIdx.x;
+  if (k >= STATISTICS) return;
+  double value = of_warps[k][0];
+  for (int warp = 1; warp < MANY_TILE / 32; ++warp) value = joined(k, value, of_warps[k][warp]);
+  many.statistics[blockIdx.x * STATISTICS + k] = value;
 }
 
 struct Choice {  // of the centre
@@ -118,13 +133,16 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   __shared__ double scratch[33];
   __shared__ int int_scratch[33];
   const int tid = threadIdx.x;
-  if (tid < STATISTICS) {
+  static_assert(THREADS / 32 == STATISTICS, "a warp to each");
+  {
+    const int k = tid / 32;
+    const auto joined = [k](double a, double b) { return k < MAX_PLAIN ? a + b : fmax(a, b); };
     double value = 0;
-    for (int64_t tile = 0; tile < many.d_stride / MANY_TILE; ++tile) {
-      const double other = many.statistics[tile * STATISTICS + tid];
-      value = tid < MAX_PLAIN ? value + other : fmax(value, other);
-    }
-    statistics[tid] = value;
+    for (int64_t tile = tid % 32; tile < many.d_stride / MANY_TILE; tile += 32)
+      value = joined(value, many.statistics[tile * STATISTICS + k]);
+    for (int offset = 16; offset > 0; offset /= 2)
+      value = joined(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    if (tid % 32 == 0) statistics[k] = value;
   }
   __syncthreads();
   const Choice choice = choose_centre(in, statistics);
@@ -150,7 +168,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   if (local >= many.rows) {
     for (int64_t e = tid; e < many.d_stride; e += THREADS)
       many.hi[at * many.d_stride + e] = many.lo[at * many.d_stride + e] = __float2half(0.0f);
-    if (tid == 0) many.slots[at] = ManySlot{}, many.factors[at] = {0, 0};
+    if (tid == 0) many.slots[at] = ManySlot{}, many.factors[at] = {0, 0, 0};
     return;
   }
   const int64_t i = many.first_row + local;
@@ -192,7 +210,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   alive = alive && isfinite(square) && isfinite(score);
   int exponent = 0;
   if (alive && largest > 0) frexp(largest, &exponent), exponent = max(-100, min(100, 14 - exponent));
-  double rest_square = 0;
+  double rest_square = 0, rest_centre = 0;
   const double power = ldexp(1.0, exponent);
   for (int64_t e = tid; e < many.d_stride; e += THREADS) {
     const double y = alive && e < in.d ? y_of(e) * power : 0.0;
@@ -200,13 +218,17 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
     const float rest = static_cast<float>(y - static_cast<double>(__half2float(hi)));
     rest_square += static_cast<double>(rest) * rest;
     many.hi[at * many.d_stride + e] = hi;
-    many.lo[at * many.d_stride + e] = __float2half(rest);
+    const __half lo = __float2half(rest);
+    many.lo[at * many.d_stride + e] = lo;
+    rest_centre += static_cast<double>(__half2float(lo)) * centre(e);
   }
   rest_square = block_sum(rest_square, scratch);
+  rest_centre = block_sum(rest_centre, scratch);
   if (tid != 0) return;
   const double inverse = 1.0 / choice.scale;
-  // Sums: at most 64 truncated products, then float32 sums of one per 64 elements.
-  const double rounding = (80 + in.d / 64) * ldexp(1.0, -23);
+  // Sums: at most 64 truncated products, then float32 sums of one per 64 elements. Not exact: one truncated
+  // sum of 16 products at a time.
+  const double rounding = (80 + in.d / (many.exact ? 64 : 16)) * ldexp(1.0, -23);
   ManySlot slot{};
   slot.row = i;
   slot.alive = alive;
@@ -221,9 +243,10 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
       slot.total = 1;
     }
     many.factors[at] = {static_cast<float>(ldexp(inverse, -exponent)),
-                        static_cast<float>(0.5 * row.alpha * inverse * inverse)};
+                        static_cast<float>(0.5 * row.alpha * inverse * inverse),
+                        static_cast<float>(ldexp(rest_centre, -exponent))};
   } else {
-    many.factors[at] = {0, 0};
+    many.factors[at] = {0, 0, 0};
   }
   many.slots[at] = slot;
 }
@@ -282,33 +305,41 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const Inputs in, const 
   const float cut = fmaxf(static_cast<float>(top - 2 * bound - forgotten / row.rate()), -FLT_MAX);
   const float* const maxima = many.maxima + at * (many.score_stride / MANY_GROUP);
   const float* const scores = many.scores + at * many.score_stride;
-  int found = 0;
-  for (int64_t k0 = 0; k0 < groups && found <= MANY_SURVIVORS; k0 += THREADS) {
-    const int64_t k = k0 + threadIdx.x;
-    unsigned matters = 0;
-    if (k < groups && maxima[k] >= cut) {
+  // Groups of references one of which matters; more of them than the list holds: it would be too short.
+  int candidates = 0;
+  for (int64_t k = threadIdx.x; k < groups; k += THREADS) candidates += maxima[k] >= cut;
+  const int all = block_sum<int>(candidates, int_scratch);
+  int found = all;
+  if (all <= MANY_SURVIVORS) {
+    const auto matters = [&](int64_t k) {
+      unsigned bits = 0;
+      if (maxima[k] < cut) return bits;
       const float4* const from = reinterpret_cast<const float4*>(scores + k * MANY_GROUP);
 #pragma unroll
       for (int q = 0; q < MANY_GROUP / 4; ++q) {
         const float4 v = from[q];
         const float four[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) matters |= static_cast<unsigned>(four[i] >= cut) << (4 * q + i);
+        for (int i = 0; i < 4; ++i) bits |= static_cast<unsigned>(four[i] >= cut) << (4 * q + i);
       }
-    }
-    int here;
-    int place = found + block_prefix(__popc(matters), int_scratch, here);
-    for (; matters && place < MANY_SURVIVORS; matters &= matters - 1)
-      many.survivors[at * MANY_SURVIVORS + place++] = static_cast<int>(k * MANY_GROUP + __ffs(matters) - 1);
-    found += here;
+      return bits;
+    };
+    int own = 0;
+    if (candidates)
+      for (int64_t k = threadIdx.x; k < groups; k += THREADS) own += __popc(matters(k));
+    int place = block_prefix(own, int_scratch, found);
+    if (own)
+      for (int64_t k = threadIdx.x; k < groups; k += THREADS)
+        for (unsigned bits = matters(k); bits && place < MANY_SURVIVORS; bits &= bits - 1)
+          many.survivors[at * MANY_SURVIVORS + place++] = static_cast<int>(k * MANY_GROUP + __ffs(bits) - 1);
   }
   if (threadIdx.x != 0) return;
   slot.count = found;
   if (found > MANY_SURVIVORS) atomicMax(&many.facts->dense, static_cast<int>(at) + 1);
 }
 
-// One block per dense slot. exact: of eight scores s_j, 32 bytes, become eight weights' upper halves and
-// eight lower. Else the upper halves alone, side by side from the start of the row.
+// One block per dense slot. exact: of 32 scores s_j, 128 bytes, become 32 weights' upper halves and 32 lower.
+// Else the upper halves alone, side by side from the start of the row.
 __global__ void __launch_bounds__(WEIGHT_THREADS) weights_kernel(const Inputs in, const Many many) {
   __shared__ float scratch[33];
   __shared__ double wide_scratch[33];
@@ -321,13 +352,18 @@ __global__ void __launch_bounds__(WEIGHT_THREADS) weights_kernel(const Inputs in
   float* const row = many.scores + at * many.score_stride;
   double total = 0;
   const int64_t end = static_cast<int64_t>(many_sum_steps(many, valid)) * many_sum_refs(many.exact);
+  float4 low{}, high{};  // of the references from j on
+  const auto load = [&](int64_t j) {
+    if (j >= valid) return;
+    low = *reinterpret_cast<const float4*>(row + j), high = *reinterpret_cast<const float4*>(row + j + 4);
+  };
+  load(8 * threadIdx.x);
   for (int64_t j0 = 0; j0 < end; j0 += 8 * WEIGHT_THREADS) {
     const int64_t j = j0 + 8 * threadIdx.x;
     __align__(16) __half upper[8] = {}, lower[8] = {};
+    const float scores[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    load(j + 8 * WEIGHT_THREADS);
     if (j < valid) {
-      const float4 low = *reinterpret_cast<const float4*>(row + j),
-                   high = *reinterpret_cast<const float4*>(row + j + 4);
-      const float scores[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       float sum = 0;
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
@@ -339,11 +375,16 @@ __global__ void __launch_bounds__(WEIGHT_THREADS) weights_kernel(const Inputs in
       }
       total += sum;
     }
-    if (!many.exact) __syncthreads();  // what is written now was read by other threads
+    // What is written now was read by other threads; by those of this warp if exact.
+    if (many.exact) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
     if (j >= end) continue;
-    float* const to = many.exact ? row + j : row + j / 2;
+    float* const to = many.exact ? row + j / 32 * 32 + j % 32 / 2 : row + j / 2;
     *reinterpret_cast<float4*>(to) = *reinterpret_cast<float4*>(upper);
-    if (many.exact) *reinterpret_cast<float4*>(to + 4) = *reinterpret_cast<float4*>(lower);
+    if (many.exact) *reinterpret_cast<float4*>(to + 16) = *reinterpret_cast<float4*>(lower);
   }
   total = block_sum(total, wide_scratch);
   if (threadIdx.x != 0) return;
@@ -447,10 +488,9 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const Inputs in, const M
     }
   }
   const int64_t row_tiles = (dense + MANY_ROWS - 1) / MANY_ROWS;
-  const int splits = is_dense
-                         ? many_splits(static_cast<int>(row_tiles * d_tiles), many_sum_steps(many, valid),
-                                       many.blocks, static_cast<int>(MANY_SEGMENTS))
-                         : 0;
+  const int splits = is_dense ? many_sum_splits(many, static_cast<int>(row_tiles), static_cast<int>(d_tiles),
+                                                many_sum_steps(many, valid))
+                              : 0;
   const Row& row = many.work.rows[slot.row];
   const double inverse = isfinite(best) && alive && total > 0 ? many.facts->inverse_scale / total : NAN;
   const double centre_scale = many.facts->inverse_scale;
@@ -462,12 +502,16 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const Inputs in, const M
     for (int k = 0; k < 8; ++k) sum[k] = keep * sums[k];
     if (is_dense) {
       const int64_t tile = at / MANY_ROWS * d_tiles + e / MANY_TILE;
-      const float* from = many.partial + (tile * MANY_ROWS + at % MANY_ROWS) * MANY_TILE + e % MANY_TILE;
+      const float* const from =
+          many.partial + (tile * MANY_ROWS + at % MANY_ROWS) * MANY_TILE + e % MANY_TILE;
       double parts[8] = {};
+#pragma unroll 4
       for (int split = 0; split < splits; ++split) {
-#pragma unroll
-        for (int k = 0; k < 8; ++k) parts[k] += from[k];
-        from += row_tiles * d_tiles * (MANY_ROWS * MANY_TILE);
+        const float4* const eight =
+            reinterpret_cast<const float4*>(from + split * row_tiles * d_tiles * (MANY_ROWS * MANY_TILE));
+        const float4 low = eight[0], high = eight[1];
+        parts[0] += low.x, parts[1] += low.y, parts[2] += low.z, parts[3] += low.w;
+        parts[4] += high.x, parts[5] += high.y, parts[6] += high.z, parts[7] += high.w;
       }
 #pragma unroll
       for (int k = 0; k < 8; ++k) sum[k] += parts[k] / WEIGHT_SCALE;

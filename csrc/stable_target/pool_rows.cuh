@@ -3,13 +3,13 @@
 // tiles of 32 references pass through its shared memory. What a tile's weights need from all 8 blocks travels
 // as mail. Roles, of warps:
 //   scorers    4 warps: rows (upper and lower halves, 64) x references, products over the block's elements
-//   adders     4 warps: elements x rows, the weighted sums
+//   adders     4 warps: rows (upper and lower halves of weights) x elements, the weighted sums
 //   norms      4 warps: |r - c|^2 of the references, c a centre
 //   weighers   2 warps: gather both from all blocks for 2 of the rows each, keep the running softmax, send
 //              the weights to all adders
 //   producer   copies tiles, five in flight
-// Rows come in the order of their noise: where the weights of the quieter ones have all vanished, as most do,
-// the adders leave those out, eight at a time.
+// Rows come in the order of their noise, for where all weights have vanished, as most do in quiet rows, the
+// adders leave a tile out.
 //
 // Rows are y = x - alpha c times a power of two and the row's rate, as the sum of two halves; products with
 // references as stored are then exact to float32, and so are weights as two halves. The largest weight is 1,
@@ -32,7 +32,7 @@ struct PoolArgs {
   const float4* factors;        // (POOL_ROWS,) base-2 logit = x (dot - z) - y (norm - mean_norm), z = y.c
   const float* mean_norm;       // one: of some references
   const float* centre;          // (POOL_D,)
-  const int64_t* valid;         // one: references that count
+  const int64_t* valid;         // two: references that count, whether the centre is other than zero
   float* sums;                  // (parts, POOL_ROWS, d) of scaled weights times references
   float* best;                  // (parts, POOL_ROWS)
   double* total;                // (parts, POOL_ROWS) of scaled weights; zero before
@@ -47,7 +47,7 @@ struct PoolLayout {
   static constexpr int OWN = POOL_ROWS / POOL_CLUSTER;  // rows that a block weighs
   static constexpr int MAIL =
       POOL_CLUSTER * (OWN + 1) * POOL_TILE * 4;        // by sender: OWN rows of dots, and norms
-  static constexpr int WEIGHTS = POOL_STAGES * STAGE;  // per stage (POOL_ROWS, 32 upper and 32 lower halves)
+  static constexpr int WEIGHTS = POOL_STAGES * STAGE;  // per stage, see weight_place
   static constexpr int MAILS = WEIGHTS + POOL_STAGES * POOL_ROWS * 128;
   static constexpr int KEEP = MAILS + POOL_STAGES * MAIL;  // per stage and pair of rows: 2 factors, a flag
   static constexpr int CENTRE = KEEP + POOL_STAGES * POOL_ROWS * 8;  // (POOL_SLICE,)
@@ -94,7 +94,7 @@ struct PoolBlock {
   // One thread.
   __device__ void produce(const CUtensorMap& map) const {
     for (int i = 0, s = 0, phase = 1; i < count; ++i, next(s, phase)) {
-      wait_for_cluster(empty(s), phase);
+      wait_barrier(empty(s), phase);
       arrive_expecting(full(s), L::STAGE);
 #pragma unroll
       for (int b = 0; b < L::BOXES; ++b)
@@ -104,21 +104,26 @@ struct PoolBlock {
   }
 
   // Four warps; lane = 16 bytes of a reference and of the fourth after it.
+  template <bool CENTRED>
   __device__ void take_norms(int warp, int lane) const {
     constexpr int EACH = POOL_TILE / 16;
     const int chunk = lane % 8, r0 = 4 * EACH * warp + lane / 8;
-    const float start = -*args.mean_norm / (POOL_CLUSTER * 8);
+    const float start = -*args.mean_norm / (POOL_CLUSTER * 8 * 2);
     const float4* const centre = reinterpret_cast<const float4*>(memory + L::CENTRE) + 2 * chunk;
     for (int i = 0, s = 0, phase = 0; i < count; ++i, next(s, phase)) {
-      wait_for_cluster(full(s), phase);
+      wait_barrier(full(s), phase);
       const char* const stage = memory + s * L::STAGE;
-      float norm[EACH];
+      float norms[EACH][2];  // of even and odd elements
 #pragma unroll
-      for (int q = 0; q < EACH; ++q) norm[q] = start;
-#pragma unroll 2
+      for (int q = 0; q < 2 * EACH; ++q) norms[q / 2][q % 2] = start;
+#pragma unroll 4
       for (int b = 0; b < L::BOXES; ++b) {
-        const float4 low = centre[16 * b], high = centre[16 * b + 1];
-        const float c[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        float c[8] = {};
+        if (CENTRED) {
+          const float4 low = centre[16 * b], high = centre[16 * b + 1];
+          c[0] = low.x, c[1] = low.y, c[2] = low.z, c[3] = low.w;
+          c[4] = high.x, c[5] = high.y, c[6] = high.z, c[7] = high.w;
+        }
 #pragma unroll
         for (int q = 0; q < EACH; ++q) {
           const int r = r0 + 4 * q;
@@ -128,11 +133,15 @@ struct PoolBlock {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[k]));
-            const float first = pair.x - c[2 * k], second = pair.y - c[2 * k + 1];
-            norm[q] = fmaf(first, first, norm[q]), norm[q] = fmaf(second, second, norm[q]);
+            const float first = CENTRED ? pair.x - c[2 * k] : pair.x,
+                        second = CENTRED ? pair.y - c[2 * k + 1] : pair.y;
+            norms[q][0] = fmaf(first, first, norms[q][0]), norms[q][1] = fmaf(second, second, norms[q][1]);
           }
         }
       }
+      float norm[EACH];
+#pragma unroll
+      for (int q = 0; q < EACH; ++q) norm[q] = norms[q][0] + norms[q][1];
 #pragma unroll
       for (int q = 0; q < EACH; ++q) {
         for (int offset = 1; offset < 8; offset *= 2)
@@ -144,10 +153,9 @@ struct PoolBlock {
     }
   }
 
-  // Where 16 bytes of the weights of a row lie. EXACT: groups of 8 rows, their upper halves and then their
-  // lower ones, 64 bytes each; else 128 bytes each.
+  // Where 16 bytes of the weights of a row lie, chunks 0 to 3 of the upper halves and 4 to 7 of the lower:
+  // groups of 8 rows, their upper halves and then their lower ones, 64 bytes each.
   __device__ static int weight_place(int row, int chunk) {
-    if (!EXACT) return row * 128 + ((chunk ^ (row & 7)) << 4);
     const int wide_row = row / 8 * 16 + chunk / 4 * 8 + row % 8;
     return wide_row * 64 + (((chunk ^ (wide_row / 2)) & 3) << 4);
   }
@@ -166,7 +174,7 @@ struct PoolBlock {
     for (int i = 0, s = 0, phase = 0; i < count; ++i, next(s, phase)) {
       if (half == 0 && lane == 0) arrive_expecting(mailed(s), L::MAIL);
       __syncwarp();
-      wait_for_cluster(mailed(s), phase);
+      wait_barrier(mailed(s), phase);
       const float* const mail = reinterpret_cast<const float*>(memory + L::MAILS + s * L::MAIL);
       const bool valid = static_cast<int64_t>(begin + i) * POOL_TILE + lane < m;
       float norm = 0;
@@ -205,10 +213,12 @@ struct PoolBlock {
       const uint4 v =
           *reinterpret_cast<const uint4*>(memory + L::OWN_WEIGHTS + (own_row + r) * 128 + chunk * 16);
       const uint32_t to = base + L::WEIGHTS + s * POOL_ROWS * 128 + weight_place(first_row + r, chunk);
+      if (EXACT || chunk < 4) {
 #pragma unroll
-      for (int k = 0; k < POOL_CLUSTER / 2; ++k) {
-        const int peer = 2 * k + lane / 16;
-        send(peer_address(to, peer), peer_address(weighed(s), peer), v);
+        for (int k = 0; k < POOL_CLUSTER / 2; ++k) {
+          const int peer = 2 * k + lane / 16;
+          send(peer_address(to, peer), peer_address(weighed(s), peer), v);
+        }
       }
       if (lane < POOL_CLUSTER) {
         const uint32_t keeps = base + L::KEEP + (s * POOL_ROWS + first_row) * 8;
@@ -255,7 +265,7 @@ struct PoolBlock {
 #pragma unroll
     for (int k = 0; k < 16; ++k) acc0[k] = acc1[k] = 0;
     for (int i = 0, s = 0, phase = 0; i < count; ++i, next(s, phase)) {
-      wait_for_cluster(full(s), phase);
+      wait_barrier(full(s), phase);
       const uint64_t b = rows_of_128_bytes(base + s * L::STAGE);
       float dots[8];
 #pragma unroll
@@ -309,99 +319,76 @@ struct PoolBlock {
     named_barrier(2, 128);
   }
 
-  using Sums = float[L::BOXES][POOL_ROWS / 2];  // of a thread: 2 elements of each box for 8 rows
-
-  // Adds a tile to the rows of the first GROUPS groups of 8.
-  template <int GROUPS>
-  __device__ static void add_tile(Sums& sum, uint64_t a, uint32_t weights, const float (&keep)[8]) {
-    constexpr int COLUMNS = GROUPS * (EXACT ? 8 : 4);                 // sums of a thread and box
-    constexpr int BATCH = COLUMNS >= 32 ? 1 : COLUMNS >= 16 ? 2 : 4;  // boxes, of two batches under way
-    constexpr int BATCHES = L::BOXES / BATCH;
-    const uint64_t w = EXACT ? rows_of_64_bytes(weights) : rows_of_128_bytes(weights);
-    float acc[2][BATCH][COLUMNS];
-#pragma unroll
-    for (int i = 0; i < 2 * BATCH * COLUMNS; ++i)
-      acc[i / (BATCH * COLUMNS)][i / COLUMNS % BATCH][i % COLUMNS] = 0;
-    const auto multiply = [&](const int batch) {
-      start_products();
-#pragma unroll
-      for (int j = 0; j < BATCH; ++j) {
-        const uint64_t box = a + (batch * BATCH + j) * (L::BOX >> 4);
-        product_transposed<0>(acc[batch % 2][j], box, w);
-        product_transposed<1>(acc[batch % 2][j], box + (2048 >> 4), w + 2);
-      }
-      commit_products();
-    };
-    multiply(0);
-#pragma unroll
-    for (int batch = 0; batch < BATCHES; ++batch) {
-      if (batch + 1 < BATCHES) multiply(batch + 1);
-#pragma unroll
-      for (int j = 0; j < BATCH; ++j) {
-        float (&made)[COLUMNS] = acc[batch % 2][j];
-        float (&to)[POOL_ROWS / 2] = sum[batch * BATCH + j];
-        if (batch + 1 < BATCHES) {
-          wait_products<1>(made);
-        } else {
-          wait_products<0>(made);
-        }
-#pragma unroll
-        for (int k = 0; k < 4 * GROUPS; ++k) {
-          const int column = EXACT ? k / 4 * 8 + k % 4 : k;  // of EXACT: 4 after it, the lower halves
-          const float some = EXACT ? made[column] + made[(column + 4) % COLUMNS] : made[column];
-          to[k] = fmaf(to[k], keep[k / 4 * 2 + k % 2], some);
-        }
-      }
-    }
-  }
-
-  // Four warps.
+  // Four warps: a thread has 2 of 8 elements for one row.
   __device__ void add(int warp, int lane) const {
-    const int g = lane / 4, t = lane % 4;
-    Sums sum;
+    const int g = lane / 4, t = lane % 4, row = 8 * warp + g;
+    // Of the weights, as load_matrices wants them: halves of a row, chunks of 8 references.
+    const int wide_row = 16 * warp + lane % 16;
+    const uint32_t weights_of_lane = wide_row * 64 + (((lane / 16) ^ (wide_row / 2)) & 3) * 16;
+    const uint32_t keep_of_lane = row / 2 * 16 + row % 2 * 4, flag_of_lane = lane % 16 * 16 + 8;
+    const int tail = static_cast<int>(
+        min(m - static_cast<int64_t>(begin) * POOL_TILE - static_cast<int64_t>(count - 1) * POOL_TILE,
+            static_cast<int64_t>(POOL_TILE)));  // references of the last tile
+    float sum[L::BOXES][16];
 #pragma unroll
     for (int b = 0; b < L::BOXES; ++b)
 #pragma unroll
       for (int k = 0; k < 16; ++k) sum[b][k] = 0;
     int segment = 0, in_segment = 0;
     for (int i = 0, s = 0, phase = 0; i < count; ++i, next(s, phase)) {
-      if (warp == 0 && lane == 0) arrive_expecting(weighed(s), POOL_ROWS * (128 + 8));
-      wait_for_cluster(full(s), phase);
-      wait_for_cluster(weighed(s), phase);
-      const int64_t left = m - static_cast<int64_t>(begin + i) * POOL_TILE;
-      if (left < POOL_TILE) clear_invalid(s, static_cast<int>(left), 32 * warp + lane);
-      fence_async();
-      const uint4* const keeps =
-          reinterpret_cast<const uint4*>(memory + L::KEEP + s * POOL_ROWS * 8) + t;  // of row 2 t
-      float keep[8];
-      int groups = 0;  // of rows; beyond them all weights are 0, and factors 1
+      if (warp == 0 && lane == 0) arrive_expecting(weighed(s), POOL_ROWS * ((EXACT ? 128 : 64) + 8));
+      wait_barrier(full(s), phase);
+      wait_barrier(weighed(s), phase);
+      if (tail < POOL_TILE && i + 1 == count) clear_invalid(s, tail, 32 * warp + lane);
+      // Where no weight matters factors are 1.
+      if (__any_sync(0xffffffffu, load_shared(base + L::KEEP + s * POOL_ROWS * 8 + flag_of_lane))) {
+        const float keep = __uint_as_float(load_shared(base + L::KEEP + s * POOL_ROWS * 8 + keep_of_lane));
+        uint32_t weights[POOL_TILE / 16][4];
+        const uint32_t from = base + L::WEIGHTS + s * POOL_ROWS * 128 + weights_of_lane;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint4 pair = keeps[4 * k];
-        keep[2 * k] = __uint_as_float(pair.x), keep[2 * k + 1] = __uint_as_float(pair.y);
-        if (__any_sync(0xffffffffu, pair.z)) groups = k + 1;
-      }
-      const uint32_t weights = base + L::WEIGHTS + s * POOL_ROWS * 128;
-      const uint64_t a = rows_of_128_bytes(base + s * L::STAGE);
-      if (groups > 2) {
-        add_tile<4>(sum, a, weights, keep);
-      } else if (groups == 2) {
-        add_tile<2>(sum, a, weights, keep);
-      } else if (groups == 1) {
-        add_tile<1>(sum, a, weights, keep);
+        for (int k = 0; k < POOL_TILE / 16; ++k) load_matrices(from ^ (32 * k), weights[k]);
+        const uint64_t tile = rows_of_128_bytes(base + s * L::STAGE);
+        float acc[2][32];
+        const auto multiply = [&](float (&made)[32], const int b) {
+          const uint64_t box = tile + b * (L::BOX >> 4);
+          start_products();
+          product_with_columns<0>(made, weights[0], box);
+          product_with_columns<1>(made, weights[1], box + (2048 >> 4));
+          commit_products();
+        };
+        const auto gather = [&](const float (&made)[32], float (&to)[16]) {
+#pragma unroll
+          for (int k = 0; k < 8; ++k)
+#pragma unroll
+            for (int p = 0; p < 2; ++p) {
+              const float some = EXACT ? made[4 * k + p] + made[4 * k + 2 + p] : made[4 * k + p];
+              to[2 * k + p] = fmaf(to[2 * k + p], keep, some);
+            }
+        };
+        multiply(acc[0], 0);
+#pragma unroll
+        for (int b = 0; b < L::BOXES; ++b) {
+          if (b + 1 < L::BOXES) {
+            multiply(acc[(b + 1) % 2], b + 1);
+            wait_products<1>(acc[b % 2]);
+          } else {
+            wait_products<0>(acc[b % 2]);
+          }
+          gather(acc[b % 2], sum[b]);
+        }
       }
       __syncwarp();
       if (lane == 0) arrive(empty(s));
       if (++in_segment == args.segment_tiles || i + 1 == count) {
+        const int first = rank * POOL_SLICE + 2 * t, left = row < args.rows ? args.d - first : 0;
+        float* const to = args.sums + (part(segment) * POOL_ROWS + row) * args.d + first;
 #pragma unroll
         for (int b = 0; b < L::BOXES; ++b) {
 #pragma unroll
-          for (int k = 0; k < 16; ++k) {
-            const int row = k / 4 * 8 + 2 * t + k % 2;
-            const int e = rank * POOL_SLICE + 64 * b + 16 * warp + g + k / 2 % 2 * 8;
-            if (row < args.rows && e < args.d)
-              args.sums[(part(segment) * POOL_ROWS + row) * args.d + e] = sum[b][k];
-            sum[b][k] = 0;
+          for (int k = 0; k < 8; ++k) {
+            if (64 * b + 8 * k < left)
+              *reinterpret_cast<float2*>(to + 64 * b + 8 * k) = make_float2(sum[b][2 * k], sum[b][2 * k + 1]);
+            sum[b][2 * k] = sum[b][2 * k + 1] = 0;
           }
         }
         ++segment, in_segment = 0;
@@ -438,6 +425,9 @@ __global__ void __launch_bounds__(POOL_THREADS, 1)
   }
   for (int e = threadIdx.x; e < POOL_SLICE; e += POOL_THREADS)
     reinterpret_cast<float*>(memory + L::CENTRE)[e] = args.centre[rank * POOL_SLICE + e];
+  // If not exact there are no lower halves of weights, ever.
+  for (int at = threadIdx.x; at < POOL_STAGES * POOL_ROWS * 8; at += POOL_THREADS)
+    reinterpret_cast<uint4*>(memory + L::WEIGHTS)[at] = make_uint4(0, 0, 0, 0);
   __syncthreads();
   synchronize_cluster();
 
@@ -449,7 +439,11 @@ __global__ void __launch_bounds__(POOL_THREADS, 1)
     block.add(warp - 4, lane);
   } else if (warp < 12) {
     give_up_registers<48>();
-    block.take_norms(warp - 8, lane);
+    if (args.valid[1]) {
+      block.template take_norms<true>(warp - 8, lane);
+    } else {
+      block.template take_norms<false>(warp - 8, lane);
+    }
   } else {
     give_up_registers<56>();
     if (warp < 14) {

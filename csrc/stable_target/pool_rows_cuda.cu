@@ -40,7 +40,8 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
   made.mean_norm = carver.take<float>(1);
   made.total = carver.take<double>(made.parts * POOL_ROWS);
   float* const centre = carver.take<float>(POOL_D);
-  int64_t* const valid = carver.take<int64_t>(1);
+  int64_t* const valid = carver.take<int64_t>(2);
+  double* const scratch = carver.take<double>(2 * POOL_CLUSTER);
   PoolArgs args{};
   args.upper = made.upper, args.lower = made.lower, args.factors = made.factors,
   args.mean_norm = made.mean_norm;
@@ -56,7 +57,7 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
   PoolSums* const left = carver.take<PoolSums>(POOL_ROWS * merge_blocks);
 
   const CUtensorMap map = map_rows(op, in.refs.data, Dtype::f16, in.d, in.m, 2 * in.d, POOL_TILE);
-  pool_centre_kernel<<<POOL_D / 128, 128, 0, stream>>>(in, centre, valid);
+  pool_centre_kernel<<<POOL_CLUSTER, POOL_SLICE, 0, stream>>>(in, centre, valid, scratch);
   check_launch(op);
   for (int64_t first = 0; first < in.n; first += POOL_ROWS) {
     args.rows = static_cast<int>(std::min<int64_t>(POOL_ROWS, in.n - first));

@@ -31,18 +31,34 @@ struct PoolRow {
   bool alive;
 };
 
-// centre (POOL_D,), rounded to float16, and *valid. Grid: parts of POOL_D.
-__global__ void pool_centre_kernel(const Inputs in, float* centre, int64_t* valid) {
-  const int e = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+// centre (POOL_D,), rounded to float16; valid[0], and valid[1]: whether the centre is other than zero. It is
+// zero where the common part of the references is no larger than what they differ by. One cluster; scratch:
+// two sums of each block.
+__global__ void SVEL_CLUSTER(POOL_CLUSTER) __launch_bounds__(POOL_SLICE)
+    pool_centre_kernel(const Inputs in, float* centre, int64_t* valid, double* scratch) {
+  __shared__ double sums[33];
+  const int e = static_cast<int>(blockIdx.x * POOL_SLICE + threadIdx.x);
   const int64_t count = valid_count(in, 0);
-  if (e == 0) *valid = count;
   const int samples = count < POOL_SAMPLES ? static_cast<int>(count) : POOL_SAMPLES;
   const __half* const refs = static_cast<const __half*>(in.refs.data);
-  float sum = 0;
-#pragma unroll 8
-  for (int j = 0; j < samples; ++j)
-    if (e < in.d) sum += __half2float(refs[count * j / samples * in.d + e]);
-  centre[e] = samples ? __half2float(__float2half_rn(sum / samples)) : 0.0f;
+  float seen[POOL_SAMPLES];
+#pragma unroll
+  for (int j = 0; j < POOL_SAMPLES; ++j)
+    seen[j] = e < in.d && j < samples ? __half2float(refs[count * j / samples * in.d + e]) : 0.0f;
+  float sum = 0, square = 0;
+#pragma unroll
+  for (int j = 0; j < POOL_SAMPLES; ++j) sum += seen[j], square = fmaf(seen[j], seen[j], square);
+  const float mean = samples ? __half2float(__float2half_rn(sum / samples)) : 0.0f;
+  const double common = block_sum<double>(static_cast<double>(mean) * mean, sums);
+  const double all = block_sum<double>(samples ? square / samples : 0.0, sums);
+  if (threadIdx.x == 0) scratch[2 * blockIdx.x] = common, scratch[2 * blockIdx.x + 1] = all;
+  synchronize_cluster();
+  double of_common = 0, of_all = 0;
+  for (int block = 0; block < POOL_CLUSTER; ++block)
+    of_common += scratch[2 * block], of_all += scratch[2 * block + 1];
+  const bool centred = !(2 * of_common <= of_all);  // NaN: either will do
+  centre[e] = centred ? mean : 0.0f;
+  if (e == 0) valid[0] = count, valid[1] = centred;
 }
 
 struct PoolRows {  // written by pool_prepare_kernel; see PoolArgs
