@@ -268,7 +268,8 @@ class ShardedReferenceBank(ReferenceBank):
     def _merge(self, back: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, source: Tensor | None) -> Tensor:
         """What the parts gave for the own rows, (P, N, D + columns of lse), weighted by their shares of the whole."""
         d = math.prod(self.shape)
-        mean, lse = back[..., :d], back[..., d:].reshape(-1).view(torch.float64).view(back.shape[:2])
+        bits = back[..., d:].clone(memory_format=torch.contiguous_format)  # at an even offset, also without rows
+        mean, lse = back[..., :d], bits.view(torch.float64)[..., 0]
         if source is not None:  # one part more, of one reference to a row
             rows = torch.arange(len(x), device=x.device)
             _, own = posterior_part(x, source[:, None], alpha, sigma, rows)
@@ -290,16 +291,22 @@ class ShardedReferenceBank(ReferenceBank):
         sent = [part.contiguous() for part in own]
         if len(sent) > 1 and sent[0].is_cuda:  # one launch of NCCL; gloo would make all of one dtype
             return self._call(_OPS.all_gather_into_tensor_coalesced, sent, self.parts, self._name)
-        return [self._call(_OPS.all_gather_into_tensor, part, self.parts, self._name) for part in sent]
+        return [self._start(_OPS.all_gather_into_tensor, part, self.parts, self._name) for part in sent]
 
     def _exchange(self, sent: Tensor) -> Tensor:
         """(P N, ...), N rows for each process -> (P N, ...), N rows from each; to be waited for."""
         if self.parts == 1:
             return sent
         sizes = [sent.shape[0] // self.parts] * self.parts
-        return self._call(_OPS.all_to_all_single, sent.contiguous(), sizes, sizes, self._name)
+        return self._start(_OPS.all_to_all_single, sent.contiguous(), sizes, sizes, self._name)
+
+    def _start(self, collective: Callable[..., Any], sent: Tensor, *about: Any) -> Tensor:
+        """One at a time on the CPU: gloo's memory is not safe with several under way (seen in torch 2.13)."""
+        coming = self._call(collective, sent, *about)
+        return coming if sent.is_cuda else self._wait(coming)
 
     def _wait(self, coming: Tensor) -> Tensor:
+        """Also of what has been waited for."""
         return coming if self.parts == 1 else self._call(_OPS.wait_tensor, coming)
 
     def _call(self, collective: Callable[..., Any], *args: Any) -> Any:
