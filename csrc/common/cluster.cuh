@@ -20,9 +20,9 @@ __device__ inline void arrive_expecting(uint32_t barrier, uint32_t bytes) {
   SVEL_HOPPER_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
                   "r"(bytes) : "memory");
 }
-// For what peers sent as well: it arrives in shared memory, which nothing caches. To acquire and to release
-// at the scope of the cluster would empty the L1 and wait for all stores, at several hundred cycles each
-// time.
+// For what peers sent as well: it arrives in shared memory, which nothing caches. To acquire at the scope of
+// the cluster would empty the L1 too, and to release at that scope waits for all stores before, several
+// hundred cycles each time.
 __device__ inline void wait_barrier(uint32_t barrier, uint32_t parity) {
   SVEL_HOPPER_ASM(
       "{\n"
