@@ -22,9 +22,11 @@ namespace {
 [[maybe_unused]] constexpr int DEPTH = 64;  // halves of the summed dimension per stage
 constexpr int ROW_BYTES = 128;
 constexpr int BOX_BYTES = 64 * ROW_BYTES;
-constexpr int A_BYTES = 2 * BOX_BYTES;  // 128 references x 64 of D, or 32 or 64 references x 128 of D
-constexpr int B_BYTES = 4 * BOX_BYTES;  // 256 rows
-constexpr int STAGE_BYTES = static_cast<int>(MANY_STAGE_BYTES);  // c of this depth comes after them
+[[maybe_unused]] constexpr int A_BYTES =
+    2 * BOX_BYTES;  // 128 references x 64 of D, or 32 or 64 references x 128 of D
+[[maybe_unused]] constexpr int B_BYTES = 4 * BOX_BYTES;  // 256 rows
+[[maybe_unused]] constexpr int STAGE_BYTES =
+    static_cast<int>(MANY_STAGE_BYTES);  // c of this depth comes after them
 
 struct ScoreArguments {
   CUtensorMap refs;     // (m, d), boxes of 64 x 64
