@@ -368,12 +368,20 @@ struct Groups {
         if (segment.centre >= 0 && element(s) < d)
           centre[s] = *reinterpret_cast<const uint4*>(from + element(s));
       }
-      if (flags & SEGMENT_PART_END && others == 0) {
+      if (flags & SEGMENT_PART_END && !filed) {
 #pragma unroll
         for (int q = 0; q < Q; q += 4) {
           const int e = element(q / EV) + q % EV;
           if (e < d) x[q / 4] = load_four(in, here, in.x, row.index, e);
         }
+      }
+      if (flags & SEGMENT_LAST && thread() == 0) {  // have all others left their parts?
+        bool all = others == 0;
+        if (others == 1 && layout.merge_last) {
+          wait_for_previous_launch();  // which sets the counts to zero
+          all = arrivals_so_far(parts.arrived + segment.order + my_row) == others;
+        }
+        shared().final[group()] = all;
       }
     }
     row_barrier(groups);
@@ -403,7 +411,8 @@ struct Groups {
                segment.to,
                row.a,
                row.b,
-               {best - shared().shifts[group()][thread() / 32], total + source}};
+               {best - shared().shifts[group()][thread() / 32], total + source},
+               -1};
     double by = 1, before = 0;
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const PartRow moved = shared().moved[group()][thread() / 32];
@@ -413,7 +422,26 @@ struct Groups {
     }
     __syncwarp();
     if (lane == 0) shared().moved[group()][thread() / 32] = end.own;
-    bool final = flags & SEGMENT_PART_END && others == 0;
+    const bool final = flags & SEGMENT_PART_END && (others == 0 || (flags & SEGMENT_LAST && shared().final[group()]));
+    // Where one other block has a part, and has left it, nothing else is waited for.
+    double2 theirs_low[Q / 4], theirs_high[Q / 4];
+    PartsTogether together{end.own, 1};
+    if (final && others > 0) {
+      end.team = blockIdx.x;
+      const int64_t other = end.from == end.team ? end.to : end.from;
+      const double* const from = parts.sums + here.part_of(other, other == end.from, my_row) * d;
+#pragma unroll
+      for (int q = 0; q < Q; q += 4) {
+        const int e = element(q / EV) + q % EV;
+        if (e >= d) continue;
+        theirs_low[q / 4] = __ldcg(reinterpret_cast<const double2*>(from + e));
+        theirs_high[q / 4] = __ldcg(reinterpret_cast<const double2*>(from + e) + 1);
+      }
+      together = sum_of_parts(parts, here, end, lane);
+    }
+    const double weight_one = __shfl_sync(0xffffffffu, together.weight, 0);
+    const double weight_two = __shfl_sync(0xffffffffu, together.weight, 1);
+    const double mean_by = 1 / together.all.total;
 #pragma unroll
     for (int q = 0; q < Q; q += 4) {
       const int e = element(q / EV) + q % EV;
@@ -438,8 +466,18 @@ struct Groups {
       for (int k = 0; k < 4; ++k) w[k] *= by;
       add_source(in, here, row.index, e, by * source, w);
       if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e, before, w);
+      if (final && others == 1) {  // always in the order of the blocks
+        const double2 low = theirs_low[q / 4], high = theirs_high[q / 4];
+        const double theirs[4] = {low.x, low.y, high.x, high.y};
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const double one = end.from == end.team ? w[k] : theirs[k];
+          const double two = end.from == end.team ? theirs[k] : w[k];
+          w[k] = fma(weight_two, two, weight_one * one);
+        }
+      }
       if (final) {
-        store_row(in, here, end, e, 1 / end.own.total, x[q / 4], w);
+        store_row(in, here, end, e, mean_by, x[q / 4], w);
       } else {
         store_sums(sums + e, w);
       }
@@ -449,7 +487,7 @@ struct Groups {
       for (int g = group() + 1; g < group() + groups; ++g) arrive(&shared().taken[g]);
     }
     if (final) {
-      if (in.lse.data && thread() == 0) write_lse(in, end.index, end.own);
+      if (in.lse.data && thread() == 0) write_lse(in, end.index, together.all);
       return;
     }
     if (!(flags & SEGMENT_PART_END)) return;
@@ -459,8 +497,7 @@ struct Groups {
     group_barrier();
     if (thread() == 0) shared().final[group()] = count_part(segment, my_row);
     group_barrier();
-    final = shared().final[group()];
-    if (final) merge_row(end);
+    if (shared().final[group()]) merge_row(end);
   }
 
   // Whether it was the last of the row's parts.
@@ -509,7 +546,7 @@ struct Groups {
           if (!count_part(segment, r)) continue;
           const RowState& row = segment.rows[r];
           shared().rows_left[shared().unmerged++] = {row.index, r, segment.from, segment.to, row.a,
-                                                     row.b,     {}};
+                                                     row.b,     {}, -1};
         }
       }
       arrive(&shared().announced.done[slot]);

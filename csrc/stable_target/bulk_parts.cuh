@@ -429,6 +429,7 @@ struct RowEnd {
   int64_t from, to;  // teams that have parts of the unit
   double a, b;       // out = a x + b mean
   PartRow own;       // what this team has
+  int64_t team;      // this one, if its part is not in memory; else -1
 };
 
 __device__ __forceinline__ void store_sums(double* to, const double (&v)[4]) {
@@ -449,6 +450,7 @@ struct PartsTogether {
 };
 __device__ __forceinline__ PartRow part_row(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
                                             int64_t team) {
+  if (team == end.team) return end.own;
   if (team > end.to) return {-INFINITY, 0};
   const double2 row =
       __ldcg(reinterpret_cast<const double2*>(parts.rows + place.part_of(team, team == end.from, end.row)));

@@ -335,7 +335,7 @@ struct Teams {
     const RowState& row = segment.rows[0];
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool ends = flags & SEGMENT_PART_END, whole = ends && others == 0;
-    RowEnd end{row.index, 0, segment.from, segment.to, row.a, row.b, {}};
+    RowEnd end{row.index, 0, segment.from, segment.to, row.a, row.b, {}, -1};
     const RowPlace here = place();
     const int64_t part = here.part_of(team, flags & SEGMENT_UNIT_BEGIN, 0);
     named_barrier(1, THREADS);  // `shift` and `moved` are written
