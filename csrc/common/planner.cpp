@@ -80,13 +80,13 @@ int64_t list_bytes(const Problem& p) {
   return p.n * ROW_BYTES + 8 * (groups(p) + 1) + 4096;
 }
 
-// Of a multiprocessor, for a row, a reference and an element: units of two rows take 1.0 us on an H100, 0.9 on an
-// H200, for a tile of two references of 4,096 elements.
+// Of a multiprocessor, for a row, a reference and an element: units of two rows take 1.0 us on an H100, 0.9
+// on an H200, for a tile of two references of 4,096 elements.
 constexpr double TILE_REFERENCE_SECONDS = 0.98e-6 / 2 / 2 / 4096;
 
-// Bytes that a multiprocessor has on their way. More only wait in the memory's queues, and whatever else is read
-// waits behind them. 256 rows of a bank of 1,001 x 256 x 4,096 on an H100: 48 KB 212 us, 64 KB 216, 96 KB 216, no limit
-// 219; all different 213, 214, 219, 222.
+// Bytes that a multiprocessor has on their way. More only wait in the memory's queues, and whatever else is
+// read waits behind them. 256 rows of a bank of 1,001 x 256 x 4,096 on an H100: 48 KB 212 us, 64 KB 216, 96
+// KB 216, no limit 219; all different 213, 214, 219, 222.
 constexpr int64_t BULK_IN_FLIGHT = 49152;
 
 // At least so many slices, a quarter more at most, so that whole teams leave the fewest multiprocessors idle.

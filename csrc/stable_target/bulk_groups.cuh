@@ -422,7 +422,8 @@ struct Groups {
     }
     __syncwarp();
     if (lane == 0) shared().moved[group()][thread() / 32] = end.own;
-    const bool final = flags & SEGMENT_PART_END && (others == 0 || (flags & SEGMENT_LAST && shared().final[group()]));
+    const bool final =
+        flags & SEGMENT_PART_END && (others == 0 || (flags & SEGMENT_LAST && shared().final[group()]));
     // Where one other block has a part, and has left it, nothing else is waited for.
     double2 theirs_low[Q / 4], theirs_high[Q / 4];
     PartsTogether together{end.own, 1};
@@ -545,8 +546,8 @@ struct Groups {
         for (int r = 0; layout.merge_last && r < segment.count; ++r) {
           if (!count_part(segment, r)) continue;
           const RowState& row = segment.rows[r];
-          shared().rows_left[shared().unmerged++] = {row.index, r, segment.from, segment.to, row.a,
-                                                     row.b,     {}, -1};
+          shared().rows_left[shared().unmerged++] = {row.index, r,     segment.from, segment.to,
+                                                     row.a,     row.b, {},           -1};
         }
       }
       arrive(&shared().announced.done[slot]);
