@@ -76,4 +76,11 @@ STABLE_TORCH_LIBRARY_IMPL(svel, CPU, m) {
   SVEL_IMPL(bank_push_);
   SVEL_IMPL(bank_draw);
   SVEL_IMPL(conditional_target_);
+#ifdef USE_CUDA
+  SVEL_IMPL(posterior_part_out);
+  SVEL_IMPL(bank_push_part_);
+  SVEL_IMPL(bank_draw_parts);
+  SVEL_IMPL(peers_gather_);
+  SVEL_IMPL(peers_merge);
+#endif
 }

@@ -1,5 +1,6 @@
 """The bank in parts against one bank that holds everything, on 1, 2 and 4 processes; and what a lost process does."""
 
+import functools
 import math
 import os
 import signal
@@ -467,13 +468,17 @@ def test_one_process_with_other_rows_ends_with_an_error(tmp_path):
 # --- on GPUs
 
 
-def check_on_gpus(rank, world, folder):
+def on_gpu(seed, rank):
+    return torch.Generator("cuda").manual_seed(100 * seed + rank)
+
+
+def check_on_gpus(peer_memory, rank, world, folder):
     """Equal to one bank, with no wait for the device; then the step in a CUDA graph, and compiled."""
     d, n = 1024, 24
     plain = sv.ReferenceBank((d,), CLASSES, 9, track_indices=True, device="cuda")
-    sharded, replayed, compiled = (
-        sv.ShardedReferenceBank((d,), CLASSES, 9, track_indices=True, device="cuda") for _ in range(3)
-    )
+    options = {"track_indices": True, "peer_memory": peer_memory, "device": "cuda"}
+    sharded, replayed, compiled = (sv.ShardedReferenceBank((d,), CLASSES, 9, **options) for _ in range(3))
+    assert (sharded.link is not None) == peer_memory
     rng = torch.Generator("cuda").manual_seed(0)
 
     def batch(step):
@@ -509,6 +514,9 @@ def check_on_gpus(rank, world, folder):
         for name in ("x_t", "t", "labels", "x0", "noise"):
             assert torch.equal(getattr(draw, name), getattr(expected, name)), name
         assert_close(draw.target, expected.target)
+        drawn, wanted = (bank.draw(mine[1], generator=on_gpu(step, rank)) for bank in (sharded, plain))
+        assert equal(drawn.x0, wanted.x0)
+        assert torch.equal(drawn.index, wanted.index)
         for target, source in zip(static, mine, strict=True):
             target.copy_(source)
         graph.replay()
@@ -521,7 +529,7 @@ def check_on_gpus(rank, world, folder):
             assert_close(made.target[over], wanted[over])
     assert_same_rings(plain, sharded, rank, world)
     sharded.save(f"{folder}/saved")
-    other = sv.ShardedReferenceBank((d,), CLASSES, 9, track_indices=True, device="cuda")
+    other = sv.ShardedReferenceBank((d,), CLASSES, 9, **options)
     other.load(f"{folder}/saved")
     assert_same_rings(plain, other, rank, world)
     del graph
@@ -529,10 +537,89 @@ def check_on_gpus(rank, world, folder):
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)  # the inductor compiles the whole step
-def test_two_gpus(tmp_path):
+@pytest.mark.parametrize("peer_memory", [True, False])
+def test_two_gpus(tmp_path, peer_memory):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    run_processes(check_on_gpus, 2, tmp_path, deadline=580, backend="nccl")
+    run_processes(functools.partial(check_on_gpus, peer_memory), 2, tmp_path, deadline=580, backend="nccl")
+
+
+def check_peers_as_collectives(rank, world, folder):
+    """Rings, draws and targets of both ways: float64, odd sizes, a source, empty and partly filled rings, no rows."""
+    for shape, capacity, null, dtype, work in (
+        ((3, 5), 5, "ring", torch.float16, torch.float32),
+        ((257,), 1, "all", torch.float64, torch.float64),
+        ((2050,), 6, "all", torch.bfloat16, torch.float16),
+    ):
+        banks = [
+            sv.ShardedReferenceBank(
+                shape, CLASSES, capacity, null=null, dtype=dtype, track_indices=True, peer_memory=way, device="cuda"
+            )
+            for way in (True, False)
+        ]
+        rng = on_gpu(3, rank)
+        labels = torch.arange(CLASSES + 1, device="cuda").repeat(3)
+        n = len(labels)
+        for step in range(4):
+            x, noise = (torch.randn(n, *shape, device="cuda", generator=rng).to(work) for _ in range(2))
+            t = torch.rand(n, device="cuda", generator=rng)
+            t[3] = math.nan
+            results = []
+            for bank in banks:
+                drawn = bank.draw(labels, generator=on_gpu(step, rank))
+                mixed = bank.mixture(t, noise, labels, x, generator=on_gpu(step, rank))
+                options = [{"source": None}, {"source": x.to(work)}, {"source": None, "prediction": "x0"}]
+                targets = [bank.target(x, t, labels, **given) for given in options]
+                nobody = bank.target(x[:0], t[:0], labels[:0]), bank.draw(labels[:0]).x0
+                results.append((drawn.x0, drawn.index, *mixed, *nobody, *targets))
+            for i, (one, other) in enumerate(zip(*results, strict=True)):
+                assert (one.dtype, one.shape) == (other.dtype, other.shape)
+                assert torch.equal(one.isnan(), other.isnan()), (i, step)
+                if i < 7:
+                    assert equal(one, other), (i, step)
+                else:
+                    assert_close(one.nan_to_num(), other.nan_to_num())
+            pushed = torch.randint(-1, CLASSES, (5 + step,), device="cuda", generator=rng)  # class -1 is nobody's
+            values = torch.randn(5 + step, *shape, device="cuda", generator=rng)
+            index = torch.arange(5 + step, device="cuda") + 100 * rank + 1000 * step
+            for bank in banks:
+                bank.push(values, pushed, index)
+            for name in ("counts", "heads", "local_counts", "refs", "indices"):
+                assert torch.equal(*(getattr(bank, name) for bank in banks)), (name, step)
+    with pytest.raises(ValueError, match="portions: expected 1"):
+        sv.ShardedReferenceBank((4,), portions=2, peer_memory=True, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_peer_memory_equals_collectives(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    run_processes(check_peers_as_collectives, 2, tmp_path, backend="nccl")
+
+
+def peers_for_ever(rank, world, folder):
+    bank = sv.ShardedReferenceBank((8,), 4, 16, peer_memory=True, device="cuda")
+    for step in range(100_000):
+        bank.push(torch.randn(4, 8, device="cuda"), torch.arange(4, device="cuda"))
+        bank.target(torch.randn(4, 8, device="cuda"), torch.rand(4, device="cuda"), torch.arange(4, device="cuda"))
+        torch.cuda.synchronize()
+        if step == 20:
+            print("running", flush=True)
+
+
+@pytest.mark.gpu
+def test_a_lost_process_ends_those_who_share_memory(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    workers = start_processes(peers_for_ever, 2, tmp_path, timeout=4, backend="nccl")
+    for worker in workers:
+        worker.wait_for("running")
+    os.kill(workers[1].process.pid, signal.SIGSTOP)
+    workers[0].process.join(30)
+    (code, out), _ = finish_processes(workers, deadline=1)
+    assert code
+    assert "expected all 2 processes of the group to take part in a step; process 0 waited for process 1" in out, out
 
 
 def contract_on_gpus(rank, world, folder):

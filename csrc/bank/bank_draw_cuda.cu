@@ -3,6 +3,7 @@
 #include "common/ops.h"
 #include "common/path.h"
 #include "common/tensors.cuh"
+#include "peers/peers.cuh"
 
 namespace svel::cuda {
 namespace {
@@ -21,6 +22,12 @@ struct Draw {
   bool wide;              // counts are int64, else int32
   bool vectors;           // 8 elements at a time are aligned
   int64_t k, m, d, slices;
+  // In parts, see bank_draw_parts: slot s of ring y is with part (s + y) mod parts, as its slot s div parts.
+  const int64_t* parts_at;  // (parts,) where each keeps its (k, local, d); null: refs holds everything
+  int64_t parts, local;
+  Peers peers;                  // who meet first
+  const int64_t* mailboxes;     // (parts,) of the processes that x_t also goes to, or null
+  int64_t sent_at, sent_first;  // bytes into each; elements of the processes before this one
   Path path;
   double t_min;
   int64_t* slots;  // (n,)
@@ -78,12 +85,51 @@ __device__ int64_t slot_of_all(const Draw& draw, double u) {
   return low * draw.m + number - before;
 }
 
+__device__ Array sent_to(const Draw& draw, int64_t q) {
+  return {reinterpret_cast<char*>(draw.mailboxes[q]) + draw.sent_at, draw.x_t.dtype};
+}
+
+// x_t of this thread to all mailboxes. warps: every thread of the warp is here, and what they store is
+// contiguous: half of it goes at once, since stores of half a sector take twice the time on the way.
+template <typename W>
+__device__ void send(const Draw& draw, int64_t at, const W (&x)[8], bool warps) {
+  const int64_t to = draw.sent_first + at;
+  if constexpr (sizeof(W) == 4) {
+    if (warps) {
+      const int lane = threadIdx.x % 32;
+      float4 v[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int from = 16 * half + lane / 2;
+        float given[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) given[j] = __shfl_sync(0xffffffffu, x[j], from);
+        v[half] = lane % 2 ? make_float4(given[4], given[5], given[6], given[7])
+                           : make_float4(given[0], given[1], given[2], given[3]);
+      }
+      for (int64_t q = 0; q < draw.parts; ++q) {
+        float* const warp = static_cast<float*>(sent_to(draw, q).data) + to - 8 * lane + 4 * lane;
+        *reinterpret_cast<float4*>(warp) = v[0];
+        *reinterpret_cast<float4*>(warp + 128) = v[1];
+      }
+      return;
+    }
+  }
+  for (int64_t q = 0; q < draw.parts; ++q) store8<W>(sent_to(draw, q), to, x);
+}
+
 // Grid: slices of d for each row. W: float, or double for float64 references.
 template <typename W>
 __global__ void __launch_bounds__(THREADS) draw_kernel(const Draw draw) {
   __shared__ PathCoefficients shared;
   const int64_t row = blockIdx.x / draw.slices, slice = blockIdx.x % draw.slices;
   const int64_t e = slice * SLICE + static_cast<int64_t>(threadIdx.x) * 8, at = row * draw.d + e;
+  if (draw.parts_at) {
+    __shared__ bool last;
+    Header* const own = draw.peers.header(draw.peers.part);
+    if (threadIdx.x < draw.parts) await_all_here(draw.peers, threadIdx.x, own->round + 1);
+    if (is_last_block(own, false, &last) && threadIdx.x == 0) ++own->round;
+  }
   const bool whole = draw.vectors && e + 8 <= draw.d, noisy = draw.t.data;  // also where d = 0
   W x[8], noise[8] = {};
   if (noisy && whole) load8<W>(draw.noise, at, noise);  // on its way while the slot is found
@@ -111,8 +157,13 @@ __global__ void __launch_bounds__(THREADS) draw_kernel(const Draw draw) {
 
   // A label out of range does not take the fallback: it is an error that shows as NaN.
   const bool own = slot < 0 && known && draw.fallback.data;
-  const Array from = own ? draw.fallback : draw.refs;
-  const int64_t first = own ? at : slot * draw.d + e;
+  Array from = own ? draw.fallback : draw.refs;
+  int64_t first = own ? at : slot * draw.d + e;
+  if (draw.parts_at && slot >= 0) {
+    const int64_t y = slot / draw.m, s = slot % draw.m;
+    from.data = reinterpret_cast<void*>(draw.parts_at[(s + y) % draw.parts]);
+    first = (y * draw.local + s / draw.parts) * draw.d + e;
+  }
   const W alpha = noisy ? static_cast<W>(shared.alpha) : W(0),
           sigma = noisy ? static_cast<W>(shared.sigma) : W(0);
   if (whole) {
@@ -127,22 +178,27 @@ __global__ void __launch_bounds__(THREADS) draw_kernel(const Draw draw) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) x[j] = alpha * x[j] + sigma * noise[j];
     store8<W>(draw.x_t, at, x);
+    if (draw.mailboxes) send(draw, at, x, draw.d % SLICE == 0);
     return;
   }
   for (int j = 0; j < 8 && e + j < draw.d; ++j) {
     const W value = slot >= 0 || own ? load_as<W>(from, first + j) : static_cast<W>(nan(""));
     store_as(draw.x0, at + j, value);
-    if (noisy) store_as(draw.x_t, at + j, alpha * value + sigma * load_as<W>(draw.noise, at + j));
+    if (!noisy) continue;
+    const W mixed = alpha * value + sigma * load_as<W>(draw.noise, at + j);
+    store_as(draw.x_t, at + j, mixed);
+    if (draw.mailboxes) {
+      for (int64_t q = 0; q < draw.parts; ++q) store_as(sent_to(draw, q), draw.sent_first + at + j, mixed);
+    }
   }
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw(const Tensor& refs, const Tensor& counts,
-                                                     const Tensor& u, const MaybeTensor& labels,
-                                                     const MaybeTensor& fallback, const MaybeTensor& noise,
-                                                     const MaybeTensor& t, const std::string& path,
-                                                     double t_min) {
+// draw has its capacity and, in parts, what belongs to them.
+std::tuple<Tensor, Tensor, Tensor, Tensor> launch(Draw draw, const Tensor& refs, const Tensor& counts,
+                                                  const Tensor& u, const MaybeTensor& labels,
+                                                  const MaybeTensor& fallback, const MaybeTensor& noise,
+                                                  const MaybeTensor& t, const std::string& path,
+                                                  double t_min) {
   check_bank_draw(refs, counts, u, labels, fallback, noise, t, path);
   const torch::stable::accelerator::DeviceGuard guard(refs.get_device_index());
   const Tensor r = packed(refs), c = packed(counts), numbers = packed(u);
@@ -159,14 +215,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw(const Tensor& refs, const T
       t ? torch::stable::new_empty(*t, {n}) : torch::stable::new_empty(r, {0}, ScalarType::Float);
   if (n == 0) return {x0, slot, x_t, t_set};
 
-  Draw draw{};
   draw.refs = array_of(r), draw.u = array_of(numbers);
   draw.fallback = array_of(own), draw.noise = array_of(eps), draw.t = array_of(times);
   draw.x0 = array_of(x0), draw.x_t = array_of(x_t), draw.t_set = array_of(t_set);
   if (y) draw.labels = static_cast<const int64_t*>(y->const_data_ptr());
   draw.counts = c.const_data_ptr();
   draw.wide = c.scalar_type() == ScalarType::Long;
-  draw.k = r.size(0), draw.m = r.size(1), draw.d = product(shape, 1);
+  draw.k = r.size(0), draw.local = r.size(1), draw.d = product(shape, 1);
   draw.slices = std::max<int64_t>(1, (draw.d + SLICE - 1) / SLICE);
   draw.vectors = draw.d % 8 == 0;
   for (const Array& a : {draw.refs, draw.fallback, draw.noise, draw.x0, draw.x_t}) {
@@ -179,6 +234,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw(const Tensor& refs, const T
   kernel<<<static_cast<unsigned>(n * draw.slices), THREADS, 0, current_stream(r)>>>(draw);
   check_launch("bank_draw");
   return {x0, slot, x_t, t_set};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw(const Tensor& refs, const Tensor& counts,
+                                                     const Tensor& u, const MaybeTensor& labels,
+                                                     const MaybeTensor& fallback, const MaybeTensor& noise,
+                                                     const MaybeTensor& t, const std::string& path,
+                                                     double t_min) {
+  Draw draw{};
+  draw.m = refs.dim() > 1 ? refs.size(1) : 0;
+  return launch(draw, refs, counts, u, labels, fallback, noise, t, path, t_min);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(
+    const Tensor& meeting, int64_t part, double seconds, const Tensor& parts_at, int64_t capacity,
+    const Tensor& refs, const Tensor& counts, const Tensor& u, const MaybeTensor& labels,
+    const MaybeTensor& fallback, const MaybeTensor& noise, const MaybeTensor& t, const std::string& path,
+    double t_min, const MaybeTensor& mailboxes, int64_t at) {
+  Draw draw{};
+  draw.peers = peers_of(meeting, part, seconds);
+  if (mailboxes && t) {
+    draw.mailboxes = static_cast<const int64_t*>(mailboxes->const_data_ptr());
+    draw.sent_at = at, draw.sent_first = part * product(shape_of(*noise));
+  }
+  draw.m = capacity, draw.parts = parts_at.size(0);
+  draw.parts_at = static_cast<const int64_t*>(parts_at.const_data_ptr());
+  return launch(draw, refs, counts, u, labels, fallback, noise, t, path, t_min);
 }
 
 }  // namespace svel::cuda

@@ -24,9 +24,13 @@ struct Push {
   void* heads;            // (k,)
   bool wide;              // counts and heads are int64, else int32
   int64_t rows, label_groups, k, m, d;
-  int64_t first, n;  // of the chunk
-  int64_t* slots;    // (n,) row of refs, -1: not written
-  int64_t* pushed;   // (n,) in the last push of each ring: pushes to that ring in the chunk, else 0
+  // A part of every ring, see bank_push_part_: slot s of ring y is with part (s + y) mod parts, as its slot
+  // s div parts. refs is then (k, local, d), local = ceil(m / parts).
+  int64_t part, parts, local;
+  int32_t* local_counts;  // (k,) or null: valid references of this part
+  int64_t first, n;       // of the chunk
+  int64_t* slots;         // (n,) row of refs, -1: not written
+  int64_t* pushed;        // (n,) in the last push of each ring: pushes to that ring in the chunk, else 0
 };
 
 __device__ int64_t ring_of(const Push& push, int64_t i) {
@@ -76,7 +80,9 @@ __global__ void __launch_bounds__(RANK_THREADS) rank_kernel(const Push push) {
   }
   if (lane != 0) return;
   // A slot that a later push of this chunk takes again is left to that one.
-  push.slots[i] = known && after < push.m ? ring * push.m + (read_head(push, ring) + before) % push.m : -1;
+  const int64_t slot = known && after < push.m ? (read_head(push, ring) + before) % push.m : -1;
+  const bool here = slot >= 0 && (slot + ring) % push.parts == push.part;
+  push.slots[i] = here ? ring * push.local + slot / push.parts : -1;
   push.pushed[i] = known && after == 0 ? before + 1 : 0;
 }
 
@@ -89,7 +95,12 @@ __global__ void __launch_bounds__(COPY_THREADS) copy_kernel(const Push push) {
     const int64_t ring = ring_of(push, push.first + i);
     const int64_t count = read_index(push.counts, push.wide, ring) + pushed;
     write_index(push.heads, push.wide, ring, (read_head(push, ring) + pushed) % push.m);
-    write_index(push.counts, push.wide, ring, count < push.m ? count : push.m);
+    const int64_t valid = count < push.m ? count : push.m;
+    write_index(push.counts, push.wide, ring, valid);
+    if (push.local_counts) {
+      const int64_t first = (push.part - ring % push.parts + push.parts) % push.parts;
+      push.local_counts[ring] = static_cast<int32_t>((valid - first + push.parts - 1) / push.parts);
+    }
   }
   if (slot < 0) return;
   const int64_t e = slice * COPY_ELEMENTS + static_cast<int64_t>(threadIdx.x) * 8;
@@ -115,27 +126,22 @@ __global__ void __launch_bounds__(COPY_THREADS) copy_kernel(const Push push) {
   }
 }
 
-}  // namespace
-
-void bank_push_(const Tensor& refs, const Tensor& counts, const Tensor& heads, const Tensor& values,
-                const Tensor& labels, bool all_to_last) {
-  check_bank_push(refs, counts, heads, values, labels, all_to_last);
-  const torch::stable::accelerator::DeviceGuard guard(refs.get_device_index());
-  const Tensor v = packed(values), y = packed(labels);
-  Push push{};
-  push.rows = y.size(0);
+// Of values (rows, *S) and labels (rows,), which are packed; push has capacity, part, parts and local_counts.
+void launch(Push push, const Tensor& refs, const Tensor& counts, const Tensor& heads, const Tensor& values,
+            const Tensor& labels, bool all_to_last) {
+  push.rows = labels.size(0);
   push.label_groups = refs.size(0) - all_to_last;
   const int64_t n = all_to_last ? 2 * push.rows : push.rows;
-  push.k = refs.size(0), push.m = refs.size(1), push.d = product(shape_of(refs), 2);
+  push.k = refs.size(0), push.local = refs.size(1), push.d = product(shape_of(refs), 2);
   if (n == 0 || push.k == 0 || push.m == 0) return;
-  push.refs = array_of(refs), push.values = array_of(v);
+  push.refs = array_of(refs), push.values = array_of(values);
   push.refs.data = refs.mutable_data_ptr();
   push.words = refs.scalar_type() == ScalarType::Long;
   push.vectors = !push.words && push.d % 8 == 0 && is_aligned(push.refs.data) && is_aligned(push.values.data);
-  push.labels = static_cast<const int64_t*>(y.const_data_ptr());
+  push.labels = static_cast<const int64_t*>(labels.const_data_ptr());
   push.counts = counts.mutable_data_ptr(), push.heads = heads.mutable_data_ptr();
   push.wide = counts.scalar_type() == ScalarType::Long;
-  const Tensor workspace = torch::stable::new_empty(y, {2 * std::min(n, CHUNK)}, ScalarType::Long);
+  const Tensor workspace = torch::stable::new_empty(labels, {2 * std::min(n, CHUNK)}, ScalarType::Long);
   push.slots = static_cast<int64_t*>(workspace.mutable_data_ptr());
   push.pushed = push.slots + std::min(n, CHUNK);
   const int64_t slices = std::max<int64_t>(1, (push.d + COPY_ELEMENTS - 1) / COPY_ELEMENTS);
@@ -148,6 +154,28 @@ void bank_push_(const Tensor& refs, const Tensor& counts, const Tensor& heads, c
     copy_kernel<<<static_cast<unsigned>(push.n * slices), COPY_THREADS, 0, stream>>>(push);
     check_launch(OP);
   }
+}
+
+}  // namespace
+
+void bank_push_(const Tensor& refs, const Tensor& counts, const Tensor& heads, const Tensor& values,
+                const Tensor& labels, bool all_to_last) {
+  check_bank_push(refs, counts, heads, values, labels, all_to_last);
+  const torch::stable::accelerator::DeviceGuard guard(refs.get_device_index());
+  Push push{};
+  push.m = refs.size(1), push.parts = 1;
+  launch(push, refs, counts, heads, packed(values), packed(labels), all_to_last);
+}
+
+void bank_push_part_(const Tensor& refs, const Tensor& counts, const Tensor& heads,
+                     const Tensor& local_counts, const Tensor& values, const Tensor& labels, bool all_to_last,
+                     int64_t capacity, int64_t part, int64_t parts) {
+  check_bank_push(refs, counts, heads, values, labels, all_to_last);
+  const torch::stable::accelerator::DeviceGuard guard(refs.get_device_index());
+  Push push{};
+  push.m = capacity, push.part = part, push.parts = parts;
+  push.local_counts = static_cast<int32_t*>(local_counts.mutable_data_ptr());
+  launch(push, refs, counts, heads, packed(values), packed(labels), all_to_last);
 }
 
 }  // namespace svel::cuda

@@ -928,7 +928,8 @@ struct Bulk {
     }
     const double inverse = row.b / all;
     const int64_t base = row.index * in.d + offset;
-    const bool fast = in.out.dtype == Dtype::f32 && layout.vectors;
+    const Array out = out_of(in, row.index);
+    const bool fast = out.dtype == Dtype::f32 && layout.vectors;
 #pragma unroll
     for (int q = 0; q < Q; ++q)
       x[q] = static_cast<float>(fma(row.a, static_cast<double>(x[q]), inverse * sum[q]));
@@ -937,14 +938,14 @@ struct Bulk {
       const int e = element(tid, q / EV) + q % EV;
       const float4 v = make_float4(x[q], x[q + 1], x[q + 2], x[q + 3]);
       if (fast) {
-        if (e < length) *reinterpret_cast<float4*>(static_cast<float*>(in.out.data) + base + e) = v;
+        if (e < length) *reinterpret_cast<float4*>(static_cast<float*>(out.data) + base + e) = v;
       } else {
-        store_four(in.out, base + e, base + length, v);
+        store_four(out, base + e, base + length, v);
       }
     }
     // Plus D/2, which depends on the row alone: typical values stay small, and float32 keeps their digits.
     if (in.lse.data && rank == 0 && tid == 0)
-      store_as(in.lse, row.index, log(all) + LOG_2 * best + 0.5 * static_cast<double>(in.d));
+      store_as(lse_of(in, row.index), row.index, log(all) + LOG_2 * best + 0.5 * static_cast<double>(in.d));
   }
 
   __device__ __noinline__ void write_dead_rows(int tid) const {
@@ -952,8 +953,8 @@ struct Bulk {
       const int64_t index = list.order[i];
       const int64_t base = index * in.d + offset;
       for (int e = 4 * tid; e < length; e += 4 * THREADS)
-        store_four(in.out, base + e, base + length, make_float4(NAN, NAN, NAN, NAN));
-      if (in.lse.data && rank == 0 && tid == 0) store_as(in.lse, index, NAN);
+        store_four(out_of(in, index), base + e, base + length, make_float4(NAN, NAN, NAN, NAN));
+      if (in.lse.data && rank == 0 && tid == 0) store_as(lse_of(in, index), index, NAN);
     }
   }
 };

@@ -68,10 +68,10 @@ __global__ void __launch_bounds__(MERGE_THREADS)
       for (int j = 0; j < count; ++j)
         sum = fma(weights[j], parts.sums[part_of(j, rank) * layout.slice + local], sum);
       const int64_t at = row.index * in.d + e;
-      store_as(in.out, at, row.a * load_as<double>(in.x, at) + row.b * (sum / total));
+      store_as(out_of(in, row.index), at, row.a * load_as<double>(in.x, at) + row.b * (sum / total));
     }
     if (in.lse.data && chunk == 0 && threadIdx.x == 0)
-      store_as(in.lse, row.index, log(total) + LOG_2 * best + 0.5 * static_cast<double>(in.d));
+      store_as(lse_of(in, row.index), row.index, log(total) + LOG_2 * best + 0.5 * static_cast<double>(in.d));
     __syncthreads();  // weights are read above and overwritten next
   }
 }

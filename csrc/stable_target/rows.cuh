@@ -23,7 +23,26 @@ struct Inputs {                     // all arrays contiguous on the device
   int64_t n = 0, k = 1, m = 0, d = 0;
   Array out;  // (n, d): a x + b mean
   Array lse;  // (n,) or null
+  // Rows of several processes, rows_each of each: instead, results go to the memory of those whose rows they
+  // are, there to the rows of this process (csrc/peers). Null: they do not.
+  const int64_t* mailboxes = nullptr;
+  int64_t rows_each = 0, mean_at = 0, lse_at = 0;  // bytes into each
+  int part = 0;
 };
+
+// `to`, an array of one value or d of each row, as it is for the row at `index`: elements are counted alike.
+__device__ inline Array results_of(const Inputs& in, const Array& to, int64_t at, int64_t d, int64_t index) {
+  if (!in.mailboxes) return to;
+  const int64_t owner = index / in.rows_each,
+                shift = (in.part - owner) * in.rows_each * d * size_of(to.dtype);
+  return {reinterpret_cast<char*>(in.mailboxes[owner]) + at + shift, to.dtype};
+}
+__device__ inline Array out_of(const Inputs& in, int64_t index) {
+  return results_of(in, in.out, in.mean_at, in.d, index);
+}
+__device__ inline Array lse_of(const Inputs& in, int64_t index) {
+  return results_of(in, in.lse, in.lse_at, 1, index);
+}
 
 // The row of x at `index`. Both alpha and x change sign where alpha is negative, so alpha >= 0 here.
 struct Row {

@@ -31,8 +31,9 @@ void launch(const char* op, const Inputs& in, const Plan& plan, void* workspace,
   run(op, in, plan, workspace, stream);
 }
 
-// Fills `out` (N, *S) and, where given, `lse` (N,). time_or_alpha, sigma: contiguous, see Inputs.
-void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_or_alpha,
+// Fills `out` (N, *S) and, where given, `lse` (N,). time_or_alpha, sigma: contiguous, see Inputs. Results go
+// to mailboxes where the kernel of the plan writes there; whether it did.
+bool run(const char* op, const Arguments& given, Inputs in, const Tensor& time_or_alpha,
          const MaybeTensor& sigma, const Tensor& out, const MaybeTensor& lse) {
   const Tensor x = packed(given.x), refs = packed(given.refs), scalars = packed(time_or_alpha);
   const MaybeTensor labels = packed(given.labels), counts = packed(given.counts),
@@ -42,7 +43,7 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   in.d = product(shape_of(x), 1);
   in.k = labels ? refs.size(0) : 1;
   in.m = refs.size(labels ? 1 : 0);
-  if (in.n == 0) return;
+  if (in.n == 0) return false;
   in.x = array_of(x), in.refs = array_of(refs), in.time_or_alpha = array_of(scalars), in.out = array_of(out);
   if (source) in.source = array_of(*source);
   if (deviations) in.sigma = array_of(*deviations);
@@ -68,9 +69,11 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   problem.pool = problem.precision == "fast" || !lse;
   const Plan plan = make_plan(problem);
   const cudaStream_t stream = current_stream(x);
+  if (plan.kernel != "bulk") in.mailboxes = nullptr;
   if (plan.kernel != "pool" || plan.fast) {
     const Tensor workspace = torch::stable::new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
-    return launch(op, in, plan, workspace.mutable_data_ptr(), nullptr, stream);
+    launch(op, in, plan, workspace.mutable_data_ptr(), nullptr, stream);
+    return in.mailboxes != nullptr;
   }
   // Rows that the pool kernel may have rounded too much are left to another, which passes over the others.
   problem.pool = false;
@@ -85,6 +88,7 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   left.time_or_alpha = array_of(doubtful), left.out = array_of(exact);
   launch(op, left, rest, workspace.mutable_data_ptr(), nullptr, stream);
   replace_doubtful(op, in, times, left.out, stream);
+  return false;
 }
 
 ScalarType mean_dtype(const Tensor& x) {
@@ -119,6 +123,20 @@ std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, c
   const MaybeTensor no_source;
   return mean_and_lse("posterior_part", {x, refs, labels, counts, no_source, precision}, alpha, sigma,
                       ScalarType::Double);
+}
+
+bool posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& alpha, const Tensor& sigma,
+                        const MaybeTensor& labels, const MaybeTensor& counts, const std::string& precision,
+                        const Tensor& mean, const Tensor& lse, const Tensor& mailboxes, int64_t part,
+                        int64_t means, int64_t lses) {
+  check_posterior_part(x, refs, alpha, sigma, labels, counts, precision);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const MaybeTensor no_source;
+  Inputs in;
+  in.mailboxes = static_cast<const int64_t*>(mailboxes.const_data_ptr());
+  in.rows_each = x.size(0) / mailboxes.size(0), in.part = static_cast<int>(part);
+  in.mean_at = means, in.lse_at = lses;
+  return run("posterior_part", {x, refs, labels, counts, no_source, precision}, in, alpha, sigma, mean, lse);
 }
 
 Tensor stable_target(const Tensor& x, const Tensor& refs, const Tensor& t, const MaybeTensor& labels,
