@@ -2,8 +2,8 @@
 // written once. Every block finds the slot of its row itself; only a row with label -1 reads all counts.
 #include "common/ops.h"
 #include "common/path.h"
+#include "common/peers.cuh"
 #include "common/tensors.cuh"
-#include "peers/peers.cuh"
 
 namespace svel::cuda {
 namespace {

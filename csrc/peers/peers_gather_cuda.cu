@@ -2,7 +2,7 @@
 // rows read once and written once to each process. Done when the rows of all are here.
 #include <vector>
 
-#include "peers/peers.cuh"
+#include "common/peers.cuh"
 
 namespace svel::cuda {
 namespace {

@@ -1,6 +1,6 @@
 // svel::peers_merge: what the parts of all processes gave for the own rows, read from their mailboxes and
 // weighted by their shares of the whole, in one launch. Bytes: a mean from each process, x, and the result.
-#include "peers/peers.cuh"
+#include "common/peers.cuh"
 
 namespace svel::cuda {
 namespace {
