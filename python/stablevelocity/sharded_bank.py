@@ -351,18 +351,22 @@ class ShardedReferenceBank(ReferenceBank):
         """Each (N, ...) of every process -> (P N, ...), by rank; to be waited for one by one."""
         if self.parts == 1:
             return own
-        # Not coalesced: what is given to that is not kept until the exchange is over.
-        sent = [part.contiguous() for part in own]
-        return [self._call(_OPS.all_gather_into_tensor, part, self.parts, self._name) for part in sent]
+        return [self._start(_OPS.all_gather_into_tensor, part.contiguous(), self.parts, self._name) for part in own]
 
     def _exchange(self, sent: Tensor) -> Tensor:
         """(P N, ...), N rows for each process -> (P N, ...), N rows from each; to be waited for."""
         if self.parts == 1:
             return sent
         sizes = [sent.shape[0] // self.parts] * self.parts
-        return self._call(_OPS.all_to_all_single, sent.contiguous(), sizes, sizes, self._name)
+        return self._start(_OPS.all_to_all_single, sent.contiguous(), sizes, sizes, self._name)
+
+    def _start(self, collective: Callable[..., Any], sent: Tensor, *about: Any) -> Tensor:
+        """One at a time on the CPU: gloo's memory is not safe with several under way (seen in torch 2.13)."""
+        coming = self._call(collective, sent, *about)
+        return coming if sent.is_cuda else self._wait(coming)
 
     def _wait(self, coming: Tensor) -> Tensor:
+        """Also of what has been waited for."""
         return coming if self.parts == 1 else self._call(_OPS.wait_tensor, coming)
 
     def _call(self, collective: Callable[..., Any], *args: Any) -> Any:
