@@ -43,7 +43,7 @@ py::dict build_info() {
 
 py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool has_source, int x_size,
               int refs_size, bool refs_bf16, bool aligned, const std::string& precision, int sm_count,
-              int64_t smem_limit, int cc) {
+              int64_t smem_limit, int cc, double bandwidth) {
   svel::Problem problem;
   problem.n = n;
   problem.k = k;
@@ -59,6 +59,7 @@ py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool 
   problem.sm_count = sm_count;
   problem.smem_limit = smem_limit;
   problem.cc = cc;
+  problem.bandwidth = bandwidth;
   const svel::Plan made = svel::make_plan(problem);
   py::dict result;
   result["kernel"] = made.kernel;
@@ -73,6 +74,9 @@ py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool 
   result["blocks"] = made.blocks;
   result["slices"] = made.slices;
   result["slice"] = made.slice;
+  result["group"] = made.group;
+  result["in_flight"] = made.in_flight;
+  result["tile_weights"] = py::make_tuple(svel::TILE_WEIGHT, made.weight_two, made.weight_four);
   result["own_list"] = made.own_list;
   result["splits"] = made.splits;
   result["rows_per_pass"] = made.rows_per_pass;
@@ -94,6 +98,6 @@ PYBIND11_MODULE(_C, m) {
       "plan", &plan, py::kw_only(), py::arg("n"), py::arg("k"), py::arg("m"), py::arg("d"),
       py::arg("has_labels"), py::arg("has_source"), py::arg("x_size"), py::arg("refs_size"),
       py::arg("refs_bf16"), py::arg("aligned"), py::arg("precision"), py::arg("sm_count"),
-      py::arg("smem_limit"), py::arg("cc"),
+      py::arg("smem_limit"), py::arg("cc"), py::arg("bandwidth"),
       "The CUDA launch of posterior_mean and stable_target for a problem, as a dict; see common/planner.h.");
 }

@@ -22,14 +22,15 @@ class Device(NamedTuple):
     sm_count: int
     smem_limit: int  # bytes of shared memory that one thread block may ask for
     cc: int  # compute capability times ten
+    bandwidth: float  # of its memory, bytes per second as specified
 
 
 DEVICES = {
-    "a100": Device(108, 166912, 80),
-    "l40s": Device(142, 101376, 89),
-    "h100": Device(132, 232448, 90),
-    "h200": Device(132, 232448, 90),
-    "b200": Device(148, 232448, 100),
+    "a100": Device(108, 166912, 80, 2.0e12),
+    "l40s": Device(142, 101376, 89, 0.86e12),
+    "h100": Device(132, 232448, 90, 3.35e12),
+    "h200": Device(132, 232448, 90, 4.8e12),
+    "b200": Device(148, 232448, 100, 8.0e12),
 }
 
 
@@ -62,6 +63,7 @@ def _describe(device: str | torch.device | None) -> Device:
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
         10 * properties.major + properties.minor,
+        2e3 * getattr(properties, "memory_clock_rate", 2_619_000) * getattr(properties, "memory_bus_width", 5120) / 8,
     )
 
 
@@ -93,9 +95,11 @@ def plan(
 
     Returns:
         kernel, tiles (tile_rows, tile_refs, tile_d), threads, stages, blocks, slices (blocks that share a sample),
-        slice (elements of it for each), own_list (whether each block builds the list of units), splits,
-        rows_per_pass, refs_per_pass, smem_bytes, workspace_bytes, aligned (16-byte loads), wide (float64 arithmetic),
-        fast (weights of one half), the least bytes and flops, and the reason in words.
+        slice (elements of it for each), group (threads that share a sample where one block holds it), in_flight
+        (tiles on their way at once), tile_weights (what a tile costs with one row, two and more), own_list (whether
+        each block builds the list of units), splits, rows_per_pass, refs_per_pass, smem_bytes, workspace_bytes,
+        aligned (16-byte loads), wide (float64 arithmetic), fast (weights of one half), the least bytes and flops, and
+        the reason in words.
 
     Raises:
         ValueError: for a size below zero, an unknown precision or device.

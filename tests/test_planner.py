@@ -47,7 +47,7 @@ def test_workspace_is_bounded(n, m, d, k):
         ((16, 256, 16384, 10), "bulk", "stream"),
         ((16, 256, 65536, 10), "bulk", "two_pass"),
         ((2, 64, 2**20, 2), "bulk", "two_pass"),
-        ((2, 64, 2**21, 2), "two_pass", "two_pass"),
+        ((2, 64, 2**21, 2), "bulk", "two_pass"),
         ((26, 1_280_000, 4096, None), "pool", "stream"),
         ((256, 50_000, 3072, None), "many_rows", "tiled"),
         ((4096, 50_000, 4096, None), "many_rows", "tiled"),

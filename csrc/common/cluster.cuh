@@ -67,9 +67,4 @@ __device__ inline void tensor_copy(uint32_t shared, const CUtensorMap& map, int 
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 
-// Writes to shared memory so far are seen by copies and products that start afterwards.
-__device__ inline void fence_async() {
-  SVEL_HOPPER_ASM("fence.proxy.async;" :: : "memory");
-}
-
 }  // namespace svel

@@ -56,6 +56,10 @@ __device__ inline void publish_barriers() {
 __device__ inline void arrive(Barrier* barrier) {
   SVEL_HOPPER_ASM("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+__device__ inline void arrive_for(Barrier* barrier, int arrivals) {
+  SVEL_HOPPER_ASM("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                  "r"(arrivals) : "memory");
+}
 // Arrives, and the phase ends only after so many bytes more.
 __device__ inline void arrive_expecting(Barrier* barrier, uint32_t bytes) {
   SVEL_HOPPER_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -71,6 +75,19 @@ __device__ inline void wait_barrier(Barrier* barrier, uint32_t parity) {
       "@!done bra again;\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(parity) : "memory");
+}
+
+// Whether it has ended, without waiting.
+__device__ inline bool has_passed(Barrier* barrier, uint32_t parity) {
+  int passed = 0;
+  SVEL_HOPPER_ASM(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, done;\n"
+      "}" : "=r"(passed) : "r"(shared_address(barrier)),
+      "r"(parity) : "memory");
+  return passed;
 }
 
 // For what is read once: it leaves the L2 first, and what others read again stays.
@@ -97,6 +114,11 @@ __device__ inline void bulk_copy(void* shared, const void* global, uint32_t byte
 // Brings `bytes`, a multiple of 16 from an address aligned to 16 bytes, to the L2.
 __device__ inline void prefetch_bulk(const void* global, uint32_t bytes) {
   SVEL_HOPPER_ASM("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
+// Writes to shared memory so far are seen by copies and products that start afterwards.
+__device__ inline void fence_async() {
+  SVEL_HOPPER_ASM("fence.proxy.async;" :: : "memory");
 }
 
 // All threads of all blocks of the cluster.
@@ -126,25 +148,32 @@ __device__ inline void store_in_cluster(double* shared, Barrier* barrier, int pe
       "r"(shared_address(barrier)), "r"(peer), "d"(value) : "memory");
 }
 
+// A counter of arrivals in device memory: who adds leaves what the block's threads wrote before a barrier to
+// those who find their number there, and to the threads that a barrier joins them with.
+__device__ inline int arrivals_so_far(const int* counter) {
+  int count = 0;
+  SVEL_HOPPER_ASM("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+  return count;
+}
+__device__ inline int add_arrival(int* counter) {
+  int before = 0;
+  SVEL_HOPPER_ASM("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 // Eight bytes to and from another block of the grid, whole or not at all.
 __device__ inline void post_letter(uint2* to, uint2 letter) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(letter.x), "r"(letter.y)
                : "memory");
 }
-__device__ inline uint2 read_letter(const uint2* from) {
-  uint2 letter;
-  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
-               : "=r"(letter.x), "=r"(letter.y)
+// Two letters side by side.
+__device__ inline uint4 read_letters(const uint2* from) {
+  uint4 letters;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(letters.x), "=r"(letters.y), "=r"(letters.z), "=r"(letters.w)
                : "l"(from)
                : "memory");
-  return letter;
-}
-
-// As soon as it is there.
-__device__ inline uint32_t await_letter(const uint2* from, uint32_t tag) {
-  uint2 letter = read_letter(from);
-  while (letter.y != tag) letter = read_letter(from);
-  return letter.x;
+  return letters;
 }
 
 // Among `threads` threads of the block, a multiple of 32, that name the same barrier, 1 to 15.

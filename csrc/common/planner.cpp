@@ -39,33 +39,28 @@ constexpr StreamTile STREAM_TILES[] = {
 constexpr int64_t STREAM_FIXED_SMEM = 4096;  // scores, tile descriptors, reductions
 constexpr int MAX_STAGES = 4;
 
-// Tiles of the bulk kernel (Hopper), tried in order: the first whose `threads` consumers hold D, by
-// `elements` each, is taken; longer samples are cut into slices over a team of blocks. `rows` of one group
-// share a pass. Sixteen warps per multiprocessor, since what a tile costs them beside its arithmetic is
-// latency.
+// Tiles of the bulk kernels (Hopper), tried in order: the first that holds D is taken. Up to 8,192 elements
+// a block holds a sample, `group` threads with `elements` each, in as many groups as its 512 threads make
+// (bulk_groups.cuh); up to four rows of one class share a pass. Longer samples are cut into slices over a
+// team of blocks (bulk_teams.cuh): a cluster of up to eight, else blocks all over the grid.
 struct BulkTile {
   int refs_size;
-  int threads, elements, tile_refs, rows, blocks;  // blocks: per multiprocessor
+  int group, elements, tile_refs;
   int64_t most_d;
   const char* reason;
 };
 
 constexpr BulkTile BULK_TILES[] = {
-    {2, 128, 8, 4, 2, 3, 1024, "D <= 1,024: three blocks per multiprocessor"},
-    {2, 256, 8, 4, 2, 2, 2048, "D <= 2,048: two blocks per multiprocessor"},
-    {2, 512, 8, 4, 2, 1, 4096, "D <= 4,096: one block per multiprocessor, tiles of 32 KB"},
-    {2, 512, 16, 2, 1, 1, 8192, "D <= 8,192: one block per multiprocessor, tiles of 32 KB"},
-    {2, 512, 16, 4, 1, 1, 65536, "D <= 65,536: a cluster of up to 8 blocks, 8,192 elements each"},
-    {2, 512, 16, 4, 1, 1, 1 << 20, "D <= 1,048,576: blocks all over the grid share a sample"},
-    {4, 128, 8, 2, 2, 3, 1024, "D <= 1,024: three blocks per multiprocessor"},
-    {4, 256, 8, 2, 2, 2, 2048, "D <= 2,048: two blocks per multiprocessor"},
-    {4, 512, 8, 2, 2, 1, 4096, "D <= 4,096: one block per multiprocessor, tiles of 32 KB"},
-    {4, 512, 16, 1, 1, 1, 8192, "D <= 8,192: one block per multiprocessor, tiles of 32 KB"},
-    {4, 512, 16, 2, 1, 1, 65536, "D <= 65,536: a cluster of up to 8 blocks, 8,192 elements each"},
-    {4, 512, 16, 2, 1, 1, 1 << 20, "D <= 1,048,576: blocks all over the grid share a sample"},
+    {0, 32, 16, 2, 512, "D <= 512: sixteen groups of one warp"},
+    {0, 64, 16, 2, 1024, "D <= 1,024: eight groups of two warps"},
+    {0, 128, 16, 2, 2048, "D <= 2,048: four groups of four warps"},
+    {0, 256, 16, 2, 4096, "D <= 4,096: two groups of eight warps, tiles of two references in registers"},
+    {2, 512, 16, 2, 8192, "D <= 8,192: one group of sixteen warps"},
+    {4, 512, 16, 1, 8192, "D <= 8,192: one group of sixteen warps, one reference at a time"},
+    {2, 512, 16, 2, 1 << 20, "D <= 1,048,576: a team of blocks, up to 8,192 elements each"},
+    {2, 512, 32, 1, 1 << 21, "D <= 2,097,152: a team of blocks, up to 16,384 elements each"},
+    {4, 512, 16, 1, 1 << 20, "D <= 1,048,576: a team of blocks, up to 8,192 elements each"},
 };
-
-constexpr int64_t RESERVED_SMEM = 1024;  // of every block, for the system
 
 constexpr int64_t SMALL_D = 32;       // up to here a thread holds whole rows in registers
 constexpr int64_t EXACT_D = 8;        // up to here rounding does not average out: scores and sums in float64
@@ -85,25 +80,53 @@ int64_t list_bytes(const Problem& p) {
   return p.n * ROW_BYTES + 8 * (groups(p) + 1) + 4096;
 }
 
+// Of a multiprocessor, for a row, a reference and an element: units of two rows take 1.0 us on an H100, 0.9 on an
+// H200, for a tile of two references of 4,096 elements.
+constexpr double TILE_REFERENCE_SECONDS = 0.98e-6 / 2 / 2 / 4096;
+
+// Bytes that a multiprocessor has on their way. More only wait in the memory's queues, and whatever else is read
+// waits behind them. 256 rows of a bank of 1,001 x 256 x 4,096 on an H100: 48 KB 212 us, 64 KB 216, 96 KB 216, no limit
+// 219; all different 213, 214, 219, 222.
+constexpr int64_t BULK_IN_FLIGHT = 49152;
+
+// At least so many slices, a quarter more at most, so that whole teams leave the fewest multiprocessors idle.
+int64_t best_slices(int64_t least, int64_t sm_count) {
+  int64_t best = least;
+  if (least <= BULK_MAX_CLUSTER) return best;
+  for (int64_t slices = least; slices <= least + least / 4; ++slices) {
+    if (sm_count / slices * slices > sm_count / best * best) best = slices;
+  }
+  return best;
+}
+
 bool plan_bulk(const Problem& p, Plan& plan) {
   if (p.cc < 90 || !p.aligned || p.refs_size == 8 || p.d == 0) return false;
   for (const BulkTile& tile : BULK_TILES) {
-    if (tile.refs_size != p.refs_size || p.d > tile.most_d) continue;
-    const int64_t held = int64_t{tile.threads} * tile.elements;
-    const int64_t slices = ceil_div(p.d, held),
+    if ((tile.refs_size != 0 && tile.refs_size != p.refs_size) || p.d > tile.most_d) continue;
+    const int64_t held = int64_t{tile.group} * tile.elements;
+    const int64_t slices = best_slices(ceil_div(p.d, held), p.sm_count),
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
-    if (slices > p.sm_count) return false;
-    plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS;
+    if (slices > p.sm_count) continue;
+    plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS && p.m < int64_t{1} << 31;
     const int64_t stage = tile.tile_refs * slice * p.refs_size;
-    const int64_t fixed = BULK_FIXED_SMEM + (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
-    const int64_t share = (p.smem_limit + RESERVED_SMEM) / tile.blocks - RESERVED_SMEM;
-    const int64_t stages = std::min<int64_t>(BULK_MAX_STAGES, (share - fixed) / stage);
-    if (stages < 3) return false;
+    const int64_t fixed = BULK_FIXED_SMEM + (slices == 1 ? groups_sums_smem(tile.elements) : 0) +
+                          (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
+    const int64_t most_stages = slices == 1 ? GROUPS_MAX_STAGES : BULK_MAX_STAGES;
+    int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
+    if (slices == 1) stages -= stages % (GROUPS_CONSUMERS / tile.group);  // see bulk_groups.cuh
+    if (stages < (slices == 1 ? 3 : BULK_LAG + 2)) return false;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
-    const int64_t teams = std::max<int64_t>(1, std::min(tile.blocks * p.sm_count / slices, units));
+    const int64_t teams = std::max<int64_t>(1, std::min(p.sm_count / slices, units));
     plan.kernel = "bulk";
-    plan.threads = tile.threads + BULK_PRODUCERS;
-    plan.tile_rows = tile.rows;
+    plan.threads = GROUPS_CONSUMERS + BULK_PRODUCERS;
+    plan.group = tile.group;
+    plan.in_flight = static_cast<int>(std::clamp<int64_t>(BULK_IN_FLIGHT / stage, 2, stages));
+    // One row waits for memory, more are bound by their arithmetic where that takes longer.
+    const double memory = tile.tile_refs * p.refs_size * p.sm_count / (0.92 * p.bandwidth);
+    const double arithmetic = TILE_REFERENCE_SECONDS * tile.tile_refs;
+    plan.weight_two = std::max(TILE_WEIGHT, static_cast<int>(TILE_WEIGHT * 2 * arithmetic / memory + 0.5));
+    plan.weight_four = std::max(TILE_WEIGHT, static_cast<int>(TILE_WEIGHT * 4 * arithmetic / memory + 0.5));
+    plan.tile_rows = slices == 1 ? std::min(GROUPS_CONSUMERS / tile.group, GROUPS_MOST_ROWS) : 1;
     plan.tile_refs = tile.tile_refs;
     plan.tile_d = held;
     plan.stages = static_cast<int>(stages);
@@ -113,9 +136,9 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.splits = teams;
     plan.rows_per_pass = p.n;
     plan.refs_per_pass = groups(p) * p.m;
-    plan.smem_bytes = fixed + stages * stage;
+    plan.smem_bytes = fixed + std::max(stages * stage, plan.own_list ? LIST_SCRATCH_SMEM : 0);
     plan.workspace_bytes = unit_list_bytes(p.n, groups(p)) + 4 * p.n * slices + 4096 +
-                           plan.blocks * tile.rows * (16 * slice + 48 + 32 * (tile.tile_refs + 2));
+                           plan.blocks * plan.tile_rows * (16 * slice + 256);
     plan.reason = tile.reason;
     return true;
   }

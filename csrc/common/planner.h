@@ -16,6 +16,7 @@ struct Problem {
   bool has_source = false;
   bool pool = true;  // the pool kernel may serve: not for an exact lse, nor for rows that it leaves
   int sm_count = 132;
+  double bandwidth = 3.35e12;   // of the device's memory, bytes per second as specified
   int64_t smem_limit = 232448;  // bytes of shared memory that a block may ask for
   int cc = 90;                  // compute capability times ten
   bool has_sm90a = true;        // code for compute capability 9.0 with its own instructions was compiled
@@ -36,6 +37,7 @@ struct Plan {
   int64_t slices = 1;     // pool, bulk: thread blocks that share a sample, and
   int64_t slice = 0;      // elements of it for each
   bool own_list = false;  // bulk: each block builds the list of units for itself
+  int group = 0;          // bulk: threads that share a sample where one block holds it; the block has several
   int64_t splits = 1;  // pool, bulk, stream: most parts of a row's references; two_pass: parts of D; small:
                        // parts of the references
   int64_t rows_per_pass = 0;  // rows and references that one round of launches covers
@@ -45,6 +47,9 @@ struct Plan {
   int64_t bytes = 0;  // that must move at least, if every row has a group of its own (up to k)
   int64_t flops = 0;  // 4 n m d: a product and a weighted sum
   std::string reason;
+  int in_flight = 0;  // bulk: tiles on their way at once
+  int weight_two = 0,
+      weight_four = 0;  // bulk: what a tile costs with two rows and with more; TILE_WEIGHT: one
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
@@ -59,13 +64,21 @@ constexpr int64_t BULK_FIXED_SMEM = 8192;
 constexpr int64_t OWN_LIST_ROWS = 256, OWN_LIST_GROUPS = 1024;
 constexpr int64_t UNIT_BYTES = 40;
 constexpr int64_t unit_list_bytes(int64_t n, int64_t k) {
-  return n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + (4 * n + 8 + 15) / 16 * 16;
+  return (n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + 4 * n + 12 + 15) / 16 * 16;
 }
 constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
-  return (12 * OWN_LIST_ROWS + unit_list_bytes(n, k) + 127) / 128 * 128;
+  return (unit_list_bytes(n, k) + 127) / 128 * 128;
+}
+constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before the first copies
+// Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
+constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
+constexpr int TILE_WEIGHT = 8;
+constexpr int groups_sums_smem(int elements) {  // where groups leave their sums for one another
+  return 4 * GROUPS_CONSUMERS * elements;
 }
 constexpr int BULK_PRODUCERS = 128;  // threads beside the consumers: registers are dealt to 128 at a time
 constexpr int BULK_MAX_STAGES = 8;
+constexpr int BULK_LAG = 3;          // tiles that a team of blocks scores ahead of those that it adds
 constexpr int BULK_MAX_CLUSTER = 8;  // above that a team of blocks spans the grid
 
 // Throws std::invalid_argument for sizes below zero and for a precision that is not "exact" or "fast".

@@ -50,6 +50,7 @@ inline cudaStream_t current_stream(const Tensor& t) {
 
 struct DeviceLimits {
   int sm_count = 0, smem_limit = 0, cc = 0;
+  double bandwidth = 0;  // of its memory, bytes per second as specified
 };
 
 // Read once per device; reading them does not wait for the device.
@@ -68,6 +69,7 @@ inline const DeviceLimits& device_limits(const char* op, int device) {
     };
     limits.smem_limit = read(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     limits.cc = 10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor);
+    limits.bandwidth = 2e3 * read(cudaDevAttrMemoryClockRate) * read(cudaDevAttrGlobalMemoryBusWidth) / 8;
     limits.sm_count = read(cudaDevAttrMultiProcessorCount);
   }
   return limits;

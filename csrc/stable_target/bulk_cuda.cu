@@ -24,14 +24,17 @@ __global__ void zero_kernel(int* arrived, int64_t counts) {
 }
 
 constexpr int MERGE_THREADS = 128;
-constexpr int64_t MERGE_ELEMENTS = 256;  // of D per block: few rows, so many blocks for each
+constexpr int64_t MERGE_ELEMENTS = 32;  // of D per block: few rows, so many blocks for each
 
-// Merges the parts of one unit over MERGE_ELEMENTS of D. Grid: units (at most n) x parts of D.
+// Merges the parts of one unit over MERGE_ELEMENTS of D, one to each lane; every warp takes a share of the
+// parts. Grid: units (at most n) x parts of D.
 __global__ void __launch_bounds__(MERGE_THREADS)
-    merge_kernel(const Inputs in, const UnitList list, const BulkParts parts, const BulkLayout layout,
-                 const int rows, const int64_t teams) {
+    merge_kernel(const Inputs in, const UnitList list, const BulkParts parts, const int64_t slices,
+                 const int64_t slice, const int rows, const int64_t teams) {
   extern __shared__ double weights[];  // (teams of the unit,)
   __shared__ double scratch[33];
+  __shared__ double sums[MERGE_THREADS / 32][MERGE_ELEMENTS];
+  wait_for_previous_launch();
   const int64_t chunks = (in.d + MERGE_ELEMENTS - 1) / MERGE_ELEMENTS;
   const int u = static_cast<int>(blockIdx.x / chunks);
   const int64_t chunk = blockIdx.x % chunks;
@@ -41,12 +44,12 @@ __global__ void __launch_bounds__(MERGE_THREADS)
   if (from == to) return;
   const Unit unit = list.units[u];
   const int count = static_cast<int>(to - from) + 1;
-  const int64_t begin = chunk * MERGE_ELEMENTS, end = min(begin + MERGE_ELEMENTS, in.d);
+  const int64_t begin = chunk * MERGE_ELEMENTS;
   for (int r = 0; r < unit.rows; ++r) {
     bool finite;
     const Row row = make_row(in, list.order[unit.first + r], 0, finite);
     const auto part_of = [&](int j, int64_t rank) {
-      return (2 * ((from + j) * layout.slices + rank) + (j == 0 ? 1 : 0)) * rows + r;
+      return (2 * ((from + j) * slices + rank) + (j == 0 ? 1 : 0)) * rows + r;
     };
     double top = -INFINITY;
     for (int j = threadIdx.x; j < count; j += MERGE_THREADS) {
@@ -61,12 +64,21 @@ __global__ void __launch_bounds__(MERGE_THREADS)
       share += weights[j] * part.total;
     }
     const double total = block_sum<double>(share, scratch);
-    for (int64_t e = begin + threadIdx.x; e < end; e += MERGE_THREADS) {
-      const int64_t rank = e / layout.slice, local = e % layout.slice;
+    constexpr int WARPS = MERGE_THREADS / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, each = (count + WARPS - 1) / WARPS;
+    const int64_t e = begin + lane;
+    if (e < in.d) {
+      const int64_t rank = e / slice, local = e % slice;
       double sum = 0;
 #pragma unroll 8
-      for (int j = 0; j < count; ++j)
-        sum = fma(weights[j], parts.sums[part_of(j, rank) * layout.slice + local], sum);
+      for (int j = warp * each; j < min(count, (warp + 1) * each); ++j)
+        sum = fma(weights[j], parts.sums[part_of(j, rank) * slice + local], sum);
+      sums[warp][lane] = sum;
+    }
+    __syncthreads();
+    if (warp == 0 && e < in.d) {
+      double sum = 0;
+      for (int w = 0; w < WARPS; ++w) sum += sums[w][lane];
       const int64_t at = row.index * in.d + e;
       store_as(out_of(in, row.index), at, row.a * load_as<double>(in.x, at) + row.b * (sum / total));
     }
@@ -92,11 +104,19 @@ void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t st
 }
 
 void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
-                 const BulkLayout& layout, int rows, int64_t teams, cudaStream_t stream) {
+                 int64_t slices, int64_t slice, int rows, int64_t teams, cudaStream_t stream) {
   const int64_t chunks = (in.d + MERGE_ELEMENTS - 1) / MERGE_ELEMENTS;
-  merge_kernel<<<static_cast<unsigned>(in.n * chunks), MERGE_THREADS, teams * sizeof(double), stream>>>(
-      in, list, parts, layout, rows, teams);
-  check_launch(op);
+  cudaLaunchAttribute overlaps{};
+  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlaps.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(in.n * chunks));
+  config.blockDim = dim3(MERGE_THREADS);
+  config.dynamicSmemBytes = teams * sizeof(double);
+  config.stream = stream;
+  config.attrs = &overlaps;
+  config.numAttrs = 1;
+  check_cuda(op, cudaLaunchKernelEx(&config, merge_kernel, in, list, parts, slices, slice, rows, teams));
 }
 
 int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig_t& config, int size) {

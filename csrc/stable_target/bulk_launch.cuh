@@ -2,7 +2,8 @@
 // long to compile. The list of compiled tiles is that of the planner.
 #pragma once
 
-#include "stable_target/bulk.cuh"
+#include "stable_target/bulk_groups.cuh"
+#include "stable_target/bulk_teams.cuh"
 #include "stable_target/launch.cuh"
 
 namespace svel::cuda {
@@ -16,7 +17,7 @@ void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t st
 
 // Merges the parts of all units that several teams have shared, of `rows` rows each at most.
 void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
-                 const BulkLayout& layout, int rows, int64_t teams, cudaStream_t stream);
+                 int64_t slices, int64_t slice, int rows, int64_t teams, cudaStream_t stream);
 
 struct BulkLaunch {
   const char* op;
@@ -33,33 +34,83 @@ bool launch_bulk(const BulkLaunch& launch);
 namespace {
 
 struct Launch : BulkLaunch {
-  template <typename T, int THREADS, int Q, int TR, int R, int BLOCKS, bool TEAMS = false>
-  bool run_if() const {
-    using Kernel = Bulk<T, THREADS, Q, TR, R, BLOCKS, TEAMS>;
+  // A sample in one block.
+  template <typename T, int GT, int Q, int TR>
+  bool run_groups_if() const {
+    using Kernel = Groups<T, GT, Q, TR>;
     static_assert(Kernel::FIXED_BYTES <= BULK_FIXED_SMEM, "the planner reserves less");
-    if (in.refs.dtype != DtypeOf<T>::value || plan.threads != THREADS + BULK_PRODUCERS ||
-        plan.tile_d != THREADS * Q || plan.tile_refs != TR || plan.tile_rows != R ||
-        (plan.slices > 1) != TEAMS)
+    if (in.refs.dtype != DtypeOf<T>::value || plan.slices > 1 || plan.group != GT || plan.tile_d != GT * Q ||
+        plan.tile_refs != TR || plan.tile_rows != Kernel::ROWS)
       return false;
-    const auto kernel = bulk_kernel<T, THREADS, Q, TR, R, BLOCKS, TEAMS>;
+    const auto kernel = groups_kernel<T, GT, Q, TR>;
+    check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(plan.smem_bytes)));
+    GroupsLayout layout{};
+    layout.stages = plan.stages;
+    layout.in_flight = plan.in_flight;
+    layout.vectors = vectors();
+    layout.own_list = plan.own_list;
+    layout.merge_last = merge_last(plan.blocks, Kernel::ROWS);
+
+    Carver carver(workspace);
+    const UnitList list = place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k,
+                                          plan.weight_two, plan.weight_four);
+    BulkParts parts{};
+    parts.sums = carver.take<double>(2 * plan.blocks * Kernel::ROWS * in.d);
+    parts.rows = carver.take<PartRow>(2 * plan.blocks * Kernel::ROWS);
+    parts.arrived = carver.take<int>(in.n);
+    if (!layout.own_list) {
+      build_unit_list(op, in, list, parts.arrived, in.n, TR, Kernel::ROWS, stream);
+    } else if (layout.merge_last) {
+      zero_arrivals(op, parts.arrived, in.n, stream);
+    }
+    cudaLaunchAttribute overlaps{};
+    overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlaps.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
+    config.blockDim = dim3(GROUPS_CONSUMERS + BULK_PRODUCERS);
+    config.dynamicSmemBytes = plan.smem_bytes;
+    config.stream = stream;
+    config.attrs = &overlaps;
+    config.numAttrs = layout.own_list && !layout.merge_last ? 0 : 1;  // whether what came before is ours
+    check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
+    if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, Kernel::ROWS, plan.blocks, stream);
+    return true;
+  }
+
+  bool vectors() const {
+    return in.d % 8 == 0 && is_aligned(in.x.data) && is_aligned(in.source.data) && is_aligned(in.out.data);
+  }
+
+  // A unit of few rows is cut into many parts where there are few units: their merge wants a launch of its
+  // own.
+  bool merge_last(int64_t teams, int rows) const { return teams <= 8 * ((in.n + rows - 1) / rows); }
+
+  // A sample over a team of blocks.
+  template <typename T, int Q, int TR>
+  bool run_teams_if() const {
+    using Kernel = Teams<T, Q, TR>;
+    static_assert(Kernel::FIXED_BYTES <= BULK_FIXED_SMEM, "the planner reserves less");
+    if (in.refs.dtype != DtypeOf<T>::value || plan.slices == 1 || plan.tile_d != Kernel::THREADS * Q ||
+        plan.tile_refs != TR)
+      return false;
+    const auto kernel = teams_kernel<T, Q, TR>;
     const void* const entry = reinterpret_cast<const void*>(kernel);
     check_cuda(op, cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(plan.smem_bytes)));
-
-    BulkLayout layout{};
+    TeamsLayout layout{};
     layout.slices = static_cast<int>(plan.slices);
-    layout.team = layout.slices == 1                  ? Team::block
-                  : layout.slices <= BULK_MAX_CLUSTER ? Team::cluster
-                                                      : Team::grid;
+    layout.team = layout.slices <= BULK_MAX_CLUSTER ? Team::cluster : Team::grid;
     layout.slice = plan.slice;
     layout.stages = plan.stages;
-    layout.vectors =
-        in.d % 8 == 0 && is_aligned(in.x.data) && is_aligned(in.source.data) && is_aligned(in.out.data);
+    layout.vectors = vectors();
     layout.own_list = plan.own_list;
 
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config{};
-    config.blockDim = dim3(THREADS + BULK_PRODUCERS);
+    config.blockDim = dim3(GROUPS_CONSUMERS + BULK_PRODUCERS);
     config.dynamicSmemBytes = plan.smem_bytes;
     config.stream = stream;
     config.attrs = attributes;
@@ -71,38 +122,34 @@ struct Launch : BulkLaunch {
       teams = std::min<int64_t>(teams, resident_clusters(op, entry, config, layout.slices));
     }
     config.gridDim = dim3(static_cast<unsigned>(teams * layout.slices));
+    layout.merge_last = merge_last(teams, 1);
     if (layout.team == Team::grid) {  // its blocks wait for one another: all run at once or none
       attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
       attributes[config.numAttrs++].val.cooperative = 1;
-    } else {
+    } else if (!layout.own_list || layout.merge_last) {  // what came before is ours
       attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
 
-    const int64_t blocks = teams * layout.slices;
+    const int64_t blocks = teams * layout.slices, counts = in.n * layout.slices;
     Carver carver(workspace);
-    const UnitList list = place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k);
+    const UnitList list = place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k,
+                                          plan.weight_two, plan.weight_four);
     BulkParts parts{};
-    parts.sums = carver.take<double>(2 * blocks * R * layout.slice);
-    parts.rows = carver.take<PartRow>(2 * blocks * R);
-    const int64_t counts = in.n * layout.slices;
+    parts.sums = carver.take<double>(2 * blocks * layout.slice);
+    parts.rows = carver.take<PartRow>(2 * blocks);
+    const int64_t letters = layout.team == Team::grid ? blocks * TEAMS_SLOTS * TEAMS_LETTERS : 0;
+    parts.mail = carver.take<uint2>(letters);
     parts.arrived = carver.take<int>(counts);
-    if (layout.team == Team::grid) {
-      const int64_t letters = blocks * TEAM_SLOTS * Kernel::LETTERS;
-      parts.mail = carver.take<uint2>(letters);
-      check_cuda(op, cudaMemsetAsync(parts.mail, 0, letters * sizeof(uint2), stream));
-    }
-    // A unit of few rows is cut into many parts where there are few units: their merge wants a launch of its
-    // own.
-    layout.merge_last = teams <= 8 * ((in.n + R - 1) / R);
-
+    if (layout.team == Team::grid)
+      check_cuda(op, cudaMemsetAsync(parts.mail, 0, letters * sizeof(uint2) + counts * sizeof(int), stream));
     if (!layout.own_list) {
-      build_unit_list(op, in, list, parts.arrived, counts, TR, R, stream);
-    } else if (layout.merge_last) {
+      build_unit_list(op, in, list, parts.arrived, counts, TR, 1, stream);
+    } else if (layout.merge_last && layout.team == Team::cluster) {
       zero_arrivals(op, parts.arrived, counts, stream);
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
-    if (!layout.merge_last) merge_parts(op, in, list, parts, layout, R, teams, stream);
+    if (!layout.merge_last) merge_parts(op, in, list, parts, layout.slices, layout.slice, 1, teams, stream);
     return true;
   }
 };
@@ -111,14 +158,13 @@ struct Launch : BulkLaunch {
 template <typename T>
 bool launch_tiles(const BulkLaunch& launch) {
   const Launch at{launch};
+  const bool launched = at.run_groups_if<T, 32, 16, 2>() || at.run_groups_if<T, 64, 16, 2>() ||
+                        at.run_groups_if<T, 128, 16, 2>() || at.run_groups_if<T, 256, 16, 2>();
+  if (launched) return true;
   if constexpr (sizeof(T) == 2) {
-    return at.run_if<T, 128, 8, 4, 2, 3>() || at.run_if<T, 256, 8, 4, 2, 2>() ||
-           at.run_if<T, 512, 8, 4, 2, 1>() || at.run_if<T, 512, 16, 2, 1, 1>() ||
-           at.run_if<T, 512, 16, 4, 1, 1, true>();
+    return at.run_groups_if<T, 512, 16, 2>() || at.run_teams_if<T, 16, 2>() || at.run_teams_if<T, 32, 1>();
   } else {
-    return at.run_if<T, 128, 8, 2, 2, 3>() || at.run_if<T, 256, 8, 2, 2, 2>() ||
-           at.run_if<T, 512, 8, 2, 2, 1>() || at.run_if<T, 512, 16, 1, 1, 1>() ||
-           at.run_if<T, 512, 16, 2, 1, 1, true>();
+    return at.run_groups_if<T, 512, 16, 1>() || at.run_teams_if<T, 16, 1>();
   }
 }
 

@@ -60,7 +60,8 @@ __device__ inline void sort_keys(uint64_t* keys, int size) {
   __syncthreads();
 }
 
-__device__ inline Row make_row(const Inputs& in, int64_t index, int64_t all_references, bool& alive) {
+// Without its group and references.
+__device__ inline Row row_coefficients(const Inputs& in, int64_t index) {
   Row row{};
   row.index = index;
   row.sign = 1.0;
@@ -73,6 +74,11 @@ __device__ inline Row make_row(const Inputs& in, int64_t index, int64_t all_refe
     row.alpha = given, row.sigma = load_as<double>(in.sigma, index), row.a = 0.0, row.b = 1.0;
   }
   if (row.alpha < 0) row.alpha = -row.alpha, row.sign = -1.0;
+  return row;
+}
+
+__device__ inline Row make_row(const Inputs& in, int64_t index, int64_t all_references, bool& alive) {
+  Row row = row_coefficients(in, index);
   alive = isfinite(row.alpha) && isfinite(row.sigma) && row.sigma != 0.0;
   row.group = in.labels ? in.labels[index] : 0;
   alive = alive && row.group >= -1 && row.group < in.k;

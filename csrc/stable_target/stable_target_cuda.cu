@@ -63,6 +63,7 @@ bool run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   problem.precision = given.precision;
   const DeviceLimits& limits = device_limits(op, x.get_device_index());
   problem.sm_count = limits.sm_count, problem.smem_limit = limits.smem_limit, problem.cc = limits.cc;
+  if (limits.bandwidth > 0) problem.bandwidth = limits.bandwidth;
 #if !defined(SVEL_HAS_SM90A)
   problem.has_sm90a = false;
 #endif

@@ -15,40 +15,46 @@ struct Unit {
   int64_t tiles;  // of its references; at least one, which holds none where a row has only its own source
   int first;      // of its rows, in UnitList::order
   int rows;
-  int alone;  // no other unit has this group
+  int alone;   // no other unit has this group
+  int weight;  // what a tile costs
 };
 
 struct UnitList {
-  int* order;           // (n,) rows with something to read by group within 4096 rows, the others from the end
-  Unit* units;          // (n,)
-  int64_t* first_tile;  // (n + 1,) prefix sums over the units
-  int64_t* group_tiles;  // (k + 1,) prefix sums over the groups, where some row takes all of them
-  int* sizes;            // units, rows with something to read
+  int* order;       // (n,) rows with something to read by group within 4096 rows, the others from the end
+  Unit* units;      // (n,)
+  int64_t* begins;  // (n + 1,) prefix sums over the units: tiles times their weight
+  int64_t* group_tiles;  // (k + 1,) prefix sums over the groups: tiles, where some row takes all of them
+  int* sizes;            // units, rows with something to read, the largest weight of a unit
+  int two, four;         // weights of a tile for two rows and for more
+
+  __device__ int weight(int rows) const { return rows == 1 ? TILE_WEIGHT : rows == 2 ? two : four; }
 };
 
 static_assert(sizeof(Unit) == UNIT_BYTES, "the planner counts so many");
 
 // The pieces of `memory`, unit_list_bytes, aligned to 16 bytes.
-__host__ __device__ inline UnitList place_unit_list(void* memory, int64_t n, int64_t k) {
+__host__ __device__ inline UnitList place_unit_list(void* memory, int64_t n, int64_t k, int two, int four) {
   UnitList list;
+  list.two = two, list.four = four;
   list.units = static_cast<Unit*>(memory);
-  list.first_tile = reinterpret_cast<int64_t*>(list.units + n);
-  list.group_tiles = list.first_tile + n + 1;
+  list.begins = reinterpret_cast<int64_t*>(list.units + n);
+  list.group_tiles = list.begins + n + 1;
   list.order = reinterpret_cast<int*>(list.group_tiles + k + 1);
   list.sizes = list.order + n;
   return list;
 }
 
+__device__ inline bool row_is_finite(const Inputs& in, int64_t index) {
+  if (!isfinite(load_as<double>(in.time_or_alpha, index))) return false;
+  if (in.from_time) return true;
+  const double sigma = load_as<double>(in.sigma, index);
+  return isfinite(sigma) && sigma != 0.0;
+}
+
 // Whether a row has anything to read.
 __device__ inline bool row_reads(const Inputs& in, int64_t index, int64_t all_references, int64_t& group) {
-  const double given = load_as<double>(in.time_or_alpha, index);
   group = in.labels ? in.labels[index] : 0;
-  bool finite = isfinite(given);
-  if (!in.from_time) {
-    const double sigma = load_as<double>(in.sigma, index);
-    finite = finite && isfinite(sigma) && sigma != 0.0;
-  }
-  if (!finite || group < -1 || group >= in.k) return false;
+  if (!row_is_finite(in, index) || group < -1 || group >= in.k) return false;
   return in.source.data || (group < 0 ? all_references : valid_count(in, group)) > 0;
 }
 
@@ -65,9 +71,9 @@ __device__ inline void prefetch_row(const Inputs& in, int64_t index) {
 __device__ inline void build_units(const Inputs& in, const UnitList& list, int tile_refs, int most_rows,
                                    uint64_t* keys, int64_t* scratch) {
   const int tid = threadIdx.x, threads = blockDim.x;
-  int64_t all_tiles = 0, all_references = 0, tiles = 0;
+  int64_t all_tiles = 0, all_references = 0, cost = 0;
   bool scanned = false;
-  int units = 0, alive = 0;
+  int units = 0, alive = 0, heaviest = 0;
   int64_t dead = 0;
   for (int64_t base = 0; base < in.n; base += CHUNK) {
     const int rows = static_cast<int>(in.n - base < CHUNK ? in.n - base : CHUNK);
@@ -122,162 +128,198 @@ __device__ inline void build_units(const Inputs& in, const UnitList& list, int t
         unit.count = unit.group < 0 ? all_references : valid_count(in, unit.group);
         unit.tiles = unit.group < 0 ? all_tiles : ceil_div(unit.count, tile_refs);
         if (unit.tiles == 0) unit.tiles = 1;
+        unit.weight = list.weight(unit.rows);
         list.order[alive + i] = index;
       } else if (i < rows) {
         list.order[in.n - 1 - (dead + i - alive_here)] = index;
       }
       // One scan for both sums: at most 1024 units lead here.
       int64_t here;
-      const int64_t before = block_prefix(leads ? unit.tiles << 11 | 1 : 0, scratch, here);
+      const int64_t before = block_prefix(leads ? unit.tiles * unit.weight << 11 | 1 : 0, scratch, here);
       if (leads) {
         list.units[units + (before & 2047)] = unit;
-        list.first_tile[units + (before & 2047)] = tiles + (before >> 11);
+        list.begins[units + (before & 2047)] = cost + (before >> 11);
+      }
+      for (int rows = most_rows; rows > 0; --rows) {
+        if (__syncthreads_or(leads && unit.rows == rows)) heaviest = max(heaviest, list.weight(rows));
       }
       units += static_cast<int>(here & 2047);
-      tiles += here >> 11;
+      cost += here >> 11;
     }
     alive += alive_here;
     dead += rows - alive_here;
     __syncthreads();  // keys are read above and overwritten next
   }
   if (tid == 0) {
-    list.first_tile[units] = tiles;
+    list.begins[units] = cost;
     list.sizes[0] = units;
     list.sizes[1] = alive;
+    list.sizes[2] = heaviest;
   }
   __syncthreads();
 }
 
+// What build_own_list needs beside the list.
+struct ListScratch {
+  int64_t sums[OWN_LIST_ROWS / 32];    // over the rows of a warp
+  int dead[OWN_LIST_ROWS / 32];        // rows of a warp with nothing to read
+  int keys[OWN_LIST_ROWS];             // group + 1; -1: nothing to read
+  int places[OWN_LIST_ROWS];           // among the rows of the group
+  int alls[OWN_LIST_ROWS];             // rows of the group
+  int counts[OWN_LIST_GROUPS];         // valid references
+  int64_t begins[OWN_LIST_ROWS];       // sums before the row, within its 32 rows
+  uint64_t seen[OWN_LIST_GROUPS + 1];  // how many rows of a group each 32 rows have, a byte for each; later
+                                       // the sums before the group
+};
+static_assert(sizeof(ListScratch) <= LIST_SCRATCH_SMEM, "the planner reserves less");
+
+// What is read for the list, all at once, by all threads of the block; synchronize them then.
+__device__ __forceinline__ void read_rows(const Inputs& in, ListScratch& scratch) {
+  const int tid = threadIdx.x, threads = blockDim.x;
+  if (tid < in.n) {
+    const int64_t label = in.labels ? in.labels[tid] : 0;
+    const bool good = row_is_finite(in, tid) && label >= -1 && label < in.k;
+    scratch.keys[tid] = good ? static_cast<int>(label) + 1 : -1;
+  }
+#pragma unroll 1
+  for (int g = tid; g < in.k; g += threads) {
+    scratch.counts[g] = static_cast<int>(valid_count(in, g));
+    scratch.seen[g] = 0;
+  }
+  if (tid == 0) scratch.seen[in.k] = 0;
+}
+
 // The same list for OWN_LIST_ROWS rows and OWN_LIST_GROUPS groups at most, by the BULK_PRODUCERS threads of
-// one warpgroup, `tid` among them, while the other threads of the block do something else. Nothing is
-// sorted: a row compares its key with all others, which tells its place among those of its group, and a scan
-// over the first rows of the groups tells where the group's units begin. scratch: 8; begins: OWN_LIST_ROWS.
-__device__ inline void build_few_units(const Inputs& in, const UnitList& list, int tile_refs, int most_rows,
-                                       uint32_t* keys, int64_t* begins, int64_t* scratch, int tid) {
-  constexpr int THREADS = BULK_PRODUCERS, EACH = OWN_LIST_ROWS / THREADS, NAME = 2;
-  const int n = static_cast<int>(in.n), lane = tid % 32, warp = tid / 32;
+// one warpgroup, `tid` among them. Nothing is sorted, and the code is short: nothing can be read before it is
+// done.
+template <int TILE_REFS, int MOST_ROWS>
+__device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList& list, ListScratch& scratch,
+                                               int tid) {
+  constexpr unsigned ALL = 0xffffffffu;
+  constexpr int THREADS = BULK_PRODUCERS, NAME = 15;
+  const int n = static_cast<int>(in.n), k = static_cast<int>(in.k), lane = tid % 32;
+  const unsigned earlier_lanes = (1u << lane) - 1;
   const auto warp_sums = [&](int64_t v) {  // inclusive
+#pragma unroll 1
     for (int offset = 1; offset < 32; offset *= 2) {
-      const int64_t other = __shfl_up_sync(0xffffffffu, v, offset);
+      const int64_t other = __shfl_up_sync(ALL, v, offset);
       if (lane >= offset) v += other;
     }
     return v;
   };
+  // All rows, 32 of them side by side in a warp.
+  const auto rows = [&](const auto& visit) {
+#pragma unroll 1
+    for (int i = tid; i - lane < n; i += THREADS) visit(i, i / 32);
+  };
 
-  if (in.counts && tid * 128 < in.k * (in.counts_are_long ? 8 : 4))
-    prefetch(static_cast<const char*>(in.counts) + tid * 128);
-  bool takes_all = false;
-  for (int i = tid; i < n; i += THREADS) {
-    prefetch_row(in, i);
-    takes_all = takes_all || (in.labels && in.labels[i] == -1);
-  }
-  int64_t all_tiles = 0, all_references = 0;
-  if (named_barrier_or<THREADS>(NAME, takes_all)) {
-    const int each = static_cast<int>((in.k + THREADS - 1) / THREADS);
-    int64_t tiles = 0, references = 0;
-    const auto groups = [&](const auto& visit) {
-      for (int g = tid * each; g < (tid + 1) * each && g < in.k; ++g) visit(g, valid_count(in, g));
-    };
-    groups([&](int, int64_t count) { tiles += ceil_div(count, tile_refs), references += count; });
-    const int64_t tiles_before = warp_sums(tiles) - tiles, references_here = warp_sums(references);
-    if (lane == 31) scratch[warp] = tiles_before + tiles, scratch[4 + warp] = references_here;
-    named_barrier(NAME, THREADS);
-    int64_t before = tiles_before;
-    for (int w = 0; w < 4; ++w) {
-      if (w < warp) before += scratch[w];
-      all_tiles += scratch[w], all_references += scratch[4 + w];
+  int64_t all_tiles = -1, all_references = 0;  // of all groups, where a row of this warp takes them
+  rows([&](int i, int warp) {
+    int key = i < n ? scratch.keys[i] : -1;
+    if (__any_sync(ALL, key == 0) && all_tiles < 0) {
+      all_tiles = 0;
+#pragma unroll 1
+      for (int base = 0; base < k; base += 32) {
+        const int64_t here = base + lane < k ? scratch.counts[base + lane] : 0;
+        const int64_t up_to = warp_sums(ceil_div(here, TILE_REFS));
+        if (base + lane < k) list.group_tiles[base + lane + 1] = all_tiles + up_to;  // the same from all
+        all_tiles += __shfl_sync(ALL, up_to, 31);
+        all_references += __shfl_sync(ALL, warp_sums(here), 31);
+      }
+      if (lane == 0) list.group_tiles[0] = 0;
     }
-    groups([&](int g, int64_t count) { list.group_tiles[g] = before, before += ceil_div(count, tile_refs); });
-    if (tid == 0) list.group_tiles[in.k] = all_tiles;
-  }
-
-  const uint32_t nothing = static_cast<uint32_t>(in.k) + 1;
-  for (int i = tid; i < OWN_LIST_ROWS; i += THREADS) {
-    int64_t group = 0;
-    const bool reads = i < n && row_reads(in, i, all_references, group);
-    keys[i] = i >= n ? ~0u : reads ? static_cast<uint32_t>(group + 1) : nothing;
-  }
+    if (key >= 0 && !in.source.data && (key == 0 ? all_references : scratch.counts[key - 1]) == 0) key = -1;
+    scratch.keys[i] = key;
+    const unsigned same = __match_any_sync(ALL, key), dead = __ballot_sync(ALL, i < n && key < 0);
+    if (key >= 0 && !(same & earlier_lanes))
+      reinterpret_cast<uint8_t*>(scratch.seen + key)[warp] = static_cast<uint8_t>(__popc(same));
+    if (lane == 0) scratch.dead[warp] = __popc(dead);
+    scratch.places[i] = __popc((key >= 0 ? same : dead) & earlier_lanes);
+  });
+  if (tid == 0) list.sizes[2] = 0;
   named_barrier(NAME, THREADS);
 
-  struct Seen {
-    int first, before, all;  // of the rows with this key: the first, those before this one, their number
-  } seen[EACH];
-  Unit units[EACH];
-  int64_t sums[EACH];
-#pragma unroll
-  for (int u = 0; u < EACH; ++u) {
-    const int i = tid + u * THREADS;
-    const uint32_t mine = keys[i];
-    Seen& s = seen[u];
-    s = {i, 0, 0};
-#pragma unroll 2
-    for (int j = 0; j < n; j += 4) {
-      const uint4 v = *reinterpret_cast<const uint4*>(keys + j);
-      const uint32_t four[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const bool same = four[k] == mine;
-        s.all += same;
-        s.before += same && j + k < i;
-        if (same && j + k < s.first) s.first = j + k;
+  const int warps = (n + 31) / 32;
+  const auto tiles_of = [&](int key) {
+    const int64_t tiles = key == 0 ? all_tiles : ceil_div(scratch.counts[key - 1], TILE_REFS);
+    return tiles > 0 ? tiles : 1;
+  };
+  // Sums over the groups in the order of their first rows: cost, units and rows, three in one.
+  rows([&](int i, int warp) {
+    const int key = scratch.keys[i];
+    int64_t sum = 0;
+    if (key >= 0) {
+      const uint64_t counts = scratch.seen[key];
+      int place = scratch.places[i], all = 0;
+#pragma unroll 1
+      for (int w = 0; w < warps; ++w) {
+        const int here = static_cast<int>(counts >> 8 * w & 255);
+        all += here;
+        if (w < warp) place += here;
+      }
+      scratch.places[i] = place, scratch.alls[i] = all;
+      if (place == 0) {
+        const int whole = all / MOST_ROWS, rest = all % MOST_ROWS;
+        const int64_t cost =
+            tiles_of(key) * (whole * list.weight(MOST_ROWS) + (rest > 0 ? list.weight(rest) : 0));
+        sum = cost << 20 | (whole + (rest > 0)) << 10 | all;
       }
     }
-    Unit& unit = units[u];
-    unit = {};
-    if (i < n && mine != nothing) {
-      unit.group = static_cast<int64_t>(mine) - 1;
-      unit.count = unit.group < 0 ? all_references : valid_count(in, unit.group);
-      unit.tiles = unit.group < 0 ? all_tiles : ceil_div(unit.count, tile_refs);
-      if (unit.tiles == 0) unit.tiles = 1;
-    }
-    // Three sums in one: tiles, units and rows of the groups whose first row this is.
-    const int64_t here = (s.all + most_rows - 1) / most_rows;
-    const bool leads = unit.tiles > 0 && s.before == 0;
-    const int64_t sum = leads ? unit.tiles * here << 20 | here << 10 | s.all : 0;
     const int64_t up_to = warp_sums(sum);
-    sums[u] = up_to - sum;
-    if (lane == 31) scratch[u * 4 + warp] = up_to;
-  }
+    scratch.begins[i] = up_to - sum;
+    if (lane == 31) scratch.sums[warp] = up_to;
+  });
   named_barrier(NAME, THREADS);
-  int64_t total = 0;
-#pragma unroll
-  for (int w = 0; w < 4 * EACH; ++w) {
-#pragma unroll
-    for (int u = 0; u < EACH; ++u) {
-      if (w < u * 4 + warp) sums[u] += scratch[w];
-    }
-    total += scratch[w];
-  }
-#pragma unroll
-  for (int u = 0; u < EACH; ++u) begins[tid + u * THREADS] = sums[u];
+  rows([&](int i, int warp) {
+    if (scratch.keys[i] < 0 || scratch.places[i] > 0) return;
+    int64_t begin = scratch.begins[i];
+#pragma unroll 1
+    for (int w = 0; w < warp; ++w) begin += scratch.sums[w];
+    scratch.seen[scratch.keys[i]] = static_cast<uint64_t>(begin);
+  });
   named_barrier(NAME, THREADS);
-#pragma unroll
-  for (int u = 0; u < EACH; ++u) {
-    const int i = tid + u * THREADS;
-    const Seen& s = seen[u];
-    Unit& unit = units[u];
-    if (unit.tiles > 0) {
-      const int64_t begin = begins[s.first];
-      unit.first = static_cast<int>(begin & 1023) + s.before;
-      list.order[unit.first] = i;
-      if (s.before % most_rows == 0) {
-        const int number = static_cast<int>(begin >> 10 & 1023) + s.before / most_rows;
-        unit.rows = s.all - s.before < most_rows ? s.all - s.before : most_rows;
-        unit.alone = s.all <= most_rows;
-        list.units[number] = unit;
-        list.first_tile[number] = (begin >> 20) + s.before / most_rows * unit.tiles;
+  rows([&](int i, int warp) {
+    const int key = scratch.keys[i], place = scratch.places[i];
+    if (key >= 0) {
+      const int64_t begin = static_cast<int64_t>(scratch.seen[key]);
+      const int first = static_cast<int>(begin & 1023) + place;
+      list.order[first] = i;
+      if (place % MOST_ROWS == 0) {
+        const int number = static_cast<int>(begin >> 10 & 1023) + place / MOST_ROWS, all = scratch.alls[i];
+        Unit& unit = list.units[number];
+        const int64_t tiles = tiles_of(key);
+        unit.group = key - 1, unit.count = key == 0 ? all_references : scratch.counts[key - 1];
+        unit.tiles = tiles, unit.first = first;
+        unit.rows = min(all - place, MOST_ROWS), unit.alone = all <= MOST_ROWS;
+        const int weight = list.weight(unit.rows);
+        unit.weight = weight;
+        list.begins[number] = (begin >> 20) + place / MOST_ROWS * tiles * list.weight(MOST_ROWS);
+        atomicMax(list.sizes + 2, weight);
       }
     } else if (i < n) {
-      list.order[n - 1 - s.before] = i;
+      int dead = place;
+      for (int w = 0; w < warp; ++w) dead += scratch.dead[w];
+      list.order[n - 1 - dead] = i;
     }
-  }
+  });
   if (tid == 0) {
-    const int units_in_all = static_cast<int>(total >> 10 & 1023);
-    list.first_tile[units_in_all] = total >> 20;
-    list.sizes[0] = units_in_all;
+    int64_t total = 0;
+    for (int w = 0; w < warps; ++w) total += scratch.sums[w];
+    const int units = static_cast<int>(total >> 10 & 1023);
+    list.begins[units] = total >> 20;
+    list.sizes[0] = units;
     list.sizes[1] = static_cast<int>(total & 1023);
   }
+  fence_async();  // copies will go to where the scratch is
   named_barrier(NAME, THREADS);
+}
+
+// Where merge_kernel follows, one block leaves its list in memory.
+__device__ __forceinline__ void leave_list(const Inputs& in, const UnitList& list, const UnitList& to,
+                                           int tid, int threads) {
+  const uint4* const from = reinterpret_cast<const uint4*>(list.units);
+  for (int i = tid; i < unit_list_bytes(in.n, in.k) / 16; i += threads)
+    reinterpret_cast<uint4*>(to.units)[i] = from[i];
 }
 
 }  // namespace svel::cuda

@@ -23,8 +23,9 @@ EXACT = TOLERANCE[torch.float32, "exact"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 WITHIN_A_BLOCK = [12, 16, 24, 784, 1024, 1032, 2048, 2056, 3080, 4096]
 OVER_BLOCKS = [4100, 4104, 8192, 20_000, 32_768, 32_776, 40_000, 65_536, 65_544, 131_072]
-# A size for each form of the bulk kernel: one block per sample (of three widths), clusters (of two), all over the grid.
-FORMS = [16, 1032, 4096, 8200, 40_000, 65_544]
+# A size for each form of the bulk kernels: groups in a block of one, two, four, eight and sixteen warps, clusters of
+# two and of more, all over the grid.
+FORMS = [16, 1000, 1032, 4096, 8192, 8200, 40_000, 65_544]
 
 
 def on_gpu(*tensors):
@@ -388,12 +389,19 @@ def test_lse_of_small_samples_merges_over_disjoint_parts(rng, n, d):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    ("d", "m", "unaligned"), [(16392, 20, True), (65536, 40, True), (65537, 5, True), (2**21, 3, False)]
+    ("d", "m", "unaligned"), [(16392, 20, True), (65536, 40, True), (65537, 5, True), (2**21 + 8, 3, False)]
 )
 def test_large_samples_in_two_passes(rng, d, m, unaligned, dtype):
     x, refs, t, labels, counts = make_bank(3, 2, m, d, dtype, rng, "manifold")
     assert_kernel("two_pass", 3, refs, aligned=not unaligned)
     check_bank(x, refs, t, labels, counts, x - 0.1, unaligned=["refs"] if unaligned else [])
+
+
+@pytest.mark.parametrize("d", [2**20 + 8, 2**21])
+def test_the_largest_samples_that_are_read_once(rng, d):
+    x, refs, t, labels, counts = make_bank(3, 2, 7, d, torch.float16, rng, "manifold")
+    assert_kernel("bulk", 3, refs)
+    check_bank(x, refs, t, labels, counts, x - 0.1)
 
 
 @pytest.mark.parametrize(("d", "k"), [(1, 2), (10, None), (4100, 2), (20_000, None)])

@@ -1,0 +1,567 @@
+// What the kernels of bulk copies (bulk_groups.cuh, bulk.cuh) share: the ranges that teams of blocks have of
+// the list of units, and the parts that they leave in memory.
+#pragma once
+
+#include "common/hopper.cuh"
+#include "common/planner.h"
+#include "stable_target/units.cuh"
+
+namespace svel::cuda {
+
+// 2^-50: a tile whose weights are all below that, beside the best so far, is not added. Of 2^24 such
+// references all together are below float32's rounding.
+constexpr float NO_WEIGHT = 8.8817841970012523e-16f;
+constexpr int SEGMENT_REFS = 256;  // summed in float32 before they move to float64
+
+// A team's share of a unit, for one row: weights are 2^log2_weight times what the sums hold.
+struct PartRow {
+  double log2_weight, total;  // sum of the weights
+};
+
+// Parts of units; slot 2b of block b for a unit that began earlier, 2b + 1 for one that begins here.
+struct BulkParts {
+  double* sums;   // (2 blocks, rows, slice) weighted sums of the references
+  PartRow* rows;  // (2 blocks, rows)
+  int* arrived;   // zero at first. (n, slices) teams that have left their part of a row of `order`
+  uint2* mail;  // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
+};
+
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {  // neither is negative
+  if ((a | b) >> 32 != 0) return a / b;
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
+
+// The list is cut into ranges of equal cost, the first few one longer, each of a tile at least: so a unit's
+// teams follow one another. Teams beyond the last range have nothing.
+struct Ranges {
+  int64_t length, longer, number;
+
+  __device__ Ranges(const UnitList& list, int64_t teams) {
+    const int64_t cost = list.begins[list.sizes[0]], heaviest = max(list.sizes[2], 1);
+    number = cost >= teams * heaviest ? teams : cost >= heaviest ? divide(cost, heaviest) : 1;
+    length = divide(cost, number);
+    longer = cost - length * number;
+  }
+  __device__ int64_t begin(int64_t team) const {
+    const int64_t at = team < number ? team : number;
+    return length * at + (at < longer ? at : longer);
+  }
+  __device__ int64_t team_of(int64_t cost) const {
+    if (cost < longer * (length + 1)) return divide(cost, length + 1);
+    return longer + divide(cost - longer * (length + 1), length);
+  }
+  __device__ int64_t first_team(const UnitList& list, int unit) const { return team_of(list.begins[unit]); }
+  __device__ int64_t last_team(const UnitList& list, int unit) const {
+    return team_of(list.begins[unit] + (list.units[unit].tiles - 1) * list.units[unit].weight);
+  }
+};
+
+// The unit in which cost `at` lies, by a whole warp.
+__device__ inline int find_unit(const UnitList& list, int64_t at, int lane) {
+  int low = 0, high = list.sizes[0];  // begins[low] <= at < begins[high]
+  while (high - low > 1) {            // 32 probes at a time
+    const int step = (high - low + 31) / 32, probe = low + lane * step;
+    const bool before = probe < high && list.begins[probe] <= at;
+    const int last = 31 - __clz(__ballot_sync(0xffffffffu, before));
+    high = min(high, low + (last + 1) * step);
+    low += last * step;
+  }
+  return low;
+}
+
+// EV elements of T, 16 bytes, as float32.
+template <typename T, int EV>
+__device__ inline void unpack(const uint4& raw, float (&out)[EV]) {
+  const T* values = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+  for (int k = 0; k < EV; ++k) out[k] = to_float(values[k]);
+}
+
+// Sums v[j] over the warp for all COUNT values at once; lane l gets the sum of value l / (32 / COUNT).
+template <int COUNT>
+__device__ inline float sum_over_warp(float (&v)[COUNT], int lane) {
+  int offset = 16;
+#pragma unroll
+  for (int half = COUNT / 2; half > 0; half /= 2, offset /= 2) {
+    const bool upper = lane & offset;
+#pragma unroll
+    for (int j = 0; j < half; ++j) {
+      const float give = upper ? v[j] : v[j + half], keep = upper ? v[j + half] : v[j];
+      v[j] = keep + __shfl_xor_sync(0xffffffffu, give, offset);
+    }
+  }
+#pragma unroll
+  for (; offset > 0; offset /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], offset);
+  return v[0];
+}
+
+template <typename W>
+__device__ inline W sum_over_lanes(W v, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  return v;
+}
+
+// 2^exponent; below the normal range of float32: 0.
+__device__ inline float power_of_two(float exponent) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  return power;
+}
+// For an integer of at most 0.
+__device__ inline float power_of_two(double exponent) {
+  return exponent < -126.0 ? 0.0f : __int_as_float((127 + static_cast<int>(exponent)) << 23);
+}
+
+// Of a unit, in a team: its tiles from `from` to `to`.
+struct UnitShare {
+  int number;
+  int64_t from, to;
+  bool last;  // of the team's range
+};
+
+// A team's shares of the units in its range, by whole warps: visit(share).
+template <typename Visit>
+__device__ __forceinline__ void walk_units(const UnitList& list, int64_t teams, int64_t team, int lane,
+                                           const Visit& visit) {
+  const Ranges ranges(list, teams);
+  const int64_t low = ranges.begin(team), high = ranges.begin(team + 1);
+  if (low >= high) return;
+  for (int number = find_unit(list, low, lane); number < list.sizes[0]; ++number) {
+    const int64_t begin = list.begins[number], tiles = list.units[number].tiles;
+    if (begin >= high) return;
+    const int weight = list.units[number].weight;
+    const int64_t from = low <= begin ? 0 : divide(low - begin + weight - 1, weight);
+    const int64_t to = min(divide(high - begin + weight - 1, weight), tiles);
+    if (from < tiles) visit(UnitShare{number, from, to, begin + tiles * weight >= high});
+  }
+}
+
+// The tiles of one class, the one that has tile `from` of the unit.
+struct ClassTiles {
+  int64_t first;       // of its references, among all k m; -1: it has none
+  int64_t count;       // valid references
+  int64_t begin, end;  // among the unit's tiles
+};
+__device__ __forceinline__ ClassTiles class_of(const Inputs& in, const UnitList& list, const Unit& unit,
+                                               int64_t from) {
+  if (unit.count == 0) return {-1, 0, 0, unit.tiles};
+  if (unit.group >= 0) return {unit.group * in.m, unit.count, 0, unit.tiles};
+  const int64_t group = find_prefix(list.group_tiles, 0, in.k, from);
+  return {group * in.m, valid_count(in, group), list.group_tiles[group], list.group_tiles[group + 1]};
+}
+
+// What a block keeps of a row in shared memory. The sign of x: see Row.
+struct RowState {
+  int64_t index;
+  double a, b;  // out = a x + b mean
+  double alpha;
+  double per_square;                               // log2(e) / (2 sigma^2)
+  double shift;                                    // |y|^2 / (2 sigma^2) in units of log 2
+  float sign, half_alpha, high_alpha, rest_alpha;  // alpha in float32, and what that drops
+  float rate;                                      // log2(e) alpha / sigma^2
+
+  __device__ double exact_rate() const { return 2 * alpha * per_square; }
+};
+
+__device__ __forceinline__ void set_row(const Inputs& in, int64_t index, RowState& row) {
+  const Row at = row_coefficients(in, index);
+  row.index = index, row.a = at.a, row.b = at.b, row.alpha = at.alpha;
+  row.per_square = LOG2_E / (2 * at.sigma * at.sigma);
+  row.sign = static_cast<float>(at.sign), row.half_alpha = static_cast<float>(0.5 * at.alpha);
+  row.high_alpha = static_cast<float>(at.alpha);
+  row.rest_alpha = static_cast<float>(at.alpha - row.high_alpha);
+  row.rate = static_cast<float>(LOG2_E * at.rate());
+}
+
+// Four elements from i on, zero from `limit` on: for dtypes and alignments that are rare.
+__device__ __noinline__ static float4 load_four(Array a, int64_t i, int64_t limit) {
+  float v[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) v[k] = i + k < limit ? load_as<float>(a, i + k) : 0.0f;
+  return make_float4(v[0], v[1], v[2], v[3]);
+}
+__device__ __noinline__ static void store_four(Array a, int64_t i, int64_t limit, float4 v) {
+  if (i < limit) store_as(a, i, v.x);
+  if (i + 1 < limit) store_as(a, i + 1, v.y);
+  if (i + 2 < limit) store_as(a, i + 2, v.z);
+  if (i + 3 < limit) store_as(a, i + 3, v.w);
+}
+
+// Q elements of x or source, EV of them side by side, from base + first, base + first + STRIDE and so on;
+// zero from base + limit on. One branch for all loads, which are in flight together.
+template <int EV, int STRIDE, int Q>
+__device__ __forceinline__ void load_elements(const Array& a, int64_t base, int first, int limit,
+                                              bool vectors, float (&out)[Q]) {
+  const float* const from = static_cast<const float*>(a.data) + base;
+  const bool fast = a.dtype == Dtype::f32 && vectors;
+#pragma unroll
+  for (int q = 0; q < Q; q += 4) {
+    const int e = first + q / EV * STRIDE + q % EV;
+    float4 v = make_float4(0, 0, 0, 0);
+    if (fast && e < limit) v = *reinterpret_cast<const float4*>(from + e);
+    out[q] = v.x, out[q + 1] = v.y, out[q + 2] = v.z, out[q + 3] = v.w;
+  }
+  if (fast) return;
+#pragma unroll
+  for (int q = 0; q < Q; q += 4) {
+    const int e = first + q / EV * STRIDE + q % EV;
+    const float4 v = load_four(a, base + e, base + limit);
+    out[q] = v.x, out[q + 1] = v.y, out[q + 2] = v.z, out[q + 3] = v.w;
+  }
+}
+
+// From x to y = x - alpha c. This thread's share of |y|^2 where it is wanted.
+template <typename T, int Q, int SLOTS>
+__device__ __forceinline__ double subtract_centre(const RowState& row, const uint4 (&packed)[SLOTS],
+                                                  bool squares, float (&y)[Q]) {
+  constexpr int EV = Q / SLOTS;
+  const float sign = row.sign, high = row.high_alpha, rest = row.rest_alpha;
+  double square = 0;
+#pragma unroll
+  for (int s = 0; s < SLOTS; ++s) {
+    float c[EV];
+    unpack<T, EV>(packed[s], c);
+    if (squares) {
+#pragma unroll
+      for (int k = 0; k < EV; ++k) {
+        const double exact =
+            fma(-row.alpha, static_cast<double>(c[k]), static_cast<double>(sign * y[s * EV + k]));
+        square = fma(exact, exact, square);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < EV; ++k) y[s * EV + k] = fmaf(-rest, c[k], fmaf(-high, c[k], sign * y[s * EV + k]));
+  }
+  return square;
+}
+
+// Where a block works: its slice of D, and its rows of a unit.
+struct RowPlace {
+  int64_t slices;
+  int rank, rows;
+  int64_t slice, offset;
+  int length;
+  bool vectors;
+
+  __device__ int64_t part_of(int64_t team, bool begins, int row) const {
+    return (2 * (team * slices + rank) + (begins ? 1 : 0)) * rows + row;
+  }
+};
+
+enum SegmentFlags : int {
+  SEGMENT_PART_BEGIN = 1,  // the first of this unit in this team
+  SEGMENT_PART_END = 2,    // the last
+  SEGMENT_UNIT_BEGIN = 4,  // the team has the unit's first tile
+  SEGMENT_UNIT_END = 8,    // the unit ends here; sources, where there are any, come after its references
+  SEGMENT_LAST = 16,       // of the team's range
+  SEGMENT_LIST_DONE = 32,
+};
+
+// References of one class that follow one another, for the rows of a unit.
+template <int ROWS>
+struct Segment {
+  int64_t centre;  // index of the class's first reference among all k m; -1: the origin
+  int64_t first;   // of the segment's first reference
+  int tiles, references;
+  int flags, squares;  // squares: whether |y|^2 is wanted
+  int alone;           // no other unit has the class
+  int count, order;    // rows of the unit; the first one's place in UnitList::order
+  int from, to;        // teams that have parts of the unit
+  RowState rows[ROWS];
+};
+
+constexpr int SEGMENT_SLOTS = 4;
+
+template <int ROWS>
+struct Announcements {
+  // Of a segment: where its references are; its rows too; all consumers are done with it.
+  Barrier placed[SEGMENT_SLOTS], told[SEGMENT_SLOTS], done[SEGMENT_SLOTS];
+  Segment<ROWS> segments[SEGMENT_SLOTS];
+
+  __device__ void init(int warps) {
+#pragma unroll 1
+    for (int s = 0; s < SEGMENT_SLOTS; ++s) {
+      init_barrier(&placed[s], 1);
+      init_barrier(&told[s], 1);
+      init_barrier(&done[s], warps);
+    }
+  }
+};
+
+// The announcer, a warp: tells the producer and the consumers of each segment in the team's range.
+// most_tiles(rows): of a segment.
+template <int TR, int ROWS, typename MostTiles>
+__device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
+                                         int64_t teams, int64_t team, Announcements<ROWS>& announced,
+                                         const MostTiles& most_tiles, int lane) {
+  int slot = 0, phase = 1;
+  walk_units(list, teams, team, lane, [&](const UnitShare& share) {
+    const Unit& unit = list.units[share.number];
+    const int rows = unit.rows;
+    int64_t tile = share.from;
+    int begins = SEGMENT_PART_BEGIN;
+    while (tile < share.to) {
+      const ClassTiles tiles = class_of(in, list, unit, tile);
+      const int64_t stop = min(tiles.end, share.to);
+      while (tile < stop) {
+        const int count = static_cast<int>(min(stop - tile, int64_t{most_tiles(rows)}));
+        wait_barrier(&announced.done[slot], phase);
+        Segment<ROWS>& segment = announced.segments[slot];
+        if (lane == 0) {
+          const int64_t before = (tile - tiles.begin) * TR;
+          segment.centre = tiles.first, segment.first = tiles.first + before;
+          segment.tiles = count;
+          segment.references = static_cast<int>(min(tiles.count - before, int64_t{count} * TR));
+          segment.flags = begins | (share.from == 0 ? SEGMENT_UNIT_BEGIN : 0) |
+                          (tile + count == share.to ? SEGMENT_PART_END : 0) |
+                          (tile + count == unit.tiles ? SEGMENT_UNIT_END : 0) |
+                          (share.last && tile + count == share.to ? SEGMENT_LAST : 0);
+          segment.squares = in.lse.data || unit.group < 0;
+          segment.alone = unit.alone, segment.count = rows, segment.order = unit.first;
+          arrive(&announced.placed[slot]);
+          const Ranges ranges(list, teams);
+          segment.from = static_cast<int>(ranges.first_team(list, share.number));
+          segment.to = static_cast<int>(ranges.last_team(list, share.number));
+        }
+        __syncwarp();
+        if (lane < rows) {
+          const int64_t index = list.order[unit.first + lane];
+          if (place.vectors)  // what the consumers will need, brought near
+            prefetch_bulk(
+                static_cast<const char*>(in.x.data) + (index * in.d + place.offset) * size_of(in.x.dtype),
+                place.length * size_of(in.x.dtype));
+          set_row(in, index, segment.rows[lane]);
+        }
+        __syncwarp();
+        if (lane == 0) arrive(&announced.told[slot]);
+        if (++slot == SEGMENT_SLOTS) slot = 0, phase ^= 1;
+        tile += count;
+        begins = 0;
+      }
+    }
+  });
+  wait_barrier(&announced.done[slot], phase);
+  if (lane == 0) {
+    announced.segments[slot].flags = SEGMENT_LIST_DONE;
+    arrive(&announced.placed[slot]);
+    arrive(&announced.told[slot]);
+  }
+}
+
+// Of the online softmax, the same in all threads that share a row. The largest score, and the integer `top`
+// as base rate + rest; rate in units of log 2; the sum of the weights 2^(score - top).
+struct RowScores {
+  float rate, base, rest, total;
+  double top;
+
+  __device__ __forceinline__ void reset() { base = top = -INFINITY, rest = 0, total = 0; }
+};
+
+// From scores to weights, of which the first `many` count, and the sums relative to the same `top`. Whether
+// there is anything to add.
+template <int COUNT, int Q>
+__device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&scores)[COUNT],
+                                             float (&sum)[Q]) {
+  float best = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) {
+    if (j < many) best = fmaxf(best, scores[j]);
+  }
+  if (best > my.base) {  // rarely, after the first tiles
+    const double bound = static_cast<double>(best) * my.rate, top = fmax(ceil(bound), my.top);
+    const float scale = power_of_two(my.top - top);
+    my.base = best;
+    my.rest = static_cast<float>(top - bound);
+    my.top = top;
+    my.total *= scale;
+#pragma unroll
+    for (int q = 0; q < Q; ++q) sum[q] *= scale;
+  }
+  bool any = false;
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) {
+    const float exponent = fmaf(scores[j] - my.base, my.rate, -my.rest);
+    scores[j] = j < many ? power_of_two(exponent) : 0.0f;
+    my.total += scores[j];
+    any = any || !(scores[j] < NO_WEIGHT);
+  }
+  return any;
+}
+
+// The same for a row's own source, which comes last and may be far from all references: its score is in
+// float64, and it is added itself, not as a difference, when the segment ends. Returns its weight.
+template <int Q>
+__device__ __forceinline__ float weigh_source(RowScores& my, double score, double rate, float (&sum)[Q]) {
+  const double bound = score * rate;
+  if (bound > my.top) {
+    const double top = ceil(bound);
+    const float scale = power_of_two(my.top - top);
+    my.top = top;
+    my.total *= scale;
+#pragma unroll
+    for (int q = 0; q < Q; ++q) sum[q] *= scale;
+  }
+  return power_of_two(static_cast<float>(bound - my.top));
+}
+
+// This thread's share of the source's score; `difference`: of the source from the centre. What is not finite
+// becomes NaN, in all of the row.
+template <int Q>
+__device__ __forceinline__ double score_source(const RowState& row, const float (&y)[Q],
+                                               const float (&difference)[Q]) {
+  double share = 0;
+#pragma unroll
+  for (int q = 0; q < Q; ++q) {
+    const double d = difference[q];
+    share = fma(fma(-0.5 * row.alpha, d, static_cast<double>(y[q])), d, share);
+  }
+  return fma(share, 0.0, share);
+}
+
+// 2^exponent. Not in line: code that has to come from memory first costs more than the call.
+__device__ __noinline__ static double power(double exponent) {
+  return exp2(exponent);
+}
+
+struct RowEnd {
+  int64_t index;     // of the row
+  int row;           // of the unit
+  int64_t from, to;  // teams that have parts of the unit
+  double a, b;       // out = a x + b mean
+  PartRow own;       // what this team has
+  int64_t team;      // this one, if its part is not in memory; else -1
+};
+
+__device__ __forceinline__ void store_sums(double* to, const double (&v)[4]) {
+  __stcg(reinterpret_cast<double2*>(to), make_double2(v[0], v[1]));
+  __stcg(reinterpret_cast<double2*>(to) + 1, make_double2(v[2], v[3]));
+}
+__device__ __forceinline__ void add_sums(const double* from, double weight, double (&v)[4]) {
+  const double2 low = __ldcg(reinterpret_cast<const double2*>(from));
+  const double2 high = __ldcg(reinterpret_cast<const double2*>(from) + 1);
+  v[0] = fma(weight, low.x, v[0]), v[1] = fma(weight, low.y, v[1]);
+  v[2] = fma(weight, high.x, v[2]), v[3] = fma(weight, high.y, v[3]);
+}
+
+// The row's parts together, always in the same order: who comes last makes no difference. By whole warps.
+struct PartsTogether {
+  PartRow all;
+  double weight;  // of the part of team `from` + lane, relative to 2^log2_weight of all
+};
+__device__ __forceinline__ PartRow part_row(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
+                                            int64_t team) {
+  if (team == end.team) return end.own;
+  if (team > end.to) return {-INFINITY, 0};
+  const double2 row =
+      __ldcg(reinterpret_cast<const double2*>(parts.rows + place.part_of(team, team == end.from, end.row)));
+  return {row.x, row.y};
+}
+__device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, const RowPlace& place,
+                                                      const RowEnd& end, int lane) {
+  const PartRow mine = part_row(parts, place, end, end.from + lane);
+  double best = mine.log2_weight;
+  const auto greater = [](double a, double b) { return b > a || a != a ? b : a; };
+#pragma unroll 1
+  for (int64_t team = end.from + 32 + lane; team <= end.to; team += 32)
+    best = greater(best, part_row(parts, place, end, team).log2_weight);
+#pragma unroll 1
+  for (int hop = 16; hop > 0; hop /= 2) best = greater(best, __shfl_xor_sync(0xffffffffu, best, hop));
+  const double weight = power(mine.log2_weight - best);
+  double total = weight * mine.total;
+#pragma unroll 1
+  for (int64_t team = end.from + 32 + lane; team <= end.to; team += 32) {
+    const PartRow other = part_row(parts, place, end, team);
+    total = fma(power(other.log2_weight - best), other.total, total);
+  }
+#pragma unroll 1
+  for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(0xffffffffu, total, hop);
+  return {{best, total}, weight};
+}
+
+// Their sums for four elements of the slice from e on, where e is `within`.
+__device__ __forceinline__ void add_parts(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
+                                          const PartsTogether& together, int e, bool within, double (&v)[4]) {
+  constexpr int AT_ONCE = 4;  // loads in flight
+#pragma unroll 1
+  for (int64_t first = end.from; first <= end.to; first += AT_ONCE) {
+    double weights[AT_ONCE];
+    double2 low[AT_ONCE], high[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int64_t team = first + i;
+      const int at = static_cast<int>(team - end.from);
+      weights[i] = __shfl_sync(0xffffffffu, together.weight, at & 31);
+      low[i] = high[i] = make_double2(0, 0);
+      if (team > end.to) {
+        weights[i] = 0;
+      } else if (within) {
+        const double2* const from = reinterpret_cast<const double2*>(
+            parts.sums + place.part_of(team, team == end.from, end.row) * place.slice + e);
+        low[i] = __ldcg(from), high[i] = __ldcg(from + 1);
+      }
+      if (at >= 32 && team <= end.to)
+        weights[i] = power(part_row(parts, place, end, team).log2_weight - together.all.log2_weight);
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      v[0] = fma(weights[i], low[i].x, v[0]), v[1] = fma(weights[i], low[i].y, v[1]);
+      v[2] = fma(weights[i], high[i].x, v[2]), v[3] = fma(weights[i], high[i].y, v[3]);
+    }
+  }
+}
+
+// Four elements of x or source.
+__device__ __forceinline__ float4 load_four(const Inputs& in, const RowPlace& place, const Array& a,
+                                            int64_t index, int e) {
+  const int64_t base = index * in.d + place.offset;
+  if (a.dtype == Dtype::f32 && place.vectors)
+    return *reinterpret_cast<const float4*>(static_cast<const float*>(a.data) + base + e);
+  return load_four(a, base + e, base + place.length);
+}
+
+// The source's share of the sums: weight times itself.
+__device__ __forceinline__ void add_source(const Inputs& in, const RowPlace& place, int64_t index, int e,
+                                           double weight, double (&v)[4]) {
+  if (weight == 0) return;
+  const float4 source = load_four(in, place, in.source, index, e);
+  v[0] = fma(weight, static_cast<double>(source.x), v[0]);
+  v[1] = fma(weight, static_cast<double>(source.y), v[1]);
+  v[2] = fma(weight, static_cast<double>(source.z), v[2]);
+  v[3] = fma(weight, static_cast<double>(source.w), v[3]);
+}
+
+// out = a x + b mean for four elements of the slice from e on, given x; the mean is by * v.
+__device__ __forceinline__ void store_row(const Inputs& in, const RowPlace& place, const RowEnd& end, int e,
+                                          double by, float4 x, const double (&v)[4]) {
+  const int64_t base = end.index * in.d + place.offset;
+  by *= end.b;
+  x.x = static_cast<float>(fma(end.a, static_cast<double>(x.x), by * v[0]));
+  x.y = static_cast<float>(fma(end.a, static_cast<double>(x.y), by * v[1]));
+  x.z = static_cast<float>(fma(end.a, static_cast<double>(x.z), by * v[2]));
+  x.w = static_cast<float>(fma(end.a, static_cast<double>(x.w), by * v[3]));
+  const Array out = out_of(in, end.index);
+  if (out.dtype == Dtype::f32 && place.vectors) {
+    *reinterpret_cast<float4*>(static_cast<float*>(out.data) + base + e) = x;
+  } else {
+    store_four(out, base + e, base + place.length, x);
+  }
+}
+
+// Plus D/2, which depends on the row alone: typical values stay small, and float32 keeps their digits.
+__device__ __forceinline__ void write_lse(const Inputs& in, int64_t index, const PartRow& all) {
+  store_as(lse_of(in, index), index,
+           log(all.total) + LOG_2 * all.log2_weight + 0.5 * static_cast<double>(in.d));
+}
+
+// Rows with nothing to read become NaN; by `threads` threads of each block.
+__device__ __forceinline__ void write_dead_rows(const Inputs& in, const UnitList& list, const RowPlace& place,
+                                                int64_t teams, int64_t team, int tid, int threads) {
+  for (int64_t i = list.sizes[1] + team; i < in.n; i += teams) {
+    const int64_t index = list.order[i], base = index * in.d + place.offset;
+    for (int e = 4 * tid; e < place.length; e += 4 * threads)
+      store_four(out_of(in, index), base + e, base + place.length, make_float4(NAN, NAN, NAN, NAN));
+    if (in.lse.data && place.rank == 0 && tid == 0) store_as(lse_of(in, index), index, NAN);
+  }
+}
+
+}  // namespace svel::cuda
