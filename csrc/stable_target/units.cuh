@@ -1,6 +1,7 @@
-// The work list of the bulk kernel (bulk.cuh): rows of one group side by side, cut into units of a few rows
-// that share one pass over their references. Built by every thread block for itself in shared memory where
-// the list is short, which saves a launch and its way through device memory, else by one block for all.
+// The work list of the bulk kernel (bulk_groups.cuh, bulk_teams.cuh): rows of one group side by side, cut
+// into units of a few rows that share one pass over their references. Built by every thread block for itself
+// in shared memory where the list is short, which saves a launch and its way through device memory, else by
+// one block for all.
 #pragma once
 
 #include "common/hopper.cuh"
