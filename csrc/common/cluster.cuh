@@ -48,6 +48,10 @@ __device__ inline void send(uint32_t to, uint32_t barrier, float a) {
   SVEL_HOPPER_ASM("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to),
                   "f"(a), "r"(barrier) : "memory");
 }
+__device__ inline void send(uint32_t to, uint32_t barrier, double a) {
+  SVEL_HOPPER_ASM("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f64 [%0], %1, [%2];" ::"r"(to),
+                  "d"(a), "r"(barrier) : "memory");
+}
 __device__ inline void send(uint32_t to, uint32_t barrier, float a, float b) {
   SVEL_HOPPER_ASM(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),

@@ -153,11 +153,36 @@ __device__ inline void prefetch(const void* global) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(global));
 }
 
+// Sum over the warp, the same in every lane.
+template <typename W>
+__device__ inline W warp_sum(W v) {
+  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  return v;
+}
+
+// Of all COUNT values at once; lane l gets the sum of v[l / (32 / COUNT)].
+template <int COUNT>
+__device__ inline float warp_sums(float (&v)[COUNT], int lane) {
+  int offset = 16;
+#pragma unroll
+  for (int half = COUNT / 2; half > 0; half /= 2, offset /= 2) {
+    const bool upper = lane & offset;
+#pragma unroll
+    for (int j = 0; j < half; ++j) {
+      const float give = upper ? v[j] : v[j + half], keep = upper ? v[j + half] : v[j];
+      v[j] = keep + __shfl_xor_sync(0xffffffffu, give, offset);
+    }
+  }
+#pragma unroll
+  for (; offset > 0; offset /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], offset);
+  return v[0];
+}
+
 // Sum over the block, the same in every thread, in a fixed order. scratch: 33 values of shared memory; starts
 // and ends with a barrier, so scratch can be used again at once.
 template <typename W>
 __device__ inline W block_sum(W v, W* scratch) {
-  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  v = warp_sum(v);
   __syncthreads();
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
   __syncthreads();

@@ -139,35 +139,9 @@ __device__ inline void synchronize_cluster() {
   SVEL_HOPPER_ASM("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" :: : "memory");
 }
 
-// `value` to where block `peer` of the cluster has `shared`, arriving with its bytes on its `barrier`.
-__device__ inline void store_in_cluster(float* shared, Barrier* barrier, int peer, float value) {
-  SVEL_HOPPER_ASM(
-      "{\n"
-      ".reg .b32 to, at;\n"
-      "mapa.shared::cluster.u32 to, %0, %2;\n"
-      "mapa.shared::cluster.u32 at, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %3, [at];\n"
-      "}" ::"r"(shared_address(shared)),
-      "r"(shared_address(barrier)), "r"(peer), "f"(value) : "memory");
-}
-__device__ inline void store_in_cluster(double* shared, Barrier* barrier, int peer, double value) {
-  SVEL_HOPPER_ASM(
-      "{\n"
-      ".reg .b32 to, at;\n"
-      "mapa.shared::cluster.u32 to, %0, %2;\n"
-      "mapa.shared::cluster.u32 at, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f64 [to], %3, [at];\n"
-      "}" ::"r"(shared_address(shared)),
-      "r"(shared_address(barrier)), "r"(peer), "d"(value) : "memory");
-}
-
-// A counter of arrivals in device memory: who adds leaves what the block's threads wrote before a barrier to
-// those who find their number there, and to the threads that a barrier joins them with.
-__device__ inline int arrivals_so_far(const int* counter) {
-  int count = 0;
-  SVEL_HOPPER_ASM("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
-  return count;
-}
+// To a counter of arrivals in device memory: what the block's threads wrote before a barrier is there for
+// whoever finds a higher number, and for the threads that a barrier joins him with. Returns the number so
+// far.
 __device__ inline int add_arrival(int* counter) {
   int before = 0;
   SVEL_HOPPER_ASM("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");

@@ -6,8 +6,6 @@
 
 namespace svel {
 
-#define SVEL_4(OP, v) OP(v[0]), OP(v[1]), OP(v[2]), OP(v[3])
-#define SVEL_8(OP, v) SVEL_4(OP, v), OP(v[4]), OP(v[5]), OP(v[6]), OP(v[7])
 #define SVEL_16(OP, v)                                                                                \
   OP(v[0]), OP(v[1]), OP(v[2]), OP(v[3]), OP(v[4]), OP(v[5]), OP(v[6]), OP(v[7]), OP(v[8]), OP(v[9]), \
       OP(v[10]), OP(v[11]), OP(v[12]), OP(v[13]), OP(v[14]), OP(v[15])
@@ -30,6 +28,23 @@ namespace svel {
       OP(v[115]), OP(v[116]), OP(v[117]), OP(v[118]), OP(v[119]), OP(v[120]), OP(v[121]), OP(v[122]),     \
       OP(v[123]), OP(v[124]), OP(v[125]), OP(v[126]), OP(v[127])
 
+// And their names in a template.
+#define SVEL_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define SVEL_NAMES_32 \
+  SVEL_NAMES_16       \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SVEL_NAMES_64                                                                \
+  SVEL_NAMES_32                                                                      \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SVEL_NAMES_128                                                                   \
+  SVEL_NAMES_64                                                                          \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"     \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"     \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109"     \
+  ", %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123" \
+  ", %124, %125, %126, %127"
+
 // Around the products of one group: before the first, and after the last.
 __device__ inline void start_products() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -38,195 +53,70 @@ __device__ inline void commit_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 // Until at most PENDING groups are under way; acc, of one that has ended, can be read.
-template <int PENDING>
-__device__ inline void wait_products(float (&acc)[4]) {
-  asm volatile("wgmma.wait_group.sync.aligned %4;" : SVEL_4("+f", acc) : "n"(PENDING) : "memory");
-}
-template <int PENDING>
-__device__ inline void wait_products(float (&acc)[8]) {
-  asm volatile("wgmma.wait_group.sync.aligned %8;" : SVEL_8("+f", acc) : "n"(PENDING) : "memory");
-}
-template <int PENDING>
-__device__ inline void wait_products(float (&acc)[16]) {
-  asm volatile("wgmma.wait_group.sync.aligned %16;" : SVEL_16("+f", acc) : "n"(PENDING) : "memory");
-}
-template <int PENDING>
-__device__ inline void wait_products(float (&acc)[32]) {
-  asm volatile("wgmma.wait_group.sync.aligned %32;" : SVEL_32("+f", acc) : "n"(PENDING) : "memory");
-}
-
-template <int PENDING>
-__device__ inline void wait_products(float (&acc)[64]) {
-  asm volatile("wgmma.wait_group.sync.aligned %64;" : SVEL_64("+f", acc) : "n"(PENDING) : "memory");
-}
-template <int PENDING>
-__device__ inline void wait_products(float (&acc)[128]) {
-  asm volatile("wgmma.wait_group.sync.aligned %128;" : SVEL_128("+f", acc) : "n"(PENDING) : "memory");
-}
+#define SVEL_WAIT(COUNT)                                      \
+  template <int PENDING>                                      \
+  __device__ inline void wait_products(float (&acc)[COUNT]) { \
+    asm volatile("wgmma.wait_group.sync.aligned %" #COUNT ";" \
+                 : SVEL_##COUNT("+f", acc)                    \
+                 : "n"(PENDING)                               \
+                 : "memory");                                 \
+  }
+SVEL_WAIT(16)
+SVEL_WAIT(32)
+SVEL_WAIT(64)
+SVEL_WAIT(128)
+#undef SVEL_WAIT
 // The same where no result is read yet.
 template <int PENDING>
 __device__ inline void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// acc (64 x 32) = (ADD ? acc : 0) + a (64 x 16, registers) b^T (32 x 16, shared memory).
-template <int ADD>
-__device__ inline void product(float (&acc)[16], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
-      "%12, %13, %14, %15}, {%16, %17, %18, %19}, %20, add, 1, 1, 0;\n}"
-      : SVEL_16("+f", acc)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD)
-      : "memory");
-}
-// The same for b of 64 rows. Warp w of the group holds rows 16 w to 16 w + 15 of a and acc; with g = lane / 4
-// and t = lane % 4: a[0] (g, 2 t and 2 t + 1), a[1] (g + 8, same), a[2] (g, 2 t + 8 and 2 t + 9), a[3] (g +
-// 8, same); acc[4 i + 2 h + p] is element (g + 8 h, 8 i + 2 t + p).
-template <int ADD>
-__device__ inline void product(float (&acc)[32], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
-      : SVEL_32("+f", acc)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD)
-      : "memory");
-}
-// acc (64 x 64) = (ADD ? acc : 0) + a (64 x 16, registers) b (16 x 64, shared memory).
-template <int ADD>
-__device__ inline void product_with_columns(float (&acc)[32], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}"
-      : SVEL_32("+f", acc)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD)
-      : "memory");
-}
-// acc (64 x 32) = (ADD ? acc : 0) + a^T (16 x 64) b^T (32 x 16), both in shared memory.
-template <int ADD>
-__device__ inline void product_transposed(float (&acc)[16], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %18, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
-      "%12, %13, %14, %15}, %16, %17, add, 1, 1, 1, 0;\n}"
-      : SVEL_16("+f", acc)
-      : "l"(a), "l"(b), "n"(ADD)
-      : "memory");
-}
-// The same for b of 8, 16 and 64 rows.
-template <int ADD>
-__device__ inline void product_transposed(float (&acc)[4], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %6, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, %4, %5, add, 1, 1, 1, 0;\n}"
-      : SVEL_4("+f", acc)
-      : "l"(a), "l"(b), "n"(ADD)
-      : "memory");
-}
-template <int ADD>
-__device__ inline void product_transposed(float (&acc)[8], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %10, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, add, 1, "
-      "1, 1, 0;\n}"
-      : SVEL_8("+f", acc)
-      : "l"(a), "l"(b), "n"(ADD)
-      : "memory");
-}
-template <int ADD>
-__device__ inline void product_transposed(float (&acc)[32], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, add, 1, 1, 1, 0;\n}"
-      : SVEL_32("+f", acc)
-      : "l"(a), "l"(b), "n"(ADD)
-      : "memory");
-}
-// And of 128 and 256.
-template <int ADD>
-__device__ inline void product_transposed(float (&acc)[64], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
-      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
-      "%56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, add, 1, 1, 1, 0;\n}"
-      : SVEL_64("+f", acc)
-      : "l"(a), "l"(b), "n"(ADD)
-      : "memory");
-}
-template <int ADD>
-__device__ inline void product_transposed(float (&acc)[128], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
-      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
-      "%56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, "
-      "%74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "
-      "%92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, "
-      "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "
-      "%123, %124, %125, %126, %127}, %128, %129, add, 1, 1, 1, 0;\n}"
-      : SVEL_128("+f", acc)
-      : "l"(a), "l"(b), "n"(ADD)
-      : "memory");
-}
-// acc (64 x n) = (ADD ? acc : 0) + a (64 x 16) b^T (n x 16), both in shared memory; n of 64, 128 and 256.
-template <int ADD>
-__device__ inline void product_shared(float (&acc)[32], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, add, 1, 1, 0, 0;\n}"
-      : SVEL_32("+f", acc)
-      : "l"(a), "l"(b), "n"(ADD)
-      : "memory");
-}
-template <int ADD>
-__device__ inline void product_shared(float (&acc)[64], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
-      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
-      "%56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, add, 1, 1, 0, 0;\n}"
-      : SVEL_64("+f", acc)
-      : "l"(a), "l"(b), "n"(ADD)
-      : "memory");
-}
-template <int ADD>
-__device__ inline void product_shared(float (&acc)[128], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
-      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
-      "%56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, "
-      "%74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "
-      "%92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, "
-      "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "
-      "%123, %124, %125, %126, %127}, %128, %129, add, 1, 1, 0, 0;\n}"
-      : SVEL_128("+f", acc)
-      : "l"(a), "l"(b), "n"(ADD)
-      : "memory");
-}
+// acc (64 x n) = (ADD ? acc : 0) + a (64 x 16, registers) b^T (n x 16, shared memory), for n of 32 and 64;
+// COLUMNS: b is given as 16 x n. Warp w of the group holds rows 16 w to 16 w + 15 of a and acc; with g = lane
+// / 4 and t = lane % 4: a[0] (g, 2 t and 2 t + 1), a[1] (g + 8, same), a[2] (g, 2 t + 8 and 2 t + 9), a[3] (g
+// + 8, same); acc[4 i + 2 h + p] is element (g + 8 h, 8 i + 2 t + p). The last arguments: the names of what
+// follows acc.
+#define SVEL_PRODUCT(COUNT, N, A, B, ADDS, TRANSPOSES)                                         \
+  template <int ADD, int COLUMNS = 0>                                                          \
+  __device__ inline void product(float (&acc)[COUNT], const uint32_t (&a)[4], uint64_t b) {    \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADDS                                  \
+                 ", 0;\n"                                                                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" SVEL_NAMES_##COUNT \
+                 "}, {" A "}, " B ", add, 1, 1, " TRANSPOSES ";\n}"                            \
+                 : SVEL_##COUNT("+f", acc)                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD), "n"(COLUMNS)  \
+                 : "memory");                                                                  \
+  }
+SVEL_PRODUCT(16, 32, "%16, %17, %18, %19", "%20", "%21", "%22")
+SVEL_PRODUCT(32, 64, "%32, %33, %34, %35", "%36", "%37", "%38")
+#undef SVEL_PRODUCT
+
+// acc (64 x n) = (ADD ? acc : 0) + a (64 x 16) b^T (n x 16), both in shared memory, for n of 64, 128 and 256;
+// COLUMNS: a is given as 16 x 64.
+#define SVEL_PRODUCT(COUNT, N, A, B, ADDS, TRANSPOSES)                                         \
+  template <int ADD, int COLUMNS>                                                              \
+  __device__ inline void product_shared(float (&acc)[COUNT], uint64_t a, uint64_t b) {         \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADDS                                  \
+                 ", 0;\n"                                                                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" SVEL_NAMES_##COUNT \
+                 "}, " A ", " B ", add, 1, 1, " TRANSPOSES ", 0;\n}"                           \
+                 : SVEL_##COUNT("+f", acc)                                                     \
+                 : "l"(a), "l"(b), "n"(ADD), "n"(COLUMNS)                                      \
+                 : "memory");                                                                  \
+  }
+SVEL_PRODUCT(32, 64, "%32", "%33", "%34", "%35")
+SVEL_PRODUCT(64, 128, "%64", "%65", "%66", "%67")
+SVEL_PRODUCT(128, 256, "%128", "%129", "%130", "%131")
+#undef SVEL_PRODUCT
+#undef SVEL_NAMES_128
+#undef SVEL_NAMES_64
+#undef SVEL_NAMES_32
+#undef SVEL_NAMES_16
 #undef SVEL_128
 #undef SVEL_64
 #undef SVEL_32
 #undef SVEL_16
-#undef SVEL_8
-#undef SVEL_4
 
 // Rows of 128 bytes, 16-byte chunk c of row r at c ^ (r % 8); groups of 8 rows follow one another, in either
 // direction of a matrix. A step of 32 bytes along the rows adds 2 to a descriptor.
@@ -251,11 +141,6 @@ __device__ inline void load_matrices_transposed(uint32_t shared, uint32_t (&out)
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(shared)
                : "memory");
-}
-// Rows of 64 bytes, chunk c of row r at c ^ (r / 2 % 4).
-__device__ inline uint64_t rows_of_64_bytes(uint32_t shared) {
-  return static_cast<uint64_t>((shared & 0x3FFFF) >> 4) | uint64_t{1} << 16 | uint64_t{512 >> 4} << 32 |
-         uint64_t{2} << 62;
 }
 
 }  // namespace svel

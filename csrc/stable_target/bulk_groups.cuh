@@ -18,10 +18,9 @@
 //   s_j = rate (y.d_j - alpha/2 |d_j|^2),  y = x - alpha c,  so that
 //   -|x - alpha r_j|^2 / (2 sigma^2) = s_j - |y|^2 / (2 sigma^2).
 // Weights are 2^(s_j - top) with `top` an integer no smaller than all scores of the group so far (in units of
-// log 2): when it grows, sums are multiplied by a power of two, which rounds nothing. At the end of a
-// segment the groups of a row add their sums in float64: so the number of
-// references does not matter. |y|^2, in float64 too, tells how classes compare, for rows that take all of
-// them and for lse.
+// log 2): when it grows, sums are multiplied by a power of two, which rounds nothing. At the end of a segment
+// the groups of a row add their sums in float64: so the number of references does not matter. |y|^2, in
+// float64 too, tells how classes compare, for rows that take all of them and for lse.
 //
 // Where a unit lies in one block, that is the row's result. Else it is a part in memory, and the last block
 // to finish merges the parts, always in their order: results do not depend on who comes last. merge_kernel
@@ -229,7 +228,7 @@ struct Groups {
   }
 
   __device__ __forceinline__ double sum_over_group(double share) const {
-    share = sum_over_lanes(share, 32);
+    share = warp_sum(share);
     group_barrier();  // what was there before is read
     if (thread() % 32 == 0) shared().squares[group()][thread() / 32] = share;
     group_barrier();
@@ -244,11 +243,11 @@ struct Groups {
   __device__ __forceinline__ void exchange(int& parity, float (&shares)[COUNT]) const {
     if constexpr (WARPS == 1) {
 #pragma unroll
-      for (int j = 0; j < COUNT; ++j) shares[j] = sum_over_lanes(shares[j], 32);
+      for (int j = 0; j < COUNT; ++j) shares[j] = warp_sum(shares[j]);
     } else {
       constexpr int LANES = 32 / COUNT;
       const int lane = thread() % 32;
-      const float sum = sum_over_warp<COUNT>(shares, lane);
+      const float sum = warp_sums<COUNT>(shares, lane);
       float (&scores)[TR][WARPS < 4 ? 4 : WARPS] = shared().scores[parity & 1][group()];
       if (lane % LANES == 0) scores[lane / LANES][thread() / 32] = sum;
       group_barrier();

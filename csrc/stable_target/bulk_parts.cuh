@@ -77,30 +77,6 @@ __device__ inline void unpack(const uint4& raw, float (&out)[EV]) {
   for (int k = 0; k < EV; ++k) out[k] = to_float(values[k]);
 }
 
-// Sums v[j] over the warp for all COUNT values at once; lane l gets the sum of value l / (32 / COUNT).
-template <int COUNT>
-__device__ inline float sum_over_warp(float (&v)[COUNT], int lane) {
-  int offset = 16;
-#pragma unroll
-  for (int half = COUNT / 2; half > 0; half /= 2, offset /= 2) {
-    const bool upper = lane & offset;
-#pragma unroll
-    for (int j = 0; j < half; ++j) {
-      const float give = upper ? v[j] : v[j + half], keep = upper ? v[j + half] : v[j];
-      v[j] = keep + __shfl_xor_sync(0xffffffffu, give, offset);
-    }
-  }
-#pragma unroll
-  for (; offset > 0; offset /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], offset);
-  return v[0];
-}
-
-template <typename W>
-__device__ inline W sum_over_lanes(W v, int lanes) {
-  for (int offset = lanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
-}
-
 // 2^exponent; below the normal range of float32: 0.
 __device__ inline float power_of_two(float exponent) {
   float power;

@@ -11,6 +11,7 @@
 // device memory, tagged with the number of their exchange, which they also await there.
 #pragma once
 
+#include "common/cluster.cuh"
 #include "stable_target/bulk_parts.cuh"
 
 namespace svel::cuda {
@@ -123,7 +124,8 @@ struct Teams {
       if (kind == Mail::done) return;
       const double share = share_of_block(slot, kind, lane);
       if (lane < layout.slices)
-        store_in_cluster(&shared().mail[slot][rank], &shared().mailed[slot], lane, share);
+        send(peer_address(shared_address(&shared().mail[slot][rank]), lane),
+             peer_address(shared_address(&shared().mailed[slot]), lane), share);
       if (lane == 0) arrive_expecting(&shared().mailed[slot], 8 * layout.slices);
     }
   }
@@ -247,7 +249,7 @@ struct Teams {
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     double shift = 0;
     if (segment.squares) {
-      give(exchanges, Mail::square, sum_over_lanes(square, 32), tid);
+      give(exchanges, Mail::square, warp_sum(square), tid);
       shift = row.per_square * take(exchanges, Mail::square);
       ++exchanges;
     }
@@ -294,7 +296,7 @@ struct Teams {
 #pragma unroll
     for (int j = 0; j < TR; ++j) {
       scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
-      scores[j] = sum_over_lanes(scores[j], 32);
+      scores[j] = warp_sum(scores[j]);
     }
     give(number, Mail::scores, pair(scores[0], TR > 1 ? scores[TR - 1] : 0.0f), tid);
   }
@@ -324,7 +326,7 @@ struct Teams {
 #pragma unroll
       for (int k = 0; k < EV; ++k) difference[s * EV + k] -= c[k];
     }
-    give(exchanges, Mail::square, sum_over_lanes(score_source(row, mine.y, difference), 32), tid);
+    give(exchanges, Mail::square, warp_sum(score_source(row, mine.y, difference)), tid);
     const double score = take(exchanges, Mail::square);
     ++exchanges;
     mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);

@@ -46,6 +46,27 @@ enum class Scores { FAST, EXACT, LOW };  // y_hi.d to few digits, to float32's; 
 template <auto VALUE>
 using Constant = std::integral_constant<decltype(VALUE), VALUE>;
 
+// visit(width, plain) with both as constants; width of 64, 128 and 256, and plain only as it MAY or MUST be.
+template <bool MAY, bool MUST, typename Visit>
+__device__ __forceinline__ void with_constants(int width, bool plain, const Visit& visit) {
+  const auto by_width = [&](auto is_plain) {
+    if (width == 256) {
+      visit(Constant<256>{}, is_plain);
+    } else if (width == 128) {
+      visit(Constant<128>{}, is_plain);
+    } else {
+      visit(Constant<64>{}, is_plain);
+    }
+  };
+  if constexpr (MAY == MUST) {
+    by_width(Constant<MUST>{});
+  } else if (plain) {
+    by_width(Constant<true>{});
+  } else {
+    by_width(Constant<false>{});
+  }
+}
+
 constexpr int NORM_WARPS = 3;
 constexpr int NORMS_BARRIER = 3;  // beside those of the two warpgroups
 constexpr int TURN_BARRIER = 4;
@@ -137,9 +158,9 @@ __device__ inline void multiply(const uint32_t (&a)[4][4], uint32_t b, float (&s
 template <int ADD, int GROUPS, int COUNT>
 __device__ inline void product_of_step(float (&acc)[COUNT], uint64_t a, uint64_t b, int k) {
   if constexpr (GROUPS == 0) {
-    product_shared<ADD>(acc, a + 2 * k, b + 2 * k);
+    product_shared<ADD, 0>(acc, a + 2 * k, b + 2 * k);
   } else {
-    product_transposed<ADD>(acc, a + k % GROUPS * (2048 >> 4), b + 2 * k);
+    product_shared<ADD, 1>(acc, a + k % GROUPS * (2048 >> 4), b + 2 * k);
   }
 }
 
@@ -693,30 +714,10 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2, buffer ^= 1) {
       const int64_t row0 = row0_of(unit), ref0 = ref0_of(unit);
       const int width = row_tile_width(rows, row0);
-      const auto tile = [&](auto wide, auto is_plain) {
+      with_constants<HALF, HALF && LOW>(width, plain, [&](auto wide, auto is_plain) {
         score_tile<T, decltype(wide)::value, KIND, decltype(is_plain)::value>(many, ring, norms[buffer], row0,
                                                                               ref0, valid, steps);
-      };
-      const auto by_width = [&](auto is_plain) {
-        if (width == 256) {
-          tile(Constant<256>{}, is_plain);
-        } else if (width == 128) {
-          tile(Constant<128>{}, is_plain);
-        } else {
-          tile(Constant<64>{}, is_plain);
-        }
-      };
-      if constexpr (HALF && LOW) {
-        by_width(Constant<true>{});
-      } else if constexpr (HALF) {
-        if (plain) {
-          by_width(Constant<true>{});
-        } else {
-          by_width(Constant<false>{});
-        }
-      } else {
-        by_width(Constant<false>{});
-      }
+      });
     }
   }
   synchronize_cluster();  // the peer may still copy to this block's memory, or arrive on its barriers
@@ -748,27 +749,9 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
       const SumTile at = grid.tile(unit, rank);
       const int width = row_tile_width(grid.rows, at.row0);
-      const auto tile = [&](auto wide, auto is_plain) {
+      with_constants<HALF, false>(width, plain, [&](auto wide, auto is_plain) {
         sum_tile<T, decltype(wide)::value, EXACT, decltype(is_plain)::value>(in, many, ring, at, valid);
-      };
-      const auto by_width = [&](auto is_plain) {
-        if (width == 256) {
-          tile(Constant<256>{}, is_plain);
-        } else if (width == 128) {
-          tile(Constant<128>{}, is_plain);
-        } else {
-          tile(Constant<64>{}, is_plain);
-        }
-      };
-      if constexpr (HALF) {
-        if (plain) {
-          by_width(Constant<true>{});
-        } else {
-          by_width(Constant<false>{});
-        }
-      } else {
-        by_width(Constant<false>{});
-      }
+      });
     }
   }
   synchronize_cluster();  // the peer may still copy to this block's memory, or arrive on its barriers

@@ -352,8 +352,8 @@ struct PoolBlock {
         const auto multiply = [&](float (&made)[32], const int b) {
           const uint64_t box = tile + b * (L::BOX >> 4);
           start_products();
-          product_with_columns<0>(made, weights[0], box);
-          product_with_columns<1>(made, weights[1], box + (2048 >> 4));
+          product<0, 1>(made, weights[0], box);
+          product<1, 1>(made, weights[1], box + (2048 >> 4));
           commit_products();
         };
         const auto gather = [&](const float (&made)[32], float (&to)[16]) {

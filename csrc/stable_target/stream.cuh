@@ -156,23 +156,6 @@ __device__ inline void read_slot(const T* slot, float (&out)[EV]) {
   }
 }
 
-// Sums v[j] over the warp for all TR values at once; lane l gets the sum of value l / (32 / TR).
-template <int TR>
-__device__ inline float warp_sums(float (&v)[TR], int lane) {
-  int offset = 16;
-#pragma unroll
-  for (int half = TR / 2; half > 0; half /= 2, offset /= 2) {
-    const bool upper = lane & offset;
-#pragma unroll
-    for (int j = 0; j < half; ++j) {
-      const float give = upper ? v[j] : v[j + half], keep = upper ? v[j + half] : v[j];
-      v[j] = keep + __shfl_xor_sync(0xffffffffu, give, offset);
-    }
-  }
-  for (; offset > 0; offset /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], offset);
-  return v[0];
-}
-
 // T, EV: element and elements per 16-byte slot; EV = 1: staged as float32 by plain loads, for any dtype and
 // alignment. A thread owns Q elements of D: element(q) below. TR: references per tile.
 template <typename T, int EV, int THREADS, int Q, int TR>
