@@ -105,10 +105,8 @@ def test_counts(rng, count, dtype):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("count", [0, 700, 4999])
-def test_a_source_is_one_more_reference_of_its_row(request, rng, count, geometry, precision):
+def test_a_source_is_one_more_reference_of_its_row(rng, count, geometry, precision):
     """Near x, far away, and among weights that are spread."""
-    if (count, geometry, precision) == (700, "gaussian", "exact"):
-        request.applymarker(pytest.mark.xfail(reason="7.4e-6 where two references nearly tie: float32 scores"))
     x, refs, t = make_pool(*SHAPE, geometry, rng)
     source = refs[torch.randperm(len(refs), generator=rng)[: len(x)].cuda()].float()
     source[::3] = (x / (1 - t[:, None]).clamp_min(0.05))[::3]
