@@ -460,9 +460,10 @@ class _Chunk:
     ) -> dict[str, Tensor]:
         """What the curve averages, each (rows,) float64."""
         at = interpolant.coefficients(t)
-        x_t, factor = interpolant.interpolate(self.x0, self.noise, t), float(at.x0_factor[0]) ** 2
+        x_t = interpolant.interpolate(self.x0, self.noise, t)
         alpha, sigma = at.alpha.to(x_t.dtype), at.sigma.to(x_t.dtype)
-        rounding = torch.finfo(x_t.dtype).eps * self.spread * float((alpha[0] / sigma[0]).square())
+        x0_factor, ratio = torch.stack([at.x0_factor[0], at.alpha[0] / at.sigma[0]]).tolist()  # one wait for both
+        factor, rounding = x0_factor**2, torch.finfo(x_t.dtype).eps * self.spread * ratio**2
         wide, out = rounding > _MOST_ROUNDING, {}
         if truth is not None:
             mean = truth(x_t, t).to(x_t.dtype)
