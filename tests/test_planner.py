@@ -176,6 +176,21 @@ def test_what_the_kernel_for_many_rows_leaves_to_others(sizes, other):
     assert info.plan(*sizes, **{**H100, **other})["kernel"] != "many_rows"
 
 
+@pytest.mark.parametrize("d", [1032, 2048, 2056, 4096])
+def test_fast_class_banks_of_float16_are_on_the_matrix_units(d):
+    plan = info.plan(256, 256, d, 1001, precision="fast", device="h100")
+    assert plan["products"]
+    assert plan["stages"] >= 4  # halves of a tile: one is worked on while the next comes
+    assert plan["smem_bytes"] <= info.DEVICES["h100"].smem_limit
+    others = [
+        info.plan(256, 256, d, 1001, device="h100"),
+        info.plan(256, 256, d, 1001, refs_dtype=torch.bfloat16, precision="fast", device="h100"),
+        info.plan(1, 256, d, precision="fast", device="h100"),
+        info.plan(256, 256, d, 1001, precision="fast", device="a100"),
+    ]
+    assert not any(plan["products"] for plan in others)
+
+
 def test_every_multiprocessor_has_a_part_of_a_class_bank():
     for d in (1024, 4096):
         plan = info.plan(256, 256, d, 1001, **H100)

@@ -14,7 +14,8 @@ struct Problem {
   bool refs_bf16 = false;              // of the two types of two bytes
   bool aligned = true;                 // every reference starts at a multiple of 16 bytes
   bool has_source = false;
-  bool pool = true;  // the pool kernel may serve: not for an exact lse, nor for rows that it leaves
+  bool vectors = true;  // x, source and out are float32, aligned to 16 bytes
+  bool pool = true;     // the pool kernel may serve: not for an exact lse, nor for rows that it leaves
   int sm_count = 132;
   double bandwidth = 3.35e12;   // of the device's memory, bytes per second as specified
   int64_t smem_limit = 232448;  // bytes of shared memory that a block may ask for
@@ -47,7 +48,8 @@ struct Plan {
   int64_t bytes = 0;  // that must move at least, if every row has a group of its own (up to k)
   int64_t flops = 0;  // 4 n m d: a product and a weighted sum
   std::string reason;
-  int in_flight = 0;  // bulk: tiles on their way at once
+  bool products = false;  // bulk: on the matrix units, see bulk_products.cuh
+  int in_flight = 0;      // bulk: tiles on their way at once
   int weight_two = 0,
       weight_four = 0;  // bulk: what a tile costs with two rows and with more; TILE_WEIGHT: one
 };
@@ -72,6 +74,19 @@ constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
 constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before the first copies
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
+constexpr int PRODUCTS_MAX_STAGES = 32, PRODUCTS_ROWS = 2;  // rows of a unit
+// Beside the stages of bulk_products.cuh: sums on their way out, before that the rows as products take them;
+// barriers, shares of scores.
+constexpr int products_sums_smem(int64_t held) {
+  return static_cast<int>(8 * held);
+}
+constexpr int64_t products_smem(int64_t held, int tile_refs, int rows) {
+  return 6144 + (160 * rows + 32) * tile_refs + products_sums_smem(held);
+}
+// Of a reference there: apart by 16 bytes more than a multiple of 128, so that eight of them meet all banks.
+constexpr int products_ref_bytes(int64_t held) {
+  return static_cast<int>(2 * held) + 16;
+}
 constexpr int TILE_WEIGHT = 8;
 constexpr int groups_sums_smem(int elements) {  // where groups leave their sums for one another
   return 4 * GROUPS_CONSUMERS * elements;

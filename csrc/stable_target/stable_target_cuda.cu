@@ -58,6 +58,8 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   problem.has_labels = labels.has_value(), problem.has_source = source.has_value();
   problem.x_size = size_of(in.x.dtype), problem.refs_size = size_of(in.refs.dtype);
   problem.aligned = is_aligned(in.refs.data) && in.d * problem.refs_size % 16 == 0;
+  const auto is_vector = [](const Array& a) { return a.dtype == Dtype::f32 && is_aligned(a.data); };
+  problem.vectors = is_vector(in.x) && is_vector(in.out) && (!source || is_vector(in.source));
   problem.refs_bf16 = in.refs.dtype == Dtype::bf16;
   problem.precision = given.precision;
   const DeviceLimits& limits = device_limits(op, x.get_device_index());

@@ -32,7 +32,7 @@ def on_gpu(*tensors):
     return [t.cuda() if isinstance(t, torch.Tensor) else t for t in tensors]
 
 
-def check_bank(x, refs, t, labels, counts=None, source=None, prediction="velocity", unaligned=()):
+def check_bank(x, refs, t, labels, counts=None, source=None, prediction="velocity", unaligned=(), precision="exact"):
     """stable_target on the GPU against the reference in float64, rows of each time together; labels of any value.
 
     unaligned: which of "x", "refs" and "source" start one element off any alignment.
@@ -40,7 +40,7 @@ def check_bank(x, refs, t, labels, counts=None, source=None, prediction="velocit
     named = {"x": x, "refs": refs, "t": t, "labels": labels, "counts": counts, "source": source}
     args = {name: a if a is None else a.cuda() for name, a in named.items()}
     args.update({name: offset_by_one(args[name]) for name in unaligned})
-    out = svel.stable_target(**args, prediction=prediction)
+    out = svel.stable_target(**args, prediction=prediction, precision=precision)
     wide = {name: args[name].double() for name in ("x", "source") if args[name] is not None}
     expected = reference.stable_target(**{**args, **wide}, prediction=prediction)
     assert torch.equal(out.isnan(), expected.isnan())
@@ -48,7 +48,7 @@ def check_bank(x, refs, t, labels, counts=None, source=None, prediction="velocit
         rows = (args["t"] == time) & ~expected.isnan().any(1)
         if rows.any():
             error = relative_error(out[rows], expected[rows])
-            assert error <= TOLERANCE[out.dtype, "exact"], f"{error:.2e} at t = {float(time):.3f}"
+            assert error <= TOLERANCE[out.dtype, precision], f"{error:.2e} at t = {float(time):.3f}"
 
 
 def assert_kernel(kernel, n, refs, labels=True, aligned=True):
@@ -92,6 +92,19 @@ def test_class_banks(rng, d, dtype):
     if d * dtype.itemsize % 16 == 0:
         assert_kernel("bulk", 9, refs)
     check_bank(x, refs, t, labels, counts)
+
+
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize("geometry", ["gaussian", "manifold", "shifted"])
+@pytest.mark.parametrize(
+    ("n", "m", "d"), [(9, 37, 1032), (300, 21, 2048), (3, 3000, 2056), (9, 5, 3080), (300, 37, 4096)]
+)
+def test_fast_class_banks_on_the_matrix_units(rng, n, m, d, geometry, source):
+    x, refs, t, labels, counts = make_bank(n, 4, m, d, torch.float16, rng, geometry)
+    if torch.cuda.get_device_capability() >= (9, 0):
+        assert info.plan(n, m, d, 4, precision="fast")["products"]
+    check_bank(x, refs, t, labels, counts, x.flip(0) * 0.5 if source else None, precision="fast")
+    check_bank(x, refs, t, labels.clamp(max=0), counts, prediction="x0", precision="fast")  # two classes for all rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
