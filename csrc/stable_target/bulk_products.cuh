@@ -1,24 +1,23 @@
-// One pass over the references of class banks on Hopper's matrix units, for references of two bytes and
-// precision "fast". A multiprocessor has one thread block: one warp, the producer, brings references into a
-// ring in shared memory by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements.
-// A tile of eight references, or of eight times BLOCKS, is scored by all warps. One more warp adds up their
-// shares of the scores, runs the online softmax and hands weights back, with which they add the tile to the
-// rows, if there is anything to add; meanwhile they score the next tile, where it is there. The list of
-// units, the announcer, the clerk and the parts of units that several blocks share: as in bulk_groups.cuh.
+// One pass over the references of class banks on Hopper's matrix units, bound by memory, for references of
+// two bytes. A multiprocessor has one thread block: one warp, the producer, brings references into a ring in
+// shared memory by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements. A tile
+// of eight references, or of eight times BLOCKS, is scored by all warps, which exchange their shares of the
+// scores, run the online softmax, each for itself, and add the tile to the rows. The list of units, the
+// announcer, the clerk and the parts of units that several blocks share: as in bulk_groups.cuh.
 //
+// The matrix units do what depends on rows, all rows of a unit at once, so a multiprocessor works on a tile
+// for half the time that the memory takes to bring it, and what it misses while units change it makes up for.
 // |r_j|^2 too is the product of a tile with itself: of sixty-four of them eight are wanted.
 //
-// Rounding. Scores are s_j = rate (x.r_j - alpha/2 |r_j|^2), so that
+// Exactness. Scores are s_j = rate (x.r_j - alpha/2 |r_j|^2), so that
 //   -|x - alpha r_j|^2 / (2 sigma^2) = s_j - |x|^2 / (2 sigma^2).
 // References are exact in the matrix units, x is the sum of SPLITS values of their type, and so are weights.
-// The sums of the matrix units, which round towards zero, are over 64 elements or 8 references. Weights are
+// The sums of the matrix units, which round towards zero, are over 16 elements or 8 references. Weights are
 // 2^(s_j - top) with an integer `top` that is no smaller than any score.
 //
-// That has the digits of float32 for values as large as x and r_j: where references lie about the origin,
-// errors are below 1e-6. Where they are far from it beside their distances, rounding shows when weights are
-// spread: a row that the estimate at the end of a segment finds in doubt is evaluated again, in float64
-// (`review`). What is not seen there is a tie between references that different blocks have: errors up to
-// 2e-5 on data near a low-dimensional set at t = 0.2.
+// That has the digits of float32 for values as large as x and r_j, which is enough where references lie about
+// the origin. Where they are far from it beside their distances, rounding shows when weights are spread: a
+// row that the estimate at the end of a segment finds in doubt is evaluated again, in float64 (`review`).
 #pragma once
 
 #include "stable_target/bulk_parts.cuh"
@@ -128,17 +127,20 @@ struct ProductsShared {
   int used[2];                      // bit b: block b has weight; RAISED: `top` has grown
   float scales[2][ROWS];            // what it has done to the sums so far
   ProductsState states[2][ROWS];    // after this tile
-  float offsets[ROWS][WARPS];  // what scores are relative to: a warp's share of that of the first reference
-  float x_squares[ROWS][WARPS],
-      r_squares[WARPS];        // of a warp's elements: |x|^2, |r|^2 of the first reference
-  double squares[WARPS];       // shares of what is summed in float64
-  double shifts[ROWS][WARPS];  // |x|^2 / (2 sigma^2) in units of log 2, of a warp's elements
+  double squares[WARPS];            // shares of what is summed in float64
+  // Of a warp's elements, of segments in turn: the score of the first reference, which others are relative
+  // to; |x|^2; |r|^2 of the first reference; |x|^2 / (2 sigma^2) in units of log 2.
+  struct {
+    float offsets[ROWS][WARPS], x_squares[ROWS][WARPS], r_squares[WARPS];
+    double shifts[ROWS][WARPS];
+  } known[2];
   double reviewed[SEGMENT_REFS];
   PartRow moved[ROWS];  // to memory already
-  int final;
-  Barrier filed, closed;  // a part is in memory; the clerk is done
-  int unmerged;           // rows that the clerk has found to be complete
-  RowEnd rows_left[ROWS];
+  int final[2];
+  // Sums of a segment are there; the finisher has them. Whether it is to take them, and what belongs to them.
+  Barrier staged_full, staged_free;
+  int handed;
+  PartRow sums[ROWS];
 };
 
 // T: of the references. CHUNKS of 32 elements for each warp.
@@ -154,7 +156,7 @@ struct Products {
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
   using Shared = ProductsShared<ROWS, TR>;
   static constexpr int FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
-  static constexpr int BEFORE_LIST = FIXED_BYTES + products_sums_smem(HELD);
+  static constexpr int BEFORE_LIST = FIXED_BYTES + products_sums_smem(HELD, ROWS);
 
   const Inputs& in;
   const UnitList& list;
@@ -172,10 +174,10 @@ struct Products {
   __device__ __forceinline__ static float* staged(int row) {
     return reinterpret_cast<float*>(memory() + FIXED_BYTES) + row * HELD;
   }
-  // Before that, x as the products take it, of column g where t names the elements: each lane has its own,
+  // x as the products take it, of column g where t names the elements: each lane has its own,
   // which need not stay in registers. (CHUNKS, 32) of two words for each warp.
   __device__ __forceinline__ static uint32_t split_x() {
-    return shared_address(memory()) + FIXED_BYTES + 8 * (warp() * (CHUNKS * 32) + lane());
+    return shared_address(memory()) + FIXED_BYTES + 4 * HELD * ROWS + 8 * (warp() * (CHUNKS * 32) + lane());
   }
   __device__ __forceinline__ char* stage(int s) const {
     return memory() + staging + s * (PIECE_REFS * REF_BYTES);
@@ -246,7 +248,7 @@ struct Products {
   }
 
   // x of the rows of the unit, split.
-  __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<ROWS>& segment) const {
+  __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<ROWS>& segment, int turn) const {
     const int column = lane() >> 2, t = lane() & 3, part = column >> 2;
     const int my_row = ROWS == 1 ? 0 : column / 2 % 2, split = ROWS == 1 ? column % 4 : column % 2;
     const bool present = my_row < segment.count;
@@ -276,7 +278,7 @@ struct Products {
       square += __shfl_xor_sync(0xffffffffu, square, hop);
     }
     const bool leads = split == 0 && part == 0 && t == 0 && present;
-    if (leads) shared().x_squares[my_row][warp()] = square;
+    if (leads) shared().known[turn].x_squares[my_row][warp()] = square;
     if (segment.squares) {
       double exact = 0;
 #pragma unroll
@@ -289,7 +291,7 @@ struct Products {
       }
 #pragma unroll
       for (int hop : {1, 2, 16}) exact += __shfl_xor_sync(0xffffffffu, exact, hop);
-      if (leads) shared().shifts[my_row][warp()] = row.per_square * exact;
+      if (leads) shared().known[turn].shifts[my_row][warp()] = row.per_square * exact;
     }
     // The largest to below 2^15.
     const int exponent = largest > 0 && largest < INFINITY ? ilogbf(largest) : 0;
@@ -318,7 +320,7 @@ struct Products {
 
   // Shares of the scores of eight references, to shared memory.
   __device__ __forceinline__ void score_block(Mine& mine, uint32_t refs, int block, int parity, bool first,
-                                              int rows) const {
+                                              int turn, int rows) const {
     const int g = lane() >> 2, t = lane() & 3;
     float norms[2] = {}, dots[4] = {};
     constexpr int CHAIN = CHUNKS < 4 ? CHUNKS : 4;
@@ -346,8 +348,8 @@ struct Products {
     const float share = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
     if (first && block == 0) {
       mine.offset = __shfl_sync(0xffffffffu, share, t);
-      if (lane() < rows) shared().offsets[t][warp()] = share;
-      if (lane() == 3) shared().r_squares[warp()] = norm;
+      if (lane() < rows) shared().known[turn].offsets[t][warp()] = share;
+      if (lane() == 3) shared().known[turn].r_squares[warp()] = norm;
     }
     if (t < rows) shared().scores[parity][t][8 * block + g][warp()] = share - mine.offset;
   }
@@ -467,13 +469,13 @@ struct Products {
   }
 
   // A tile of `many` references that begins at stage s.
-  __device__ __forceinline__ void score_tile(Mine& mine, int s, int many, int rows, int parity,
-                                             bool first) const {
+  __device__ __forceinline__ void score_tile(Mine& mine, int s, int many, int rows, int parity, bool first,
+                                             int turn) const {
     const int g = lane() >> 2, t = lane() & 3;
 #pragma unroll 1
     for (int block = 0; block < BLOCKS; ++block)
       score_block(mine, reference(s, 8 * block + stored(g), many) + 64 * warp() + 16 * t, block, parity,
-                  first, rows);
+                  first, turn, rows);
     __syncwarp();
     if (lane() == 0) arrive(&shared().given[parity]);
   }
@@ -527,10 +529,10 @@ struct Products {
   // and by the rounding of a warp's share of it. That matters where several references have weight, which are
   // then about sigma / alpha apart: what it makes of the mean, beside the result's size. Or where it is so
   // much that the best reference may not be the best.
-  __device__ __forceinline__ bool in_doubt(const RowState& row, int my_row,
-                                           const ProductsState& state) const {
+  __device__ __forceinline__ bool in_doubt(const RowState& row, int my_row, const ProductsState& state,
+                                           int turn) const {
     const int w = lane() % WARPS;
-    const float x = shared().x_squares[my_row][w], r = shared().r_squares[w],
+    const float x = shared().known[turn].x_squares[my_row][w], r = shared().known[turn].r_squares[w],
                 half = 0.25f * row.half_alpha * r;
     const float square = 0.5f * warp_sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS))));
     const float norm = 0.5f * warp_sum(r);  // two lanes for each warp
@@ -643,135 +645,130 @@ struct Products {
     return power(bound - sums.top);
   }
 
-  // A segment's sums, `last` of the parity of its last tile, to the rows' results or to their parts in
-  // memory.
-  __device__ __forceinline__ void end_segment(const Mine& mine, const Segment<ROWS>& segment,
-                                              int last) const {
+  // A row's sums at the end of a segment, to its result or to its part in memory, and where that was the last
+  // part to come, all of them to the result. By `threads` threads, tid of them, that sync() joins.
+  template <typename Sync>
+  __device__ __forceinline__ void finish_row(const Segment<ROWS>& segment, int r, const RowSums& sums,
+                                             double source, double scale, int turn, int tid, int threads,
+                                             const Sync& sync) const {
     const int flags = segment.flags, others = segment.to - segment.from;
     const RowPlace here = place();
-    const bool whole = flags & SEGMENT_PART_END && others == 0;
-    stage_sums(mine, segment.count);
-#pragma unroll 1
-    for (int r = 0; r < segment.count; ++r) {
-      const RowState& row = segment.rows[r];
-      float4 x[HELD / (4 * THREADS)];
-      if (whole) {  // on their way meanwhile
-#pragma unroll
-        for (int i = 0; i < HELD / (4 * THREADS); ++i) {
-          const int e = 4 * thread() + i * 4 * THREADS;
-          if (e < d) x[i] = load_four(in, here, in.x, row.index, e);
-        }
-      }
-      RowSums sums{-INFINITY, 0, false};
-      if (segment.references > 0) {
-        const ProductsState state = shared().states[last][r];
-        if (in_doubt(row, r, state)) {
-          sums = review(segment, r);
-        } else {
-          const double offset = 0.5 * warp_sum(static_cast<double>(shared().offsets[r][lane() % WARPS]));
-          sums.top = fma(row.exact_rate(), offset, state.top), sums.total = state.total;
-        }
-      }
-      double source = 0, shift = 0;
-      double scale = 1;
-      if (in.source.data && flags & SEGMENT_UNIT_END) source = weigh_own_source(row, sums, scale);
-      if (segment.squares) shift = 0.5 * warp_sum(shared().shifts[r][lane() % WARPS]);
-      const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, r);
-      double* const to = parts.sums + part * d;
-      RowEnd end{
-          row.index, r, segment.from, segment.to, row.a, row.b, {sums.top - shift, sums.total + source}};
-      double by = 1, before = 0;
-      if (!(flags & SEGMENT_PART_BEGIN)) {
-        const PartRow moved = shared().moved[r];
-        const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
-        before = power(moved.log2_weight - most), by = power(now - most);
-        end.own = {most, fma(before, moved.total, by * end.own.total)};
-      }
-      const double mean_by = 1 / end.own.total, centred = sums.reviewed ? by * sums.total : 0;
-      const double scaled = by * scale;
-      barrier();
-#pragma unroll
-      for (int i = 0; i < HELD / (4 * THREADS); ++i) {
-        const int e = 4 * thread() + i * 4 * THREADS;
-        if (e >= d) continue;
-        const float4 sum = *reinterpret_cast<const float4*>(staged(r) + e);
-        double v[4] = {scaled * sum.x, scaled * sum.y, scaled * sum.z, scaled * sum.w};
-        if (sums.reviewed) {
-          const float4 c = load_first(segment, e);
-          v[0] = fma(centred, c.x, v[0]), v[1] = fma(centred, c.y, v[1]);
-          v[2] = fma(centred, c.z, v[2]), v[3] = fma(centred, c.w, v[3]);
-        }
-        add_source(in, here, row.index, e, by * source, v);
-        if (!(flags & SEGMENT_PART_BEGIN)) add_sums(to + e, before, v);
-        if (whole) {
-          store_row(in, here, end, e, mean_by, x[i], v);
-        } else {
-          store_sums(to + e, v);
-        }
-      }
-      if (thread() == 0 && flags & SEGMENT_PART_END && !whole) parts.rows[part] = end.own;
-      barrier();
-      if (thread() == 0) shared().moved[r] = end.own;
-      if (whole && in.lse.data && thread() == 0) write_lse(in, end.index, end.own);
-      if (whole || !(flags & SEGMENT_PART_END) || is_filed(segment) || !layout.merge_last) continue;
-      if (thread() == 0) shared().final = count_part(segment, r);
-      barrier();
-      if (shared().final) merge_row(end);
+    const RowState& row = segment.rows[r];
+    const bool whole = flags & SEGMENT_PART_END && others == 0, first = flags & SEGMENT_PART_BEGIN;
+    const double shift = segment.squares ? 0.5 * warp_sum(shared().known[turn].shifts[r][tid % WARPS]) : 0;
+    const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, r);
+    double* const to = parts.sums + part * d;
+    RowEnd end{row.index, r, segment.from, segment.to, row.a, row.b, {sums.top - shift, sums.total + source}};
+    double by = 1, before = 0;
+    if (!first) {
+      const PartRow moved = shared().moved[r];
+      const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
+      before = power(moved.log2_weight - most), by = power(now - most);
+      end.own = {most, fma(before, moved.total, by * end.own.total)};
     }
-    if (is_filed(segment)) {
-      __syncwarp();
-      if (lane() == 0) arrive(&shared().filed);
+    const double mean_by = 1 / end.own.total, centred = sums.reviewed ? by * sums.total : 0;
+    const double scaled = by * scale;
+#pragma unroll 2
+    for (int e = 4 * tid; e < d; e += 4 * threads) {
+      float4 x{0, 0, 0, 0};
+      if (whole) x = load_four(in, here, in.x, row.index, e);
+      const float4 sum = *reinterpret_cast<const float4*>(staged(r) + e);
+      double v[4] = {scaled * sum.x, scaled * sum.y, scaled * sum.z, scaled * sum.w};
+      if (sums.reviewed) {
+        const float4 c = load_first(segment, e);
+        v[0] = fma(centred, c.x, v[0]), v[1] = fma(centred, c.y, v[1]);
+        v[2] = fma(centred, c.z, v[2]), v[3] = fma(centred, c.w, v[3]);
+      }
+      add_source(in, here, row.index, e, by * source, v);
+      if (!first) add_sums(to + e, before, v);
+      if (whole) {
+        store_row(in, here, end, e, mean_by, x, v);
+      } else {
+        store_sums(to + e, v);
+      }
     }
-  }
-
-  // Whether it was the last of the row's parts.
-  __device__ __forceinline__ bool count_part(const Segment<ROWS>& segment, int my_row) const {
-    wait_for_previous_launch();  // which sets the counts to zero
-    return add_arrival(parts.arrived + segment.order + my_row) == segment.to - segment.from;
-  }
-  // A part that is left to others, in all but the block's last segment.
-  __device__ __forceinline__ static bool is_filed(const Segment<ROWS>& segment) {
-    return segment.flags & SEGMENT_PART_END && !(segment.flags & SEGMENT_LAST) && segment.to > segment.from;
-  }
-
-  // The row's result from its parts, all of them in memory.
-  __device__ __forceinline__ void merge_row(const RowEnd& end) const {
-    const RowPlace here = place();
-    const PartsTogether together = sum_of_parts(parts, here, end, lane());
-    const double mean_by = 1 / together.all.total;
+    const bool leads = tid == 0;
+    if (leads && flags & SEGMENT_PART_END && !whole) parts.rows[part] = end.own;
+    sync();
+    if (leads) shared().moved[r] = end.own;
+    if (leads && whole && in.lse.data) write_lse(in, end.index, end.own);
+    if (whole || !(flags & SEGMENT_PART_END) || !layout.merge_last) return;
+    if (leads) {
+      wait_for_previous_launch();  // which sets the counts to zero
+      shared().final[threads == THREADS] = add_arrival(parts.arrived + segment.order + r) == others;
+    }
+    sync();
+    if (!shared().final[threads == THREADS]) return;
+    const PartsTogether together = sum_of_parts(parts, here, end, tid & 31);
+    const double all_by = 1 / together.all.total;
 #pragma unroll 1
-    for (int e = 4 * thread(); e - 4 * lane() < d; e += 4 * THREADS) {
+    for (int e = 4 * tid; e - 4 * (tid & 31) < d; e += 4 * threads) {
       double v[4] = {};
-      float4 x;
+      float4 x{0, 0, 0, 0};
       if (e < d) x = load_four(in, here, in.x, end.index, e);
       add_parts(parts, here, end, together, e, e < d, v);
-      if (e < d) store_row(in, here, end, e, mean_by, x, v);
+      if (e < d) store_row(in, here, end, e, all_by, x, v);
     }
-    if (in.lse.data && thread() == 0) write_lse(in, end.index, together.all);
+    if (in.lse.data && leads) write_lse(in, end.index, together.all);
   }
 
-  // The clerk, one thread: counts the part of a unit that began in an earlier block. In the rare case that
-  // all others are there the consumers merge them when they have done the rest.
-  __device__ __forceinline__ void keep_files() const {
+  // The end of a segment, `last` of the parity of its last tile. The warps leave their sums to the finisher,
+  // unless the row wants more, or nothing comes after it.
+  __device__ __forceinline__ void end_segment(const Mine& mine, const Segment<ROWS>& segment, int last,
+                                              int& ends) const {
+    wait_barrier(&shared().staged_free, ends & 1 ^ 1);
+    const int turn = ends++ & 1;
+    stage_sums(mine, segment.count);
+    bool alone = segment.flags & SEGMENT_LAST && segment.flags & SEGMENT_PART_END;
+    alone = alone || (in.source.data && segment.flags & SEGMENT_UNIT_END) || segment.references == 0;
+    unsigned doubts = 0;
+#pragma unroll 1
+    for (int r = 0; r < segment.count && segment.references > 0; ++r) {
+      const ProductsState state = shared().states[last][r];
+      if (in_doubt(segment.rows[r], r, state, turn)) doubts |= 1u << r;
+      const double offset =
+          0.5 * warp_sum(static_cast<double>(shared().known[turn].offsets[r][lane() % WARPS]));
+      const double rate = segment.rows[r].exact_rate();
+      if (thread() == 0) shared().sums[r] = {fma(rate, offset, state.top), state.total};
+    }
+    alone = alone || doubts != 0;
+    if (alone) {
+      barrier();
+#pragma unroll 1
+      for (int r = 0; r < segment.count; ++r) {
+        RowSums sums{-INFINITY, 0, false};
+        if (segment.references > 0) sums = {shared().sums[r].log2_weight, shared().sums[r].total, false};
+        if (doubts >> r & 1) sums = review(segment, r);
+        double source = 0, scale = 1;
+        if (in.source.data && segment.flags & SEGMENT_UNIT_END)
+          source = weigh_own_source(segment.rows[r], sums, scale);
+        finish_row(segment, r, sums, source, scale, turn, thread(), THREADS, [] { barrier(); });
+      }
+    }
+    if (thread() == 0) shared().handed = !alone;
+    __syncwarp();
+    if (lane() == 0) arrive(&shared().staged_full);
+  }
+
+  // The finisher, one warp: brings what the warps have left to its place while they go on.
+  __device__ __forceinline__ void finish(int lane) const {
     int slot = 0, slot_phase = 0;
-    for (;;) {
+    for (int ends = 0;; ++ends) {
       wait_barrier(&shared().announced.told[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) break;
-      if (is_filed(segment)) {
-        wait_barrier(&shared().filed, 0);
+      wait_barrier(&shared().staged_full, ends & 1);
+      if (shared().handed) {
 #pragma unroll 1
-        for (int r = 0; layout.merge_last && r < segment.count; ++r) {
-          if (!count_part(segment, r)) continue;
-          const RowState& row = segment.rows[r];
-          shared().rows_left[shared().unmerged++] = {row.index, r, segment.from, segment.to, row.a,
-                                                     row.b,     {}};
+        for (int r = 0; r < segment.count; ++r) {
+          const RowSums sums{shared().sums[r].log2_weight, shared().sums[r].total, false};
+          finish_row(segment, r, sums, 0, 1, ends & 1, lane, 32, [] { __syncwarp(); });
         }
       }
-      arrive(&shared().announced.done[slot]);
+      __syncwarp();
+      if (lane == 0) arrive(&shared().staged_free), arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
-    arrive(&shared().closed);
   }
 
   // Of the ring: the stage where a tile begins, and the parity of its phase.
@@ -799,7 +796,7 @@ struct Products {
 
   __device__ __forceinline__ void consume() const {
     Place scored{0, 0}, added{0, 0};
-    int slot = 0, slot_phase = 0, parity = 0,
+    int ends = 0, slot = 0, slot_phase = 0, parity = 0,
         phases = 0;  // parity: of the next tile to add; phases: a bit each
     for (;;) {
       wait_barrier(&shared().announced.told[slot], slot_phase);
@@ -807,7 +804,7 @@ struct Products {
       if (segment.flags & SEGMENT_LIST_DONE) break;
       const int rows = segment.count, references = segment.references;
       Mine mine;
-      begin_segment(mine, segment);
+      begin_segment(mine, segment, ends & 1);
       if (references > 0) {
         int to_score = references, to_add = references;  // references left
 #pragma unroll 1
@@ -818,7 +815,7 @@ struct Products {
           if (score) {
             await(scored);
             score_tile(mine, scored.stage, min(to_score, TR), rows, parity ^ (ahead > 0),
-                       to_score == references);
+                       to_score == references, ends & 1);
             advance(scored);
             to_score -= TR;
           } else {
@@ -836,17 +833,28 @@ struct Products {
         release(scored.stage);
         advance(scored), advance(added);
       }
-      end_segment(mine, segment, parity ^ 1);
+      end_segment(mine, segment, parity ^ 1, ends);
       __syncwarp();
       if (lane() == 0) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
-    wait_barrier(&shared().closed, 0);
-#pragma unroll 1
-    for (int i = 0; i < shared().unmerged; ++i) merge_row(shared().rows_left[i]);
     write_dead_rows(in, list, place(), gridDim.x, blockIdx.x, thread(), THREADS);
   }
 };
+
+// While the list is not there yet, the memory may already bring what some block will read: a part of the
+// class of each row, another one for each of its rows. Lane 0 of a warp, or one thread for each of several
+// rows.
+template <typename T>
+__device__ __forceinline__ void prefetch_class(const Inputs& in, int tid) {
+  constexpr int BYTES = 65536;
+  const int64_t row = blockIdx.x + int64_t{tid} * gridDim.x, all = in.m * in.d * sizeof(T);
+  if (tid < 0 || tid >= 2 || row >= in.n || all < BYTES) return;
+  const int64_t label = in.labels ? in.labels[row] : 0;
+  if (label < 0 || label >= in.k) return;
+  const int64_t from = row % (all / BYTES) * BYTES;
+  prefetch_bulk(static_cast<const char*>(in.refs.data) + label * all + from, BYTES);
+}
 
 template <typename T, int CHUNKS>
 __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
@@ -864,7 +872,10 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   const int tid = threadIdx.x - GROUPS_CONSUMERS, lane = threadIdx.x % 32;
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
   if (!layout.merge_last) allow_next_launch();
-  if (layout.own_list) read_rows(in, *scratch);
+  if (layout.own_list) {
+    prefetch_class<T>(in, tid - 64);
+    read_rows(in, *scratch);
+  }
   if (tid == 0) {
 #pragma unroll 1
     for (int s = 0; s < layout.stages; ++s) {
@@ -877,9 +888,8 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       init_barrier(&shared.given[i], Kernel::WARPS);
       init_barrier(&shared.weighed[i], 1);
     }
-    init_barrier(&shared.filed, Kernel::WARPS);
-    init_barrier(&shared.closed, 1);
-    shared.unmerged = 0;
+    init_barrier(&shared.staged_full, Kernel::WARPS);
+    init_barrier(&shared.staged_free, 1);
     publish_barriers();
   }
   __syncthreads();
@@ -914,7 +924,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     } else {
       if (layout.own_list && !layout.merge_last && blockIdx.x == 0)
         leave_list(in, list, shared_list, lane, 32);
-      if (tid == 96) kernel.keep_files();
+      kernel.finish(lane);
     }
   }
 }
