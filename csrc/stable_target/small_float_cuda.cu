@@ -5,7 +5,7 @@
 // references join others in float64: where the answer is a small difference, as the velocity of Gaussian data
 // at t = 0.5, longer sums lose what the contract asks for.
 //
-// A warp scores its rows in one of two ways. As products, score = y.d - half |d|^2. Where these terms are
+// A block scores its rows in one of two ways. As products, score = y.d - half |d|^2. Where these terms are
 // large, at small t, their difference would lose its digits, and squared differences are summed, by ordinary
 // float32.
 #include "stable_target/launch.cuh"
@@ -573,7 +573,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     square = fma(y, y, square);
   }
   const double k = unit(row) * square, n = unit(row) * row.alpha * row.alpha * largest;
-  const bool differences = __any_sync(0xffffffffu, n * fmax(n, k) > LIMIT * LIMIT);
+  const bool differences = __syncthreads_or(n * fmax(n, k) > LIMIT * LIMIT);
 
   // As differences: y and alpha in proportion, whatever alpha is rounded to.
   const float alpha = static_cast<float>(row.alpha);
