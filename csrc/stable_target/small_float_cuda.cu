@@ -16,8 +16,9 @@ namespace {
 
 constexpr int MERGE_ROWS = 32, MERGE_SHARES = 8;
 constexpr int CENTRE_REFS = 128;  // whose mean is the centre
-constexpr float SLACK = 32;       // weights may reach 2^32 before the base of the exponents is raised
-constexpr double LIMIT = 40;      // of the terms of a score as products: their errors are about 2^-24 of them
+constexpr int SUM_REFS = 256;  // whose float32 sums, a quarter in each lane of a quad, join those in float64
+constexpr float SLACK = 32;    // weights may reach 2^32 before the base of the exponents is raised
+constexpr double LIMIT = 40;   // of the terms of a score as products: their errors are about 2^-24 of them
 
 struct Round {  // rows [first_row, first_row + rows) against all references
   int64_t first_row, rows, split_refs;
@@ -436,6 +437,7 @@ struct Held {
       }
       if constexpr (DIFFERENCES) {
         add_exactly(j, now);
+        if (j % SUM_REFS == SUM_REFS - 8) flush();
       } else {
         add_products(j, now);
       }
@@ -520,6 +522,7 @@ struct Held {
       }
     }
     clear();
+    __syncwarp();
   }
 
   __device__ __forceinline__ float own_base() const {
