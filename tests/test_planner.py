@@ -208,13 +208,20 @@ def test_before_hopper_a_class_bank_keeps_64_kilobytes_a_tile_in_flight_twice():
 @pytest.mark.parametrize(
     ("n", "m", "d"), list(itertools.product((64, 256, 10_000, 10**6), (1, 2048, 100_000, 10**8), (9, 10, 13, 16)))
 )
-def test_small_samples_are_summed_in_short_parts(n, m, d):
-    """A float32 sum is of a thousand references at most, at any size, and the workspace stays bounded."""
-    plan = info.plan(n, m, d, refs_dtype=torch.float32, **H100)
-    assert (plan["kernel"], plan["wide"]) == ("small", False)
-    assert plan["refs_per_pass"] <= 1024 * plan["splits"]
-    assert plan["splits"] < 65_536  # a grid's second dimension
-    assert plan["workspace_bytes"] < 256 << 20
+def test_small_samples_are_cut_into_parts_that_fit(n, m, d):
+    """One round over the references at any size; the blocks and the workspace stay bounded, on small devices too."""
+    for device in info.DEVICES:
+        plan = info.plan(n, m, d, refs_dtype=torch.float32, device=device)
+        assert (plan["kernel"], plan["wide"]) == ("small", False)
+        assert plan["refs_per_pass"] >= m
+        assert plan["splits"] < 65_536  # a grid's second dimension
+        assert 0 < plan["smem_bytes"] <= info.DEVICES[device].smem_limit
+        assert plan["workspace_bytes"] < 256 << 20
+
+
+def test_a_few_small_rows_take_small_blocks():
+    assert info.plan(256, 2048, 10, refs_dtype=torch.float32, **H100)["threads"] == 128
+    assert info.plan(10_000, 100_000, 10, refs_dtype=torch.float32, **H100)["threads"] == 512
 
 
 def test_float64_is_planned_in_two_passes():

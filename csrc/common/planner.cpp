@@ -1,6 +1,7 @@
 #include "common/planner.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 #include <stdexcept>
 
@@ -242,43 +243,53 @@ void plan_tiled(const Problem& p, Plan& plan) {
       "time";
 }
 
-// Forms of the kernel for 9 <= D <= 16, tried in order: with `rows` per thread where there is work for all
-// blocks at once, else with one. Measured on an H100, 10,000 x 100,000 x 10: 4 rows 1.17 ms, 3 rows 1.19, 2
-// rows 1.19, 6 rows 1.37, one row 1.38; with sums of 64 references, which came later, 4 rows 1.32.
+// Forms of the kernel for 9 <= D <= 16: blocks of `warps`, each with 32 rows and as many references in shared
+// memory as it has threads, `blocks` of them on a multiprocessor.
 struct SmallTile {
-  int d, rows, blocks;  // blocks: per multiprocessor
+  int d, warps, blocks;
 };
 constexpr SmallTile SMALL_TILES[] = {
-    {10, 4, 3}, {10, 1, 6}, {12, 4, 3}, {12, 1, 6}, {14, 3, 3}, {14, 1, 6}, {16, 3, 3}, {16, 1, 6},
+    {10, 16, 1}, {10, 4, 3}, {12, 16, 1}, {12, 4, 3}, {14, 12, 1}, {14, 4, 2}, {16, 8, 1}, {16, 4, 2},
 };
-constexpr int64_t SMALL_SPLIT = 1024;    // most references of a part, all sums of which are in float32
 constexpr int64_t SMALLEST_SPLIT = 64;   // fewer cost more in the merge than they gain
 constexpr int64_t SMALL_PASS = 1 << 16;  // rows of a round: more than fill any device
+constexpr int64_t SMALL_WAVES = 16;
+// What a part costs beside its references, and a tile of them beside its scores and sums, in references.
+constexpr int64_t SMALL_PART_COST = 150, SMALL_TILE_COST = 48;
 
+// As many parts as whole waves of blocks hold, in the form and the number of waves that take the least time.
+// Measured on an H100: 10,000 x 100,000 x 10 with 16 warps 0.99 ms, 12 warps 1.05, 4 warps 1.16; 64 x 100,000
+// x 10 with 4 warps 58 us, 16 warps 78.
 void plan_small_float(const Problem& p, Plan& plan) {
-  const SmallTile* tile = std::begin(SMALL_TILES);
-  while (tile->d < p.d) ++tile;
-  plan.rows_per_pass = std::clamp<int64_t>(p.n, 1, SMALL_PASS);
-  plan.threads = 128;
-  const auto row_blocks = [&] { return ceil_div(plan.rows_per_pass, plan.threads * tile->rows); };
-  const auto at_once = [&] { return int64_t{tile->blocks} * p.sm_count; };
-  if (row_blocks() * ceil_div(p.m, SMALL_SPLIT / 4) < at_once()) ++tile;
-  // As many parts as whole waves of blocks hold.
-  const int64_t waves = std::max<int64_t>(1, ceil_div(row_blocks() * ceil_div(p.m, SMALL_SPLIT), at_once()));
-  const int64_t wanted = std::max<int64_t>(1, waves * at_once() / row_blocks());
-  const int64_t split = std::clamp(ceil_div(ceil_div(p.m, wanted), 32) * 32, SMALLEST_SPLIT, SMALL_SPLIT);
-  const int64_t partial = 4 * (tile->d + 2) * plan.rows_per_pass;
+  const int64_t d = p.d <= 10 ? 10 : ceil_div(p.d, 2) * 2;
   plan.kernel = "small";
-  plan.tile_rows = plan.threads * tile->rows;
-  plan.tile_refs = 128;
-  plan.tile_d = tile->d;
-  plan.splits = std::clamp<int64_t>(SCORES_LIMIT / partial, 1, std::max<int64_t>(1, ceil_div(p.m, split)));
-  plan.refs_per_pass = plan.splits * split;
-  plan.blocks = row_blocks() * plan.splits;
-  plan.smem_bytes = 4 * (plan.tile_refs * ((tile->d + 4) / 4 * 4) + plan.tile_rows * (tile->d + 4) + tile->d +
-                         plan.threads / 32 * (tile->d + 1));
-  plan.workspace_bytes = plan.splits * partial + 24 * p.d * plan.rows_per_pass + 64;
-  plan.reason = "one pool, 9 <= D <= 16: a reference read from shared memory serves the rows of a thread";
+  plan.tile_d = d;
+  plan.early_merge = p.cc >= 90;
+  plan.rows_per_pass = std::clamp<int64_t>(p.n, 1, SMALL_PASS);
+  const int64_t partial = 4 * (d + 2) * plan.rows_per_pass;
+  const int64_t most = std::max<int64_t>(1, SCORES_LIMIT / partial);
+  double least = INFINITY;
+  for (const SmallTile& tile : SMALL_TILES) {
+    const int64_t smem = small_smem(d, tile.warps), at_once = tile.blocks * p.sm_count;
+    if (tile.d != d || smem > p.smem_limit) continue;
+    const int64_t rows = 32 * tile.warps, row_blocks = ceil_div(plan.rows_per_pass, rows);
+    for (int64_t waves = 1; waves <= SMALL_WAVES; ++waves) {
+      const int64_t parts = std::clamp<int64_t>(waves * at_once / row_blocks, 1, most);
+      const int64_t refs = std::max(ceil_div(ceil_div(p.m, parts), 16) * 16, SMALLEST_SPLIT);
+      const int64_t splits = std::max<int64_t>(1, ceil_div(p.m, refs)), blocks = row_blocks * splits;
+      const int64_t each = std::min<int64_t>(tile.blocks, ceil_div(blocks, p.sm_count));
+      const double time = static_cast<double>(ceil_div(blocks, at_once) * each * tile.warps) *
+                          (refs + SMALL_PART_COST + static_cast<double>(refs) / rows * SMALL_TILE_COST);
+      if (time >= least) continue;
+      least = time;
+      plan.threads = plan.tile_rows = plan.tile_refs = static_cast<int>(rows);
+      plan.splits = splits, plan.refs_per_pass = splits * refs;
+      plan.blocks = blocks;
+      plan.smem_bytes = smem;
+    }
+  }
+  plan.workspace_bytes = plan.splits * partial + 256;
+  plan.reason = "one pool, 9 <= D <= 16: products of small matrices by tensor cores, from parts of a float32";
 }
 
 void plan_small(const Problem& p, Plan& plan) {

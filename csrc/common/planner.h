@@ -48,8 +48,9 @@ struct Plan {
   int64_t bytes = 0;  // that must move at least, if every row has a group of its own (up to k)
   int64_t flops = 0;  // 4 n m d: a product and a weighted sum
   std::string reason;
-  bool products = false;  // bulk: on the matrix units, see bulk_products.cuh
-  int in_flight = 0;      // bulk: tiles on their way at once
+  bool early_merge = false;  // small, 9 <= D <= 16: the merge starts beside the kernel that it waits for
+  bool products = false;     // bulk: on the matrix units, see bulk_products.cuh
+  int in_flight = 0;         // bulk: tiles on their way at once
   int weight_two = 0,
       weight_four = 0;  // bulk: what a tile costs with two rows and with more; TILE_WEIGHT: one
 };
@@ -95,6 +96,14 @@ constexpr int BULK_PRODUCERS = 128;  // threads beside the consumers: registers 
 constexpr int BULK_MAX_STAGES = 8;
 constexpr int BULK_LAG = 3;          // tiles that a team of blocks scores ahead of those that it adds
 constexpr int BULK_MAX_CLUSTER = 8;  // above that a team of blocks spans the grid
+
+// Of a block of `warps` of the kernel for 9 <= D <= 16, D rounded up to d: for each reference the parts of
+// its factors and of its columns, and itself; for each row its sums.
+constexpr int64_t small_smem(int64_t d, int64_t warps) {
+  const int64_t steps = ceil_div(6 * (d + 1) + 2, 16), columns = ceil_div(d + 1, 8),
+                pitch = d <= 12 ? 12 : 20;
+  return 32 * warps * (32 * steps + 64 * columns + 4 * pitch + 8 * (d + 1)) + 4 * warps * (d + 1) + 1024;
+}
 
 // Throws std::invalid_argument for sizes below zero and for a precision that is not "exact" or "fast".
 Plan make_plan(const Problem& problem);
