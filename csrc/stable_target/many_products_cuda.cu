@@ -468,9 +468,11 @@ __device__ inline void take_norms(Ring& ring, int own, int steps, double* norms)
   for (int q = 0; q < EACH; ++q) part[q] = 0;
   int taken = 0;
   for (int step = 0; step < steps; ++step, ring.next()) {
+    const Stage stage = ring.stage();
+    // Waits for every step, its own or not, and releases it: after a step that it passed by, a parity could
+    // mean the phase before.
+    wait_barrier(stage.full, ring.parity);
     if (step % NORM_WARPS == own) {
-      const Stage stage = ring.stage();
-      wait_barrier(stage.full, ring.parity);
 #pragma unroll
       for (int q = 0; q < EACH; ++q) {
         const int row = 4 * q + lane / 8;
@@ -483,10 +485,10 @@ __device__ inline void take_norms(Ring& ring, int own, int steps, double* norms)
           part[q] = fmaf(pair.x, pair.x, part[q]), part[q] = fmaf(pair.y, pair.y, part[q]);
         }
       }
-      __syncwarp();
-      if (lane == 0) arrive(stage.empty);
       ++taken;
     }
+    __syncwarp();
+    if (lane == 0) arrive(stage.empty);
     if (taken < FLUSH && step + 1 < steps) continue;
     taken = 0;
     // The sums over eight lanes, an eighth of them for each.
@@ -688,7 +690,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
   const int rank = blockIdx.x % 2;
   const bool plain = HALF && (LOW || !many.facts->centred);
   const bool helped = plain && !LOW;
-  Ring ring = make_ring(helped || LOW ? 1 : 0);
+  Ring ring = make_ring(helped ? NORM_WARPS : LOW ? 1 : 0);
   const auto row0_of = [&](int64_t unit) { return unit % row_tiles * MANY_ROWS; };
   const auto ref0_of = [&](int64_t unit) { return (unit / row_tiles * 2 + rank) * MANY_TILE; };
   if (threadIdx.x >= 256) {

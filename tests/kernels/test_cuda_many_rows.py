@@ -21,6 +21,7 @@ from kernel_cases import largest_logit, offset_by_one, with_gaps
 
 import stablevelocity_kernels as svel
 from stablevelocity_kernels import reference
+from stablevelocity_kernels.paths import path_coefficients
 from stablevelocity_kernels.testing import TOLERANCE, relative_error
 
 pytestmark = [
@@ -180,6 +181,27 @@ def test_lse_merges_over_disjoint_halves(rng, time, geometry, op):
     expected = reference.posterior_mean(x.double(), refs, 1 - sigma, sigma)[0]
     limit = TOLERANCE[torch.float32, "exact" if op == "posterior_part" else "fast"]
     assert relative_error(merged, expected) <= limit
+
+
+@pytest.mark.parametrize("n", [32, 64, 128])
+def test_every_row_of_a_pool_that_few_rows_share(n):
+    """The tiles of few rows wait for their references, which arrive in any order. Up to 64 rows `stable_target` leaves
+    this kernel what the pool kernel has doubts about."""
+    torch.manual_seed(0)
+    t = torch.tensor([0.7, 0.9, 0.98, 0.999], device="cuda").repeat(n // 4)
+    alpha, sigma = (v.float() for v in path_coefficients("cosine", t.double())[:2])
+    for _ in range(5):
+        refs = make_large_pool(n, 16_384, 4096)[1]
+        x0 = refs[torch.randint(len(refs), (n,), device="cuda")]
+        x = alpha[:, None] * x0 + sigma[:, None] * torch.randn(x0.shape, device="cuda")
+        for call in (
+            lambda of, x, refs=refs: of.posterior_mean(x, refs, alpha, sigma)[0],
+            lambda of, x, refs=refs: of.stable_target(x, refs, t, path="cosine", prediction="x0"),
+        ):
+            out, expected = call(svel, x), call(reference, x.double())
+            assert torch.equal(call(svel, x), out)
+            errors = (out - expected).norm(dim=1) / expected.norm(dim=1)
+            assert (errors <= TOLERANCE[torch.float32, "exact"]).all(), errors.view(-1, 4).amax(0).tolist()
 
 
 def test_repeats_bit_for_bit(rng):
