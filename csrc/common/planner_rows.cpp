@@ -53,7 +53,8 @@ bool plan_many_rows(const Problem& p, Plan& plan) {
         SCORES_LIMIT, WORKSPACE_LIMIT - (1 << 20) - many_layout(p.n, p.m, p.d, rows_per_pass, 0).total());
     return left / (rows_per_pass * 4 * (MANY_GROUP + 1) / MANY_GROUP) / MANY_TILE * MANY_TILE;
   };
-  if (rows > MANY_WHOLE_ROWS && most_refs(MANY_WHOLE_ROWS) >= p.m) rows = MANY_WHOLE_ROWS;
+  if (rows > MANY_WHOLE_ROWS && most_refs(rows) < p.m && most_refs(MANY_WHOLE_ROWS) >= p.m)
+    rows = MANY_WHOLE_ROWS;
   const int64_t most = most_refs(rows);
   if (most < MANY_TILE) return false;
   const int64_t rounds = ceil_div(p.m, most);

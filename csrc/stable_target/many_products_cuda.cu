@@ -679,6 +679,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     score_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Many many,
                  const __grid_constant__ ScoreArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  follow_previous();
   constexpr bool LOW = KIND == Scores::LOW, HALF = DtypeOf<T>::value == Dtype::f16;
   __shared__ double norms[2][NORM_WARPS * MANY_TILE];
   const int64_t rows = LOW ? many.facts->dense : many.padded, valid = many_valid(in, many);
@@ -729,6 +730,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     sum_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Many many,
                const __grid_constant__ SumArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  follow_previous();
   constexpr bool HALF = DtypeOf<T>::value == Dtype::f16;
   const int64_t valid = many_valid(in, many);
   const SumGrid grid(many, valid);
@@ -765,9 +767,8 @@ void launch(const char* op, Kernel* kernel, const Inputs& in, const Many& many, 
             cudaStream_t stream) {
   check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(MANY_SMEM_BYTES)));
-  kernel<<<static_cast<unsigned>(many.blocks / 2 * 2), MANY_THREADS, MANY_SMEM_BYTES, stream>>>(in, many,
-                                                                                                args);
-  check_launch(op);
+  launch_following(op, kernel, dim3(static_cast<unsigned>(many.blocks / 2 * 2)), MANY_THREADS,
+                   MANY_SMEM_BYTES, stream, in, many, args);
 }
 
 }  // namespace

@@ -7,16 +7,14 @@
 //
 //  * score: y_hi.d for all pairs; y_hi is y rounded to 11 bits, so that each score is known to a proven bound
 //  * select: rows where at most MANY_SURVIVORS references can still matter keep a list of those
-//  * place: the other rows are dense, and rows of the longest lists that fill their last tile up
+//  * place: the other rows are dense, and rows of long lists where they fill the last tile up
 //  * gather: what the next steps need of dense rows comes together in the first places, where most of them
-//  are
-//    already
+//    are already
 //  * score, dense rows: adds y_lo.d, y = y_hi + y_lo to 22 bits
 //  * weights, dense rows: p_j to 22 bits, as two halves, in the place of the scores
 //  * sum, dense rows: sum_j p_j d_j
-//  * merge: dense rows add what the thread blocks of the last step left; after the last round, writes the
-//  output
-//  * single references: the other rows score and sum those of their lists
+//  * merge: dense rows add what the thread blocks of the last step left, the others score and sum the
+//    references of their lists; after the last round, writes the output
 //
 // Exact arithmetic: references are exact in halves, and so is d_j for a c of few digits wherever r_j is near
 // c; where it is not, the remainder is multiplied too. The matrix units truncate what they add up, so at most
@@ -24,6 +22,7 @@
 // end, as they do all sums where results need not be exact.
 #pragma once
 
+#include "common/hopper.cuh"
 #include "common/planner_rows.h"
 #include "stable_target/launch.cuh"
 
@@ -162,6 +161,27 @@ struct ManySums {
   }
   __device__ int split_stride(int row_tile) const { return (row_tile < rows.full ? rows.full : 1) * d_tiles; }
 };
+
+// At the start of every kernel of a call but the first, which all begin while the one before ends.
+__device__ inline void follow_previous() {
+  wait_for_previous_launch();
+  allow_next_launch();
+}
+template <typename... Params, typename... Args>
+void launch_following(const char* op, void (*kernel)(Params...), dim3 grid, int threads, int64_t bytes,
+                      cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute overlaps{};
+  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlaps.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  config.attrs = &overlaps;
+  config.numAttrs = 1;
+  check_cuda(op, cudaLaunchKernelEx(&config, kernel, args...));
+}
 
 void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream);
 void launch_many_sum(const char* op, const Inputs& in, const Many& many, cudaStream_t stream);

@@ -2,8 +2,8 @@
 // references, merging. Bytes per round: scores written once and read twice at 4 bytes a pair, maxima at 1/16
 // of that; a listed reference is read twice, mostly from the L2 the second time.
 #include <cfloat>
+#include <type_traits>
 
-#include "common/hopper.cuh"
 #include "stable_target/many_rows.cuh"
 #include "stable_target/scan.cuh"
 
@@ -11,7 +11,7 @@ namespace svel::cuda {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int WEIGHT_THREADS = 512;
+constexpr int WEIGHT_THREADS = 512, SELECT_THREADS = 512;
 constexpr int ORDER_THREADS = 1024;
 constexpr int64_t LISTED_D = 16 * THREADS;  // longer references do not fit the registers
 constexpr int CENTRE_LANES = 8;             // threads per element of D
@@ -40,6 +40,7 @@ __device__ float coarse(double mean) {
 // Mean and variance of a sample of the references, per element; what follows from either choice of c, per
 // tile. many.centre: first c = coarse mean wherever the mean is many deviations from zero, then c everywhere.
 __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const Inputs in, const Many many) {
+  allow_next_launch();
   __shared__ double sums[CENTRE_LANES][MANY_TILE], squares[CENTRE_LANES][MANY_TILE];
   __shared__ float lowest[CENTRE_LANES][MANY_TILE], highest[CENTRE_LANES][MANY_TILE];
   __shared__ double of_warps[STATISTICS][MANY_TILE / 32];
@@ -143,6 +144,7 @@ __device__ float order_of(const Inputs& in, int64_t i) {
 
 // A warp per row, every so many of them: its place. Memory: n floats.
 __global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Inputs in, const Many many) {
+  follow_previous();
   extern __shared__ float orders[];
   const int64_t n = in.n;
   for (int64_t i = threadIdx.x; i < n; i += ORDER_THREADS) orders[i] = order_of(in, i);
@@ -159,6 +161,7 @@ __global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Inputs in, c
 
 // One block per row of the pass: its slot, y in two halves, |y|^2, the part of its source.
 __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Many many) {
+  follow_previous();
   __shared__ double statistics[STATISTICS];
   __shared__ double scratch[33];
   __shared__ int int_scratch[33];
@@ -281,6 +284,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
 
 // A warp per reference: |r_j|^2 - mean_norm, where references are used as they are.
 __global__ void __launch_bounds__(THREADS) norms_kernel(const Inputs in, const Many many) {
+  follow_previous();
   __shared__ float scratch[33];
   if (many.facts->centred) return;
   const int lane = threadIdx.x % 32;
@@ -315,7 +319,7 @@ __global__ void __launch_bounds__(THREADS) norms_kernel(const Inputs in, const M
   if (lane == 0) atomicMax(&many.facts->max_norm, all);
 }
 
-// Exclusive prefix of v over the block; total: their sum. scratch: THREADS / 32 + 1 values.
+// Exclusive prefix of v over the block; total: their sum. scratch: a value per warp.
 __device__ int block_prefix(int v, int* scratch, int& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int sum = v;
@@ -328,7 +332,7 @@ __device__ int block_prefix(int v, int* scratch, int& total) {
   __syncthreads();
   int before = 0;
   total = 0;
-  for (int w = 0; w < THREADS / 32; ++w) {
+  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
     if (w < warp) before += scratch[w];
     total += scratch[w];
   }
@@ -351,7 +355,8 @@ constexpr int SHORT_LIST_EXACT = 128, SHORT_LIST_FAST = 32;
 constexpr double FILL_DOUBT = 0.5;
 
 // One block per slot: lists the references whose weight can matter, or gives up at more than MANY_SURVIVORS.
-__global__ void __launch_bounds__(THREADS) select_kernel(const Inputs in, const Many many) {
+__global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in, const Many many) {
+  follow_previous();
   __shared__ float scratch[33];
   __shared__ int int_scratch[33];
   __shared__ int bins[BINS], first_left_out;
@@ -388,7 +393,7 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const Inputs in, const 
   const auto bits_of = [&](float score) {
     return score == -INFINITY ? BINS : fmin((top - static_cast<double>(score)) * rate2 - doubt, BINS - 1.0);
   };
-  for (int64_t k = threadIdx.x; k < groups; k += THREADS) {
+  for (int64_t k = threadIdx.x; k < groups; k += SELECT_THREADS) {
     const double bits = bits_of(maxima[k]);
     if (bits >= 1 && bits < BINS) atomicAdd(&bins[static_cast<int>(bits)], 1);
   }
@@ -405,7 +410,7 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const Inputs in, const 
   const float* const scores = many.scores + at * many.score_stride;
   // Groups of references one of which matters; more of them than the list holds: it would be too short.
   int candidates = 0;
-  for (int64_t k = threadIdx.x; k < groups; k += THREADS) candidates += bits_of(maxima[k]) < group_cut;
+  for (int64_t k = threadIdx.x; k < groups; k += SELECT_THREADS) candidates += bits_of(maxima[k]) < group_cut;
   const int all = block_sum<int>(candidates, int_scratch);
   const double cut_bits = doubt + forgotten + log2(2.0 * MANY_GROUP * all);
   const float cut = fmaxf(static_cast<float>(top - cut_bits / rate2), -FLT_MAX);
@@ -426,10 +431,10 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const Inputs in, const 
     };
     int own = 0;
     if (candidates)
-      for (int64_t k = threadIdx.x; k < groups; k += THREADS) own += __popc(matters(k));
+      for (int64_t k = threadIdx.x; k < groups; k += SELECT_THREADS) own += __popc(matters(k));
     int place = block_prefix(own, int_scratch, found);
     if (own)
-      for (int64_t k = threadIdx.x; k < groups; k += THREADS)
+      for (int64_t k = threadIdx.x; k < groups; k += SELECT_THREADS)
         for (unsigned bits = matters(k); bits && place < MANY_SURVIVORS; bits &= bits - 1)
           many.survivors[at * MANY_SURVIVORS + place++] = static_cast<int>(k * MANY_GROUP + __ffs(bits) - 1);
   }
@@ -441,6 +446,7 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const Inputs in, const 
 // One block, a thread per slot: which rows are dense, and where. They stay where they are if that is one of
 // the first places; the others take those of rows that are not dense.
 __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Many many) {
+  follow_previous();
   __shared__ int of_warps[PLACE_THREADS / 32], movers[PLACE_THREADS], before_last;
   const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32;
   const int count = slot < many.rows ? many.fills[slot] : 0;
@@ -475,6 +481,7 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Many many) {
 
 // Blocks: GATHER_BLOCKS per place of a dense row.
 __global__ void __launch_bounds__(THREADS) gather_kernel(const Inputs in, const Many many) {
+  follow_previous();
   const int64_t to = blockIdx.x;
   if (to >= many.facts->dense) return;
   const int64_t source = many.dense_slots[to];
@@ -499,6 +506,7 @@ __global__ void __launch_bounds__(THREADS) gather_kernel(const Inputs in, const 
 // One block per dense row. exact: of 32 scores s_j, 128 bytes, become 32 weights' upper halves and 32 lower.
 // Else the upper halves alone, side by side from the start of the row.
 __global__ void __launch_bounds__(WEIGHT_THREADS) weights_kernel(const Inputs in, const Many many) {
+  follow_previous();
   __shared__ float scratch[33];
   __shared__ double wide_scratch[33];
   const int64_t at = blockIdx.x, valid = many_valid(in, many);
@@ -661,20 +669,17 @@ __device__ void store_lse(const Inputs& in, const Many& many, const ManySlot& sl
   store_as(in.lse, row.index, lse);
 }
 
-// One block per slot that has a list: scores and sums its references, up to 2,048 VECTORS elements, from
-// shared memory. Each is read once, LISTED at a time while as many are on their way; sums are relative to the
+// A row with a list: scores and sums its references, up to 2,048 VECTORS elements, from shared memory. Each
+// is read once, LISTED at a time while as many or twice as many are on their way; sums are relative to the
 // best score so far.
 template <typename T, int VECTORS>
-__global__ void __launch_bounds__(THREADS, 2) listed_kernel(const Inputs in, const Many many, bool last) {
+__device__ void sum_listed(const Inputs& in, const Many& many, int64_t at, int count, bool last) {
   extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times
   __shared__ Barrier barriers[LISTS];
   __shared__ double parts[THREADS / 32][LISTED];
   __shared__ int list[MANY_SURVIVORS];
   static_assert(THREADS / 32 * LISTED == 32, "a lane to each");
-  const int64_t at = blockIdx.x;
   ManySlot& slot = many.slots[at];
-  const int count = many.counts[at];
-  if (count == 0 || many.places[at] >= 0 || !slot.alive) return;
   for (int k = threadIdx.x; k < count; k += THREADS) list[k] = many.survivors[at * MANY_SURVIVORS + k];
   const int64_t bytes = in.d * static_cast<int64_t>(sizeof(T));
   const auto fetch = [&](int first) {
@@ -808,24 +813,29 @@ __global__ void __launch_bounds__(THREADS, 2) listed_kernel(const Inputs in, con
   }
 }
 
-// One block per slot: the sums after this round, or the output after the last. lists: of rows with a list
-// too, of any length.
-template <typename T>
-__global__ void __launch_bounds__(THREADS)
-    merge_kernel(const Inputs in, const Many many, bool lists, bool last) {
-  __shared__ Listed listed;
+// One block per slot: the sums after this round, or the output after the last. VECTORS: as above; 0: any
+// number of elements.
+template <typename T, int VECTORS>
+__global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, const Many many, bool last) {
+  follow_previous();
+  __shared__ std::conditional_t<VECTORS == 0, Listed, char> listed;
   const int64_t at = blockIdx.x, valid = many_valid(in, many);
   ManySlot& slot = many.slots[at];
   const int dense = many.facts->dense, count = many.counts[at];
-  const bool alive = slot.alive, is_dense = many.places[at] >= 0;
-  if (!is_dense && alive && (count == 0 ? !last : !lists)) return;
+  const bool alive = slot.alive, is_dense = many.places[at] >= 0, has_list = !is_dense && alive && count > 0;
+  if (!is_dense && alive && count == 0 && !last) return;
+  if constexpr (VECTORS > 0) {
+    if (has_list) return sum_listed<T, VECTORS>(in, many, at, count, last);
+  }
   const float scale = many.facts->scale;
   double keep = slot.keep, total = slot.total, best = slot.best;
   if (!is_dense) {
     keep = 1;
-    if (alive && count > 0) {
-      score_listed<T>(in, many, at, count, listed);
-      keep = listed.keep, total = listed.total, best = listed.best;
+    if constexpr (VECTORS == 0) {
+      if (has_list) {
+        score_listed<T>(in, many, at, count, listed);
+        keep = listed.keep, total = listed.total, best = listed.best;
+      }
     }
   }
   const int place = is_dense ? many.places[at] : 0, row_tile = place / static_cast<int>(MANY_ROWS);
@@ -858,8 +868,8 @@ __global__ void __launch_bounds__(THREADS)
       }
 #pragma unroll
       for (int k = 0; k < 8; ++k) sum[k] += parts[k] / WEIGHT_SCALE;
-    } else if (alive) {
-      for (int first = 0; first < count; first += 16) {
+    } else if constexpr (VECTORS == 0) {
+      for (int first = 0; has_list && first < count; first += 16) {
         float part[8] = {};
 #pragma unroll 4
         for (int j = first; j < min(count, first + 16); ++j) {
@@ -890,8 +900,8 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <typename T>
-auto listed_kernel_for(int64_t d) {
-  return d <= 8 * THREADS ? listed_kernel<T, 1> : listed_kernel<T, 2>;
+auto merge_kernel_for(int64_t d) {
+  return d > LISTED_D ? merge_kernel<T, 0> : d > LISTED_D / 2 ? merge_kernel<T, 2> : merge_kernel<T, 1>;
 }
 
 // Rows from `first` on, at most `rows` of them.
@@ -908,48 +918,38 @@ Inputs slice_rows(const Inputs& in, int64_t first, int64_t rows) {
 }
 
 void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cudaStream_t stream) {
-  const bool half = in.refs.dtype == Dtype::f16, short_lists = in.d <= LISTED_D;
-  const auto merge = half ? merge_kernel<__half> : merge_kernel<__nv_bfloat16>;
-  const auto listed = half ? listed_kernel_for<__half>(in.d) : listed_kernel_for<__nv_bfloat16>(in.d);
-  const int listed_bytes = static_cast<int>(LISTS * LISTED * 2 * in.d);
-  if (short_lists)
-    check_cuda(op, cudaFuncSetAttribute(listed, cudaFuncAttributeMaxDynamicSharedMemorySize, listed_bytes));
+  const bool half = in.refs.dtype == Dtype::f16;
+  const auto merge = half ? merge_kernel_for<__half>(in.d) : merge_kernel_for<__nv_bfloat16>(in.d);
+  const int merge_bytes = in.d > LISTED_D ? 0 : static_cast<int>(LISTS * LISTED * 2 * in.d);
+  check_cuda(op, cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, merge_bytes));
+  const auto launch = [&](auto* kernel, dim3 grid, int threads, int64_t bytes, const auto&... more) {
+    launch_following(op, kernel, grid, threads, bytes, stream, more...);
+  };
   if (many.order) {
     const int bytes = static_cast<int>(in.n * sizeof(float));
     check_cuda(op, cudaFuncSetAttribute(order_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    order_kernel<<<static_cast<unsigned>(many.blocks), ORDER_THREADS, bytes, stream>>>(in, many);
-    check_launch(op);
+    launch(order_kernel, static_cast<unsigned>(many.blocks), ORDER_THREADS, bytes, in, many);
   }
   for (many.first_row = 0; many.first_row < in.n; many.first_row += plan.rows_per_pass) {
     many.rows = std::min(plan.rows_per_pass, in.n - many.first_row);
     many.padded = (many.rows + 63) / 64 * 64;
     const unsigned slots = static_cast<unsigned>(many.rows);
-    rows_kernel<<<static_cast<unsigned>(many.padded), THREADS, 0, stream>>>(in, many);
-    check_launch(op);
+    launch(rows_kernel, static_cast<unsigned>(many.padded), THREADS, 0, in, many);
     if (many.norms && many.first_row == 0) {
       const int64_t warps = THREADS / 32;
-      norms_kernel<<<static_cast<unsigned>(ceil_div(in.m, warps)), THREADS, 0, stream>>>(in, many);
-      check_launch(op);
+      launch(norms_kernel, static_cast<unsigned>(ceil_div(in.m, warps)), THREADS, 0, in, many);
     }
     for (many.first_ref = 0; many.first_ref < in.m; many.first_ref += plan.refs_per_pass) {
       many.refs = std::min(plan.refs_per_pass, in.m - many.first_ref);
       launch_many_score(op, in, many, false, stream);
-      select_kernel<<<slots, THREADS, 0, stream>>>(in, many);
-      check_launch(op);
-      place_kernel<<<1, PLACE_THREADS, 0, stream>>>(many);
-      check_launch(op);
-      gather_kernel<<<dim3(slots, GATHER_BLOCKS), THREADS, 0, stream>>>(in, many);
-      check_launch(op);
+      launch(select_kernel, slots, SELECT_THREADS, 0, in, many);
+      launch(place_kernel, 1, PLACE_THREADS, 0, many);
+      launch(gather_kernel, dim3(slots, GATHER_BLOCKS), THREADS, 0, in, many);
       if (many.exact) launch_many_score(op, in, many, true, stream);
-      weights_kernel<<<slots, WEIGHT_THREADS, 0, stream>>>(in, many);
-      check_launch(op);
+      launch(weights_kernel, slots, WEIGHT_THREADS, 0, in, many);
       launch_many_sum(op, in, many, stream);
       const bool last = many.first_ref + plan.refs_per_pass >= in.m;
-      merge<<<slots, THREADS, 0, stream>>>(in, many, !short_lists, last);
-      check_launch(op);
-      if (!short_lists) continue;
-      listed<<<slots, THREADS, listed_bytes, stream>>>(in, many, last);
-      check_launch(op);
+      launch(merge, slots, THREADS, merge_bytes, in, many, last);
     }
   }
 }
