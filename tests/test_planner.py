@@ -176,6 +176,13 @@ def test_what_the_kernel_for_many_rows_leaves_to_others(sizes, other):
     assert info.plan(*sizes, **{**H100, **other})["kernel"] != "many_rows"
 
 
+@pytest.mark.parametrize(("m", "rows"), [(20_000, 1024), (50_000, 512), (200_000, 1024)])
+def test_a_pass_of_many_rows_holds_all_scores_if_half_the_rows_can(m, rows):
+    plan = info.plan(4096, m, 4096, **H100)
+    assert plan["rows_per_pass"] == rows
+    assert (plan["refs_per_pass"] >= m) == (m < 200_000)
+
+
 def test_every_multiprocessor_has_a_part_of_a_class_bank():
     for d in (1024, 4096):
         plan = info.plan(256, 256, d, 1001, **H100)
