@@ -191,6 +191,13 @@ def test_fast_class_banks_of_float16_are_on_the_matrix_units(d):
     assert not any(plan["products"] for plan in others)
 
 
+@pytest.mark.parametrize(("m", "rows"), [(20_000, 1024), (50_000, 512), (200_000, 1024)])
+def test_a_pass_of_many_rows_holds_all_scores_if_half_the_rows_can(m, rows):
+    plan = info.plan(4096, m, 4096, **H100)
+    assert plan["rows_per_pass"] == rows
+    assert (plan["refs_per_pass"] >= m) == (m < 200_000)
+
+
 def test_every_multiprocessor_has_a_part_of_a_class_bank():
     for d in (1024, 4096):
         plan = info.plan(256, 256, d, 1001, **H100)

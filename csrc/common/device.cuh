@@ -161,15 +161,15 @@ __device__ inline W warp_sum(W v) {
 }
 
 // Of all COUNT values at once; lane l gets the sum of v[l / (32 / COUNT)].
-template <int COUNT>
-__device__ inline float warp_sums(float (&v)[COUNT], int lane) {
+template <int COUNT, typename W>
+__device__ inline W warp_sums(W (&v)[COUNT], int lane) {
   int offset = 16;
 #pragma unroll
   for (int half = COUNT / 2; half > 0; half /= 2, offset /= 2) {
     const bool upper = lane & offset;
 #pragma unroll
     for (int j = 0; j < half; ++j) {
-      const float give = upper ? v[j] : v[j + half], keep = upper ? v[j + half] : v[j];
+      const W give = upper ? v[j] : v[j + half], keep = upper ? v[j + half] : v[j];
       v[j] = keep + __shfl_xor_sync(0xffffffffu, give, offset);
     }
   }

@@ -16,17 +16,20 @@ constexpr int64_t MANY_GROUP = 16;        // references that share one maximum
 constexpr int64_t MANY_SURVIVORS = 256;   // references of a row that are scored one by one; more: all of them
 constexpr int64_t MANY_SEGMENTS = 400;    // most tiles of partial sums
 constexpr int64_t MANY_SAMPLES = 64;      // references that decide on the centre
-constexpr int64_t MANY_PASS_ROWS = 1024;  // most rows of a pass
-constexpr int64_t MANY_LIST_ROWS = int64_t{1} << 14;  // most rows of a work list
+constexpr int64_t MANY_PASS_ROWS = 1024;  // most rows of a pass,
+constexpr int64_t MANY_WHOLE_ROWS = 512;  // or so many, if it holds their scores of all references
+constexpr int64_t MANY_LIST_ROWS = int64_t{1} << 14;  // most rows that are sorted together
+// From so many rows on, and up to so many references, |r_j|^2 are formed once, not in every pass over them.
+constexpr int64_t MANY_NORMS_ROWS = 1024, MANY_NORMS_REFS = int64_t{1} << 22;
 
 // The workspace of one call, in bytes, piece by piece; also its order in memory.
 struct ManyLayout {
-  int64_t list, centre, rows, queries, scores, maxima, survivors, sums, partial;
+  int64_t order, centre, norms, rows, queries, scores, maxima, survivors, sums, partial;
   int64_t total() const {
-    return list + centre + rows + queries + scores + maxima + survivors + sums + partial;
+    return order + centre + norms + rows + queries + scores + maxima + survivors + sums + partial;
   }
 };
-ManyLayout many_layout(int64_t n, int64_t d, int64_t rows_per_pass, int64_t refs_per_pass);
+ManyLayout many_layout(int64_t n, int64_t m, int64_t d, int64_t rows_per_pass, int64_t refs_per_pass);
 
 // False where another kernel serves better, or this one cannot.
 bool plan_many_rows(const Problem& problem, Plan& plan);

@@ -5,9 +5,9 @@
 // same, of which each brings half for both: otherwise the L2 would be as busy as the matrix units.
 //
 // The first operand is the references, as stored and from shared memory: 128 sums and 64 accumulators a
-// thread, of sums that the matrix units only begin; where these finish them, 128. |r_j|^2 is formed by three
-// warps beside. Where the references have a centre, or are bfloat16, the first operand passes through
-// registers: there the centre is subtracted, and |d_j|^2 formed on the way.
+// thread, of sums that the matrix units only begin; where these finish them, 128. |r_j|^2 is known, or formed
+// by three warps beside. Where the references have a centre, or are bfloat16, the first operand passes
+// through registers: there the centre is subtracted, and |d_j|^2 formed on the way.
 #include <type_traits>
 
 #include "common/cluster.cuh"
@@ -269,11 +269,6 @@ __device__ inline Difference subtract(uint32_t raw, const char* centre, int pair
 
 // ---- scores
 
-__device__ inline int row_tile_width(int64_t rows, int64_t row0) {
-  const int64_t left = rows - row0;
-  return left <= 64 ? 64 : left <= 128 ? 128 : 256;
-}
-
 template <typename T>
 __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ring& ring, int64_t row0,
                                 int64_t ref0, int width, int steps, int rank) {
@@ -388,9 +383,19 @@ __device__ inline void score_tile(const Many& many, Ring& ring, const double* ot
 #pragma unroll
   for (int i = 0; i < WIDTH / 2; ++i) sums[i] = 0;
   double norms[2];
+  // This thread's references are ref0 + 64 group + 16 warp + g and the eighth after it; its rows row0 + 8 b +
+  // 2 t and the next.
+  const int64_t ref = ref0 + group * 64 + warp * 16 + g;
+  const bool inside[2] = {ref < valid, ref + 8 < valid};
+  const bool known = PLAIN && !LOW && many.norms;
+  float above[2] = {0, 0};
+  if (known) {
+    for (int h = 0; h < 2; ++h)
+      if (inside[h]) above[h] = __ldg(many.norms + many.first_ref + ref + 8 * h);
+  }
   if constexpr (PLAIN) {
     multiply_steps<WIDTH, 0, KIND == Scores::EXACT>(ring, group * BOX_BYTES, steps, sums);
-    if (!LOW) {
+    if (!LOW && !known) {
       named_barrier(NORMS_BARRIER, 256 + 32 * NORM_WARPS);
       for (int h = 0; h < 2; ++h) {
         norms[h] = 0;
@@ -403,12 +408,7 @@ __device__ inline void score_tile(const Many& many, Ring& ring, const double* ot
   }
   if (ref0 >= valid) return;  // the second tile of the last pair may have none
 
-  // This thread's references are ref0 + 64 group + 16 warp + g and the eighth after it; its rows row0 + 8 b +
-  // 2 t and the next.
-  const int64_t ref = ref0 + group * 64 + warp * 16 + g;
-  const bool inside[2] = {ref < valid, ref + 8 < valid};
-  float above[2];
-  if (!LOW) {
+  if (!LOW && !known) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       above[h] = static_cast<float>(norms[h] - many.facts->mean_norm);
@@ -418,7 +418,8 @@ __device__ inline void score_tile(const Many& many, Ring& ring, const double* ot
     }
   }
   float best[WIDTH / 4];
-  const float4* const factors = reinterpret_cast<const float4*>(many.factors + row0);
+  const float4* const factors =
+      reinterpret_cast<const float4*>((LOW ? many.dense_factors : many.factors) + row0);
   float* const scores = many.scores + row0 * many.score_stride + ref;
   const auto place = [&](int b, int p) { return (8 * b + 2 * t + p) * many.score_stride; };
   constexpr int BATCH = LOW ? 8 : 2;  // of 4 scores each, which are loaded before any is stored
@@ -538,29 +539,29 @@ struct SumTile {  // a part of the references for a tile of rows x D
   int index;       // in many.partial; -1: beyond D
 };
 
-// In pairs of tiles of D, one for each block of a cluster.
+// In pairs of tiles of D, one for each block of a cluster; the narrow row tile last.
 struct SumGrid {
-  int row_tiles, d_tiles, pairs, steps, splits;
   int64_t rows;
+  int steps;
+  ManySums sums;
 
-  __device__ SumGrid(const Inputs& in, const Many& many, int64_t valid) {
-    rows = many.facts->dense;
-    row_tiles = static_cast<int>((rows + MANY_ROWS - 1) / MANY_ROWS);
-    d_tiles = static_cast<int>((in.d + MANY_TILE - 1) / MANY_TILE);
-    steps = many_sum_steps(many, valid);
-    pairs = (d_tiles + 1) / 2;
-    splits = row_tiles ? many_sum_splits(many, row_tiles, d_tiles, steps) : 0;
-  }
-  __device__ int units() const { return splits * row_tiles * pairs; }
+  __device__ SumGrid(const Many& many, int64_t valid)
+      : rows(many.facts->dense), steps(many_sum_steps(many, valid)), sums(many, rows, steps) {}
+  __device__ int full_units() const { return sums.splits * sums.rows.full * sums.pairs; }
+  __device__ int units() const { return full_units() + sums.narrow_splits * sums.pairs; }
   __device__ SumTile tile(int unit, int rank) const {
-    const int split = unit / (row_tiles * pairs), row_tile = unit / pairs % row_tiles;
-    const int d_tile = unit % pairs * 2 + rank;
+    const bool narrow = unit >= full_units();
+    if (narrow) unit -= full_units();
+    const int in_split = (narrow ? 1 : sums.rows.full) * sums.pairs;
+    const int split = unit / in_split,
+              row_tile = narrow ? sums.rows.full : unit / sums.pairs % sums.rows.full;
+    const int splits = sums.splits_of(row_tile), d_tile = unit % sums.pairs * 2 + rank;
     SumTile tile;
     tile.row0 = row_tile * MANY_ROWS;
     tile.e0 = d_tile * MANY_TILE;
     tile.begin = static_cast<int>(static_cast<int64_t>(steps) * split / splits);
     tile.end = static_cast<int>(static_cast<int64_t>(steps) * (split + 1) / splits);
-    tile.index = d_tile < d_tiles ? (split * row_tiles + row_tile) * d_tiles + d_tile : -1;
+    tile.index = d_tile < sums.d_tiles ? sums.index(row_tile, split, d_tile) : -1;
     return tile;
   }
 };
@@ -680,29 +681,29 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     score_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Many many,
                  const __grid_constant__ ScoreArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  follow_previous();
   constexpr bool LOW = KIND == Scores::LOW, HALF = DtypeOf<T>::value == Dtype::f16;
   __shared__ double norms[2][NORM_WARPS * MANY_TILE];
   const int64_t rows = LOW ? many.facts->dense : many.padded, valid = many_valid(in, many);
-  const int64_t row_tiles = (rows + MANY_ROWS - 1) / MANY_ROWS,
-                pairs = (valid + 2 * MANY_TILE - 1) / (2 * MANY_TILE);
-  const int64_t units = row_tiles * pairs;
+  const ManyTiles tiles(rows);
+  const int64_t pairs = (valid + 2 * MANY_TILE - 1) / (2 * MANY_TILE), units = tiles.all() * pairs;
   const int steps = static_cast<int>((in.d + DEPTH - 1) / DEPTH);
   const int rank = blockIdx.x % 2;
   const bool plain = HALF && (LOW || !many.facts->centred);
-  const bool helped = plain && !LOW;
+  const bool helped = plain && !LOW && !many.norms;
   Ring ring = make_ring(helped ? NORM_WARPS : LOW ? 1 : 0);
-  const auto row0_of = [&](int64_t unit) { return unit % row_tiles * MANY_ROWS; };
-  const auto ref0_of = [&](int64_t unit) { return (unit / row_tiles * 2 + rank) * MANY_TILE; };
+  const auto row0_of = [&](int64_t unit) { return tiles.tile(unit, pairs) * MANY_ROWS; };
+  const auto ref0_of = [&](int64_t unit) { return (tiles.within(unit, pairs) * 2 + rank) * MANY_TILE; };
   if (threadIdx.x >= 256) {
     give_up_registers<LOW ? 24 : 72>();
     const int warp = static_cast<int>(threadIdx.x) / 32 - 8;
     if (threadIdx.x == 256) {
       for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2)
         copy_score_tile<T>(many, args, ring, row0_of(unit), ref0_of(unit),
-                           row_tile_width(rows, row0_of(unit)), steps, rank);
+                           row_tile_width(rows - row0_of(unit)), steps, rank);
     } else if (LOW && warp == 1) {
       for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2)
-        fetch_scores(many, ring, row0_of(unit), ref0_of(unit), valid, row_tile_width(rows, row0_of(unit)),
+        fetch_scores(many, ring, row0_of(unit), ref0_of(unit), valid, row_tile_width(rows - row0_of(unit)),
                      steps);
     } else if (helped && warp > 0) {
       int buffer = 0;
@@ -715,7 +716,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     int buffer = 0;
     for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2, buffer ^= 1) {
       const int64_t row0 = row0_of(unit), ref0 = ref0_of(unit);
-      const int width = row_tile_width(rows, row0);
+      const int width = row_tile_width(rows - row0);
       with_constants<HALF, HALF && LOW>(width, plain, [&](auto wide, auto is_plain) {
         score_tile<T, decltype(wide)::value, KIND, decltype(is_plain)::value>(many, ring, norms[buffer], row0,
                                                                               ref0, valid, steps);
@@ -731,9 +732,10 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     sum_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Many many,
                const __grid_constant__ SumArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  follow_previous();
   constexpr bool HALF = DtypeOf<T>::value == Dtype::f16;
   const int64_t valid = many_valid(in, many);
-  const SumGrid grid(in, many, valid);
+  const SumGrid grid(many, valid);
   const int units = grid.units(), rank = blockIdx.x % 2;
   Ring ring = make_ring(0);
   if (threadIdx.x >= 256) {
@@ -741,7 +743,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     if (threadIdx.x == 256) {
       for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
         const SumTile tile = grid.tile(unit, rank);
-        copy_sum_tile(many, args, ring, tile, row_tile_width(grid.rows, tile.row0), rank);
+        copy_sum_tile(many, args, ring, tile, row_tile_width(grid.rows - tile.row0), rank);
       }
     }
     __syncwarp();
@@ -750,7 +752,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     const bool plain = HALF && !many.facts->centred;
     for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
       const SumTile at = grid.tile(unit, rank);
-      const int width = row_tile_width(grid.rows, at.row0);
+      const int width = row_tile_width(grid.rows - at.row0);
       with_constants<HALF, false>(width, plain, [&](auto wide, auto is_plain) {
         sum_tile<T, decltype(wide)::value, EXACT, decltype(is_plain)::value>(in, many, ring, at, valid);
       });
@@ -767,9 +769,8 @@ void launch(const char* op, Kernel* kernel, const Inputs& in, const Many& many, 
             cudaStream_t stream) {
   check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(MANY_SMEM_BYTES)));
-  kernel<<<static_cast<unsigned>(many.blocks / 2 * 2), MANY_THREADS, MANY_SMEM_BYTES, stream>>>(in, many,
-                                                                                                args);
-  check_launch(op);
+  launch_following(op, kernel, dim3(static_cast<unsigned>(many.blocks / 2 * 2)), MANY_THREADS,
+                   MANY_SMEM_BYTES, stream, in, many, args);
 }
 
 }  // namespace
@@ -777,7 +778,8 @@ void launch(const char* op, Kernel* kernel, const Inputs& in, const Many& many, 
 void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream) {
   ScoreArguments args;
   args.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, 64);
-  args.queries = map_rows(op, low ? many.lo : many.hi, Dtype::f16, in.d, many.padded, 2 * many.d_stride, 64);
+  args.queries =
+      map_rows(op, low ? many.dense_lo : many.hi, Dtype::f16, in.d, many.padded, 2 * many.d_stride, 64);
   const bool half = in.refs.dtype == Dtype::f16;
   const auto start = [&](auto* kernel) { launch(op, kernel, in, many, args, stream); };
   if (low) {

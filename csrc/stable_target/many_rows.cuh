@@ -6,13 +6,15 @@
 // workspace. One round:
 //
 //  * score: y_hi.d for all pairs; y_hi is y rounded to 11 bits, so that each score is known to a proven bound
-//  * select: rows where at most MANY_SURVIVORS references can still matter keep a list of those; others, up
-//    to the last one in the order, are dense
+//  * select: rows where at most MANY_SURVIVORS references can still matter keep a list of those
+//  * place: the other rows are dense, and rows of long lists where they fill the last tile up
+//  * gather: what the next steps need of dense rows comes together in the first places, where most of them
+//    are already
 //  * score, dense rows: adds y_lo.d, y = y_hi + y_lo to 22 bits
 //  * weights, dense rows: p_j to 22 bits, as two halves, in the place of the scores
 //  * sum, dense rows: sum_j p_j d_j
-//  * merge: dense rows add what the thread blocks of the last step left; the others score and sum the listed
-//    references one by one; after the last round, writes the output
+//  * merge: dense rows add what the thread blocks of the last step left, the others score and sum the
+//    references of their lists; after the last round, writes the output
 //
 // Exact arithmetic: references are exact in halves, and so is d_j for a c of few digits wherever r_j is near
 // c; where it is not, the remainder is multiplied too. The matrix units truncate what they add up, so at most
@@ -20,6 +22,7 @@
 // end, as they do all sums where results need not be exact.
 #pragma once
 
+#include "common/hopper.cuh"
 #include "common/planner_rows.h"
 #include "stable_target/launch.cuh"
 
@@ -30,18 +33,17 @@ struct ManyFacts {
   float mean_norm;             // norm0 scale^2
   int centred;                 // c is not zero everywhere
   int max_norm;                // the bits of max_j |d_j|^2 scale^2, a float32
-  int dense;                   // slots [0, dense) are dense in this round
+  int dense;                   // rows that are dense in this round
 };
 
 struct ManySlot {  // one row of a pass
-  int64_t row;     // in the work list
+  Row row;
   double y_square;
   double best;   // largest score so far
   double total;  // sum of exp(rate (s_j - best)) so far
   float own;     // bound of |(y_hi - y).d_j| / |d_j|, with the rounding of the sums
   float rate2;   // rate log2(e)
   float keep;    // factor of the old sums in this round
-  int count;     // references in the list
   int alive;
 };
 
@@ -51,18 +53,25 @@ struct alignas(16) ManyFactor {  // s = unit acc - half_alpha (norm - mean_norm)
 };
 
 struct Many {
-  WorkList work;
-  float* centre;         // (2, d_stride) candidates, see centre_kernel
-  float* centre_float;   // (d_stride,) c scale
-  __half* centre_half;   // (d_stride,) c
-  double* statistics;    // (d_tiles, 8)
-  ManyFacts* facts;      // one
-  ManySlot* slots;       // (rows,)
-  ManyFactor* factors;   // (rows,)
-  __half *hi, *lo;       // (rows, d_stride) y 2^e
-  float* scores;         // (rows, score_stride): scores, then weights
-  float* maxima;         // (rows, score_stride / MANY_GROUP)
+  int* order;           // (n,) rows by falling time; none: one pass has them all
+  float* centre;        // (2, d_stride) candidates, see centre_kernel
+  float* centre_float;  // (d_stride,) c scale
+  __half* centre_half;  // (d_stride,) c
+  double* statistics;   // (d_tiles, 8)
+  ManyFacts* facts;     // one
+  ManySlot* slots;      // (rows,)
+  ManyFactor* factors;  // (rows,)
+  __half *hi, *lo;      // (rows, d_stride) y 2^e
+  float* norms;         // (m,) |d_j|^2 scale^2 - mean_norm; none: formed beside the scores
+  float* scores;        // (rows, score_stride): scores, then weights; from gather on of dense rows, as below
+  float* maxima;        // (rows, score_stride / MANY_GROUP), likewise
+  int* dense_slots;     // (rows,) of the dense rows
+  ManyFactor* dense_factors;
+  __half* dense_lo;
   int* survivors;        // (rows, MANY_SURVIVORS)
+  int* counts;           // (rows,) of them; more than the list holds: all that may matter
+  int* fills;            // (rows,) the same, 0 for lists that must stay ones
+  int* places;           // (rows,) among the dense rows; -1: not dense
   float* sums;           // (rows, d_stride) sum of p_j d_j scale
   float* partial;        // (splits, row tiles, d tiles, MANY_ROWS, MANY_TILE)
   int64_t first_row;     // of the pass
@@ -102,10 +111,76 @@ __host__ __device__ inline int many_splits(int tiles, int steps, int blocks, int
   return best;
 }
 
-// For tiles in pairs, and clusters of two blocks.
-__host__ __device__ inline int many_sum_splits(const Many& many, int row_tiles, int d_tiles, int steps) {
-  return many_splits(row_tiles * ((d_tiles + 1) / 2), steps, many.blocks / 2,
-                     static_cast<int>(MANY_SEGMENTS / 2));
+// Rows of the tile that `left` rows need, of at most MANY_ROWS; and those of all tiles for `rows`.
+__device__ inline int row_tile_width(int64_t left) {
+  return left <= 64 ? 64 : left <= 128 ? 128 : 256;
+}
+__device__ inline int64_t row_tile_ends(int64_t rows) {
+  const int64_t left = rows % MANY_ROWS;
+  return rows - left + (left > 0 ? row_tile_width(left) : 0);
+}
+
+// Row tiles: those of MANY_ROWS, or nearly, and a narrow one where few rows are left.
+struct ManyTiles {
+  int full, narrow;
+
+  __device__ explicit ManyTiles(int64_t rows) {
+    const int left = static_cast<int>(rows % MANY_ROWS);
+    full = static_cast<int>(rows / MANY_ROWS) + (left > MANY_ROWS / 2);
+    narrow = left > 0 && left <= MANY_ROWS / 2;
+  }
+  __device__ int all() const { return full + narrow; }
+  // Unit `unit` of all `each` units of every tile: first those of the full ones, side by side. Blocks that
+  // take units in turns all get as many narrow ones.
+  __device__ int tile(int64_t unit, int64_t each) const {
+    return unit < full * each ? static_cast<int>(unit % full) : full;
+  }
+  __device__ int64_t within(int64_t unit, int64_t each) const {
+    return unit < full * each ? unit / full : unit - full * each;
+  }
+};
+
+// The sums of the dense rows: D in pairs of tiles, for clusters of two blocks; `splits` parts of the
+// references for each pair of a full row tile, `narrow_splits` for the narrow one. Parts of sums: by split,
+// row tile, tile of D.
+struct ManySums {
+  ManyTiles rows;
+  int d_tiles, pairs, splits, narrow_splits;
+
+  __device__ ManySums(const Many& many, int64_t dense, int steps) : rows(dense) {
+    d_tiles = static_cast<int>(many.d_stride / MANY_TILE);
+    pairs = (d_tiles + 1) / 2;
+    const int most = static_cast<int>(MANY_SEGMENTS / 2), blocks = many.blocks / 2;
+    splits = rows.full ? many_splits(rows.full * pairs, steps, blocks, most - rows.narrow * pairs) : 0;
+    narrow_splits = rows.narrow ? many_splits(pairs, steps, blocks, most - splits * rows.full * pairs) : 0;
+  }
+  __device__ int splits_of(int row_tile) const { return row_tile < rows.full ? splits : narrow_splits; }
+  __device__ int index(int row_tile, int split, int d_tile) const {
+    const int row = row_tile < rows.full ? split * rows.full + row_tile : splits * rows.full + split;
+    return row * d_tiles + d_tile;
+  }
+  __device__ int split_stride(int row_tile) const { return (row_tile < rows.full ? rows.full : 1) * d_tiles; }
+};
+
+// At the start of every kernel of a call but the first, which all begin while the one before ends.
+__device__ inline void follow_previous() {
+  wait_for_previous_launch();
+  allow_next_launch();
+}
+template <typename... Params, typename... Args>
+void launch_following(const char* op, void (*kernel)(Params...), dim3 grid, int threads, int64_t bytes,
+                      cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute overlaps{};
+  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlaps.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  config.attrs = &overlaps;
+  config.numAttrs = 1;
+  check_cuda(op, cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream);

@@ -1,19 +1,23 @@
-// The steps of many_rows.cuh around its matrix products: centre, rows, selection, weights, single references,
-// merging. Bytes per round: scores written once and read twice at 4 bytes a pair, maxima at 1/16 of that; a
-// listed reference is read twice, mostly from the L2 the second time.
+// The steps of many_rows.cuh around its matrix products: centre, rows, norms, selection, weights, single
+// references, merging. Bytes per round: scores written once and read twice at 4 bytes a pair, maxima at 1/16
+// of that; a listed reference is read twice, mostly from the L2 the second time.
 #include <cfloat>
+#include <type_traits>
 
 #include "stable_target/many_rows.cuh"
+#include "stable_target/scan.cuh"
 
 namespace svel::cuda {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int WEIGHT_THREADS = 512;
-constexpr int CENTRE_LANES = 8;           // threads per element of D
-constexpr float WEIGHT_SCALE = 32768.0f;  // weights are at most 1; as halves they keep 40 binary places
+constexpr int WEIGHT_THREADS = 512, SELECT_THREADS = 512;
+constexpr int ORDER_THREADS = 1024;
+constexpr int64_t LISTED_D = 16 * THREADS;  // longer references do not fit the registers
+constexpr int CENTRE_LANES = 8;             // threads per element of D
+constexpr float WEIGHT_SCALE = 32768.0f;    // weights are at most 1; as halves they keep 40 binary places
 // References that together weigh less than this times the largest are left out.
-constexpr double FORGOTTEN_LOG2_EXACT = 26, FORGOTTEN_LOG2_FAST = 16;
+constexpr double FORGOTTEN_LOG2_EXACT = 24, FORGOTTEN_LOG2_FAST = 13;
 enum Statistic {
   SHIFT,
   SPREAD,
@@ -36,6 +40,7 @@ __device__ float coarse(double mean) {
 // Mean and variance of a sample of the references, per element; what follows from either choice of c, per
 // tile. many.centre: first c = coarse mean wherever the mean is many deviations from zero, then c everywhere.
 __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const Inputs in, const Many many) {
+  allow_next_launch();
   __shared__ double sums[CENTRE_LANES][MANY_TILE], squares[CENTRE_LANES][MANY_TILE];
   __shared__ float lowest[CENTRE_LANES][MANY_TILE], highest[CENTRE_LANES][MANY_TILE];
   __shared__ double of_warps[STATISTICS][MANY_TILE / 32];
@@ -123,12 +128,40 @@ __device__ Choice choose_centre(const Inputs& in, const double (&statistics)[STA
   return choice;
 }
 
-__device__ bool has_tiles(const WorkList& work, int64_t i) {
-  return work.first_tile[i] != work.first_tile[i + 1];
+// Row i, and whether it has any reference.
+__device__ Row row_of(const Inputs& in, int64_t i, bool& alive) {
+  const Row row = make_row(in, i, 0, alive);
+  alive = alive && (row.count > 0 || in.source.data);
+  return row;
+}
+
+// Rows are sorted by this: falling time, and those that have no references last.
+__device__ float order_of(const Inputs& in, int64_t i) {
+  bool alive;
+  const double rate = row_of(in, i, alive).rate();
+  return alive && rate >= 0 ? static_cast<float>(rate) : INFINITY;
+}
+
+// A warp per row, every so many of them: its place. Memory: n floats.
+__global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Inputs in, const Many many) {
+  follow_previous();
+  extern __shared__ float orders[];
+  const int64_t n = in.n;
+  for (int64_t i = threadIdx.x; i < n; i += ORDER_THREADS) orders[i] = order_of(in, i);
+  __syncthreads();
+  const int lane = threadIdx.x % 32, warps = gridDim.x * (ORDER_THREADS / 32);
+  for (int64_t i = (blockIdx.x * ORDER_THREADS + threadIdx.x) / 32; i < n; i += warps) {
+    const float own = orders[i];
+    int before = 0;
+    for (int64_t j = lane; j < n; j += 32) before += orders[j] < own || (orders[j] == own && j < i);
+    before = __reduce_add_sync(0xffffffffu, before);
+    if (lane == 0) many.order[before] = static_cast<int>(i);
+  }
 }
 
 // One block per row of the pass: its slot, y in two halves, |y|^2, the part of its source.
 __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Many many) {
+  follow_previous();
   __shared__ double statistics[STATISTICS];
   __shared__ double scratch[33];
   __shared__ int int_scratch[33];
@@ -161,7 +194,6 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
       many.facts->max_norm = 0;
     }
   }
-  if (blockIdx.x == 0 && tid == 0) many.facts->dense = 0;
 
   const int64_t local = blockIdx.x;
   int64_t at = local;
@@ -171,24 +203,23 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
     if (tid == 0) many.slots[at] = ManySlot{}, many.factors[at] = {0, 0, 0};
     return;
   }
-  const int64_t i = many.first_row + local;
-  const Row row = many.work.rows[i];
-  const auto rate_of = [&](int64_t j) {
-    return has_tiles(many.work, j) ? many.work.rows[j].rate() : INFINITY;
-  };
-  const double rate = rate_of(i);
-  int before = 0;
-  for (int64_t j = tid; j < many.rows; j += THREADS) {
-    const double other = rate_of(many.first_row + j);
-    before += other < rate || (other == rate && j < local);
+  const int64_t i = many.order ? many.order[many.first_row + local] : many.first_row + local;
+  bool alive;
+  const Row row = row_of(in, i, alive);
+  if (!many.order) {
+    const float rate = order_of(in, i);
+    int before = 0;
+    for (int64_t j = tid; j < many.rows; j += THREADS) {
+      const float other = order_of(in, many.first_row + j);
+      before += other < rate || (other == rate && j < local);
+    }
+    at = block_sum<int>(before, int_scratch);
   }
-  at = block_sum<int>(before, int_scratch);
 
   const int64_t base = row.index * in.d;
   const auto y_of = [&](int64_t e) {
     return row.sign * load_as<double>(in.x, base + e) - row.alpha * centre(e);
   };
-  bool alive = has_tiles(many.work, i);
   double square = 0, largest = 0, score = 0;
   if (alive) {
     for (int64_t e = tid; e < in.d; e += THREADS) {
@@ -230,7 +261,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   // sum of 16 products at a time.
   const double rounding = (80 + in.d / (many.exact ? 64 : 16)) * ldexp(1.0, -23);
   ManySlot slot{};
-  slot.row = i;
+  slot.row = row;
   slot.alive = alive;
   slot.y_square = square;
   slot.best = -INFINITY;
@@ -251,7 +282,44 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   many.slots[at] = slot;
 }
 
-// Exclusive prefix of v over the block; total: their sum. scratch: THREADS / 32 + 1 values.
+// A warp per reference: |r_j|^2 - mean_norm, where references are used as they are.
+__global__ void __launch_bounds__(THREADS) norms_kernel(const Inputs in, const Many many) {
+  follow_previous();
+  __shared__ float scratch[33];
+  if (many.facts->centred) return;
+  const int lane = threadIdx.x % 32;
+  const int64_t j = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / 32;
+  float norm = 0;
+  if (j < valid_count(in, 0)) {
+    const uint4* const from = static_cast<const uint4*>(in.refs.data) + j * in.d / 8;
+    double sum = 0;
+#pragma unroll 4
+    for (int64_t k = lane; k < in.d / 8; k += 32) {
+      const uint4 v = from[k];
+      const __half2* const pairs = reinterpret_cast<const __half2*>(&v);
+      float part = 0;
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const float2 pair = __half22float2(pairs[q]);
+        part = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, part));
+      }
+      sum += part;
+    }
+    sum = warp_sum(sum);
+    norm = static_cast<float>(sum);
+    if (lane == 0) many.norms[j] = static_cast<float>(sum - many.facts->mean_norm);
+  }
+  // NaN counts as more than anything.
+  const int bits = __float_as_int(norm);
+  const int most = __reduce_max_sync(0xffffffffu, bits);
+  if (lane == 0) scratch[threadIdx.x / 32] = __int_as_float(most);
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  const int all = __reduce_max_sync(0xffffffffu, lane < THREADS / 32 ? __float_as_int(scratch[lane]) : 0);
+  if (lane == 0) atomicMax(&many.facts->max_norm, all);
+}
+
+// Exclusive prefix of v over the block; total: their sum. scratch: a value per warp.
 __device__ int block_prefix(int v, int* scratch, int& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int sum = v;
@@ -264,7 +332,7 @@ __device__ int block_prefix(int v, int* scratch, int& total) {
   __syncthreads();
   int before = 0;
   total = 0;
-  for (int w = 0; w < THREADS / 32; ++w) {
+  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
     if (w < warp) before += scratch[w];
     total += scratch[w];
   }
@@ -278,10 +346,20 @@ __device__ float row_maximum(const Many& many, int64_t at, int64_t groups, float
   return block_max(best, scratch);
 }
 
+constexpr int BINS = 64;
+constexpr int GATHER_BLOCKS = 8;
+constexpr int PLACE_THREADS = static_cast<int>(MANY_PASS_ROWS);
+// A list of so many is as quick as a row of a tile that is multiplied anyway. It is more exact, more so where
+// scores are large for their digits: no row with so much doubt joins the dense ones.
+constexpr int SHORT_LIST_EXACT = 128, SHORT_LIST_FAST = 32;
+constexpr double FILL_DOUBT = 0.5;
+
 // One block per slot: lists the references whose weight can matter, or gives up at more than MANY_SURVIVORS.
-__global__ void __launch_bounds__(THREADS) select_kernel(const Inputs in, const Many many) {
+__global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in, const Many many) {
+  follow_previous();
   __shared__ float scratch[33];
   __shared__ int int_scratch[33];
+  __shared__ int bins[BINS], first_left_out;
   const int64_t at = blockIdx.x, valid = many_valid(in, many);
   ManySlot& slot = many.slots[at];
   const bool alive = slot.alive;
@@ -290,30 +368,57 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const Inputs in, const 
   if (!alive || valid == 0 || best == INFINITY) {
     __syncthreads();
     if (threadIdx.x == 0) {
-      slot.count = 0;
+      many.counts[at] = many.fills[at] = 0;
       if (best == INFINITY) slot.alive = 0;
     }
     return;
   }
-  const Row& row = many.work.rows[slot.row];
+  const Row& row = slot.row;
   const double norm = static_cast<double>(__int_as_float(many.facts->max_norm)) * many.facts->inverse_scale *
                       many.facts->inverse_scale;
   const double bound = slot.own * sqrt(norm) + row.alpha * norm * ldexp(1.0, -21);
-  const double forgotten = (many.exact ? FORGOTTEN_LOG2_EXACT : FORGOTTEN_LOG2_FAST) / LOG2_E +
-                           log(static_cast<double>(valid_count(in, 0)));
   const double top = fmax(static_cast<double>(best), slot.best);
-  const float cut = fmaxf(static_cast<float>(top - 2 * bound - forgotten / row.rate()), -FLT_MAX);
   const float* const maxima = many.maxima + at * (many.score_stride / MANY_GROUP);
+  // A reference whose score lies `bits` below the top weighs at most 2^(doubt - bits) of the largest. Groups
+  // by the bits beyond doubt of their best; from which on do all references of such groups weigh little
+  // enough together? Of those of other groups, so many that weigh so little are left out that it comes to the
+  // same.
+  const double rate2 = slot.rate2, doubt = 2 * bound * rate2;
+  const double forgotten =
+      (many.exact ? FORGOTTEN_LOG2_EXACT : FORGOTTEN_LOG2_FAST) +
+      log2(static_cast<double>(valid_count(in, 0)) / static_cast<double>(valid));  // in this round
+  if (threadIdx.x < BINS) bins[threadIdx.x] = 0;
+  if (threadIdx.x == 0) first_left_out = BINS;
+  __syncthreads();
+  const auto bits_of = [&](float score) {
+    return score == -INFINITY ? BINS : fmin((top - static_cast<double>(score)) * rate2 - doubt, BINS - 1.0);
+  };
+  for (int64_t k = threadIdx.x; k < groups; k += SELECT_THREADS) {
+    const double bits = bits_of(maxima[k]);
+    if (bits >= 1 && bits < BINS) atomicAdd(&bins[static_cast<int>(bits)], 1);
+  }
+  __syncthreads();
+  if (threadIdx.x > 0 && threadIdx.x < BINS) {
+    double tail = 0;
+    for (int bin = BINS - 1; bin >= static_cast<int>(threadIdx.x); --bin)
+      tail += static_cast<double>(bins[bin]) * __int_as_float((127 - bin) << 23);
+    if (tail * (2 * MANY_GROUP) <= exp2(-forgotten))
+      atomicMin(&first_left_out, static_cast<int>(threadIdx.x));
+  }
+  __syncthreads();
+  const double group_cut = first_left_out;
   const float* const scores = many.scores + at * many.score_stride;
   // Groups of references one of which matters; more of them than the list holds: it would be too short.
   int candidates = 0;
-  for (int64_t k = threadIdx.x; k < groups; k += THREADS) candidates += maxima[k] >= cut;
+  for (int64_t k = threadIdx.x; k < groups; k += SELECT_THREADS) candidates += bits_of(maxima[k]) < group_cut;
   const int all = block_sum<int>(candidates, int_scratch);
+  const double cut_bits = doubt + forgotten + log2(2.0 * MANY_GROUP * all);
+  const float cut = fmaxf(static_cast<float>(top - cut_bits / rate2), -FLT_MAX);
   int found = all;
   if (all <= MANY_SURVIVORS) {
     const auto matters = [&](int64_t k) {
       unsigned bits = 0;
-      if (maxima[k] < cut) return bits;
+      if (bits_of(maxima[k]) >= group_cut) return bits;
       const float4* const from = reinterpret_cast<const float4*>(scores + k * MANY_GROUP);
 #pragma unroll
       for (int q = 0; q < MANY_GROUP / 4; ++q) {
@@ -326,26 +431,87 @@ __global__ void __launch_bounds__(THREADS) select_kernel(const Inputs in, const 
     };
     int own = 0;
     if (candidates)
-      for (int64_t k = threadIdx.x; k < groups; k += THREADS) own += __popc(matters(k));
+      for (int64_t k = threadIdx.x; k < groups; k += SELECT_THREADS) own += __popc(matters(k));
     int place = block_prefix(own, int_scratch, found);
     if (own)
-      for (int64_t k = threadIdx.x; k < groups; k += THREADS)
+      for (int64_t k = threadIdx.x; k < groups; k += SELECT_THREADS)
         for (unsigned bits = matters(k); bits && place < MANY_SURVIVORS; bits &= bits - 1)
           many.survivors[at * MANY_SURVIVORS + place++] = static_cast<int>(k * MANY_GROUP + __ffs(bits) - 1);
   }
   if (threadIdx.x != 0) return;
-  slot.count = found;
-  if (found > MANY_SURVIVORS) atomicMax(&many.facts->dense, static_cast<int>(at) + 1);
+  many.counts[at] = found;
+  many.fills[at] = found > MANY_SURVIVORS || doubt <= FILL_DOUBT ? found : 0;
 }
 
-// One block per dense slot. exact: of 32 scores s_j, 128 bytes, become 32 weights' upper halves and 32 lower.
+// One block, a thread per slot: which rows are dense, and where. They stay where they are if that is one of
+// the first places; the others take those of rows that are not dense.
+__global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Many many) {
+  follow_previous();
+  __shared__ int of_warps[PLACE_THREADS / 32], movers[PLACE_THREADS], before_last;
+  const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32;
+  const int count = slot < many.rows ? many.fills[slot] : 0;
+  const auto longer = [count](int limit) { return __syncthreads_count(count > limit); };
+  int limit = static_cast<int>(MANY_SURVIVORS);
+  const int room = static_cast<int>(row_tile_ends(longer(limit)));
+  const int shortest = many.exact ? SHORT_LIST_EXACT : SHORT_LIST_FAST;
+  while (room > 0 && limit > shortest && longer(limit / 2) <= room) limit /= 2;
+  const bool dense = count > limit;
+  const unsigned in_warp = __ballot_sync(0xffffffffu, dense);
+  if (lane == 0) of_warps[warp] = __popc(in_warp);
+  __syncthreads();
+  int rank = __popc(in_warp & ((1u << lane) - 1)), total = 0;
+  for (int other = 0; other < PLACE_THREADS / 32; ++other) {
+    if (other < warp) rank += of_warps[other];
+    total += of_warps[other];
+  }
+  if (slot == total) before_last = rank;  // dense rows that are in the first places
+  __syncthreads();
+  const int staying = total < PLACE_THREADS ? before_last : total;
+  if (dense && slot >= total) movers[rank - staying] = slot;
+  __syncthreads();
+  if (slot < many.rows) many.places[slot] = -1;
+  if (slot == 0) many.facts->dense = total;
+  __syncthreads();
+  if (slot >= total) return;
+  const int source = dense ? slot : movers[slot - rank];
+  many.dense_slots[slot] = source;
+  many.places[source] = slot;
+  many.dense_factors[slot] = many.factors[source];
+}
+
+// Blocks: GATHER_BLOCKS per place of a dense row.
+__global__ void __launch_bounds__(THREADS) gather_kernel(const Inputs in, const Many many) {
+  follow_previous();
+  const int64_t to = blockIdx.x;
+  if (to >= many.facts->dense) return;
+  const int64_t source = many.dense_slots[to];
+  const int thread = blockIdx.y * THREADS + threadIdx.x;
+  const auto copy = [thread](const void* a, void* b, int64_t bytes) {
+    const float4* const __restrict__ old = static_cast<const float4*>(a);
+    float4* const __restrict__ now = static_cast<float4*>(b);
+#pragma unroll 4
+    for (int64_t k = thread; k < bytes / 16; k += GATHER_BLOCKS * THREADS) now[k] = old[k];
+  };
+  if (many.exact)
+    copy(many.lo + source * many.d_stride, many.dense_lo + to * many.d_stride, 2 * many.d_stride);
+  if (source == to) return;
+  const int64_t refs = ceil_div(many_valid(in, many), MANY_TILE) * MANY_TILE, groups = refs / MANY_GROUP;
+  const int64_t maxima_stride = many.score_stride / MANY_GROUP;
+  copy(many.scores + source * many.score_stride, many.scores + to * many.score_stride, 4 * refs);
+  if (!many.exact)  // else those of better scores come
+    for (int64_t k = thread; k < groups; k += GATHER_BLOCKS * THREADS)
+      many.maxima[to * maxima_stride + k] = many.maxima[source * maxima_stride + k];
+}
+
+// One block per dense row. exact: of 32 scores s_j, 128 bytes, become 32 weights' upper halves and 32 lower.
 // Else the upper halves alone, side by side from the start of the row.
 __global__ void __launch_bounds__(WEIGHT_THREADS) weights_kernel(const Inputs in, const Many many) {
+  follow_previous();
   __shared__ float scratch[33];
   __shared__ double wide_scratch[33];
   const int64_t at = blockIdx.x, valid = many_valid(in, many);
   if (at >= many.facts->dense) return;
-  ManySlot& slot = many.slots[at];
+  ManySlot& slot = many.slots[many.dense_slots[at]];
   const float here = row_maximum(many, at, (valid + MANY_GROUP - 1) / MANY_GROUP, scratch);
   const float best = static_cast<float>(fmax(static_cast<double>(here), slot.best));
   const float rate2 = slot.rate2;
@@ -394,6 +560,16 @@ __global__ void __launch_bounds__(WEIGHT_THREADS) weights_kernel(const Inputs in
   slot.keep = static_cast<float>(keep);
   slot.total = slot.total * keep + total;
   slot.best = best;
+}
+
+constexpr int LISTED = 4;  // references that a block scores and sums at a time,
+constexpr int LISTS = 3;   // and so many times as many have room
+
+// 2^v for v <= 0, to float32's digits, of which v may have more.
+__device__ inline float power_of_two(double v) {
+  if (!(v > -150)) return 0;
+  const double whole = rint(v);
+  return ldexpf(exp2f(static_cast<float>(v - whole)), static_cast<int>(whole));
 }
 
 struct Listed {
@@ -469,31 +645,208 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, int
   __syncthreads();
 }
 
-// One block per slot: the sums after this round, or the output after the last.
-template <typename T>
-__global__ void __launch_bounds__(THREADS) merge_kernel(const Inputs in, const Many many, bool last) {
-  __shared__ Listed listed;
+// After the last round: eight elements of a row, and its lse. inverse: of the total, NaN where there is none.
+__device__ double inverse_total(const Many& many, bool alive, double best, double total) {
+  return isfinite(best) && alive && total > 0 ? many.facts->inverse_scale / total : NAN;
+}
+__device__ void store_mean(const Inputs& in, const Many& many, const Row& row, int64_t e, double inverse,
+                           const double (&sum)[8]) {
+  double out[8];
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+    const double centre = static_cast<double>(many.centre_float[e + k]) * many.facts->inverse_scale;
+    out[k] = row.a * load_as<double>(in.x, row.index * in.d + e + k) + row.b * (centre + sum[k] * inverse);
+  }
+  store8<double>(in.out, row.index * in.d + e, out);
+}
+__device__ void store_lse(const Inputs& in, const Many& many, const ManySlot& slot, const Row& row,
+                          double best, double total, double inverse) {
+  if (!in.lse.data) return;
+  const double unscale = many.facts->inverse_scale;
+  const double half_norm = 0.5 * row.alpha * many.facts->mean_norm * unscale * unscale;
+  const double shift = row.rate() * (best - half_norm) - slot.y_square / (2 * row.sigma * row.sigma);
+  const double lse = isfinite(inverse) ? log(total) + shift + 0.5 * static_cast<double>(in.d) : NAN;
+  store_as(in.lse, row.index, lse);
+}
+
+// A row with a list: scores and sums its references, up to 2,048 VECTORS elements, from shared memory. Each
+// is read once, LISTED at a time while as many or twice as many are on their way; sums are relative to the
+// best score so far.
+template <typename T, int VECTORS>
+__device__ void sum_listed(const Inputs& in, const Many& many, int64_t at, int count, bool last) {
+  extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times
+  __shared__ Barrier barriers[LISTS];
+  __shared__ double parts[THREADS / 32][LISTED];
+  __shared__ int list[MANY_SURVIVORS];
+  static_assert(THREADS / 32 * LISTED == 32, "a lane to each");
+  ManySlot& slot = many.slots[at];
+  for (int k = threadIdx.x; k < count; k += THREADS) list[k] = many.survivors[at * MANY_SURVIVORS + k];
+  const int64_t bytes = in.d * static_cast<int64_t>(sizeof(T));
+  const auto fetch = [&](int first) {
+    const int buffer = first / LISTED % LISTS, some = min(LISTED, count - first);
+    arrive_expecting(barriers + buffer, static_cast<uint32_t>(some * bytes));
+    for (int k = 0; k < some; ++k)
+      bulk_copy(memory + (buffer * LISTED + k) * bytes,
+                static_cast<const char*>(in.refs.data) + (many.first_ref + list[first + k]) * bytes,
+                static_cast<uint32_t>(bytes), barriers + buffer, usual_policy());
+  };
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < LISTS; ++k) init_barrier(barriers + k, 1);
+    publish_barriers();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < LISTS - 1; ++k)
+      if (k * LISTED < count) fetch(k * LISTED);
+  }
+
+  const ManyFactor factor = many.factors[at];
+  const float scale = many.facts->scale;
+  const double rate2 = slot.rate2, above = static_cast<double>(factor.half_alpha) * many.facts->mean_norm;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto element = [&](int v) { return 8 * (static_cast<int64_t>(v) * THREADS + threadIdx.x); };
+  float y[VECTORS][8] = {}, centre[VECTORS][8] = {}, part[VECTORS][8] = {};
+  double sums[VECTORS][8] = {};
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    const int64_t e = element(v);
+    if (e >= in.d) continue;
+    const uint4 raw_hi = *reinterpret_cast<const uint4*>(many.hi + at * many.d_stride + e);
+    const uint4 raw_lo = *reinterpret_cast<const uint4*>(many.lo + at * many.d_stride + e);
+    const __half* const hi = reinterpret_cast<const __half*>(&raw_hi);
+    const __half* const lo = reinterpret_cast<const __half*>(&raw_lo);
+#pragma unroll
+    for (int q = 0; q < 8; ++q) {
+      y[v][q] = (__half2float(hi[q]) + __half2float(lo[q])) * factor.unit;
+      centre[v][q] = many.centre_float[e + q];
+      sums[v][q] = many.sums[at * many.d_stride + e + q];
+    }
+  }
+  // visit(v, q, difference) of reference k of a buffer
+  const auto differences = [&](int buffer, int k, auto visit) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (element(v) >= in.d) continue;
+      const uint4 raw =
+          *reinterpret_cast<const uint4*>(memory + (buffer * LISTED + k) * bytes + element(v) * sizeof(T));
+      const T* const values = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+      for (int q = 0; q < 8; ++q) visit(v, q, fmaf(to_float(values[q]), scale, -centre[v][q]));
+    }
+  };
+  const auto flush = [&] {
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v)
+#pragma unroll
+      for (int q = 0; q < 8; ++q) sums[v][q] += part[v][q], part[v][q] = 0;
+  };
+
+  double best = slot.best, total = slot.total;
+  for (int first = 0; first < count; first += LISTED) {
+    const int turn = first / LISTED, buffer = turn % LISTS, some = min(LISTED, count - first);
+    const int ahead = first + (LISTS - 1) * LISTED;  // where the turn before was
+    if (threadIdx.x == 0 && ahead < count) fetch(ahead);
+    wait_barrier(barriers + buffer, turn / LISTS % 2);
+    double own[LISTED] = {};
+#pragma unroll
+    for (int k = 0; k < LISTED; ++k) {
+      if (k >= some) continue;
+      float eight[VECTORS] = {};
+      differences(buffer, k, [&](int v, int q, float d) {
+        eight[v] = fmaf(fmaf(-factor.half_alpha, d, y[v][q]), d, eight[v]);
+      });
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) own[k] += eight[v];
+    }
+    const double of_warp = warp_sums<LISTED>(own, lane);
+    if (lane % (32 / LISTED) == 0) parts[warp][lane / (32 / LISTED)] = of_warp;
+    __syncthreads();
+    // Lane: the reference lane % LISTED, in all warps alike.
+    double score = parts[lane / LISTED][lane % LISTED];
+    for (int offset = 16; offset >= LISTED; offset /= 2) score += __shfl_xor_sync(0xffffffffu, score, offset);
+    score = lane % LISTED < some ? score + above : -INFINITY;
+    double top = score;
+    for (int offset = LISTED / 2; offset > 0; offset /= 2)
+      top = fmax(top, __shfl_xor_sync(0xffffffffu, top, offset));
+    top = fmax(top, best);
+    const float keep = power_of_two(rate2 * (best - top)), weight = power_of_two(rate2 * (score - top));
+    double weights = weight;
+    for (int offset = LISTED / 2; offset > 0; offset /= 2)
+      weights += __shfl_xor_sync(0xffffffffu, weights, offset);
+    total = total * keep + weights, best = top;
+    if (keep != 1) {
+      flush();
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v)
+#pragma unroll
+        for (int q = 0; q < 8; ++q) sums[v][q] *= keep;
+    }
+#pragma unroll
+    for (int k = 0; k < LISTED; ++k) {
+      const float p = __shfl_sync(0xffffffffu, weight, k);
+      if (k < some)
+        differences(buffer, k, [&](int v, int q, float d) { part[v][q] = fmaf(p, d, part[v][q]); });
+    }
+    if (turn % 4 == 3) flush();
+    __syncthreads();  // the buffer can be filled again
+  }
+  flush();
+
+  const Row& row = slot.row;
+  const double inverse = inverse_total(many, true, best, total);
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    const int64_t e = element(v);
+    if (e >= in.d) continue;
+    if (last) {
+      store_mean(in, many, row, e, inverse, sums[v]);
+    } else {
+#pragma unroll
+      for (int q = 0; q < 8; ++q) many.sums[at * many.d_stride + e + q] = static_cast<float>(sums[v][q]);
+    }
+  }
+  if (threadIdx.x != 0) return;  // all have read the slot before the last barrier
+  if (last) {
+    store_lse(in, many, slot, row, best, total, inverse);
+  } else {
+    slot.total = total, slot.best = best;
+  }
+}
+
+// One block per slot: the sums after this round, or the output after the last. VECTORS: as above; 0: any
+// number of elements.
+template <typename T, int VECTORS>
+__global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, const Many many, bool last) {
+  follow_previous();
+  __shared__ std::conditional_t<VECTORS == 0, Listed, char> listed;
   const int64_t at = blockIdx.x, valid = many_valid(in, many);
   ManySlot& slot = many.slots[at];
-  const int64_t d_tiles = many.d_stride / MANY_TILE;
-  const int dense = many.facts->dense, count = slot.count;
-  const bool alive = slot.alive, is_dense = at < dense && valid > 0;
+  const int dense = many.facts->dense, count = many.counts[at];
+  const bool alive = slot.alive, is_dense = many.places[at] >= 0, has_list = !is_dense && alive && count > 0;
+  if (!is_dense && alive && count == 0 && !last) return;
+  if constexpr (VECTORS > 0) {
+    if (has_list) return sum_listed<T, VECTORS>(in, many, at, count, last);
+  }
   const float scale = many.facts->scale;
   double keep = slot.keep, total = slot.total, best = slot.best;
   if (!is_dense) {
     keep = 1;
-    if (alive && count > 0) {
-      score_listed<T>(in, many, at, count, listed);
-      keep = listed.keep, total = listed.total, best = listed.best;
+    if constexpr (VECTORS == 0) {
+      if (has_list) {
+        score_listed<T>(in, many, at, count, listed);
+        keep = listed.keep, total = listed.total, best = listed.best;
+      }
     }
   }
-  const int64_t row_tiles = (dense + MANY_ROWS - 1) / MANY_ROWS;
-  const int splits = is_dense ? many_sum_splits(many, static_cast<int>(row_tiles), static_cast<int>(d_tiles),
-                                                many_sum_steps(many, valid))
-                              : 0;
-  const Row& row = many.work.rows[slot.row];
-  const double inverse = isfinite(best) && alive && total > 0 ? many.facts->inverse_scale / total : NAN;
-  const double centre_scale = many.facts->inverse_scale;
+  const int place = is_dense ? many.places[at] : 0, row_tile = place / static_cast<int>(MANY_ROWS);
+  int splits = 0, index = 0, stride = 0;
+  if (is_dense) {
+    const ManySums grid(many, dense, many_sum_steps(many, valid));
+    splits = grid.splits_of(row_tile), index = grid.index(row_tile, 0, 0);
+    stride = grid.split_stride(row_tile);
+  }
+  const Row& row = slot.row;
+  const double inverse = inverse_total(many, alive, best, total);
 
   for (int64_t e = 8 * threadIdx.x; e < in.d; e += 8 * THREADS) {
     float* const sums = many.sums + at * many.d_stride + e;
@@ -501,26 +854,26 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const Inputs in, const M
 #pragma unroll
     for (int k = 0; k < 8; ++k) sum[k] = keep * sums[k];
     if (is_dense) {
-      const int64_t tile = at / MANY_ROWS * d_tiles + e / MANY_TILE;
+      const int64_t tile = index + e / MANY_TILE;
       const float* const from =
-          many.partial + (tile * MANY_ROWS + at % MANY_ROWS) * MANY_TILE + e % MANY_TILE;
+          many.partial + (tile * MANY_ROWS + place % MANY_ROWS) * MANY_TILE + e % MANY_TILE;
       double parts[8] = {};
 #pragma unroll 4
       for (int split = 0; split < splits; ++split) {
         const float4* const eight =
-            reinterpret_cast<const float4*>(from + split * row_tiles * d_tiles * (MANY_ROWS * MANY_TILE));
+            reinterpret_cast<const float4*>(from + split * stride * (MANY_ROWS * MANY_TILE));
         const float4 low = eight[0], high = eight[1];
         parts[0] += low.x, parts[1] += low.y, parts[2] += low.z, parts[3] += low.w;
         parts[4] += high.x, parts[5] += high.y, parts[6] += high.z, parts[7] += high.w;
       }
 #pragma unroll
       for (int k = 0; k < 8; ++k) sum[k] += parts[k] / WEIGHT_SCALE;
-    } else if (alive) {
-      for (int first = 0; first < count; first += 16) {
+    } else if constexpr (VECTORS == 0) {
+      for (int first = 0; has_list && first < count; first += 16) {
         float part[8] = {};
-        for (int j = first; j < count && j < first + 16; ++j) {
+#pragma unroll 4
+        for (int j = first; j < min(count, first + 16); ++j) {
           const float p = listed.weight[j];
-          if (p == 0) continue;
           float d[8];
           load_differences<T>(in, many, listed.reference[j], e, scale, d);
 #pragma unroll
@@ -535,28 +888,20 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const Inputs in, const M
       for (int k = 0; k < 8; ++k) sums[k] = static_cast<float>(sum[k]);
       continue;
     }
-    double out[8];
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      const double mean = many.centre_float[e + k] * centre_scale + sum[k] * inverse;
-      out[k] = row.a * load_as<double>(in.x, row.index * in.d + e + k) + row.b * mean;
-    }
-    store8<double>(in.out, row.index * in.d + e, out);
+    store_mean(in, many, row, e, inverse, sum);
   }
   __syncthreads();  // all have read the slot
   if (threadIdx.x != 0) return;
   if (!last) {
     slot.total = total, slot.best = best;
-  } else if (in.lse.data) {
-    const double half_norm = 0.5 * row.alpha * many.facts->mean_norm * centre_scale * centre_scale;
-    const double shift = row.rate() * (best - half_norm) - slot.y_square / (2 * row.sigma * row.sigma);
-    const double lse = isfinite(inverse) ? log(total) + shift + 0.5 * static_cast<double>(in.d) : NAN;
-    store_as(in.lse, row.index, lse);
+  } else {
+    store_lse(in, many, slot, row, best, total, inverse);
   }
 }
 
-__global__ void reset_kernel(ManyFacts* facts) {
-  facts->dense = 0;
+template <typename T>
+auto merge_kernel_for(int64_t d) {
+  return d > LISTED_D ? merge_kernel<T, 0> : d > LISTED_D / 2 ? merge_kernel<T, 2> : merge_kernel<T, 1>;
 }
 
 // Rows from `first` on, at most `rows` of them.
@@ -572,32 +917,39 @@ Inputs slice_rows(const Inputs& in, int64_t first, int64_t rows) {
   return part;
 }
 
-void run_list(const char* op, const Inputs& in, const Plan& plan, Many many, void* list,
-              cudaStream_t stream) {
-  many.work = build_work_list(in, MANY_TILE, list, stream);
-  check_launch(op);
-  const auto merge = in.refs.dtype == Dtype::f16 ? merge_kernel<__half> : merge_kernel<__nv_bfloat16>;
+void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cudaStream_t stream) {
+  const bool half = in.refs.dtype == Dtype::f16;
+  const auto merge = half ? merge_kernel_for<__half>(in.d) : merge_kernel_for<__nv_bfloat16>(in.d);
+  const int merge_bytes = in.d > LISTED_D ? 0 : static_cast<int>(LISTS * LISTED * 2 * in.d);
+  check_cuda(op, cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, merge_bytes));
+  const auto launch = [&](auto* kernel, dim3 grid, int threads, int64_t bytes, const auto&... more) {
+    launch_following(op, kernel, grid, threads, bytes, stream, more...);
+  };
+  if (many.order) {
+    const int bytes = static_cast<int>(in.n * sizeof(float));
+    check_cuda(op, cudaFuncSetAttribute(order_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    launch(order_kernel, static_cast<unsigned>(many.blocks), ORDER_THREADS, bytes, in, many);
+  }
   for (many.first_row = 0; many.first_row < in.n; many.first_row += plan.rows_per_pass) {
     many.rows = std::min(plan.rows_per_pass, in.n - many.first_row);
     many.padded = (many.rows + 63) / 64 * 64;
     const unsigned slots = static_cast<unsigned>(many.rows);
-    rows_kernel<<<static_cast<unsigned>(many.padded), THREADS, 0, stream>>>(in, many);
-    check_launch(op);
+    launch(rows_kernel, static_cast<unsigned>(many.padded), THREADS, 0, in, many);
+    if (many.norms && many.first_row == 0) {
+      const int64_t warps = THREADS / 32;
+      launch(norms_kernel, static_cast<unsigned>(ceil_div(in.m, warps)), THREADS, 0, in, many);
+    }
     for (many.first_ref = 0; many.first_ref < in.m; many.first_ref += plan.refs_per_pass) {
       many.refs = std::min(plan.refs_per_pass, in.m - many.first_ref);
-      if (many.first_ref > 0) {
-        reset_kernel<<<1, 1, 0, stream>>>(many.facts);
-        check_launch(op);
-      }
       launch_many_score(op, in, many, false, stream);
-      select_kernel<<<slots, THREADS, 0, stream>>>(in, many);
-      check_launch(op);
+      launch(select_kernel, slots, SELECT_THREADS, 0, in, many);
+      launch(place_kernel, 1, PLACE_THREADS, 0, many);
+      launch(gather_kernel, dim3(slots, GATHER_BLOCKS), THREADS, 0, in, many);
       if (many.exact) launch_many_score(op, in, many, true, stream);
-      weights_kernel<<<slots, WEIGHT_THREADS, 0, stream>>>(in, many);
-      check_launch(op);
+      launch(weights_kernel, slots, WEIGHT_THREADS, 0, in, many);
       launch_many_sum(op, in, many, stream);
-      merge<<<slots, THREADS, 0, stream>>>(in, many, many.first_ref + plan.refs_per_pass >= in.m);
-      check_launch(op);
+      const bool last = many.first_ref + plan.refs_per_pass >= in.m;
+      launch(merge, slots, THREADS, merge_bytes, in, many, last);
     }
   }
 }
@@ -605,7 +957,7 @@ void run_list(const char* op, const Inputs& in, const Plan& plan, Many many, voi
 }  // namespace
 
 void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream) {
-  const ManyLayout layout = many_layout(in.n, in.d, plan.rows_per_pass, plan.refs_per_pass);
+  const ManyLayout layout = many_layout(in.n, in.m, in.d, plan.rows_per_pass, plan.refs_per_pass);
   char* next = static_cast<char*>(workspace);
   const auto take = [&](int64_t bytes) {
     char* const piece = next;
@@ -613,7 +965,8 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
     return piece;
   };
   Many many{};
-  void* const list = take(layout.list);
+  int* const order = reinterpret_cast<int*>(take(layout.order));
+  many.order = layout.order > 0 ? order : nullptr;
   many.d_stride = (in.d + MANY_TILE - 1) / MANY_TILE * MANY_TILE;
   const int64_t d_tiles = many.d_stride / MANY_TILE;
   Carver centre(take(layout.centre));
@@ -622,11 +975,19 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   many.centre_float = centre.take<float>(many.d_stride);
   many.centre = centre.take<float>(2 * many.d_stride);
   many.statistics = centre.take<double>(d_tiles * STATISTICS);
+  void* const norms = take(layout.norms);
+  many.norms = layout.norms > 0 && in.refs.dtype == Dtype::f16 ? static_cast<float*>(norms) : nullptr;
   Carver rows(take(layout.rows));
   many.factors = rows.take<ManyFactor>(plan.rows_per_pass);
+  many.dense_factors = rows.take<ManyFactor>(plan.rows_per_pass);
   many.slots = rows.take<ManySlot>(plan.rows_per_pass);
+  many.dense_slots = rows.take<int>(plan.rows_per_pass);
+  many.counts = rows.take<int>(plan.rows_per_pass);
+  many.places = rows.take<int>(plan.rows_per_pass);
+  many.fills = rows.take<int>(plan.rows_per_pass);
   many.hi = reinterpret_cast<__half*>(take(layout.queries));
   many.lo = many.hi + plan.rows_per_pass * many.d_stride;
+  many.dense_lo = many.lo + plan.rows_per_pass * many.d_stride;
   many.scores = reinterpret_cast<float*>(take(layout.scores));
   many.maxima = reinterpret_cast<float*>(take(layout.maxima));
   many.survivors = reinterpret_cast<int*>(take(layout.survivors));
@@ -639,7 +1000,7 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   centre_kernel<<<static_cast<unsigned>(d_tiles), MANY_TILE * CENTRE_LANES, 0, stream>>>(in, many);
   check_launch(op);
   for (int64_t first = 0; first < in.n; first += MANY_LIST_ROWS)
-    run_list(op, slice_rows(in, first, MANY_LIST_ROWS), plan, many, list, stream);
+    run_rows(op, slice_rows(in, first, MANY_LIST_ROWS), plan, many, stream);
 }
 
 }  // namespace svel::cuda

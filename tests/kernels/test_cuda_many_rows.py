@@ -79,6 +79,19 @@ def test_as_many_survivors_as_the_list_holds(rng, copies, precision):
     check(x, refs, t, precision=precision, prediction="x0")
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.6])
+@pytest.mark.parametrize("n", [70, 300, 1300])
+def test_rows_of_many_survivors_lie_anywhere(rng, n, share, precision):
+    """All rows have one time, but some are near references that have hundreds of equals. Several passes too."""
+    x, refs, t = make_pool(n, 4096, 512, "gaussian", rng, times=(0.3,))
+    refs[1000:1300] = refs[1000]
+    near = torch.rand(n, generator=rng).cuda() < share
+    x[near] = 0.7 * refs[1000].float() + 0.3 * torch.randn(int(near.sum()), 512, generator=rng).cuda()
+    check(x, refs, t, precision=precision, prediction="x0")
+    check(x, refs, t, precision=precision, counts=torch.tensor([4000], device="cuda"))
+
+
 def test_the_kernel_serves(rng):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("another kernel serves this device")
