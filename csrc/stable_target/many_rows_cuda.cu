@@ -349,9 +349,13 @@ __device__ float row_maximum(const Many& many, int64_t at, int64_t groups, float
 constexpr int BINS = 64;
 constexpr int GATHER_BLOCKS = 8;
 constexpr int PLACE_THREADS = static_cast<int>(MANY_PASS_ROWS);
-// A list of so many is as quick as a row of a tile that is multiplied anyway. It is more exact, more so where
-// scores are large for their digits: no row with so much doubt joins the dense ones.
-constexpr int SHORT_LIST_EXACT = 128, SHORT_LIST_FAST = 32;
+// What dense rows and lists take, as measured on an H100: operations and bytes per second of the products,
+// bytes per second of lists, and seconds for a reference of a single one.
+constexpr float PRODUCT_RATE = 650e12f, PRODUCT_BANDWIDTH = 2.3e12f, LIST_BANDWIDTH = 2.2e12f;
+constexpr float LISTED_SECONDS = 0.4e-6f;
+// No row of a shorter list becomes dense, since lists are more exact; nor one of so much doubt, where scores
+// are large for their digits.
+constexpr int SHORT_LIST_EXACT = 64, SHORT_LIST_FAST = 32;
 constexpr double FILL_DOUBT = 0.5;
 
 // One block per slot: lists the references whose weight can matter, or gives up at more than MANY_SURVIVORS.
@@ -445,16 +449,40 @@ __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in,
 
 // One block, a thread per slot: which rows are dense, and where. They stay where they are if that is one of
 // the first places; the others take those of rows that are not dense.
-__global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Many many) {
+__global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, const Many many) {
   follow_previous();
-  __shared__ int of_warps[PLACE_THREADS / 32], movers[PLACE_THREADS], before_last;
+  __shared__ int of_warps[PLACE_THREADS / 32], longest[PLACE_THREADS / 32], movers[PLACE_THREADS],
+      before_last;
   const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32;
-  const int count = slot < many.rows ? many.fills[slot] : 0;
-  const auto longer = [count](int limit) { return __syncthreads_count(count > limit); };
+  const int count = slot < many.rows ? many.fills[slot] : 0,
+            listed = slot < many.rows ? many.counts[slot] : 0;
+  const float elements = static_cast<float>(many_valid(in, many)) * static_cast<float>(in.d);
+  const auto product = [&](int products, int width) {  // that many with the same references
+    return fmaxf(2.0f * products * width * elements / PRODUCT_RATE, 2.0f * elements / PRODUCT_BANDWIDTH);
+  };
+  const auto seconds = [&](int limit) {
+    const int dense = __syncthreads_count(count > limit);
+    const int own = count <= limit ? listed : 0;
+    const int sum = __reduce_add_sync(0xffffffffu, own), most = __reduce_max_sync(0xffffffffu, own);
+    if (lane == 0) of_warps[warp] = sum, longest[warp] = most;
+    __syncthreads();
+    int all = 0, at_once = 0;
+    for (int other = 0; other < PLACE_THREADS / 32; ++other)
+      all += of_warps[other], at_once = max(at_once, longest[other]);
+    __syncthreads();
+    float time = fmaxf(2.0f * all * in.d / LIST_BANDWIDTH, at_once * LISTED_SECONDS);
+    for (int left = dense; left > 0; left -= static_cast<int>(MANY_ROWS)) {
+      const int width = row_tile_width(left);
+      time += many.exact ? product(1, width) + product(2, width) : product(1, width);
+    }
+    return time;
+  };
   int limit = static_cast<int>(MANY_SURVIVORS);
-  const int room = static_cast<int>(row_tile_ends(longer(limit)));
-  const int shortest = many.exact ? SHORT_LIST_EXACT : SHORT_LIST_FAST;
-  while (room > 0 && limit > shortest && longer(limit / 2) <= room) limit /= 2;
+  float least = seconds(limit);
+  for (int other = limit / 2; other >= (many.exact ? SHORT_LIST_EXACT : SHORT_LIST_FAST); other /= 2) {
+    const float time = seconds(other);
+    if (time < least) least = time, limit = other;
+  }
   const bool dense = count > limit;
   const unsigned in_warp = __ballot_sync(0xffffffffu, dense);
   if (lane == 0) of_warps[warp] = __popc(in_warp);
@@ -813,8 +841,9 @@ __device__ void sum_listed(const Inputs& in, const Many& many, int64_t at, int c
   }
 }
 
-// One block per slot: the sums after this round, or the output after the last. VECTORS: as above; 0: any
-// number of elements.
+// One block per slot: the sums after this round, or the output after the last. VECTORS: of rows with
+// a list alone, as above; 0: of all rows, any number of elements; -1: of rows without one, which takes no
+// memory.
 template <typename T, int VECTORS>
 __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, const Many many, bool last) {
   follow_previous();
@@ -825,8 +854,10 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
   const bool alive = slot.alive, is_dense = many.places[at] >= 0, has_list = !is_dense && alive && count > 0;
   if (!is_dense && alive && count == 0 && !last) return;
   if constexpr (VECTORS > 0) {
-    if (has_list) return sum_listed<T, VECTORS>(in, many, at, count, last);
+    if (has_list) sum_listed<T, VECTORS>(in, many, at, count, last);
+    return;
   }
+  if (VECTORS < 0 && has_list) return;
   const float scale = many.facts->scale;
   double keep = slot.keep, total = slot.total, best = slot.best;
   if (!is_dense) {
@@ -900,8 +931,8 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
 }
 
 template <typename T>
-auto merge_kernel_for(int64_t d) {
-  return d > LISTED_D ? merge_kernel<T, 0> : d > LISTED_D / 2 ? merge_kernel<T, 2> : merge_kernel<T, 1>;
+auto listed_kernel_for(int64_t d) {
+  return d > LISTED_D / 2 ? merge_kernel<T, 2> : merge_kernel<T, 1>;
 }
 
 // Rows from `first` on, at most `rows` of them.
@@ -918,10 +949,13 @@ Inputs slice_rows(const Inputs& in, int64_t first, int64_t rows) {
 }
 
 void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cudaStream_t stream) {
-  const bool half = in.refs.dtype == Dtype::f16;
-  const auto merge = half ? merge_kernel_for<__half>(in.d) : merge_kernel_for<__nv_bfloat16>(in.d);
-  const int merge_bytes = in.d > LISTED_D ? 0 : static_cast<int>(LISTS * LISTED * 2 * in.d);
-  check_cuda(op, cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, merge_bytes));
+  const bool half = in.refs.dtype == Dtype::f16, apart = in.d <= LISTED_D;
+  const auto merge = apart  ? merge_kernel<__half, -1>
+                     : half ? merge_kernel<__half, 0>
+                            : merge_kernel<__nv_bfloat16, 0>;
+  const auto listed = half ? listed_kernel_for<__half>(in.d) : listed_kernel_for<__nv_bfloat16>(in.d);
+  const int listed_bytes = apart ? static_cast<int>(LISTS * LISTED * 2 * in.d) : 0;
+  check_cuda(op, cudaFuncSetAttribute(listed, cudaFuncAttributeMaxDynamicSharedMemorySize, listed_bytes));
   const auto launch = [&](auto* kernel, dim3 grid, int threads, int64_t bytes, const auto&... more) {
     launch_following(op, kernel, grid, threads, bytes, stream, more...);
   };
@@ -943,13 +977,14 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
       many.refs = std::min(plan.refs_per_pass, in.m - many.first_ref);
       launch_many_score(op, in, many, false, stream);
       launch(select_kernel, slots, SELECT_THREADS, 0, in, many);
-      launch(place_kernel, 1, PLACE_THREADS, 0, many);
+      launch(place_kernel, 1, PLACE_THREADS, 0, in, many);
       launch(gather_kernel, dim3(slots, GATHER_BLOCKS), THREADS, 0, in, many);
       if (many.exact) launch_many_score(op, in, many, true, stream);
       launch(weights_kernel, slots, WEIGHT_THREADS, 0, in, many);
       launch_many_sum(op, in, many, stream);
       const bool last = many.first_ref + plan.refs_per_pass >= in.m;
-      launch(merge, slots, THREADS, merge_bytes, in, many, last);
+      launch(merge, slots, THREADS, 0, in, many, last);
+      if (apart) launch(listed, slots, THREADS, listed_bytes, in, many, last);
     }
   }
 }
