@@ -75,13 +75,9 @@ constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before th
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
 constexpr int PRODUCTS_MAX_STAGES = 32, PRODUCTS_ROWS = 2;  // rows of a unit
-// Beside the stages of bulk_products.cuh: sums on their way out, the rows as products take them; barriers,
-// shares of scores.
-constexpr int products_sums_smem(int64_t held, int rows) {
-  return static_cast<int>((8 + 4 * rows) * held);
-}
+// Beside the stages of bulk_products.cuh: sums on their way out; barriers, shares of scores.
 constexpr int64_t products_smem(int64_t held, int tile_refs, int rows) {
-  return 6144 + (160 * rows + 32) * tile_refs + products_sums_smem(held, rows);
+  return 6144 + (160 * rows + 32) * tile_refs + 4 * rows * held;
 }
 // Of a reference there: apart by 16 bytes more than a multiple of 128, so that eight of them meet all banks.
 constexpr int products_ref_bytes(int64_t held) {

@@ -156,7 +156,7 @@ struct Products {
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
   using Shared = ProductsShared<ROWS, TR>;
   static constexpr int FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
-  static constexpr int BEFORE_LIST = FIXED_BYTES + products_sums_smem(HELD, ROWS);
+  static constexpr int BEFORE_LIST = FIXED_BYTES + 4 * HELD * ROWS;
 
   const Inputs& in;
   const UnitList& list;
@@ -173,11 +173,6 @@ struct Products {
   // The sums of a row, all of it, on their way out. (D,)
   __device__ __forceinline__ static float* staged(int row) {
     return reinterpret_cast<float*>(memory() + FIXED_BYTES) + row * HELD;
-  }
-  // x as the products take it, of column g where t names the elements: each lane has its own,
-  // which need not stay in registers. (CHUNKS, 32) of two words for each warp.
-  __device__ __forceinline__ static uint32_t split_x() {
-    return shared_address(memory()) + FIXED_BYTES + 4 * HELD * ROWS + 8 * (warp() * (CHUNKS * 32) + lane());
   }
   __device__ __forceinline__ char* stage(int s) const {
     return memory() + staging + s * (PIECE_REFS * REF_BYTES);
@@ -222,6 +217,7 @@ struct Products {
   // the elements, words 1 and 3 part 1, and a product multiplies both parts with columns of their own: column
   // = 4 part + 2 row + split, with four SPLITS 4 part + split.
   struct Mine {
+    uint2 x[CHUNKS];  // of column g, where t names the elements
     float sum[CHUNKS][4];  // of the column's row, elements g, g + 8, g + 16, g + 24 of a chunk; t: see column
     float unscale, half_alpha, offset;  // of row t & 1: 1 / what x was multiplied by
   };
@@ -309,7 +305,7 @@ struct Products {
         }
         words[h] = SPLITS == 4 && split == 3 ? 0 : pair_of(narrow<T>(a), narrow<T>(b));
       }
-      store_shared(split_x() + 256 * q, make_uint2(words[0], words[1]));
+      mine.x[q] = make_uint2(words[0], words[1]);
 #pragma unroll
       for (int k = 0; k < 4; ++k) mine.sum[q][k] = 0;
     }
@@ -330,7 +326,7 @@ struct Products {
 #pragma unroll
       for (int q = from; q < from + CHAIN; ++q) {
         const uint4 raw = load_shared_16(refs + WARPS * 64 * q);
-        multiply_16<T>(product, raw, load_shared_8(split_x() + 256 * q));
+        multiply_16<T>(product, raw, mine.x[q]);
         multiply_8<T>(first_part, raw.x, raw.y, raw.x), multiply_8<T>(second_part, raw.x, raw.y, raw.y);
         multiply_8<T>(first_part, raw.z, raw.w, raw.z), multiply_8<T>(second_part, raw.z, raw.w, raw.w);
       }
