@@ -77,7 +77,7 @@ constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 
 constexpr int PRODUCTS_MAX_STAGES = 32, PRODUCTS_ROWS = 2;  // rows of a unit
 // Beside the stages of bulk_products.cuh: sums on their way out; barriers, shares of scores.
 constexpr int64_t products_smem(int64_t held, int tile_refs, int rows) {
-  return 6144 + (160 * rows + 32) * tile_refs + 4 * rows * held;
+  return 7168 + 1024 * rows + (160 * rows + 32) * tile_refs + 4 * rows * held;
 }
 // Of a reference there: apart by 16 bytes more than a multiple of 128, so that eight of them meet all banks.
 constexpr int products_ref_bytes(int64_t held) {

@@ -15,9 +15,9 @@
 // The sums of the matrix units, which round towards zero, are over 16 elements or 8 references. Weights are
 // 2^(s_j - top) with an integer `top` that is no smaller than any score.
 //
-// That has the digits of float32 for values as large as x and r_j, which is enough where references lie about
-// the origin. Where they are far from it beside their distances, rounding shows when weights are spread: a
-// row that the estimate at the end of a segment finds in doubt is evaluated again, in float64 (`review`).
+// That has the digits of float32 for values as large as x and r_j. Where that may show in a row, by an
+// estimate at the end of a segment, the references that may have weight are evaluated again, in float64
+// (`review`): one or a few, where references are far apart.
 #pragma once
 
 #include "stable_target/bulk_parts.cuh"
@@ -134,7 +134,10 @@ struct ProductsShared {
     float offsets[ROWS][WARPS], x_squares[ROWS][WARPS], r_squares[WARPS];
     double shifts[ROWS][WARPS];
   } known[2];
-  double reviewed[SEGMENT_REFS];
+  float kept[ROWS][SEGMENT_REFS];  // scores of the segment, relative to the first reference's
+  double reviewed[SEGMENT_REFS];   // of those that matter, and which these are
+  short listed[SEGMENT_REFS];
+  int listed_count;
   PartRow moved[ROWS];  // to memory already
   int final[2];
   // Sums of a segment are there; the finisher has them. Whether it is to take them, and what belongs to them.
@@ -217,7 +220,7 @@ struct Products {
   // the elements, words 1 and 3 part 1, and a product multiplies both parts with columns of their own: column
   // = 4 part + 2 row + split, with four SPLITS 4 part + split.
   struct Mine {
-    uint2 x[CHUNKS];  // of column g, where t names the elements
+    uint2 x[CHUNKS];       // of column g, where t names the elements
     float sum[CHUNKS][4];  // of the column's row, elements g, g + 8, g + 16, g + 24 of a chunk; t: see column
     float unscale, half_alpha, offset;  // of row t & 1: 1 / what x was multiplied by
   };
@@ -381,6 +384,8 @@ struct Products {
 #pragma unroll
           for (int hop = 8 * ROWS; hop < 32; hop *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, hop);
           scores[b] = present && 8 * b + stored(n) < left ? sum : -INFINITY;
+          if (lane < 8 * ROWS && 8 * b + stored(n) < left)
+            shared().kept[my_row][segment.references - left + 8 * b + stored(n)] = scores[b];
           best = fmaxf(best, scores[b]);
         }
 #pragma unroll
@@ -521,27 +526,24 @@ struct Products {
     bool reviewed;
   };
 
-  // Whether rounding may show in the result. A score is wrong by 2^-22 |x_i r_i| for each element, at random,
-  // and by the rounding of a warp's share of it. That matters where several references have weight, which are
-  // then about sigma / alpha apart: what it makes of the mean, beside the result's size. Or where it is so
-  // much that the best reference may not be the best.
-  __device__ __forceinline__ bool in_doubt(const RowState& row, int my_row, const ProductsState& state,
-                                           int turn) const {
+  // How far below the best score, in units of log 2, references have to be evaluated again; negative: none
+  // has. A score is wrong by 2^-22 |x_i r_i| for each element, at random, and by the rounding of a warp's
+  // share of it. That matters where several references have weight, here or in other blocks, which are then
+  // about sigma / alpha apart: what it makes of the mean, beside the result's size.
+  __device__ __forceinline__ float doubt(const RowState& row, int my_row, int turn) const {
     const int w = lane() % WARPS;
     const float x = shared().known[turn].x_squares[my_row][w], r = shared().known[turn].r_squares[w],
                 half = 0.25f * row.half_alpha * r;
     const float square = 0.5f * warp_sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS))));
     const float norm = 0.5f * warp_sum(r);  // two lanes for each warp
-    const float deviation = 0x1p-22f * sqrtf(square), spread = state.total - power_of_two(-state.rest);
-    if (deviation * row.rate > MOST_DEVIATION) return true;
-    if (!(spread > 0x1p-20f * state.total)) return false;
+    const float deviation = 0x1p-22f * sqrtf(square);
     const double sigma = sqrt(LOG2_E / (2 * row.per_square));
     const double of_noise = row.a * sigma, of_data = fma(row.a, row.alpha, row.b);
-    return fabs(row.b) * deviation >
-           MOST_ERROR * sigma * sqrt(of_noise * of_noise * d + of_data * of_data * norm);
+    const double error = fabs(row.b) * deviation / sigma;
+    if (error <= MOST_ERROR * sqrt(of_noise * of_noise * d + of_data * of_data * norm)) return -1;
+    return 36 + 8 * deviation * row.rate;  // weights below 2^-36, and errors
   }
-  static constexpr float MOST_DEVIATION = 0.03f;
-  static constexpr double MOST_ERROR = 1.5e-6;
+  static constexpr double MOST_ERROR = 1e-6;
 
   // Four elements of the segment's first reference from e on, in float32.
   __device__ __forceinline__ float4 load_first(const Segment<ROWS>& segment, int e) const {
@@ -549,28 +551,46 @@ struct Products {
     return make_float4(to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3]));
   }
 
-  // The row once more, from memory and with all digits. Rare, so short rather than quick.
-  __device__ __forceinline__ RowSums review(const Segment<ROWS>& segment, int my_row) const {
+  // The row once more, from memory and with all digits: the references that may have weight.
+  __device__ __forceinline__ RowSums review(const Segment<ROWS>& segment, int my_row, float margin) const {
     const RowState& row = segment.rows[my_row];
-    const int references = segment.references;
     const T* const refs = static_cast<const T*>(in.refs.data) + segment.first * in.d;
     double* const scores = shared().reviewed;
     const double rate = row.exact_rate();
     barrier();  // what is staged is overwritten
+    if (warp() == 0) {
+      const float* const kept = shared().kept[my_row];
+      float best = -INFINITY;
+      for (int j = lane(); j < segment.references; j += 32) best = fmaxf(best, kept[j]);
+#pragma unroll
+      for (int hop = 16; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
+      int count = 0;
 #pragma unroll 1
-    for (int j = warp(); j < references; j += WARPS) {
+      for (int first = 0; first < segment.references; first += 32) {
+        const int j = first + lane();
+        const bool matters = j < segment.references && !((best - kept[j]) * row.rate > margin);  // NaN too
+        const unsigned all = __ballot_sync(0xffffffffu, matters);
+        if (matters) shared().listed[count + __popc(all & ((1u << lane()) - 1))] = static_cast<short>(j);
+        count += __popc(all);
+      }
+      if (lane() == 0) shared().listed_count = count;
+    }
+    barrier();
+    const int references = shared().listed_count;
+#pragma unroll 1
+    for (int i = warp(); i < references; i += WARPS) {
+      const T* const from = refs + int64_t{shared().listed[i]} * d;
       double share = 0;
-#pragma unroll 1
+#pragma unroll 4
       for (int e = 2 * lane(); e < d; e += 64) {
         const float2 x =
             *reinterpret_cast<const float2*>(static_cast<const float*>(in.x.data) + row.index * in.d + e);
-        const T* const from = refs + int64_t{j} * d + e;
-        const double a = to_float(from[0]), b = to_float(from[1]);
+        const double a = to_float(from[e]), b = to_float(from[e + 1]);
         share = fma(fma(-0.5 * row.alpha, a, static_cast<double>(row.sign * x.x)), a, share);
         share = fma(fma(-0.5 * row.alpha, b, static_cast<double>(row.sign * x.y)), b, share);
       }
       share = warp_sum(share);
-      if (lane() == 0) scores[j] = share * rate;
+      if (lane() == 0) scores[i] = share * rate;
     }
     barrier();
     double best = -INFINITY, total = 0;
@@ -590,8 +610,7 @@ struct Products {
       double sums[4] = {};
 #pragma unroll 1
       for (int j = 0; j < references; ++j) {
-        if (scores[j] < 0x1p-60) continue;
-        const T* const from = refs + int64_t{j} * d + e;
+        const T* const from = refs + int64_t{shared().listed[j]} * d + e;
 #pragma unroll
         for (int k = 0; k < 4; ++k)
           sums[k] = fma(scores[j], static_cast<double>(to_float(from[k]) - centre[k]), sums[k]);
@@ -717,24 +736,23 @@ struct Products {
     stage_sums(mine, segment.count);
     bool alone = segment.flags & SEGMENT_LAST && segment.flags & SEGMENT_PART_END;
     alone = alone || (in.source.data && segment.flags & SEGMENT_UNIT_END) || segment.references == 0;
-    unsigned doubts = 0;
+    float doubts[ROWS];
 #pragma unroll 1
     for (int r = 0; r < segment.count && segment.references > 0; ++r) {
       const ProductsState state = shared().states[last][r];
-      if (in_doubt(segment.rows[r], r, state, turn)) doubts |= 1u << r;
+      doubts[r] = doubt(segment.rows[r], r, turn), alone = alone || doubts[r] >= 0;
       const double offset =
           0.5 * warp_sum(static_cast<double>(shared().known[turn].offsets[r][lane() % WARPS]));
       const double rate = segment.rows[r].exact_rate();
       if (thread() == 0) shared().sums[r] = {fma(rate, offset, state.top), state.total};
     }
-    alone = alone || doubts != 0;
     if (alone) {
       barrier();
 #pragma unroll 1
       for (int r = 0; r < segment.count; ++r) {
         RowSums sums{-INFINITY, 0, false};
         if (segment.references > 0) sums = {shared().sums[r].log2_weight, shared().sums[r].total, false};
-        if (doubts >> r & 1) sums = review(segment, r);
+        if (segment.references > 0 && doubts[r] >= 0) sums = review(segment, r, doubts[r]);
         double source = 0, scale = 1;
         if (in.source.data && segment.flags & SEGMENT_UNIT_END)
           source = weigh_own_source(segment.rows[r], sums, scale);
