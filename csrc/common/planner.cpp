@@ -137,7 +137,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.refs_per_pass = groups(p) * p.m;
     plan.smem_bytes = fixed + std::max(stages * stage, plan.own_list ? LIST_SCRATCH_SMEM : 0);
     plan.workspace_bytes = unit_list_bytes(p.n, groups(p)) + 4 * p.n * slices + 4096 +
-                           plan.blocks * plan.tile_rows * (16 * slice + 256);
+                           plan.blocks * plan.tile_rows * (16 * slice + 768);
     plan.reason = tile.reason;
     return true;
   }

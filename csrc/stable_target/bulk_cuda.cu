@@ -26,8 +26,18 @@ __global__ void zero_kernel(int* arrived, int64_t counts) {
 constexpr int MERGE_THREADS = 128;
 constexpr int64_t MERGE_ELEMENTS = 32;  // of D per block: few rows, so many blocks for each
 
+// Of all threads together.
+__device__ Verdict verdict_of_block(const Verdict& own, double* scratch) {
+  Verdict all;
+  all.doubts = static_cast<int>(block_sum<double>(own.doubts, scratch));
+  all.least = static_cast<float>(-block_max<double>(-static_cast<double>(own.least), scratch));
+  all.share = block_sum<double>(own.share, scratch);
+  return all;
+}
+
 // Merges the parts of one unit over MERGE_ELEMENTS of D, one to each lane; every warp takes a share of the
-// parts. Grid: units (at most n) x parts of D.
+// parts. Each block settles for itself what is in doubt. Grid: units (at most n) x parts of D.
+template <typename T>
 __global__ void __launch_bounds__(MERGE_THREADS)
     merge_kernel(const Inputs in, const UnitList list, const BulkParts parts, const int64_t slices,
                  const int64_t slice, const int rows, const int64_t teams) {
@@ -58,12 +68,16 @@ __global__ void __launch_bounds__(MERGE_THREADS)
     }
     const double best = block_max<double>(top, scratch);
     double share = 0;
+    Verdict own;
     for (int j = threadIdx.x; j < count; j += MERGE_THREADS) {
       const PartRow part = parts.rows[part_of(j, 0)];
       weights[j] = exp2(part.log2_weight - best);
       share += weights[j] * part.total;
+      if (part.doubts > 0 && weights[j] > part.least)
+        own.add(part.doubts, part.least, own.share + weights[j] * part.total);
     }
-    const double total = block_sum<double>(share, scratch);
+    double total = block_sum<double>(share, scratch);
+    const bool in_doubt = __syncthreads_or(own.doubts > 0) && verdict_of_block(own, scratch).holds(total);
     constexpr int WARPS = MERGE_THREADS / 32;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, each = (count + WARPS - 1) / WARPS;
     const int64_t e = begin + lane;
@@ -76,8 +90,25 @@ __global__ void __launch_bounds__(MERGE_THREADS)
       sums[warp][lane] = sum;
     }
     __syncthreads();
+    double sum = 0;
+    if (in_doubt) {
+      const Crew crew{static_cast<int>(threadIdx.x), MERGE_THREADS, 0, scratch};
+#pragma unroll 1
+      for (int j = 0; j < count; ++j) {
+        const PartRow part = parts.rows[part_of(j, 0)];
+        if (part.doubts == 0 || !(weights[j] > part.least)) continue;
+        const Doubts doubts{
+            part.first, parts.doubts + part_of(j, 0) * PART_DOUBTS, part.doubts % DOUBTS_SURE, 0, 1, 1};
+        settle_each<T>(in, row.index, doubts, part.log2_weight, crew, [&](auto& refs, auto& changes) {
+          for (int i = 0; i < SETTLED_AT_ONCE; ++i) {
+            total += weights[j] * changes[i];
+            if (warp == 0 && e < in.d)
+              sum = fma(weights[j] * changes[i], static_cast<double>(to_float(refs[i][e])), sum);
+          }
+        });
+      }
+    }
     if (warp == 0 && e < in.d) {
-      double sum = 0;
       for (int w = 0; w < WARPS; ++w) sum += sums[w][lane];
       const int64_t at = row.index * in.d + e;
       store_as(in.out, at, row.a * load_as<double>(in.x, at) + row.b * (sum / total));
@@ -116,7 +147,10 @@ void merge_parts(const char* op, const Inputs& in, const UnitList& list, const B
   config.stream = stream;
   config.attrs = &overlaps;
   config.numAttrs = 1;
-  check_cuda(op, cudaLaunchKernelEx(&config, merge_kernel, in, list, parts, slices, slice, rows, teams));
+  const auto kernel = in.refs.dtype == Dtype::f16    ? merge_kernel<__half>
+                      : in.refs.dtype == Dtype::bf16 ? merge_kernel<__nv_bfloat16>
+                                                     : merge_kernel<float>;
+  check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, slices, slice, rows, teams));
 }
 
 int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig_t& config, int size) {

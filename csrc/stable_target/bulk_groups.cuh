@@ -51,9 +51,15 @@ struct GroupsLayout {
   bool merge_last;        // the last block to finish merges; else merge_kernel
 };
 
+// References in doubt that a group keeps of a segment; where there are more, it is scored once more.
+constexpr int groups_most_noted(int groups) {
+  return groups < 4 ? 12 : groups < 16 ? 6 : 2;
+}
+
 struct GroupState {
   double top;   // weights are 2^(score - top)
   float total;  // of the weights
+  float kept;   // 0: all is scored once more
 };
 
 template <int G, int WARPS, int TR, int ROWS>
@@ -67,6 +73,8 @@ struct GroupsShared {
   double shifts[G][WARPS];  // |y|^2 / (2 sigma^2) in units of log 2; each warp has its own
   PartRow moved[G][WARPS];  // to memory already, too
   int final[G];
+  // Of a segment in flight, by the row's groups.
+  Noted<groups_most_noted(G)> noted[SEGMENT_SLOTS][G];
   Barrier taken[G];       // the sums that the group left
   Barrier filed, closed;  // a part is in memory; the clerk is done
   int unmerged;           // rows that the clerk has found to be complete
@@ -82,6 +90,7 @@ struct Groups {
   static constexpr int ALL_WARPS = GROUPS_CONSUMERS / 32;
   static constexpr int ROWS = G < GROUPS_MOST_ROWS ? G : GROUPS_MOST_ROWS;  // of a unit
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
+  static constexpr int NOTED = groups_most_noted(G);
   using Shared = GroupsShared<G, WARPS, TR, ROWS>;
   static constexpr int FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
   static constexpr int SUMS_BYTES = groups_sums_smem(Q);
@@ -106,6 +115,9 @@ struct Groups {
     return reinterpret_cast<T*>(memory() + (staging + s * (TR * d * static_cast<int>(sizeof(T)))));
   }
   __device__ __forceinline__ RowPlace place() const { return {1, 0, ROWS, in.d, 0, d, layout.vectors}; }
+  __device__ __forceinline__ static Crew crew() {
+    return {thread(), GT, G + group(), shared().squares[group()]};
+  }
 
   // Of the ring: a stage and the parity of its phase.
   struct Place {
@@ -225,6 +237,10 @@ struct Groups {
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     if (squares) square = row.per_square * sum_over_group(square);
     if (thread() % 32 == 0) shared().shifts[group()][thread() / 32] = square;
+    if (thread() == 0) shared().noted[slot_of(segment)][group()].count = 0;
+  }
+  __device__ __forceinline__ static int slot_of(const Segment<ROWS>& segment) {
+    return static_cast<int>(&segment - shared().announced.segments);
   }
 
   __device__ __forceinline__ double sum_over_group(double share) const {
@@ -303,8 +319,31 @@ struct Groups {
     if (thread() % 32 == 0) arrive(&shared().empty[s]);
   }
 
-  // One tile of `many` references, at stage s.
-  __device__ __forceinline__ void take_tile(Mine& mine, int s, int many, int& parity) const {
+  // Of a tile with such weights, what is in doubt; and from which weight on, as far as this tile tells.
+  __device__ __forceinline__ void note_doubts(Mine& mine, const Segment<ROWS>& segment, int many,
+                                              const float (&weights)[TR], const float (&difference)[TR][Q],
+                                              int& parity) const {
+    float errors[1] = {};
+#pragma unroll
+    for (int j = 0; j < TR; ++j) {
+      float squares = 0, norm = 0;
+#pragma unroll
+      for (int q = 0; q < Q; q += 2) {  // every other one tells enough
+        const float v = difference[j][q], product = fmaf(-mine.half_alpha, v, mine.y[q]) * v;
+        squares = fmaf(product, product, squares), norm = fmaf(v, v, norm);
+      }
+      errors[0] += error_share(2 * squares, 2 * mine.half_alpha * norm, GT);
+    }
+    exchange<1>(parity, errors);
+    mine.scores.least = least_in_doubt(mine.scores, errors[0]);
+    if (thread() == 0)
+      shared().noted[slot_of(segment)][group()].add(mine.scores, weights, segment.references - many,
+                                                    shared().shifts[group()][0]);
+  }
+
+  // One tile of the segment's last `many` references, at stage s.
+  __device__ __forceinline__ void take_tile(Mine& mine, const Segment<ROWS>& segment, int s, int many,
+                                            int& parity) const {
     float norm[TR] = {}, scores[TR] = {}, difference[TR][Q];
     read_tile(mine, s, many, difference);
     release(s);
@@ -319,7 +358,12 @@ struct Groups {
 #pragma unroll
     for (int j = 0; j < TR; ++j) scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
     exchange<TR>(parity, scores);
-    if (!weigh_scores(mine.scores, many, scores, mine.sum)) return;
+    const auto exact_rate = [&] {
+      return segment.rows[group() / groups_of_a_row(segment.count)].exact_rate();
+    };
+    if (!weigh_scores(mine.scores, many, scores, mine.sum, exact_rate)) return;
+    if (__builtin_expect(fmaxf(scores[0], scores[TR - 1]) > mine.scores.least, 0))
+      note_doubts(mine, segment, many, scores, difference, parity);
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
 #pragma unroll
@@ -329,11 +373,10 @@ struct Groups {
 
   // The row's own source, as one more reference.
   __device__ __forceinline__ void weigh_own_source(Mine& mine, const RowState& row) const {
-    float difference[Q];
-    load_elements<EV, GT * EV>(in.source, row.index * in.d, element(0), d, layout.vectors, difference);
-#pragma unroll
-    for (int q = 0; q < Q; ++q) difference[q] -= mine.c[q];
-    const double score = sum_over_group(score_source(row, mine.y, difference));
+    float x[Q], source[Q];
+    load_elements<EV, GT * EV>(in.x, row.index * in.d, element(0), d, layout.vectors, x);
+    load_elements<EV, GT * EV>(in.source, row.index * in.d, element(0), d, layout.vectors, source);
+    const double score = sum_over_group(score_source(row, x, mine.c, source));
     mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
   }
 
@@ -358,7 +401,10 @@ struct Groups {
       for (int q = 0; q < Q; q += 4)
         *reinterpret_cast<float4*>(to + element(q / EV) + q % EV) =
             make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
-      if (thread() == 0) shared().states[group()] = {mine.scores.top, mine.scores.total};
+      if (thread() == 0) {
+        const float kept = shared().noted[slot_of(segment)][group()].count <= NOTED ? 1 : 0;
+        shared().states[group()] = {mine.scores.top, kept * mine.scores.total, kept};
+      }
     } else {  // on their way meanwhile
       const T* const from = static_cast<const T*>(in.refs.data) + segment.centre * in.d;
 #pragma unroll
@@ -387,9 +433,11 @@ struct Groups {
       const double top = shared().states[g].top;
       best = best >= top || top != top ? best : top;
     }
-    const float scale = power_of_two(mine.scores.top - best);
+    const Noted<NOTED>* const noted = &shared().noted[slot_of(segment)][group()];  // of `used` groups
+    const float own_scale = power_of_two(mine.scores.top - best);
+    const float scale = noted->count <= NOTED ? own_scale : 0.0f;
     double total = static_cast<double>(scale) * static_cast<double>(mine.scores.total);
-    double source = static_cast<double>(scale) * static_cast<double>(mine.source);
+    double source = static_cast<double>(own_scale) * static_cast<double>(mine.source);
 #pragma unroll 1
     for (int g = group() + 1; g < group() + used; ++g)
       total = fma(static_cast<double>(power_of_two(shared().states[g].top - best)),
@@ -402,17 +450,32 @@ struct Groups {
                segment.to,
                row.a,
                row.b,
-               {best - shared().shifts[group()][thread() / 32], total + source}};
+               {best - shared().shifts[group()][thread() / 32], total + source, 0, 0, 0}};
     double by = 1, before = 0;
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const PartRow moved = shared().moved[group()][thread() / 32];
       const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
       before = power(moved.log2_weight - most), by = power(now - most);
-      end.own = {most, fma(before, moved.total, by * end.own.total)};
+      end.own = {most, fma(before, moved.total, by * end.own.total), 0, 0, 0};
     }
     __syncwarp();
     if (lane == 0) shared().moved[group()][thread() / 32] = end.own;
-    bool final = flags & SEGMENT_PART_END && others == 0;
+    Verdict verdict;
+    bool again = false;
+#pragma unroll 1
+    for (int g = 0; g < used; ++g) {
+      again = again || noted[g].count > NOTED;
+      if (const double share = noted[g].share(end.own.log2_weight); share > 0)
+        verdict.add(noted[g].count, noted[g].least, share);
+    }
+    if (verdict.doubts > 0 && wants_exact_lse(in)) verdict.doubts += DOUBTS_SURE;
+    // Where all is here, what is in doubt is settled now if it has to be; of a part that is left to others
+    // later.
+    const bool whole = flags & SEGMENT_PART_END && others == 0;
+    const bool settles =
+        again || (whole ? verdict.holds(end.own.total)
+                        : verdict.doubts % DOUBTS_SURE > (flags & SEGMENT_PART_END ? PART_DOUBTS : 0));
+    const bool final = whole && !settles;
 #pragma unroll
     for (int q = 0; q < Q; q += 4) {
       const int e = element(q / EV) + q % EV;
@@ -426,7 +489,7 @@ struct Groups {
                    total * static_cast<double>(c[q % EV + k]));
 #pragma unroll 1
       for (int g = group() + 1; g < group() + used; ++g) {
-        const double other = power_of_two(shared().states[g].top - best);
+        const double other = shared().states[g].kept * power_of_two(shared().states[g].top - best);
         const float4 theirs = *reinterpret_cast<const float4*>(sums_of(g) + e);
         w[0] = fma(other, static_cast<double>(theirs.x), w[0]);
         w[1] = fma(other, static_cast<double>(theirs.y), w[1]);
@@ -451,15 +514,48 @@ struct Groups {
       if (in.lse.data && thread() == 0) write_lse(in, end.index, end.own);
       return;
     }
+    if (settles) {
+      for (int g = 0; g < used; ++g) {
+        const bool all = noted[g].count > NOTED;
+        const Doubts doubts{segment.first,
+                            all ? nullptr : noted[g].list,
+                            all ? references_of(segment.references, g, groups) : noted[g].count,
+                            g,
+                            groups,
+                            TR};
+        if (doubts.count > 0)
+          end.own.total += settle_sums<T>(in, row.index, doubts, end.own.log2_weight, 0, d, sums, crew());
+      }
+      if (lane == 0) shared().moved[group()][thread() / 32] = end.own;
+    }
     if (!(flags & SEGMENT_PART_END)) return;
+    if (others > 0 && !settles && verdict.doubts > 0) {
+      end.own.doubts = verdict.for_others(end.own.total);
+      end.own.least = verdict.least, end.own.first = segment.first;
+      Doubt* to = parts.doubts + part * PART_DOUBTS;
+#pragma unroll 1
+      for (int g = 0; g < used; ++g) {
+        if (!(noted[g].share(end.own.log2_weight) > 0)) continue;
+        if (thread() < noted[g].count) to[thread()] = noted[g].list[thread()];
+        to += noted[g].count;
+      }
+    }
     if (thread() == 0) parts.rows[part] = end.own;
     if (filed) return file(lane);
-    if (!layout.merge_last) return;
+    if (others > 0 && !layout.merge_last) return;
     group_barrier();
-    if (thread() == 0) shared().final[group()] = count_part(segment, my_row);
-    group_barrier();
-    final = shared().final[group()];
-    if (final) merge_row(end);
+    if (others > 0) {
+      if (thread() == 0) shared().final[group()] = count_part(segment, my_row);
+      group_barrier();
+      if (!shared().final[group()]) return;
+    }
+    merge_row(end);
+  }
+
+  // Of a segment, those in tiles of the group whose turn it is.
+  __device__ __forceinline__ static int references_of(int references, int turn, int groups) {
+    const int rounds = references / (groups * TR), left = references - rounds * groups * TR - turn * TR;
+    return rounds * TR + max(min(left, TR), 0);
   }
 
   // Whether it was the last of the row's parts.
@@ -480,7 +576,12 @@ struct Groups {
   __device__ __forceinline__ void merge_row(const RowEnd& end) const {
     const RowPlace here = place();
     const int lane = thread() % 32;
-    const PartsTogether together = sum_of_parts(parts, here, end, lane);
+    PartsTogether together;
+    for (;;) {
+      together = sum_of_parts(parts, here, end, lane);
+      if (!together.in_doubt) break;
+      settle_parts<T>(in, parts, here, end, together.all.log2_weight, crew());
+    }
     const double mean_by = 1 / together.all.total;
 #pragma unroll 1
     for (int e = 4 * thread(); e - 4 * lane < d; e += 4 * GT) {
@@ -536,7 +637,7 @@ struct Groups {
         for (int tiles = segment.tiles - turn; tiles > 0; tiles -= groups) {
           wait_barrier(&shared().full[here.stage], here.phase);
           if (left > 0) {
-            take_tile(mine, here.stage, left, parity);
+            take_tile(mine, segment, here.stage, left, parity);
           } else {
             release(here.stage);
           }

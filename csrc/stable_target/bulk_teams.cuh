@@ -51,6 +51,8 @@ struct TeamsShared {
   double shift;   // |y|^2 / (2 sigma^2) in units of log 2
   PartRow moved;  // to memory already
   int last;
+  Noted<PART_DOUBTS> noted;  // of the segment
+  double squares[WARPS];     // shares of what the block sums
 };
 
 // T: of the references. Each of the consumers owns Q elements of the slice. TR: references per tile.
@@ -192,6 +194,8 @@ struct Teams {
 
   // The consumers.
 
+  __device__ __forceinline__ static Crew crew(int tid) { return {tid, THREADS, 1, shared().squares}; }
+
   struct Mine {          // of the row, in this thread
     float y[Q], sum[Q];  // sum: weighted, of r_j - c
     uint4 c[SLOTS];      // the centre, as it is stored
@@ -253,7 +257,7 @@ struct Teams {
       shift = row.per_square * take(exchanges, Mail::square);
       ++exchanges;
     }
-    if (tid == 0) shared().shift = shift;
+    if (tid == 0) shared().shift = shift, shared().noted.count = 0;
   }
 
   // The d_j of 16 bytes of each reference of a tile, one after the other: visit(s, j, d). Beyond D they are
@@ -301,12 +305,36 @@ struct Teams {
     give(number, Mail::scores, pair(scores[0], TR > 1 ? scores[TR - 1] : 0.0f), tid);
   }
 
-  __device__ __forceinline__ void add_tile(Mine& mine, int at, int many, int number, int tid) const {
+  // As for groups. Each block of the team has its own slice to judge by, and settles its own sums.
+  __device__ __forceinline__ void note_doubts(Mine& mine, const Segment<1>& segment, int at, int many,
+                                              const float (&weights)[TR], int tid) const {
+    float squares[TR] = {}, norm[TR] = {};
+    read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
+#pragma unroll
+      for (int k = 0; k < EV; ++k) {
+        const float v = difference[k], product = fmaf(-mine.half_alpha, v, mine.y[s * EV + k]) * v;
+        squares[j] = fmaf(product, product, squares[j]), norm[j] = fmaf(v, v, norm[j]);
+      }
+    });
+    float errors = 0;
+#pragma unroll
+    for (int j = 0; j < TR; ++j)
+      errors += error_share(squares[j], mine.half_alpha * norm[j], THREADS * layout.slices);
+    mine.scores.least =
+        least_in_doubt(mine.scores, static_cast<float>(layout.slices * crew(tid).sum(errors)));
+    if (tid == 0) shared().noted.add(mine.scores, weights, segment.references - many, shared().shift);
+  }
+
+  __device__ __forceinline__ void add_tile(Mine& mine, const Segment<1>& segment, int at, int many,
+                                           int number, int tid) const {
     const double answer = take(number, Mail::scores);
     float weights[TR];
     weights[0] = low(answer);
     if constexpr (TR > 1) weights[1] = high(answer);
-    if (!weigh_scores(mine.scores, many, weights, mine.sum)) return;
+    const auto exact_rate = [&] { return segment.rows[0].exact_rate(); };
+    if (!weigh_scores(mine.scores, many, weights, mine.sum, exact_rate)) return;
+    if (__builtin_expect(fmaxf(weights[0], weights[TR - 1]) > mine.scores.least, 0))
+      note_doubts(mine, segment, at, many, weights, tid);
     read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
 #pragma unroll
       for (int k = 0; k < EV; ++k)
@@ -317,16 +345,17 @@ struct Teams {
   // The row's own source, as one more reference.
   __device__ __forceinline__ void weigh_own_source(Mine& mine, const RowState& row, int& exchanges,
                                                    int tid) const {
-    float difference[Q];
-    load(in.source, row.index, tid, difference);
+    float x[Q], c[Q], source[Q];
+    load(in.x, row.index, tid, x);
+    load(in.source, row.index, tid, source);
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
-      float c[EV];
-      unpack<T, EV>(mine.c[s], c);
+      float v[EV];
+      unpack<T, EV>(mine.c[s], v);
 #pragma unroll
-      for (int k = 0; k < EV; ++k) difference[s * EV + k] -= c[k];
+      for (int k = 0; k < EV; ++k) c[s * EV + k] = v[k];
     }
-    give(exchanges, Mail::square, warp_sum(score_source(row, mine.y, difference)), tid);
+    give(exchanges, Mail::square, warp_sum(score_source(row, x, c, source)), tid);
     const double score = take(exchanges, Mail::square);
     ++exchanges;
     mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
@@ -337,18 +366,31 @@ struct Teams {
     const RowState& row = segment.rows[0];
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool ends = flags & SEGMENT_PART_END, whole = ends && others == 0;
+    const Noted<PART_DOUBTS>& noted = shared().noted;
     RowEnd end{row.index, 0, segment.from, segment.to, row.a, row.b, {}};
     const RowPlace here = place();
     const int64_t part = here.part_of(team, flags & SEGMENT_UNIT_BEGIN, 0);
     named_barrier(1, THREADS);  // `shift` and `moved` are written
     double by = 1, before = 0;
     end.own = {mine.scores.top - shared().shift,
-               static_cast<double>(mine.scores.total) + static_cast<double>(mine.source)};
+               static_cast<double>(mine.scores.total) + static_cast<double>(mine.source), 0, 0, 0};
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const PartRow moved = shared().moved;
       const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
       before = power(moved.log2_weight - most), by = power(now - most);
-      end.own = {most, fma(before, moved.total, by * end.own.total)};
+      end.own = {most, fma(before, moved.total, by * end.own.total), 0, 0, 0};
+    }
+    Verdict verdict;
+    const bool again = noted.count > PART_DOUBTS;  // all is scored once more
+    if (const double share = noted.share(end.own.log2_weight); share > 0)
+      verdict.add(noted.count + (wants_exact_lse(in) ? DOUBTS_SURE : 0), noted.least, share);
+    const bool settles = again || (whole ? verdict.holds(end.own.total) : !ends && verdict.doubts > 0);
+    const bool final = whole && !settles;
+    if (again) {  // its source stays
+      end.own.total = fma(-by, static_cast<double>(mine.scores.total), end.own.total);
+      mine.scores.total = 0;
+#pragma unroll
+      for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     }
     const double weighted = by * mine.scores.total, source = by * mine.source, mean_by = 1 / end.own.total;
     double* const sums = parts.sums + part * layout.slice;
@@ -366,27 +408,44 @@ struct Teams {
           v[i] = fma(by, static_cast<double>(mine.sum[s * EV + k + i]), weighted * c[k + i]);
         add_source(in, here, row.index, e + k, source, v);
         if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e + k, before, v);
-        if (whole) {
+        if (final) {
           store_row(in, here, end, e + k, mean_by, load_four(in, here, in.x, row.index, e + k), v);
         } else {
           store_sums(sums + e + k, v);
         }
       }
     }
-    if (ends && !whole && tid == 0) parts.rows[part] = end.own;
+    if (settles) {
+      const Doubts doubts{
+          segment.first, again ? nullptr : noted.list, again ? segment.references : noted.count, 0, 1, 1};
+      end.own.total +=
+          settle_sums<T>(in, row.index, doubts, end.own.log2_weight, offset, length, sums, crew(tid));
+    } else if (ends && !whole && verdict.doubts > 0) {
+      end.own.doubts = verdict.for_others(end.own.total);
+      end.own.least = verdict.least, end.own.first = segment.first;
+      if (tid < noted.count) parts.doubts[part * PART_DOUBTS + tid] = noted.list[tid];
+    }
+    if (ends && !final && tid == 0) parts.rows[part] = end.own;
     named_barrier(1, THREADS);
     if (tid == 0) shared().moved = end.own;
-    if (whole && in.lse.data && rank == 0 && tid == 0) write_lse(in, end.index, end.own);
-    if (!ends || whole || !layout.merge_last) return;
-    if (tid == 0) {
-      wait_for_previous_launch();  // which sets the counts to zero
-      shared().last =
-          add_arrival(parts.arrived + static_cast<int64_t>(segment.order) * layout.slices + rank) == others;
+    if (final && in.lse.data && rank == 0 && tid == 0) write_lse(in, end.index, end.own);
+    if (!ends || final || (!whole && !layout.merge_last)) return;
+    if (!whole) {
+      if (tid == 0) {
+        wait_for_previous_launch();  // which sets the counts to zero
+        shared().last =
+            add_arrival(parts.arrived + static_cast<int64_t>(segment.order) * layout.slices + rank) == others;
+      }
+      named_barrier(1, THREADS);
+      if (!shared().last) return;
     }
-    named_barrier(1, THREADS);
-    if (!shared().last) return;
     const int lane = tid % 32;
-    const PartsTogether together = sum_of_parts(parts, here, end, lane);
+    PartsTogether together;
+    for (;;) {
+      together = sum_of_parts(parts, here, end, lane);
+      if (!together.in_doubt) break;
+      settle_parts<T>(in, parts, here, end, together.all.log2_weight, crew(tid));
+    }
 #pragma unroll 1
     for (int e = 4 * tid; e - 4 * lane < length; e += 4 * THREADS) {
       double v[4] = {};
@@ -415,7 +474,8 @@ struct Teams {
           if (++s == layout.stages) s = 0, phase ^= 1;
         }
         if (i >= LAG) {
-          if (references > 0) add_tile(mine, behind, references - (i - LAG) * TR, exchanges + i - LAG, tid);
+          if (references > 0)
+            add_tile(mine, segment, behind, references - (i - LAG) * TR, exchanges + i - LAG, tid);
           __syncwarp();
           if (tid % 32 == 0) arrive(&shared().empty[behind]);
           if (++behind == layout.stages) behind = 0;
