@@ -137,7 +137,8 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.refs_per_pass = groups(p) * p.m;
     plan.smem_bytes = fixed + std::max(stages * stage, plan.own_list ? LIST_SCRATCH_SMEM : 0);
     plan.workspace_bytes = unit_list_bytes(p.n, groups(p)) + 4 * p.n * slices + 4096 +
-                           plan.blocks * plan.tile_rows * (16 * slice + 768);
+                           plan.blocks * (plan.tile_rows * (16 * slice + 320) +
+                                          BULK_SCORES * (slices == 1 ? GROUPS_CONSUMERS / tile.group : 1));
     plan.reason = tile.reason;
     return true;
   }

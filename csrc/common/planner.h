@@ -76,6 +76,7 @@ constexpr int TILE_WEIGHT = 8;
 constexpr int groups_sums_smem(int elements) {  // where groups leave their sums for one another
   return 4 * GROUPS_CONSUMERS * elements;
 }
+constexpr int64_t BULK_SCORES = 6 * 256 * 4;  // bytes of scores that a block keeps for each group
 constexpr int BULK_PRODUCERS = 128;  // threads beside the consumers: registers are dealt to 128 at a time
 constexpr int BULK_MAX_STAGES = 8;
 constexpr int BULK_LAG = 3;          // tiles that a team of blocks scores ahead of those that it adds

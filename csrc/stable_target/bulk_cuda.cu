@@ -26,15 +26,6 @@ __global__ void zero_kernel(int* arrived, int64_t counts) {
 constexpr int MERGE_THREADS = 128;
 constexpr int64_t MERGE_ELEMENTS = 32;  // of D per block: few rows, so many blocks for each
 
-// Of all threads together.
-__device__ Verdict verdict_of_block(const Verdict& own, double* scratch) {
-  Verdict all;
-  all.doubts = static_cast<int>(block_sum<double>(own.doubts, scratch));
-  all.least = static_cast<float>(-block_max<double>(-static_cast<double>(own.least), scratch));
-  all.share = block_sum<double>(own.share, scratch);
-  return all;
-}
-
 // Merges the parts of one unit over MERGE_ELEMENTS of D, one to each lane; every warp takes a share of the
 // parts. Each block settles for itself what is in doubt. Grid: units (at most n) x parts of D.
 template <typename T>
@@ -67,17 +58,21 @@ __global__ void __launch_bounds__(MERGE_THREADS)
       top = top >= other || other != other ? top : other;
     }
     const double best = block_max<double>(top, scratch);
-    double share = 0;
-    Verdict own;
+    PartRow all{best, 0, {}};
+    all.doubts.least = INFINITY;
     for (int j = threadIdx.x; j < count; j += MERGE_THREADS) {
       const PartRow part = parts.rows[part_of(j, 0)];
       weights[j] = exp2(part.log2_weight - best);
-      share += weights[j] * part.total;
-      if (part.doubts > 0 && weights[j] > part.least)
-        own.add(part.doubts, part.least, own.share + weights[j] * part.total);
+      all.total += weights[j] * part.total;
+      all.doubts.add(part.doubts, weights[j]);
     }
-    double total = block_sum<double>(share, scratch);
-    const bool in_doubt = __syncthreads_or(own.doubts > 0) && verdict_of_block(own, scratch).holds(total);
+    all.total = block_sum<double>(all.total, scratch);
+    if (__syncthreads_or(all.doubts.references)) {
+      all.doubts.references = 1;
+      all.doubts.least = -static_cast<float>(block_max<double>(-all.doubts.least, scratch));
+      all.doubts.lead = static_cast<float>(block_max<double>(all.doubts.lead, scratch));
+    }
+    double total = all.total;
     constexpr int WARPS = MERGE_THREADS / 32;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, each = (count + WARPS - 1) / WARPS;
     const int64_t e = begin + lane;
@@ -91,21 +86,22 @@ __global__ void __launch_bounds__(MERGE_THREADS)
     }
     __syncthreads();
     double sum = 0;
-    if (in_doubt) {
+    if (all.in_doubt() || (all.doubts.references > 0 && wants_exact_lse(in))) {
+      const RowPlace place{slices, 0, rows, slice, 0, 0, false};
       const Crew crew{static_cast<int>(threadIdx.x), MERGE_THREADS, 0, scratch};
 #pragma unroll 1
       for (int j = 0; j < count; ++j) {
         const PartRow part = parts.rows[part_of(j, 0)];
-        if (part.doubts == 0 || !(weights[j] > part.least)) continue;
-        const Doubts doubts{
-            part.first, parts.doubts + part_of(j, 0) * PART_DOUBTS, part.doubts % DOUBTS_SURE, 0, 1, 1};
-        settle_each<T>(in, row.index, doubts, part.log2_weight, crew, [&](auto& refs, auto& changes) {
+        if (part.doubts.references == 0 || !(weights[j] > part.doubts.least)) continue;
+        const auto visit = [&](auto& refs, auto& changes) {
           for (int i = 0; i < SETTLED_AT_ONCE; ++i) {
             total += weights[j] * changes[i];
             if (warp == 0 && e < in.d)
               sum = fma(weights[j] * changes[i], static_cast<double>(to_float(refs[i][e])), sum);
           }
-        });
+        };
+        settle_each<T>(in, row.index, part.doubts, place.scores_of(parts, from + j, j == 0, part.doubts),
+                       part.log2_weight, crew, visit);
       }
     }
     if (warp == 0 && e < in.d) {

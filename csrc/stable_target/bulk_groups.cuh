@@ -51,15 +51,10 @@ struct GroupsLayout {
   bool merge_last;        // the last block to finish merges; else merge_kernel
 };
 
-// References in doubt that a group keeps of a segment; where there are more, it is scored once more.
-constexpr int groups_most_noted(int groups) {
-  return groups < 4 ? 12 : groups < 16 ? 6 : 2;
-}
-
 struct GroupState {
-  double top;   // weights are 2^(score - top)
-  float total;  // of the weights
-  float kept;   // 0: all is scored once more
+  double top;         // weights are 2^(score - top)
+  float total, lead;  // of the weights, and the largest
+  float base;         // the largest score
 };
 
 template <int G, int WARPS, int TR, int ROWS>
@@ -73,8 +68,6 @@ struct GroupsShared {
   double shifts[G][WARPS];  // |y|^2 / (2 sigma^2) in units of log 2; each warp has its own
   PartRow moved[G][WARPS];  // to memory already, too
   int final[G];
-  // Of a segment in flight, by the row's groups.
-  Noted<groups_most_noted(G)> noted[SEGMENT_SLOTS][G];
   Barrier taken[G];       // the sums that the group left
   Barrier filed, closed;  // a part is in memory; the clerk is done
   int unmerged;           // rows that the clerk has found to be complete
@@ -90,7 +83,6 @@ struct Groups {
   static constexpr int ALL_WARPS = GROUPS_CONSUMERS / 32;
   static constexpr int ROWS = G < GROUPS_MOST_ROWS ? G : GROUPS_MOST_ROWS;  // of a unit
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
-  static constexpr int NOTED = groups_most_noted(G);
   using Shared = GroupsShared<G, WARPS, TR, ROWS>;
   static constexpr int FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
   static constexpr int SUMS_BYTES = groups_sums_smem(Q);
@@ -117,6 +109,13 @@ struct Groups {
   __device__ __forceinline__ RowPlace place() const { return {1, 0, ROWS, in.d, 0, d, layout.vectors}; }
   __device__ __forceinline__ static Crew crew() {
     return {thread(), GT, G + group(), shared().squares[group()]};
+  }
+  // Of a segment: the buffer of its scores, and where in it the row's begin.
+  __device__ __forceinline__ static int buffer_of(const Segment<ROWS>& segment) {
+    return segment.buffer(static_cast<int>(&segment - shared().announced.segments));
+  }
+  __device__ __forceinline__ static int place_of(int my_row, int groups) {
+    return my_row * groups * SEGMENT_REFS;
   }
 
   // Of the ring: a stage and the parity of its phase.
@@ -175,7 +174,9 @@ struct Groups {
     float c[Q];          // the centre
     RowScores scores;
     float half_alpha;
+    float norm;    // sum of |d_j|^2 over the tiles, of one reference each
     float source;  // the weight of the row's own source
+    int place;     // of scores: where those of the segment end
   };
 
   // This thread. Read anew where it is wanted: cheaper than to keep it through a loop that needs all
@@ -231,16 +232,14 @@ struct Groups {
 #pragma unroll
       for (int k = 0; k < EV; ++k) mine.c[s * EV + k] = c[k];
     }
-    mine.half_alpha = row.half_alpha, mine.scores.rate = row.rate;
+    mine.half_alpha = row.half_alpha, mine.scores.rate = row.rate, mine.norm = 0;
     mine.scores.reset();
+    mine.place = (static_cast<int>(blockIdx.x) * SCORE_BUFFERS + buffer_of(segment)) * (G * SEGMENT_REFS) +
+                 place_of(my_row, groups_of_a_row(segment.count)) + segment.references;
 #pragma unroll
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     if (squares) square = row.per_square * sum_over_group(square);
     if (thread() % 32 == 0) shared().shifts[group()][thread() / 32] = square;
-    if (thread() == 0) shared().noted[slot_of(segment)][group()].count = 0;
-  }
-  __device__ __forceinline__ static int slot_of(const Segment<ROWS>& segment) {
-    return static_cast<int>(&segment - shared().announced.segments);
   }
 
   __device__ __forceinline__ double sum_over_group(double share) const {
@@ -319,28 +318,6 @@ struct Groups {
     if (thread() % 32 == 0) arrive(&shared().empty[s]);
   }
 
-  // Of a tile with such weights, what is in doubt; and from which weight on, as far as this tile tells.
-  __device__ __forceinline__ void note_doubts(Mine& mine, const Segment<ROWS>& segment, int many,
-                                              const float (&weights)[TR], const float (&difference)[TR][Q],
-                                              int& parity) const {
-    float errors[1] = {};
-#pragma unroll
-    for (int j = 0; j < TR; ++j) {
-      float squares = 0, norm = 0;
-#pragma unroll
-      for (int q = 0; q < Q; q += 2) {  // every other one tells enough
-        const float v = difference[j][q], product = fmaf(-mine.half_alpha, v, mine.y[q]) * v;
-        squares = fmaf(product, product, squares), norm = fmaf(v, v, norm);
-      }
-      errors[0] += error_share(2 * squares, 2 * mine.half_alpha * norm, GT);
-    }
-    exchange<1>(parity, errors);
-    mine.scores.least = least_in_doubt(mine.scores, errors[0]);
-    if (thread() == 0)
-      shared().noted[slot_of(segment)][group()].add(mine.scores, weights, segment.references - many,
-                                                    shared().shifts[group()][0]);
-  }
-
   // One tile of the segment's last `many` references, at stage s.
   __device__ __forceinline__ void take_tile(Mine& mine, const Segment<ROWS>& segment, int s, int many,
                                             int& parity) const {
@@ -357,13 +334,16 @@ struct Groups {
     }
 #pragma unroll
     for (int j = 0; j < TR; ++j) scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
+    mine.norm += norm[TR - 1];
     exchange<TR>(parity, scores);
+    if (thread() == 0) {
+#pragma unroll
+      for (int j = 0; j < TR; ++j) parts.scores[mine.place - many + j] = scores[j];
+    }
     const auto exact_rate = [&] {
       return segment.rows[group() / groups_of_a_row(segment.count)].exact_rate();
     };
     if (!weigh_scores(mine.scores, many, scores, mine.sum, exact_rate)) return;
-    if (__builtin_expect(fmaxf(scores[0], scores[TR - 1]) > mine.scores.least, 0))
-      note_doubts(mine, segment, many, scores, difference, parity);
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
 #pragma unroll
@@ -401,10 +381,8 @@ struct Groups {
       for (int q = 0; q < Q; q += 4)
         *reinterpret_cast<float4*>(to + element(q / EV) + q % EV) =
             make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
-      if (thread() == 0) {
-        const float kept = shared().noted[slot_of(segment)][group()].count <= NOTED ? 1 : 0;
-        shared().states[group()] = {mine.scores.top, kept * mine.scores.total, kept};
-      }
+      if (thread() == 0)
+        shared().states[group()] = {mine.scores.top, mine.scores.total, mine.scores.lead(), mine.scores.base};
     } else {  // on their way meanwhile
       const T* const from = static_cast<const T*>(in.refs.data) + segment.centre * in.d;
 #pragma unroll
@@ -433,15 +411,16 @@ struct Groups {
       const double top = shared().states[g].top;
       best = best >= top || top != top ? best : top;
     }
-    const Noted<NOTED>* const noted = &shared().noted[slot_of(segment)][group()];  // of `used` groups
-    const float own_scale = power_of_two(mine.scores.top - best);
-    const float scale = noted->count <= NOTED ? own_scale : 0.0f;
+    const float scale = power_of_two(mine.scores.top - best);
     double total = static_cast<double>(scale) * static_cast<double>(mine.scores.total);
-    double source = static_cast<double>(own_scale) * static_cast<double>(mine.source);
+    double source = static_cast<double>(scale) * static_cast<double>(mine.source);
+    float lead = fmaxf(scale * mine.scores.lead(), static_cast<float>(source)), largest = mine.scores.base;
 #pragma unroll 1
-    for (int g = group() + 1; g < group() + used; ++g)
-      total = fma(static_cast<double>(power_of_two(shared().states[g].top - best)),
-                  static_cast<double>(shared().states[g].total), total);
+    for (int g = group() + 1; g < group() + used; ++g) {
+      const float by = power_of_two(shared().states[g].top - best);
+      total = fma(static_cast<double>(by), static_cast<double>(shared().states[g].total), total);
+      lead = fmaxf(lead, by * shared().states[g].lead), largest = fmaxf(largest, shared().states[g].base);
+    }
     const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, my_row);
     double* const sums = parts.sums + part * d;
     RowEnd end{row.index,
@@ -450,32 +429,39 @@ struct Groups {
                segment.to,
                row.a,
                row.b,
-               {best - shared().shifts[group()][thread() / 32], total + source, 0, 0, 0}};
+               {best - shared().shifts[group()][thread() / 32], total + source, {}}};
     double by = 1, before = 0;
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const PartRow moved = shared().moved[group()][thread() / 32];
       const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
       before = power(moved.log2_weight - most), by = power(now - most);
-      end.own = {most, fma(before, moved.total, by * end.own.total), 0, 0, 0};
+      end.own = {most, fma(before, moved.total, by * end.own.total), {}};
+      lead = fmaxf(static_cast<float>(by) * lead, static_cast<float>(before) * moved.doubts.lead);
     }
-    __syncwarp();
-    if (lane == 0) shared().moved[group()][thread() / 32] = end.own;
-    Verdict verdict;
-    bool again = false;
-#pragma unroll 1
-    for (int g = 0; g < used; ++g) {
-      again = again || noted[g].count > NOTED;
-      if (const double share = noted[g].share(end.own.log2_weight); share > 0)
-        verdict.add(noted[g].count, noted[g].least, share);
-    }
-    if (verdict.doubts > 0 && wants_exact_lse(in)) verdict.doubts += DOUBTS_SURE;
-    // Where all is here, what is in doubt is settled now if it has to be; of a part that is left to others
+    // Where all is here, doubts are settled now if they matter; of a part that others have parts of too,
     // later.
     const bool whole = flags & SEGMENT_PART_END && others == 0;
-    const bool settles =
-        again || (whole ? verdict.holds(end.own.total)
-                        : verdict.doubts % DOUBTS_SURE > (flags & SEGMENT_PART_END ? PART_DOUBTS : 0));
-    const bool final = whole && !settles;
+    Doubts& doubts = end.own.doubts;
+    doubts.lead = lead;
+    if (segment.references > 0 &&
+        (!whole || end.own.total - lead > 0x1p-23 * end.own.total || wants_exact_lse(in))) {
+      float square = 0;
+#pragma unroll
+      for (int q = 0; q < Q; ++q) square = fmaf(mine.y[q], mine.y[q], square);
+      const int tiles = (segment.references + groups * TR - 1) / (groups * TR);
+      const float norm = static_cast<float>(sum_over_group(mine.norm)) / static_cast<float>(tiles);
+      square = static_cast<float>(sum_over_group(square));
+      doubts.least = least_in_doubt(row, largest, norm, square, d);
+      if (doubts.least < 1 && by > static_cast<double>(doubts.least)) {
+        doubts.first = segment.first, doubts.shift = shared().shifts[group()][thread() / 32];
+        doubts.references = segment.references, doubts.place = place_of(my_row, groups);
+      }
+    }
+    const bool settles = doubts.references > 0 &&
+                         (whole ? end.own.in_doubt() || wants_exact_lse(in) : !(flags & SEGMENT_PART_END));
+    bool final = whole && !settles;
+    __syncwarp();
+    if (lane == 0) shared().moved[group()][thread() / 32] = end.own;
 #pragma unroll
     for (int q = 0; q < Q; q += 4) {
       const int e = element(q / EV) + q % EV;
@@ -489,7 +475,7 @@ struct Groups {
                    total * static_cast<double>(c[q % EV + k]));
 #pragma unroll 1
       for (int g = group() + 1; g < group() + used; ++g) {
-        const double other = shared().states[g].kept * power_of_two(shared().states[g].top - best);
+        const double other = power_of_two(shared().states[g].top - best);
         const float4 theirs = *reinterpret_cast<const float4*>(sums_of(g) + e);
         w[0] = fma(other, static_cast<double>(theirs.x), w[0]);
         w[1] = fma(other, static_cast<double>(theirs.y), w[1]);
@@ -515,47 +501,23 @@ struct Groups {
       return;
     }
     if (settles) {
-      for (int g = 0; g < used; ++g) {
-        const bool all = noted[g].count > NOTED;
-        const Doubts doubts{segment.first,
-                            all ? nullptr : noted[g].list,
-                            all ? references_of(segment.references, g, groups) : noted[g].count,
-                            g,
-                            groups,
-                            TR};
-        if (doubts.count > 0)
-          end.own.total += settle_sums<T>(in, row.index, doubts, end.own.log2_weight, 0, d, sums, crew());
-      }
+      end.own.total +=
+          settle_sums<T>(in, row.index, doubts, here.scores_of(parts, blockIdx.x, buffer_of(segment), doubts),
+                         end.own.log2_weight, 0, d, sums, crew());
+      doubts.references = 0;
       if (lane == 0) shared().moved[group()][thread() / 32] = end.own;
     }
     if (!(flags & SEGMENT_PART_END)) return;
-    if (others > 0 && !settles && verdict.doubts > 0) {
-      end.own.doubts = verdict.for_others(end.own.total);
-      end.own.least = verdict.least, end.own.first = segment.first;
-      Doubt* to = parts.doubts + part * PART_DOUBTS;
-#pragma unroll 1
-      for (int g = 0; g < used; ++g) {
-        if (!(noted[g].share(end.own.log2_weight) > 0)) continue;
-        if (thread() < noted[g].count) to[thread()] = noted[g].list[thread()];
-        to += noted[g].count;
-      }
-    }
     if (thread() == 0) parts.rows[part] = end.own;
     if (filed) return file(lane);
-    if (others > 0 && !layout.merge_last) return;
+    if (!whole && !layout.merge_last) return;
     group_barrier();
-    if (others > 0) {
+    if (!whole) {
       if (thread() == 0) shared().final[group()] = count_part(segment, my_row);
       group_barrier();
       if (!shared().final[group()]) return;
     }
     merge_row(end);
-  }
-
-  // Of a segment, those in tiles of the group whose turn it is.
-  __device__ __forceinline__ static int references_of(int references, int turn, int groups) {
-    const int rounds = references / (groups * TR), left = references - rounds * groups * TR - turn * TR;
-    return rounds * TR + max(min(left, TR), 0);
   }
 
   // Whether it was the last of the row's parts.
@@ -579,7 +541,7 @@ struct Groups {
     PartsTogether together;
     for (;;) {
       together = sum_of_parts(parts, here, end, lane);
-      if (!together.in_doubt) break;
+      if (!together.all.in_doubt() && !(together.all.doubts.references > 0 && wants_exact_lse(in))) break;
       settle_parts<T>(in, parts, here, end, together.all.log2_weight, crew());
     }
     const double mean_by = 1 / together.all.total;

@@ -59,7 +59,8 @@ struct Launch : BulkLaunch {
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * plan.blocks * Kernel::ROWS * in.d);
     parts.rows = carver.take<PartRow>(2 * plan.blocks * Kernel::ROWS);
-    parts.doubts = carver.take<Doubt>(2 * plan.blocks * Kernel::ROWS * PART_DOUBTS);
+    parts.buffer = Kernel::G * SEGMENT_REFS;
+    parts.scores = carver.take<float>(plan.blocks * SCORE_BUFFERS * parts.buffer);
     parts.arrived = carver.take<int>(in.n);
     if (!layout.own_list) {
       build_unit_list(op, in, list, parts.arrived, in.n, TR, Kernel::ROWS, stream);
@@ -139,7 +140,8 @@ struct Launch : BulkLaunch {
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * blocks * layout.slice);
     parts.rows = carver.take<PartRow>(2 * blocks);
-    parts.doubts = carver.take<Doubt>(2 * blocks * PART_DOUBTS);
+    parts.buffer = SEGMENT_REFS;
+    parts.scores = carver.take<float>(blocks * SCORE_BUFFERS * parts.buffer);
     const int64_t letters = layout.team == Team::grid ? blocks * TEAMS_SLOTS * TEAMS_LETTERS : 0;
     parts.mail = carver.take<uint2>(letters);
     parts.arrived = carver.take<int>(counts);

@@ -12,48 +12,42 @@ namespace svel::cuda {
 // references all together are below float32's rounding.
 constexpr float NO_WEIGHT = 8.8817841970012523e-16f;
 constexpr int SEGMENT_REFS = 256;  // summed in float32 before they move to float64
+// Of scores: one for each of the two parts of a block that others have parts of too, and those of the
+// segments in flight.
+constexpr int SEGMENT_SLOTS = 4, SCORE_BUFFERS = 2 + SEGMENT_SLOTS;
 
-// Float32 scores are not exact enough everywhere. What a weight may be off by for that, as one standard
-// deviation of its own size, and half a unit in the last place of float32.
+// Float32 scores do not tell near references apart where they are large. What a weight may be off by, as one
+// standard deviation and a part of itself, and half a unit in the last place of float32.
 constexpr float DOUBT = 1.7e-6f, ROUNDING = 5.9604645e-8f;
-constexpr int DOUBTS_SURE = 1 << 16;  // added to a number of doubts where a single one counts too
-constexpr int PART_DOUBTS = 16;       // that a part is left with at most; more are settled before
 
-// A reference in doubt: it was added with `weight` times 2^log2_unit, from a float32 score.
-struct Doubt {
-  double log2_unit;
-  float weight;
-  int index;  // of the reference, from a first one
+// Of a segment, which of its references count only with exact scores: those of weights above `least`.
+// Independent errors of E each, of weights up to w, move a mean by sqrt(w) E at most, so that least is
+// (DOUBT / E)^2; 1 or more: none.
+struct Doubts {
+  int64_t first;   // of the references, among all k m
+  double shift;    // their weights are 2^(score - shift)
+  int references;  // 0: none in doubt
+  int place;       // of their scores, in a buffer of BulkParts::scores
+  float least;
+  float lead;  // the largest weight of the part, in doubt or not, relative to 2^log2_weight
+
+  // What is known of several parts, of which another has weights `by` times its own.
+  __device__ __forceinline__ void add(const Doubts& other, double by) {
+    lead = fmaxf(lead, static_cast<float>(by) * other.lead);
+    if (other.references > 0 && by > other.least) references = 1, least = fminf(least, other.least);
+  }
 };
 
 // A team's share of a unit, for one row: weights are 2^log2_weight times what the sums hold.
 struct alignas(16) PartRow {
   double log2_weight, total;  // sum of the weights
-  int doubts;                 // references in doubt, which may be settled later: see Verdict
-  float least;
-  int64_t first;  // what they are counted from
-};
+  Doubts doubts;              // of the part's last segment; those before are settled
 
-// What is in doubt of a row's sums, of weights above `least`. One reference that has nearly all the weight
-// needs no exact score: as long as `doubts` is 1 it may be so. `rest`: the weight of all others, of `total`.
-struct Verdict {
-  int doubts = 0;
-  float least = INFINITY;
-  double share = 0;  // of the weights: a part's that has a doubt
-
-  __device__ __forceinline__ void add(int more, float their_least, double their_share) {
-    doubts += more, least = fminf(least, their_least), share = their_share;
-  }
-  // With nothing else to come: whether the row is in doubt. Many weights average their errors.
-  __device__ __forceinline__ bool holds(double total) const {
-    return doubts > 0 && (doubts > 1 || !is_alone(total)) && static_cast<double>(least) * total < 1;
-  }
-  // What a part says of itself.
-  __device__ __forceinline__ int for_others(double total) const {
-    return doubts < DOUBTS_SURE && !is_alone(total) ? doubts + DOUBTS_SURE : doubts;
-  }
-  __device__ __forceinline__ bool is_alone(double total) const {
-    return fmin(share, total - share) <= static_cast<double>(sqrtf(least)) * total;
+  // With nothing else to come, whether it matters: one reference that has nearly all the weight needs no
+  // exact score, and many average their errors.
+  __device__ __forceinline__ bool in_doubt() const {
+    const double least = doubts.least;
+    return doubts.references > 0 && least * total < 1 && total - doubts.lead > sqrtf(doubts.least) * total;
   }
 };
 
@@ -61,8 +55,9 @@ struct Verdict {
 struct BulkParts {
   double* sums;   // (2 blocks, rows, slice) weighted sums of the references
   PartRow* rows;  // (2 blocks, rows)
-  Doubt* doubts;  // (2 blocks, rows, PART_DOUBTS)
-  int* arrived;   // zero at first. (n, slices) teams that have left their part of a row of `order`
+  float* scores;  // (blocks, SCORE_BUFFERS, buffer) of references, in the order of their segments
+  int64_t buffer;
+  int* arrived;  // zero at first. (n, slices) teams that have left their part of a row of `order`
   uint2* mail;  // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
 };
 
@@ -226,7 +221,7 @@ __device__ __forceinline__ void load_elements(const Array& a, int64_t base, int 
   }
 }
 
-// The logarithm in float64 is for results of several devices to be merged by.
+// The logarithm in float64 is for results of several devices to be merged by: its own error counts.
 __device__ __forceinline__ bool wants_exact_lse(const Inputs& in) {
   return in.lse.data && in.lse.dtype == Dtype::f64;
 }
@@ -267,6 +262,10 @@ struct RowPlace {
   __device__ int64_t part_of(int64_t team, bool begins, int row) const {
     return (2 * (team * slices + rank) + (begins ? 1 : 0)) * rows + row;
   }
+  __device__ const float* scores_of(const BulkParts& parts, int64_t team, int buffer,
+                                    const Doubts& doubts) const {
+    return parts.scores + ((team * slices + rank) * SCORE_BUFFERS + buffer) * parts.buffer + doubts.place;
+  }
 };
 
 enum SegmentFlags : int {
@@ -289,9 +288,13 @@ struct Segment {
   int count, order;    // rows of the unit; the first one's place in UnitList::order
   int from, to;        // teams that have parts of the unit
   RowState rows[ROWS];
-};
 
-constexpr int SEGMENT_SLOTS = 4;
+  // Of the scores, given the slot.
+  __device__ __forceinline__ int buffer(int slot) const {
+    if (flags & SEGMENT_PART_END && to > from) return flags & SEGMENT_UNIT_BEGIN ? 1 : 0;
+    return 2 + slot;
+  }
+};
 
 template <int ROWS>
 struct Announcements {
@@ -373,10 +376,12 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
 // as base rate + rest; rate in units of log 2; the sum of the weights 2^(score - top).
 struct RowScores {
   float rate, base, rest, total;
-  float least;  // weights above are in doubt
   double top;
 
-  __device__ __forceinline__ void reset() { base = top = -INFINITY, rest = 0, total = 0, least = 0; }
+  __device__ __forceinline__ void reset() { base = top = -INFINITY, rest = 0, total = 0; }
+  __device__ __forceinline__ float lead() const {  // the largest weight of a reference
+    return base > -INFINITY ? power_of_two(-rest) : 0.0f;
+  }
 };
 
 // From scores to weights, of which the first `many` count, and the sums relative to the same `top`. Whether
@@ -396,7 +401,6 @@ __device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&sc
     my.rest = static_cast<float>(top - bound);
     my.top = top;
     my.total *= scale;
-    my.least = 0;  // the largest score has a new size, and so has its error
 #pragma unroll
     for (int q = 0; q < Q; ++q) sum[q] *= scale;
   }
@@ -411,60 +415,6 @@ __device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&sc
   return any;
 }
 
-// What a reference adds to the square of a score's error, in units of ROUNDING, beside that of sums over
-// threads: of products y.d - alpha/2 |d|^2 with squares that sum to `squares`, and of alpha/2, in float32,
-// times |d|^2, which `threads` threads have shares of.
-__device__ __forceinline__ float error_share(float squares, float norm, int threads) {
-  return fmaf(0.09f * static_cast<float>(threads) * norm, norm, 6.25f * squares);
-}
-// `errors`: the sum of those shares. Weights up to w, with independent errors of E each, move a mean by
-// sqrt(w) E at most: DOUBT.
-__device__ __forceinline__ float least_in_doubt(const RowScores& my, float errors) {
-  const float allowed = __fdividef(DOUBT / (static_cast<float>(LOG_2) * ROUNDING), my.rate);
-  return errors == 0 ? 0.0f : __fdividef(allowed * allowed, fmaf(0.64f * my.base, my.base, errors));
-}
-
-// The references of a segment that a group has in doubt, in shared memory. One thread writes.
-template <int MOST>
-struct Noted {
-  int count;  // MOST + 1: there are more
-  float least;
-  Doubt list[MOST];
-
-  // weights: of references from `index` on. Where there is no room, what has become negligible goes.
-  template <int COUNT>
-  __device__ __forceinline__ void add(const RowScores& my, const float (&weights)[COUNT], int index,
-                                      double shift) {
-    float before = my.total;
-#pragma unroll
-    for (int j = 0; j < COUNT; ++j) before -= weights[j];
-    int kept = before > 0 && before * before > 0.01f * my.least ? count : 0;
-    const double log2_unit = my.top - shift;
-    if (kept <= MOST && kept + COUNT > MOST) {
-      const int stop = kept;
-      kept = 0;
-#pragma unroll 1
-      for (int i = 0; i < stop; ++i) {
-        const Doubt old = list[i];
-        if (power_of_two(static_cast<float>(old.log2_unit - log2_unit)) * old.weight > my.least)
-          list[kept++] = old;
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < COUNT; ++j) {
-      if (weights[j] > my.least && kept++ < MOST) list[kept - 1] = {log2_unit, weights[j], index + j};
-    }
-    count = min(kept, MOST + 1), least = my.least;
-  }
-  // Of the last of them, in the row's weights 2^log2_weight; 0: all are negligible beside others.
-  __device__ __forceinline__ double share(double log2_weight) const {
-    if (count == 0 || count > MOST) return 0;
-    const Doubt& last = list[count - 1];
-    const float by = power_of_two(static_cast<float>(last.log2_unit - log2_weight));
-    return by > least ? by * last.weight : 0;
-  }
-};
-
 // The same for a row's own source, which comes last and may be far from all references: its score is in
 // float64, and it is added itself, not as a difference, when the segment ends. Returns its weight.
 template <int Q>
@@ -473,6 +423,7 @@ __device__ __forceinline__ float weigh_source(RowScores& my, double score, doubl
   if (bound > my.top) {
     const double top = ceil(bound);
     const float scale = power_of_two(my.top - top);
+    my.rest += static_cast<float>(top - my.top);
     my.top = top;
     my.total *= scale;
 #pragma unroll
@@ -494,6 +445,20 @@ __device__ __forceinline__ double score_source(const RowState& row, const float 
     share = fma(fma(-0.5 * row.alpha, d, y), d, share);
   }
   return fma(share, 0.0, share);
+}
+
+// `least` of Doubts. A float32 score y.d - alpha/2 |d|^2 is off by about ROUNDING times the root of: its own
+// square, from sums over threads; those of its products, from the sums of a thread, by their size as if
+// their signs were random; and that of alpha/2 |d|^2, of which alpha/2 is in float32. score: the largest;
+// norm: |d|^2 of the usual reference; square: |y|^2.
+__device__ __noinline__ static float least_in_doubt(const RowState& row, float score, float norm,
+                                                    float square, int64_t d) {
+  const float of_norm = row.half_alpha * norm;
+  const float apart = fmaxf(square - 2 * row.half_alpha * score - row.half_alpha * of_norm, 0.0f);
+  const float errors =
+      0.64f * score * score + 6.25f * apart * (norm / static_cast<float>(d)) + 0.09f * of_norm * of_norm;
+  const float allowed = DOUBT / (static_cast<float>(LOG_2) * ROUNDING) / row.rate;
+  return allowed * allowed / errors;
 }
 
 // 2^exponent. Not in line: code that has to come from memory first costs more than the call.
@@ -534,7 +499,7 @@ struct Crew {
   }
   __device__ __forceinline__ double sum(double share) const {
     share = warp_sum(share);
-    wait();
+    wait();  // what was there before is read
     if (tid % 32 == 0) scratch[tid / 32] = share;
     wait();
     double all = 0;
@@ -544,82 +509,82 @@ struct Crew {
   }
 };
 
-// Four elements of a reference, as they are stored and in float64.
 template <typename T>
-struct alignas(4 * sizeof(T)) FourRefs {
+struct alignas(4 * sizeof(T)) FourRefs {  // elements of a reference
   T v[4];
 };
 
-// References in doubt: those of a list, or `count` of them without one that have not been added yet: of every
-// `of` tiles of TR references the one that `turn` names.
-struct Doubts {
-  int64_t first;  // of the references, among all k m
-  const Doubt* list;
-  int count, turn, of, tile_refs;
-
-  __device__ __forceinline__ Doubt at(int i) const {
-    if (list) return list[i];
-    return {0, 0, (i / tile_refs * of + turn) * tile_refs + i % tile_refs};
-  }
-};
-
-// Scores references in doubt in float64, SETTLED_AT_ONCE at a time: visit(refs, changes), by which their
-// weights change relative to 2^log2_unit.
+// Scores in float64 what is in doubt, SETTLED_AT_ONCE at a time, and tells of each by how much its weight
+// changes: visit(references, changes), relative to 2^log2_unit. scores: the float32 ones, by which they were
+// added.
 constexpr int SETTLED_AT_ONCE = 4;
 template <typename T, typename Visit>
 __device__ __forceinline__ void settle_each(const Inputs& in, int64_t index, const Doubts& doubts,
-                                            double log2_unit, const Crew& crew, const Visit& visit) {
+                                            const float* scores, double log2_unit, const Crew& crew,
+                                            const Visit& visit) {
   const Row row = row_coefficients(in, index);
   const double per_square = LOG2_E / (2 * row.sigma * row.sigma), alpha = row.alpha;
-  // Relative to the centre of the class, as in weights that need no |y|^2.
+  // Relative to the centre of the class, where weights want no |y|^2.
   const bool relative = !in.lse.data && (!in.labels || in.labels[index] >= 0);
   const T* const all = static_cast<const T*>(in.refs.data);
   const T* const centre = all + doubts.first / in.m * in.m * in.d;
 #pragma unroll 1
-  for (int begin = 0; begin < doubts.count; begin += SETTLED_AT_ONCE) {
-    const T* refs[SETTLED_AT_ONCE];
-    double scores[SETTLED_AT_ONCE] = {};
+  for (int begin = 0; begin < doubts.references; begin += 32) {
+    const int mine = begin + crew.tid % 32;
+    double before = 0;
+    if (mine < doubts.references)
+      before = power(2 * alpha * per_square * static_cast<double>(__ldcg(scores + mine)) - doubts.shift -
+                     log2_unit);
+    unsigned left = __ballot_sync(0xffffffffu, before > static_cast<double>(doubts.least));
+    while (left != 0) {
+      const T* refs[SETTLED_AT_ONCE];
+      double sums[SETTLED_AT_ONCE] = {}, changes[SETTLED_AT_ONCE];
+      int at = 0;
 #pragma unroll
-    for (int i = 0; i < SETTLED_AT_ONCE; ++i)
-      refs[i] = all + (doubts.first + doubts.at(min(begin + i, doubts.count - 1)).index) * in.d;
+      for (int i = 0; i < SETTLED_AT_ONCE; ++i) {  // past the last one that is read again
+        const bool is_one = left != 0;
+        if (is_one) at = __ffs(static_cast<int>(left)) - 1, left &= left - 1;
+        refs[i] = all + (doubts.first + begin + at) * in.d;
+        const double weight = __shfl_sync(0xffffffffu, before, at);
+        changes[i] = is_one ? weight : -1;
+      }
 #pragma unroll 1
-    for (int e = 4 * crew.tid; e < in.d; e += 4 * crew.threads) {
-      FourRefs<T> four[SETTLED_AT_ONCE], c;
+      for (int e = 4 * crew.tid; e < in.d; e += 4 * crew.threads) {
+        FourRefs<T> four[SETTLED_AT_ONCE];
 #pragma unroll
-      for (int i = 0; i < SETTLED_AT_ONCE; ++i) four[i] = *reinterpret_cast<const FourRefs<T>*>(refs[i] + e);
-      c = *reinterpret_cast<const FourRefs<T>*>(centre + e);
+        for (int i = 0; i < SETTLED_AT_ONCE; ++i)
+          four[i] = *reinterpret_cast<const FourRefs<T>*>(refs[i] + e);
+        const FourRefs<T> c = *reinterpret_cast<const FourRefs<T>*>(centre + e);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const double x = row.sign * load_as<double>(in.x, index * in.d + e + k);
-        const double y = fma(-alpha, static_cast<double>(to_float(c.v[k])), x),
-                     square = relative ? y * y : 0.0;
+        for (int k = 0; k < 4; ++k) {
+          const double x = row.sign * load_as<double>(in.x, index * in.d + e + k);
+          const double y = fma(-alpha, static_cast<double>(to_float(c.v[k])), x),
+                       square = relative ? y * y : 0.0;
 #pragma unroll
-        for (int i = 0; i < SETTLED_AT_ONCE; ++i) {
-          const double gap = fma(-alpha, static_cast<double>(to_float(four[i].v[k])), x);
-          scores[i] += fma(-gap, gap, square);
+          for (int i = 0; i < SETTLED_AT_ONCE; ++i) {
+            const double gap = fma(-alpha, static_cast<double>(to_float(four[i].v[k])), x);
+            sums[i] += fma(-gap, gap, square);
+          }
         }
       }
-    }
-    double changes[SETTLED_AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < SETTLED_AT_ONCE; ++i) {
-      const double score = per_square * crew.sum(scores[i]);
-      const Doubt doubt = doubts.at(min(begin + i, doubts.count - 1));
-      const double before = doubt.weight == 0 ? 0.0 : doubt.weight * power(doubt.log2_unit - log2_unit);
-      changes[i] = begin + i < doubts.count ? power(score - log2_unit) - before : 0.0;
+      for (int i = 0; i < SETTLED_AT_ONCE; ++i) {
+        const double weight = power(per_square * crew.sum(sums[i]) - log2_unit);
+        changes[i] = changes[i] < 0 ? 0.0 : weight - changes[i];
+      }
+      visit(refs, changes);
     }
-    visit(refs, changes);
   }
 }
 
-// The same for a part in memory, of `sums` and a total relative to 2^log2_unit: by how much its total grows.
+// The same for sums in memory, from `offset` on in D: by how much their total grows.
 template <typename T>
 __device__ __noinline__ static double settle_sums(const Inputs& in, int64_t index, const Doubts& doubts,
-                                                  double log2_unit, int64_t offset, int length, double* sums,
-                                                  const Crew& crew) {
+                                                  const float* scores, double log2_unit, int64_t offset,
+                                                  int length, double* sums, const Crew& crew) {
   double more = 0;
   crew.wait();  // others have written some of the sums
-  settle_each<T>(in, index, doubts, log2_unit, crew, [&](auto& refs, auto& changes) {
+  settle_each<T>(in, index, doubts, scores, log2_unit, crew, [&](auto& refs, auto& changes) {
 #pragma unroll 1
     for (int e = 4 * crew.tid; e < length; e += 4 * crew.threads) {
       double v[4] = {};
@@ -643,16 +608,17 @@ __device__ __noinline__ static double settle_sums(const Inputs& in, int64_t inde
 struct PartsTogether {
   PartRow all;
   double weight;  // of the part of team `from` + lane, relative to 2^log2_weight of all
-  bool in_doubt;
 };
 __device__ __forceinline__ PartRow part_row(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
                                             int64_t team) {
-  if (team > end.to) return {-INFINITY, 0, 0, 0, 0};
-  const PartRow* const from = parts.rows + place.part_of(team, team == end.from, end.row);
-  const double2 row = __ldcg(reinterpret_cast<const double2*>(from));
-  const int4 doubts = __ldcg(reinterpret_cast<const int4*>(from) + 1);
-  return {row.x, row.y, doubts.x, __int_as_float(doubts.y),
-          int64_t{doubts.w} << 32 | static_cast<unsigned>(doubts.z)};
+  PartRow row{-INFINITY, 0, {}};
+  if (team > end.to) return row;
+  const uint4* const from =
+      reinterpret_cast<const uint4*>(parts.rows + place.part_of(team, team == end.from, end.row));
+  uint4* const to = reinterpret_cast<uint4*>(&row);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(PartRow) / 16); ++i) to[i] = __ldcg(from + i);
+  return row;
 }
 __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, const RowPlace& place,
                                                       const RowEnd& end, int lane) {
@@ -665,29 +631,27 @@ __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, co
 #pragma unroll 1
   for (int hop = 16; hop > 0; hop /= 2) best = greater(best, __shfl_xor_sync(0xffffffffu, best, hop));
   const double weight = power(mine.log2_weight - best);
-  double total = weight * mine.total;
-  Verdict verdict;
-  if (mine.doubts > 0 && weight > mine.least) verdict.add(mine.doubts, mine.least, total);
+  PartRow all{best, weight * mine.total, {}};
+  all.doubts.least = INFINITY;
+  all.doubts.add(mine.doubts, weight);
 #pragma unroll 1
   for (int64_t team = end.from + 32 + lane; team <= end.to; team += 32) {
     const PartRow other = part_row(parts, place, end, team);
     const double by = power(other.log2_weight - best);
-    total = fma(by, other.total, total);
-    if (other.doubts > 0 && by > other.least) verdict.add(other.doubts, other.least, by * other.total);
+    all.total = fma(by, other.total, all.total);
+    all.doubts.add(other.doubts, by);
   }
 #pragma unroll 1
-  for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(0xffffffffu, total, hop);
-  bool in_doubt = false;
-  if (__any_sync(0xffffffffu, verdict.doubts > 0)) {
+  for (int hop = 16; hop > 0; hop /= 2) all.total += __shfl_xor_sync(0xffffffffu, all.total, hop);
+  if (__any_sync(0xffffffffu, all.doubts.references > 0)) {
 #pragma unroll 1
     for (int hop = 16; hop > 0; hop /= 2) {
-      verdict.doubts += __shfl_xor_sync(0xffffffffu, verdict.doubts, hop);
-      verdict.least = fminf(verdict.least, __shfl_xor_sync(0xffffffffu, verdict.least, hop));
-      verdict.share += __shfl_xor_sync(0xffffffffu, verdict.share, hop);
+      all.doubts.references |= __shfl_xor_sync(0xffffffffu, all.doubts.references, hop);
+      all.doubts.least = fminf(all.doubts.least, __shfl_xor_sync(0xffffffffu, all.doubts.least, hop));
+      all.doubts.lead = fmaxf(all.doubts.lead, __shfl_xor_sync(0xffffffffu, all.doubts.lead, hop));
     }
-    in_doubt = verdict.holds(total);
   }
-  return {{best, total, 0, 0, 0}, weight, in_doubt};
+  return {all, weight};
 }
 
 // Settles what is in doubt of the row's parts in memory, where it matters beside 2^log2_weight.
@@ -698,14 +662,14 @@ __device__ __noinline__ static void settle_parts(const Inputs& in, const BulkPar
 #pragma unroll 1
   for (int64_t team = end.from; team <= end.to; ++team) {
     const PartRow row = part_row(parts, place, end, team);
-    if (row.doubts == 0 || !(power(row.log2_weight - log2_weight) > row.least)) continue;
+    if (row.doubts.references == 0 || !(power(row.log2_weight - log2_weight) > row.doubts.least)) continue;
     const int64_t part = place.part_of(team, team == end.from, end.row);
-    const Doubts doubts{row.first, parts.doubts + part * PART_DOUBTS, row.doubts % DOUBTS_SURE, 0, 1, 1};
-    const double more = settle_sums<T>(in, end.index, doubts, row.log2_weight, place.offset, place.length,
-                                       parts.sums + part * place.slice, crew);
+    const double more =
+        settle_sums<T>(in, end.index, row.doubts, place.scores_of(parts, team, team == end.from, row.doubts),
+                       row.log2_weight, place.offset, place.length, parts.sums + part * place.slice, crew);
     if (crew.tid == 0) {
       parts.rows[part].total = row.total + more;
-      parts.rows[part].doubts = 0;
+      parts.rows[part].doubts.references = 0;
     }
   }
   crew.wait();

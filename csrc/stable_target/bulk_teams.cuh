@@ -51,8 +51,7 @@ struct TeamsShared {
   double shift;   // |y|^2 / (2 sigma^2) in units of log 2
   PartRow moved;  // to memory already
   int last;
-  Noted<PART_DOUBTS> noted;  // of the segment
-  double squares[WARPS];     // shares of what the block sums
+  double squares[WARPS];  // shares of what the block sums
 };
 
 // T: of the references. Each of the consumers owns Q elements of the slice. TR: references per tile.
@@ -194,15 +193,18 @@ struct Teams {
 
   // The consumers.
 
-  __device__ __forceinline__ static Crew crew(int tid) { return {tid, THREADS, 1, shared().squares}; }
-
   struct Mine {          // of the row, in this thread
     float y[Q], sum[Q];  // sum: weighted, of r_j - c
     uint4 c[SLOTS];      // the centre, as it is stored
     RowScores scores;
     float half_alpha;
+    float norm;    // sum of |d_j|^2 over the tiles, of one reference each
     float source;  // the weight of the row's own source
   };
+  __device__ __forceinline__ static Crew crew(int tid) { return {tid, THREADS, 1, shared().squares}; }
+  __device__ __forceinline__ static int buffer_of(const Segment<1>& segment) {
+    return segment.buffer(static_cast<int>(&segment - shared().announced.segments));
+  }
 
   __device__ __forceinline__ static int element(int tid, int slot) { return (slot * THREADS + tid) * EV; }
 
@@ -248,7 +250,7 @@ struct Teams {
     }
     const double square = subtract_centre<T>(row, mine.c, segment.squares, mine.y);
     mine.half_alpha = row.half_alpha, mine.scores.rate = row.rate;
-    mine.scores.reset(), mine.source = 0;
+    mine.scores.reset(), mine.source = 0, mine.norm = 0;
 #pragma unroll
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     double shift = 0;
@@ -257,7 +259,7 @@ struct Teams {
       shift = row.per_square * take(exchanges, Mail::square);
       ++exchanges;
     }
-    if (tid == 0) shared().shift = shift, shared().noted.count = 0;
+    if (tid == 0) shared().shift = shift;
   }
 
   // The d_j of 16 bytes of each reference of a tile, one after the other: visit(s, j, d). Beyond D they are
@@ -288,7 +290,7 @@ struct Teams {
     }
   }
 
-  __device__ __forceinline__ void score_tile(const Mine& mine, int at, int many, int number, int tid) const {
+  __device__ __forceinline__ void score_tile(Mine& mine, int at, int many, int number, int tid) const {
     float norm[TR] = {}, scores[TR] = {};
     read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
 #pragma unroll
@@ -297,6 +299,7 @@ struct Teams {
         scores[j] = fmaf(mine.y[s * EV + k], difference[k], scores[j]);
       }
     });
+    mine.norm += norm[TR - 1];
 #pragma unroll
     for (int j = 0; j < TR; ++j) {
       scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
@@ -305,36 +308,21 @@ struct Teams {
     give(number, Mail::scores, pair(scores[0], TR > 1 ? scores[TR - 1] : 0.0f), tid);
   }
 
-  // As for groups. Each block of the team has its own slice to judge by, and settles its own sums.
-  __device__ __forceinline__ void note_doubts(Mine& mine, const Segment<1>& segment, int at, int many,
-                                              const float (&weights)[TR], int tid) const {
-    float squares[TR] = {}, norm[TR] = {};
-    read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
-#pragma unroll
-      for (int k = 0; k < EV; ++k) {
-        const float v = difference[k], product = fmaf(-mine.half_alpha, v, mine.y[s * EV + k]) * v;
-        squares[j] = fmaf(product, product, squares[j]), norm[j] = fmaf(v, v, norm[j]);
-      }
-    });
-    float errors = 0;
-#pragma unroll
-    for (int j = 0; j < TR; ++j)
-      errors += error_share(squares[j], mine.half_alpha * norm[j], THREADS * layout.slices);
-    mine.scores.least =
-        least_in_doubt(mine.scores, static_cast<float>(layout.slices * crew(tid).sum(errors)));
-    if (tid == 0) shared().noted.add(mine.scores, weights, segment.references - many, shared().shift);
-  }
-
   __device__ __forceinline__ void add_tile(Mine& mine, const Segment<1>& segment, int at, int many,
                                            int number, int tid) const {
     const double answer = take(number, Mail::scores);
     float weights[TR];
     weights[0] = low(answer);
     if constexpr (TR > 1) weights[1] = high(answer);
+    if (tid == 0) {
+      float* const to =
+          parts.scores +
+          (static_cast<int64_t>(blockIdx.x) * SCORE_BUFFERS + buffer_of(segment)) * SEGMENT_REFS;
+#pragma unroll
+      for (int j = 0; j < TR; ++j) to[segment.references - many + j] = weights[j];
+    }
     const auto exact_rate = [&] { return segment.rows[0].exact_rate(); };
     if (!weigh_scores(mine.scores, many, weights, mine.sum, exact_rate)) return;
-    if (__builtin_expect(fmaxf(weights[0], weights[TR - 1]) > mine.scores.least, 0))
-      note_doubts(mine, segment, at, many, weights, tid);
     read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
 #pragma unroll
       for (int k = 0; k < EV; ++k)
@@ -361,37 +349,46 @@ struct Teams {
     mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
   }
 
-  // A segment's sums, to the row's result or to its part in memory.
+  // A segment's sums, to the row's result or to its part in memory. Each block judges by its own slice what
+  // is in doubt, and settles its own sums.
   __device__ __forceinline__ void end_segment(Mine& mine, const Segment<1>& segment, int tid) const {
     const RowState& row = segment.rows[0];
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool ends = flags & SEGMENT_PART_END, whole = ends && others == 0;
-    const Noted<PART_DOUBTS>& noted = shared().noted;
     RowEnd end{row.index, 0, segment.from, segment.to, row.a, row.b, {}};
     const RowPlace here = place();
     const int64_t part = here.part_of(team, flags & SEGMENT_UNIT_BEGIN, 0);
     named_barrier(1, THREADS);  // `shift` and `moved` are written
     double by = 1, before = 0;
     end.own = {mine.scores.top - shared().shift,
-               static_cast<double>(mine.scores.total) + static_cast<double>(mine.source), 0, 0, 0};
+               static_cast<double>(mine.scores.total) + static_cast<double>(mine.source),
+               {}};
+    float lead = fmaxf(mine.scores.lead(), mine.source);
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const PartRow moved = shared().moved;
       const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
       before = power(moved.log2_weight - most), by = power(now - most);
-      end.own = {most, fma(before, moved.total, by * end.own.total), 0, 0, 0};
+      end.own = {most, fma(before, moved.total, by * end.own.total), {}};
+      lead = fmaxf(static_cast<float>(by) * lead, static_cast<float>(before) * moved.doubts.lead);
     }
-    Verdict verdict;
-    const bool again = noted.count > PART_DOUBTS;  // all is scored once more
-    if (const double share = noted.share(end.own.log2_weight); share > 0)
-      verdict.add(noted.count + (wants_exact_lse(in) ? DOUBTS_SURE : 0), noted.least, share);
-    const bool settles = again || (whole ? verdict.holds(end.own.total) : !ends && verdict.doubts > 0);
-    const bool final = whole && !settles;
-    if (again) {  // its source stays
-      end.own.total = fma(-by, static_cast<double>(mine.scores.total), end.own.total);
-      mine.scores.total = 0;
+    Doubts& doubts = end.own.doubts;
+    doubts.lead = lead;
+    if (segment.references > 0 &&
+        (!whole || end.own.total - lead > 0x1p-23 * end.own.total || wants_exact_lse(in))) {
+      float square = 0;
 #pragma unroll
-      for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
+      for (int q = 0; q < Q; ++q) square = fmaf(mine.y[q], mine.y[q], square);
+      const float norm = static_cast<float>(crew(tid).sum(mine.norm)) * static_cast<float>(layout.slices) /
+                         static_cast<float>((segment.references + TR - 1) / TR);
+      square = static_cast<float>(crew(tid).sum(square)) * static_cast<float>(layout.slices);
+      doubts.least = least_in_doubt(row, mine.scores.base, norm, square, in.d);
+      if (doubts.least < 1 && by > static_cast<double>(doubts.least)) {
+        doubts.first = segment.first, doubts.shift = shared().shift;
+        doubts.references = segment.references, doubts.place = 0;
+      }
     }
+    const bool settles = doubts.references > 0 && (whole ? end.own.in_doubt() || wants_exact_lse(in) : !ends);
+    const bool final = whole && !settles;
     const double weighted = by * mine.scores.total, source = by * mine.source, mean_by = 1 / end.own.total;
     double* const sums = parts.sums + part * layout.slice;
 #pragma unroll
@@ -416,14 +413,10 @@ struct Teams {
       }
     }
     if (settles) {
-      const Doubts doubts{
-          segment.first, again ? nullptr : noted.list, again ? segment.references : noted.count, 0, 1, 1};
       end.own.total +=
-          settle_sums<T>(in, row.index, doubts, end.own.log2_weight, offset, length, sums, crew(tid));
-    } else if (ends && !whole && verdict.doubts > 0) {
-      end.own.doubts = verdict.for_others(end.own.total);
-      end.own.least = verdict.least, end.own.first = segment.first;
-      if (tid < noted.count) parts.doubts[part * PART_DOUBTS + tid] = noted.list[tid];
+          settle_sums<T>(in, row.index, doubts, here.scores_of(parts, team, buffer_of(segment), doubts),
+                         end.own.log2_weight, offset, length, sums, crew(tid));
+      doubts.references = 0;
     }
     if (ends && !final && tid == 0) parts.rows[part] = end.own;
     named_barrier(1, THREADS);
@@ -443,7 +436,7 @@ struct Teams {
     PartsTogether together;
     for (;;) {
       together = sum_of_parts(parts, here, end, lane);
-      if (!together.in_doubt) break;
+      if (!together.all.in_doubt() && !(together.all.doubts.references > 0 && wants_exact_lse(in))) break;
       settle_parts<T>(in, parts, here, end, together.all.log2_weight, crew(tid));
     }
 #pragma unroll 1
