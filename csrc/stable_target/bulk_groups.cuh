@@ -65,6 +65,7 @@ struct GroupsShared {
   alignas(16) float scores[2][G][TR][WARPS < 4 ? 4 : WARPS];
   double squares[G][WARPS];  // shares of what is summed in float64
   GroupState states[G];
+  double rates[G][WARPS];   // log2(e) alpha / sigma^2
   double shifts[G][WARPS];  // |y|^2 / (2 sigma^2) in units of log 2; each warp has its own
   PartRow moved[G][WARPS];  // to memory already, too
   int final[G];
@@ -239,7 +240,10 @@ struct Groups {
 #pragma unroll
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     if (squares) square = row.per_square * sum_over_group(square);
-    if (thread() % 32 == 0) shared().shifts[group()][thread() / 32] = square;
+    if (thread() % 32 == 0) {
+      shared().rates[group()][thread() / 32] = row.exact_rate();
+      shared().shifts[group()][thread() / 32] = square;
+    }
   }
 
   __device__ __forceinline__ double sum_over_group(double share) const {
@@ -319,8 +323,7 @@ struct Groups {
   }
 
   // One tile of the segment's last `many` references, at stage s.
-  __device__ __forceinline__ void take_tile(Mine& mine, const Segment<ROWS>& segment, int s, int many,
-                                            int& parity) const {
+  __device__ __forceinline__ void take_tile(Mine& mine, int s, int many, int& parity) const {
     float norm[TR] = {}, scores[TR] = {}, difference[TR][Q];
     read_tile(mine, s, many, difference);
     release(s);
@@ -336,13 +339,8 @@ struct Groups {
     for (int j = 0; j < TR; ++j) scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
     mine.norm += norm[TR - 1];
     exchange<TR>(parity, scores);
-    if (thread() == 0) {
-#pragma unroll
-      for (int j = 0; j < TR; ++j) parts.scores[mine.place - many + j] = scores[j];
-    }
-    const auto exact_rate = [&] {
-      return segment.rows[group() / groups_of_a_row(segment.count)].exact_rate();
-    };
+    if (thread() == 0) store_scores(parts.scores + (mine.place - many), scores);
+    const auto exact_rate = [&] { return shared().rates[group()][thread() / 32]; };
     if (!weigh_scores(mine.scores, many, scores, mine.sum, exact_rate)) return;
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
@@ -599,7 +597,7 @@ struct Groups {
         for (int tiles = segment.tiles - turn; tiles > 0; tiles -= groups) {
           wait_barrier(&shared().full[here.stage], here.phase);
           if (left > 0) {
-            take_tile(mine, segment, here.stage, left, parity);
+            take_tile(mine, here.stage, left, parity);
           } else {
             release(here.stage);
           }

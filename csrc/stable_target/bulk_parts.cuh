@@ -384,6 +384,13 @@ struct RowScores {
   }
 };
 
+__device__ __forceinline__ void store_scores(float* to, const float (&scores)[1]) {
+  *to = scores[0];
+}
+__device__ __forceinline__ void store_scores(float* to, const float (&scores)[2]) {
+  *reinterpret_cast<float2*>(to) = make_float2(scores[0], scores[1]);
+}
+
 // From scores to weights, of which the first `many` count, and the sums relative to the same `top`. Whether
 // there is anything to add. exact_rate(): in float64.
 template <int COUNT, int Q, typename Rate>

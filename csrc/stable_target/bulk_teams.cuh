@@ -315,11 +315,8 @@ struct Teams {
     weights[0] = low(answer);
     if constexpr (TR > 1) weights[1] = high(answer);
     if (tid == 0) {
-      float* const to =
-          parts.scores +
-          (static_cast<int64_t>(blockIdx.x) * SCORE_BUFFERS + buffer_of(segment)) * SEGMENT_REFS;
-#pragma unroll
-      for (int j = 0; j < TR; ++j) to[segment.references - many + j] = weights[j];
+      const int64_t buffer = static_cast<int64_t>(blockIdx.x) * SCORE_BUFFERS + buffer_of(segment);
+      store_scores(parts.scores + buffer * SEGMENT_REFS + segment.references - many, weights);
     }
     const auto exact_rate = [&] { return segment.rows[0].exact_rate(); };
     if (!weigh_scores(mine.scores, many, weights, mine.sum, exact_rate)) return;
