@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(MERGE_THREADS)
               sum = fma(weights[j] * changes[i], static_cast<double>(to_float(refs[i][e])), sum);
           }
         };
-        settle_each<T>(in, row.index, part.doubts, place.scores_of(parts, from + j, j == 0, part.doubts),
-                       part.log2_weight, crew, visit);
+        settle_each<T>(in, row.index, part.doubts, false,
+                       place.scores_of(parts, from + j, j == 0, part.doubts), part.log2_weight, crew, visit);
       }
     }
     if (warp == 0 && e < in.d) {

@@ -457,7 +457,8 @@ struct Groups {
     }
     const bool settles = doubts.references > 0 &&
                          (whole ? end.own.in_doubt() || wants_exact_lse(in) : !(flags & SEGMENT_PART_END));
-    bool final = whole && !settles;
+    const bool final = whole && !settles, afresh = settles && doubts.afresh();
+    if (afresh) end.own.total = fma(-by, total, end.own.total), total = 0;
     __syncwarp();
     if (lane == 0) shared().moved[group()][thread() / 32] = end.own;
 #pragma unroll
@@ -469,10 +470,10 @@ struct Groups {
       double w[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        w[k] = fma(static_cast<double>(scale), static_cast<double>(mine.sum[q + k]),
+        w[k] = fma(afresh ? 0.0 : static_cast<double>(scale), static_cast<double>(mine.sum[q + k]),
                    total * static_cast<double>(c[q % EV + k]));
 #pragma unroll 1
-      for (int g = group() + 1; g < group() + used; ++g) {
+      for (int g = group() + 1; g < group() + (afresh ? 0 : used); ++g) {
         const double other = power_of_two(shared().states[g].top - best);
         const float4 theirs = *reinterpret_cast<const float4*>(sums_of(g) + e);
         w[0] = fma(other, static_cast<double>(theirs.x), w[0]);
@@ -499,9 +500,9 @@ struct Groups {
       return;
     }
     if (settles) {
-      end.own.total +=
-          settle_sums<T>(in, row.index, doubts, here.scores_of(parts, blockIdx.x, buffer_of(segment), doubts),
-                         end.own.log2_weight, 0, d, sums, crew());
+      end.own.total += settle_sums<T>(in, row.index, doubts, afresh,
+                                      here.scores_of(parts, blockIdx.x, buffer_of(segment), doubts),
+                                      end.own.log2_weight, 0, d, sums, crew());
       doubts.references = 0;
       if (lane == 0) shared().moved[group()][thread() / 32] = end.own;
     }

@@ -31,6 +31,10 @@ struct Doubts {
   float least;
   float lead;  // the largest weight of the part, in doubt or not, relative to 2^log2_weight
 
+  // Where scores are that unsure, so are float32 sums of what lies far from the centre: none is kept, and
+  // weights below 2^-33 do not count.
+  __device__ __forceinline__ bool afresh() const { return least < 0x1p-20f; }
+
   // What is known of several parts, of which another has weights `by` times its own.
   __device__ __forceinline__ void add(const Doubts& other, double by) {
     lead = fmaxf(lead, static_cast<float>(by) * other.lead);
@@ -523,12 +527,12 @@ struct alignas(4 * sizeof(T)) FourRefs {  // elements of a reference
 
 // Scores in float64 what is in doubt, SETTLED_AT_ONCE at a time, and tells of each by how much its weight
 // changes: visit(references, changes), relative to 2^log2_unit. scores: the float32 ones, by which they were
-// added.
+// added; afresh: they were not.
 constexpr int SETTLED_AT_ONCE = 4;
 template <typename T, typename Visit>
 __device__ __forceinline__ void settle_each(const Inputs& in, int64_t index, const Doubts& doubts,
-                                            const float* scores, double log2_unit, const Crew& crew,
-                                            const Visit& visit) {
+                                            bool afresh, const float* scores, double log2_unit,
+                                            const Crew& crew, const Visit& visit) {
   const Row row = row_coefficients(in, index);
   const double per_square = LOG2_E / (2 * row.sigma * row.sigma), alpha = row.alpha;
   // Relative to the centre of the class, where weights want no |y|^2.
@@ -542,7 +546,8 @@ __device__ __forceinline__ void settle_each(const Inputs& in, int64_t index, con
     if (mine < doubts.references)
       before = power(2 * alpha * per_square * static_cast<double>(__ldcg(scores + mine)) - doubts.shift -
                      log2_unit);
-    unsigned left = __ballot_sync(0xffffffffu, before > static_cast<double>(doubts.least));
+    const float least = afresh ? fminf(doubts.least, 0x1p-33f) : doubts.least;
+    unsigned left = __ballot_sync(0xffffffffu, before > static_cast<double>(least));
     while (left != 0) {
       const T* refs[SETTLED_AT_ONCE];
       double sums[SETTLED_AT_ONCE] = {}, changes[SETTLED_AT_ONCE];
@@ -553,7 +558,7 @@ __device__ __forceinline__ void settle_each(const Inputs& in, int64_t index, con
         if (is_one) at = __ffs(static_cast<int>(left)) - 1, left &= left - 1;
         refs[i] = all + (doubts.first + begin + at) * in.d;
         const double weight = __shfl_sync(0xffffffffu, before, at);
-        changes[i] = is_one ? weight : -1;
+        changes[i] = !is_one ? -1.0 : afresh ? 0.0 : weight;
       }
 #pragma unroll 1
       for (int e = 4 * crew.tid; e < in.d; e += 4 * crew.threads) {
@@ -587,11 +592,12 @@ __device__ __forceinline__ void settle_each(const Inputs& in, int64_t index, con
 // The same for sums in memory, from `offset` on in D: by how much their total grows.
 template <typename T>
 __device__ __noinline__ static double settle_sums(const Inputs& in, int64_t index, const Doubts& doubts,
-                                                  const float* scores, double log2_unit, int64_t offset,
-                                                  int length, double* sums, const Crew& crew) {
+                                                  bool afresh, const float* scores, double log2_unit,
+                                                  int64_t offset, int length, double* sums,
+                                                  const Crew& crew) {
   double more = 0;
   crew.wait();  // others have written some of the sums
-  settle_each<T>(in, index, doubts, scores, log2_unit, crew, [&](auto& refs, auto& changes) {
+  settle_each<T>(in, index, doubts, afresh, scores, log2_unit, crew, [&](auto& refs, auto& changes) {
 #pragma unroll 1
     for (int e = 4 * crew.tid; e < length; e += 4 * crew.threads) {
       double v[4] = {};
@@ -671,9 +677,9 @@ __device__ __noinline__ static void settle_parts(const Inputs& in, const BulkPar
     const PartRow row = part_row(parts, place, end, team);
     if (row.doubts.references == 0 || !(power(row.log2_weight - log2_weight) > row.doubts.least)) continue;
     const int64_t part = place.part_of(team, team == end.from, end.row);
-    const double more =
-        settle_sums<T>(in, end.index, row.doubts, place.scores_of(parts, team, team == end.from, row.doubts),
-                       row.log2_weight, place.offset, place.length, parts.sums + part * place.slice, crew);
+    const double more = settle_sums<T>(
+        in, end.index, row.doubts, false, place.scores_of(parts, team, team == end.from, row.doubts),
+        row.log2_weight, place.offset, place.length, parts.sums + part * place.slice, crew);
     if (crew.tid == 0) {
       parts.rows[part].total = row.total + more;
       parts.rows[part].doubts.references = 0;

@@ -385,8 +385,10 @@ struct Teams {
       }
     }
     const bool settles = doubts.references > 0 && (whole ? end.own.in_doubt() || wants_exact_lse(in) : !ends);
-    const bool final = whole && !settles;
-    const double weighted = by * mine.scores.total, source = by * mine.source, mean_by = 1 / end.own.total;
+    const bool final = whole && !settles, afresh = settles && doubts.afresh();
+    const double kept = afresh ? 0.0 : by, weighted = kept * mine.scores.total, source = by * mine.source;
+    if (afresh) end.own.total = fma(-by, static_cast<double>(mine.scores.total), end.own.total);
+    const double mean_by = 1 / end.own.total;
     double* const sums = parts.sums + part * layout.slice;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
@@ -399,7 +401,7 @@ struct Teams {
         double v[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          v[i] = fma(by, static_cast<double>(mine.sum[s * EV + k + i]), weighted * c[k + i]);
+          v[i] = fma(kept, static_cast<double>(mine.sum[s * EV + k + i]), weighted * c[k + i]);
         add_source(in, here, row.index, e + k, source, v);
         if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e + k, before, v);
         if (final) {
@@ -410,9 +412,9 @@ struct Teams {
       }
     }
     if (settles) {
-      end.own.total +=
-          settle_sums<T>(in, row.index, doubts, here.scores_of(parts, team, buffer_of(segment), doubts),
-                         end.own.log2_weight, offset, length, sums, crew(tid));
+      end.own.total += settle_sums<T>(in, row.index, doubts, afresh,
+                                      here.scores_of(parts, team, buffer_of(segment), doubts),
+                                      end.own.log2_weight, offset, length, sums, crew(tid));
       doubts.references = 0;
     }
     if (ends && !final && tid == 0) parts.rows[part] = end.own;
