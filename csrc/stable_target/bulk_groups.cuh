@@ -22,6 +22,12 @@
 // the groups of a row add their sums in float64: so the number of references does not matter. |y|^2, in
 // float64 too, tells how classes compare, for rows that take all of them and for lse.
 //
+// Scores in float32 do not weigh references that nearly tie where scores are large. So they are kept, a float
+// of each reference in memory, and where a row's weights are spread although its scores are unsure (Doubts),
+// those that matter are computed once more in float64, before the row's result or, if others have parts of
+// it, where the parts are merged. The usual row at a small t has one reference with all the weight, and needs
+// none of that.
+//
 // Where a unit lies in one block, that is the row's result. Else it is a part in memory, and the last block
 // to finish merges the parts, always in their order: results do not depend on who comes last. merge_kernel
 // does it where few units are cut into many parts.
