@@ -93,6 +93,12 @@ __global__ void __launch_bounds__(MERGE_THREADS)
       for (int j = 0; j < count; ++j) {
         const PartRow part = parts.rows[part_of(j, 0)];
         if (part.doubts.references == 0 || !(weights[j] > part.doubts.least)) continue;
+        const bool afresh = part.doubts.part_afresh();
+        if (afresh) {
+          total -= weights[j] * part.total;
+          if (warp == 0 && e < in.d)
+            sum -= weights[j] * parts.sums[part_of(j, e / slice) * slice + e % slice];
+        }
         const auto visit = [&](auto& refs, auto& changes) {
           for (int i = 0; i < SETTLED_AT_ONCE; ++i) {
             total += weights[j] * changes[i];
@@ -100,7 +106,7 @@ __global__ void __launch_bounds__(MERGE_THREADS)
               sum = fma(weights[j] * changes[i], static_cast<double>(to_float(refs[i][e])), sum);
           }
         };
-        settle_each<T>(in, row.index, part.doubts, false,
+        settle_each<T>(in, row.index, part.doubts, afresh,
                        place.scores_of(parts, from + j, j == 0, part.doubts), part.log2_weight, crew, visit);
       }
     }

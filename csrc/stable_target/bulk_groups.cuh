@@ -459,6 +459,7 @@ struct Groups {
       if (doubts.least < 1 && by > static_cast<double>(doubts.least)) {
         doubts.first = segment.first, doubts.shift = shared().shifts[group()][thread() / 32];
         doubts.references = segment.references, doubts.place = place_of(my_row, groups);
+        if (flags & SEGMENT_PART_BEGIN && !(source != 0)) ++doubts.place;
       }
     }
     const bool settles = doubts.references > 0 &&

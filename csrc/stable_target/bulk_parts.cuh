@@ -27,13 +27,14 @@ struct Doubts {
   int64_t first;   // of the references, among all k m
   double shift;    // their weights are 2^(score - shift)
   int references;  // 0: none in doubt
-  int place;       // of their scores, in a buffer of BulkParts::scores
+  int place;       // of their scores, in a buffer of BulkParts::scores; odd: the part has nothing else
   float least;
   float lead;  // the largest weight of the part, in doubt or not, relative to 2^log2_weight
 
   // Where scores are that unsure, so are float32 sums of what lies far from the centre: none is kept, and
   // weights below 2^-33 do not count.
   __device__ __forceinline__ bool afresh() const { return least < 0x1p-20f; }
+  __device__ __forceinline__ bool part_afresh() const { return afresh() && place % 2 == 1; }
 
   // What is known of several parts, of which another has weights `by` times its own.
   __device__ __forceinline__ void add(const Doubts& other, double by) {
@@ -268,7 +269,8 @@ struct RowPlace {
   }
   __device__ const float* scores_of(const BulkParts& parts, int64_t team, int buffer,
                                     const Doubts& doubts) const {
-    return parts.scores + ((team * slices + rank) * SCORE_BUFFERS + buffer) * parts.buffer + doubts.place;
+    return parts.scores + ((team * slices + rank) * SCORE_BUFFERS + buffer) * parts.buffer +
+           doubts.place / 2 * 2;
   }
 };
 
@@ -677,11 +679,17 @@ __device__ __noinline__ static void settle_parts(const Inputs& in, const BulkPar
     const PartRow row = part_row(parts, place, end, team);
     if (row.doubts.references == 0 || !(power(row.log2_weight - log2_weight) > row.doubts.least)) continue;
     const int64_t part = place.part_of(team, team == end.from, end.row);
-    const double more = settle_sums<T>(
-        in, end.index, row.doubts, false, place.scores_of(parts, team, team == end.from, row.doubts),
-        row.log2_weight, place.offset, place.length, parts.sums + part * place.slice, crew);
+    double* const sums = parts.sums + part * place.slice;
+    const bool afresh = row.doubts.part_afresh();
+    if (afresh) {
+#pragma unroll 1
+      for (int e = 4 * crew.tid; e < place.length; e += 4 * crew.threads) store_sums(sums + e, {});
+    }
+    const float* const scores = place.scores_of(parts, team, team == end.from, row.doubts);
+    const double more = settle_sums<T>(in, end.index, row.doubts, afresh, scores, row.log2_weight,
+                                       place.offset, place.length, sums, crew);
     if (crew.tid == 0) {
-      parts.rows[part].total = row.total + more;
+      parts.rows[part].total = afresh ? more : row.total + more;
       parts.rows[part].doubts.references = 0;
     }
   }

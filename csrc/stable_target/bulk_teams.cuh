@@ -381,7 +381,8 @@ struct Teams {
       doubts.least = least_in_doubt(row, mine.scores.base, norm, square, in.d);
       if (doubts.least < 1 && by > static_cast<double>(doubts.least)) {
         doubts.first = segment.first, doubts.shift = shared().shift;
-        doubts.references = segment.references, doubts.place = 0;
+        doubts.references = segment.references,
+        doubts.place = flags & SEGMENT_PART_BEGIN && !(mine.source != 0) ? 1 : 0;
       }
     }
     const bool settles = doubts.references > 0 && (whole ? end.own.in_doubt() || wants_exact_lse(in) : !ends);
