@@ -24,6 +24,8 @@ from pathlib import Path
 import stablevelocity as sv
 import torch
 import torch.distributed as dist
+from stablevelocity import peer_memory
+from stablevelocity.sharded_bank import compare
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -171,8 +173,8 @@ def class_bank(bench: Bench) -> dict:
         ring.normal_()
     plain.counts.fill_(s.capacity)
     banks, several = {"one GPU": plain}, f"{bench.world} GPUs"
-    for name, portions in ((several, 1), (f"{several}, 2 portions", 2)):
-        banks[name] = sv.ShardedReferenceBank((s.d,), s.classes, s.capacity, portions=portions, device=bench.device)
+    for name, options in ((several, {}), (f"{several}, collectives", {"peer_memory": False})):
+        banks[name] = sv.ShardedReferenceBank((s.d,), s.classes, s.capacity, device=bench.device, **options)
         cut(plain, banks[name])
 
     torch.manual_seed(1 + bench.rank)
@@ -190,7 +192,8 @@ def class_bank(bench: Bench) -> dict:
     }
     if bench.compiled:  # on one GPU the kernels are fused already
         for calls in (targets, steps):
-            calls[f"{several}, compiled"] = torch.compile(calls[several], fullgraph=True, dynamic=False)
+            for name in (several, f"{several}, collectives"):
+                calls[f"{name}, compiled"] = torch.compile(calls[name], fullgraph=True, dynamic=False)
     errors = {
         name: check(bench, f"class bank, {name}", target(x_t, t, given)[few], expected)
         for name, target in targets.items()
@@ -302,15 +305,19 @@ def pool(bench: Bench) -> dict:
 
 
 def link(bench: Bench) -> list[dict[str, float]]:
-    """Seconds of an all-gather and an all-to-all by the bytes that a process sends."""
+    """Seconds of an all-gather and an all-to-all by the bytes that a process sends; and of a gather through memory."""
     found = []
+    peers = peer_memory.connect(dist.group.WORLD, bench.device, compare)
     for size in (1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 24, 1 << 27):
-        own = torch.zeros(size, dtype=torch.uint8, device=bench.device)
-        whole, back = (torch.empty(size * bench.world, dtype=torch.uint8, device=bench.device) for _ in range(2))
+        own = torch.zeros(size // 4, device=bench.device)
+        whole, back = (torch.empty(size // 4 * bench.world, device=bench.device) for _ in range(2))
         calls = {
             "all_gather": lambda own=own, whole=whole: dist.all_gather_into_tensor(whole, own),
             "all_to_all": lambda whole=whole, back=back: dist.all_to_all_single(back, whole),
         }
+        if peers is not None:
+            box = peers.mailbox("link", (tuple(whole.shape), whole.dtype))
+            calls["peer_memory"] = lambda own=own, box=box: peers.gather(box, own)
         found.append({"bytes": size * (bench.world - 1)} | bench.measure(calls))
         if not bench.cuda and size >= 1 << 16:
             break
@@ -352,9 +359,10 @@ def report(bench: Bench, found: dict) -> None:
     bench.say("\n| a GPU sends | bytes | floor | ratio |\n| --- | --- | --- | --- |")
     for name, sent in (("class bank, target", bank["bytes_target"]), ("pool", big["bytes"])):
         bench.say(f"| {name} | {sent['sent']:,} | {sent['floor']:,} | {sent['sent'] / max(1, sent['floor']):.4f} |")
-    bench.say("\n| bytes sent | all-gather | all-to-all |\n| --- | --- | --- |")
+    ways = [key for key in found["link"][0] if key != "bytes"]
+    bench.say(f"\n| bytes sent | {' | '.join(ways)} |\n| --- |{' --- |' * len(ways)}")
     for row in found["link"]:
-        bench.say(f"| {row['bytes']:,} | {1e6 * row['all_gather']:.1f} µs | {1e6 * row['all_to_all']:.1f} µs |")
+        bench.say(f"| {row['bytes']:,} | {' | '.join(f'{1e6 * row[way]:.1f} µs' for way in ways)} |")
     errors = [*bank["errors"].values(), *big["errors"].values()]
     bench.say(f"\nrelative error at most {max(errors):.1e} ({several}: {big['errors'][several]:.1e} over the pool)")
     bench.say(f"{time.perf_counter() - bench.began:.0f} s in all")

@@ -201,7 +201,7 @@ struct Groups {
     const RowState& row = segment.rows[my_row];
     const int64_t centre = segment.centre;
     const int first = element(0);
-    load_elements<EV, GT * EV>(in.x, row.index * in.d, first, d, layout.vectors, mine.y);
+    load_elements<EV, GT * EV>(x_of(in, row.index), row.index * in.d, first, d, layout.vectors, mine.y);
     const T* const from = static_cast<const T*>(in.refs.data) + centre * in.d;
     uint4 packed[SLOTS];
 #pragma unroll
@@ -371,7 +371,7 @@ struct Groups {
 #pragma unroll
         for (int q = 0; q < Q; q += 4) {
           const int e = element(q / EV) + q % EV;
-          if (e < d) x[q / 4] = load_four(in, here, in.x, row.index, e);
+          if (e < d) x[q / 4] = load_x(in, here, row.a, row.index, e);
         }
       }
     }
@@ -486,7 +486,7 @@ struct Groups {
     for (int e = 4 * thread(); e - 4 * lane < d; e += 4 * GT) {
       double v[4] = {};
       float4 x;
-      if (e < d) x = load_four(in, here, in.x, end.index, e);
+      if (e < d) x = load_x(in, here, end.a, end.index, e);
       add_parts(parts, here, end, together, e, e < d, v);
       if (e < d) store_row(in, here, end, e, mean_by, x, v);
     }

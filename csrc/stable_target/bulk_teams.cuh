@@ -234,7 +234,7 @@ struct Teams {
   __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<1>& segment, int& exchanges,
                                                 int tid) const {
     const RowState& row = segment.rows[0];
-    load(in.x, row.index, tid, mine.y);
+    load(x_of(in, row.index), row.index, tid, mine.y);
     const T* const from = static_cast<const T*>(in.refs.data) + segment.centre * in.d + offset;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
@@ -367,7 +367,7 @@ struct Teams {
         add_source(in, here, row.index, e + k, source, v);
         if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e + k, before, v);
         if (whole) {
-          store_row(in, here, end, e + k, mean_by, load_four(in, here, in.x, row.index, e + k), v);
+          store_row(in, here, end, e + k, mean_by, load_x(in, here, end.a, row.index, e + k), v);
         } else {
           store_sums(sums + e + k, v);
         }
@@ -392,7 +392,7 @@ struct Teams {
       double v[4] = {};
       add_parts(parts, here, end, together, e, e < length, v);
       if (e < length)
-        store_row(in, here, end, e, 1 / together.all.total, load_four(in, here, in.x, end.index, e), v);
+        store_row(in, here, end, e, 1 / together.all.total, load_x(in, here, end.a, end.index, e), v);
     }
     if (in.lse.data && rank == 0 && tid == 0) write_lse(in, end.index, together.all);
   }

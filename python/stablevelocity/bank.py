@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,9 +142,7 @@ class ReferenceBank(nn.Module):
         if group is None and n is None:
             raise ValueError("n: expected the number of rows because labels are None, got None")
         u = self._numbers(group, n, generator)
-        refs, counts, group, indices = self._drawn_from(group, u, indexed=self.track_indices)
-        x0, slot, _, _ = bank_draw(refs, counts, u, group)
-        index = None if indices is None else indices[slot].masked_fill(slot < 0, -1)
+        x0, slot, _, _, index = self._take(group, u, indexed=self.track_indices)
         return BankDraw(x0, slot < 0, index)
 
     @torch.no_grad()
@@ -170,11 +168,10 @@ class ReferenceBank(nn.Module):
         """
         path, group = get_interpolant(interpolant), self.groups(labels)
         u = self._numbers(group, t.shape[0], generator)
-        refs, counts, group, _ = self._drawn_from(group, u)
         if path.name is not None:
-            x0, _, x_t, t_set = bank_draw(refs, counts, u, group, fallback, noise, t, path=path.name, t_min=t_min)
+            x0, _, x_t, t_set, _ = self._take(group, u, fallback, noise, t, path=path.name, t_min=t_min)
         else:
-            x0, slot, _, _ = bank_draw(refs, counts, u, group, fallback)
+            x0, slot, _, _, _ = self._take(group, u, fallback)
             x_t = path.interpolate(x0, noise, t)
             t_set = t.masked_fill((slot < 0) | (t < t_min), math.nan)
         return MixtureDraw(x0, x_t, t_set)
@@ -183,6 +180,14 @@ class ReferenceBank(nn.Module):
         """Uniform numbers, one for each row, which pick its reference."""
         rows = n if group is None else group.shape[0]
         return torch.rand(rows, dtype=torch.float64, device=self.counts.device, generator=generator)
+
+    def _take(
+        self, group: Tensor | None, u: Tensor, *rest: Tensor | None, indexed: bool = False, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """`bank_draw` with numbers u (N,), and with `indexed` the dataset index of each row."""
+        refs, counts, group, indices = self._drawn_from(group, u, indexed=indexed)
+        x0, slot, x_t, t_set = bank_draw(refs, counts, u, group, *rest, **options)
+        return x0, slot, x_t, t_set, None if indices is None else indices[slot].masked_fill(slot < 0, -1)
 
     def _drawn_from(
         self, group: Tensor | None, u: Tensor, *, indexed: bool = False
