@@ -94,6 +94,20 @@ def exchanged(gpus: int, rows: int, d: int, stored: int = 2) -> dict[str, int]:
     }
 
 
+def through_memory(gpus: int, rows: int, d: int, stored: int = 2) -> dict[str, int]:
+    """The same where GPUs of one host reach one another's memory: what others write to it or read from it, over the link.
+
+    x_t is read once for each block that evaluates the row; here once for each GPU.
+    """
+    others = gpus - 1
+    return {
+        # labels to all; a row to its slot in its own ring and in the last one, of which 1 / P are here
+        "push": others * rows * 8 + 2 * others * rows * stored * d // gpus,
+        "draw": others * rows * stored * d // gpus,
+        "target": others * rows * (8 * d + 20),  # x_t, time and ring; means and lse
+    }
+
+
 def floor_exchanged(gpus: int, rows: int, d: int) -> int:
     """Bytes of a target without which no part could see a float32 row and give back its float32 mean."""
     return (gpus - 1) * rows * 8 * d

@@ -199,10 +199,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw(const Tensor& refs, const T
   return launch(draw, refs, counts, u, labels, fallback, noise, t, path, t_min);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(
-    const Tensor& parts_at, int64_t capacity, const Tensor& refs, const Tensor& counts, const Tensor& u,
-    const MaybeTensor& labels, const MaybeTensor& fallback, const MaybeTensor& noise, const MaybeTensor& t,
-    const std::string& path, double t_min) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(const Tensor& parts_at, int64_t capacity,
+                                                           const Tensor& refs, const Tensor& counts,
+                                                           const Tensor& u, const MaybeTensor& labels,
+                                                           const MaybeTensor& fallback,
+                                                           const MaybeTensor& noise, const MaybeTensor& t,
+                                                           const std::string& path, double t_min) {
   Draw draw{};
   draw.m = capacity, draw.parts = parts_at.size(0);
   draw.parts_at = static_cast<const int64_t*>(parts_at.const_data_ptr());

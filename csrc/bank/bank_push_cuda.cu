@@ -2,8 +2,8 @@
 // finding a row's rank reads the labels of its chunk once per row, from the cache. Pushes go in chunks,
 // in order.
 //
-// svel::bank_push_parts_: the same for a bank in parts. Labels go to all processes, each finds the slots of all
-// rows, and each row goes straight to where its slot is. All in one chunk: who pushed what is one order.
+// svel::bank_push_parts_: the same for a bank in parts. Labels go to all processes, each finds the slots of
+// all rows, and each row goes straight to where its slot is. All in one chunk: who pushed what is one order.
 #include "common/ops.h"
 #include "common/peers.cuh"
 #include "common/tensors.cuh"
@@ -34,9 +34,9 @@ struct Push {
   const int64_t* parts_at;  // (parts,) where each keeps its (k, local, d)
   int64_t local;
   int32_t* local_counts;  // (k,) valid references of this part
-  const int64_t* sent;    // (each,) labels of this process. In turn they go to two areas of the mailboxes, since
-                          // others may still read what came before
-  int64_t first, n;       // of the chunk
+  const int64_t* sent;    // (each,) labels of this process. In turn they go to two areas of the mailboxes,
+                        // since others may still read what came before
+  int64_t first, n;  // of the chunk
   int64_t* slots;    // (n,) row of refs, -1: not written
   int64_t* pushed;   // (n,) in the last push of each ring: pushes to that ring in the chunk, else 0
 };

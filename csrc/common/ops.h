@@ -63,10 +63,12 @@ void bank_push_parts_(const Tensor& refs, const Tensor& counts, const Tensor& he
                       bool all_to_last, int64_t capacity, const Tensor& parts_at, const Tensor& mailboxes,
                       int64_t part, double seconds);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(
-    const Tensor& parts_at, int64_t capacity, const Tensor& refs, const Tensor& counts, const Tensor& u,
-    const MaybeTensor& labels, const MaybeTensor& fallback, const MaybeTensor& noise, const MaybeTensor& t,
-    const std::string& path, double t_min);
+std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(const Tensor& parts_at, int64_t capacity,
+                                                           const Tensor& refs, const Tensor& counts,
+                                                           const Tensor& u, const MaybeTensor& labels,
+                                                           const MaybeTensor& fallback,
+                                                           const MaybeTensor& noise, const MaybeTensor& t,
+                                                           const std::string& path, double t_min);
 
 void peers_gather_(const Tensor& mailboxes, int64_t part, double seconds, const MaybeTensor& a,
                    const MaybeTensor& b, const MaybeTensor& c, const MaybeTensor& x, bool stays);

@@ -3,9 +3,10 @@
 //
 // A mailbox serves one kind of exchange and begins with its Header, zero at first; what is exchanged follows.
 // Every process makes the same calls on it in the same order. A round begins with the kernel in which they
-// meet (`arrived`) and ends with another on the same stream (`done`). Flags hold the number of the last round,
-// so nothing is reset, and a captured call can be replayed among others. Nobody's kernel passes a meeting
-// before the others' kernels of all earlier calls are over: what those read can then be written again.
+// meet (`arrived`) and ends with another on the same stream (`done`). Flags hold the number of the last
+// round, so nothing is reset, and a captured call can be replayed among others. Nobody's kernel passes a
+// meeting before the others' kernels of all earlier calls are over: what those read can then be written
+// again.
 #pragma once
 
 #include <cstdint>

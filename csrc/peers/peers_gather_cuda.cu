@@ -1,5 +1,5 @@
-// svel::peers_gather_: every process writes its rows into the mailboxes of all, in one launch, which is done when
-// the rows of all are here. Bytes: the rows read once and written once to each process.
+// svel::peers_gather_: every process writes its rows into the mailboxes of all, in one launch, which is done
+// when the rows of all are here. Bytes: the rows read once and written once to each process.
 #include <vector>
 
 #include "common/peers.cuh"

@@ -162,8 +162,7 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const Merge m) {
 Tensor peers_merge(const Tensor& mailboxes, int64_t part, double seconds, int64_t means, int64_t lses,
                    bool home, const Tensor& x, const Tensor& counts, const MaybeTensor& rings,
                    const MaybeTensor& a, const MaybeTensor& b, const MaybeTensor& t, const std::string& path,
-                   const std::string& prediction, const MaybeTensor& source,
-                   const MaybeTensor& source_lse) {
+                   const std::string& prediction, const MaybeTensor& source, const MaybeTensor& source_lse) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor rows = packed(x);
   const MaybeTensor own = packed(source), own_lse = packed(source_lse), y = packed(rings), first = packed(a),

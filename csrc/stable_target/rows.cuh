@@ -42,8 +42,7 @@ __device__ inline Array x_of(const Inputs& in, int64_t index) {
 // `to`, an array of one value or d of each row, likewise.
 __device__ inline Array results_of(const Inputs& in, const Array& to, int64_t at, int64_t d, int64_t index) {
   if (!in.mailboxes) return to;
-  const int64_t owner = owner_of(in, index),
-                shift = (in.part - owner) * in.rows_each * d * size_of(to.dtype);
+  const int64_t owner = owner_of(in, index), shift = (in.part - owner) * in.rows_each * d * size_of(to.dtype);
   return {reinterpret_cast<char*>(in.mailboxes[owner]) + at + shift, to.dtype};
 }
 __device__ inline Array out_of(const Inputs& in, int64_t index) {

@@ -74,7 +74,8 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
     in.counts_are_long = counts->scalar_type() == ScalarType::Long;
   }
 
-  Problem problem = problem_of(op, x, refs, labels.has_value(), source.has_value(), lse.has_value(), given.precision);
+  Problem problem =
+      problem_of(op, x, refs, labels.has_value(), source.has_value(), lse.has_value(), given.precision);
   const Plan plan = make_plan(problem);
   const cudaStream_t stream = current_stream(x);
   if (plan.kernel != "pool" || plan.fast) {
@@ -132,8 +133,8 @@ std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, c
 
 bool part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
                     const std::string& precision) {
-  return make_plan(problem_of("posterior_part", x, refs, labels.has_value(), false, true, precision)).kernel ==
-         "bulk";
+  return make_plan(problem_of("posterior_part", x, refs, labels.has_value(), false, true, precision))
+             .kernel == "bulk";
 }
 
 void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_or_alpha,
