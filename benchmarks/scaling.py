@@ -95,7 +95,7 @@ def exchanged(gpus: int, rows: int, d: int, stored: int = 2) -> dict[str, int]:
 
 
 def through_memory(gpus: int, rows: int, d: int, stored: int = 2) -> dict[str, int]:
-    """The same where GPUs of one host reach one another's memory: what others write to it or read from it, over the link.
+    """The same through the memory of GPUs of one host: what a GPU writes to others, or they read from it.
 
     x_t is read once for each block that evaluates the row; here once for each GPU.
     """

@@ -33,13 +33,12 @@ def mailboxes(size):
 @pytest.fixture(scope="module", autouse=True)
 def _loaded():
     """All kernels, each by one part alone: loading one while another waits on the device may wait for that."""
-    address = mailboxes(1 << 16)[1][:1].clone()
-    counts, rows, labels = torch.zeros(3, 1, dtype=torch.int32, device="cuda"), torch.zeros(1, 8, device="cuda"), None
+    box = torch.zeros(1 << 16, dtype=torch.uint8, device="cuda")
+    address = addresses_of([box])
+    counts, rows = torch.zeros(3, 1, dtype=torch.int32, device="cuda"), torch.zeros(1, 8, device="cuda")
+    labels = torch.zeros(1, dtype=torch.int64, device="cuda")
     for dtype in (torch.float32, torch.float64):
-        refs, labels = (
-            torch.zeros(1, 1, 8, dtype=dtype, device="cuda"),
-            torch.zeros(1, dtype=torch.int64, device="cuda"),
-        )
+        refs = torch.zeros(1, 1, 8, dtype=dtype, device="cuda")
         at = addresses_of([refs])
         svel.bank_push_parts_(refs, *counts, rows, labels, False, 1, at, address, 0, PATIENCE)
         svel.peers_gather_(address, 0, PATIENCE, labels, labels.half(), labels.float(), rows, False)
@@ -78,12 +77,13 @@ def make_rings(dtype, d, seed=0):
         values = torch.randn(PARTS, rows, d, device="cuda", generator=rng)
         labels = torch.randint(-1, RINGS - 2, (PARTS, rows), device="cuda", generator=rng)  # ring 3 stays empty
         bank_push_(*whole, values.flatten(0, 1), labels.flatten(), all_to_last=True)
-        addresses = mailboxes(512 + 2 * PARTS * rows * 8)[1]
+        boxes, addresses = mailboxes(512 + 2 * PARTS * rows * 8)
         all_parts(
             lambda part, values=values, labels=labels, addresses=addresses: svel.bank_push_parts_(
                 *parts[part], values[part], labels[part], True, CAPACITY, at, addresses, part, PATIENCE
             )
         )
+        del boxes  # which had to be there until now
     return whole, parts, at
 
 
