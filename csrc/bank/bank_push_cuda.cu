@@ -34,26 +34,32 @@ struct Push {
   const int64_t* parts_at;  // (parts,) where each keeps its (k, local, d)
   int64_t local;
   int32_t* local_counts;  // (k,) valid references of this part
-  const int64_t* sent;    // (each,) labels of this process. In turn they go to two areas of the mailboxes,
-                        // since others may still read what came before
-  int64_t first, n;  // of the chunk
-  int64_t* slots;    // (n,) row of refs, -1: not written
-  int64_t* pushed;   // (n,) in the last push of each ring: pushes to that ring in the chunk, else 0
+  int64_t first, n;       // of the chunk
+  int64_t* slots;         // (n,) slot y m + s of ring y, -1: not written
+  int64_t* pushed;        // (n,) in the last push of each ring: pushes to that ring in the chunk, else 0
 };
 
-__device__ int64_t* sent_labels(const Push& push, int part, unsigned round) {
-  return reinterpret_cast<int64_t*>(push.peers.mailbox(part) + HEADER_BYTES) + round % 2 * push.rows;
+// In parts a label travels in one word with the round that it belongs to: it is here when its round is. Two
+// areas of (rows,) words take turns, since others may still read what came before.
+__device__ uint64_t* words_in(const Push& push, int part) {
+  const unsigned round = push.peers.header(push.peers.part)->round + 1;
+  return reinterpret_cast<uint64_t*>(push.peers.mailbox(part) + HEADER_BYTES) + round % 2 * push.rows;
 }
 
-// Of all rows, when this process's round has begun.
-__device__ const int64_t* labels_of(const Push& push) {
-  if (push.peers.parts == 0) return push.labels;
-  return sent_labels(push, push.peers.part, push.peers.header(push.peers.part)->round);
-}
+// Of all rows, when they are here.
+struct Labels {
+  const int64_t* given;
+  const uint64_t* words;  // in parts
 
-__device__ int64_t ring_of(const Push& push, const int64_t* labels, int64_t i) {
-  return i < push.rows ? labels[i] : push.k - 1;
-}
+  __device__ explicit Labels(const Push& push)
+      : given(push.labels), words(push.peers.parts > 0 ? words_in(push, push.peers.part) : nullptr) {}
+  __device__ int64_t operator[](int64_t i) const {
+    return words ? static_cast<int32_t>(static_cast<uint32_t>(words[i])) : given[i];
+  }
+  __device__ int64_t ring(const Push& push, int64_t i) const {
+    return i < push.rows ? (*this)[i] : push.k - 1;
+  }
+};
 
 __device__ int64_t read_index(const void* data, bool wide, int64_t i) {
   return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
@@ -75,57 +81,53 @@ __device__ int64_t read_head(const Push& push, int64_t label) {
 
 // Labels of this process to all; then those of all are here, for each block.
 __device__ void exchange_labels(const Push& push) {
-  __shared__ bool last;
   const Peers& peers = push.peers;
-  Header* const own = peers.header(peers.part);
-  const unsigned round = own->round + 1;
-  const int q = static_cast<int>(threadIdx.x);
+  const unsigned round = peers.header(peers.part)->round + 1;
   if (blockIdx.x == 0) {
-    for (int to = 0; to < peers.parts; ++to) {
-      int64_t* const at = sent_labels(push, to, round) + peers.part * push.each;
-      for (int64_t i = threadIdx.x; i < push.each; i += blockDim.x) at[i] = push.sent[i];
+    for (int64_t i = threadIdx.x; i < push.each; i += blockDim.x) {
+      const int64_t label = push.labels[i];
+      const auto known = static_cast<uint32_t>(label >= 0 && label < push.label_groups ? label : -1);
+      for (int to = 0; to < peers.parts; ++to)
+        store_word(words_in(push, to) + peers.part * push.each + i, uint64_t{round} << 32 | known);
     }
-    __threadfence_system();
-    __syncthreads();
-    if (q < peers.parts) raise_flag(&peers.header(q)->arrived[peers.part], round);
   }
-  if (q < peers.parts) await_flag(&own->arrived[q], round, peers, q);
-  if (is_last_block(own, &last) && threadIdx.x == 0) own->round = round;
+  const uint64_t* const words = words_in(push, peers.part);
+  for (int64_t i = threadIdx.x; i < push.rows; i += blockDim.x)
+    await([&] { return static_cast<unsigned>(load_word(words + i) >> 32) == round; }, peers,
+          static_cast<int>(i / push.each));
+  __syncthreads();
 }
 
 // One warp per push: its rank among those to the same ring, and how many follow it.
 __global__ void __launch_bounds__(RANK_THREADS) rank_kernel(const __grid_constant__ Push push) {
-  const int64_t* all = push.labels;
-  if (push.peers.parts > 0) {
-    // The round moves on when all blocks are here, at a time that this one does not see.
-    all = sent_labels(push, push.peers.part, push.peers.header(push.peers.part)->round + 1);
-    exchange_labels(push);
-  }
-  const int64_t i = (static_cast<int64_t>(blockIdx.x) * RANK_THREADS + threadIdx.x) / 32;
+  if (push.peers.parts > 0) exchange_labels(push);
+  const Labels labels(push);
   const int lane = threadIdx.x % 32;
-  if (i >= push.n) return;
   const int64_t labelled =
       min(max(push.rows - push.first, int64_t{0}), push.n);  // the others go to the last ring
-  const int64_t* const labels = all + push.first;
-  const int64_t ring = ring_of(push, all, push.first + i);
-  const bool known = i >= labelled || (ring >= 0 && ring < push.label_groups);
-  int before = 0, after = 0;
-  if (i >= labelled) {
-    before = static_cast<int>(i - labelled);
-    after = static_cast<int>(push.n - 1 - i);
-  } else if (known) {
-    for (int64_t j = lane; j < labelled; j += 32) {
-      const bool same = labels[j] == ring;
-      before += same && j < i;
-      after += same && j > i;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * RANK_THREADS / 32;
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * RANK_THREADS + threadIdx.x) / 32; i < push.n;
+       i += warps) {
+    const int64_t ring = labels.ring(push, push.first + i);
+    const bool known = i >= labelled || (ring >= 0 && ring < push.label_groups);
+    int before = 0, after = 0;
+    if (i >= labelled) {
+      before = static_cast<int>(i - labelled);
+      after = static_cast<int>(push.n - 1 - i);
+    } else if (known) {
+      for (int64_t j = lane; j < labelled; j += 32) {
+        const bool same = labels[push.first + j] == ring;
+        before += same && j < i;
+        after += same && j > i;
+      }
+      before = __reduce_add_sync(0xffffffffu, before);
+      after = __reduce_add_sync(0xffffffffu, after);
     }
-    before = __reduce_add_sync(0xffffffffu, before);
-    after = __reduce_add_sync(0xffffffffu, after);
+    if (lane != 0) continue;
+    // A slot that a later push of this chunk takes again is left to that one.
+    push.slots[i] = known && after < push.m ? ring * push.m + (read_head(push, ring) + before) % push.m : -1;
+    push.pushed[i] = known && after == 0 ? before + 1 : 0;
   }
-  if (lane != 0) return;
-  // A slot that a later push of this chunk takes again is left to that one.
-  push.slots[i] = known && after < push.m ? ring * push.m + (read_head(push, ring) + before) % push.m : -1;
-  push.pushed[i] = known && after == 0 ? before + 1 : 0;
 }
 
 // 8 elements of value `row` from e on to `to`, where the slot is.
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(COPY_THREADS) copy_kernel(const __grid_constan
   if (slice == 0 && q < max(parts, 1)) {
     const int64_t i = number(q), pushed = push.pushed[i];
     if (pushed > 0) {
-      const int64_t ring = ring_of(push, labels_of(push), push.first + i);
+      const int64_t ring = Labels(push).ring(push, push.first + i);
       const int64_t count = min(read_index(push.counts, push.wide, ring) + pushed, push.m);
       write_index(push.heads, push.wide, ring, (read_head(push, ring) + pushed) % push.m);
       write_index(push.counts, push.wide, ring, count);
@@ -206,7 +208,7 @@ void launch(Push push, const Tensor& refs, const Tensor& counts, const Tensor& h
   push.refs.data = refs.mutable_data_ptr();
   push.words = refs.scalar_type() == ScalarType::Long;
   push.vectors = !push.words && push.d % 8 == 0 && is_aligned(push.refs.data) && is_aligned(push.values.data);
-  push.labels = push.sent = static_cast<const int64_t*>(y.const_data_ptr());
+  push.labels = static_cast<const int64_t*>(y.const_data_ptr());
   push.counts = counts.mutable_data_ptr(), push.heads = heads.mutable_data_ptr();
   push.wide = counts.scalar_type() == ScalarType::Long;
   const Tensor workspace = torch::stable::new_empty(y, {2 * chunk}, ScalarType::Long);
@@ -217,7 +219,8 @@ void launch(Push push, const Tensor& refs, const Tensor& counts, const Tensor& h
   for (push.first = 0; push.first < n; push.first += chunk) {
     push.n = std::min(chunk, n - push.first);
     push.own = push.peers.parts > 0 ? pushes * push.each : push.n;
-    const int64_t rank_blocks = (push.n * 32 + RANK_THREADS - 1) / RANK_THREADS;
+    int64_t rank_blocks = (push.n * 32 + RANK_THREADS - 1) / RANK_THREADS;
+    if (push.peers.parts > 0) rank_blocks = std::min(rank_blocks, most_waiting_blocks(OP, refs));
     rank_kernel<<<static_cast<unsigned>(rank_blocks), RANK_THREADS, 0, stream>>>(push);
     check_launch(OP);
     copy_kernel<<<static_cast<unsigned>(push.own * slices), COPY_THREADS, 0, stream>>>(push);

@@ -23,7 +23,7 @@ constexpr int64_t HEADER_BYTES = 512;
 struct Header {
   unsigned arrived[MAX_PEERS];  // by process: what it sends is here
   unsigned done[MAX_PEERS];     // what it wrote since is there
-  unsigned round;               // that began last here
+  unsigned round;               // the last one that is over here, or has begun with a gather
   unsigned blocks;              // of a kernel that have come to its end
 };
 static_assert(sizeof(Header) <= HEADER_BYTES);
@@ -55,12 +55,21 @@ __device__ inline void raise_flag(unsigned* flag, unsigned round) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(round) : "memory");
 }
 
-__device__ inline void await_flag(const unsigned* flag, unsigned round, const Peers& peers, int of) {
+// A word that is itself the flag.
+__device__ inline void store_word(uint64_t* to, uint64_t word) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+}
+__device__ inline uint64_t load_word(const uint64_t* from) {
+  uint64_t word;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+  return word;
+}
+
+// Until it is `there`, which process `of` sees to.
+template <typename There>
+__device__ inline void await(const There& there, const Peers& peers, int of) {
   const uint64_t begin = nanoseconds();
-  while (true) {
-    unsigned seen;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
-    if (static_cast<int>(seen - round) >= 0) return;
+  while (!there()) {
     if (nanoseconds() - begin > peers.patience) {
       printf(
           "ShardedReferenceBank: expected all %d processes of the group to take part in a step; process %d "
@@ -69,6 +78,14 @@ __device__ inline void await_flag(const unsigned* flag, unsigned round, const Pe
       __trap();
     }
   }
+}
+__device__ inline void await_flag(const unsigned* flag, unsigned round, const Peers& peers, int of) {
+  const auto there = [&] {
+    unsigned seen;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+    return static_cast<int>(seen - round) >= 0;
+  };
+  await(there, peers, of);
 }
 
 // Whether all other blocks have come here, and what they wrote to other GPUs is there. The whole block, with
@@ -85,14 +102,25 @@ __device__ inline bool is_last_block(Header* own, bool* last) {
   return *last;
 }
 
-// The last block tells the others what is over here, and waits for theirs. All threads of the grid.
+// The last block of a round tells the others what is over here, waits for theirs, and moves the round on. All
+// threads of the grid.
 __device__ inline void end_round(const Peers& peers, bool* last) {
   Header* const own = peers.header(peers.part);
   if (!is_last_block(own, last)) return;
   const int q = static_cast<int>(threadIdx.x);
-  if (q >= peers.parts) return;
-  raise_flag(&peers.header(q)->done[peers.part], own->round);
-  await_flag(&own->done[q], own->round, peers, q);
+  const unsigned round = own->round + 1;
+  if (q < peers.parts) {
+    raise_flag(&peers.header(q)->done[peers.part], round);
+    await_flag(&own->done[q], round, peers, q);
+  }
+  __syncthreads();
+  if (q == 0) own->round = round;
+}
+
+// Of a kernel all of whose blocks wait: up to 1,024 threads on a multiprocessor, which leaves room there for
+// kernels of other streams, those that the processes which are waited for may themselves be waiting for.
+inline int64_t most_waiting_blocks(const char* op, const Tensor& t) {
+  return int64_t{4} * device_limits(op, t.get_device_index()).sm_count;
 }
 
 }  // namespace svel::cuda

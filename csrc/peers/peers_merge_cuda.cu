@@ -8,9 +8,10 @@ namespace {
 
 constexpr const char* OP = "peers_merge";
 constexpr int THREADS = 256;
-constexpr int64_t BLOCKS = 4;                    // at once on a multiprocessor
-constexpr int64_t SLICE = int64_t{4} * THREADS;  // elements of a row that a block takes
-constexpr int AHEAD = 4;                         // parts whose means are on their way at once
+constexpr int HALVES = 2;  // of a slice, four elements of each to a thread
+constexpr int64_t HALF = int64_t{4} * THREADS;
+constexpr int64_t SLICE = HALVES * HALF;  // elements of a row that a block takes
+constexpr int AHEAD = 4;                  // parts whose means are on their way at once
 
 struct Merge {
   Peers peers;
@@ -64,25 +65,42 @@ __device__ Four<T> read_four(const T* from, int64_t e, int64_t d, bool vectors) 
   return four;
 }
 
+template <typename T>
+__device__ Four<T> read_four(const Array& a, int64_t at, int64_t left, bool vectors) {
+  if (a.dtype == DtypeOf<T>::value) return read_four(static_cast<const T*>(a.data) + at, 0, left, vectors);
+  Four<T> four{};
+  for (int j = 0; j < 4; ++j)
+    if (j < left) four.v[j] = load_as<T>(a, at + j);
+  return four;
+}
+
 // One slice of a row; all threads of the block.
 template <typename T>
 __device__ void merge_slice(const Merge& m, int64_t item, double* shares) {
   const Peers& peers = m.peers;
   const int q = static_cast<int>(threadIdx.x), parts = peers.parts;
-  const int64_t row = item / m.slices, e = item % m.slices * SLICE + int64_t{threadIdx.x} * 4;
+  const int64_t row = item / m.slices, begin = item % m.slices * SLICE + int64_t{threadIdx.x} * 4;
   const auto mailbox = [&](int of) { return peers.mailbox(m.home ? peers.part : of); };
   const auto place = [&](int of) { return (m.home ? of : peers.part) * m.n + row; };
-  Four<T> ahead[AHEAD];
+  Four<T> ahead[AHEAD][HALVES];
   const auto load = [&](int first) {
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
-      if (first + i < parts && e < m.d) {
-        const T* mean = reinterpret_cast<const T*>(mailbox(first + i) + m.means) + place(first + i) * m.d;
-        ahead[i] = read_four(mean, e, m.d, m.vectors);
-      }
+      if (first + i >= parts) continue;
+      const T* mean = reinterpret_cast<const T*>(mailbox(first + i) + m.means) + place(first + i) * m.d;
+#pragma unroll
+      for (int h = 0; h < HALVES; ++h)
+        if (begin + h * HALF < m.d) ahead[i][h] = read_four(mean, begin + h * HALF, m.d, m.vectors);
     }
   };
   load(0);
+  const bool factors = m.a || m.t.data;
+  Four<T> x[HALVES] = {}, total[HALVES] = {};
+#pragma unroll
+  for (int h = 0; h < HALVES; ++h) {
+    const int64_t e = begin + h * HALF;
+    if (factors && e < m.d) x[h] = read_four<T>(m.x, row * m.d + e, m.d - e, m.vectors);
+  }
   const int64_t ring = m.rings ? m.rings[row] : 0;
   const int sets = parts + (m.source_lse != nullptr);
   double lse = -INFINITY;
@@ -98,50 +116,51 @@ __device__ void merge_slice(const Merge& m, int64_t item, double* shares) {
   if (q < sets) shares[q] = exp(lse - top);
   __syncthreads();
   for (int i = 0; i < sets; ++i) sum += shares[i];
-  T total[4] = {};
-  const auto add = [&](double share, const Four<T>& mean) {
+  const auto add = [&](double share, const Four<T>& mean, Four<T>& to) {
     const T weight = static_cast<T>(share / sum);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      total[j] += weight > 0 ? weight * mean.v[j] : weight;  // an empty part's is NaN
+      to.v[j] += weight > 0 ? weight * mean.v[j] : weight;  // an empty part's is NaN
   };
   for (int first = 0; first < parts; first += AHEAD) {
     if (first) load(first);
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i)
-      if (first + i < parts) add(shares[first + i], ahead[i]);
+    for (int i = 0; i < AHEAD; ++i) {
+      if (first + i >= parts) continue;
+#pragma unroll
+      for (int h = 0; h < HALVES; ++h) add(shares[first + i], ahead[i][h], total[h]);
+    }
   }
   const double source_share = m.source_lse ? shares[parts] : 0;
   __syncthreads();  // the next slice may write shares
-  if (e >= m.d) return;
-  const int64_t at = row * m.d + e;
-  if (m.source_lse) {
-    Four<T> own{};
-    for (int j = 0; j < 4 && e + j < m.d; ++j) own.v[j] = load_as<T>(m.source, at + j);
-    add(source_share, own);
+  double a = 0, b = 1;
+  if (m.a) {
+    a = m.a[row], b = m.b[row];
+  } else if (factors) {
+    const double t = clamp_time(load_as<double>(m.t, row));
+    const PredictionCoefficients by = prediction_coefficients(m.prediction, path_coefficients(m.path, t));
+    a = by.a, b = by.b;
   }
-  if (m.a || m.t.data) {
-    double a, b;
-    if (m.a) {
-      a = m.a[row], b = m.b[row];
-    } else {
-      const double t = clamp_time(load_as<double>(m.t, row));
-      const PredictionCoefficients by = prediction_coefficients(m.prediction, path_coefficients(m.path, t));
-      a = by.a, b = by.b;
+#pragma unroll
+  for (int h = 0; h < HALVES; ++h) {
+    const int64_t e = begin + h * HALF, at = row * m.d + e;
+    if (e >= m.d) continue;
+    if (m.source_lse) add(source_share, read_four<T>(m.source, at, m.d - e, false), total[h]);
+    if (factors) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        total[h].v[j] =
+            static_cast<T>(a * static_cast<double>(x[h].v[j]) + b * static_cast<double>(total[h].v[j]));
     }
-    for (int j = 0; j < 4 && e + j < m.d; ++j)
-      total[j] = static_cast<T>(a * load_as<double>(m.x, at + j) + b * static_cast<double>(total[j]));
+    if (m.vectors && m.out.dtype == Dtype::f32) {
+      *reinterpret_cast<float4*>(static_cast<float*>(m.out.data) + at) =
+          make_float4(total[h].v[0], total[h].v[1], total[h].v[2], total[h].v[3]);
+    } else {
+      for (int j = 0; j < 4 && e + j < m.d; ++j) store_as(m.out, at + j, total[h].v[j]);
+    }
   }
-  if (m.vectors && m.out.dtype == Dtype::f32) {
-    *reinterpret_cast<float4*>(static_cast<float*>(m.out.data) + at) =
-        make_float4(total[0], total[1], total[2], total[3]);
-    return;
-  }
-  for (int j = 0; j < 4 && e + j < m.d; ++j) store_as(m.out, at + j, total[j]);
 }
 
-// Blocks that wait leave room on every multiprocessor: for kernels of other streams that the processes they
-// wait for may themselves be waiting for.
 template <typename T>
 __global__ void __launch_bounds__(THREADS) merge_kernel(const Merge m) {
   const Peers& peers = m.peers;
@@ -183,9 +202,9 @@ Tensor peers_merge(const Tensor& mailboxes, int64_t part, double seconds, int64_
   if (own_lse) m.source_lse = own_lse->const_data_ptr<double>();
   if (first) m.a = first->const_data_ptr<double>(), m.b = second->const_data_ptr<double>();
   m.t = array_of(times), m.path = path_of(path), m.prediction = prediction_of(prediction);
-  m.vectors = m.d % 4 == 0;
+  m.vectors = m.d % 4 == 0 && is_aligned(m.x.data);
   const auto kernel = wide ? merge_kernel<double> : merge_kernel<float>;
-  const int64_t most = BLOCKS * device_limits(OP, x.get_device_index()).sm_count;
+  const int64_t most = most_waiting_blocks(OP, x);
   const auto blocks = static_cast<unsigned>(std::min(std::max<int64_t>(1, m.n * m.slices), most));
   kernel<<<blocks, THREADS, 0, current_stream(x)>>>(m);
   check_launch(OP);

@@ -360,6 +360,7 @@ struct Groups {
             make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
       if (thread() == 0) shared().states[group()] = {mine.scores.top, mine.scores.total};
     } else {  // on their way meanwhile
+#if !(SVEL_V & 2)
       const T* const from = static_cast<const T*>(in.refs.data) + segment.centre * in.d;
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
@@ -367,6 +368,7 @@ struct Groups {
         if (segment.centre >= 0 && element(s) < d)
           centre[s] = *reinterpret_cast<const uint4*>(from + element(s));
       }
+#endif
       if (flags & SEGMENT_PART_END && others == 0) {
 #pragma unroll
         for (int q = 0; q < Q; q += 4) {
@@ -417,13 +419,18 @@ struct Groups {
     for (int q = 0; q < Q; q += 4) {
       const int e = element(q / EV) + q % EV;
       if (e >= d) continue;
+#if !(SVEL_V & 2)
       float c[EV];
       unpack<T, EV>(centre[q / EV], c);
+#define CENTRE(k) c[q % EV + k]
+#else
+#define CENTRE(k) mine.c[q + k]
+#endif
       double w[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         w[k] = fma(static_cast<double>(scale), static_cast<double>(mine.sum[q + k]),
-                   total * static_cast<double>(c[q % EV + k]));
+                   total * static_cast<double>(CENTRE(k)));
 #pragma unroll 1
       for (int g = group() + 1; g < group() + used; ++g) {
         const double other = power_of_two(shared().states[g].top - best);

@@ -309,6 +309,12 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
                 place.length * size_of(in.x.dtype));
           set_row(in, index, segment.rows[lane]);
         }
+#if SVEL_V & 1
+        if (lane == 31 && tiles.first >= 0)
+          prefetch_bulk(static_cast<const char*>(in.refs.data) +
+                            (tiles.first * in.d + place.offset) * size_of(in.refs.dtype),
+                        place.length * size_of(in.refs.dtype));
+#endif
         __syncwarp();
         if (lane == 0) arrive(&announced.told[slot]);
         if (++slot == SEGMENT_SLOTS) slot = 0, phase ^= 1;

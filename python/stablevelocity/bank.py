@@ -87,6 +87,8 @@ class ReferenceBank(nn.Module):
     def extra_repr(self) -> str:
         return f"shape={self.shape}, num_classes={self.num_classes}, capacity={self.capacity}, null={self.null!r}"
 
+    pushes_beside = True  # a push may be on another stream than what does not touch the bank
+
     @torch.no_grad()
     def push(self, values: Tensor, labels: Tensor | None = None, indices: Tensor | None = None) -> None:
         """Store a batch, the oldest references of each ring making room.

@@ -206,7 +206,7 @@ class StableVMObjective(CFMObjective):
         self.t_min = t_min if t_min == "auto" else fixed_split(t_min, "t_min")
         if t_min != "auto" and not 0.0 <= self.t_min <= 1.0:
             raise ValueError(f"t_min: expected a number in [0, 1], got {t_min}")
-        self.bank, self.source = bank, source
+        self.bank, self.source, self._side = bank, source, None
         self.precision, self.update_bank = precision, update_bank
         self.variance = None
         if online or t_min == "auto":
@@ -231,10 +231,13 @@ class StableVMObjective(CFMObjective):
             generator: on the device of x0; None for the default one.
         """
         self.bank.use(labels)
+        side = None
         if self.source == "bank" and self.update_bank:
-            self.bank.push(x0, labels, indices)
+            side = self._push_beside(x0, labels, indices)
         dropped = self._drop_labels(labels, generator)
         t, noise = self._times_and_noise(x0, generator)
+        if side is not None:
+            torch.cuda.current_stream(x0.device).wait_stream(side)
         if self.source == "bank":
             t_min = 0.0 if self.t_min == "auto" else self.t_min
             drawn = self.bank.mixture(
@@ -283,6 +286,18 @@ class StableVMObjective(CFMObjective):
         if self.update_bank:
             self.bank.push(x0, class_labels, indices)
         return target
+
+    def _push_beside(self, x0: Tensor, labels: Tensor | None, indices: Tensor | None) -> torch.cuda.Stream | None:
+        """A push, on CUDA on a stream of its own that the current one is to wait for: random numbers come meanwhile."""
+        if torch.compiler.is_compiling() or not x0.is_cuda or not self.bank.pushes_beside:
+            self.bank.push(x0, labels, indices)
+            return None
+        if self._side is None:
+            self._side = torch.cuda.Stream(x0.device)
+        self._side.wait_stream(torch.cuda.current_stream(x0.device))
+        with torch.cuda.stream(self._side):
+            self.bank.push(x0, labels, indices)
+        return self._side
 
     def _for_set(self, t: Tensor, t_set: Tensor) -> Tensor:
         """t_set (N,) with NaN also in the rows whose t is below t_min."""
