@@ -24,6 +24,7 @@ struct Draw {
   // In parts, see bank_draw_parts: slot s of ring y is with part (s + y) mod parts, as its slot s div parts.
   const int64_t* parts_at;  // (parts,) where each keeps its (k, local, d); null: refs holds everything
   int64_t parts, local;
+  Array also;  // (n, d) float32 that takes x_t too, or null
   Path path;
   double t_min;
   int64_t* slots;  // (n,)
@@ -135,12 +136,16 @@ __global__ void __launch_bounds__(THREADS) draw_kernel(const Draw draw) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) x[j] = alpha * x[j] + sigma * noise[j];
     store8<W>(draw.x_t, at, x);
+    if (draw.also.data) store8<W>(draw.also, at, x);
     return;
   }
   for (int j = 0; j < 8 && e + j < draw.d; ++j) {
     const W value = slot >= 0 || own ? load_as<W>(from, first + j) : static_cast<W>(nan(""));
     store_as(draw.x0, at + j, value);
-    if (noisy) store_as(draw.x_t, at + j, alpha * value + sigma * load_as<W>(draw.noise, at + j));
+    if (!noisy) continue;
+    const W mixed = alpha * value + sigma * load_as<W>(draw.noise, at + j);
+    store_as(draw.x_t, at + j, mixed);
+    if (draw.also.data) store_as(draw.also, at + j, mixed);
   }
 }
 
@@ -175,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> launch(Draw draw, const Tensor& refs,
   draw.k = r.size(0), draw.local = r.size(1), draw.d = product(shape, 1);
   draw.slices = std::max<int64_t>(1, (draw.d + SLICE - 1) / SLICE);
   draw.vectors = draw.d % 8 == 0;
-  for (const Array& a : {draw.refs, draw.fallback, draw.noise, draw.x0, draw.x_t}) {
+  for (const Array& a : {draw.refs, draw.fallback, draw.noise, draw.x0, draw.x_t, draw.also}) {
     draw.vectors = draw.vectors && is_aligned(a.data);
   }
   draw.path = path_of(path);
@@ -199,15 +204,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw(const Tensor& refs, const T
   return launch(draw, refs, counts, u, labels, fallback, noise, t, path, t_min);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(const Tensor& parts_at, int64_t capacity,
-                                                           const Tensor& refs, const Tensor& counts,
-                                                           const Tensor& u, const MaybeTensor& labels,
-                                                           const MaybeTensor& fallback,
-                                                           const MaybeTensor& noise, const MaybeTensor& t,
-                                                           const std::string& path, double t_min) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(
+    const Tensor& parts_at, int64_t capacity, const Tensor& refs, const Tensor& counts, const Tensor& u,
+    const MaybeTensor& labels, const MaybeTensor& fallback, const MaybeTensor& noise, const MaybeTensor& t,
+    const std::string& path, double t_min, const MaybeTensor& also) {
   Draw draw{};
   draw.m = capacity, draw.parts = parts_at.size(0);
   draw.parts_at = static_cast<const int64_t*>(parts_at.const_data_ptr());
+  if (t) draw.also = array_of(also);
   return launch(draw, refs, counts, u, labels, fallback, noise, t, path, t_min);
 }
 

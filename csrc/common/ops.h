@@ -63,15 +63,14 @@ void bank_push_parts_(const Tensor& refs, const Tensor& counts, const Tensor& he
                       bool all_to_last, int64_t capacity, const Tensor& parts_at, const Tensor& mailboxes,
                       int64_t part, double seconds);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(const Tensor& parts_at, int64_t capacity,
-                                                           const Tensor& refs, const Tensor& counts,
-                                                           const Tensor& u, const MaybeTensor& labels,
-                                                           const MaybeTensor& fallback,
-                                                           const MaybeTensor& noise, const MaybeTensor& t,
-                                                           const std::string& path, double t_min);
+std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(
+    const Tensor& parts_at, int64_t capacity, const Tensor& refs, const Tensor& counts, const Tensor& u,
+    const MaybeTensor& labels, const MaybeTensor& fallback, const MaybeTensor& noise, const MaybeTensor& t,
+    const std::string& path, double t_min, const MaybeTensor& also);
 
 void peers_gather_(const Tensor& mailboxes, int64_t part, double seconds, const MaybeTensor& a,
-                   const MaybeTensor& b, const MaybeTensor& c, const MaybeTensor& x, bool stays);
+                   const MaybeTensor& b, const MaybeTensor& c, const MaybeTensor& x, bool stays,
+                   std::optional<int64_t> words);
 
 Tensor peers_merge(const Tensor& mailboxes, int64_t part, double seconds, int64_t means, int64_t lses,
                    bool home, const Tensor& x, const Tensor& counts, const MaybeTensor& rings,

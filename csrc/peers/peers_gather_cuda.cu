@@ -78,15 +78,61 @@ __global__ void __launch_bounds__(THREADS) gather_kernel(const __grid_constant__
   if (threadIdx.x == 0) own->round = round;
 }
 
+constexpr int WORD_THREADS = 1024;
+constexpr int64_t MOST_WORDS = 16 * WORD_THREADS;  // of all processes: else they would take longer than flags
+
+// One block: each 32 bits travel with the number of the round, and are then put where they belong. No fence,
+// and no flag behind it.
+__global__ void __launch_bounds__(WORD_THREADS)
+    words_kernel(const __grid_constant__ Gather gather, int64_t words) {
+  const Peers& peers = gather.peers;
+  Header* const own = peers.header(peers.part);
+  const unsigned round = own->round + 1;
+  const auto area = [&](int q) { return reinterpret_cast<uint64_t*>(peers.mailbox(q) + words); };
+  int64_t before = 0;
+  for (int i = 0; i < gather.tensors; ++i) {
+    const int64_t units = gather.given[i].bytes / 4;
+    for (int64_t u = threadIdx.x; u < units; u += WORD_THREADS) {
+      const uint64_t word =
+          uint64_t{round} << 32 | reinterpret_cast<const uint32_t*>(gather.given[i].from)[u];
+      for (int q = 0; q < peers.parts; ++q)
+        store_word(area(q) + (before + u) * peers.parts + peers.part, word);
+    }
+    before += units;
+  }
+  before = 0;
+  for (int i = 0; i < gather.tensors; ++i) {
+    const Given& g = gather.given[i];
+    const int64_t units = g.bytes / 4;
+    auto* const to = reinterpret_cast<uint32_t*>(peers.mailbox(peers.part) + g.at - peers.part * g.bytes);
+    for (int64_t v = threadIdx.x; v < units * peers.parts; v += WORD_THREADS) {
+      const int q = static_cast<int>(v % peers.parts);
+      uint64_t word;
+      await(
+          [&] {
+            word = load_word(area(peers.part) + before * peers.parts + v);
+            return static_cast<unsigned>(word >> 32) == round;
+          },
+          peers, q);
+      to[q * units + v / peers.parts] = static_cast<uint32_t>(word);
+    }
+    before += units;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) own->round = round;
+}
+
 }  // namespace
 
 void peers_gather_(const Tensor& mailboxes, int64_t part, double seconds, const MaybeTensor& a,
-                   const MaybeTensor& b, const MaybeTensor& c, const MaybeTensor& x, bool stays) {
+                   const MaybeTensor& b, const MaybeTensor& c, const MaybeTensor& x, bool stays,
+                   std::optional<int64_t> words) {
   const torch::stable::accelerator::DeviceGuard guard(mailboxes.get_device_index());
   Gather gather{};
   gather.peers = peers_of(OP, mailboxes, part, seconds);
   std::vector<Tensor> kept;
-  int64_t at = HEADER_BYTES, most = 0;
+  int64_t at = HEADER_BYTES, most = 0, units = 0;
+  bool whole = words.has_value();  // words
   for (const MaybeTensor* t : {&a, &b, &c, &x}) {
     if (!*t) continue;
     kept.push_back(packed(**t));
@@ -99,7 +145,12 @@ void peers_gather_(const Tensor& mailboxes, int64_t part, double seconds, const 
     g.unit = is_aligned(g.from) && g.bytes % 16 == 0 ? 16 : size;
     g.stays = t == &x && stays;
     most = std::max(most, g.bytes / g.unit);
+    units += g.bytes / 4 * gather.peers.parts, whole = whole && g.bytes % 4 == 0 && g.unit >= 4;
     at += (g.bytes * gather.peers.parts + 255) / 256 * 256;
+  }
+  if (whole && units > 0 && units <= MOST_WORDS) {
+    words_kernel<<<1, WORD_THREADS, 0, current_stream(mailboxes)>>>(gather, *words);
+    return check_launch(OP);
   }
   const int64_t wanted = (most + THREADS * UNROLL - 1) / (THREADS * UNROLL);
   const int sms = device_limits(OP, mailboxes.get_device_index()).sm_count;

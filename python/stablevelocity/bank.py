@@ -158,6 +158,7 @@ class ReferenceBank(nn.Module):
         interpolant: str | Interpolant = "linear",
         t_min: float = 0.0,
         generator: torch.Generator | None = None,
+        send: bool = False,
     ) -> MixtureDraw:
         """A draw for each row from the mixture of its label's references, each blurred as time t blurs it.
 
@@ -167,11 +168,14 @@ class ReferenceBank(nn.Module):
             fallback: (N, *S), x0 of the rows whose group is empty.
             t_min: rows below it are not to take the target over the set.
             generator: on the bank's device; None for the default one.
+            send: the next call of the bank is a `target` of these x_t and as many labels, with sent=True. A bank in
+                parts has x_t where all can read it by then.
         """
         path, group = get_interpolant(interpolant), self.groups(labels)
         u = self._numbers(group, t.shape[0], generator)
         if path.name is not None:
-            x0, _, x_t, t_set, _ = self._take(group, u, fallback, noise, t, path=path.name, t_min=t_min)
+            how = {"path": path.name, "t_min": t_min, "send": send}
+            x0, _, x_t, t_set, _ = self._take(group, u, fallback, noise, t, **how)
         else:
             x0, slot, _, _, _ = self._take(group, u, fallback)
             x_t = path.interpolate(x0, noise, t)
@@ -184,7 +188,13 @@ class ReferenceBank(nn.Module):
         return torch.rand(rows, dtype=torch.float64, device=self.counts.device, generator=generator)
 
     def _take(
-        self, group: Tensor | None, u: Tensor, *rest: Tensor | None, indexed: bool = False, **options: Any
+        self,
+        group: Tensor | None,
+        u: Tensor,
+        *rest: Tensor | None,
+        indexed: bool = False,
+        send: bool = False,
+        **options: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """`bank_draw` with numbers u (N,), and with `indexed` the dataset index of each row."""
         refs, counts, group, indices = self._drawn_from(group, u, indexed=indexed)
@@ -207,15 +217,18 @@ class ReferenceBank(nn.Module):
         interpolant: str | Interpolant = "linear",
         prediction: str = "velocity",
         precision: str = "exact",
+        sent: bool = False,
     ) -> Tensor:
         """StableVM target (N, *S) of each x_t (N, *S) over the references of its label; see `Interpolant.target`.
 
         labels (N,) int64 in [0, num_classes] or None; `source` (N, *S) joins its own row's set. A row without any
-        reference, or with t = NaN, comes back NaN.
+        reference, or with t = NaN, comes back NaN. sent: x_t is what the `mixture` before has returned, which was asked
+        to send it.
         """
-        return self._target(get_interpolant(interpolant), x_t, t, self.groups(labels), source, prediction, precision)
+        path, group = get_interpolant(interpolant), self.groups(labels)
+        return self._target(path, x_t, t, group, source, prediction, precision, sent)
 
-    def _target(self, path, x_t, t, group, source, prediction, precision) -> Tensor:
+    def _target(self, path, x_t, t, group, source, prediction, precision, sent=False) -> Tensor:
         """`target` on an `Interpolant`, for rows of the ops' group labels."""
         refs = self.refs[0] if group is None else self.refs
         return path.target(x_t, refs, t, group, self.counts, source, prediction=prediction, precision=precision)

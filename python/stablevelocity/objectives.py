@@ -240,12 +240,11 @@ class StableVMObjective(CFMObjective):
             torch.cuda.current_stream(x0.device).wait_stream(side)
         if self.source == "bank":
             t_min = 0.0 if self.t_min == "auto" else self.t_min
-            drawn = self.bank.mixture(
-                t, noise, dropped, x0, interpolant=self.interpolant, t_min=t_min, generator=generator
-            )
+            how = {"interpolant": self.interpolant, "t_min": t_min, "generator": generator, "send": True}
+            drawn = self.bank.mixture(t, noise, dropped, x0, **how)
             x0, x_t = drawn.x0.float(), drawn.x_t.float()
             t_set = self._for_set(t, drawn.t_set) if self.t_min == "auto" else drawn.t_set
-            target = self._target(x_t, x0, noise, t, t_set, dropped, None)
+            target = self._target(x_t, x0, noise, t, t_set, dropped, None, sent=True)
         else:
             x0 = x0.float()
             x_t = self.interpolant.interpolate(x0, noise, t)
@@ -306,7 +305,7 @@ class StableVMObjective(CFMObjective):
         chosen = torch.arange(t.shape[0], device=t.device) % _ALWAYS != 0
         return t_set.masked_fill(chosen & (t < self.variance.split(_T_MIN_LEVEL, before=0.0)), math.nan)
 
-    def _target(self, x_t, x0, noise, t, t_set, labels, source) -> Tensor:
+    def _target(self, x_t, x0, noise, t, t_set, labels, source, sent=False) -> Tensor:
         """Over the set at the times t_set; rows where t_set is NaN, which the op skips, take the conditional target."""
         target = self.bank.target(
             x_t,
@@ -316,6 +315,7 @@ class StableVMObjective(CFMObjective):
             interpolant=self.interpolant,
             prediction=self.prediction,
             precision=self.precision,
+            sent=sent,
         )
         if self.interpolant.name is not None:
             conditional_target_(target, x0, noise, t, t_set, path=self.interpolant.name, prediction=self.prediction)

@@ -98,10 +98,15 @@ class Link:
             self._mailboxes[key] = Mailbox(own, self._addresses[own.data_ptr()], views, at)
         return self._mailboxes[key]
 
-    def gather(self, box: Mailbox, *about: Tensor, x: Tensor | None = None, stays: bool = False) -> None:
-        """Rows of every process into the first areas of the mailboxes of all; x, where it `stays`, into the own one."""
+    def gather(
+        self, box: Mailbox, *about: Tensor, x: Tensor | None = None, stays: bool = False, words: int | None = None
+    ) -> None:
+        """Rows of every process into the first areas of the mailboxes of all; x, where it `stays`, into the own one.
+
+        words: where in a mailbox it may go by when it is little, see `peers_gather_`.
+        """
         about = (*about, *[None] * (3 - len(about)))
-        torch.ops.svel.peers_gather_(box.addresses, self.part, self.seconds, *about, x, stays)
+        torch.ops.svel.peers_gather_(box.addresses, self.part, self.seconds, *about, x, stays, words)
 
     def meet(self) -> None:
         """Kernels of this stream wait here until those of all processes have come so far."""
@@ -187,20 +192,25 @@ def _push(order, counts, heads, local_counts, values, labels, indices, all_to_la
     push(own, counts, heads, local_counts, values, labels, all_to_last, capacity, at, *us)
 
 
-def _draw(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, indexed, link):
-    served = _LINKS[link].served
+def _draw(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, indexed, send, link):
+    link, also = _LINKS[link], None
+    served = link.served
     own, at = served[0]
+    if send and t is not None and own.dtype != torch.float64:  # x_t is float32: it is what the target will be given
+        scalars = [t.dtype] if labels is None else [t.dtype, torch.int64]
+        xs = _target_box(link, (len(u), *own.shape[2:]), torch.float32, scalars).areas[-4]
+        also = xs[link.part * len(u) :][: len(u)]
     draw, about = torch.ops.svel.bank_draw_parts, (counts, u, labels)
-    x0, slot, x_t, t_set = draw(at, capacity, own, *about, fallback, noise, t, path, t_min)
+    x0, slot, x_t, t_set = draw(at, capacity, own, *about, fallback, noise, t, path, t_min, also)
     index = slot.new_empty(0)
     if indexed:  # the same draw, of words
         own, at = served[1]
-        words = draw(at, capacity, own.view(torch.float64), *about, None, None, None, path, t_min)[0]
+        words = draw(at, capacity, own.view(torch.float64), *about, None, None, None, path, t_min, None)[0]
         index = words.view(torch.int64).masked_fill(slot < 0, -1)
     return x0, slot, x_t, t_set, index
 
 
-def _draw_fake(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, indexed, link):
+def _draw_fake(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, indexed, send, link):
     rows, n = _LINKS[link].served[0][0], u.shape[0]
     work = torch.float64 if rows.dtype == torch.float64 else torch.float32
     shape = (n, *rows.shape[2:])
@@ -213,24 +223,32 @@ def _draw_fake(order, counts, u, labels, fallback, noise, t, path, t_min, capaci
     )
 
 
+def _target_box(link: Link, x: tuple[int, ...], dtype: torch.dtype, scalars: list[torch.dtype]) -> Mailbox:
+    """Of a target of rows of shape x here: scalars and x; mean and lse over the part; words for the scalars."""
+    n = link.parts * x[0]
+    rows, mean = (n, *x[1:]), torch.float64 if dtype == torch.float64 else torch.float32
+    words = n * sum(-(-scalar.itemsize // 4) for scalar in scalars)
+    given = [((n,), scalar) for scalar in scalars]
+    results = (rows, mean), ((n,), torch.float64)
+    return link.mailbox("target", *given, (rows, dtype), *results, ((words,), torch.int64))
+
+
 def _target(
-    order, x, time_or_alpha, sigma, rings, counts, local_counts, a, b, source, path, prediction, precision, link
+    order, x, time_or_alpha, sigma, rings, counts, local_counts, a, b, source, path, prediction, precision, sent, link
 ) -> Tensor:
     link = _LINKS[link]
     about = [given for given in (time_or_alpha, sigma, rings) if given is not None]
     if any(given.shape != x.shape[:1] for given in about):
         raise ValueError(f"t, labels: expected shape (N,) = ({len(x)},), got {[tuple(given.shape) for given in about]}")
-    n = link.parts * len(x)
-    sent = [((n,), given.dtype) for given in about]
-    rows, mean = (n, *x.shape[1:]), torch.float64 if x.dtype == torch.float64 else torch.float32
-    box = link.mailbox("target", *sent, (rows, x.dtype), (rows, mean), ((n,), torch.float64))
-    *asked, xs, means, lses = box.areas
+    box = _target_box(link, tuple(x.shape), x.dtype, [given.dtype for given in about])
+    *asked, xs, means, lses, _ = box.areas
+    *_, xs_at, means_at, lses_at, words = box.at
     refs = link.served[0][0] if rings is not None else link.served[0][0][0]
     labels = asked.pop() if rings is not None else None
     scalars = (*asked, None)[:2]
     home = torch.ops.svel.part_goes_home(xs, refs, labels, precision)
-    link.gather(box, *about, x=x, stays=home)
-    to = box.addresses if home else None, link.part, *box.at[-3:]
+    link.gather(box, *about, x=None if home and sent else x, stays=home, words=words)
+    to = box.addresses if home else None, link.part, xs_at, means_at, lses_at
     torch.ops.svel.posterior_part_out(xs, refs, *scalars, path, labels, local_counts, precision, means, lses, *to)
     lse = None
     if source is not None:  # one part more, of one reference to a row
@@ -240,12 +258,12 @@ def _target(
         each = torch.arange(len(x), device=x.device)
         lse = posterior_part(x, source[:, None], alpha, sigma, each)[1]
     on = time_or_alpha if path else None, path, prediction
-    us, parts = (box.addresses, link.part, link.seconds), (*box.at[-2:], home)
+    us, parts = (box.addresses, link.part, link.seconds), (means_at, lses_at, home)
     return torch.ops.svel.peers_merge(*us, *parts, x, counts, rings, a, b, *on, source, lse)
 
 
 def _target_fake(
-    order, x, time_or_alpha, sigma, rings, counts, local_counts, a, b, source, path, prediction, precision, link
+    order, x, time_or_alpha, sigma, rings, counts, local_counts, a, b, source, path, prediction, precision, sent, link
 ) -> Tensor:
     mean = torch.float64 if x.dtype == torch.float64 else torch.float32
     dtype = x.dtype if path or a is not None else mean
@@ -266,18 +284,19 @@ _define(
     _push,
     lambda *args: None,
 )
-# x0, slot, x_t and t_set as of bank_draw, and the index of each row.
+# x0, slot, x_t and t_set as of bank_draw, and the index of each row. send: a target of these x_t follows, `sent`.
 _define(
     "bank_draw(Tensor(a!) order, Tensor counts, Tensor u, Tensor? labels, Tensor? fallback, Tensor? noise, Tensor? t, "
-    "str path, float t_min, int capacity, bool indexed, str link) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str path, float t_min, int capacity, bool indexed, bool send, str link) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _draw,
     _draw_fake,
 )
 # The prediction at times on a path; or, where path is "", for alpha and sigma: a x + b mean, or the mean itself.
 _define(
     "bank_target(Tensor(a!) order, Tensor x, Tensor time_or_alpha, Tensor? sigma, Tensor? rings, Tensor counts, "
-    "Tensor local_counts, Tensor? a, Tensor? b, Tensor? source, str path, str prediction, str precision, str link) -> "
-    "Tensor",
+    "Tensor local_counts, Tensor? a, Tensor? b, Tensor? source, str path, str prediction, str precision, bool sent, "
+    "str link) -> Tensor",
     _target,
     _target_fake,
 )

@@ -212,13 +212,14 @@ class ShardedReferenceBank(ReferenceBank):
 
     # -- drawing
 
-    def _take(self, group, u, fallback=None, noise=None, t=None, *, path="linear", t_min=0.0, indexed=False):
-        given = group, u, fallback, noise, t
+    def _take(
+        self, group, u, fallback=None, noise=None, t=None, *, path="linear", t_min=0.0, indexed=False, send=False
+    ):
         if self.link is None:
-            return super()._take(*given, path=path, t_min=t_min, indexed=indexed)
+            return super()._take(group, u, fallback, noise, t, path=path, t_min=t_min, indexed=indexed)
         self._check_alike("draw", u)
         about = self._order, self.counts, u, group, fallback, noise, t, path, t_min
-        *drawn, index = peer_memory.draw(*about, self.capacity, indexed, self.link.name)
+        *drawn, index = peer_memory.draw(*about, self.capacity, indexed, send, self.link.name)
         return *drawn, index if indexed else None
 
     def _drawn_from(
@@ -246,10 +247,11 @@ class ShardedReferenceBank(ReferenceBank):
 
     # -- targets
 
-    def _target(self, path, x_t, t, group, source, prediction, precision) -> Tensor:
+    def _target(self, path, x_t, t, group, source, prediction, precision, sent=False) -> Tensor:
         check_prediction(prediction)
         if self.link is not None and path.name is not None:  # the kernels know it
-            return self._over_peers(x_t, t, None, group, source, precision, path=path.name, prediction=prediction)
+            on = {"path": path.name, "prediction": prediction, "sent": sent and self.rows.dtype != torch.float64}
+            return self._over_peers(x_t, t, None, group, source, precision, **on)
         at = path.coefficients(clamp_time(t.double()))
         factors = prediction_coefficients(prediction, at)
         if self.link is not None:
@@ -296,12 +298,23 @@ class ShardedReferenceBank(ReferenceBank):
 
     @torch.no_grad()
     def _over_peers(
-        self, x, time_or_alpha, sigma, group, source, precision, factors=(None, None), path="", prediction="x0"
+        self,
+        x,
+        time_or_alpha,
+        sigma,
+        group,
+        source,
+        precision,
+        factors=(None, None),
+        *,
+        path="",
+        prediction="x0",
+        sent=False,
     ) -> Tensor:
         """The prediction at times on a path; for alpha and sigma a x + b mean of factors (a, b), or the mean itself."""
         self._check_rows(x)
         given = self._order, x, time_or_alpha, sigma, group, self.counts, self.local_counts, *factors, source
-        return peer_memory.target(*given, path, prediction, precision, self.link.name)
+        return peer_memory.target(*given, path, prediction, precision, sent, self.link.name)
 
     def _check_rows(self, x: Tensor) -> None:
         if tuple(x.shape[1:]) != self.shape:

@@ -22,18 +22,19 @@ define_native(
     "bank_push_parts_(Tensor(a!) refs, Tensor(b!) counts, Tensor(c!) heads, Tensor(d!) local_counts, Tensor values, "
     "Tensor labels, bool all_to_last, int capacity, Tensor parts_at, Tensor mailboxes, int part, float seconds) -> ()"
 )
-# bank_draw from such parts, with slots of the whole rings.
+# bank_draw from such parts, with slots of the whole rings; x_t goes to `also` (N, *S) float32, too.
 define_native(
     "bank_draw_parts(Tensor parts_at, int capacity, Tensor refs, Tensor counts, Tensor u, Tensor? labels, "
-    "Tensor? fallback, Tensor? noise, Tensor? t, str path, float t_min) -> "
+    "Tensor? fallback, Tensor? noise, Tensor? t, str path, float t_min, Tensor(a!)? also) -> "
     "(Tensor x0, Tensor slot, Tensor x_t, Tensor t_set)"
 )
 # Up to four tensors of rows of every process, one after the other in all mailboxes (P,); with `stays`, x in the own
 # one alone. Begins a round, and is over when all have come; without a tensor it is a meeting. It overwrites what the
-# round before brought, which a merge has ended.
+# round before brought, which a merge has ended. Where it is little, each 32 bits travel with the number of the round in
+# a word that is its own flag, by way of `words`: bytes into a mailbox, 8 for each 32 bits of all processes.
 define_native(
     "peers_gather_(Tensor mailboxes, int part, float seconds, Tensor? a, Tensor? b, Tensor? c, Tensor? x, "
-    "bool stays) -> ()"
+    "bool stays, int? words) -> ()"
 )
 # Whether posterior_part of these rows of all processes is a kernel that reads each row x from the mailbox of its
 # process and leaves what it gives there.

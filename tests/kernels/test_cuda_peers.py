@@ -41,7 +41,8 @@ def _loaded():
         refs = torch.zeros(1, 1, 8, dtype=dtype, device="cuda")
         at = addresses_of([refs])
         svel.bank_push_parts_(refs, *counts, rows, labels, False, 1, at, address, 0, PATIENCE)
-        svel.peers_gather_(address, 0, PATIENCE, labels, labels.half(), labels.float(), rows, False)
+        svel.peers_gather_(address, 0, PATIENCE, labels, labels.half(), labels.float(), rows, False, None)
+        svel.peers_gather_(address, 0, PATIENCE, labels, None, None, None, False, 2048)
         about = rows.to(dtype), counts[0], None, None, None, None, "", "x0", None, None
         svel.peers_merge(address, 0, PATIENCE, 512, 1024, True, *about)
     torch.cuda.synchronize()
@@ -112,7 +113,9 @@ def test_draws_are_those_of_one_bank(d):
         about = counts, u, labels, fallback, noise, t
         whole = bank_draw(refs, *about, t_min=0.3)
         for own in parts:
-            ours = svel.bank_draw_parts(at, CAPACITY, own[0], *about, "linear", 0.3)
+            also = torch.full((n, d), torch.nan, device="cuda")
+            ours = svel.bank_draw_parts(at, CAPACITY, own[0], *about, "linear", 0.3, also)
+            assert torch.equal(also.nan_to_num(), whole[2].nan_to_num())
             for one, other in zip(ours, whole, strict=True):
                 assert torch.equal(one.nan_to_num(), other.nan_to_num())
                 assert torch.equal(one.isnan(), other.isnan())
@@ -133,7 +136,7 @@ def test_a_gather_brings_the_rows_of_all_in_every_round(rows, stays):
         sent = [[given[part] * scale for given in (words, halves, x)] for part in range(PARTS)]
         all_parts(
             lambda part, sent=sent: svel.peers_gather_(
-                addresses, part, PATIENCE, sent[part][0], sent[part][1], None, sent[part][2], stays
+                addresses, part, PATIENCE, sent[part][0], sent[part][1], None, sent[part][2], stays, None
             )
         )
         for part, box in enumerate(boxes):
@@ -146,6 +149,25 @@ def test_a_gather_brings_the_rows_of_all_in_every_round(rows, stays):
                     assert not came.any()
                 else:
                     assert torch.equal(came, whole)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 2000])  # the last is not little
+def test_little_goes_by_words(rows):
+    end = 512 + 3 * -(-PARTS * rows * 8 // 256) * 256
+    boxes, addresses = mailboxes(end + 5 * PARTS * rows * 8)
+    for scale in (1, 2, 3):
+        sent = [
+            [torch.randint(2**40, (rows,), device="cuda") * scale, torch.randn(rows, device="cuda")]
+            + [torch.randn(rows, dtype=torch.float64, device="cuda")]
+            for _ in range(PARTS)
+        ]
+        all_parts(lambda part, sent=sent: svel.peers_gather_(addresses, part, PATIENCE, *sent[part], None, False, end))
+        for box in boxes:
+            at = 512
+            for i in range(3):
+                whole = torch.stack([own[i] for own in sent])
+                assert torch.equal(box[at : at + whole.nbytes].view(whole.dtype).view(whole.shape), whole)
+                at += -(-whole.nbytes // 256) * 256
 
 
 @pytest.mark.parametrize("d", [3, 40, 4096, 8200, 20_000])
@@ -192,7 +214,7 @@ def test_merged_parts_are_the_whole(d, dtype, with_source, path):
     for mean_alone in (False, True):
         if path and mean_alone:
             continue
-        all_parts(lambda part: svel.peers_gather_(addresses, part, PATIENCE, None, None, None, None, False))
+        all_parts(lambda part: svel.peers_gather_(addresses, part, PATIENCE, None, None, None, None, False, None))
 
         def merged(part, mean_alone=mean_alone):
             mine = slice(part * n, (part + 1) * n)
