@@ -11,7 +11,7 @@ constexpr int THREADS = 256;
 constexpr int HALVES = 2;  // of a slice, four elements of each to a thread
 constexpr int64_t HALF = int64_t{4} * THREADS;
 constexpr int64_t SLICE = HALVES * HALF;  // elements of a row that a block takes
-constexpr int AHEAD = 4;                  // parts whose means are on their way at once
+constexpr int AHEAD = 2;                  // parts whose means are on their way at once
 
 struct Merge {
   Peers peers;
@@ -162,7 +162,7 @@ __device__ void merge_slice(const Merge& m, int64_t item, double* shares) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS) merge_kernel(const Merge m) {
+__global__ void __launch_bounds__(THREADS, 4) merge_kernel(const Merge m) {
   const Peers& peers = m.peers;
   __shared__ double shares[MAX_PEERS + 1];
   const int q = static_cast<int>(threadIdx.x);

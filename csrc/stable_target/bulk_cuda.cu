@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(MERGE_THREADS)
       double sum = 0;
       for (int w = 0; w < WARPS; ++w) sum += sums[w][lane];
       const int64_t at = row.index * in.d + e;
-      const double x = row.a == 0 ? 0 : row.a * load_as<double>(x_of(in, row.index), at);
-      store_as(out_of(in, row.index), at, x + row.b * (sum / total));
+      const double x = load_as<double>(x_of(in, row.index), at);
+      store_as(out_of(in, row.index), at, row.a * x + row.b * (sum / total));
     }
     if (in.lse.data && chunk == 0 && threadIdx.x == 0)
       store_as(lse_of(in, row.index), row.index, log(total) + LOG_2 * best + 0.5 * static_cast<double>(in.d));

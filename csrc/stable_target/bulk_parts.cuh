@@ -129,7 +129,8 @@ __device__ __forceinline__ ClassTiles class_of(const Inputs& in, const UnitList&
 // What a block keeps of a row in shared memory. The sign of x: see Row.
 struct RowState {
   int64_t index;
-  double a, b;  // out = a x + b mean
+  void *x, *out;  // see x_of, out_of
+  double a, b;    // out = a x + b mean
   double alpha;
   double per_square;                               // log2(e) / (2 sigma^2)
   double shift;                                    // |y|^2 / (2 sigma^2) in units of log 2
@@ -142,6 +143,7 @@ struct RowState {
 __device__ __forceinline__ void set_row(const Inputs& in, int64_t index, RowState& row) {
   const Row at = row_coefficients(in, index);
   row.index = index, row.a = at.a, row.b = at.b, row.alpha = at.alpha;
+  row.x = x_of(in, index).data, row.out = out_of(in, index).data;
   row.per_square = LOG2_E / (2 * at.sigma * at.sigma);
   row.sign = static_cast<float>(at.sign), row.half_alpha = static_cast<float>(0.5 * at.alpha);
   row.high_alpha = static_cast<float>(at.alpha);
@@ -309,12 +311,6 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
                 place.length * size_of(in.x.dtype));
           set_row(in, index, segment.rows[lane]);
         }
-#if SVEL_V & 1
-        if (lane == 31 && tiles.first >= 0)
-          prefetch_bulk(static_cast<const char*>(in.refs.data) +
-                            (tiles.first * in.d + place.offset) * size_of(in.refs.dtype),
-                        place.length * size_of(in.refs.dtype));
-#endif
         __syncwarp();
         if (lane == 0) arrive(&announced.told[slot]);
         if (++slot == SEGMENT_SLOTS) slot = 0, phase ^= 1;
@@ -407,7 +403,8 @@ __device__ __noinline__ static double power(double exponent) {
 }
 
 struct RowEnd {
-  int64_t index;     // of the row
+  int64_t index;  // of the row
+  void* out;
   int row;           // of the unit
   int64_t from, to;  // teams that have parts of the unit
   double a, b;       // out = a x + b mean
@@ -501,9 +498,10 @@ __device__ __forceinline__ float4 load_four(const Inputs& in, const RowPlace& pl
 }
 
 // Four elements of x for out = a x + b mean.
-__device__ __forceinline__ float4 load_x(const Inputs& in, const RowPlace& place, double a, int64_t index,
+__device__ __forceinline__ float4 load_x(const Inputs& in, const RowPlace& place, const RowState& row,
                                          int e) {
-  return a == 0 ? make_float4(0, 0, 0, 0) : load_four(in, place, x_of(in, index), index, e);
+  if (row.a == 0) return make_float4(0, 0, 0, 0);
+  return load_four(in, place, {row.x, in.x.dtype}, row.index, e);
 }
 
 // The source's share of the sums: weight times itself.
@@ -526,7 +524,7 @@ __device__ __forceinline__ void store_row(const Inputs& in, const RowPlace& plac
   x.y = static_cast<float>(fma(end.a, static_cast<double>(x.y), by * v[1]));
   x.z = static_cast<float>(fma(end.a, static_cast<double>(x.z), by * v[2]));
   x.w = static_cast<float>(fma(end.a, static_cast<double>(x.w), by * v[3]));
-  const Array out = out_of(in, end.index);
+  const Array out = {end.out, in.out.dtype};
   if (out.dtype == Dtype::f32 && place.vectors) {
     *reinterpret_cast<float4*>(static_cast<float*>(out.data) + base + e) = x;
   } else {
