@@ -156,11 +156,8 @@ def test_little_goes_by_words(rows):
     end = 512 + 3 * -(-PARTS * rows * 8 // 256) * 256
     boxes, addresses = mailboxes(end + 5 * PARTS * rows * 8)
     for scale in (1, 2, 3):
-        sent = [
-            [torch.randint(2**40, (rows,), device="cuda") * scale, torch.randn(rows, device="cuda")]
-            + [torch.randn(rows, dtype=torch.float64, device="cuda")]
-            for _ in range(PARTS)
-        ]
+        words = torch.randint(2**40, (PARTS, rows), device="cuda") * scale
+        sent = [(own, torch.randn(rows, device="cuda"), own.double().sqrt()) for own in words]
         all_parts(lambda part, sent=sent: svel.peers_gather_(addresses, part, PATIENCE, *sent[part], None, False, end))
         for box in boxes:
             at = 512
