@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -123,11 +125,40 @@ class Bench:
                 samples.append(begin.elapsed_time(end) / 1e3)
         return self.slowest(statistics.median(samples))
 
+    def link_bytes(self, call: Callable[[], object], repeats: int = 100) -> float | None:
+        """What a GPU sends over its links in a call, by the driver's counters; None where there are none."""
+        ready, counts = self.capture(call), []
+        for repeat in (0, repeats):
+            for _ in range(repeat):
+                ready()
+            if self.cuda:
+                torch.cuda.synchronize()
+            dist.barrier()
+            counts.append(_link_counter(self.device))
+            dist.barrier()
+        sent = -1.0 if None in counts else (counts[1] - counts[0]) / repeats
+        most = self.slowest(sent)
+        return None if most <= 0 else most
+
     def measure(self, calls: dict[str, Callable[[], object]], repeats: int | None = None) -> dict[str, float]:
         """Seconds of each call, the median of three rounds over all of them."""
         ready = {name: self.capture(call) for name, call in calls.items()}
         rounds = [{name: self.times(call, repeats) for name, call in ready.items()} for _ in range(3)]
         return {name: statistics.median(r[name] for r in rounds) for name in calls}
+
+
+def _link_counter(device: torch.device) -> int | None:
+    """Bytes that a GPU has sent over NVLink so far."""
+    if device.type != "cuda":
+        return None
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", "nvlink", "-gt", "d", "-i", f"GPU-{uuid}"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.findall(r"Tx: (\d+) KiB", said)
+    return 1024 * sum(map(int, found)) if found else None
 
 
 def times_above(low: float) -> Callable[[int, torch.device, torch.Generator | None], Tensor]:
@@ -213,11 +244,13 @@ def class_bank(bench: Bench) -> dict:
         "beside_a_model": beside_a_model(bench, plain, x0, labels),
         "bytes_target": {
             "sent": through_memory(bench.world, s.rows, s.d)["target"],
+            "counted": bench.link_bytes(lambda: targets[several](x_t, t, given)),
             "sent_by_collectives": exchanged(bench.world, s.rows, s.d)["target"],
             "floor": floor_exchanged(bench.world, s.rows, s.d),
         },
         "bytes_step": {
             "sent": sum(through_memory(bench.world, s.rows, s.d).values()),
+            "counted": bench.link_bytes(lambda: steps[several](x0, labels)),
             "sent_by_collectives": sum(exchanged(bench.world, s.rows, s.d).values()),
         },
     }
@@ -364,7 +397,10 @@ def report(bench: Bench, found: dict) -> None:
         bench.say(f"| {name} | {ms * value:.3f} ms | {seconds['one GPU'] / value:.2f} |")
     bench.say("\n| a GPU sends | bytes | floor | ratio |\n| --- | --- | --- | --- |")
     for name, sent in (("class bank, target", bank["bytes_target"]), ("pool", big["bytes"])):
-        bench.say(f"| {name} | {sent['sent']:,} | {sent['floor']:,} | {sent['sent'] / max(1, sent['floor']):.4f} |")
+        for how in ("sent", "sent_by_collectives", "counted"):
+            if sent.get(how):
+                ratio = sent[how] / max(1, sent["floor"])
+                bench.say(f"| {name}, {how.replace('_', ' ')} | {sent[how]:,.0f} | {sent['floor']:,} | {ratio:.3f} |")
     ways = [key for key in found["link"][0] if key != "bytes"]
     bench.say(f"\n| bytes sent | {' | '.join(ways)} |\n| --- |{' --- |' * len(ways)}")
     for row in found["link"]:

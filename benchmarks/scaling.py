@@ -97,7 +97,7 @@ def exchanged(gpus: int, rows: int, d: int, stored: int = 2) -> dict[str, int]:
 def through_memory(gpus: int, rows: int, d: int, stored: int = 2) -> dict[str, int]:
     """The same through the memory of GPUs of one host: what a GPU writes to others, or they read from it.
 
-    x_t is read once for each block that evaluates the row; here once for each GPU.
+    The least: the kernel of class banks reads an x_t anew in every group of threads that evaluates the row.
     """
     others = gpus - 1
     return {
