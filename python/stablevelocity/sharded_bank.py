@@ -55,7 +55,7 @@ class ShardedReferenceBank(ReferenceBank):
 
     GPUs of one host. Where they reach one another's memory, kernels write to it and read it in place of collectives,
     see `peer_memory`, with the same results. A row that is pushed goes straight to its slot, a draw reads its reference
-    where it is, and a target sends 16 to 24 bytes a row: x_t is read by those who evaluate it, who leave their means
+    where it is, and a target sends the times and rings: x_t is read by those who evaluate it, who leave their means
     with the process whose row it is. All calls of a bank are then on one stream or ordered as on one, `prefill`, `load`
     and `load_state_dict` among them, and the first call with so many rows is outside of graph capture.
 
