@@ -27,13 +27,15 @@ struct Merge {
   Path path;
   Prediction prediction;
   bool vectors;
-  // With lses and means that may be off: where their errors begin in a mailbox, (parts n, 2), see
-  // judge_kernel. Without (-1) the rows that are NaN in `doubtful` are left as they are.
+  // With lses and means that may be off: where their errors begin in a mailbox, (parts n, 2); rows whose
+  // result these may move by too much get what is `given` for them, times or alphas, in `doubtful`, others
+  // NaN. Without
+  // (-1): those that are NaN there are left as they are.
   int64_t errors;
   Array given, doubtful;  // (n,) or null
 };
 
-constexpr double DOUBT = 4e-7;  // of a row's result, as one standard deviation
+constexpr double DOUBT = 2e-7;  // of a row's result
 
 // That part q holds nothing of what the row asks for.
 __device__ bool is_empty(const Merge& m, int q, int64_t ring) {
@@ -80,14 +82,6 @@ __device__ Four<T> read_four(const Array& a, int64_t at, int64_t left, bool vect
   return four;
 }
 
-// out = a x + b mean.
-__device__ PredictionCoefficients factors_of(const Merge& m, int64_t row) {
-  if (m.a) return {m.a[row], m.b[row]};
-  if (!m.t.data) return {0, 1};
-  const double t = clamp_time(load_as<double>(m.t, row));
-  return prediction_coefficients(m.prediction, path_coefficients(m.path, t));
-}
-
 // One slice of a row; all threads of the block.
 template <typename T>
 __device__ void merge_slice(const Merge& m, int64_t item, double* shares) {
@@ -130,6 +124,19 @@ __device__ void merge_slice(const Merge& m, int64_t item, double* shares) {
   if (q < sets) shares[q] = exp(lse - top);
   __syncthreads();
   for (int i = 0; i < sets; ++i) sum += shares[i];
+  if (m.errors >= 0 && begin == 0) {
+    // An lse that is off by e moves its share s by s (1 - s) e, and means differ by about as much as the
+    // result is large. A mean that is off by e of its size moves the result by about s e.
+    double moved = 0;
+    for (int i = 0; i < parts; ++i) {
+      const double share = shares[i] / sum;
+      if (share == 0) continue;
+      const double* const off = reinterpret_cast<const double*>(mailbox(i) + m.errors) + 2 * place(i);
+      const double by_share = share * (1 - share) * off[0], by_mean = share * off[1] / 2;
+      moved += by_share * by_share + by_mean * by_mean;
+    }
+    store_as(m.doubtful, row, moved <= DOUBT * DOUBT ? NAN : load_as<double>(m.given, row));
+  }
   const auto add = [&](double share, const Four<T>& mean, Four<T>& to) {
     const T weight = static_cast<T>(share / sum);
 #pragma unroll
@@ -147,7 +154,14 @@ __device__ void merge_slice(const Merge& m, int64_t item, double* shares) {
   }
   const double source_share = m.source_lse ? shares[parts] : 0;
   __syncthreads();  // the next slice may write shares
-  const PredictionCoefficients by = factors_of(m, row);
+  double a = 0, b = 1;
+  if (m.a) {
+    a = m.a[row], b = m.b[row];
+  } else if (factors) {
+    const double t = clamp_time(load_as<double>(m.t, row));
+    const PredictionCoefficients by = prediction_coefficients(m.prediction, path_coefficients(m.path, t));
+    a = by.a, b = by.b;
+  }
 #pragma unroll
   for (int h = 0; h < HALVES; ++h) {
     const int64_t e = begin + h * HALF, at = row * m.d + e;
@@ -157,7 +171,7 @@ __device__ void merge_slice(const Merge& m, int64_t item, double* shares) {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         total[h].v[j] =
-            static_cast<T>(by.a * static_cast<double>(x[h].v[j]) + by.b * static_cast<double>(total[h].v[j]));
+            static_cast<T>(a * static_cast<double>(x[h].v[j]) + b * static_cast<double>(total[h].v[j]));
     }
     if (m.vectors && m.out.dtype == Dtype::f32) {
       *reinterpret_cast<float4*>(static_cast<float*>(m.out.data) + at) =
@@ -184,56 +198,6 @@ __global__ void __launch_bounds__(THREADS, 4) merge_kernel(const Merge m) {
     if (m.errors < 0 && m.doubtful.data && isnan(load_as<double>(m.doubtful, item / m.slices))) continue;
     merge_slice<T>(m, item, shares);
   }
-}
-
-// `doubtful` gets what is `given` for a row, its time or alpha, where its result may be off by too much, else
-// NaN. Shares s_p of parts that may be off by e_p (of an lse) move the mean by s_p e_p (mean_p - mean); a
-// mean that may be off by d_p by s_p d_p. Grid: rows; what they were merged from is still there.
-__global__ void __launch_bounds__(THREADS) judge_kernel(const Merge m) {
-  __shared__ double shares[MAX_PEERS + 1], scratch[33];
-  const Peers& peers = m.peers;
-  const int parts = peers.parts, q = static_cast<int>(threadIdx.x);
-  const int64_t row = blockIdx.x;
-  const auto at = [&](int p) { return peers.mailbox(p); };
-  const int64_t place = peers.part * m.n + row;
-  if (q <= parts) {
-    shares[q] = q < parts      ? reinterpret_cast<const double*>(at(q) + m.lses)[place]
-                : m.source_lse ? m.source_lse[row]
-                               : -INFINITY;
-    if (isnan(shares[q])) shares[q] = -INFINITY;
-  }
-  __syncthreads();
-  double top = -INFINITY, sum = 0;
-  for (int p = 0; p <= parts; ++p) top = fmax(top, shares[p]);
-  for (int p = 0; p <= parts; ++p) sum += exp(shares[p] - top);
-  const auto share = [&](int p) { return exp(shares[p] - top) / sum; };
-  const auto mean = [&](int p, int64_t e) {
-    return reinterpret_cast<const float*>(at(p) + m.means)[place * m.d + e];
-  };
-  double moved = 0, square = 0;
-  for (int64_t e = q; e < m.d; e += THREADS) {
-    const double out = load_as<double>(m.out, row * m.d + e);
-    square += out * out;
-  }
-  square = block_sum<double>(square, scratch);
-  for (int p = 0; p < parts; ++p) {
-    const double own = share(p);
-    if (!(own > 0)) continue;  // the same in all threads
-    double gap = 0;
-#pragma unroll 8
-    for (int64_t e = q; e < m.d; e += THREADS) {
-      double middle = m.source_lse ? share(parts) * load_as<double>(m.source, row * m.d + e) : 0;
-      for (int other = 0; other < parts; ++other)
-        if (share(other) > 0) middle += share(other) * mean(other, e);
-      gap += (mean(p, e) - middle) * (mean(p, e) - middle);
-    }
-    gap = block_sum<double>(gap, scratch);
-    const double* const off = reinterpret_cast<const double*>(at(p) + m.errors) + 2 * place;
-    moved += own * own * (off[0] * off[0] * gap + off[1] * off[1]);
-  }
-  const double b = factors_of(m, row).b;
-  if (q == 0)
-    store_as(m.doubtful, row, b * b * moved > DOUBT * DOUBT * square ? load_as<double>(m.given, row) : NAN);
 }
 
 }  // namespace
@@ -266,9 +230,6 @@ void peers_merge(const Tensor& mailboxes, int64_t part, double seconds, int64_t 
   const int64_t most = most_waiting_blocks(OP, x);
   const auto blocks = static_cast<unsigned>(std::min(std::max<int64_t>(1, m.n * m.slices), most));
   kernel<<<blocks, THREADS, 0, current_stream(x)>>>(m);
-  check_launch(OP);
-  if (errors < 0 || m.n == 0) return;
-  judge_kernel<<<static_cast<unsigned>(m.n), THREADS, 0, current_stream(x)>>>(m);
   check_launch(OP);
 }
 

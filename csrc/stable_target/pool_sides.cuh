@@ -253,8 +253,7 @@ __global__ void pool_judge_kernel(const Inputs in, const PoolArgs args, const Po
   const double error = row.logit_error * fabs(row.b) * sqrt(fmax(spread, 0.0) * fmax(unsure, 0.0) / out);
   if (in.errors) {
     in.errors[2 * row.index] = row.alive ? row.logit_error : 0.0;
-    in.errors[2 * row.index + 1] =
-        row.alive ? row.logit_error * sqrt(fmax(spread, 0.0) * fmax(unsure, 0.0)) : 0.0;
+    in.errors[2 * row.index + 1] = row.alive ? error : 0.0;
     return;
   }
   doubtful[row.index] = row.alive && error > POOL_DOUBT ? load_as<double>(in.time_or_alpha, row.index) : NAN;

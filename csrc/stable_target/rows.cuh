@@ -28,8 +28,8 @@ struct Inputs {                     // all arrays contiguous on the device
   const int64_t* mailboxes = nullptr;
   int64_t rows_each = 0, x_at = 0, mean_at = 0, lse_at = 0;  // bytes into each
   int part = 0;
-  // (n, 2) or null: how far the lse of a row may be off, and its mean, which lets the pool kernel make both
-  // without a judgement of its own.
+  // (n, 2) or null: how far the lse of a row may be off, and its output beside its size, which lets the pool
+  // kernel make both without a judgement of its own.
   double* errors = nullptr;
 };
 

@@ -41,7 +41,7 @@ define_native(
 define_native("part_way(Tensor x, Tensor refs, Tensor? labels, str precision) -> int")
 # posterior_part of the rows of all processes, as many of each; sigma None: at times on a path. With mailboxes, in the
 # first way: x, mean and lse are where they begin in a mailbox. Else it is in mean and lse. With errors
-# (P N, 2) float64, in the second way: how far lse may be off, and the mean.
+# (P N, 2) float64, in the second way: how far lse may be off, and the mean beside its size.
 define_native(
     "posterior_part_out(Tensor x, Tensor refs, Tensor time_or_alpha, Tensor? sigma, str path, Tensor? labels, "
     "Tensor? counts, str precision, Tensor(a!) mean, Tensor(b!) lse, Tensor? mailboxes, int part, int xs, int means, "
