@@ -676,7 +676,7 @@ def test_many_steps_through_memory(tmp_path):
 
 
 def check_pool(rank, world, folder):
-    """A large pool, whose kernel may round too much: rows between references of two parts are evaluated once more."""
+    """A large pool, whose kernel rounds lse: rows between references of two parts are evaluated once more."""
     d, m = 4096, 16_384
     torch.manual_seed(0)
     plain = sv.ReferenceBank((d,), capacity=m, device="cuda")
@@ -729,8 +729,8 @@ def test_a_lost_process_ends_those_on_other_gpus(tmp_path, peer_memory, how):
         worker.wait_for("running")
     os.kill(workers[1].process.pid, how)
     began = time.monotonic()
-    workers[0].process.join(60)
-    assert time.monotonic() - began < (20 if peer_memory else 50)  # NCCL's watchdog takes its time
+    workers[0].process.join(30)
+    assert time.monotonic() - began < 20
     (code, out), _ = finish_processes(workers, deadline=1)
     assert code
     expected = "expected all 2 processes of the group to take part in a step; process 0 waited"

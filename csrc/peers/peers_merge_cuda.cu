@@ -27,9 +27,8 @@ struct Merge {
   Path path;
   Prediction prediction;
   bool vectors;
-  // With lses and means that may be off: where their errors begin in a mailbox, (parts n, 2); rows whose
-  // result these may move by too much get what is `given` for them, times or alphas, in `doubtful`, others
-  // NaN. Without
+  // With lses that are not exact: where their errors begin in a mailbox, (parts n,); rows whose result these
+  // may move by too much get what is `given` for them, times or alphas, in `doubtful`, others NaN. Without
   // (-1): those that are NaN there are left as they are.
   int64_t errors;
   Array given, doubtful;  // (n,) or null
@@ -126,16 +125,15 @@ __device__ void merge_slice(const Merge& m, int64_t item, double* shares) {
   for (int i = 0; i < sets; ++i) sum += shares[i];
   if (m.errors >= 0 && begin == 0) {
     // An lse that is off by e moves its share s by s (1 - s) e, and means differ by about as much as the
-    // result is large. A mean that is off by e of its size moves the result by about s e.
+    // result.
     double moved = 0;
     for (int i = 0; i < parts; ++i) {
       const double share = shares[i] / sum;
-      if (share == 0) continue;
-      const double* const off = reinterpret_cast<const double*>(mailbox(i) + m.errors) + 2 * place(i);
-      const double by_share = share * (1 - share) * off[0], by_mean = share * off[1] / 2;
-      moved += by_share * by_share + by_mean * by_mean;
+      const double by =
+          share * (1 - share) * reinterpret_cast<const double*>(mailbox(i) + m.errors)[place(i)];
+      moved += by * by;
     }
-    store_as(m.doubtful, row, moved <= DOUBT * DOUBT ? NAN : load_as<double>(m.given, row));
+    store_as(m.doubtful, row, sqrt(moved) > DOUBT ? load_as<double>(m.given, row) : NAN);
   }
   const auto add = [&](double share, const Four<T>& mean, Four<T>& to) {
     const T weight = static_cast<T>(share / sum);

@@ -238,33 +238,32 @@ __global__ void __launch_bounds__(256)
     left[slot * gridDim.x + blockIdx.x] = {of_out, of_mean, total / POOL_WEIGHT_SCALE, moment / total};
 }
 
-// doubtful[row.index] = its time where its output may be off by more than POOL_DOUBT, else NaN; or the errors
-// themselves. One thread to a slot.
+// doubtful[row.index] = its time where its output may be off by more than POOL_DOUBT, else NaN. One thread to
+// a slot.
 __global__ void pool_judge_kernel(const Inputs in, const PoolArgs args, const PoolRow* rows,
                                   const PoolSums* left, int blocks, double* doubtful) {
   const int slot = threadIdx.x;
   if (slot >= args.rows) return;
   const PoolRow row = rows[slot];
+  if (in.lse_errors) in.lse_errors[row.index] = row.alive ? row.logit_error : 0.0;
   const PoolSums first = left[slot * blocks];
   double out = 0, mean = 0;
   for (int i = 0; i < blocks; ++i) out += left[slot * blocks + i].out, mean += left[slot * blocks + i].mean;
   const double spread = first.moment + *args.mean_norm - mean;  // of the references, squared
   const double unsure = fmin(1.0, first.total - 1) / first.total;
   const double error = row.logit_error * fabs(row.b) * sqrt(fmax(spread, 0.0) * fmax(unsure, 0.0) / out);
-  if (in.errors) {
-    in.errors[2 * row.index] = row.alive ? row.logit_error : 0.0;
-    in.errors[2 * row.index + 1] = row.alive ? error : 0.0;
-    return;
-  }
   doubtful[row.index] = row.alive && error > POOL_DOUBT ? load_as<double>(in.time_or_alpha, row.index) : NAN;
 }
 
-// out = exact where the row was doubtful. Grid: parts of d x rows.
+// out and lse = the exact ones where the row was doubtful. Grid: parts of d x rows.
 __global__ void __launch_bounds__(256)
-    pool_replace_kernel(const Inputs in, const double* doubtful, const Array exact) {
+    pool_replace_kernel(const Inputs in, const double* doubtful, const Array exact, const Array lse) {
   const int64_t e = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, row = blockIdx.y;
-  if (e < in.d && !isnan(doubtful[row]))
-    store_as(in.out, row * in.d + e, load_as<double>(exact, row * in.d + e));
+  if (e >= in.d || isnan(doubtful[row])) return;
+  store_as(in.out, row * in.d + e, load_as<double>(exact, row * in.d + e));
+  if (e > 0 || !in.lse.data) return;
+  store_as(in.lse, row, load_as<double>(lse, row));
+  if (in.lse_errors) in.lse_errors[row] = 0;
 }
 
 }  // namespace svel::cuda

@@ -74,11 +74,11 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
     in.counts_are_long = counts->scalar_type() == ScalarType::Long;
   }
 
-  const bool pool = !lse || in.errors;
+  const bool pool = !lse || in.lse_errors;
   Problem problem = problem_of(op, x, refs, labels.has_value(), source.has_value(), pool, given.precision);
   const Plan plan = make_plan(problem);
   const cudaStream_t stream = current_stream(x);
-  if (plan.kernel != "pool" || plan.fast || in.errors) {
+  if (plan.kernel != "pool" || plan.fast) {
     const Tensor workspace = torch::stable::new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
     return launch(op, in, plan, workspace.mutable_data_ptr(), nullptr, stream);
   }
@@ -92,9 +92,12 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   double* const times = doubtful.mutable_data_ptr<double>();
   launch(op, in, plan, workspace.mutable_data_ptr(), times, stream);
   Inputs left = in;
-  left.time_or_alpha = array_of(doubtful), left.out = array_of(exact);
+  left.time_or_alpha = array_of(doubtful), left.out = array_of(exact), left.lse_errors = nullptr;
+  MaybeTensor exact_lse;
+  if (lse) exact_lse = torch::stable::new_empty(*lse, shape_of(*lse));
+  left.lse = array_of(exact_lse);
   launch(op, left, rest, workspace.mutable_data_ptr(), nullptr, stream);
-  replace_doubtful(op, in, times, left.out, stream);
+  replace_doubtful(op, in, times, left.out, left.lse, stream);
 }
 
 ScalarType mean_dtype(const Tensor& x) {
@@ -158,7 +161,7 @@ void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_
     in.rows_each = x.size(0) / mailboxes->size(0), in.part = static_cast<int>(part);
     in.x_at = xs, in.mean_at = means, in.lse_at = lses;
   }
-  if (errors) in.errors = errors->mutable_data_ptr<double>();
+  if (errors) in.lse_errors = errors->mutable_data_ptr<double>();
   run(op, {x, refs, labels, counts, no_source, precision}, in, time_or_alpha, sigma, mean, lse);
 }
 

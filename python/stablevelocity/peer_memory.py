@@ -233,7 +233,7 @@ def _target_box(link: Link, x: tuple[int, ...], dtype: torch.dtype, scalars: lis
 
 def _results(n: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple:
     mean = torch.float64 if dtype == torch.float64 else torch.float32
-    return ((n, *shape), mean), ((n,), torch.float64), ((n, 2), torch.float64)
+    return ((n, *shape), mean), ((n,), torch.float64), ((n,), torch.float64)
 
 
 def _words(n: int, scalars: list[torch.dtype]) -> tuple:
@@ -275,7 +275,7 @@ def _target(
         return out
     doubtful = torch.empty_like(time_or_alpha)
     merge(box.addresses, *us, means_at, lses_at, home, *rest, errors_at, time_or_alpha, doubtful)
-    # Rows that these errors may have moved too far once more, all others being NaN: by kernels without such errors.
+    # Rows that these errors may have moved too far once more, all others being NaN: kernels that do not round lse.
     n, dtype = len(xs), doubtful.dtype
     again = link.mailbox("again", ((n,), dtype), *_results(n, x.shape[1:], x.dtype), _words(n, [dtype]))
     first, means, lses, *_ = again.areas

@@ -37,11 +37,11 @@ define_native(
     "bool stays, int? words) -> ()"
 )
 # How posterior_part of these rows of all processes is made: 1, by a kernel that reads each row x from the mailbox of
-# its process and leaves what it gives there; 2, by one that may round too much; 0, by others.
+# its process and leaves what it gives there; 2, by one that may round lse; 0, by others.
 define_native("part_way(Tensor x, Tensor refs, Tensor? labels, str precision) -> int")
 # posterior_part of the rows of all processes, as many of each; sigma None: at times on a path. With mailboxes, in the
-# first way: x, mean and lse are where they begin in a mailbox. Else it is in mean and lse. With errors
-# (P N, 2) float64, in the second way: how far lse may be off, and the mean beside its size.
+# first way: x, mean and lse are where they begin in a mailbox. Else it is in mean and lse. With errors (P N,) float64,
+# in the second way: how far lse may be off.
 define_native(
     "posterior_part_out(Tensor x, Tensor refs, Tensor time_or_alpha, Tensor? sigma, str path, Tensor? labels, "
     "Tensor? counts, str precision, Tensor(a!) mean, Tensor(b!) lse, Tensor? mailboxes, int part, int xs, int means, "
