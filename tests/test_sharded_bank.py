@@ -675,38 +675,6 @@ def test_many_steps_through_memory(tmp_path):
     run_processes(check_many_steps, 2, tmp_path, backend="nccl")
 
 
-def check_pool(rank, world, folder):
-    """A large pool, whose kernel rounds lse: rows between references of two parts are evaluated once more."""
-    d, m = 4096, 16_384
-    torch.manual_seed(0)
-    plain = sv.ReferenceBank((d,), capacity=m, device="cuda")
-    plain.refs.normal_()
-    plain.counts.fill_(m)
-    banks = [sv.ShardedReferenceBank((d,), capacity=m, peer_memory=way, device="cuda") for way in (True, False)]
-    for bank in banks:
-        bank.refs[0] = plain.refs[0, rank::world]
-        bank.take_counts(plain.counts, plain.heads)
-    rng = on_gpu(5, rank)
-    t = torch.tensor([0.02, 0.2, 0.5, 0.8, 0.9, 0.97, 0.99, 0.999], device="cuda").repeat(2)
-    picked = plain.refs[0, torch.randint(m, (len(t),), device="cuda", generator=rng)].float()
-    picked[:8] = (picked[:8] + plain.refs[0, torch.arange(8, device="cuda")].float()) / 2  # between two
-    x = (1 - t[:, None]) * picked + t[:, None] * torch.randn(len(t), d, device="cuda", generator=rng)
-    for prediction in ("velocity", "x0"):
-        wide = sv.Linear().target(x.double(), plain.refs[0], t.double(), prediction=prediction)
-        for bank in banks:
-            assert_close(bank.target(x, t, prediction=prediction), wide)
-    t[2] = math.nan
-    whole, part = (bank.target(x, t) for bank in (plain, banks[0]))
-    assert torch.equal(whole.isnan(), part.isnan())
-
-
-@pytest.mark.gpu
-@pytest.mark.timeout(300)
-def test_a_large_pool_on_two_gpus(tmp_path):
-    two_gpus()
-    run_processes(check_pool, 2, tmp_path, backend="nccl")
-
-
 def gpus_for_ever(peer_memory, rank, world, folder):
     bank = sv.ShardedReferenceBank((8,), 4, 16, peer_memory=peer_memory, device="cuda")
     for step in range(1_000_000):

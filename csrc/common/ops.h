@@ -49,14 +49,14 @@ void conditional_target_(const Tensor& target, const Tensor& x0, const Tensor& n
 #ifdef USE_CUDA
 // Of a bank in parts whose processes reach one another's memory (stablevelocity_kernels/ops/peers.py).
 
-int64_t part_way(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
-                 const std::string& precision);
+bool part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
+                    const std::string& precision);
 
 void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_or_alpha,
                         const MaybeTensor& sigma, const std::string& path, const MaybeTensor& labels,
                         const MaybeTensor& counts, const std::string& precision, const Tensor& mean,
                         const Tensor& lse, const MaybeTensor& mailboxes, int64_t part, int64_t xs,
-                        int64_t means, int64_t lses, const MaybeTensor& errors);
+                        int64_t means, int64_t lses);
 
 void bank_push_parts_(const Tensor& refs, const Tensor& counts, const Tensor& heads,
                       const Tensor& local_counts, const Tensor& values, const Tensor& labels,
@@ -72,12 +72,10 @@ void peers_gather_(const Tensor& mailboxes, int64_t part, double seconds, const 
                    const MaybeTensor& b, const MaybeTensor& c, const MaybeTensor& x, bool stays,
                    std::optional<int64_t> words);
 
-void peers_merge(const Tensor& mailboxes, int64_t part, double seconds, int64_t means, int64_t lses,
-                 bool home, const Tensor& out, const Tensor& x, const Tensor& counts,
-                 const MaybeTensor& rings, const MaybeTensor& a, const MaybeTensor& b, const MaybeTensor& t,
-                 const std::string& path, const std::string& prediction, const MaybeTensor& source,
-                 const MaybeTensor& source_lse, int64_t errors, const MaybeTensor& given,
-                 const MaybeTensor& doubtful);
+Tensor peers_merge(const Tensor& mailboxes, int64_t part, double seconds, int64_t means, int64_t lses,
+                   bool home, const Tensor& x, const Tensor& counts, const MaybeTensor& rings,
+                   const MaybeTensor& a, const MaybeTensor& b, const MaybeTensor& t, const std::string& path,
+                   const std::string& prediction, const MaybeTensor& source, const MaybeTensor& source_lse);
 #endif
 
 }  // namespace svel::SVEL_DEVICE

@@ -27,14 +27,7 @@ struct Merge {
   Path path;
   Prediction prediction;
   bool vectors;
-  // With lses that are not exact: where their errors begin in a mailbox, (parts n,); rows whose result these
-  // may move by too much get what is `given` for them, times or alphas, in `doubtful`, others NaN. Without
-  // (-1): those that are NaN there are left as they are.
-  int64_t errors;
-  Array given, doubtful;  // (n,) or null
 };
-
-constexpr double DOUBT = 2e-7;  // of a row's result
 
 // That part q holds nothing of what the row asks for.
 __device__ bool is_empty(const Merge& m, int q, int64_t ring) {
@@ -123,18 +116,6 @@ __device__ void merge_slice(const Merge& m, int64_t item, double* shares) {
   if (q < sets) shares[q] = exp(lse - top);
   __syncthreads();
   for (int i = 0; i < sets; ++i) sum += shares[i];
-  if (m.errors >= 0 && begin == 0) {
-    // An lse that is off by e moves its share s by s (1 - s) e, and means differ by about as much as the
-    // result.
-    double moved = 0;
-    for (int i = 0; i < parts; ++i) {
-      const double share = shares[i] / sum;
-      const double by =
-          share * (1 - share) * reinterpret_cast<const double*>(mailbox(i) + m.errors)[place(i)];
-      moved += by * by;
-    }
-    store_as(m.doubtful, row, sqrt(moved) > DOUBT ? load_as<double>(m.given, row) : NAN);
-  }
   const auto add = [&](double share, const Four<T>& mean, Four<T>& to) {
     const T weight = static_cast<T>(share / sum);
 #pragma unroll
@@ -192,25 +173,24 @@ __global__ void __launch_bounds__(THREADS, 4) merge_kernel(const Merge m) {
     await_flag(&own->done[q], round, peers, q);
   }
   __syncthreads();
-  for (int64_t item = blockIdx.x; item < m.n * m.slices; item += gridDim.x) {
-    if (m.errors < 0 && m.doubtful.data && isnan(load_as<double>(m.doubtful, item / m.slices))) continue;
-    merge_slice<T>(m, item, shares);
-  }
+  for (int64_t item = blockIdx.x; item < m.n * m.slices; item += gridDim.x) merge_slice<T>(m, item, shares);
 }
 
 }  // namespace
 
-void peers_merge(const Tensor& mailboxes, int64_t part, double seconds, int64_t means, int64_t lses,
-                 bool home, const Tensor& out, const Tensor& x, const Tensor& counts,
-                 const MaybeTensor& rings, const MaybeTensor& a, const MaybeTensor& b, const MaybeTensor& t,
-                 const std::string& path, const std::string& prediction, const MaybeTensor& source,
-                 const MaybeTensor& source_lse, int64_t errors, const MaybeTensor& given,
-                 const MaybeTensor& doubtful) {
+Tensor peers_merge(const Tensor& mailboxes, int64_t part, double seconds, int64_t means, int64_t lses,
+                   bool home, const Tensor& x, const Tensor& counts, const MaybeTensor& rings,
+                   const MaybeTensor& a, const MaybeTensor& b, const MaybeTensor& t, const std::string& path,
+                   const std::string& prediction, const MaybeTensor& source, const MaybeTensor& source_lse) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor rows = packed(x);
   const MaybeTensor own = packed(source), own_lse = packed(source_lse), y = packed(rings), first = packed(a),
-                    second = packed(b), times = packed(t), scalars = packed(given);
+                    second = packed(b), times = packed(t);
   const bool wide = x.scalar_type() == ScalarType::Double;
+  const Tensor out = torch::stable::new_empty(rows, shape_of(rows),
+                                              a || t ? x.scalar_type()
+                                              : wide ? ScalarType::Double
+                                                     : ScalarType::Float);
   Merge m{};
   m.peers = peers_of(OP, mailboxes, part, seconds);
   m.means = means, m.lses = lses, m.home = home;
@@ -223,12 +203,12 @@ void peers_merge(const Tensor& mailboxes, int64_t part, double seconds, int64_t 
   if (first) m.a = first->const_data_ptr<double>(), m.b = second->const_data_ptr<double>();
   m.t = array_of(times), m.path = path_of(path), m.prediction = prediction_of(prediction);
   m.vectors = m.d % 4 == 0 && is_aligned(m.x.data);
-  m.errors = errors, m.given = array_of(scalars), m.doubtful = array_of(doubtful);
   const auto kernel = wide ? merge_kernel<double> : merge_kernel<float>;
   const int64_t most = most_waiting_blocks(OP, x);
   const auto blocks = static_cast<unsigned>(std::min(std::max<int64_t>(1, m.n * m.slices), most));
   kernel<<<blocks, THREADS, 0, current_stream(x)>>>(m);
   check_launch(OP);
+  return out;
 }
 
 }  // namespace svel::cuda

@@ -245,7 +245,6 @@ __global__ void pool_judge_kernel(const Inputs in, const PoolArgs args, const Po
   const int slot = threadIdx.x;
   if (slot >= args.rows) return;
   const PoolRow row = rows[slot];
-  if (in.lse_errors) in.lse_errors[row.index] = row.alive ? row.logit_error : 0.0;
   const PoolSums first = left[slot * blocks];
   double out = 0, mean = 0;
   for (int i = 0; i < blocks; ++i) out += left[slot * blocks + i].out, mean += left[slot * blocks + i].mean;
@@ -255,15 +254,12 @@ __global__ void pool_judge_kernel(const Inputs in, const PoolArgs args, const Po
   doubtful[row.index] = row.alive && error > POOL_DOUBT ? load_as<double>(in.time_or_alpha, row.index) : NAN;
 }
 
-// out and lse = the exact ones where the row was doubtful. Grid: parts of d x rows.
+// out = exact where the row was doubtful. Grid: parts of d x rows.
 __global__ void __launch_bounds__(256)
-    pool_replace_kernel(const Inputs in, const double* doubtful, const Array exact, const Array lse) {
+    pool_replace_kernel(const Inputs in, const double* doubtful, const Array exact) {
   const int64_t e = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, row = blockIdx.y;
-  if (e >= in.d || isnan(doubtful[row])) return;
-  store_as(in.out, row * in.d + e, load_as<double>(exact, row * in.d + e));
-  if (e > 0 || !in.lse.data) return;
-  store_as(in.lse, row, load_as<double>(lse, row));
-  if (in.lse_errors) in.lse_errors[row] = 0;
+  if (e < in.d && !isnan(doubtful[row]))
+    store_as(in.out, row * in.d + e, load_as<double>(exact, row * in.d + e));
 }
 
 }  // namespace svel::cuda

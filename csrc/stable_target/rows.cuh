@@ -28,8 +28,6 @@ struct Inputs {                     // all arrays contiguous on the device
   const int64_t* mailboxes = nullptr;
   int64_t rows_each = 0, x_at = 0, mean_at = 0, lse_at = 0;  // bytes into each
   int part = 0;
-  // (n,) or null: how far lse may be off, which lets the pool kernel make it. 0 where others do.
-  double* lse_errors = nullptr;
 };
 
 __device__ inline int64_t owner_of(const Inputs& in, int64_t index) {

@@ -31,7 +31,7 @@ void launch(const char* op, const Inputs& in, const Plan& plan, void* workspace,
   run(op, in, plan, workspace, stream);
 }
 
-Problem problem_of(const char* op, const Tensor& x, const Tensor& refs, bool labels, bool source, bool pool,
+Problem problem_of(const char* op, const Tensor& x, const Tensor& refs, bool labels, bool source, bool lse,
                    const std::string& precision) {
   Problem problem;
   problem.n = x.size(0), problem.d = product(shape_of(x), 1);
@@ -48,7 +48,7 @@ Problem problem_of(const char* op, const Tensor& x, const Tensor& refs, bool lab
 #if !defined(SVEL_HAS_SM90A)
   problem.has_sm90a = false;
 #endif
-  problem.pool = precision == "fast" || pool;
+  problem.pool = precision == "fast" || !lse;
   return problem;
 }
 
@@ -74,8 +74,8 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
     in.counts_are_long = counts->scalar_type() == ScalarType::Long;
   }
 
-  const bool pool = !lse || in.lse_errors;
-  Problem problem = problem_of(op, x, refs, labels.has_value(), source.has_value(), pool, given.precision);
+  Problem problem =
+      problem_of(op, x, refs, labels.has_value(), source.has_value(), lse.has_value(), given.precision);
   const Plan plan = make_plan(problem);
   const cudaStream_t stream = current_stream(x);
   if (plan.kernel != "pool" || plan.fast) {
@@ -92,12 +92,9 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   double* const times = doubtful.mutable_data_ptr<double>();
   launch(op, in, plan, workspace.mutable_data_ptr(), times, stream);
   Inputs left = in;
-  left.time_or_alpha = array_of(doubtful), left.out = array_of(exact), left.lse_errors = nullptr;
-  MaybeTensor exact_lse;
-  if (lse) exact_lse = torch::stable::new_empty(*lse, shape_of(*lse));
-  left.lse = array_of(exact_lse);
+  left.time_or_alpha = array_of(doubtful), left.out = array_of(exact);
   launch(op, left, rest, workspace.mutable_data_ptr(), nullptr, stream);
-  replace_doubtful(op, in, times, left.out, left.lse, stream);
+  replace_doubtful(op, in, times, left.out, stream);
 }
 
 ScalarType mean_dtype(const Tensor& x) {
@@ -134,21 +131,17 @@ std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, c
                       ScalarType::Double);
 }
 
-int64_t part_way(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
-                 const std::string& precision) {
-  const auto plan = [&](bool pool) {
-    return make_plan(problem_of("posterior_part", x, refs, labels.has_value(), false, pool, precision));
-  };
-  const Plan first = plan(true);
-  if (first.kernel == "pool" && !first.fast) return 2;
-  return plan(false).kernel == "bulk" ? 1 : 0;
+bool part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
+                    const std::string& precision) {
+  return make_plan(problem_of("posterior_part", x, refs, labels.has_value(), false, true, precision))
+             .kernel == "bulk";
 }
 
 void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_or_alpha,
                         const MaybeTensor& sigma, const std::string& path, const MaybeTensor& labels,
                         const MaybeTensor& counts, const std::string& precision, const Tensor& mean,
                         const Tensor& lse, const MaybeTensor& mailboxes, int64_t part, int64_t xs,
-                        int64_t means, int64_t lses, const MaybeTensor& errors) {
+                        int64_t means, int64_t lses) {
   const char* const op = "posterior_part";
   check_posterior_part(x, refs, time_or_alpha, sigma ? *sigma : time_or_alpha, labels, counts, precision);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -161,7 +154,6 @@ void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_
     in.rows_each = x.size(0) / mailboxes->size(0), in.part = static_cast<int>(part);
     in.x_at = xs, in.mean_at = means, in.lse_at = lses;
   }
-  if (errors) in.lse_errors = errors->mutable_data_ptr<double>();
   run(op, {x, refs, labels, counts, no_source, precision}, in, time_or_alpha, sigma, mean, lse);
 }
 

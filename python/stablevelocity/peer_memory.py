@@ -113,7 +113,6 @@ class Link:
         self.gather(self.mailbox("meeting"))
 
 
-_HOME, _ROUNDS = 1, 2  # of part_way
 _NUMBERS = itertools.count()
 _LINKS: weakref.WeakValueDictionary[str, Link] = weakref.WeakValueDictionary()
 
@@ -199,7 +198,7 @@ def _draw(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, i
     own, at = served[0]
     if send and t is not None and own.dtype != torch.float64:  # x_t is float32: it is what the target will be given
         scalars = [t.dtype] if labels is None else [t.dtype, torch.int64]
-        xs = _target_box(link, (len(u), *own.shape[2:]), torch.float32, scalars).areas[-5]
+        xs = _target_box(link, (len(u), *own.shape[2:]), torch.float32, scalars).areas[-4]
         also = xs[link.part * len(u) :][: len(u)]
     draw, about = torch.ops.svel.bank_draw_parts, (counts, u, labels)
     x0, slot, x_t, t_set = draw(at, capacity, own, *about, fallback, noise, t, path, t_min, also)
@@ -225,19 +224,13 @@ def _draw_fake(order, counts, u, labels, fallback, noise, t, path, t_min, capaci
 
 
 def _target_box(link: Link, x: tuple[int, ...], dtype: torch.dtype, scalars: list[torch.dtype]) -> Mailbox:
-    """Of a target of rows of shape x here: scalars and x; over the part mean, lse and its errors; words for scalars."""
+    """Of a target of rows of shape x here: scalars and x; mean and lse over the part; words for the scalars."""
     n = link.parts * x[0]
+    rows, mean = (n, *x[1:]), torch.float64 if dtype == torch.float64 else torch.float32
+    words = n * sum(-(-scalar.itemsize // 4) for scalar in scalars)
     given = [((n,), scalar) for scalar in scalars]
-    return link.mailbox("target", *given, ((n, *x[1:]), dtype), *_results(n, x[1:], dtype), _words(n, scalars))
-
-
-def _results(n: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple:
-    mean = torch.float64 if dtype == torch.float64 else torch.float32
-    return ((n, *shape), mean), ((n,), torch.float64), ((n,), torch.float64)
-
-
-def _words(n: int, scalars: list[torch.dtype]) -> tuple:
-    return (n * sum(-(-scalar.itemsize // 4) for scalar in scalars),), torch.int64
+    results = (rows, mean), ((n,), torch.float64)
+    return link.mailbox("target", *given, (rows, dtype), *results, ((words,), torch.int64))
 
 
 def _target(
@@ -248,18 +241,15 @@ def _target(
     if any(given.shape != x.shape[:1] for given in about):
         raise ValueError(f"t, labels: expected shape (N,) = ({len(x)},), got {[tuple(given.shape) for given in about]}")
     box = _target_box(link, tuple(x.shape), x.dtype, [given.dtype for given in about])
-    *asked, xs, means, lses, errors, _ = box.areas
-    *_, xs_at, means_at, lses_at, errors_at, words = box.at
+    *asked, xs, means, lses, _ = box.areas
+    *_, xs_at, means_at, lses_at, words = box.at
     refs = link.served[0][0] if rings is not None else link.served[0][0][0]
     labels = asked.pop() if rings is not None else None
-    first, second = (*asked, None)[:2]
-    way = torch.ops.svel.part_way(xs, refs, labels, precision)
-    home, rounds = way == _HOME, way == _ROUNDS
+    scalars = (*asked, None)[:2]
+    home = torch.ops.svel.part_goes_home(xs, refs, labels, precision)
     link.gather(box, *about, x=None if home and sent else x, stays=home, words=words)
-    evaluate, us = torch.ops.svel.posterior_part_out, (link.part, link.seconds)
-    over = labels, local_counts, precision
     to = box.addresses if home else None, link.part, xs_at, means_at, lses_at
-    evaluate(xs, refs, first, second, path, *over, means, lses, *to, errors if rounds else None)
+    torch.ops.svel.posterior_part_out(xs, refs, *scalars, path, labels, local_counts, precision, means, lses, *to)
     lse = None
     if source is not None:  # one part more, of one reference to a row
         alpha = time_or_alpha
@@ -267,23 +257,9 @@ def _target(
             alpha, sigma = path_coefficients(path, clamp_time(time_or_alpha.double()))[:2]
         each = torch.arange(len(x), device=x.device)
         lse = posterior_part(x, source[:, None], alpha, sigma, each)[1]
-    out = _target_fake(order, x, None, None, None, None, None, a, b, source, path, prediction, precision, sent, None)
-    rest = out, x, counts, rings, a, b, time_or_alpha if path else None, path, prediction, source, lse
-    merge = torch.ops.svel.peers_merge
-    if not rounds:
-        merge(box.addresses, *us, means_at, lses_at, home, *rest, -1, None, None)
-        return out
-    doubtful = torch.empty_like(time_or_alpha)
-    merge(box.addresses, *us, means_at, lses_at, home, *rest, errors_at, time_or_alpha, doubtful)
-    # Rows that these errors may have moved too far once more, all others being NaN: kernels that do not round lse.
-    n, dtype = len(xs), doubtful.dtype
-    again = link.mailbox("again", ((n,), dtype), *_results(n, x.shape[1:], x.dtype), _words(n, [dtype]))
-    first, means, lses, *_ = again.areas
-    _, means_at, lses_at, _, words = again.at
-    link.gather(again, doubtful, words=words)
-    evaluate(xs, refs, first, second, path, *over, means, lses, None, link.part, 0, 0, 0, None)
-    merge(again.addresses, *us, means_at, lses_at, home, *rest, -1, None, doubtful)
-    return out
+    on = time_or_alpha if path else None, path, prediction
+    us, parts = (box.addresses, link.part, link.seconds), (means_at, lses_at, home)
+    return torch.ops.svel.peers_merge(*us, *parts, x, counts, rings, a, b, *on, source, lse)
 
 
 def _target_fake(

@@ -36,24 +36,21 @@ define_native(
     "peers_gather_(Tensor mailboxes, int part, float seconds, Tensor? a, Tensor? b, Tensor? c, Tensor? x, "
     "bool stays, int? words) -> ()"
 )
-# How posterior_part of these rows of all processes is made: 1, by a kernel that reads each row x from the mailbox of
-# its process and leaves what it gives there; 2, by one that may round lse; 0, by others.
-define_native("part_way(Tensor x, Tensor refs, Tensor? labels, str precision) -> int")
-# posterior_part of the rows of all processes, as many of each; sigma None: at times on a path. With mailboxes, in the
-# first way: x, mean and lse are where they begin in a mailbox. Else it is in mean and lse. With errors (P N,) float64,
-# in the second way: how far lse may be off.
+# Whether posterior_part of these rows of all processes is a kernel that reads each row x from the mailbox of its
+# process and leaves what it gives there.
+define_native("part_goes_home(Tensor x, Tensor refs, Tensor? labels, str precision) -> bool")
+# posterior_part of the rows of all processes, as many of each; sigma None: at times on a path. With mailboxes it goes
+# home: x, mean and lse are where they begin in a mailbox. Else it is in mean and lse.
 define_native(
     "posterior_part_out(Tensor x, Tensor refs, Tensor time_or_alpha, Tensor? sigma, str path, Tensor? labels, "
     "Tensor? counts, str precision, Tensor(a!) mean, Tensor(b!) lse, Tensor? mailboxes, int part, int xs, int means, "
-    "int lses, Tensor(c!)? errors) -> ()"
+    "int lses) -> ()"
 )
 # What all parts gave for the own rows, `means` and `lses` bytes into the mailboxes, merged; with a and b (N,) float64,
 # or times t (N,) from which they follow, a x + b mean. home: it is in the own mailbox, else in those of the parts. Ends
-# the round that a gather began. source: one reference more for each row. errors: where these begin, else -1; then
-# `doubtful` (N,) gets what is given for the rows whose result they may move too far, NaN for the others. Without errors
-# the rows that are NaN there are left as they are.
+# the round that a gather began. source: one reference more for each row.
 define_native(
-    "peers_merge(Tensor mailboxes, int part, float seconds, int means, int lses, bool home, Tensor(a!) out, Tensor x, "
-    "Tensor counts, Tensor? rings, Tensor? a, Tensor? b, Tensor? t, str path, str prediction, Tensor? source, "
-    "Tensor? source_lse, int errors, Tensor? given, Tensor(b!)? doubtful) -> ()"
+    "peers_merge(Tensor mailboxes, int part, float seconds, int means, int lses, bool home, Tensor x, Tensor counts, "
+    "Tensor? rings, Tensor? a, Tensor? b, Tensor? t, str path, str prediction, Tensor? source, Tensor? source_lse) -> "
+    "Tensor"
 )

@@ -43,8 +43,8 @@ def _loaded():
         svel.bank_push_parts_(refs, *counts, rows, labels, False, 1, at, address, 0, PATIENCE)
         svel.peers_gather_(address, 0, PATIENCE, labels, labels.half(), labels.float(), rows, False, None)
         svel.peers_gather_(address, 0, PATIENCE, labels, None, None, None, False, 2048)
-        about = rows.to(dtype), rows.to(dtype), counts[0], None, None, None, None, "", "x0", None, None
-        svel.peers_merge(address, 0, PATIENCE, 512, 1024, True, *about, -1, None, None)
+        about = rows.to(dtype), counts[0], None, None, None, None, "", "x0", None, None
+        svel.peers_merge(address, 0, PATIENCE, 512, 1024, True, *about)
     torch.cuda.synchronize()
 
 
@@ -185,7 +185,7 @@ def test_merged_parts_are_the_whole(d, dtype, with_source, path):
     row_bytes = PARTS * n * d * dtype.itemsize
     xs, means, lses = 512, 512 + -(-row_bytes // 256) * 256, 512 + 2 * (-(-row_bytes // 256) * 256)
     boxes, addresses = mailboxes(lses + PARTS * n * 8)
-    home = svel.part_way(x, parts[0][0], labels, "exact") == 1
+    home = svel.part_goes_home(x, parts[0][0], labels, "exact")
     assert home == (d >= 40 and dtype == torch.float32)  # the kernel that reads from the other processes
     for part, box in enumerate(boxes):  # each x where its process is, and nowhere else
         box[xs : xs + row_bytes].view(dtype).fill_(torch.nan)
@@ -197,7 +197,7 @@ def test_merged_parts_are_the_whole(d, dtype, with_source, path):
         lse = box[lses:].view(torch.float64)
         scalars = (t, None, path) if path else (alpha, sigma, path)
         about = labels, local_counts, "exact", mean, lse
-        svel.posterior_part_out(here, own, *scalars, *about, addresses if home else None, part, xs, means, lses, None)
+        svel.posterior_part_out(here, own, *scalars, *about, addresses if home else None, part, xs, means, lses)
     source = torch.randn(PARTS * n, d, device="cuda", generator=rng).to(dtype) if with_source else None
     whole = posterior_part(x, refs, alpha, sigma, labels, counts)
     expected = whole[0]
@@ -218,10 +218,8 @@ def test_merged_parts_are_the_whole(d, dtype, with_source, path):
             factors = (None, None) if path or mean_alone else (a[mine], b[mine])
             own = [None if given is None else given[mine] for given in (source, own_lse)]
             on = t[mine] if path else None, path, "velocity"
-            out = torch.full_like(x[mine], torch.nan)
-            about = out, x[mine], counts, labels[mine], *factors, *on, *own
-            svel.peers_merge(addresses, part, PATIENCE, means, lses, home, *about, -1, None, None)
-            return out
+            about = x[mine], counts, labels[mine], *factors, *on, *own
+            return svel.peers_merge(addresses, part, PATIENCE, means, lses, home, *about)
 
         out = torch.cat(all_parts(merged))
         wanted = expected if mean_alone else a[:, None] * x + b[:, None] * expected
