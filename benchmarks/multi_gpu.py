@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,11 +26,13 @@ from pathlib import Path
 import stablevelocity as sv
 import torch
 import torch.distributed as dist
+from stablevelocity import peer_memory
+from stablevelocity.sharded_bank import compare
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from scaling import exchanged, floor_exchanged
+from scaling import exchanged, floor_exchanged, through_memory
 
 from stablevelocity_kernels import backends
 from stablevelocity_kernels.testing import TOLERANCE, relative_error
@@ -121,11 +125,40 @@ class Bench:
                 samples.append(begin.elapsed_time(end) / 1e3)
         return self.slowest(statistics.median(samples))
 
+    def link_bytes(self, call: Callable[[], object], repeats: int = 100) -> float | None:
+        """What a GPU sends over its links in a call, by the driver's counters; None where there are none."""
+        ready, counts = self.capture(call), []
+        for repeat in (0, repeats):
+            for _ in range(repeat):
+                ready()
+            if self.cuda:
+                torch.cuda.synchronize()
+            dist.barrier()
+            counts.append(_link_counter(self.device))
+            dist.barrier()
+        sent = -1.0 if None in counts else (counts[1] - counts[0]) / repeats
+        most = self.slowest(sent)
+        return None if most <= 0 else most
+
     def measure(self, calls: dict[str, Callable[[], object]], repeats: int | None = None) -> dict[str, float]:
         """Seconds of each call, the median of three rounds over all of them."""
         ready = {name: self.capture(call) for name, call in calls.items()}
         rounds = [{name: self.times(call, repeats) for name, call in ready.items()} for _ in range(3)]
         return {name: statistics.median(r[name] for r in rounds) for name in calls}
+
+
+def _link_counter(device: torch.device) -> int | None:
+    """Bytes that a GPU has sent over NVLink so far."""
+    if device.type != "cuda":
+        return None
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", "nvlink", "-gt", "d", "-i", f"GPU-{uuid}"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.findall(r"Tx: (\d+) KiB", said)
+    return 1024 * sum(map(int, found)) if found else None
 
 
 def times_above(low: float) -> Callable[[int, torch.device, torch.Generator | None], Tensor]:
@@ -171,8 +204,8 @@ def class_bank(bench: Bench) -> dict:
         ring.normal_()
     plain.counts.fill_(s.capacity)
     banks, several = {"one GPU": plain}, f"{bench.world} GPUs"
-    for name, portions in ((several, 1), (f"{several}, 2 portions", 2)):
-        banks[name] = sv.ShardedReferenceBank((s.d,), s.classes, s.capacity, portions=portions, device=bench.device)
+    for name, options in ((several, {}), (f"{several}, collectives", {"peer_memory": False})):
+        banks[name] = sv.ShardedReferenceBank((s.d,), s.classes, s.capacity, device=bench.device, **options)
         cut(plain, banks[name])
 
     torch.manual_seed(1 + bench.rank)
@@ -188,9 +221,9 @@ def class_bank(bench: Bench) -> dict:
     steps = {
         name: sv.StableVMObjective(bank, times=times_above(T_LOW), t_min=T_LOW).sample for name, bank in banks.items()
     }
-    if bench.compiled:  # on one GPU the kernels are fused already
-        for calls in (targets, steps):
-            calls[f"{several}, compiled"] = torch.compile(calls[several], fullgraph=True, dynamic=False)
+    if bench.compiled:
+        for name in ("one GPU", several):
+            steps[f"{name}, compiled"] = torch.compile(steps[name], fullgraph=True, dynamic=False)
     errors = {
         name: check(bench, f"class bank, {name}", target(x_t, t, given)[few], expected)
         for name, target in targets.items()
@@ -210,10 +243,16 @@ def class_bank(bench: Bench) -> dict:
         "step_seconds": step,
         "beside_a_model": beside_a_model(bench, plain, x0, labels),
         "bytes_target": {
-            "sent": exchanged(bench.world, s.rows, s.d)["target"],
+            "sent": through_memory(bench.world, s.rows, s.d)["target"],
+            "counted": bench.link_bytes(lambda: targets[several](x_t, t, given)),
+            "sent_by_collectives": exchanged(bench.world, s.rows, s.d)["target"],
             "floor": floor_exchanged(bench.world, s.rows, s.d),
         },
-        "bytes_step": {"sent": sum(exchanged(bench.world, s.rows, s.d).values())},
+        "bytes_step": {
+            "sent": sum(through_memory(bench.world, s.rows, s.d).values()),
+            "counted": bench.link_bytes(lambda: steps[several](x0, labels)),
+            "sent_by_collectives": sum(exchanged(bench.world, s.rows, s.d).values()),
+        },
     }
 
 
@@ -295,22 +334,27 @@ def pool(bench: Bench) -> dict:
         "errors": errors,
         "seconds": seconds,
         "bytes": {
-            "sent": exchanged(bench.world, n // bench.world, s.d)["target"],
+            "sent": through_memory(bench.world, n // bench.world, s.d)["target"],
+            "sent_by_collectives": exchanged(bench.world, n // bench.world, s.d)["target"],
             "floor": floor_exchanged(bench.world, n // bench.world, s.d),
         },
     }
 
 
 def link(bench: Bench) -> list[dict[str, float]]:
-    """Seconds of an all-gather and an all-to-all by the bytes that a process sends."""
+    """Seconds of an all-gather and an all-to-all by the bytes that a process sends; and of a gather through memory."""
     found = []
+    peers = peer_memory.connect(dist.group.WORLD, bench.device, compare)
     for size in (1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 24, 1 << 27):
-        own = torch.zeros(size, dtype=torch.uint8, device=bench.device)
-        whole, back = (torch.empty(size * bench.world, dtype=torch.uint8, device=bench.device) for _ in range(2))
+        own = torch.zeros(size // 4, device=bench.device)
+        whole, back = (torch.empty(size // 4 * bench.world, device=bench.device) for _ in range(2))
         calls = {
             "all_gather": lambda own=own, whole=whole: dist.all_gather_into_tensor(whole, own),
             "all_to_all": lambda whole=whole, back=back: dist.all_to_all_single(back, whole),
         }
+        if peers is not None:
+            box = peers.mailbox("link", (tuple(whole.shape), whole.dtype))
+            calls["peer_memory"] = lambda own=own, box=box: peers.gather(box, own)
         found.append({"bytes": size * (bench.world - 1)} | bench.measure(calls))
         if not bench.cuda and size >= 1 << 16:
             break
@@ -329,15 +373,17 @@ def report(bench: Bench, found: dict) -> None:
     ms = 1e3
 
     def share(seconds: dict[str, float], name: str) -> str:
-        return f"{100 * seconds['one GPU'] / seconds[name]:.0f} %"
+        one = "one GPU, compiled" if name.endswith(", compiled") else "one GPU"
+        return f"{100 * seconds[one] / seconds[name]:.0f} %"
 
     bench.say(f"\n{found['device']} · torch {found['torch']} · backends {found['backends']}\n")
     bench.say(f"| class bank, {bank['rows']} rows a GPU | target | efficiency | push, draw, target | efficiency |")
     bench.say("| --- | --- | --- | --- | --- |")
-    for name in bank["target_seconds"]:
+    for name in bank["step_seconds"]:
         cells = []
         for key in ("target_seconds", "step_seconds"):
-            cells += [f"{ms * bank[key][name]:.3f} ms", share(bank[key], name)]
+            known = name in bank[key]  # a target alone is not compiled: it is one operator
+            cells += [f"{ms * bank[key][name]:.3f} ms", share(bank[key], name)] if known else ["", ""]
         bench.say(f"| {name} | {' | '.join(cells)} |")
     bench.say("\n| beside a model | a step | efficiency |\n| --- | --- | --- |")
     for name, value in bank["beside_a_model"].items():
@@ -351,10 +397,14 @@ def report(bench: Bench, found: dict) -> None:
         bench.say(f"| {name} | {ms * value:.3f} ms | {seconds['one GPU'] / value:.2f} |")
     bench.say("\n| a GPU sends | bytes | floor | ratio |\n| --- | --- | --- | --- |")
     for name, sent in (("class bank, target", bank["bytes_target"]), ("pool", big["bytes"])):
-        bench.say(f"| {name} | {sent['sent']:,} | {sent['floor']:,} | {sent['sent'] / max(1, sent['floor']):.4f} |")
-    bench.say("\n| bytes sent | all-gather | all-to-all |\n| --- | --- | --- |")
+        for how in ("sent", "sent_by_collectives", "counted"):
+            if sent.get(how):
+                ratio = sent[how] / max(1, sent["floor"])
+                bench.say(f"| {name}, {how.replace('_', ' ')} | {sent[how]:,.0f} | {sent['floor']:,} | {ratio:.3f} |")
+    ways = [key for key in found["link"][0] if key != "bytes"]
+    bench.say(f"\n| bytes sent | {' | '.join(ways)} |\n| --- |{' --- |' * len(ways)}")
     for row in found["link"]:
-        bench.say(f"| {row['bytes']:,} | {1e6 * row['all_gather']:.1f} µs | {1e6 * row['all_to_all']:.1f} µs |")
+        bench.say(f"| {row['bytes']:,} | {' | '.join(f'{1e6 * row[way]:.1f} µs' for way in ways)} |")
     errors = [*bank["errors"].values(), *big["errors"].values()]
     bench.say(f"\nrelative error at most {max(errors):.1e} ({several}: {big['errors'][several]:.1e} over the pool)")
     bench.say(f"{time.perf_counter() - bench.began:.0f} s in all")

@@ -29,7 +29,9 @@ class Machine:
     read: float = 2.4e12  # references of a class bank
     pairs: float = 2.5e12  # (value of a row) x (value of a reference), each two multiply-adds, of a pool in float32
     link: float = 300e9  # bytes a GPU sends within a host
-    link_latency: float = 15e-6  # of a collective within a host
+    link_latency: float = 15e-6  # of an exchange within a host
+    exchanges: int = 3  # within a host, that wait for one another: 2 through memory, 3 collectives
+    collective_latency: float = 20e-6  # of each of the 3 between hosts, without its hops
     host: int = 8  # GPUs of a host
     # Between hosts: assumed, since this needs more than one to measure.
     network: float = 40e9  # bytes a GPU sends between hosts: 400 Gb/s at 80 %
@@ -92,6 +94,20 @@ def exchanged(gpus: int, rows: int, d: int, stored: int = 2) -> dict[str, int]:
     }
 
 
+def through_memory(gpus: int, rows: int, d: int, stored: int = 2) -> dict[str, int]:
+    """The same through the memory of GPUs of one host: what a GPU writes to others, or they read from it.
+
+    The least: the kernel of class banks reads an x_t anew in every group of threads that evaluates the row.
+    """
+    others = gpus - 1
+    return {
+        # labels to all; a row to its slot in its own ring and in the last one, of which 1 / P are here
+        "push": others * rows * 8 + 2 * others * rows * stored * d // gpus,
+        "draw": others * rows * stored * d // gpus,
+        "target": others * rows * (8 * d + 20),  # x_t, time and ring; means and lse
+    }
+
+
 def floor_exchanged(gpus: int, rows: int, d: int) -> int:
     """Bytes of a target without which no part could see a float32 row and give back its float32 mean."""
     return (gpus - 1) * rows * 8 * d
@@ -110,13 +126,16 @@ def cost(machine: Machine, work: Work, *, over_everything: bool) -> Cost:
     hosts = -(-work.gpus // machine.host)
     sent = exchanged(work.gpus, rows, work.d)["target"]
     outside = max(0, work.gpus - machine.host) / max(1, work.gpus - 1)
-    collectives = 0 if work.gpus == 1 else 3
+    if hosts > 1:
+        latency = 3 * (machine.collective_latency + (hosts - 1) * machine.network_latency)
+    else:
+        latency = 0 if work.gpus == 1 else machine.exchanges * machine.link_latency
     return Cost(
         read=machine.call + read / machine.read,
         arithmetic=machine.call + pairs / machine.pairs,
         link=(1 - outside) * sent / machine.link,
         network=outside * sent / machine.network,
-        latency=collectives * (machine.link_latency + (hosts - 1) * machine.network_latency),
+        latency=latency,
     )
 
 
@@ -126,7 +145,9 @@ def cost(machine: Machine, work: Work, *, over_everything: bool) -> Cost:
 def fit(found: dict) -> Machine:
     """The constants that benchmarks/multi_gpu.py measured; those between hosts stay as they are."""
     bank, pool, machine = found["class_bank"], found["pool"], Machine()
-    times = [(row["bytes"], max(row["all_gather"], row["all_to_all"])) for row in found["link"]]
+    collectives = [(row["bytes"], max(row["all_gather"], row["all_to_all"])) for row in found["link"]]
+    memory = [(row["bytes"], row["peer_memory"]) for row in found["link"] if "peer_memory" in row]
+    times = memory or collectives
     latency, (most, longest) = times[0][1], times[-1]
     return replace(
         machine,
@@ -135,6 +156,8 @@ def fit(found: dict) -> Machine:
         pairs=pool["rows"] * pool["references"] * pool["d"] / pool["seconds"]["one GPU"],
         link=most / max(1e-9, longest - latency),
         link_latency=latency,
+        exchanges=2 if memory else 3,
+        collective_latency=collectives[0][1],
     )
 
 
@@ -176,11 +199,15 @@ GPUS, REFERENCES, SIZES = (8, 64, 512), (10**6, 10**8, 10**9), (4_096, 65_536)
 
 def constants(machine: Machine) -> Iterator[str]:
     yield f"Constants: {machine.name}.\n"
-    yield "| references read | pairs | link | link latency | network (assumed) | network hop (assumed) | a call |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    yield (
+        "| references read | pairs | link | an exchange within a host | a collective | network (assumed) | "
+        "network hop (assumed) | a call |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     yield (
         f"| {machine.read / 1e12:.2f} TB/s | {machine.pairs / 1e12:.2f}e12 /s | {machine.link / 1e9:.0f} GB/s | "
-        f"{seconds(machine.link_latency)} | {machine.network / 1e9:.0f} GB/s | {seconds(machine.network_latency)} | "
+        f"{seconds(machine.link_latency)} | {seconds(machine.collective_latency)} | "
+        f"{machine.network / 1e9:.0f} GB/s | {seconds(machine.network_latency)} | "
         f"{seconds(machine.call)} |"
     )
 

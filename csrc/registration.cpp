@@ -76,4 +76,12 @@ STABLE_TORCH_LIBRARY_IMPL(svel, CPU, m) {
   SVEL_IMPL(bank_push_);
   SVEL_IMPL(bank_draw);
   SVEL_IMPL(conditional_target_);
+#ifdef USE_CUDA
+  SVEL_IMPL(part_goes_home);
+  SVEL_IMPL(posterior_part_out);
+  SVEL_IMPL(bank_push_parts_);
+  SVEL_IMPL(bank_draw_parts);
+  SVEL_IMPL(peers_gather_);
+  SVEL_IMPL(peers_merge);
+#endif
 }

@@ -44,7 +44,7 @@ def test_what_the_model_says():
 
 
 def test_the_fit_gives_back_the_constants_of_a_machine_that_is_the_model():
-    true = Machine(read=3e12, pairs=4e12, link=250e9, link_latency=12e-6)
+    true = Machine(read=3e12, pairs=4e12, link=250e9, link_latency=12e-6, exchanges=2, collective_latency=21e-6)
     bank = {"rows": 256, "classes": 1001, "capacity": 256, "d": 4096}
     bytes_read = 210 * 256 * 4096 * 2
     pool = {"rows": 26, "references": 1_280_000, "d": 4096}
@@ -53,7 +53,12 @@ def test_the_fit_gives_back_the_constants_of_a_machine_that_is_the_model():
         "device": "a GPU",
         "world": 2,
         "link": [
-            {"bytes": 1 << k, "all_gather": 12e-6 + (1 << k) / 250e9, "all_to_all": 11e-6 + (1 << k) / 250e9}
+            {
+                "bytes": 1 << k,
+                "all_gather": 21e-6 + (1 << k) / 200e9,
+                "all_to_all": 20e-6 + (1 << k) / 200e9,
+                "peer_memory": 12e-6 + (1 << k) / 250e9,
+            }
             for k in (4, 20, 27)
         ],
         "class_bank": bank
@@ -64,8 +69,13 @@ def test_the_fit_gives_back_the_constants_of_a_machine_that_is_the_model():
         "pool": pool | {"seconds": {"one GPU": alone, "2 GPUs": alone / 1.9}},
     }
     fitted = fit(json.loads(json.dumps(found)))
-    for name in ("read", "pairs", "link", "link_latency"):
+    for name in ("read", "pairs", "link", "link_latency", "exchanges", "collective_latency"):
         assert getattr(fitted, name) == pytest.approx(getattr(true, name), rel=1e-2), name
+    for row in found["link"]:
+        del row["peer_memory"]
+    by_collectives = fit(found)
+    assert by_collectives.exchanges == 3
+    assert by_collectives.link_latency == pytest.approx(21e-6, rel=1e-2)
     text = tables(fitted, found)
     assert "| pool | " in text
     assert "a GPU, fitted to 2 of them" in text

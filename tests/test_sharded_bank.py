@@ -1,5 +1,6 @@
 """The bank in parts against one bank that holds everything, on 1, 2 and 4 processes; and what a lost process does."""
 
+import functools
 import math
 import os
 import signal
@@ -467,13 +468,22 @@ def test_one_process_with_other_rows_ends_with_an_error(tmp_path):
 # --- on GPUs
 
 
-def check_on_gpus(rank, world, folder):
+def two_gpus():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+
+
+def on_gpu(seed, rank):
+    return torch.Generator("cuda").manual_seed(100 * seed + rank)
+
+
+def check_on_gpus(peer_memory, rank, world, folder):
     """Equal to one bank, with no wait for the device; then the step in a CUDA graph, and compiled."""
     d, n = 1024, 24
     plain = sv.ReferenceBank((d,), CLASSES, 9, track_indices=True, device="cuda")
-    sharded, replayed, compiled = (
-        sv.ShardedReferenceBank((d,), CLASSES, 9, track_indices=True, device="cuda") for _ in range(3)
-    )
+    options = {"track_indices": True, "peer_memory": peer_memory, "device": "cuda"}
+    sharded, replayed, compiled = (sv.ShardedReferenceBank((d,), CLASSES, 9, **options) for _ in range(3))
+    assert (sharded.link is not None) == peer_memory
     rng = torch.Generator("cuda").manual_seed(0)
 
     def batch(step):
@@ -509,6 +519,9 @@ def check_on_gpus(rank, world, folder):
         for name in ("x_t", "t", "labels", "x0", "noise"):
             assert torch.equal(getattr(draw, name), getattr(expected, name)), name
         assert_close(draw.target, expected.target)
+        drawn, wanted = (bank.draw(mine[1], generator=on_gpu(step, rank)) for bank in (sharded, plain))
+        assert equal(drawn.x0, wanted.x0)
+        assert torch.equal(drawn.index, wanted.index)
         for target, source in zip(static, mine, strict=True):
             target.copy_(source)
         graph.replay()
@@ -521,7 +534,7 @@ def check_on_gpus(rank, world, folder):
             assert_close(made.target[over], wanted[over])
     assert_same_rings(plain, sharded, rank, world)
     sharded.save(f"{folder}/saved")
-    other = sv.ShardedReferenceBank((d,), CLASSES, 9, track_indices=True, device="cuda")
+    other = sv.ShardedReferenceBank((d,), CLASSES, 9, **options)
     other.load(f"{folder}/saved")
     assert_same_rings(plain, other, rank, world)
     del graph
@@ -529,10 +542,164 @@ def check_on_gpus(rank, world, folder):
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)  # the inductor compiles the whole step
-def test_two_gpus(tmp_path):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    run_processes(check_on_gpus, 2, tmp_path, deadline=580, backend="nccl")
+@pytest.mark.parametrize("peer_memory", [True, False])
+def test_two_gpus(tmp_path, peer_memory):
+    two_gpus()
+    run_processes(functools.partial(check_on_gpus, peer_memory), 2, tmp_path, deadline=580, backend="nccl")
+
+
+def check_peers_as_collectives(rank, world, folder):
+    """Rings, draws and targets of both ways: odd sizes, float64, a source, empty and partly filled rings, no rows."""
+    for shape, capacity, null, dtype, work in (
+        ((3, 5), 5, "ring", torch.float16, torch.float32),
+        ((257,), 1, "all", torch.float64, torch.float64),
+        ((2050,), 6, "all", torch.bfloat16, torch.float16),
+        ((4096,), 7, "all", torch.float16, torch.float32),
+        ((1000,), 6, "ring", torch.bfloat16, torch.float16),
+        ((20_000,), 3, "ring", torch.float32, torch.float32),
+    ):
+        options = {"null": null, "dtype": dtype, "track_indices": True, "device": "cuda"}
+        banks = [sv.ShardedReferenceBank(shape, CLASSES, capacity, peer_memory=way, **options) for way in (True, False)]
+        rng = on_gpu(3, rank)
+        labels = torch.arange(CLASSES + 1, device="cuda").repeat(3)
+        n = len(labels)
+        for step in range(4):
+            x, noise = (torch.randn(n, *shape, device="cuda", generator=rng).to(work) for _ in range(2))
+            x[1, 0] = math.nan
+            t = torch.rand(n, device="cuda", generator=rng)
+            t[3] = math.nan
+            results = []
+            for bank in banks:
+                drawn = bank.draw(labels, generator=on_gpu(step, rank))
+                mixed = bank.mixture(t, noise, labels, x, generator=on_gpu(step, rank))
+                alone = x[:0], t[:0], labels[:0]
+                nobody = bank.target(*alone), bank.draw(labels[:0]).x0
+                given = [{}, {"source": noise}, {"prediction": "x0"}, {"interpolant": "cosine", "prediction": "noise"}]
+                given += [{"interpolant": Shifted()}, {"interpolant": Shifted(), "source": noise}]
+                targets = [bank.target(x, t, labels, **options) for options in given]
+                wide = bank.target(x.double(), t.double(), labels)
+                mean = bank.posterior_mean(x, 1 - t, t, bank.groups(labels))
+                results.append((drawn.x0, drawn.index, *mixed, *nobody, *targets, wide, mean))
+            for i, (one, other) in enumerate(zip(*results, strict=True)):
+                assert (one.dtype, one.shape) == (other.dtype, other.shape)
+                assert torch.equal(one.isnan(), other.isnan()), (shape, i, step)
+                if i < 7:
+                    assert equal(one, other), (shape, i, step)
+                else:
+                    assert_close(one.nan_to_num(), other.nan_to_num())
+            pushed = torch.randint(-1, CLASSES, (5 + step,), device="cuda", generator=rng)  # class -1 is nobody's
+            values = torch.randn(5 + step, *shape, device="cuda", generator=rng)
+            index = torch.arange(5 + step, device="cuda") + 100 * rank + 1000 * step
+            for bank in banks:
+                bank.push(values, pushed, index)
+            for name in ("counts", "heads", "local_counts", "refs", "indices"):
+                assert torch.equal(*(getattr(bank, name) for bank in banks)), (name, step)
+    data = torch.randn(30, 20_000), torch.arange(30) % CLASSES
+    for bank in banks:
+        assert bank.prefill(data, generator=torch.Generator().manual_seed(1)) == 1.0
+    assert torch.equal(banks[0].refs, banks[1].refs)
+    moved = banks[0].cpu().cuda()
+    assert moved.link is None
+    assert_close(moved.target(x[5:], t[5:], labels[5:]), banks[1].target(x[5:], t[5:], labels[5:]))
+    with pytest.raises(ValueError, match="portions: expected 1"):
+        sv.ShardedReferenceBank((4,), portions=2, peer_memory=True, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_peer_memory_equals_collectives(tmp_path):
+    two_gpus()
+    run_processes(check_peers_as_collectives, 2, tmp_path, backend="nccl")
+
+
+def check_many_steps(rank, world, folder):
+    """Steps without a wait between them, each against one bank: nothing is written that another still reads."""
+    d, small, large = 4096, 6, 40
+    rng, ours = torch.Generator("cuda").manual_seed(0), torch.Generator().manual_seed(rank)
+    plain = sv.ReferenceBank((d,), CLASSES, 5, null="all", device="cuda")
+    bank = sv.ShardedReferenceBank((d,), CLASSES, 5, null="all", peer_memory=True, device="cuda")
+
+    def step(n, given, send):
+        values, labels, u, t, noise = given
+        mine = slice(rank * n, (rank + 1) * n)
+        plain.push(values, labels)
+        bank.push(values[mine], labels[mine])
+        group = bank.groups(labels[mine].masked_fill(u[mine] < 0.2, CLASSES))
+        given = group, u[mine], values[mine], noise[mine], t[mine]
+        draws = [b._take(*given, send=send) for b in (plain, bank)]
+        bad = sum((one != other).sum() for one, other in zip(draws[0][:4], draws[1][:4], strict=True))
+        wanted, target = (
+            b._target(sv.Linear(), draws[0][2], t[mine], group, None, "x0", "exact", send) for b in (plain, bank)
+        )
+        error = (target - wanted).norm() / wanted.norm()
+        return bad, error.nan_to_num(nan=torch.inf)
+
+    def batch(n):
+        values, noise = (torch.randn(n * world, d, device="cuda", generator=rng) for _ in range(2))
+        labels = torch.randint(-1, CLASSES, (n * world,), device="cuda", generator=rng)
+        u = torch.rand(n * world, dtype=torch.float64, device="cuda", generator=rng)
+        return values, labels, u, 0.5 + 0.4 * torch.rand(n * world, device="cuda", generator=rng), noise
+
+    static = batch(large)
+    for n in (small, large):  # makes room for the exchanges, and fills all rings
+        step(n, [part[: n * world] for part in static], True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        replayed = step(large, static, True)
+    found = []
+    for i in range(400):
+        if torch.rand((), generator=ours) < 0.3:
+            torch.cuda._sleep(int(torch.randint(300_000, (), generator=ours)))  # one process falls behind
+        if i % 3 == 0:
+            for to, given in zip(static, batch(large), strict=True):
+                to.copy_(given)
+            graph.replay()
+            found.append([part.clone() for part in replayed])
+        else:
+            n = large if i % 3 == 1 else small
+            found.append(step(n, batch(n), i % 2 == 0))
+    bad, error = (torch.stack(list(part)) for part in zip(*found, strict=True))
+    assert not bad.any(), bad.nonzero()
+    assert error.max() < 1e-6, error.max()
+    held = bank.local_counts.tolist()
+    for y, count in enumerate(plain.counts.tolist()):
+        slots = [s for s in range(count) if (s + y) % world == rank]
+        assert held[y] == len(slots)
+        assert torch.equal(bank.refs[y, : len(slots)], plain.refs[y, slots])
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_many_steps_through_memory(tmp_path):
+    two_gpus()
+    run_processes(check_many_steps, 2, tmp_path, backend="nccl")
+
+
+def peers_for_ever(rank, world, folder):
+    bank = sv.ShardedReferenceBank((8,), 4, 16, peer_memory=True, device="cuda")
+    for step in range(1_000_000):
+        bank.push(torch.randn(4, 8, device="cuda"), torch.arange(4, device="cuda"))
+        bank.target(torch.randn(4, 8, device="cuda"), torch.rand(4, device="cuda"), torch.arange(4, device="cuda"))
+        torch.cuda.synchronize()
+        if step == 20:
+            print("running", flush=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_lost_process_ends_those_who_share_memory(tmp_path, how):
+    """Within the group's timeout."""
+    two_gpus()
+    workers = start_processes(peers_for_ever, 2, tmp_path, timeout=6, backend="nccl")
+    for worker in workers:
+        worker.wait_for("running")
+    os.kill(workers[1].process.pid, how)
+    began = time.monotonic()
+    workers[0].process.join(30)
+    assert time.monotonic() - began < 20
+    (code, out), _ = finish_processes(workers, deadline=1)
+    assert code
+    assert "expected all 2 processes of the group to take part in a step; process 0 waited for process 1" in out, out
 
 
 def contract_on_gpus(rank, world, folder):
@@ -557,6 +724,5 @@ def contract_on_gpus(rank, world, folder):
 
 @pytest.mark.gpu
 def test_contract_on_two_gpus(tmp_path):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
+    two_gpus()
     run_processes(contract_on_gpus, 2, tmp_path, backend="nccl")

@@ -21,6 +21,10 @@ struct Draw {
   bool wide;              // counts are int64, else int32
   bool vectors;           // 8 elements at a time are aligned
   int64_t k, m, d, slices;
+  // In parts, see bank_draw_parts: slot s of ring y is with part (s + y) mod parts, as its slot s div parts.
+  const int64_t* parts_at;  // (parts,) where each keeps its (k, local, d); null: refs holds everything
+  int64_t parts, local;
+  Array also;  // (n, d) float32 that takes x_t too, or null
   Path path;
   double t_min;
   int64_t* slots;  // (n,)
@@ -111,8 +115,13 @@ __global__ void __launch_bounds__(THREADS) draw_kernel(const Draw draw) {
 
   // A label out of range does not take the fallback: it is an error that shows as NaN.
   const bool own = slot < 0 && known && draw.fallback.data;
-  const Array from = own ? draw.fallback : draw.refs;
-  const int64_t first = own ? at : slot * draw.d + e;
+  Array from = own ? draw.fallback : draw.refs;
+  int64_t first = own ? at : slot * draw.d + e;
+  if (draw.parts_at && slot >= 0) {
+    const int64_t y = slot / draw.m, s = slot % draw.m;
+    from.data = reinterpret_cast<void*>(draw.parts_at[(s + y) % draw.parts]);
+    first = (y * draw.local + s / draw.parts) * draw.d + e;
+  }
   const W alpha = noisy ? static_cast<W>(shared.alpha) : W(0),
           sigma = noisy ? static_cast<W>(shared.sigma) : W(0);
   if (whole) {
@@ -127,22 +136,25 @@ __global__ void __launch_bounds__(THREADS) draw_kernel(const Draw draw) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) x[j] = alpha * x[j] + sigma * noise[j];
     store8<W>(draw.x_t, at, x);
+    if (draw.also.data) store8<W>(draw.also, at, x);
     return;
   }
   for (int j = 0; j < 8 && e + j < draw.d; ++j) {
     const W value = slot >= 0 || own ? load_as<W>(from, first + j) : static_cast<W>(nan(""));
     store_as(draw.x0, at + j, value);
-    if (noisy) store_as(draw.x_t, at + j, alpha * value + sigma * load_as<W>(draw.noise, at + j));
+    if (!noisy) continue;
+    const W mixed = alpha * value + sigma * load_as<W>(draw.noise, at + j);
+    store_as(draw.x_t, at + j, mixed);
+    if (draw.also.data) store_as(draw.also, at + j, mixed);
   }
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw(const Tensor& refs, const Tensor& counts,
-                                                     const Tensor& u, const MaybeTensor& labels,
-                                                     const MaybeTensor& fallback, const MaybeTensor& noise,
-                                                     const MaybeTensor& t, const std::string& path,
-                                                     double t_min) {
+// draw has its capacity and, in parts, where they are.
+std::tuple<Tensor, Tensor, Tensor, Tensor> launch(Draw draw, const Tensor& refs, const Tensor& counts,
+                                                  const Tensor& u, const MaybeTensor& labels,
+                                                  const MaybeTensor& fallback, const MaybeTensor& noise,
+                                                  const MaybeTensor& t, const std::string& path,
+                                                  double t_min) {
   check_bank_draw(refs, counts, u, labels, fallback, noise, t, path);
   const torch::stable::accelerator::DeviceGuard guard(refs.get_device_index());
   const Tensor r = packed(refs), c = packed(counts), numbers = packed(u);
@@ -159,17 +171,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw(const Tensor& refs, const T
       t ? torch::stable::new_empty(*t, {n}) : torch::stable::new_empty(r, {0}, ScalarType::Float);
   if (n == 0) return {x0, slot, x_t, t_set};
 
-  Draw draw{};
   draw.refs = array_of(r), draw.u = array_of(numbers);
   draw.fallback = array_of(own), draw.noise = array_of(eps), draw.t = array_of(times);
   draw.x0 = array_of(x0), draw.x_t = array_of(x_t), draw.t_set = array_of(t_set);
   if (y) draw.labels = static_cast<const int64_t*>(y->const_data_ptr());
   draw.counts = c.const_data_ptr();
   draw.wide = c.scalar_type() == ScalarType::Long;
-  draw.k = r.size(0), draw.m = r.size(1), draw.d = product(shape, 1);
+  draw.k = r.size(0), draw.local = r.size(1), draw.d = product(shape, 1);
   draw.slices = std::max<int64_t>(1, (draw.d + SLICE - 1) / SLICE);
   draw.vectors = draw.d % 8 == 0;
-  for (const Array& a : {draw.refs, draw.fallback, draw.noise, draw.x0, draw.x_t}) {
+  for (const Array& a : {draw.refs, draw.fallback, draw.noise, draw.x0, draw.x_t, draw.also}) {
     draw.vectors = draw.vectors && is_aligned(a.data);
   }
   draw.path = path_of(path);
@@ -179,6 +190,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw(const Tensor& refs, const T
   kernel<<<static_cast<unsigned>(n * draw.slices), THREADS, 0, current_stream(r)>>>(draw);
   check_launch("bank_draw");
   return {x0, slot, x_t, t_set};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw(const Tensor& refs, const Tensor& counts,
+                                                     const Tensor& u, const MaybeTensor& labels,
+                                                     const MaybeTensor& fallback, const MaybeTensor& noise,
+                                                     const MaybeTensor& t, const std::string& path,
+                                                     double t_min) {
+  Draw draw{};
+  draw.m = refs.dim() > 1 ? refs.size(1) : 0;
+  return launch(draw, refs, counts, u, labels, fallback, noise, t, path, t_min);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(
+    const Tensor& parts_at, int64_t capacity, const Tensor& refs, const Tensor& counts, const Tensor& u,
+    const MaybeTensor& labels, const MaybeTensor& fallback, const MaybeTensor& noise, const MaybeTensor& t,
+    const std::string& path, double t_min, const MaybeTensor& also) {
+  Draw draw{};
+  draw.m = capacity, draw.parts = parts_at.size(0);
+  draw.parts_at = static_cast<const int64_t*>(parts_at.const_data_ptr());
+  if (t) draw.also = array_of(also);
+  return launch(draw, refs, counts, u, labels, fallback, noise, t, path, t_min);
 }
 
 }  // namespace svel::cuda

@@ -46,4 +46,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw(const Tensor& refs, const T
 void conditional_target_(const Tensor& target, const Tensor& x0, const Tensor& noise, const Tensor& t,
                          const Tensor& t_set, const std::string& path, const std::string& prediction);
 
+#ifdef USE_CUDA
+// Of a bank in parts whose processes reach one another's memory (stablevelocity_kernels/ops/peers.py).
+
+bool part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
+                    const std::string& precision);
+
+void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_or_alpha,
+                        const MaybeTensor& sigma, const std::string& path, const MaybeTensor& labels,
+                        const MaybeTensor& counts, const std::string& precision, const Tensor& mean,
+                        const Tensor& lse, const MaybeTensor& mailboxes, int64_t part, int64_t xs,
+                        int64_t means, int64_t lses);
+
+void bank_push_parts_(const Tensor& refs, const Tensor& counts, const Tensor& heads,
+                      const Tensor& local_counts, const Tensor& values, const Tensor& labels,
+                      bool all_to_last, int64_t capacity, const Tensor& parts_at, const Tensor& mailboxes,
+                      int64_t part, double seconds);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(
+    const Tensor& parts_at, int64_t capacity, const Tensor& refs, const Tensor& counts, const Tensor& u,
+    const MaybeTensor& labels, const MaybeTensor& fallback, const MaybeTensor& noise, const MaybeTensor& t,
+    const std::string& path, double t_min, const MaybeTensor& also);
+
+void peers_gather_(const Tensor& mailboxes, int64_t part, double seconds, const MaybeTensor& a,
+                   const MaybeTensor& b, const MaybeTensor& c, const MaybeTensor& x, bool stays,
+                   std::optional<int64_t> words);
+
+Tensor peers_merge(const Tensor& mailboxes, int64_t part, double seconds, int64_t means, int64_t lses,
+                   bool home, const Tensor& x, const Tensor& counts, const MaybeTensor& rings,
+                   const MaybeTensor& a, const MaybeTensor& b, const MaybeTensor& t, const std::string& path,
+                   const std::string& prediction, const MaybeTensor& source, const MaybeTensor& source_lse);
+#endif
+
 }  // namespace svel::SVEL_DEVICE

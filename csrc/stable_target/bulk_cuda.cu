@@ -80,10 +80,11 @@ __global__ void __launch_bounds__(MERGE_THREADS)
       double sum = 0;
       for (int w = 0; w < WARPS; ++w) sum += sums[w][lane];
       const int64_t at = row.index * in.d + e;
-      store_as(in.out, at, row.a * load_as<double>(in.x, at) + row.b * (sum / total));
+      const double x = load_as<double>(x_of(in, row.index), at);
+      store_as(out_of(in, row.index), at, row.a * x + row.b * (sum / total));
     }
     if (in.lse.data && chunk == 0 && threadIdx.x == 0)
-      store_as(in.lse, row.index, log(total) + LOG_2 * best + 0.5 * static_cast<double>(in.d));
+      store_as(lse_of(in, row.index), row.index, log(total) + LOG_2 * best + 0.5 * static_cast<double>(in.d));
     __syncthreads();  // weights are read above and overwritten next
   }
 }

@@ -201,7 +201,7 @@ struct Groups {
     const RowState& row = segment.rows[my_row];
     const int64_t centre = segment.centre;
     const int first = element(0);
-    load_elements<EV, GT * EV>(in.x, row.index * in.d, first, d, layout.vectors, mine.y);
+    load_elements<EV, GT * EV>({row.x, in.x.dtype}, row.index * in.d, first, d, layout.vectors, mine.y);
     const T* const from = static_cast<const T*>(in.refs.data) + centre * in.d;
     uint4 packed[SLOTS];
 #pragma unroll
@@ -349,7 +349,6 @@ struct Groups {
     const RowState& row = segment.rows[my_row];
     const RowPlace here = place();
     float4 x[Q / 4];
-    uint4 centre[SLOTS];
     if (turn > 0) {
       wait_barrier(&shared().taken[group()], parity >> 1);  // those of the segment before
       parity ^= 2;
@@ -359,20 +358,11 @@ struct Groups {
         *reinterpret_cast<float4*>(to + element(q / EV) + q % EV) =
             make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
       if (thread() == 0) shared().states[group()] = {mine.scores.top, mine.scores.total};
-    } else {  // on their way meanwhile
-      const T* const from = static_cast<const T*>(in.refs.data) + segment.centre * in.d;
+    } else if (flags & SEGMENT_PART_END && others == 0) {  // on their way meanwhile
 #pragma unroll
-      for (int s = 0; s < SLOTS; ++s) {
-        centre[s] = uint4{0, 0, 0, 0};
-        if (segment.centre >= 0 && element(s) < d)
-          centre[s] = *reinterpret_cast<const uint4*>(from + element(s));
-      }
-      if (flags & SEGMENT_PART_END && others == 0) {
-#pragma unroll
-        for (int q = 0; q < Q; q += 4) {
-          const int e = element(q / EV) + q % EV;
-          if (e < d) x[q / 4] = load_four(in, here, in.x, row.index, e);
-        }
+      for (int q = 0; q < Q; q += 4) {
+        const int e = element(q / EV) + q % EV;
+        if (e < d) x[q / 4] = load_x(in, here, row, e);
       }
     }
     row_barrier(groups);
@@ -396,13 +386,8 @@ struct Groups {
                   static_cast<double>(shared().states[g].total), total);
     const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, my_row);
     double* const sums = parts.sums + part * d;
-    RowEnd end{row.index,
-               my_row,
-               segment.from,
-               segment.to,
-               row.a,
-               row.b,
-               {best - shared().shifts[group()][thread() / 32], total + source}};
+    RowEnd end{row.index,  row.out, my_row, segment.from,
+               segment.to, row.a,   row.b,  {best - shared().shifts[group()][thread() / 32], total + source}};
     double by = 1, before = 0;
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const PartRow moved = shared().moved[group()][thread() / 32];
@@ -417,13 +402,11 @@ struct Groups {
     for (int q = 0; q < Q; q += 4) {
       const int e = element(q / EV) + q % EV;
       if (e >= d) continue;
-      float c[EV];
-      unpack<T, EV>(centre[q / EV], c);
       double w[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         w[k] = fma(static_cast<double>(scale), static_cast<double>(mine.sum[q + k]),
-                   total * static_cast<double>(c[q % EV + k]));
+                   total * static_cast<double>(mine.c[q + k]));
 #pragma unroll 1
       for (int g = group() + 1; g < group() + used; ++g) {
         const double other = power_of_two(shared().states[g].top - best);
@@ -485,8 +468,8 @@ struct Groups {
 #pragma unroll 1
     for (int e = 4 * thread(); e - 4 * lane < d; e += 4 * GT) {
       double v[4] = {};
-      float4 x;
-      if (e < d) x = load_four(in, here, in.x, end.index, e);
+      float4 x = make_float4(0, 0, 0, 0);
+      if (e < d && end.a != 0) x = load_four(in, here, x_of(in, end.index), end.index, e);
       add_parts(parts, here, end, together, e, e < d, v);
       if (e < d) store_row(in, here, end, e, mean_by, x, v);
     }
@@ -507,8 +490,8 @@ struct Groups {
         for (int r = 0; layout.merge_last && r < segment.count; ++r) {
           if (!count_part(segment, r)) continue;
           const RowState& row = segment.rows[r];
-          shared().rows_left[shared().unmerged++] = {row.index, r, segment.from, segment.to, row.a,
-                                                     row.b,     {}};
+          shared().rows_left[shared().unmerged++] = {row.index,  row.out, r,     segment.from,
+                                                     segment.to, row.a,   row.b, {}};
         }
       }
       arrive(&shared().announced.done[slot]);

@@ -129,7 +129,8 @@ __device__ __forceinline__ ClassTiles class_of(const Inputs& in, const UnitList&
 // What a block keeps of a row in shared memory. The sign of x: see Row.
 struct RowState {
   int64_t index;
-  double a, b;  // out = a x + b mean
+  void *x, *out;  // see x_of, out_of
+  double a, b;    // out = a x + b mean
   double alpha;
   double per_square;                               // log2(e) / (2 sigma^2)
   double shift;                                    // |y|^2 / (2 sigma^2) in units of log 2
@@ -142,6 +143,7 @@ struct RowState {
 __device__ __forceinline__ void set_row(const Inputs& in, int64_t index, RowState& row) {
   const Row at = row_coefficients(in, index);
   row.index = index, row.a = at.a, row.b = at.b, row.alpha = at.alpha;
+  row.x = x_of(in, index).data, row.out = out_of(in, index).data;
   row.per_square = LOG2_E / (2 * at.sigma * at.sigma);
   row.sign = static_cast<float>(at.sign), row.half_alpha = static_cast<float>(0.5 * at.alpha);
   row.high_alpha = static_cast<float>(at.alpha);
@@ -302,7 +304,8 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
         __syncwarp();
         if (lane < rows) {
           const int64_t index = list.order[unit.first + lane];
-          if (place.vectors)  // what the consumers will need, brought near
+          const bool here = !in.mailboxes || owner_of(in, index) == in.part;
+          if (place.vectors && here)  // what the consumers will need, brought near
             prefetch_bulk(
                 static_cast<const char*>(in.x.data) + (index * in.d + place.offset) * size_of(in.x.dtype),
                 place.length * size_of(in.x.dtype));
@@ -400,7 +403,8 @@ __device__ __noinline__ static double power(double exponent) {
 }
 
 struct RowEnd {
-  int64_t index;     // of the row
+  int64_t index;  // of the row
+  void* out;
   int row;           // of the unit
   int64_t from, to;  // teams that have parts of the unit
   double a, b;       // out = a x + b mean
@@ -484,13 +488,20 @@ __device__ __forceinline__ void add_parts(const BulkParts& parts, const RowPlace
   }
 }
 
-// Four elements of x or source.
+// Four elements of a, x or source.
 __device__ __forceinline__ float4 load_four(const Inputs& in, const RowPlace& place, const Array& a,
                                             int64_t index, int e) {
   const int64_t base = index * in.d + place.offset;
   if (a.dtype == Dtype::f32 && place.vectors)
     return *reinterpret_cast<const float4*>(static_cast<const float*>(a.data) + base + e);
   return load_four(a, base + e, base + place.length);
+}
+
+// Four elements of x for out = a x + b mean.
+__device__ __forceinline__ float4 load_x(const Inputs& in, const RowPlace& place, const RowState& row,
+                                         int e) {
+  if (row.a == 0) return make_float4(0, 0, 0, 0);
+  return load_four(in, place, {row.x, in.x.dtype}, row.index, e);
 }
 
 // The source's share of the sums: weight times itself.
@@ -513,16 +524,18 @@ __device__ __forceinline__ void store_row(const Inputs& in, const RowPlace& plac
   x.y = static_cast<float>(fma(end.a, static_cast<double>(x.y), by * v[1]));
   x.z = static_cast<float>(fma(end.a, static_cast<double>(x.z), by * v[2]));
   x.w = static_cast<float>(fma(end.a, static_cast<double>(x.w), by * v[3]));
-  if (in.out.dtype == Dtype::f32 && place.vectors) {
-    *reinterpret_cast<float4*>(static_cast<float*>(in.out.data) + base + e) = x;
+  const Array out = {end.out, in.out.dtype};
+  if (out.dtype == Dtype::f32 && place.vectors) {
+    *reinterpret_cast<float4*>(static_cast<float*>(out.data) + base + e) = x;
   } else {
-    store_four(in.out, base + e, base + place.length, x);
+    store_four(out, base + e, base + place.length, x);
   }
 }
 
 // Plus D/2, which depends on the row alone: typical values stay small, and float32 keeps their digits.
 __device__ __forceinline__ void write_lse(const Inputs& in, int64_t index, const PartRow& all) {
-  store_as(in.lse, index, log(all.total) + LOG_2 * all.log2_weight + 0.5 * static_cast<double>(in.d));
+  store_as(lse_of(in, index), index,
+           log(all.total) + LOG_2 * all.log2_weight + 0.5 * static_cast<double>(in.d));
 }
 
 // Rows with nothing to read become NaN; by `threads` threads of each block.
@@ -531,8 +544,8 @@ __device__ __forceinline__ void write_dead_rows(const Inputs& in, const UnitList
   for (int64_t i = list.sizes[1] + team; i < in.n; i += teams) {
     const int64_t index = list.order[i], base = index * in.d + place.offset;
     for (int e = 4 * tid; e < place.length; e += 4 * threads)
-      store_four(in.out, base + e, base + place.length, make_float4(NAN, NAN, NAN, NAN));
-    if (in.lse.data && place.rank == 0 && tid == 0) store_as(in.lse, index, NAN);
+      store_four(out_of(in, index), base + e, base + place.length, make_float4(NAN, NAN, NAN, NAN));
+    if (in.lse.data && place.rank == 0 && tid == 0) store_as(lse_of(in, index), index, NAN);
   }
 }
 

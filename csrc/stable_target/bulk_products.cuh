@@ -678,8 +678,8 @@ struct Products {
       if (segment.squares) shift = 0.5 * warp_sum(shared().shifts[r][lane() % WARPS]);
       const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, r);
       double* const to = parts.sums + part * d;
-      RowEnd end{
-          row.index, r, segment.from, segment.to, row.a, row.b, {sums.top - shift, sums.total + source}};
+      RowEnd end{row.index,  row.out, r,     segment.from,
+                 segment.to, row.a,   row.b, {sums.top - shift, sums.total + source}};
       double by = 1, before = 0;
       if (!(flags & SEGMENT_PART_BEGIN)) {
         const PartRow moved = shared().moved[r];
@@ -764,8 +764,8 @@ struct Products {
         for (int r = 0; layout.merge_last && r < segment.count; ++r) {
           if (!count_part(segment, r)) continue;
           const RowState& row = segment.rows[r];
-          shared().rows_left[shared().unmerged++] = {row.index, r, segment.from, segment.to, row.a,
-                                                     row.b,     {}};
+          shared().rows_left[shared().unmerged++] = {row.index,  row.out, r,     segment.from,
+                                                     segment.to, row.a,   row.b, {}};
         }
       }
       arrive(&shared().announced.done[slot]);

@@ -234,7 +234,7 @@ struct Teams {
   __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<1>& segment, int& exchanges,
                                                 int tid) const {
     const RowState& row = segment.rows[0];
-    load(in.x, row.index, tid, mine.y);
+    load({row.x, in.x.dtype}, row.index, tid, mine.y);
     const T* const from = static_cast<const T*>(in.refs.data) + segment.centre * in.d + offset;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
@@ -337,7 +337,7 @@ struct Teams {
     const RowState& row = segment.rows[0];
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool ends = flags & SEGMENT_PART_END, whole = ends && others == 0;
-    RowEnd end{row.index, 0, segment.from, segment.to, row.a, row.b, {}};
+    RowEnd end{row.index, row.out, 0, segment.from, segment.to, row.a, row.b, {}};
     const RowPlace here = place();
     const int64_t part = here.part_of(team, flags & SEGMENT_UNIT_BEGIN, 0);
     named_barrier(1, THREADS);  // `shift` and `moved` are written
@@ -367,7 +367,7 @@ struct Teams {
         add_source(in, here, row.index, e + k, source, v);
         if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e + k, before, v);
         if (whole) {
-          store_row(in, here, end, e + k, mean_by, load_four(in, here, in.x, row.index, e + k), v);
+          store_row(in, here, end, e + k, mean_by, load_x(in, here, row, e + k), v);
         } else {
           store_sums(sums + e + k, v);
         }
@@ -391,8 +391,7 @@ struct Teams {
     for (int e = 4 * tid; e - 4 * lane < length; e += 4 * THREADS) {
       double v[4] = {};
       add_parts(parts, here, end, together, e, e < length, v);
-      if (e < length)
-        store_row(in, here, end, e, 1 / together.all.total, load_four(in, here, in.x, end.index, e), v);
+      if (e < length) store_row(in, here, end, e, 1 / together.all.total, load_x(in, here, row, e), v);
     }
     if (in.lse.data && rank == 0 && tid == 0) write_lse(in, end.index, together.all);
   }

@@ -23,7 +23,34 @@ struct Inputs {                     // all arrays contiguous on the device
   int64_t n = 0, k = 1, m = 0, d = 0;
   Array out;  // (n, d): a x + b mean
   Array lse;  // (n,) or null
+  // Rows of several processes, rows_each of each (csrc/peers): x is read where it is, in the mailbox of the
+  // process whose row it is, and results go there, to the rows of this process. Null: they do not.
+  const int64_t* mailboxes = nullptr;
+  int64_t rows_each = 0, x_at = 0, mean_at = 0, lse_at = 0;  // bytes into each
+  int part = 0;
 };
+
+__device__ inline int64_t owner_of(const Inputs& in, int64_t index) {
+  return static_cast<uint32_t>(index) / static_cast<uint32_t>(in.rows_each);
+}
+// x as it is for the row at `index`: elements are counted alike.
+__device__ inline Array x_of(const Inputs& in, int64_t index) {
+  if (!in.mailboxes) return in.x;
+  return {reinterpret_cast<char*>(in.mailboxes[owner_of(in, index)]) + in.x_at, in.x.dtype};
+}
+
+// `to`, an array of one value or d of each row, likewise.
+__device__ inline Array results_of(const Inputs& in, const Array& to, int64_t at, int64_t d, int64_t index) {
+  if (!in.mailboxes) return to;
+  const int64_t owner = owner_of(in, index), shift = (in.part - owner) * in.rows_each * d * size_of(to.dtype);
+  return {reinterpret_cast<char*>(in.mailboxes[owner]) + at + shift, to.dtype};
+}
+__device__ inline Array out_of(const Inputs& in, int64_t index) {
+  return results_of(in, in.out, in.mean_at, in.d, index);
+}
+__device__ inline Array lse_of(const Inputs& in, int64_t index) {
+  return results_of(in, in.lse, in.lse_at, 1, index);
+}
 
 // The row of x at `index`. Both alpha and x change sign where alpha is negative, so alpha >= 0 here.
 struct Row {

@@ -31,6 +31,27 @@ void launch(const char* op, const Inputs& in, const Plan& plan, void* workspace,
   run(op, in, plan, workspace, stream);
 }
 
+Problem problem_of(const char* op, const Tensor& x, const Tensor& refs, bool labels, bool source, bool lse,
+                   const std::string& precision) {
+  Problem problem;
+  problem.n = x.size(0), problem.d = product(shape_of(x), 1);
+  problem.k = labels ? refs.size(0) : 1, problem.m = refs.size(labels ? 1 : 0);
+  problem.has_labels = labels, problem.has_source = source;
+  const Array stored = array_of(refs);
+  problem.x_size = size_of(array_of(x).dtype), problem.refs_size = size_of(stored.dtype);
+  problem.aligned = is_aligned(stored.data) && problem.d * problem.refs_size % 16 == 0;
+  problem.refs_bf16 = stored.dtype == Dtype::bf16;
+  problem.precision = precision;
+  const DeviceLimits& limits = device_limits(op, x.get_device_index());
+  problem.sm_count = limits.sm_count, problem.smem_limit = limits.smem_limit, problem.cc = limits.cc;
+  if (limits.bandwidth > 0) problem.bandwidth = limits.bandwidth;
+#if !defined(SVEL_HAS_SM90A)
+  problem.has_sm90a = false;
+#endif
+  problem.pool = precision == "fast" || !lse;
+  return problem;
+}
+
 // Fills `out` (N, *S) and, where given, `lse` (N,). time_or_alpha, sigma: contiguous, see Inputs.
 void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_or_alpha,
          const MaybeTensor& sigma, const Tensor& out, const MaybeTensor& lse) {
@@ -53,22 +74,11 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
     in.counts_are_long = counts->scalar_type() == ScalarType::Long;
   }
 
-  Problem problem;
-  problem.n = in.n, problem.k = in.k, problem.m = in.m, problem.d = in.d;
-  problem.has_labels = labels.has_value(), problem.has_source = source.has_value();
-  problem.x_size = size_of(in.x.dtype), problem.refs_size = size_of(in.refs.dtype);
-  problem.aligned = is_aligned(in.refs.data) && in.d * problem.refs_size % 16 == 0;
+  Problem problem =
+      problem_of(op, x, refs, labels.has_value(), source.has_value(), lse.has_value(), given.precision);
   const auto is_vector = [](const Array& a) { return a.dtype == Dtype::f32 && is_aligned(a.data); };
-  problem.vectors = is_vector(in.x) && is_vector(in.out) && (!source || is_vector(in.source));
-  problem.refs_bf16 = in.refs.dtype == Dtype::bf16;
-  problem.precision = given.precision;
-  const DeviceLimits& limits = device_limits(op, x.get_device_index());
-  problem.sm_count = limits.sm_count, problem.smem_limit = limits.smem_limit, problem.cc = limits.cc;
-  if (limits.bandwidth > 0) problem.bandwidth = limits.bandwidth;
-#if !defined(SVEL_HAS_SM90A)
-  problem.has_sm90a = false;
-#endif
-  problem.pool = problem.precision == "fast" || !lse;
+  problem.vectors =
+      is_vector(in.x) && is_vector(in.out) && (!source || is_vector(in.source)) && !in.mailboxes;
   const Plan plan = make_plan(problem);
   const cudaStream_t stream = current_stream(x);
   if (plan.kernel != "pool" || plan.fast) {
@@ -122,6 +132,32 @@ std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, c
   const MaybeTensor no_source;
   return mean_and_lse("posterior_part", {x, refs, labels, counts, no_source, precision}, alpha, sigma,
                       ScalarType::Double);
+}
+
+bool part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
+                    const std::string& precision) {
+  return make_plan(problem_of("posterior_part", x, refs, labels.has_value(), false, true, precision))
+             .kernel == "bulk";
+}
+
+void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_or_alpha,
+                        const MaybeTensor& sigma, const std::string& path, const MaybeTensor& labels,
+                        const MaybeTensor& counts, const std::string& precision, const Tensor& mean,
+                        const Tensor& lse, const MaybeTensor& mailboxes, int64_t part, int64_t xs,
+                        int64_t means, int64_t lses) {
+  const char* const op = "posterior_part";
+  check_posterior_part(x, refs, time_or_alpha, sigma ? *sigma : time_or_alpha, labels, counts, precision);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const MaybeTensor no_source;
+  Inputs in;
+  in.from_time = !sigma;
+  if (in.from_time) in.path = path_of(path);
+  if (mailboxes) {
+    in.mailboxes = static_cast<const int64_t*>(mailboxes->const_data_ptr());
+    in.rows_each = x.size(0) / mailboxes->size(0), in.part = static_cast<int>(part);
+    in.x_at = xs, in.mean_at = means, in.lse_at = lses;
+  }
+  run(op, {x, refs, labels, counts, no_source, precision}, in, time_or_alpha, sigma, mean, lse);
 }
 
 Tensor stable_target(const Tensor& x, const Tensor& refs, const Tensor& t, const MaybeTensor& labels,

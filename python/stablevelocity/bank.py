@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,8 @@ class ReferenceBank(nn.Module):
     def extra_repr(self) -> str:
         return f"shape={self.shape}, num_classes={self.num_classes}, capacity={self.capacity}, null={self.null!r}"
 
+    pushes_beside = True  # a push may be on another stream than what does not touch the bank
+
     @torch.no_grad()
     def push(self, values: Tensor, labels: Tensor | None = None, indices: Tensor | None = None) -> None:
         """Store a batch, the oldest references of each ring making room.
@@ -142,9 +144,7 @@ class ReferenceBank(nn.Module):
         if group is None and n is None:
             raise ValueError("n: expected the number of rows because labels are None, got None")
         u = self._numbers(group, n, generator)
-        refs, counts, group, indices = self._drawn_from(group, u, indexed=self.track_indices)
-        x0, slot, _, _ = bank_draw(refs, counts, u, group)
-        index = None if indices is None else indices[slot].masked_fill(slot < 0, -1)
+        x0, slot, _, _, index = self._take(group, u, indexed=self.track_indices)
         return BankDraw(x0, slot < 0, index)
 
     @torch.no_grad()
@@ -158,6 +158,7 @@ class ReferenceBank(nn.Module):
         interpolant: str | Interpolant = "linear",
         t_min: float = 0.0,
         generator: torch.Generator | None = None,
+        send: bool = False,
     ) -> MixtureDraw:
         """A draw for each row from the mixture of its label's references, each blurred as time t blurs it.
 
@@ -167,14 +168,16 @@ class ReferenceBank(nn.Module):
             fallback: (N, *S), x0 of the rows whose group is empty.
             t_min: rows below it are not to take the target over the set.
             generator: on the bank's device; None for the default one.
+            send: the next call of the bank is a `target` of these x_t and as many labels, with sent=True. A bank in
+                parts has x_t where all can read it by then.
         """
         path, group = get_interpolant(interpolant), self.groups(labels)
         u = self._numbers(group, t.shape[0], generator)
-        refs, counts, group, _ = self._drawn_from(group, u)
         if path.name is not None:
-            x0, _, x_t, t_set = bank_draw(refs, counts, u, group, fallback, noise, t, path=path.name, t_min=t_min)
+            how = {"path": path.name, "t_min": t_min, "send": send}
+            x0, _, x_t, t_set, _ = self._take(group, u, fallback, noise, t, **how)
         else:
-            x0, slot, _, _ = bank_draw(refs, counts, u, group, fallback)
+            x0, slot, _, _, _ = self._take(group, u, fallback)
             x_t = path.interpolate(x0, noise, t)
             t_set = t.masked_fill((slot < 0) | (t < t_min), math.nan)
         return MixtureDraw(x0, x_t, t_set)
@@ -183,6 +186,20 @@ class ReferenceBank(nn.Module):
         """Uniform numbers, one for each row, which pick its reference."""
         rows = n if group is None else group.shape[0]
         return torch.rand(rows, dtype=torch.float64, device=self.counts.device, generator=generator)
+
+    def _take(
+        self,
+        group: Tensor | None,
+        u: Tensor,
+        *rest: Tensor | None,
+        indexed: bool = False,
+        send: bool = False,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """`bank_draw` with numbers u (N,), and with `indexed` the dataset index of each row."""
+        refs, counts, group, indices = self._drawn_from(group, u, indexed=indexed)
+        x0, slot, x_t, t_set = bank_draw(refs, counts, u, group, *rest, **options)
+        return x0, slot, x_t, t_set, None if indices is None else indices[slot].masked_fill(slot < 0, -1)
 
     def _drawn_from(
         self, group: Tensor | None, u: Tensor, *, indexed: bool = False
@@ -200,15 +217,18 @@ class ReferenceBank(nn.Module):
         interpolant: str | Interpolant = "linear",
         prediction: str = "velocity",
         precision: str = "exact",
+        sent: bool = False,
     ) -> Tensor:
         """StableVM target (N, *S) of each x_t (N, *S) over the references of its label; see `Interpolant.target`.
 
         labels (N,) int64 in [0, num_classes] or None; `source` (N, *S) joins its own row's set. A row without any
-        reference, or with t = NaN, comes back NaN.
+        reference, or with t = NaN, comes back NaN. sent: x_t is what the `mixture` before has returned, which was asked
+        to send it.
         """
-        return self._target(get_interpolant(interpolant), x_t, t, self.groups(labels), source, prediction, precision)
+        path, group = get_interpolant(interpolant), self.groups(labels)
+        return self._target(path, x_t, t, group, source, prediction, precision, sent)
 
-    def _target(self, path, x_t, t, group, source, prediction, precision) -> Tensor:
+    def _target(self, path, x_t, t, group, source, prediction, precision, sent=False) -> Tensor:
         """`target` on an `Interpolant`, for rows of the ops' group labels."""
         refs = self.refs[0] if group is None else self.refs
         return path.target(x_t, refs, t, group, self.counts, source, prediction=prediction, precision=precision)

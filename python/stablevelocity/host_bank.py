@@ -70,6 +70,8 @@ class HostReferenceBank(ReferenceBank):
         RuntimeError: when the memory cannot be pinned.
     """
 
+    pushes_beside = False  # it is ordered with draws and targets by the stream that all of them are on
+
     def __init__(
         self,
         shape: Sequence[int],

@@ -206,7 +206,7 @@ class StableVMObjective(CFMObjective):
         self.t_min = t_min if t_min == "auto" else fixed_split(t_min, "t_min")
         if t_min != "auto" and not 0.0 <= self.t_min <= 1.0:
             raise ValueError(f"t_min: expected a number in [0, 1], got {t_min}")
-        self.bank, self.source = bank, source
+        self.bank, self.source, self._side = bank, source, None
         self.precision, self.update_bank = precision, update_bank
         self.variance = None
         if online or t_min == "auto":
@@ -231,18 +231,20 @@ class StableVMObjective(CFMObjective):
             generator: on the device of x0; None for the default one.
         """
         self.bank.use(labels)
+        side = None
         if self.source == "bank" and self.update_bank:
-            self.bank.push(x0, labels, indices)
+            side = self._push_beside(x0, labels, indices)
         dropped = self._drop_labels(labels, generator)
         t, noise = self._times_and_noise(x0, generator)
+        if side is not None:
+            torch.cuda.current_stream(x0.device).wait_stream(side)
         if self.source == "bank":
             t_min = 0.0 if self.t_min == "auto" else self.t_min
-            drawn = self.bank.mixture(
-                t, noise, dropped, x0, interpolant=self.interpolant, t_min=t_min, generator=generator
-            )
+            how = {"interpolant": self.interpolant, "t_min": t_min, "generator": generator, "send": True}
+            drawn = self.bank.mixture(t, noise, dropped, x0, **how)
             x0, x_t = drawn.x0.float(), drawn.x_t.float()
             t_set = self._for_set(t, drawn.t_set) if self.t_min == "auto" else drawn.t_set
-            target = self._target(x_t, x0, noise, t, t_set, dropped, None)
+            target = self._target(x_t, x0, noise, t, t_set, dropped, None, sent=True)
         else:
             x0 = x0.float()
             x_t = self.interpolant.interpolate(x0, noise, t)
@@ -284,6 +286,18 @@ class StableVMObjective(CFMObjective):
             self.bank.push(x0, class_labels, indices)
         return target
 
+    def _push_beside(self, x0: Tensor, labels: Tensor | None, indices: Tensor | None) -> torch.cuda.Stream | None:
+        """A push, on CUDA on a stream of its own that the current one is to wait for: random numbers come meanwhile."""
+        if torch.compiler.is_compiling() or not x0.is_cuda or not self.bank.pushes_beside:
+            self.bank.push(x0, labels, indices)
+            return None
+        if self._side is None:
+            self._side = torch.cuda.Stream(x0.device)
+        self._side.wait_stream(torch.cuda.current_stream(x0.device))
+        with torch.cuda.stream(self._side):
+            self.bank.push(x0, labels, indices)
+        return self._side
+
     def _for_set(self, t: Tensor, t_set: Tensor) -> Tensor:
         """t_set (N,) with NaN also in the rows whose t is below t_min."""
         if self.t_min != "auto":
@@ -291,7 +305,7 @@ class StableVMObjective(CFMObjective):
         chosen = torch.arange(t.shape[0], device=t.device) % _ALWAYS != 0
         return t_set.masked_fill(chosen & (t < self.variance.split(_T_MIN_LEVEL, before=0.0)), math.nan)
 
-    def _target(self, x_t, x0, noise, t, t_set, labels, source) -> Tensor:
+    def _target(self, x_t, x0, noise, t, t_set, labels, source, sent=False) -> Tensor:
         """Over the set at the times t_set; rows where t_set is NaN, which the op skips, take the conditional target."""
         target = self.bank.target(
             x_t,
@@ -301,6 +315,7 @@ class StableVMObjective(CFMObjective):
             interpolant=self.interpolant,
             prediction=self.prediction,
             precision=self.precision,
+            sent=sent,
         )
         if self.interpolant.name is not None:
             conditional_target_(target, x0, noise, t, t_set, path=self.interpolant.name, prediction=self.prediction)

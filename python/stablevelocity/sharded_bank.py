@@ -10,6 +10,7 @@ Every process's rows are evaluated against all parts; what a part gives, a mean 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -23,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from stablevelocity_kernels import affine_step, clamp_time, posterior_part, prediction_coefficients
 
+from . import peer_memory
 from .bank import ReferenceBank
 from .interpolants import check_prediction
 
@@ -51,8 +53,15 @@ class ShardedReferenceBank(ReferenceBank):
     them, one travelling while another is evaluated; each portion reads its references anew, which costs more
     than it hides where reading them is what takes the time.
 
+    GPUs of one host. Where they reach one another's memory, kernels write to it and read it in place of collectives,
+    see `peer_memory`, with the same results. A row that is pushed goes straight to its slot, a draw reads its reference
+    where it is, and a target sends the times and rings: x_t is read by those who evaluate it, who leave their means
+    with the process whose row it is. All calls of a bank are then on one stream or ordered as on one, `prefill`, `load`
+    and `load_state_dict` among them, and the first call with so many rows is outside of graph capture.
+
     A process that ends takes the others out of their next collective with an error: at once under gloo, after the
-    group's timeout under NCCL (`init_process_group(timeout=...)`). Numbers of rows are compared on the host, in the
+    group's timeout under NCCL (`init_process_group(timeout=...)`) and through memory, where the kernel that waited says
+    for whom and ends the process's use of the device. Numbers of rows are compared on the host, in the
     first call and where they change, outside of torch.compile.
 
     Args:
@@ -62,6 +71,7 @@ class ShardedReferenceBank(ReferenceBank):
             the default group, or this process alone without `init_process_group`. Along other dimensions of a mesh
             there are further banks, each fed by its own group.
         portions: how many the rows of a target travel in.
+        peer_memory: use it; None: where all processes can, and portions is 1. False: collectives.
         device: of this process's part.
 
     Raises:
@@ -81,6 +91,7 @@ class ShardedReferenceBank(ReferenceBank):
         track_indices: bool = False,
         group: dist.ProcessGroup | DeviceMesh | None = None,
         portions: int = 1,
+        peer_memory: bool | None = None,
         device: torch.device | str | None = None,
     ):
         if portions < 1:
@@ -90,22 +101,28 @@ class ShardedReferenceBank(ReferenceBank):
         self.group, self.parts, self.part, self.portions = group, parts, part, portions
         self._name = "" if group is None else group.group_name
         self._brought: dict[str, str] = {}  # by method: what each process has brought to it last
+        self.link = _link(group, device, portions, peer_memory)
         options = {"dtype": dtype, "null": null, "track_indices": track_indices}
         super().__init__(shape, num_classes, capacity, **options, device=device)
 
     def _allocate(self, groups: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         self.local_capacity = -(-self.capacity // self.parts)
-        slots = groups * self.local_capacity
         # One row more than there are slots: it takes what other processes store.
-        self.register_buffer("rows", torch.zeros(slots + 1, *self.shape, dtype=dtype, device=device))
+        slots = groups * self.local_capacity + 1
+        zeros = functools.partial(torch.zeros, device=device) if self.link is None else self.link.zeros
+        self.register_buffer("rows", zeros((slots, *self.shape), dtype=dtype))
         if self.track_indices:
-            self.register_buffer("row_indices", torch.full((slots + 1,), -1, dtype=torch.int64, device=device))
+            self.register_buffer("row_indices", zeros((slots,), dtype=torch.int64).fill_(-1))
+        if self.link is not None:
+            held = self.rows, self.row_indices if self.track_indices else None
+            self.link.serve(*held, (groups, self.local_capacity))
         y = torch.arange(groups, dtype=torch.int32, device=device)
         self.register_buffer("_first", (self.part - y) % self.parts, persistent=False)  # the first own slot of a ring
         self.register_buffer("local_counts", torch.zeros_like(y), persistent=False)
         # By ring, and last for all of them: -inf, the lse of a row whose own part is empty, or NaN where it is not.
         nothing = torch.full((groups + 1,), -math.inf, dtype=torch.float64, device=device)
         self.register_buffer("_nothing", nothing, persistent=False)
+        self.register_buffer("_order", torch.zeros(1, device=device), persistent=False)  # see peer_memory
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, part={self.part}, parts={self.parts}"
@@ -130,16 +147,22 @@ class ShardedReferenceBank(ReferenceBank):
             if given is not None and (given.dtype != torch.int64 or given.shape != values.shape[:1]):
                 got = f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
                 raise ValueError(f"{name}: expected int64 (N,) = ({values.shape[0]},), got {got}")
-        return values.to(self.rows.dtype), labels, indices
+        return values if self.link is not None else values.to(self.rows.dtype), labels, indices
 
     def _push(self, values: Tensor, labels: Tensor, indices: Tensor | None) -> None:
         self._check_alike("push", values)
+        if self.link is not None:
+            recent = self.num_classes > 0 and self.null == "ring"
+            about = self._order, self.counts, self.heads, self.local_counts
+            peer_memory.push(*about, values, labels, indices, recent, self.capacity, self.link.name)
+            return
         sent = [values, labels] + ([] if indices is None else [indices])
         self._store(*(self._wait(part) for part in self._gather(*sent)))
 
     def _push_prefill(self, values: Tensor, labels: Tensor | None, indices: Tensor | None) -> None:
         """Every process has the same rows and keeps its share."""
-        self._store(*self._to_push(values, labels, indices))
+        values, labels, indices = self._to_push(values, labels, indices)
+        self._store(values.to(self.rows.dtype), labels, indices)
 
     def prefill(self, data: Any, *, batch_size: int = 256, generator: torch.Generator | None = None) -> float:
         """As `ReferenceBank.prefill`, with the same data on every process, of which each keeps its part.
@@ -149,7 +172,10 @@ class ShardedReferenceBank(ReferenceBank):
         if generator is None and (isinstance(data, (Tensor, tuple)) or hasattr(data, "__getitem__")):
             seed = torch.randint(2**62, (1,)).to(self.rows.device)
             generator = torch.Generator().manual_seed(int(self._wait(self._gather(seed)[0])[0]))
-        return super().prefill(data, batch_size=batch_size, generator=generator)
+        self._meet()
+        filled = super().prefill(data, batch_size=batch_size, generator=generator)
+        self._meet()
+        return filled
 
     def _store(self, values: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
         """Push rows (N, *S) of the bank's dtype, which every process has, in order; stray labels are skipped."""
@@ -186,6 +212,16 @@ class ShardedReferenceBank(ReferenceBank):
 
     # -- drawing
 
+    def _take(
+        self, group, u, fallback=None, noise=None, t=None, *, path="linear", t_min=0.0, indexed=False, send=False
+    ):
+        if self.link is None:
+            return super()._take(group, u, fallback, noise, t, path=path, t_min=t_min, indexed=indexed)
+        self._check_alike("draw", u)
+        about = self._order, self.counts, u, group, fallback, noise, t, path, t_min
+        *drawn, index = peer_memory.draw(*about, self.capacity, indexed, send, self.link.name)
+        return *drawn, index if indexed else None
+
     def _drawn_from(
         self, group: Tensor | None, u: Tensor, *, indexed: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -211,11 +247,17 @@ class ShardedReferenceBank(ReferenceBank):
 
     # -- targets
 
-    def _target(self, path, x_t, t, group, source, prediction, precision) -> Tensor:
+    def _target(self, path, x_t, t, group, source, prediction, precision, sent=False) -> Tensor:
         check_prediction(prediction)
+        if self.link is not None and path.name is not None:  # the kernels know it
+            on = {"path": path.name, "prediction": prediction, "sent": sent and self.rows.dtype != torch.float64}
+            return self._over_peers(x_t, t, None, group, source, precision, **on)
         at = path.coefficients(clamp_time(t.double()))
+        factors = prediction_coefficients(prediction, at)
+        if self.link is not None:
+            return self._over_peers(x_t, at.alpha, at.sigma, group, source, precision, factors)
         mean = self.posterior_mean(x_t, at.alpha, at.sigma, group, source, precision=precision)
-        return affine_step(x_t, mean, *prediction_coefficients(prediction, at))
+        return affine_step(x_t, mean, *factors)
 
     @torch.no_grad()
     def posterior_mean(
@@ -240,9 +282,9 @@ class ShardedReferenceBank(ReferenceBank):
         Returns:
             (N, *S) float32, or float64 for float64 x. A row without any reference or with NaN in it is NaN.
         """
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"x_t: expected shape (N, *S) with S = {self.shape}, got {tuple(x.shape)}")
-        self._check_alike("target", x)
+        if self.link is not None:
+            return self._over_peers(x, alpha.double(), sigma.double(), group, source, precision)
+        self._check_rows(x)
         ring = torch.zeros_like(alpha) if group is None else group
         about = torch.stack([alpha.double(), sigma.double(), ring.double()], 1)
         size = max(1, -(-len(x) // self.portions))
@@ -253,6 +295,31 @@ class ShardedReferenceBank(ReferenceBank):
             going.append(self._exchange(part))
         back = [self._wait(part).unflatten(0, (self.parts, len(part) // self.parts)) for part in going]
         return self._merge(back[0] if len(back) == 1 else torch.cat(back, 1), x, alpha, sigma, source)
+
+    @torch.no_grad()
+    def _over_peers(
+        self,
+        x,
+        time_or_alpha,
+        sigma,
+        group,
+        source,
+        precision,
+        factors=(None, None),
+        *,
+        path="",
+        prediction="x0",
+        sent=False,
+    ) -> Tensor:
+        """The prediction at times on a path; for alpha and sigma a x + b mean of factors (a, b), or the mean itself."""
+        self._check_rows(x)
+        given = self._order, x, time_or_alpha, sigma, group, self.counts, self.local_counts, *factors, source
+        return peer_memory.target(*given, path, prediction, precision, sent, self.link.name)
+
+    def _check_rows(self, x: Tensor) -> None:
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"x_t: expected shape (N, *S) with S = {self.shape}, got {tuple(x.shape)}")
+        self._check_alike("target", x)
 
     def _part(self, x: Tensor, about: Tensor, one_ring: bool, precision: str) -> Tensor:
         """Rows x (N, *S) over this part: mean (N, D) and, in the last columns, the bits of the float64 lse."""
@@ -326,6 +393,19 @@ class ShardedReferenceBank(ReferenceBank):
             f"{self.part} waited for one that has ended, or did not answer within the group's timeout"
         )
 
+    def _meet(self) -> None:
+        """Where others may read or write this part, the device waits until they have come so far."""
+        if self.link is not None:
+            self.link.meet()
+
+    def _apply(self, fn, recurse=True):
+        """As of any module; a part that has moved is no longer where the others reach it: collectives from then on."""
+        before = self.rows.data_ptr()
+        super()._apply(fn, recurse)
+        if self.rows.data_ptr() != before:
+            self.link = None
+        return self
+
     # -- checks
 
     def _check_alike(self, method: str, rows: Tensor) -> None:
@@ -339,7 +419,7 @@ class ShardedReferenceBank(ReferenceBank):
         brought = f"{method}: {len(rows)} rows of {str(rows.dtype).removeprefix('torch.')}"
         if self._brought.get(method) == brought:
             return
-        everywhere = _compare(self.group, brought)
+        everywhere = compare(self.group, brought)
         if everywhere is None:
             raise RuntimeError(f"{self.lost('a step')}, or whose rows are as before; here {brought}")
         if set(everywhere) != {brought}:
@@ -387,6 +467,7 @@ class ShardedReferenceBank(ReferenceBank):
         """
         from . import sharded_checkpoint
 
+        self._meet()
         sharded_checkpoint.load(self, folder)
 
     def pieces(self) -> dict[str, Tensor]:
@@ -420,6 +501,7 @@ class ShardedReferenceBank(ReferenceBank):
         groups, capacity = state["refs"].shape[:2]
         about = {key: (tuple(piece.shape), piece.dtype) for key, piece in pieces.items()}
         self.check_saved([capacity, groups, self.num_classes], about, "the state dict")
+        self._meet()
         for key, piece in pieces.items():
             self.place(key, piece)
         self.take_counts(state["counts"], state["heads"])
@@ -429,6 +511,7 @@ class ShardedReferenceBank(ReferenceBank):
         self.counts.copy_(counts)
         self.heads.copy_(heads)
         self._count()
+        self._meet()
 
     def check_saved(
         self, layout: list[int], pieces: dict[str, tuple[tuple[int, ...], torch.dtype]], place: str
@@ -463,6 +546,7 @@ class ShardedReferenceBank(ReferenceBank):
             return
         about = {key: (tuple(given[key].shape), given[key].dtype) for key in keys if _PIECE.fullmatch(key)}
         self.check_saved(given["layout"].tolist(), about, "the state dict")
+        self._meet()
         for key in about:
             self.place(key, given[key])
         self.take_counts(given["counts"], given["heads"])
@@ -488,7 +572,7 @@ def slots_of(key: str, rows: int, capacity: int) -> tuple[Tensor, Tensor]:
     return y, at % local * parts + (part - y) % parts
 
 
-def _compare(group: dist.ProcessGroup, said: str) -> list[str] | None:
+def compare(group: dist.ProcessGroup, said: str) -> list[str] | None:
     """What every process of the group says at this call, by rank; None when one says nothing within the timeout."""
     store, name, parts, part = group.get_group_store(), group.group_name, group.size(), group.rank()
     call = _COMPARED[name] = _COMPARED.get(name, 0) + 1
@@ -502,6 +586,23 @@ def _compare(group: dist.ProcessGroup, said: str) -> list[str] | None:
     if call > 1:  # all have read what was said before this
         store.delete_key(f"svel/{call - 1}/{part}")
     return everywhere
+
+
+def _link(
+    group: dist.ProcessGroup | None, device: torch.device | str | None, portions: int, wanted: bool | None
+) -> peer_memory.Link | None:
+    """The processes' memory, where `wanted` or where it can be and is not unwanted."""
+    if wanted is False or (wanted is None and portions > 1):
+        return None
+    if wanted and portions > 1:
+        raise ValueError(f"portions: expected 1 with peer_memory=True, got {portions}")
+    link = peer_memory.connect(group, device, compare)
+    if wanted and link is None:
+        raise ValueError(
+            "peer_memory: expected False or None, because not all processes of the group have a GPU of one host that "
+            "reaches those of the others; got True"
+        )
+    return link
 
 
 def _process_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:

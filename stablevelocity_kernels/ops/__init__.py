@@ -1,5 +1,6 @@
 """One page per op: schema, fake, gradient, documentation. Importing this package declares torch.ops.svel."""
 
+from . import peers
 from .affine_step import affine_step
 from .bank_draw import bank_draw
 from .bank_push_ import bank_push_
@@ -15,6 +16,7 @@ __all__ = [
     "bank_draw",
     "bank_push_",
     "conditional_target_",
+    "peers",
     "posterior_mean",
     "posterior_part",
     "stable_target",

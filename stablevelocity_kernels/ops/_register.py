@@ -38,6 +38,11 @@ def eager(op: OpOverload) -> Callable:
     return getattr(op, "_op", op)
 
 
+def define_native(schema: str) -> None:
+    """Declare an op that only a compiled library has, for memory that a reference could not reach."""
+    LIBRARY.define(schema)
+
+
 def op_names() -> tuple[str, ...]:
     """Names of every declared op, in the order of declaration."""
     return tuple(_REFERENCE)

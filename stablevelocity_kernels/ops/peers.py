@@ -1,0 +1,56 @@
+"""Ops of a bank in parts whose processes reach one another's memory: one host, GPUs that are peers.
+
+They exist in the compiled CUDA library alone, take addresses in place of the memory of other processes, and wait on the
+device for what these do: every process calls them in the same order. `stablevelocity.ShardedReferenceBank` is how they
+are meant to be used. A mailbox is memory of one process that all read and write: zero at first, a header of
+`HEADER_BYTES`, and then what is exchanged, each tensor at a multiple of 256 bytes and by rank. Waiting ends with an
+error after `seconds`.
+"""
+
+from __future__ import annotations
+
+from ._register import define_native
+
+HEADER_BYTES = 512
+MAX_PEERS = 32
+
+# bank_push_ of the rows of all processes, as many of each, into a bank in parts: slot s of ring y is with part
+# (s + y) mod P, at parts_at (P,), as its slot s div P. refs is the own part, counts and heads are of the whole rings,
+# local_counts (K,) int32 of the part. A round, over when all rows are where they belong. A mailbox holds (2, P N) int64
+# behind its header.
+define_native(
+    "bank_push_parts_(Tensor(a!) refs, Tensor(b!) counts, Tensor(c!) heads, Tensor(d!) local_counts, Tensor values, "
+    "Tensor labels, bool all_to_last, int capacity, Tensor parts_at, Tensor mailboxes, int part, float seconds) -> ()"
+)
+# bank_draw from such parts, with slots of the whole rings; x_t goes to `also` (N, *S) float32, too.
+define_native(
+    "bank_draw_parts(Tensor parts_at, int capacity, Tensor refs, Tensor counts, Tensor u, Tensor? labels, "
+    "Tensor? fallback, Tensor? noise, Tensor? t, str path, float t_min, Tensor(a!)? also) -> "
+    "(Tensor x0, Tensor slot, Tensor x_t, Tensor t_set)"
+)
+# Up to four tensors of rows of every process, one after the other in all mailboxes (P,); with `stays`, x in the own
+# one alone. Begins a round, and is over when all have come; without a tensor it is a meeting. It overwrites what the
+# round before brought, which a merge has ended. Where it is little, each 32 bits travel with the number of the round in
+# a word that is its own flag, by way of `words`: bytes into a mailbox, 8 for each 32 bits of all processes.
+define_native(
+    "peers_gather_(Tensor mailboxes, int part, float seconds, Tensor? a, Tensor? b, Tensor? c, Tensor? x, "
+    "bool stays, int? words) -> ()"
+)
+# Whether posterior_part of these rows of all processes is a kernel that reads each row x from the mailbox of its
+# process and leaves what it gives there.
+define_native("part_goes_home(Tensor x, Tensor refs, Tensor? labels, str precision) -> bool")
+# posterior_part of the rows of all processes, as many of each; sigma None: at times on a path. With mailboxes it goes
+# home: x, mean and lse are where they begin in a mailbox. Else it is in mean and lse.
+define_native(
+    "posterior_part_out(Tensor x, Tensor refs, Tensor time_or_alpha, Tensor? sigma, str path, Tensor? labels, "
+    "Tensor? counts, str precision, Tensor(a!) mean, Tensor(b!) lse, Tensor? mailboxes, int part, int xs, int means, "
+    "int lses) -> ()"
+)
+# What all parts gave for the own rows, `means` and `lses` bytes into the mailboxes, merged; with a and b (N,) float64,
+# or times t (N,) from which they follow, a x + b mean. home: it is in the own mailbox, else in those of the parts. Ends
+# the round that a gather began. source: one reference more for each row.
+define_native(
+    "peers_merge(Tensor mailboxes, int part, float seconds, int means, int lses, bool home, Tensor x, Tensor counts, "
+    "Tensor? rings, Tensor? a, Tensor? b, Tensor? t, str path, str prediction, Tensor? source, Tensor? source_lse) -> "
+    "Tensor"
+)
