@@ -81,8 +81,8 @@ constexpr int PRODUCTS_MAX_STAGES = 32, PRODUCTS_ROWS = 2;  // rows of a unit
 constexpr int products_sums_smem(int64_t held) {
   return static_cast<int>(8 * held);
 }
-constexpr int64_t products_smem(int64_t held, int tile_refs, int rows) {
-  return 6144 + (160 * rows + 32) * tile_refs + products_sums_smem(held);
+constexpr int64_t products_smem(int64_t held, int tile_refs) {
+  return 6144 + (160 * PRODUCTS_ROWS + 32) * tile_refs + products_sums_smem(held);
 }
 // Of a reference there: apart by 16 bytes more than a multiple of 128, so that eight of them meet all banks.
 constexpr int products_ref_bytes(int64_t held) {

@@ -439,65 +439,20 @@ struct Groups {
     if (filed) return file(lane);
     if (!layout.merge_last) return;
     group_barrier();
-    if (thread() == 0) shared().final[group()] = count_part(segment, my_row);
+    if (thread() == 0) shared().final[group()] = count_part(parts, segment, my_row);
     group_barrier();
     final = shared().final[group()];
-    if (final) merge_row(end);
+    if (final) merge(end);
   }
 
-  // Whether it was the last of the row's parts.
-  __device__ __forceinline__ bool count_part(const Segment<ROWS>& segment, int my_row) const {
-    wait_for_previous_launch();  // which sets the counts to zero
-    return add_arrival(parts.arrived + segment.order + my_row) == segment.to - segment.from;
-  }
-  // A part that is left to others, in all but the block's last segment.
-  __device__ __forceinline__ static bool is_filed(const Segment<ROWS>& segment) {
-    return segment.flags & SEGMENT_PART_END && !(segment.flags & SEGMENT_LAST) && segment.to > segment.from;
-  }
   __device__ __forceinline__ void file(int lane) const {
     __syncwarp();
     if (lane == 0) arrive(&shared().filed);
   }
 
-  // The row's result from its parts, all of them in memory, by one group.
-  __device__ __forceinline__ void merge_row(const RowEnd& end) const {
-    const RowPlace here = place();
-    const int lane = thread() % 32;
-    const PartsTogether together = sum_of_parts(parts, here, end, lane);
-    const double mean_by = 1 / together.all.total;
-#pragma unroll 1
-    for (int e = 4 * thread(); e - 4 * lane < d; e += 4 * GT) {
-      double v[4] = {};
-      float4 x = make_float4(0, 0, 0, 0);
-      if (e < d && end.a != 0) x = load_four(in, here, x_of(in, end.index), end.index, e);
-      add_parts(parts, here, end, together, e, e < d, v);
-      if (e < d) store_row(in, here, end, e, mean_by, x, v);
-    }
-    if (in.lse.data && thread() == 0) write_lse(in, end.index, together.all);
-  }
-
-  // The clerk, one thread: counts the part of a unit that began in an earlier block. In the rare case that
-  // all others are there the consumers merge them when they have done the rest.
-  __device__ __forceinline__ void keep_files() const {
-    int slot = 0, slot_phase = 0;
-    for (;;) {
-      wait_barrier(&shared().announced.told[slot], slot_phase);
-      const Segment<ROWS>& segment = shared().announced.segments[slot];
-      if (segment.flags & SEGMENT_LIST_DONE) break;
-      if (is_filed(segment)) {
-        wait_barrier(&shared().filed, 0);
-#pragma unroll 1
-        for (int r = 0; layout.merge_last && r < segment.count; ++r) {
-          if (!count_part(segment, r)) continue;
-          const RowState& row = segment.rows[r];
-          shared().rows_left[shared().unmerged++] = {row.index,  row.out, r,     segment.from,
-                                                     segment.to, row.a,   row.b, {}};
-        }
-      }
-      arrive(&shared().announced.done[slot]);
-      if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
-    }
-    arrive(&shared().closed);
+  // The row's result from its parts, by one group.
+  __device__ __forceinline__ void merge(const RowEnd& end) const {
+    merge_row<GT>(in, parts, place(), end, [] { return thread(); });
   }
 
   __device__ __forceinline__ void consume() const {
@@ -546,7 +501,7 @@ struct Groups {
     wait_barrier(&shared().closed, 0);
 #pragma unroll 1
     for (int i = 0; i < shared().unmerged; ++i) {
-      if (group() == 0) merge_row(shared().rows_left[i]);
+      if (group() == 0) merge(shared().rows_left[i]);
     }
     write_dead_rows(in, list, place(), gridDim.x, blockIdx.x, group() * GT + thread(), GROUPS_CONSUMERS);
   }
@@ -602,7 +557,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     } else if (tid >= 96) {
       if (layout.own_list && !layout.merge_last && blockIdx.x == 0)
         leave_list(in, list, shared_list, tid - 96, 32);
-      if (tid == 96) kernel.keep_files();
+      if (tid == 96) keep_files(parts, layout.merge_last, shared);
     }
   }
 }

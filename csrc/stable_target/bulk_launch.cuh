@@ -35,79 +35,49 @@ bool launch_bulk(const BulkLaunch& launch);
 namespace {
 
 struct Launch : BulkLaunch {
-  // A sample in one block.
+  // A sample in one block, with groups of warps, or on the matrix units.
   template <typename T, int GT, int Q, int TR>
   bool run_groups_if() const {
     using Kernel = Groups<T, GT, Q, TR>;
     static_assert(Kernel::FIXED_BYTES <= BULK_FIXED_SMEM, "the planner reserves less");
-    if (in.refs.dtype != DtypeOf<T>::value || plan.slices > 1 || plan.products || plan.group != GT ||
-        plan.tile_d != GT * Q || plan.tile_refs != TR || plan.tile_rows != Kernel::ROWS)
+    if (in.refs.dtype != DtypeOf<T>::value || plan.slices > 1 || plan.group != GT || plan.tile_d != GT * Q ||
+        plan.tile_refs != TR || plan.tile_rows != Kernel::ROWS)
       return false;
-    const auto kernel = groups_kernel<T, GT, Q, TR>;
-    check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(plan.smem_bytes)));
     GroupsLayout layout{};
-    layout.stages = plan.stages;
     layout.in_flight = plan.in_flight;
     layout.vectors = vectors();
-    layout.own_list = plan.own_list;
-    layout.merge_last = merge_last(plan.blocks, Kernel::ROWS);
-
-    Carver carver(workspace);
-    const UnitList list = place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k,
-                                          plan.weight_two, plan.weight_four);
-    BulkParts parts{};
-    parts.sums = carver.take<double>(2 * plan.blocks * Kernel::ROWS * in.d);
-    parts.rows = carver.take<PartRow>(2 * plan.blocks * Kernel::ROWS);
-    parts.arrived = carver.take<int>(in.n);
-    if (!layout.own_list) {
-      build_unit_list(op, in, list, parts.arrived, in.n, TR, Kernel::ROWS, stream);
-    } else if (layout.merge_last) {
-      zero_arrivals(op, parts.arrived, in.n, stream);
-    }
-    cudaLaunchAttribute overlaps{};
-    overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlaps.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
-    config.blockDim = dim3(GROUPS_CONSUMERS + BULK_PRODUCERS);
-    config.dynamicSmemBytes = plan.smem_bytes;
-    config.stream = stream;
-    config.attrs = &overlaps;
-    config.numAttrs = layout.own_list && !layout.merge_last ? 0 : 1;  // whether what came before is ours
-    check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
-    if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, Kernel::ROWS, plan.blocks, stream);
+    run_in_blocks(groups_kernel<T, GT, Q, TR>, layout);
     return true;
   }
 
-  // A sample in one block, on the matrix units.
-  template <typename T, int CHUNKS>
+  template <int CHUNKS>
   bool run_products_if() const {
-    using Kernel = Products<T, CHUNKS>;
-    static_assert(Kernel::BEFORE_LIST <= products_smem(Kernel::HELD, Kernel::TR, Kernel::ROWS),
+    using Kernel = Products<CHUNKS>;
+    static_assert(Kernel::BEFORE_LIST <= products_smem(Kernel::HELD, Kernel::TR),
                   "the planner reserves less");
-    if (in.refs.dtype != DtypeOf<T>::value || !plan.products || plan.tile_d != Kernel::HELD ||
-        plan.tile_refs != Kernel::TR || plan.tile_rows != Kernel::ROWS)
-      return false;
-    const auto kernel = products_kernel<T, CHUNKS>;
+    if (in.refs.dtype != Dtype::f16 || !plan.products || plan.tile_d != Kernel::HELD) return false;
+    run_in_blocks(products_kernel<CHUNKS>, ProductsLayout{});
+    return true;
+  }
+
+  template <typename Layout>
+  void run_in_blocks(void (*kernel)(Inputs, UnitList, BulkParts, Layout), Layout layout) const {
     check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(plan.smem_bytes)));
-    ProductsLayout layout{};
     layout.stages = plan.stages;
     layout.own_list = plan.own_list;
-    layout.merge_last = merge_last(plan.blocks, Kernel::ROWS);
+    layout.merge_last = merge_last(plan.blocks, plan.tile_rows);
 
     Carver carver(workspace);
     const UnitList list = place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k,
                                           plan.weight_two, plan.weight_four);
     BulkParts parts{};
-    parts.sums = carver.take<double>(2 * plan.blocks * Kernel::ROWS * in.d);
-    parts.rows = carver.take<PartRow>(2 * plan.blocks * Kernel::ROWS);
+    parts.sums = carver.take<double>(2 * plan.blocks * plan.tile_rows * in.d);
+    parts.rows = carver.take<PartRow>(2 * plan.blocks * plan.tile_rows);
     parts.arrived = carver.take<int>(in.n);
     if (!layout.own_list) {
-      build_unit_list(op, in, list, parts.arrived, in.n, Kernel::TR, Kernel::ROWS, stream);
+      build_unit_list(op, in, list, parts.arrived, in.n, plan.tile_refs, plan.tile_rows, stream);
     } else if (layout.merge_last) {
       zero_arrivals(op, parts.arrived, in.n, stream);
     }
@@ -122,8 +92,7 @@ struct Launch : BulkLaunch {
     config.attrs = &overlaps;
     config.numAttrs = layout.own_list && !layout.merge_last ? 0 : 1;  // whether what came before is ours
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
-    if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, Kernel::ROWS, plan.blocks, stream);
-    return true;
+    if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, plan.tile_rows, plan.blocks, stream);
   }
 
   bool vectors() const {
@@ -139,8 +108,8 @@ struct Launch : BulkLaunch {
   bool run_teams_if() const {
     using Kernel = Teams<T, Q, TR>;
     static_assert(Kernel::FIXED_BYTES <= BULK_FIXED_SMEM, "the planner reserves less");
-    if (in.refs.dtype != DtypeOf<T>::value || plan.slices == 1 || plan.products ||
-        plan.tile_d != Kernel::THREADS * Q || plan.tile_refs != TR)
+    if (in.refs.dtype != DtypeOf<T>::value || plan.slices == 1 || plan.tile_d != Kernel::THREADS * Q ||
+        plan.tile_refs != TR)
       return false;
     const auto kernel = teams_kernel<T, Q, TR>;
     const void* const entry = reinterpret_cast<const void*>(kernel);
@@ -208,7 +177,7 @@ bool launch_tiles(const BulkLaunch& launch) {
                         at.run_groups_if<T, 128, 16, 2>() || at.run_groups_if<T, 256, 16, 2>();
   if (launched) return true;
   if constexpr (DtypeOf<T>::value == Dtype::f16) {
-    if (at.run_products_if<T, 4>() || at.run_products_if<T, 8>()) return true;
+    if (at.run_products_if<4>() || at.run_products_if<8>()) return true;
   }
   if constexpr (sizeof(T) == 2) {
     return at.run_groups_if<T, 512, 16, 2>() || at.run_teams_if<T, 16, 2>() || at.run_teams_if<T, 32, 1>();

@@ -538,6 +538,62 @@ __device__ __forceinline__ void write_lse(const Inputs& in, int64_t index, const
            log(all.total) + LOG_2 * all.log2_weight + 0.5 * static_cast<double>(in.d));
 }
 
+// Whether it was the last of the row's parts.
+template <int ROWS>
+__device__ __forceinline__ bool count_part(const BulkParts& parts, const Segment<ROWS>& segment, int my_row) {
+  wait_for_previous_launch();  // which sets the counts to zero
+  return add_arrival(parts.arrived + segment.order + my_row) == segment.to - segment.from;
+}
+// A part that is left to others, in all but the block's last segment.
+template <int ROWS>
+__device__ __forceinline__ bool is_filed(const Segment<ROWS>& segment) {
+  return segment.flags & SEGMENT_PART_END && !(segment.flags & SEGMENT_LAST) && segment.to > segment.from;
+}
+
+// The row's result from its parts, all of them in memory, by THREADS threads, thread() of them.
+template <int THREADS, typename Thread>
+__device__ __forceinline__ void merge_row(const Inputs& in, const BulkParts& parts, const RowPlace& place,
+                                          const RowEnd& end, const Thread& thread) {
+  const int lane = thread() % 32;
+  const PartsTogether together = sum_of_parts(parts, place, end, lane);
+  const double mean_by = 1 / together.all.total;
+#pragma unroll 1
+  for (int e = 4 * thread(); e - 4 * lane < place.length; e += 4 * THREADS) {
+    double v[4] = {};
+    float4 x = make_float4(0, 0, 0, 0);
+    if (e < place.length && end.a != 0) x = load_four(in, place, x_of(in, end.index), end.index, e);
+    add_parts(parts, place, end, together, e, e < place.length, v);
+    if (e < place.length) store_row(in, place, end, e, mean_by, x, v);
+  }
+  if (in.lse.data && thread() == 0) write_lse(in, end.index, together.all);
+}
+
+// The clerk of a block that holds whole samples, one thread: counts the part of a unit that began in an
+// earlier block. In the rare case that all others are there the consumers merge them when they have done the
+// rest.
+template <typename Shared>
+__device__ __forceinline__ void keep_files(const BulkParts& parts, bool merge_last, Shared& shared) {
+  int slot = 0, slot_phase = 0;
+  for (;;) {
+    wait_barrier(&shared.announced.told[slot], slot_phase);
+    const auto& segment = shared.announced.segments[slot];
+    if (segment.flags & SEGMENT_LIST_DONE) break;
+    if (is_filed(segment)) {
+      wait_barrier(&shared.filed, 0);
+#pragma unroll 1
+      for (int r = 0; merge_last && r < segment.count; ++r) {
+        if (!count_part(parts, segment, r)) continue;
+        const RowState& row = segment.rows[r];
+        shared.rows_left[shared.unmerged++] = {row.index,  row.out, r,     segment.from,
+                                               segment.to, row.a,   row.b, {}};
+      }
+    }
+    arrive(&shared.announced.done[slot]);
+    if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
+  }
+  arrive(&shared.closed);
+}
+
 // Rows with nothing to read become NaN; by `threads` threads of each block.
 __device__ __forceinline__ void write_dead_rows(const Inputs& in, const UnitList& list, const RowPlace& place,
                                                 int64_t teams, int64_t team, int tid, int threads) {

@@ -1,4 +1,4 @@
-// One pass over the references of class banks on Hopper's matrix units, for references of two bytes and
+// One pass over the references of class banks on Hopper's matrix units, for references in float16 and
 // precision "fast". A multiprocessor has one thread block: one warp, the producer, brings references into a
 // ring in shared memory by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements.
 // A tile of eight references, or of eight times BLOCKS, is scored by all warps. One more warp adds up their
@@ -10,7 +10,7 @@
 //
 // Rounding. Scores are s_j = rate (x.r_j - alpha/2 |r_j|^2), so that
 //   -|x - alpha r_j|^2 / (2 sigma^2) = s_j - |x|^2 / (2 sigma^2).
-// References are exact in the matrix units, x is the sum of SPLITS values of their type, and so are weights.
+// References are exact in the matrix units, x is the sum of two values of float16, and so are weights.
 // The sums of the matrix units, which round towards zero, are over 64 elements or 8 references. Weights are
 // 2^(s_j - top) with an integer `top` that is no smaller than any score.
 //
@@ -31,36 +31,18 @@ namespace svel::cuda {
 #define SVEL_PRODUCT_ASM(...)
 #endif
 
-// acc += a b, 16 x 8 over 16 (float16 and bfloat16), or over 8.
-template <typename T>
+// acc += a b, 16 x 8 over 16, or over 8, of float16.
 __device__ __forceinline__ void multiply_16(float (&acc)[4], const uint4& a, const uint2& b) {
-  if constexpr (DtypeOf<T>::value == Dtype::f16) {
-    SVEL_PRODUCT_ASM(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};" : "+f"(acc[0]),
-        "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x),
-        "r"(b.y));
-  } else {
-    SVEL_PRODUCT_ASM(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};" : "+f"(acc[0]),
-        "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x),
-        "r"(b.y));
-  }
+  SVEL_PRODUCT_ASM(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};" : "+f"(acc[0]),
+      "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
 }
-template <typename T>
 __device__ __forceinline__ void multiply_8(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  if constexpr (DtypeOf<T>::value == Dtype::f16) {
-    SVEL_PRODUCT_ASM(
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, "
-        "%3};" : "+f"(acc[0]),
-        "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a0), "r"(a1), "r"(b));
-  } else {
-    SVEL_PRODUCT_ASM(
-        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, "
-        "%3};" : "+f"(acc[0]),
-        "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a0), "r"(a1), "r"(b));
-  }
+  SVEL_PRODUCT_ASM(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(acc[0]),
+      "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a0), "r"(a1), "r"(b));
 }
 // Four 8 x 8 matrices, transposed: each lane names a row of 16 bytes.
 __device__ __forceinline__ uint4 load_transposed(uint32_t row) {
@@ -70,32 +52,12 @@ __device__ __forceinline__ uint4 load_transposed(uint32_t row) {
   return v;
 }
 
-template <typename T>
-__device__ __forceinline__ T narrow(float v) {
-  if constexpr (DtypeOf<T>::value == Dtype::f16) {
-    return __float2half_rn(v);
-  } else {
-    return __float2bfloat16_rn(v);
-  }
-}
-template <typename T>
-__device__ __forceinline__ uint32_t pair_of(T a, T b) {
-  return static_cast<uint32_t>(*reinterpret_cast<uint16_t*>(&a)) |
-         static_cast<uint32_t>(*reinterpret_cast<uint16_t*>(&b)) << 16;
+__device__ __forceinline__ uint32_t pair_of(__half a, __half b) {
+  return static_cast<uint32_t>(__half_as_ushort(a)) | static_cast<uint32_t>(__half_as_ushort(b)) << 16;
 }
 
-// How values in float32 are split into values of T, each of which holds what those before leave; the later
-// ones are kept larger by 2^SHIFT each.
-template <typename T>
-struct Split;
-template <>
-struct Split<__half> {
-  static constexpr int COUNT = 2, ROWS = 2, SHIFT = 11;
-};
-template <>
-struct Split<__nv_bfloat16> {
-  static constexpr int COUNT = 4, ROWS = 1, SHIFT = 8;  // the fourth is zero
-};
+// Of the two values of a weight the second is kept larger by this.
+constexpr float SPLIT_SCALE = 2048;
 
 // Of a thread: all together no more than at the launch, 96 for each.
 constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 64;
@@ -115,8 +77,9 @@ struct ProductsState {
   float total, rest;  // of the weights; the best score is top - rest
 };
 
-template <int ROWS, int TR>
+template <int TR>
 struct ProductsShared {
+  static constexpr int ROWS = PRODUCTS_ROWS;
   static constexpr int WARPS = GROUPS_CONSUMERS / 32, PADDED = WARPS + 4;
   Barrier full[PRODUCTS_MAX_STAGES], empty[PRODUCTS_MAX_STAGES];
   Announcements<ROWS> announced;
@@ -141,18 +104,18 @@ struct ProductsShared {
   RowEnd rows_left[ROWS];
 };
 
-// T: of the references. CHUNKS of 32 elements for each warp.
-template <typename T, int CHUNKS>
+// CHUNKS of 32 elements for each warp.
+template <int CHUNKS>
 struct Products {
   static constexpr int THREADS = GROUPS_CONSUMERS, WARPS = THREADS / 32;
-  static constexpr int ROWS = Split<T>::ROWS, SPLITS = Split<T>::COUNT;
+  static constexpr int ROWS = PRODUCTS_ROWS;
   static constexpr int BLOCKS = 8 / CHUNKS,
                        TR = 8 * BLOCKS;  // of eight references: a tile has 32,768 elements
   static constexpr int PIECES = 2, PIECE_REFS = TR / PIECES;
   static constexpr int HELD = THREADS * CHUNKS;               // most elements of a sample
   static constexpr int REF_BYTES = products_ref_bytes(HELD);  // in shared memory
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
-  using Shared = ProductsShared<ROWS, TR>;
+  using Shared = ProductsShared<TR>;
   static constexpr int FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
   static constexpr int BEFORE_LIST = FIXED_BYTES + products_sums_smem(HELD);
 
@@ -185,14 +148,15 @@ struct Products {
 
   // The producer, one warp: each lane copies one reference of a piece.
   __device__ __forceinline__ void produce(int lane) const {
-    const int ref_bytes = d * static_cast<int>(sizeof(T));
+    const int ref_bytes = d * static_cast<int>(sizeof(__half));
     int s = 0, phase = 1, slot = 0, slot_phase = 0;
     for (;;) {
       wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) return;
       const uint64_t policy = segment.alone ? read_once_policy() : usual_policy();
-      const char* from = static_cast<const char*>(in.refs.data) + (segment.first + lane) * in.d * sizeof(T);
+      const char* from =
+          static_cast<const char*>(in.refs.data) + (segment.first + lane) * in.d * sizeof(__half);
       int left = segment.references;
       for (int pieces = segment.tiles * PIECES; pieces > 0; --pieces) {
         Barrier* const full = &shared().full[s];
@@ -218,7 +182,7 @@ struct Products {
   // The consumers. Lanes of a warp: 4 g + t. As in the matrix units: of references, lane (g, t) holds
   // elements 8 t to 8 t + 7 of a chunk of reference `logical` g; words 0 and 2 of these four are part 0 of
   // the elements, words 1 and 3 part 1, and a product multiplies both parts with columns of their own: column
-  // = 4 part + 2 row + split, with four SPLITS 4 part + split.
+  // = 4 part + 2 row + split.
   struct Mine {
     float sum[CHUNKS][4];  // of the column's row, elements g, g + 8, g + 16, g + 24 of a chunk; t: see column
     float unscale, half_alpha, offset;  // of row t & 1: 1 / what x was multiplied by
@@ -248,7 +212,7 @@ struct Products {
   // x of the rows of the unit, split.
   __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<ROWS>& segment) const {
     const int column = lane() >> 2, t = lane() & 3, part = column >> 2;
-    const int my_row = ROWS == 1 ? 0 : column / 2 % 2, split = ROWS == 1 ? column % 4 : column % 2;
+    const int my_row = column / 2 % 2, split = column % 2;
     const bool present = my_row < segment.count;
     const RowState& row = segment.rows[present ? my_row : 0];
     const float* const from = static_cast<const float*>(in.x.data) + row.index * in.d + 8 * t + 2 * part;
@@ -300,20 +264,16 @@ struct Products {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float a = x[q][h].x * scale, b = x[q][h].y * scale;
-#pragma unroll
-        for (int s = 0; s < SPLITS - 1; ++s) {
-          if (s >= split) break;
-          a -= to_float(narrow<T>(a)), b -= to_float(narrow<T>(b));
-        }
-        words[h] = SPLITS == 4 && split == 3 ? 0 : pair_of(narrow<T>(a), narrow<T>(b));
+        if (split == 1) a -= __half2float(__float2half_rn(a)), b -= __half2float(__float2half_rn(b));
+        words[h] = pair_of(__float2half_rn(a), __float2half_rn(b));
       }
       store_shared(split_x() + 256 * q, make_uint2(words[0], words[1]));
 #pragma unroll
       for (int k = 0; k < 4; ++k) mine.sum[q][k] = 0;
     }
     // Of the rows whose scores this lane will have.
-    mine.unscale = __shfl_sync(0xffffffffu, fabsf(1 / scale), ROWS == 1 ? 0 : (lane() & 1) << 3);
-    mine.half_alpha = segment.rows[ROWS == 1 ? 0 : min(lane() & 1, segment.count - 1)].half_alpha;
+    mine.unscale = __shfl_sync(0xffffffffu, fabsf(1 / scale), (lane() & 1) << 3);
+    mine.half_alpha = segment.rows[min(lane() & 1, segment.count - 1)].half_alpha;
   }
 
   // Shares of the scores of eight references, to shared memory.
@@ -328,9 +288,9 @@ struct Products {
 #pragma unroll
       for (int q = from; q < from + CHAIN; ++q) {
         const uint4 raw = load_shared_16(refs + WARPS * 64 * q);
-        multiply_16<T>(product, raw, load_shared_8(split_x() + 256 * q));
-        multiply_8<T>(first_part, raw.x, raw.y, raw.x), multiply_8<T>(second_part, raw.x, raw.y, raw.y);
-        multiply_8<T>(first_part, raw.z, raw.w, raw.z), multiply_8<T>(second_part, raw.z, raw.w, raw.w);
+        multiply_16(product, raw, load_shared_8(split_x() + 256 * q));
+        multiply_8(first_part, raw.x, raw.y, raw.x), multiply_8(second_part, raw.x, raw.y, raw.y);
+        multiply_8(first_part, raw.z, raw.w, raw.z), multiply_8(second_part, raw.z, raw.w, raw.w);
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) dots[k] += product[k];
@@ -342,7 +302,6 @@ struct Products {
     const float norm = __shfl_sync(0xffffffffu, g & 1 ? norms[1] : norms[0], (lane() & ~3) | g >> 1);
     float dot = t < 2 ? dots[0] + dots[1] : dots[2] + dots[3];
     dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-    if constexpr (SPLITS == 4) dot += __shfl_xor_sync(0xffffffffu, dot, 1);
     const float share = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
     if (first && block == 0) {
       mine.offset = __shfl_sync(0xffffffffu, share, t);
@@ -418,38 +377,25 @@ struct Products {
     }
   }
 
-  // A weight as the sum of values of T: what the products see. Value `split` of them.
-  __device__ __forceinline__ static T split_weight(float weight, int split) {
-    T value = narrow<T>(weight);
-#pragma unroll
-    for (int s = 0; s < SPLITS - 1; ++s) {
-      if (s >= split) break;
-      weight = (weight - to_float(value)) * static_cast<float>(1 << Split<T>::SHIFT);
-      value = narrow<T>(weight);
-    }
-    return value;
+  // A weight as the sum of two values of float16: what the products see. Value `split` of them.
+  __device__ __forceinline__ static __half split_weight(float weight, int split) {
+    const __half high = __float2half_rn(weight);
+    return split == 0 ? high : __float2half_rn((weight - __half2float(high)) * SPLIT_SCALE);
   }
 
   // The weights of a block for the products; returns their sum over the row's eight references.
   __device__ __forceinline__ float hand_out(float weight, int parity, int block, int lane) const {
-    const int g = lane / 4, t = lane % 4;
-    float seen = 0;
-#pragma unroll
-    for (int s = SPLITS == 2 ? 1 : 2; s >= 0; --s) seen = fmaf(seen, LESS, to_float(split_weight(weight, s)));
+    const int g = lane / 4, t = lane % 4, row = g / 2 % 2, split = g % 2;
+    float seen =
+        fmaf(__half2float(split_weight(weight, 1)), 1 / SPLIT_SCALE, __half2float(split_weight(weight, 0)));
 #pragma unroll
     for (int hop = 4; hop > 0; hop /= 2) seen += __shfl_xor_sync(0xffffffffu, seen, hop);
-    const int row = ROWS == 1 ? 0 : g / 2 % 2, split = ROWS == 1 ? g % 4 : g % 2;
     const float a = __shfl_sync(0xffffffffu, weight, 8 * row + 2 * t);
     const float b = __shfl_sync(0xffffffffu, weight, 8 * row + 2 * t + 1);
-    const bool used = g < 4 && split < 3;
     shared().weights[parity][block][lane] =
-        used ? pair_of(split_weight(a, split), split_weight(b, split)) : 0;
+        g < 4 ? pair_of(split_weight(a, split), split_weight(b, split)) : 0;
     return seen;
   }
-  static constexpr float LESS = 1.0f / (1 << Split<T>::SHIFT);
-
-  // The row of this lane's sums.
-  __device__ __forceinline__ static int sum_row() { return ROWS == 1 ? 0 : lane() & 1; }
 
   __device__ __forceinline__ void add_block(Mine& mine, uint32_t refs, uint32_t weights) const {
 #pragma unroll
@@ -457,12 +403,12 @@ struct Products {
       if (q % 2 == 0) __syncwarp();  // no more loads in flight than there are registers for
       const uint4 four = load_transposed(refs + WARPS * 64 * q);
       float low[4] = {}, high[4] = {};
-      multiply_8<T>(low, four.x, four.y, weights);
-      multiply_8<T>(high, four.z, four.w, weights);
-      mine.sum[q][0] = fmaf(low[1], LESS, mine.sum[q][0]) + low[0];
-      mine.sum[q][1] = fmaf(low[3], LESS, mine.sum[q][1]) + low[2];
-      mine.sum[q][2] = fmaf(high[1], LESS, mine.sum[q][2]) + high[0];
-      mine.sum[q][3] = fmaf(high[3], LESS, mine.sum[q][3]) + high[2];
+      multiply_8(low, four.x, four.y, weights);
+      multiply_8(high, four.z, four.w, weights);
+      mine.sum[q][0] = fmaf(low[1], 1 / SPLIT_SCALE, mine.sum[q][0]) + low[0];
+      mine.sum[q][1] = fmaf(low[3], 1 / SPLIT_SCALE, mine.sum[q][1]) + low[2];
+      mine.sum[q][2] = fmaf(high[1], 1 / SPLIT_SCALE, mine.sum[q][2]) + high[0];
+      mine.sum[q][3] = fmaf(high[3], 1 / SPLIT_SCALE, mine.sum[q][3]) + high[2];
     }
   }
 
@@ -480,7 +426,7 @@ struct Products {
   __device__ __forceinline__ void add_tile(Mine& mine, int s, int many, int parity) const {
     const int used = shared().used[parity];
     if (used & RAISED) {
-      const float scale = shared().scales[parity][sum_row()];
+      const float scale = shared().scales[parity][lane() & 1];
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
 #pragma unroll
@@ -547,15 +493,16 @@ struct Products {
 
   // Four elements of the segment's first reference from e on, in float32.
   __device__ __forceinline__ float4 load_first(const Segment<ROWS>& segment, int e) const {
-    const T* const from = static_cast<const T*>(in.refs.data) + segment.first * in.d + e;
-    return make_float4(to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3]));
+    const __half* const from = static_cast<const __half*>(in.refs.data) + segment.first * in.d + e;
+    return make_float4(__half2float(from[0]), __half2float(from[1]), __half2float(from[2]),
+                       __half2float(from[3]));
   }
 
   // The row once more, from memory and with all digits. Rare, so short rather than quick.
   __device__ __forceinline__ RowSums review(const Segment<ROWS>& segment, int my_row) const {
     const RowState& row = segment.rows[my_row];
     const int references = segment.references;
-    const T* const refs = static_cast<const T*>(in.refs.data) + segment.first * in.d;
+    const __half* const refs = static_cast<const __half*>(in.refs.data) + segment.first * in.d;
     double* const scores = shared().reviewed;
     const double rate = row.exact_rate();
     barrier();  // what is staged is overwritten
@@ -566,8 +513,8 @@ struct Products {
       for (int e = 2 * lane(); e < d; e += 64) {
         const float2 x =
             *reinterpret_cast<const float2*>(static_cast<const float*>(in.x.data) + row.index * in.d + e);
-        const T* const from = refs + int64_t{j} * d + e;
-        const double a = to_float(from[0]), b = to_float(from[1]);
+        const __half* const from = refs + int64_t{j} * d + e;
+        const double a = __half2float(from[0]), b = __half2float(from[1]);
         share = fma(fma(-0.5 * row.alpha, a, static_cast<double>(row.sign * x.x)), a, share);
         share = fma(fma(-0.5 * row.alpha, b, static_cast<double>(row.sign * x.y)), b, share);
       }
@@ -593,10 +540,10 @@ struct Products {
 #pragma unroll 1
       for (int j = 0; j < references; ++j) {
         if (scores[j] < 0x1p-60) continue;
-        const T* const from = refs + int64_t{j} * d + e;
+        const __half* const from = refs + int64_t{j} * d + e;
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-          sums[k] = fma(scores[j], static_cast<double>(to_float(from[k]) - centre[k]), sums[k]);
+          sums[k] = fma(scores[j], static_cast<double>(__half2float(from[k]) - centre[k]), sums[k]);
       }
       *reinterpret_cast<float4*>(staged(my_row) + e) =
           make_float4(static_cast<float>(sums[0]), static_cast<float>(sums[1]), static_cast<float>(sums[2]),
@@ -612,13 +559,8 @@ struct Products {
     for (int q = 0; q < CHUNKS; ++q) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        float sum = mine.sum[q][k];
-        if constexpr (SPLITS == 4) {
-          constexpr float LESS = 1.0f / (1 << Split<T>::SHIFT);
-          sum = fmaf(__shfl_xor_sync(0xffffffffu, sum, 1), LESS * LESS, sum);
-        }
         const int e = 32 * chunk(q) + 8 * k + g;
-        if (t < rows && e < d) staged(t)[e] = sum;
+        if (t < rows && e < d) staged(t)[e] = mine.sum[q][k];
       }
     }
   }
@@ -714,9 +656,9 @@ struct Products {
       if (thread() == 0) shared().moved[r] = end.own;
       if (whole && in.lse.data && thread() == 0) write_lse(in, end.index, end.own);
       if (whole || !(flags & SEGMENT_PART_END) || is_filed(segment) || !layout.merge_last) continue;
-      if (thread() == 0) shared().final = count_part(segment, r);
+      if (thread() == 0) shared().final = count_part(parts, segment, r);
       barrier();
-      if (shared().final) merge_row(end);
+      if (shared().final) merge(end);
     }
     if (is_filed(segment)) {
       __syncwarp();
@@ -724,54 +666,9 @@ struct Products {
     }
   }
 
-  // Whether it was the last of the row's parts.
-  __device__ __forceinline__ bool count_part(const Segment<ROWS>& segment, int my_row) const {
-    wait_for_previous_launch();  // which sets the counts to zero
-    return add_arrival(parts.arrived + segment.order + my_row) == segment.to - segment.from;
-  }
-  // A part that is left to others, in all but the block's last segment.
-  __device__ __forceinline__ static bool is_filed(const Segment<ROWS>& segment) {
-    return segment.flags & SEGMENT_PART_END && !(segment.flags & SEGMENT_LAST) && segment.to > segment.from;
-  }
-
-  // The row's result from its parts, all of them in memory.
-  __device__ __forceinline__ void merge_row(const RowEnd& end) const {
-    const RowPlace here = place();
-    const PartsTogether together = sum_of_parts(parts, here, end, lane());
-    const double mean_by = 1 / together.all.total;
-#pragma unroll 1
-    for (int e = 4 * thread(); e - 4 * lane() < d; e += 4 * THREADS) {
-      double v[4] = {};
-      float4 x;
-      if (e < d) x = load_four(in, here, in.x, end.index, e);
-      add_parts(parts, here, end, together, e, e < d, v);
-      if (e < d) store_row(in, here, end, e, mean_by, x, v);
-    }
-    if (in.lse.data && thread() == 0) write_lse(in, end.index, together.all);
-  }
-
-  // The clerk, one thread: counts the part of a unit that began in an earlier block. In the rare case that
-  // all others are there the consumers merge them when they have done the rest.
-  __device__ __forceinline__ void keep_files() const {
-    int slot = 0, slot_phase = 0;
-    for (;;) {
-      wait_barrier(&shared().announced.told[slot], slot_phase);
-      const Segment<ROWS>& segment = shared().announced.segments[slot];
-      if (segment.flags & SEGMENT_LIST_DONE) break;
-      if (is_filed(segment)) {
-        wait_barrier(&shared().filed, 0);
-#pragma unroll 1
-        for (int r = 0; layout.merge_last && r < segment.count; ++r) {
-          if (!count_part(segment, r)) continue;
-          const RowState& row = segment.rows[r];
-          shared().rows_left[shared().unmerged++] = {row.index,  row.out, r,     segment.from,
-                                                     segment.to, row.a,   row.b, {}};
-        }
-      }
-      arrive(&shared().announced.done[slot]);
-      if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
-    }
-    arrive(&shared().closed);
+  // The row's result from its parts.
+  __device__ __forceinline__ void merge(const RowEnd& end) const {
+    merge_row<THREADS>(in, parts, place(), end, [] { return thread(); });
   }
 
   // Of the ring: the stage where a tile begins, and the parity of its phase.
@@ -843,16 +740,16 @@ struct Products {
     }
     wait_barrier(&shared().closed, 0);
 #pragma unroll 1
-    for (int i = 0; i < shared().unmerged; ++i) merge_row(shared().rows_left[i]);
+    for (int i = 0; i < shared().unmerged; ++i) merge(shared().rows_left[i]);
     write_dead_rows(in, list, place(), gridDim.x, blockIdx.x, thread(), THREADS);
   }
 };
 
-template <typename T, int CHUNKS>
+template <int CHUNKS>
 __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     products_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
                     const __grid_constant__ BulkParts parts, const __grid_constant__ ProductsLayout layout) {
-  using Kernel = Products<T, CHUNKS>;
+  using Kernel = Products<CHUNKS>;
   typename Kernel::Shared& shared = Kernel::shared();
   UnitList list = shared_list;
   int staging = Kernel::BEFORE_LIST;
@@ -893,12 +790,12 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     } else {
       wait_for_previous_launch();
     }
-    const int ref_bytes = kernel.d * static_cast<int>(sizeof(T));
+    const int ref_bytes = kernel.d * static_cast<int>(sizeof(__half));
     if (kernel.d < Kernel::HELD) {  // elements beyond the sample, which no copy writes
 #pragma unroll 1
       for (int i = tid; i < layout.stages * Kernel::PIECE_REFS; i += BULK_PRODUCERS) {
         char* const row = kernel.stage(0) + i * Kernel::REF_BYTES;
-        for (int b = ref_bytes; b < Kernel::HELD * static_cast<int>(sizeof(T)); b += 16)
+        for (int b = ref_bytes; b < Kernel::HELD * static_cast<int>(sizeof(__half)); b += 16)
           *reinterpret_cast<uint4*>(row + b) = uint4{0, 0, 0, 0};
       }
       named_barrier(15, BULK_PRODUCERS);
@@ -914,7 +811,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     } else {
       if (layout.own_list && !layout.merge_last && blockIdx.x == 0)
         leave_list(in, list, shared_list, lane, 32);
-      if (tid == 96) kernel.keep_files();
+      if (tid == 96) keep_files(parts, layout.merge_last, shared);
     }
   }
 }
