@@ -24,7 +24,7 @@ ManyLayout many_layout(int64_t n, int64_t m, int64_t d, int64_t rows_per_pass, i
   layout.order = n > rows_per_pass ? round_up(4 * std::min(n, MANY_LIST_ROWS), 256) : 0;
   layout.centre = round_up(16 * d_padded + 64 * d_tiles + 256, 256);
   layout.norms = n >= MANY_NORMS_ROWS && m <= MANY_NORMS_REFS ? round_up(4 * m, 256) : 0;
-  layout.rows = round_up(rows_per_pass * 192 + 256, 256);
+  layout.rows = round_up(rows_per_pass * MANY_ROW_BYTES + 256, 256);
   layout.queries = 6 * rows_per_pass * d_padded;
   layout.scores = 4 * rows_per_pass * refs_per_pass;
   layout.maxima = layout.scores / MANY_GROUP;

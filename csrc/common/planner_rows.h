@@ -15,6 +15,7 @@ constexpr int64_t MANY_SMEM_BYTES = MANY_STAGES * MANY_STAGE_BYTES + 2048;
 constexpr int64_t MANY_GROUP = 16;        // references that share one maximum
 constexpr int64_t MANY_SURVIVORS = 256;   // references of a row that are scored one by one; more: all of them
 constexpr int64_t MANY_SEGMENTS = 400;    // most tiles of partial sums
+constexpr int64_t MANY_ROW_BYTES = 192;   // of a row of a pass: its slot, factors, places, totals
 constexpr int64_t MANY_SAMPLES = 64;      // references that decide on the centre
 constexpr int64_t MANY_PASS_ROWS = 1024;  // most rows of a pass,
 constexpr int64_t MANY_WHOLE_ROWS = 512;  // or so many, if it holds their scores of all references

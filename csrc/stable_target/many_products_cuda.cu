@@ -6,7 +6,7 @@
 //
 // The first operand is the references, as stored and from shared memory: 128 sums and 64 accumulators a
 // thread, of sums that the matrix units only begin; where these finish them, 128. |r_j|^2 is known, or formed
-// by three warps beside. Where the references have a centre, or are bfloat16, the first operand passes
+// while products are under way. Where the references have a centre, or are bfloat16, the first operand passes
 // through registers: there the centre is subtracted, and |d_j|^2 formed on the way.
 #include <type_traits>
 
@@ -27,10 +27,14 @@ constexpr int BOX_BYTES = 64 * ROW_BYTES;
 [[maybe_unused]] constexpr int B_BYTES = 4 * BOX_BYTES;  // 256 rows
 [[maybe_unused]] constexpr int STAGE_BYTES =
     static_cast<int>(MANY_STAGE_BYTES);  // c of this depth comes after them
+// With room for both halves of some rows there are fewer stages.
+[[maybe_unused]] constexpr int DEEP_STAGES = 3, DEEP_STAGE_BYTES = STAGE_BYTES + 2 * BOX_BYTES;
+static_assert(DEEP_STAGES * DEEP_STAGE_BYTES <= STAGES * STAGE_BYTES);
 
 struct ScoreArguments {
-  CUtensorMap refs;     // (m, d), boxes of 64 x 64
+  CUtensorMap refs;     // (m, d), boxes of 128 x 64
   CUtensorMap queries;  // (rows, d) y_hi or y_lo, boxes of 64 x 64
+  CUtensorMap lows;     // (rows, d) y_lo of early rows, likewise
 };
 
 struct SumArguments {
@@ -39,7 +43,8 @@ struct SumArguments {
                         // lower; boxes of 64 x 64
 };
 
-enum class Scores { FAST, EXACT, LOW };  // y_hi.d to few digits, to float32's; and y_lo.d added to the latter
+// y_hi.d to few digits; to float32's, with y_lo.d for early rows; and y_lo.d added to the latter
+enum class Scores { FAST, EXACT, LOW };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -67,20 +72,18 @@ __device__ __forceinline__ void with_constants(int width, bool plain, const Visi
   }
 }
 
-constexpr int NORM_WARPS = 3;
-constexpr int NORMS_BARRIER = 3;  // beside those of the two warpgroups
 constexpr int TURN_BARRIER = 4;
 constexpr uint16_t BOTH = 3;  // blocks of a cluster
 
 struct Stage {
   uint32_t a, b;
-  char* centre;
+  char *memory, *centre;
   Barrier *full, *empty;
 
   // One lane of a warp that was given the stage: it can be filled again. What a block brings of the second
-  // operand goes to both blocks of the cluster, so both are told, by every warp that waits for stages, and the
-  // own one first: a stage that the peer may fill is one that this block may fill. Else the peer, where it
-  // brings all of the second operand, would come round again while warps are at work here, and its warps'
+  // operand goes to both blocks of the cluster, so both are told, by every warp that waits for stages, and
+  // the own one first: a stage that the peer may fill is one that this block may fill. Else the peer, where
+  // it brings all of the second operand, would come round again while warps are at work here, and its warps'
   // arrivals would pass for theirs.
   __device__ void release() const {
     arrive(empty);
@@ -91,21 +94,22 @@ struct Stage {
 struct Ring {
   char* memory;  // aligned to 1024 bytes
   Barrier* barriers;
+  int stages, stage_bytes;
   int at = 0;
   uint32_t parity = 0;
 
   __device__ Stage stage() const {
-    char* const base = memory + at * STAGE_BYTES;
-    return {shared_address(base), shared_address(base + A_BYTES), base + A_BYTES + B_BYTES, barriers + at,
-            barriers + STAGES + at};
+    char* const base = memory + at * stage_bytes;
+    return {shared_address(base), shared_address(base + A_BYTES), base, base + stage_bytes - 1024,
+            barriers + at,        barriers + STAGES + at};
   }
   __device__ void next() {
-    if (++at == STAGES) at = 0, parity ^= 1;
+    if (++at == stages) at = 0, parity ^= 1;
   }
 };
 
 // helpers: warps of a block beside those that multiply which release each stage too.
-__device__ Ring make_ring(int helpers) {
+__device__ Ring make_ring(int helpers, bool deep) {
   extern __shared__ char raw[];
   __shared__ Barrier barriers[2 * STAGES];
   const uint32_t misaligned = shared_address(raw) % 1024;
@@ -118,7 +122,8 @@ __device__ Ring make_ring(int helpers) {
   }
   __syncthreads();
   synchronize_cluster();
-  return {raw + (misaligned ? 1024 - misaligned : 0), barriers};
+  return {raw + (misaligned ? 1024 - misaligned : 0), barriers, deep ? DEEP_STAGES : STAGES,
+          deep ? DEEP_STAGE_BYTES : STAGE_BYTES};
 }
 
 // Whether any thread of this warpgroup says so.
@@ -127,7 +132,8 @@ __device__ bool any_of_warpgroup(bool own) {
 }
 
 // sums += a b^T for 64 halves of the summed dimension; 64 rows of b at a time, while those before are added.
-template <int WIDTH>
+// LOW: of the first so many rows of b the lower halves follow it.
+template <int WIDTH, int LOW>
 __device__ inline void multiply(const uint32_t (&a)[4][4], uint32_t b, float (&sums)[WIDTH / 2]) {
   constexpr int PARTS = WIDTH / 64;
   float acc[2][32];
@@ -143,6 +149,11 @@ __device__ inline void multiply(const uint32_t (&a)[4][4], uint32_t b, float (&s
         } else {
           product<1>(acc[part % 2], a[k], descriptor + part * (BOX_BYTES >> 4) + 2 * k);
         }
+      if (64 * part < LOW) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          product<1>(acc[part % 2], a[k], descriptor + (PARTS + part) * (BOX_BYTES >> 4) + 2 * k);
+      }
       commit_products();
     }
     if (part == 0) continue;
@@ -168,12 +179,62 @@ __device__ inline void product_of_step(float (&acc)[COUNT], uint64_t a, uint64_t
   }
 }
 
+// What a warp does while products are under way: nothing, or |r_j|^2 of its 16 references of a stage, which
+// lie as they are in rows of it, in float32 over 512 elements. Lane: 16 bytes of every fourth reference.
+struct Nothing {
+  template <int PART, int PARTS>
+  __device__ void during(const Stage&) {}
+  __device__ void after(bool) {}
+};
+
+struct OwnNorms {
+  bool wanted;
+  int lane = threadIdx.x % 32;
+  float part[4] = {0, 0, 0, 0};
+  double total = 0;  // of reference 4 i + lane / 8 in the lanes of lane % 8 == i
+
+  // Of the references of part PART of PARTS.
+  template <int PART, int PARTS>
+  __device__ void during(const Stage& stage) {
+    if (!wanted) return;
+    const int first = threadIdx.x / 32 * 16 + lane / 8, chunk = lane % 8;
+#pragma unroll
+    for (int i = 4 * PART / PARTS; i < 4 * (PART + 1) / PARTS; ++i) {
+      const int row = first + 4 * i;
+      const uint4 v =
+          *reinterpret_cast<const uint4*>(stage.memory + row * ROW_BYTES + ((chunk ^ (row & 7)) << 4));
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(words + k));
+        part[i] = fmaf(pair.x, pair.x, part[i]), part[i] = fmaf(pair.y, pair.y, part[i]);
+      }
+    }
+  }
+  __device__ void after(bool enough) {
+    if (!wanted) return;
+    __syncwarp();  // all have read what one of them gives back
+    if (!enough) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      for (int offset = 1; offset < 8; offset *= 2) part[i] += __shfl_xor_sync(0xffffffffu, part[i], offset);
+      if (lane % 8 == i) total += part[i];
+      part[i] = 0;
+    }
+  }
+  __device__ double of(int reference) const {  // of those 16
+    return __shfl_sync(0xffffffffu, total, 8 * (reference % 4) + reference / 4);
+  }
+};
+
 // sums += a b^T for a step, at most 128 rows of b at a time. While one of the two warpgroups adds the other
 // multiplies.
-template <int WIDTH, int GROUPS>
-__device__ inline void multiply_shared(uint32_t a, uint32_t b, bool first, float (&sums)[WIDTH / 2]) {
+template <int WIDTH, int GROUPS, int LOW, typename Beside>
+__device__ inline void multiply_shared(const Stage& stage, uint32_t a_offset, bool first,
+                                       float (&sums)[WIDTH / 2], Beside& beside) {
   constexpr int PART = WIDTH < 128 ? WIDTH : 128;
-  const uint64_t from = rows_of_128_bytes(a), with = rows_of_128_bytes(b);
+  static_assert(LOW <= PART, "of the first part alone");
+  const uint64_t from = rows_of_128_bytes(stage.a + a_offset), with = rows_of_128_bytes(stage.b);
 #pragma unroll
   for (int part = 0; part < WIDTH / PART; ++part) {
     float acc[PART / 2];
@@ -185,7 +246,19 @@ __device__ inline void multiply_shared(uint32_t a, uint32_t b, bool first, float
     product_of_step<1, GROUPS>(acc, from, rows, 1);
     product_of_step<1, GROUPS>(acc, from, rows, 2);
     product_of_step<1, GROUPS>(acc, from, rows, 3);
+    if constexpr (LOW > 0) {
+      if (part == 0) {
+        float (&low)[LOW / 2] = reinterpret_cast<float (&)[LOW / 2]>(acc);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) product_of_step<1, GROUPS>(low, from, with + (WIDTH * ROW_BYTES >> 4), k);
+      }
+    }
     commit_products();
+    if (part == 0) {
+      beside.template during<0, WIDTH / PART>(stage);
+    } else {
+      beside.template during<WIDTH / PART - 1, WIDTH / PART>(stage);
+    }
     wait_products<0>(acc);
     if (part == 0 && first && threadIdx.x < 128) named_barrier_arrive(TURN_BARRIER, 256);
 #pragma unroll
@@ -204,15 +277,18 @@ __device__ inline void accumulate_shared(uint32_t a, uint32_t b, float (&sums)[W
 }
 
 // All of `steps`. ROUNDED: sums in float32 of what 64 products come to. Else: as the matrix units add.
-template <int WIDTH, int GROUPS, bool ROUNDED>
-__device__ inline void multiply_steps(Ring& ring, uint32_t a_offset, int steps, float (&sums)[WIDTH / 2]) {
+template <int WIDTH, int GROUPS, bool ROUNDED, int LOW, typename Beside>
+__device__ inline void multiply_steps(Ring& ring, uint32_t a_offset, int steps, float (&sums)[WIDTH / 2],
+                                      Beside& beside) {
+  const auto enough = [steps](int step) { return step % 8 == 7 || step + 1 == steps; };
   const bool first_lane = threadIdx.x % 32 == 0;
   if constexpr (ROUNDED) {
     for (int step = 0; step < steps; ++step, ring.next()) {
       const Stage stage = ring.stage();
       wait_barrier(stage.full, ring.parity);
       // A warpgroup gets ahead of the other by at most the stages of the ring: by less than so many steps.
-      multiply_shared<WIDTH, GROUPS>(stage.a + a_offset, stage.b, step == 0 && steps >= STAGES, sums);
+      multiply_shared<WIDTH, GROUPS, LOW>(stage, a_offset, step == 0 && steps >= STAGES, sums, beside);
+      beside.after(enough(step));
       if (first_lane) stage.release();
     }
   } else {
@@ -221,6 +297,8 @@ __device__ inline void multiply_steps(Ring& ring, uint32_t a_offset, int steps, 
       const Stage stage = ring.stage();
       wait_barrier(stage.full, ring.parity);
       accumulate_shared<WIDTH, GROUPS>(stage.a + a_offset, stage.b, sums);
+      beside.template during<0, 1>(stage);
+      beside.after(enough(step));
       wait_products<1>();
       if (step > 0 && first_lane) before.release();
       before = stage;
@@ -275,7 +353,7 @@ __device__ inline Difference subtract(uint32_t raw, const char* centre, int pair
 
 template <typename T>
 __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ring& ring, int64_t row0,
-                                int64_t ref0, int width, int steps, int rank) {
+                                int64_t ref0, int width, int low, int steps, bool plain, int rank) {
   constexpr int CENTRE = DtypeOf<T>::value == Dtype::f16 ? DEPTH * 2 : DEPTH * 4;
   const char* const centre = DtypeOf<T>::value == Dtype::f16
                                  ? reinterpret_cast<const char*>(many.centre_half)
@@ -283,15 +361,15 @@ __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ri
   for (int step = 0; step < steps; ++step, ring.next()) {
     const Stage stage = ring.stage();
     wait_barrier(stage.empty, ring.parity ^ 1);
-    arrive_expecting(stage.full, A_BYTES + width * ROW_BYTES + CENTRE);
+    arrive_expecting(stage.full, A_BYTES + (width + low) * ROW_BYTES + (plain ? 0 : CENTRE));
     const int e = step * DEPTH;
-    for (int box = 0; box < 2; ++box)
-      tensor_copy(stage.a + box * BOX_BYTES, args.refs, e, static_cast<int>(many.first_ref + ref0) + box * 64,
-                  shared_address(stage.full));
-    for (int box = rank; box < width / 64; box += 2)
-      tensor_copy_to_all(stage.b + box * BOX_BYTES, args.queries, e, static_cast<int>(row0) + box * 64,
-                         shared_address(stage.full), BOTH);
-    bulk_copy(stage.centre, centre + step * CENTRE, CENTRE, stage.full, usual_policy());
+    tensor_copy(stage.a, args.refs, e, static_cast<int>(many.first_ref + ref0), shared_address(stage.full));
+    for (int box = rank; box < (width + low) / 64; box += 2) {
+      const int rows = box * 64 - (box * 64 < width ? 0 : width);
+      tensor_copy_to_all(stage.b + box * BOX_BYTES, box * 64 < width ? args.queries : args.lows, e,
+                         static_cast<int>(row0) + rows, shared_address(stage.full), BOTH);
+    }
+    if (!plain) bulk_copy(stage.centre, centre + step * CENTRE, CENTRE, stage.full, usual_policy());
   }
 }
 
@@ -317,7 +395,7 @@ __device__ inline int maxima_over_lanes(float (&v)[COUNT], int lane) {
 }
 
 // y.d of 64 references and WIDTH rows for a warpgroup, d in registers; |d|^2 of references g and g + 8 of 16.
-template <typename T, int WIDTH, Scores KIND>
+template <typename T, int WIDTH, Scores KIND, int EARLY>
 __device__ inline void multiply_differences(const Many& many, Ring& ring, int steps, float (&sums)[WIDTH / 2],
                                             double (&norms)[2]) {
   constexpr bool LOW = KIND == Scores::LOW;
@@ -349,7 +427,7 @@ __device__ inline void multiply_differences(const Many& many, Ring& ring, int st
         }
       }
     }
-    multiply<WIDTH>(a, stage.b, sums);
+    multiply<WIDTH, EARLY>(a, stage.b, sums);
     if (centred && any_of_warpgroup(inexact)) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -363,7 +441,7 @@ __device__ inline void multiply_differences(const Many& many, Ring& ring, int st
           part[i % 2] = fmaf(rest.y, fmaf(2.0f, v.y, rest.y), part[i % 2]);
         }
       }
-      multiply<WIDTH>(a, stage.b, sums);
+      multiply<WIDTH, EARLY>(a, stage.b, sums);
     }
     if (!LOW) norms[0] += part[0], norms[1] += part[1];
     __syncwarp();
@@ -376,17 +454,17 @@ __device__ inline void multiply_differences(const Many& many, Ring& ring, int st
   }
 }
 
-// PLAIN: references as stored are the first operand, and others have their norms.
-template <typename T, int WIDTH, Scores KIND, bool PLAIN>
-__device__ inline void score_tile(const Many& many, Ring& ring, const double* others, int64_t row0,
-                                  int64_t ref0, int64_t valid, int steps) {
+// PLAIN: references as stored are the first operand. EARLY: rows with y_lo too.
+template <typename T, int WIDTH, Scores KIND, bool PLAIN, int EARLY>
+__device__ inline void score_tile(const Many& many, Ring& ring, int64_t row0, int64_t ref0, int64_t valid,
+                                  int steps) {
   constexpr bool LOW = KIND == Scores::LOW;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
   float sums[WIDTH / 2];
 #pragma unroll
   for (int i = 0; i < WIDTH / 2; ++i) sums[i] = 0;
-  double norms[2];
+  double norms[2] = {0, 0};
   // This thread's references are ref0 + 64 group + 16 warp + g and the eighth after it; its rows row0 + 8 b +
   // 2 t and the next.
   const int64_t ref = ref0 + group * 64 + warp * 16 + g;
@@ -398,17 +476,16 @@ __device__ inline void score_tile(const Many& many, Ring& ring, const double* ot
       if (inside[h]) above[h] = __ldg(many.norms + many.first_ref + ref + 8 * h);
   }
   if constexpr (PLAIN) {
-    multiply_steps<WIDTH, 0, KIND == Scores::EXACT>(ring, group * BOX_BYTES, steps, sums);
-    if (!LOW && !known) {
-      named_barrier(NORMS_BARRIER, 256 + 32 * NORM_WARPS);
-      for (int h = 0; h < 2; ++h) {
-        norms[h] = 0;
-        for (int part = 0; part < NORM_WARPS; ++part)
-          norms[h] += others[part * MANY_TILE + group * 64 + warp * 16 + g + 8 * h];
-      }
+    if constexpr (LOW) {
+      Nothing nothing;
+      multiply_steps<WIDTH, 0, false, 0>(ring, group * BOX_BYTES, steps, sums, nothing);
+    } else {
+      OwnNorms own{!known};
+      multiply_steps<WIDTH, 0, KIND == Scores::EXACT, EARLY>(ring, group * BOX_BYTES, steps, sums, own);
+      norms[0] = own.of(g), norms[1] = own.of(g + 8);
     }
   } else {
-    multiply_differences<T, WIDTH, KIND>(many, ring, steps, sums, norms);
+    multiply_differences<T, WIDTH, KIND, EARLY>(many, ring, steps, sums, norms);
   }
   if (ref0 >= valid) return;  // the second tile of the last pair may have none
 
@@ -416,9 +493,12 @@ __device__ inline void score_tile(const Many& many, Ring& ring, const double* ot
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       above[h] = static_cast<float>(norms[h] - many.facts->mean_norm);
-      if (row0 == 0 && t == 0 && inside[h]) {
-        atomicMax(&many.facts->max_norm, __float_as_int(static_cast<float>(norms[h])));
-      }
+    }
+    if (row0 == 0) {  // NaN counts as more than anything
+      const int bits[2] = {__float_as_int(static_cast<float>(norms[0])),
+                           __float_as_int(static_cast<float>(norms[1]))};
+      const int most = __reduce_max_sync(0xffffffffu, max(inside[0] ? bits[0] : 0, inside[1] ? bits[1] : 0));
+      if (lane == 0) atomicMax(&many.facts->max_norm, most);
     }
   }
   float best[WIDTH / 4];
@@ -460,64 +540,6 @@ __device__ inline void score_tile(const Many& many, Ring& ring, const double* ot
     const int64_t row = row0 + 8 * (first + i / 2) + 2 * t + i % 2;
     many.maxima[row * maxima_stride + (ref0 + group * 64 + warp * 16) / MANY_GROUP] = best[i];
   }
-}
-
-// One of NORM_WARPS warps: its part of |r_j|^2 of the references of a tile, of every third step, in float32
-// over 512 elements of those. Lane: 16 bytes of every fourth reference.
-__device__ inline void take_norms(Ring& ring, int own, int steps, double* norms) {
-  constexpr int EACH = static_cast<int>(MANY_TILE) / 4, FLUSH = 8;  // references of a lane; steps
-  const int lane = threadIdx.x % 32, chunk = lane % 8;
-  float part[EACH];
-  double total[EACH / 8] = {};
-#pragma unroll
-  for (int q = 0; q < EACH; ++q) part[q] = 0;
-  int taken = 0;
-  for (int step = 0; step < steps; ++step, ring.next()) {
-    const Stage stage = ring.stage();
-    // Waits for every step, its own or not, and releases it: after a step that it passed by, a parity could
-    // mean the phase before.
-    wait_barrier(stage.full, ring.parity);
-    if (step % NORM_WARPS == own) {
-#pragma unroll
-      for (int q = 0; q < EACH; ++q) {
-        const int row = 4 * q + lane / 8;
-        const uint4 v = *reinterpret_cast<const uint4*>(ring.memory + ring.at * STAGE_BYTES +
-                                                        row * ROW_BYTES + ((chunk ^ (row & 7)) << 4));
-        const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float2 pair = __half22float2(halves(words[k]));
-          part[q] = fmaf(pair.x, pair.x, part[q]), part[q] = fmaf(pair.y, pair.y, part[q]);
-        }
-      }
-      ++taken;
-    }
-    __syncwarp();
-    if (lane == 0) stage.release();
-    if (taken < FLUSH && step + 1 < steps) continue;
-    taken = 0;
-    // The sums over eight lanes, an eighth of them for each.
-    const auto halve = [&](auto left, int offset) {
-      constexpr int LEFT = decltype(left)::value;
-#pragma unroll
-      for (int q = 0; q < LEFT; ++q) {
-        const bool upper = chunk & offset;
-        const float send = upper ? part[q] : part[q + LEFT], kept = upper ? part[q + LEFT] : part[q];
-        part[q] = kept + __shfl_xor_sync(0xffffffffu, send, offset);
-      }
-    };
-    halve(Constant<EACH / 2>{}, 4);
-    halve(Constant<EACH / 4>{}, 2);
-    halve(Constant<EACH / 8>{}, 1);
-#pragma unroll
-    for (int q = 0; q < EACH / 8; ++q) total[q] += part[q];
-#pragma unroll
-    for (int q = 0; q < EACH; ++q) part[q] = 0;
-  }
-  const int first = (chunk & 4 ? EACH / 2 : 0) + (chunk & 2 ? EACH / 4 : 0) + (chunk & 1 ? EACH / 8 : 0);
-#pragma unroll
-  for (int q = 0; q < EACH / 8; ++q) norms[own * MANY_TILE + 4 * (first + q) + lane / 8] = total[q];
-  named_barrier(NORMS_BARRIER, 256 + 32 * NORM_WARPS);
 }
 
 // One warp: brings the scores that a tile is added to nearer, some in each step.
@@ -647,7 +669,8 @@ __device__ inline void sum_tile(const Inputs& in, const Many& many, Ring& ring, 
   if constexpr (PLAIN) {
     const int whole = static_cast<int>(valid / REFS);
     const int end = at.end <= whole ? at.end : at.begin > whole ? at.begin : whole;
-    multiply_steps<WIDTH, REFS / 16, EXACT>(ring, group * REFS * ROW_BYTES, end - step, sums);
+    Nothing nothing;
+    multiply_steps<WIDTH, REFS / 16, EXACT, 0>(ring, group * REFS * ROW_BYTES, end - step, sums, nothing);
     step = end;
   }
   for (; step < at.end; ++step, ring.next()) {
@@ -657,10 +680,10 @@ __device__ inline void sum_tile(const Inputs& in, const Many& many, Ring& ring, 
     const int64_t first = static_cast<int64_t>(step) * REFS;
     uint32_t a[4][4];
     const bool inexact = load_differences<T, EXACT>(tile, warp, lane, from, scale, first, valid, false, a);
-    multiply<WIDTH>(a, stage.b, sums);
+    multiply<WIDTH, 0>(a, stage.b, sums);
     if (centred && any_of_warpgroup(inexact)) {
       load_differences<T, EXACT>(tile, warp, lane, from, scale, first, valid, true, a);
-      multiply<WIDTH>(a, stage.b, sums);
+      multiply<WIDTH, 0>(a, stage.b, sums);
     }
     __syncwarp();
     if (lane == 0) stage.release();
@@ -687,43 +710,48 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   follow_previous();
   constexpr bool LOW = KIND == Scores::LOW, HALF = DtypeOf<T>::value == Dtype::f16;
-  __shared__ double norms[2][NORM_WARPS * MANY_TILE];
   const int64_t rows = LOW ? many.facts->dense : many.padded, valid = many_valid(in, many);
-  const ManyTiles tiles(rows);
+  if (LOW && many.facts->late == 0) return;
+  const ScoreTiles tiles(static_cast<int>(rows), KIND == Scores::EXACT ? early_rows(many) : 0);
   const int64_t pairs = (valid + 2 * MANY_TILE - 1) / (2 * MANY_TILE), units = tiles.all() * pairs;
   const int steps = static_cast<int>((in.d + DEPTH - 1) / DEPTH);
   const int rank = blockIdx.x % 2;
   const bool plain = HALF && (LOW || !many.facts->centred);
-  const bool helped = plain && !LOW && !many.norms;
-  Ring ring = make_ring(helped ? NORM_WARPS : LOW ? 1 : 0);
-  const auto row0_of = [&](int64_t unit) { return tiles.tile(unit, pairs) * MANY_ROWS; };
+  Ring ring = make_ring(LOW ? 1 : 0, tiles.deep());
   const auto ref0_of = [&](int64_t unit) { return (tiles.within(unit, pairs) * 2 + rank) * MANY_TILE; };
   if (threadIdx.x >= 256) {
-    give_up_registers<LOW ? 24 : 72>();
+    give_up_registers<40>();
     const int warp = static_cast<int>(threadIdx.x) / 32 - 8;
     if (threadIdx.x == 256) {
-      for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2)
-        copy_score_tile<T>(many, args, ring, row0_of(unit), ref0_of(unit),
-                           row_tile_width(rows - row0_of(unit)), steps, rank);
+      for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
+        const int tile = tiles.tile(unit, pairs);
+        copy_score_tile<T>(many, args, ring, tiles.row0(tile), ref0_of(unit), tiles.width(tile),
+                           tiles.low(tile), steps, plain, rank);
+      }
     } else if (LOW && warp == 1) {
-      for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2)
-        fetch_scores(many, ring, row0_of(unit), ref0_of(unit), valid, row_tile_width(rows - row0_of(unit)),
-                     steps);
-    } else if (helped && warp > 0) {
-      int buffer = 0;
-      for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2, buffer ^= 1)
-        take_norms(ring, warp - 1, steps, norms[buffer]);
+      for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
+        const int tile = tiles.tile(unit, pairs);
+        fetch_scores(many, ring, tiles.row0(tile), ref0_of(unit), valid, tiles.width(tile), steps);
+      }
     }
     __syncwarp();
   } else {
-    take_registers<LOW ? 240 : 216>();
-    int buffer = 0;
-    for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2, buffer ^= 1) {
-      const int64_t row0 = row0_of(unit), ref0 = ref0_of(unit);
-      const int width = row_tile_width(rows - row0);
-      with_constants<HALF, HALF && LOW>(width, plain, [&](auto wide, auto is_plain) {
-        score_tile<T, decltype(wide)::value, KIND, decltype(is_plain)::value>(many, ring, norms[buffer], row0,
-                                                                              ref0, valid, steps);
+    take_registers<232>();
+    for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
+      const int64_t ref0 = ref0_of(unit);
+      const int tile = tiles.tile(unit, pairs), row0 = tiles.row0(tile), low = tiles.low(tile);
+      with_constants<HALF, HALF && LOW>(tiles.width(tile), plain, [&](auto wide, auto is_plain) {
+        constexpr int WIDTH = decltype(wide)::value;
+        constexpr bool PLAIN = decltype(is_plain)::value;
+        const auto score = [&](auto early) {
+          score_tile<T, WIDTH, KIND, PLAIN, decltype(early)::value>(many, ring, row0, ref0, valid, steps);
+        };
+        if constexpr (KIND == Scores::EXACT) {
+          constexpr int MOST = WIDTH < 128 ? WIDTH : 128;
+          if (low == MOST) return score(Constant<MOST>{});
+          if (WIDTH == 256 && low == 64) return score(Constant<64>{});
+        }
+        score(Constant<0>{});
       });
     }
   }
@@ -741,9 +769,9 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
   const int64_t valid = many_valid(in, many);
   const SumGrid grid(many, valid);
   const int units = grid.units(), rank = blockIdx.x % 2;
-  Ring ring = make_ring(0);
+  Ring ring = make_ring(0, false);
   if (threadIdx.x >= 256) {
-    give_up_registers<24>();
+    give_up_registers<40>();
     if (threadIdx.x == 256) {
       for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
         const SumTile tile = grid.tile(unit, rank);
@@ -752,7 +780,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     }
     __syncwarp();
   } else {
-    take_registers<240>();
+    take_registers<232>();
     const bool plain = HALF && !many.facts->centred;
     for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
       const SumTile at = grid.tile(unit, rank);
@@ -781,9 +809,10 @@ void launch(const char* op, Kernel* kernel, const Inputs& in, const Many& many, 
 
 void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream) {
   ScoreArguments args;
-  args.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, 64);
+  args.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, static_cast<int>(MANY_TILE));
   args.queries =
       map_rows(op, low ? many.dense_lo : many.hi, Dtype::f16, in.d, many.padded, 2 * many.d_stride, 64);
+  args.lows = map_rows(op, many.lo, Dtype::f16, in.d, many.padded, 2 * many.d_stride, 64);
   const bool half = in.refs.dtype == Dtype::f16;
   const auto start = [&](auto* kernel) { launch(op, kernel, in, many, args, stream); };
   if (low) {

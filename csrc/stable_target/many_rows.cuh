@@ -5,12 +5,13 @@
 // Rows go in passes, in the order of falling time; the references of a pass in rounds whose scores fit the
 // workspace. One round:
 //
-//  * score: y_hi.d for all pairs; y_hi is y rounded to 11 bits, so that each score is known to a proven bound
+//  * score: y_hi.d for all pairs; y_hi is y rounded to 11 bits, so that each score is known to a proven
+//    bound. Rows expected to be dense ("early") get y_lo.d too, y = y_hi + y_lo to 22 bits
 //  * select: rows where at most MANY_SURVIVORS references can still matter keep a list of those
 //  * place: the other rows are dense, and rows of long lists where they fill the last tile up
 //  * gather: what the next steps need of dense rows comes together in the first places, where most of them
 //    are already
-//  * score, dense rows: adds y_lo.d, y = y_hi + y_lo to 22 bits
+//  * score, dense rows that were not expected: adds y_lo.d
 //  * weights, dense rows: p_j to 22 bits, as two halves, in the place of the scores
 //  * sum, dense rows: sum_j p_j d_j
 //  * merge: dense rows add what the thread blocks of the last step left, the others score and sum the
@@ -33,7 +34,9 @@ struct ManyFacts {
   float mean_norm;             // norm0 scale^2
   int centred;                 // c is not zero everywhere
   int max_norm;                // the bits of max_j |d_j|^2 scale^2, a float32
-  int dense;                   // rows that are dense in this round
+  int dense;                   // rows that are dense in this round,
+  int late;                    // of which so many lack y_lo.d
+  int early;                   // rows of the pass expected to be dense, see early_rows
 };
 
 struct ManySlot {  // one row of a pass
@@ -41,7 +44,8 @@ struct ManySlot {  // one row of a pass
   double y_square;
   double best;   // largest score so far
   double total;  // sum of exp(rate (s_j - best)) so far
-  float own;     // bound of |(y_hi - y).d_j| / |d_j|, with the rounding of the sums
+  float own;     // bound of |(y_hi - y).d_j| / |d_j|, with the rounding of the sums,
+  float summed;  // and of this alone
   float rate2;   // rate log2(e)
   float keep;    // factor of the old sums in this round
   int alive;
@@ -72,6 +76,7 @@ struct Many {
   int* counts;           // (rows,) of them; more than the list holds: all that may matter
   int* fills;            // (rows,) the same, 0 for lists that must stay ones
   int* places;           // (rows,) among the dense rows; -1: not dense
+  double* totals;        // (rows, WEIGHT_BLOCKS) of the weights of dense rows
   float* sums;           // (rows, d_stride) sum of p_j d_j scale
   float* partial;        // (splits, row tiles, d tiles, MANY_ROWS, MANY_TILE)
   int64_t first_row;     // of the pass
@@ -119,6 +124,50 @@ __device__ inline int64_t row_tile_ends(int64_t rows) {
   const int64_t left = rows % MANY_ROWS;
   return rows - left + (left > 0 ? row_tile_width(left) : 0);
 }
+
+// The first rows of a pass, whose scores have y_lo.d from the start: those expected to be dense, as many as
+// fill tiles. Where a pass has more than one tile and not all are expected, none: the dense rows of a mixture
+// would nearly all pass through the product for late rows too, in whose tiles they are.
+constexpr int EARLY_BESIDE = 128;  // so many at most have both halves in a tile of MANY_ROWS
+__device__ inline int early_rows(const Many& many) {
+  const int rows = static_cast<int>(many.padded), early = many.exact ? many.facts->early : 0;
+  if (early == 0 || (many.rows > MANY_ROWS && early < many.rows)) return 0;
+  const int each = early > 64 || (rows > 64 && rows <= 128) ? 128 : 64;
+  return min((early + each - 1) / each * each, rows);
+}
+
+// Row tiles of the scores: where many rows are early, theirs have both halves of up to 128 rows; then those
+// of MANY_ROWS, or nearly, and a narrow one where few rows are left.
+struct ScoreTiles {
+  int rows, early, both, full, narrow;
+
+  __device__ explicit ScoreTiles(int rows_, int early_) : rows(rows_), early(early_) {
+    both = early > EARLY_BESIDE ? (early + 127) / 128 : 0;
+    const int rest = max(rows - 128 * both, 0), left = rest % static_cast<int>(MANY_ROWS);
+    full = rest / static_cast<int>(MANY_ROWS) + (left > MANY_ROWS / 2);
+    narrow = left > 0 && left <= MANY_ROWS / 2;
+  }
+  __device__ int all() const { return both + full + narrow; }
+  // Unit `unit` of all `each` units of every tile: those of the narrow one come last.
+  __device__ int tile(int64_t unit, int64_t each) const {
+    return unit < (both + full) * each ? static_cast<int>(unit % (both + full)) : both + full;
+  }
+  __device__ int64_t within(int64_t unit, int64_t each) const {
+    return unit < (both + full) * each ? unit / (both + full) : unit - (both + full) * each;
+  }
+  __device__ int row0(int tile) const {
+    return tile < both ? 128 * tile : 128 * both + static_cast<int>(MANY_ROWS) * (tile - both);
+  }
+  __device__ int width(int tile) const {
+    const int most = row_tile_width(rows - row0(tile));
+    return tile < both ? min(most, 128) : most;
+  }
+  __device__ int low(int tile) const {  // rows with y_lo too
+    return tile < both ? width(tile) : both == 0 && tile == 0 ? early : 0;
+  }
+  // Whether a stage has to hold more than MANY_ROWS halves of rows.
+  __device__ bool deep() const { return both == 0 && early > 0 && width(0) + early > MANY_ROWS; }
+};
 
 // Row tiles: those of MANY_ROWS, or nearly, and a narrow one where few rows are left.
 struct ManyTiles {

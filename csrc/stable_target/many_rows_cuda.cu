@@ -12,6 +12,7 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int WEIGHT_THREADS = 512, SELECT_THREADS = 512;
+constexpr int WEIGHT_BLOCKS = 4;  // of a row, a cluster
 constexpr int ORDER_THREADS = 1024;
 constexpr int64_t LISTED_D = 16 * THREADS;  // longer references do not fit the registers
 constexpr int CENTRE_LANES = 8;             // threads per element of D
@@ -39,6 +40,7 @@ __device__ float coarse(double mean) {
 
 // Mean and variance of a sample of the references, per element; what follows from either choice of c, per
 // tile. many.centre: first c = coarse mean wherever the mean is many deviations from zero, then c everywhere.
+template <typename T>
 __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const Inputs in, const Many many) {
   allow_next_launch();
   __shared__ double sums[CENTRE_LANES][MANY_TILE], squares[CENTRE_LANES][MANY_TILE];
@@ -53,7 +55,9 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
 #pragma unroll
   for (int i = 0; i < MANY_SAMPLES / CENTRE_LANES; ++i) {
     const int64_t s = part + i * CENTRE_LANES;
-    seen[i] = e < in.d && s < samples ? load_as<float>(in.refs, valid * s / samples * in.d + e) : 0.0f;
+    const int64_t sample = valid < MANY_SAMPLES ? s : valid * s / MANY_SAMPLES;
+    seen[i] =
+        e < in.d && s < samples ? to_float(static_cast<const T*>(in.refs.data)[sample * in.d + e]) : 0.0f;
   }
 #pragma unroll
   for (int i = 0; i < MANY_SAMPLES / CENTRE_LANES; ++i) {
@@ -103,6 +107,11 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
   double value = of_warps[k][0];
   for (int warp = 1; warp < MANY_TILE / 32; ++warp) value = joined(k, value, of_warps[k][warp]);
   many.statistics[blockIdx.x * STATISTICS + k] = value;
+  if (blockIdx.x == 0 && k == 0) many.facts->early = 0;
+}
+
+__device__ double two_to(int exponent) {  // for exponents of normal numbers
+  return __hiloint2double((1023 + exponent) << 20, 0);
 }
 
 struct Choice {  // of the centre
@@ -122,7 +131,7 @@ __device__ Choice choose_centre(const Inputs& in, const double (&statistics)[STA
   if (in.refs.dtype == Dtype::bf16) {  // the largest difference to 2 .. 4
     const double largest = statistics[choice.which ? MAX_CENTRED : MAX_PLAIN];
     if (largest > 0 && isfinite(largest))
-      choice.scale = static_cast<float>(ldexp(1.0, 1 - max(-60, min(60, ilogb(largest)))));
+      choice.scale = static_cast<float>(two_to(1 - max(-60, min(60, ilogb(largest)))));
   }
   choice.mean_norm = static_cast<float>(statistics[NORM_PLAIN + choice.which] * choice.scale * choice.scale);
   return choice;
@@ -159,8 +168,38 @@ __global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Inputs in, c
   }
 }
 
-// One block per row of the pass: its slot, y in two halves, |y|^2, the part of its source.
+// Whether a row is likely to be dense, so that its scores are better had in full at once. As if x were a
+// noisy reference, and those far apart in every direction alike: with v = (alpha / sigma)^2 times the sum of
+// the variances of d, logits lie v below that of the reference, give or take sqrt(v). Nothing but time
+// depends on it. A product for rows that were not expected takes no less than reading the references; for the
+// rows of one tile more than it would have beside the first: these are expected to be dense sooner. Passes of
+// more have all rows early or none, see early_rows.
+__device__ bool expect_dense(const Row& row, double spread, float references, bool one_tile) {
+  const float ratio = static_cast<float>(row.alpha / row.sigma),
+              v = ratio * ratio * static_cast<float>(spread);
+  const float few = one_tile ? 32 : static_cast<float>(MANY_SURVIVORS);
+  const float odds = sqrtf(2 * logf(fmaxf(references / few, 2.0f)));  // deviations that so few exceed, nearly
+  constexpr float CUT = 0.7f * static_cast<float>(FORGOTTEN_LOG2_EXACT + 9);
+  return v - CUT < (odds + (one_tile ? 0.5f : -0.6f)) * sqrtf(v);
+}
+
+// x and out are float32 and aligned to 16 bytes, and there is no source.
+__host__ __device__ inline bool are_usual(const Inputs& in) {
+  const auto usual = [](const Array& a) {
+    return a.dtype == Dtype::f32 && reinterpret_cast<uintptr_t>(a.data) % 16 == 0;
+  };
+  return usual(in.x) && usual(in.out) && !in.source.data;
+}
+
+// One block per row of the pass: its slot, y in two halves, |y|^2, the part of its source. USUAL: as above.
+// Kernels of this file are short, so that much of their time is that of code that comes from memory: loops
+// that need not be unrolled are not.
+template <bool USUAL>
 __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Many many) {
+  if (USUAL && !many.order && static_cast<int64_t>(blockIdx.x) < many.rows) {  // x itself waits for nothing
+    const float* const x = static_cast<const float*>(in.x.data) + blockIdx.x * in.d;
+    for (int64_t e = 32 * threadIdx.x; e < in.d; e += 32 * THREADS) prefetch(x + e);
+  }
   follow_previous();
   __shared__ double statistics[STATISTICS];
   __shared__ double scratch[33];
@@ -171,6 +210,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
     const int k = tid / 32;
     const auto joined = [k](double a, double b) { return k < MAX_PLAIN ? a + b : fmax(a, b); };
     double value = 0;
+#pragma unroll 1
     for (int64_t tile = tid % 32; tile < many.d_stride / MANY_TILE; tile += 32)
       value = joined(value, many.statistics[tile * STATISTICS + k]);
     for (int offset = 16; offset > 0; offset /= 2)
@@ -182,6 +222,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   const float* const candidate = many.centre + (choice.which == 2 ? many.d_stride : 0);
   const auto centre = [&](int64_t e) { return choice.which ? candidate[e] : 0.0f; };
   if (blockIdx.x == 0 && many.first_row == 0) {
+#pragma unroll 1
     for (int64_t e = tid; e < many.d_stride; e += THREADS) {
       many.centre_float[e] = centre(e) * choice.scale;
       many.centre_half[e] = __float2half(centre(e));
@@ -198,68 +239,127 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   const int64_t local = blockIdx.x;
   int64_t at = local;
   if (local >= many.rows) {
+#pragma unroll 1
     for (int64_t e = tid; e < many.d_stride; e += THREADS)
       many.hi[at * many.d_stride + e] = many.lo[at * many.d_stride + e] = __float2half(0.0f);
     if (tid == 0) many.slots[at] = ManySlot{}, many.factors[at] = {0, 0, 0};
     return;
   }
-  const int64_t i = many.order ? many.order[many.first_row + local] : many.first_row + local;
-  bool alive;
-  const Row row = row_of(in, i, alive);
+  // Its row, and its place by falling time among those of the only pass, if it has not been found before.
+  __shared__ Row row;
+  __shared__ float rates[MANY_PASS_ROWS], own_rate;
+  __shared__ bool has_references;
+  const int64_t listed = many.order ? 1 : many.rows;
+#pragma unroll 1
+  for (int64_t j = tid; j < listed; j += THREADS) {
+    bool any;
+    const Row of_j = row_of(in, many.order ? many.order[many.first_row + local] : many.first_row + j, any);
+    const double rate = of_j.rate();
+    rates[j] = any && rate >= 0 ? static_cast<float>(rate) : INFINITY;
+    if (many.order || j == local) row = of_j, has_references = any, own_rate = rates[j];
+  }
+  __syncthreads();
   if (!many.order) {
-    const float rate = order_of(in, i);
     int before = 0;
-    for (int64_t j = tid; j < many.rows; j += THREADS) {
-      const float other = order_of(in, many.first_row + j);
-      before += other < rate || (other == rate && j < local);
-    }
+#pragma unroll 1
+    for (int64_t j = tid; j < many.rows; j += THREADS)
+      before += rates[j] < own_rate || (rates[j] == own_rate && j < local);
     at = block_sum<int>(before, int_scratch);
   }
+  bool alive = has_references;
 
   const int64_t base = row.index * in.d;
-  const auto y_of = [&](int64_t e) {
-    return row.sign * load_as<double>(in.x, base + e) - row.alpha * centre(e);
+  // y and c of eight elements from e on; zeros beyond D, which is a multiple of 8 here.
+  const auto load_eight = [&](int64_t e, double (&y)[8], float (&c)[8]) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) y[k] = 0, c[k] = 0;
+    if (e >= in.d) return;
+    if (choice.which) load8<float>({const_cast<float*>(candidate), Dtype::f32}, e, c);
+    if constexpr (USUAL) {
+      const float4* const from =
+          reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + base + e);
+      const float4 low = from[0], high = from[1];
+      const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int k = 0; k < 8; ++k) y[k] = x[k];
+    } else {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) y[k] = load_as<double>(in.x, base + e + k);
+    }
+#pragma unroll
+    for (int k = 0; k < 8; ++k) y[k] = row.sign * y[k] - row.alpha * c[k];
   };
-  double square = 0, largest = 0, score = 0;
+  double square = 0, score = 0;
+  float largest = 0;
   if (alive) {
-    for (int64_t e = tid; e < in.d; e += THREADS) {
-      const double y = y_of(e);
-      square = fma(y, y, square);
-      largest = fmax(largest, fabs(y));
-      if (in.source.data) {
-        const double own = load_as<double>(in.source, base + e) - centre(e);
-        many.sums[at * many.d_stride + e] = static_cast<float>(own * choice.scale);
-        score += (y - 0.5 * row.alpha * own) * own;
-      } else {
-        many.sums[at * many.d_stride + e] = 0;
+#pragma unroll 1
+    for (int64_t e = 8 * tid; e < in.d; e += 8 * THREADS) {
+      double y[8];
+      float c[8], sums[8] = {};
+      load_eight(e, y, c);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        square = fma(y[k], y[k], square);
+        largest = fmaxf(largest, fabsf(static_cast<float>(y[k])));
       }
+      if (!USUAL && in.source.data) {
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          const double own = load_as<double>(in.source, base + e + k) - c[k];
+          sums[k] = static_cast<float>(own * choice.scale);
+          score += (y[k] - 0.5 * row.alpha * own) * own;
+        }
+      }
+      float4* const to = reinterpret_cast<float4*>(many.sums + at * many.d_stride + e);
+      to[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+      to[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
     }
   }
-  square = block_sum(square, scratch);
-  largest = block_max(largest, scratch);
-  score = block_sum(score, scratch);
-  alive = alive && isfinite(square) && isfinite(score);
-  int exponent = 0;
-  if (alive && largest > 0) frexp(largest, &exponent), exponent = max(-100, min(100, 14 - exponent));
+  if (!USUAL) score = block_sum(score, scratch);
+  __shared__ int largest_of[THREADS / 32];
+  const int most = __reduce_max_sync(0xffffffffu, __float_as_int(fminf(largest, FLT_MAX)));
+  if (tid % 32 == 0) largest_of[tid / 32] = most;
+  alive = __syncthreads_and(alive && isfinite(square) && isfinite(score));
+  int bits = 0;
+  for (int other = 0; other < THREADS / 32; ++other) bits = max(bits, largest_of[other]);
+  // Such that the largest of |y| comes to 2^13 .. 2^14.
+  const int exponent = alive && bits > 0 ? max(-100, min(100, 140 - (bits >> 23))) : 0;
   double rest_square = 0, rest_centre = 0;
-  const double power = ldexp(1.0, exponent);
-  for (int64_t e = tid; e < many.d_stride; e += THREADS) {
-    const double y = alive && e < in.d ? y_of(e) * power : 0.0;
-    const __half hi = __float2half(static_cast<float>(y));
-    const float rest = static_cast<float>(y - static_cast<double>(__half2float(hi)));
-    rest_square += static_cast<double>(rest) * rest;
-    many.hi[at * many.d_stride + e] = hi;
-    const __half lo = __float2half(rest);
-    many.lo[at * many.d_stride + e] = lo;
-    rest_centre += static_cast<double>(__half2float(lo)) * centre(e);
+  const double power = two_to(exponent);
+#pragma unroll 1
+  for (int64_t e = 8 * tid; e < many.d_stride; e += 8 * THREADS) {
+    double y[8];
+    float c[8];
+    load_eight(e, y, c);
+    __align__(16) __half hi[8], lo[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const double scaled = alive ? y[k] * power : 0.0;
+      hi[k] = __float2half(static_cast<float>(scaled));
+      const float rest = static_cast<float>(scaled - static_cast<double>(__half2float(hi[k])));
+      rest_square += static_cast<double>(rest) * rest;
+      lo[k] = __float2half(rest);
+      rest_centre += static_cast<double>(__half2float(lo[k])) * c[k];
+    }
+    *reinterpret_cast<uint4*>(many.hi + at * many.d_stride + e) = *reinterpret_cast<const uint4*>(hi);
+    *reinterpret_cast<uint4*>(many.lo + at * many.d_stride + e) = *reinterpret_cast<const uint4*>(lo);
   }
-  rest_square = block_sum(rest_square, scratch);
-  rest_centre = block_sum(rest_centre, scratch);
+  __shared__ double parts[THREADS / 32][3];
+  square = warp_sum(square), rest_square = warp_sum(rest_square), rest_centre = warp_sum(rest_centre);
+  if (tid % 32 == 0) {
+    double* const to = parts[tid / 32];
+    to[0] = square, to[1] = rest_square, to[2] = rest_centre;
+  }
+  __syncthreads();
   if (tid != 0) return;
-  const double inverse = 1.0 / choice.scale;
+#pragma unroll 1
+  for (int other = 1; other < THREADS / 32; ++other)
+    square += parts[other][0], rest_square += parts[other][1], rest_centre += parts[other][2];
+  const double inverse = 1.0f / choice.scale, unpower = two_to(-exponent);
   // Sums: at most 64 truncated products, then float32 sums of one per 64 elements. Not exact: one truncated
   // sum of 16 products at a time.
-  const double rounding = (80 + in.d / (many.exact ? 64 : 16)) * ldexp(1.0, -23);
+  const double rounding = static_cast<double>(80 + in.d / (many.exact ? 64 : 16)) * 0x1p-23;
+  const double length = sqrtf(static_cast<float>(square * power * power)) * unpower;
   ManySlot slot{};
   slot.row = row;
   slot.alive = alive;
@@ -267,15 +367,19 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   slot.best = -INFINITY;
   if (alive) {
     slot.own =
-        static_cast<float>(1.001 * (sqrt(ldexp(rest_square, -2 * exponent)) + rounding * sqrt(square)));
+        static_cast<float>(1.001 * (sqrtf(static_cast<float>(rest_square)) * unpower + rounding * length));
+    slot.summed = static_cast<float>(1.001 * 2 * rounding * length);  // twice as many products
+    if (many.exact &&
+        expect_dense(row, statistics[SPREAD], static_cast<float>(row.count), many.rows <= MANY_ROWS))
+      atomicMax(&many.facts->early, static_cast<int>(at) + 1);
     slot.rate2 = static_cast<float>(fmin(row.rate() * LOG2_E, 1e30));
     if (in.source.data) {
       slot.best = score + 0.5 * row.alpha * choice.mean_norm * inverse * inverse;
       slot.total = 1;
     }
-    many.factors[at] = {static_cast<float>(ldexp(inverse, -exponent)),
+    many.factors[at] = {static_cast<float>(inverse * unpower),
                         static_cast<float>(0.5 * row.alpha * inverse * inverse),
-                        static_cast<float>(ldexp(rest_centre, -exponent))};
+                        static_cast<float>(rest_centre * unpower)};
   } else {
     many.factors[at] = {0, 0, 0};
   }
@@ -342,6 +446,7 @@ __device__ int block_prefix(int v, int* scratch, int& total) {
 __device__ float row_maximum(const Many& many, int64_t at, int64_t groups, float* scratch) {
   const float* const maxima = many.maxima + at * (many.score_stride / MANY_GROUP);
   float best = -INFINITY;
+#pragma unroll 8
   for (int64_t k = threadIdx.x; k < groups; k += blockDim.x) best = fmaxf(best, maxima[k]);
   return block_max(best, scratch);
 }
@@ -349,24 +454,38 @@ __device__ float row_maximum(const Many& many, int64_t at, int64_t groups, float
 constexpr int BINS = 64;
 constexpr int GATHER_BLOCKS = 8;
 constexpr int PLACE_THREADS = static_cast<int>(MANY_PASS_ROWS);
-// A list of so many is as quick as a row of a tile that is multiplied anyway. It is more exact, more so where
-// scores are large for their digits: no row with so much doubt joins the dense ones.
-constexpr int SHORT_LIST_EXACT = 128, SHORT_LIST_FAST = 32;
+// What dense rows and lists take, as measured on an H100: operations and bytes per second of the products,
+// bytes per second of lists, and seconds for a reference of a single one.
+constexpr float PRODUCT_RATE = 600e12f, PRODUCT_BANDWIDTH = 2.6e12f, LIST_BANDWIDTH = 2.2e12f;
+constexpr float LISTED_SECONDS = 0.15e-6f;
+// No row of a shorter list becomes dense, since lists are more exact; nor one of so much doubt, where scores
+// are large for their digits.
+constexpr int SHORTEST_LIST_EXACT = 64, SHORTEST_LIST_FAST = 16, LIMITS = 5;
 constexpr double FILL_DOUBT = 0.5;
 
 // One block per slot: lists the references whose weight can matter, or gives up at more than MANY_SURVIVORS.
+// Up to HELD_GROUPS maxima are kept at hand.
+constexpr int HELD_GROUPS = 4096;
 __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in, const Many many) {
   follow_previous();
-  __shared__ float scratch[33];
+  __shared__ float held[HELD_GROUPS], scratch[33];
   __shared__ int int_scratch[33];
   __shared__ int bins[BINS], first_left_out;
   const int64_t at = blockIdx.x, valid = many_valid(in, many);
   ManySlot& slot = many.slots[at];
   const bool alive = slot.alive;
-  const int64_t groups = (valid + MANY_GROUP - 1) / MANY_GROUP;
-  const float best = row_maximum(many, at, groups, scratch);
+  const int groups = static_cast<int>((valid + MANY_GROUP - 1) / MANY_GROUP);
+  const float* const maxima = many.maxima + at * (many.score_stride / MANY_GROUP);
+  float best = -INFINITY;
+#pragma unroll 8
+  for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) {
+    const float maximum = maxima[k];
+    best = fmaxf(best, maximum);
+    if (k < HELD_GROUPS) held[k] = maximum;
+  }
+  if (threadIdx.x < BINS) bins[threadIdx.x] = 0;
+  best = block_max(best, scratch);
   if (!alive || valid == 0 || best == INFINITY) {
-    __syncthreads();
     if (threadIdx.x == 0) {
       many.counts[at] = many.fills[at] = 0;
       if (best == INFINITY) slot.alive = 0;
@@ -376,49 +495,63 @@ __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in,
   const Row& row = slot.row;
   const double norm = static_cast<double>(__int_as_float(many.facts->max_norm)) * many.facts->inverse_scale *
                       many.facts->inverse_scale;
-  const double bound = slot.own * sqrt(norm) + row.alpha * norm * ldexp(1.0, -21);
+  const bool early = at < early_rows(many);
+  const double root = sqrtf(static_cast<float>(norm)) * 1.0001f, of_norms = row.alpha * norm * 0x1p-21;
+  const double bound = (early ? slot.summed : slot.own) * root + of_norms;
   const double top = fmax(static_cast<double>(best), slot.best);
-  const float* const maxima = many.maxima + at * (many.score_stride / MANY_GROUP);
   // A reference whose score lies `bits` below the top weighs at most 2^(doubt - bits) of the largest. Groups
   // by the bits beyond doubt of their best; from which on do all references of such groups weigh little
   // enough together? Of those of other groups, so many that weigh so little are left out that it comes to the
   // same.
   const double rate2 = slot.rate2, doubt = 2 * bound * rate2;
-  const double forgotten =
-      (many.exact ? FORGOTTEN_LOG2_EXACT : FORGOTTEN_LOG2_FAST) +
-      log2(static_cast<double>(valid_count(in, 0)) / static_cast<double>(valid));  // in this round
-  if (threadIdx.x < BINS) bins[threadIdx.x] = 0;
-  if (threadIdx.x == 0) first_left_out = BINS;
-  __syncthreads();
+  const float forgotten =
+      static_cast<float>(many.exact ? FORGOTTEN_LOG2_EXACT : FORGOTTEN_LOG2_FAST) +
+      log2f(static_cast<float>(valid_count(in, 0)) / static_cast<float>(valid));  // in this round
   const auto bits_of = [&](float score) {
-    return score == -INFINITY ? BINS : fmin((top - static_cast<double>(score)) * rate2 - doubt, BINS - 1.0);
+    return score == -INFINITY
+               ? static_cast<float>(BINS)
+               : fminf(static_cast<float>((top - static_cast<double>(score)) * rate2 - doubt), BINS - 1.0f);
   };
-  for (int64_t k = threadIdx.x; k < groups; k += SELECT_THREADS) {
-    const double bits = bits_of(maxima[k]);
-    if (bits >= 1 && bits < BINS) atomicAdd(&bins[static_cast<int>(bits)], 1);
+#pragma unroll 1
+  for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) {
+    const float bits = bits_of(k < HELD_GROUPS ? held[k] : maxima[k]);
+    if (k < HELD_GROUPS) held[k] = bits;
+    if (bits >= 1 && bits < BINS - 1) atomicAdd(&bins[static_cast<int>(bits)], 1);
+    if (bits == BINS - 1) bins[BINS - 1] = groups;  // they weigh less than any bound, however many
   }
   __syncthreads();
-  if (threadIdx.x > 0 && threadIdx.x < BINS) {
-    double tail = 0;
-    for (int bin = BINS - 1; bin >= static_cast<int>(threadIdx.x); --bin)
-      tail += static_cast<double>(bins[bin]) * __int_as_float((127 - bin) << 23);
-    if (tail * (2 * MANY_GROUP) <= exp2(-forgotten))
-      atomicMin(&first_left_out, static_cast<int>(threadIdx.x));
+  if (threadIdx.x < 32) {
+    static_assert(BINS == 64, "two to a lane");
+    const int bin = 2 * static_cast<int>(threadIdx.x);
+    const float low = static_cast<float>(bins[bin]) * __int_as_float((127 - bin) << 23),
+                high = static_cast<float>(bins[bin + 1]) * __int_as_float((126 - bin) << 23);
+    float later = low + high;  // of this lane's bins and all after them
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const float other = __shfl_down_sync(0xffffffffu, later, offset);
+      if (threadIdx.x + offset < 32) later += other;
+    }
+    const float enough = exp2f(-forgotten) / (2 * MANY_GROUP);
+    const int first = later <= enough && bin > 0 ? bin : later - low <= enough ? bin + 1 : BINS;
+    const int least = __reduce_min_sync(0xffffffffu, first);
+    if (threadIdx.x == 0) first_left_out = least;
   }
   __syncthreads();
-  const double group_cut = first_left_out;
+  const float group_cut = static_cast<float>(first_left_out);
   const float* const scores = many.scores + at * many.score_stride;
   // Groups of references one of which matters; more of them than the list holds: it would be too short.
+  const auto is_candidate = [&](int k) {
+    return (k < HELD_GROUPS ? held[k] : bits_of(maxima[k])) < group_cut;
+  };
   int candidates = 0;
-  for (int64_t k = threadIdx.x; k < groups; k += SELECT_THREADS) candidates += bits_of(maxima[k]) < group_cut;
+#pragma unroll 1
+  for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) candidates += is_candidate(k);
   const int all = block_sum<int>(candidates, int_scratch);
-  const double cut_bits = doubt + forgotten + log2(2.0 * MANY_GROUP * all);
-  const float cut = fmaxf(static_cast<float>(top - cut_bits / rate2), -FLT_MAX);
   int found = all;
   if (all <= MANY_SURVIVORS) {
-    const auto matters = [&](int64_t k) {
+    const double cut_bits = doubt + forgotten + log2f(2.0f * MANY_GROUP * static_cast<float>(max(all, 1)));
+    const float cut = fmaxf(static_cast<float>(top - cut_bits / rate2), -FLT_MAX);
+    const auto matters = [&](int k) {
       unsigned bits = 0;
-      if (bits_of(maxima[k]) >= group_cut) return bits;
       const float4* const from = reinterpret_cast<const float4*>(scores + k * MANY_GROUP);
 #pragma unroll
       for (int q = 0; q < MANY_GROUP / 4; ++q) {
@@ -429,32 +562,73 @@ __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in,
       }
       return bits;
     };
-    int own = 0;
-    if (candidates)
-      for (int64_t k = threadIdx.x; k < groups; k += SELECT_THREADS) own += __popc(matters(k));
-    int place = block_prefix(own, int_scratch, found);
-    if (own)
-      for (int64_t k = threadIdx.x; k < groups; k += SELECT_THREADS)
-        for (unsigned bits = matters(k); bits && place < MANY_SURVIVORS; bits &= bits - 1)
+    int own = 0, place = 0;
+#pragma unroll 1
+    for (bool listing : {false, true}) {
+#pragma unroll 1
+      for (int k = threadIdx.x; candidates && k < groups; k += SELECT_THREADS) {
+        if (!is_candidate(k)) continue;
+        unsigned bits = matters(k);
+        own += __popc(bits);
+        for (; listing && bits && place < MANY_SURVIVORS; bits &= bits - 1)
           many.survivors[at * MANY_SURVIVORS + place++] = static_cast<int>(k * MANY_GROUP + __ffs(bits) - 1);
+      }
+      if (!listing) place = block_prefix(own, int_scratch, found);
+    }
   }
   if (threadIdx.x != 0) return;
   many.counts[at] = found;
-  many.fills[at] = found > MANY_SURVIVORS || doubt <= FILL_DOUBT ? found : 0;
+  const bool doubtful = 2 * (slot.own * root + of_norms) * rate2 > FILL_DOUBT;
+  many.fills[at] = found > MANY_SURVIVORS || !doubtful ? found : 0;
 }
 
 // One block, a thread per slot: which rows are dense, and where. They stay where they are if that is one of
-// the first places; the others take those of rows that are not dense.
-__global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Many many) {
+// the first places; the others take those of rows that are not dense. All with lists longer than a limit are,
+// a limit that takes least time.
+__global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, const Many many) {
   follow_previous();
-  __shared__ int of_warps[PLACE_THREADS / 32], movers[PLACE_THREADS], before_last;
-  const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32;
-  const int count = slot < many.rows ? many.fills[slot] : 0;
-  const auto longer = [count](int limit) { return __syncthreads_count(count > limit); };
-  int limit = static_cast<int>(MANY_SURVIVORS);
-  const int room = static_cast<int>(row_tile_ends(longer(limit)));
-  const int shortest = many.exact ? SHORT_LIST_EXACT : SHORT_LIST_FAST;
-  while (room > 0 && limit > shortest && longer(limit / 2) <= room) limit /= 2;
+  constexpr int WARPS = PLACE_THREADS / 32;
+  __shared__ int of_warps[WARPS], movers[PLACE_THREADS], before_last;
+  const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32, early = early_rows(many);
+  const int count = slot < many.rows ? many.fills[slot] : 0,
+            listed = slot < many.rows ? many.counts[slot] : 0;
+  const float elements = static_cast<float>(many_valid(in, many)) * static_cast<float>(in.d);
+  const auto product = [&](int products, int width) {  // so many with the same references
+    return fmaxf(2.0f * products * width * elements / PRODUCT_RATE, 2.0f * elements / PRODUCT_BANDWIDTH);
+  };
+  // For each limit: rows that are dense, those of them that are late, listed references, most of one row.
+  __shared__ int of_limit[LIMITS][4], best_limit;
+  if (slot < 4 * LIMITS) of_limit[slot / 4][slot % 4] = 0;
+  __syncthreads();
+#pragma unroll 1
+  for (int k = 0; k < LIMITS; ++k) {
+    const bool dense = count > (MANY_SURVIVORS >> k);
+    const int left = dense ? 0 : listed;
+    const int all = __popc(__ballot_sync(0xffffffffu, dense));
+    const int late = __popc(__ballot_sync(0xffffffffu, dense && slot >= early));
+    const int sum = __reduce_add_sync(0xffffffffu, left), most = __reduce_max_sync(0xffffffffu, left);
+    if (lane != 0) continue;
+    if (all) atomicAdd(&of_limit[k][0], all), atomicAdd(&of_limit[k][1], late);
+    if (sum) atomicAdd(&of_limit[k][2], sum), atomicMax(&of_limit[k][3], most);
+  }
+  __syncthreads();
+  if (warp == 0) {
+    const int k = min(lane, LIMITS - 1);
+    float time = fmaxf(2.0f * of_limit[k][2] * in.d / LIST_BANDWIDTH,
+                       of_limit[k][3] * LISTED_SECONDS * (in.d / 3072.0f));
+#pragma unroll 1
+    for (int left = of_limit[k][0]; left > 0; left -= static_cast<int>(MANY_ROWS)) {
+      const int width = row_tile_width(left);
+      time += product(many.exact ? 2 : 1, width) + (many.exact && of_limit[k][1] ? product(1, width) : 0);
+    }
+    if ((MANY_SURVIVORS >> k) < (many.exact ? SHORTEST_LIST_EXACT : SHORTEST_LIST_FAST)) time = INFINITY;
+    // Times are positive, so that their order is that of their bits; the longest of equal limits.
+    const unsigned least = __reduce_min_sync(0xffffffffu, __float_as_uint(time));
+    const unsigned which = __ballot_sync(0xffffffffu, __float_as_uint(time) == least);
+    if (lane == 0) best_limit = static_cast<int>(MANY_SURVIVORS) >> (__ffs(which) - 1);
+  }
+  __syncthreads();
+  const int limit = best_limit;
   const bool dense = count > limit;
   const unsigned in_warp = __ballot_sync(0xffffffffu, dense);
   if (lane == 0) of_warps[warp] = __popc(in_warp);
@@ -469,8 +643,9 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Many many) {
   const int staying = total < PLACE_THREADS ? before_last : total;
   if (dense && slot >= total) movers[rank - staying] = slot;
   __syncthreads();
+  const int late = __syncthreads_count(dense && slot >= early);
   if (slot < many.rows) many.places[slot] = -1;
-  if (slot == 0) many.facts->dense = total;
+  if (slot == 0) many.facts->dense = total, many.facts->late = many.exact ? late : 0;
   __syncthreads();
   if (slot >= total) return;
   const int source = dense ? slot : movers[slot - rank];
@@ -492,44 +667,66 @@ __global__ void __launch_bounds__(THREADS) gather_kernel(const Inputs in, const 
 #pragma unroll 4
     for (int64_t k = thread; k < bytes / 16; k += GATHER_BLOCKS * THREADS) now[k] = old[k];
   };
-  if (many.exact)
-    copy(many.lo + source * many.d_stride, many.dense_lo + to * many.d_stride, 2 * many.d_stride);
+  if (many.facts->late > 0) {  // zeros for those that have them already
+    if (source >= early_rows(many)) {
+      copy(many.lo + source * many.d_stride, many.dense_lo + to * many.d_stride, 2 * many.d_stride);
+    } else {
+      for (int64_t k = thread; k < many.d_stride / 8; k += GATHER_BLOCKS * THREADS)
+        reinterpret_cast<float4*>(many.dense_lo + to * many.d_stride)[k] = float4{};
+    }
+  }
   if (source == to) return;
   const int64_t refs = ceil_div(many_valid(in, many), MANY_TILE) * MANY_TILE, groups = refs / MANY_GROUP;
   const int64_t maxima_stride = many.score_stride / MANY_GROUP;
   copy(many.scores + source * many.score_stride, many.scores + to * many.score_stride, 4 * refs);
-  if (!many.exact)  // else those of better scores come
+  if (many.facts->late == 0)  // else those of better scores come
     for (int64_t k = thread; k < groups; k += GATHER_BLOCKS * THREADS)
       many.maxima[to * maxima_stride + k] = many.maxima[source * maxima_stride + k];
 }
 
-// One block per dense row. exact: of 32 scores s_j, 128 bytes, become 32 weights' upper halves and 32 lower.
-// Else the upper halves alone, side by side from the start of the row.
-__global__ void __launch_bounds__(WEIGHT_THREADS) weights_kernel(const Inputs in, const Many many) {
+// A cluster of blocks per dense row. exact: of 32 scores s_j, 128 bytes, become 32 weights' upper halves and
+// 32 lower. Else the upper halves alone, side by side from the start of the row. What is written in a round
+// was read before by other threads of the cluster; by those of the warp if exact.
+__global__ void SVEL_CLUSTER(WEIGHT_BLOCKS) __launch_bounds__(WEIGHT_THREADS)
+    weights_kernel(const Inputs in, const Many many) {
   follow_previous();
+  constexpr int EACH = 4, STRIDE = 8 * WEIGHT_THREADS * WEIGHT_BLOCKS;  // eights of a thread in a round
   __shared__ float scratch[33];
   __shared__ double wide_scratch[33];
-  const int64_t at = blockIdx.x, valid = many_valid(in, many);
+  const int64_t at = blockIdx.x / WEIGHT_BLOCKS, valid = many_valid(in, many);
+  const int rank = blockIdx.x % WEIGHT_BLOCKS;
   if (at >= many.facts->dense) return;
   ManySlot& slot = many.slots[many.dense_slots[at]];
   const float here = row_maximum(many, at, (valid + MANY_GROUP - 1) / MANY_GROUP, scratch);
-  const float best = static_cast<float>(fmax(static_cast<double>(here), slot.best));
+  const double before = slot.best;
+  const float best = static_cast<float>(fmax(static_cast<double>(here), before));
   const float rate2 = slot.rate2;
   float* const row = many.scores + at * many.score_stride;
   double total = 0;
   const int64_t end = static_cast<int64_t>(many_sum_steps(many, valid)) * many_sum_refs(many.exact);
-  float4 low{}, high{};  // of the references from j on
-  const auto load = [&](int64_t j) {
-    if (j >= valid) return;
-    low = *reinterpret_cast<const float4*>(row + j), high = *reinterpret_cast<const float4*>(row + j + 4);
-  };
-  load(8 * threadIdx.x);
-  for (int64_t j0 = 0; j0 < end; j0 += 8 * WEIGHT_THREADS) {
-    const int64_t j = j0 + 8 * threadIdx.x;
-    __align__(16) __half upper[8] = {}, lower[8] = {};
-    const float scores[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    load(j + 8 * WEIGHT_THREADS);
-    if (j < valid) {
+  const int64_t own = 8 * (static_cast<int64_t>(rank) * WEIGHT_THREADS + threadIdx.x);
+  for (int64_t j0 = own; j0 - own < end; j0 += EACH * STRIDE) {
+    float4 low[EACH], high[EACH];
+#pragma unroll
+    for (int q = 0; q < EACH; ++q) {
+      const int64_t j = j0 + q * STRIDE;
+      low[q] = high[q] = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+      if (j >= valid) continue;
+      low[q] = *reinterpret_cast<const float4*>(row + j),
+      high[q] = *reinterpret_cast<const float4*>(row + j + 4);
+    }
+    if (many.exact) {
+      __syncwarp();
+    } else {
+      synchronize_cluster();
+    }
+#pragma unroll
+    for (int q = 0; q < EACH; ++q) {
+      const int64_t j = j0 + q * STRIDE;
+      if (j >= end) continue;
+      const float scores[8] = {low[q].x,  low[q].y,  low[q].z,  low[q].w,
+                               high[q].x, high[q].y, high[q].z, high[q].w};
+      __align__(16) __half upper[8], lower[8];
       float sum = 0;
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
@@ -540,23 +737,19 @@ __global__ void __launch_bounds__(WEIGHT_THREADS) weights_kernel(const Inputs in
         lower[k] = __float2half(scaled - __half2float(upper[k]));
       }
       total += sum;
+      float* const to = many.exact ? row + j / 32 * 32 + j % 32 / 2 : row + j / 2;
+      *reinterpret_cast<float4*>(to) = *reinterpret_cast<float4*>(upper);
+      if (many.exact) *reinterpret_cast<float4*>(to + 16) = *reinterpret_cast<float4*>(lower);
     }
-    // What is written now was read by other threads; by those of this warp if exact.
-    if (many.exact) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
-    if (j >= end) continue;
-    float* const to = many.exact ? row + j / 32 * 32 + j % 32 / 2 : row + j / 2;
-    *reinterpret_cast<float4*>(to) = *reinterpret_cast<float4*>(upper);
-    if (many.exact) *reinterpret_cast<float4*>(to + 16) = *reinterpret_cast<float4*>(lower);
   }
   total = block_sum(total, wide_scratch);
-  if (threadIdx.x != 0) return;
-  const double keep = slot.best == -INFINITY
-                          ? 0.0
-                          : exp2(static_cast<double>(rate2) * (slot.best - static_cast<double>(best)));
+  if (threadIdx.x == 0) many.totals[blockIdx.x] = total;
+  synchronize_cluster();
+  if (rank != 0 || threadIdx.x != 0) return;
+  total = 0;
+  for (int other = 0; other < WEIGHT_BLOCKS; ++other) total += __ldcg(many.totals + blockIdx.x + other);
+  const double keep =
+      before == -INFINITY ? 0.0 : exp2(static_cast<double>(rate2) * (before - static_cast<double>(best)));
   slot.keep = static_cast<float>(keep);
   slot.total = slot.total * keep + total;
   slot.best = best;
@@ -651,13 +844,52 @@ __device__ double inverse_total(const Many& many, bool alive, double best, doubl
 }
 __device__ void store_mean(const Inputs& in, const Many& many, const Row& row, int64_t e, double inverse,
                            const double (&sum)[8]) {
+  const int64_t at = row.index * in.d + e;
+  const double unscale = many.facts->inverse_scale;
+  if (are_usual(in)) {
+    const float4* const x = reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + at);
+    float4* const out = reinterpret_cast<float4*>(static_cast<float*>(in.out.data) + at);
+    const float4* const centre = reinterpret_cast<const float4*>(many.centre_float + e);
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const float4 v = x[q], c = centre[q];
+      const auto value = [&](int k, float x_k, float c_k) {
+        return static_cast<float>(row.a * x_k + row.b * (c_k * unscale + sum[4 * q + k] * inverse));
+      };
+      out[q] = make_float4(value(0, v.x, c.x), value(1, v.y, c.y), value(2, v.z, c.z), value(3, v.w, c.w));
+    }
+    return;
+  }
   double out[8];
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
-    const double centre = static_cast<double>(many.centre_float[e + k]) * many.facts->inverse_scale;
-    out[k] = row.a * load_as<double>(in.x, row.index * in.d + e + k) + row.b * (centre + sum[k] * inverse);
+    const double centre = static_cast<double>(many.centre_float[e + k]) * unscale;
+    out[k] = row.a * load_as<double>(in.x, at + k) + row.b * (centre + sum[k] * inverse);
   }
-  store8<double>(in.out, row.index * in.d + e, out);
+  store8<double>(in.out, at, out);
+}
+
+// The same of a row with one reference that matters, of all rounds, which is the mean.
+template <typename T>
+__device__ void store_reference(const Inputs& in, const Row& row, int64_t reference) {
+  const T* const from = static_cast<const T*>(in.refs.data) + reference * in.d;
+  const float* const x = static_cast<const float*>(in.x.data) + row.index * in.d;
+  float* const out = static_cast<float*>(in.out.data) + row.index * in.d;
+  const double a = row.a, b = row.b;
+#pragma unroll 1
+  for (int64_t e = 8 * threadIdx.x; e < in.d; e += 8 * THREADS) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(from + e);
+    const T* const values = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const float4 v = *reinterpret_cast<const float4*>(x + e + 4 * q);
+      const auto value = [&](int k, float x_k) {
+        return static_cast<float>(a * x_k + b * to_float(values[4 * q + k]));
+      };
+      *reinterpret_cast<float4*>(out + e + 4 * q) =
+          make_float4(value(0, v.x), value(1, v.y), value(2, v.z), value(3, v.w));
+    }
+  }
 }
 __device__ void store_lse(const Inputs& in, const Many& many, const ManySlot& slot, const Row& row,
                           double best, double total, double inverse) {
@@ -823,7 +1055,10 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
   ManySlot& slot = many.slots[at];
   const int dense = many.facts->dense, count = many.counts[at];
   const bool alive = slot.alive, is_dense = many.places[at] >= 0, has_list = !is_dense && alive && count > 0;
+  if (last && at == 0 && threadIdx.x == 0) many.facts->early = 0;  // of the next pass
   if (!is_dense && alive && count == 0 && !last) return;
+  if (has_list && count == 1 && last && slot.total == 0 && !in.lse.data && are_usual(in))
+    return store_reference<T>(in, slot.row, many.first_ref + many.survivors[at * MANY_SURVIVORS]);
   if constexpr (VECTORS > 0) {
     if (has_list) return sum_listed<T, VECTORS>(in, many, at, count, last);
   }
@@ -934,7 +1169,8 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
     many.rows = std::min(plan.rows_per_pass, in.n - many.first_row);
     many.padded = (many.rows + 63) / 64 * 64;
     const unsigned slots = static_cast<unsigned>(many.rows);
-    launch(rows_kernel, static_cast<unsigned>(many.padded), THREADS, 0, in, many);
+    launch(are_usual(in) ? rows_kernel<true> : rows_kernel<false>, static_cast<unsigned>(many.padded),
+           THREADS, 0, in, many);
     if (many.norms && many.first_row == 0) {
       const int64_t warps = THREADS / 32;
       launch(norms_kernel, static_cast<unsigned>(ceil_div(in.m, warps)), THREADS, 0, in, many);
@@ -943,10 +1179,10 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
       many.refs = std::min(plan.refs_per_pass, in.m - many.first_ref);
       launch_many_score(op, in, many, false, stream);
       launch(select_kernel, slots, SELECT_THREADS, 0, in, many);
-      launch(place_kernel, 1, PLACE_THREADS, 0, many);
+      launch(place_kernel, 1, PLACE_THREADS, 0, in, many);
       launch(gather_kernel, dim3(slots, GATHER_BLOCKS), THREADS, 0, in, many);
       if (many.exact) launch_many_score(op, in, many, true, stream);
-      launch(weights_kernel, slots, WEIGHT_THREADS, 0, in, many);
+      launch(weights_kernel, slots * WEIGHT_BLOCKS, WEIGHT_THREADS, 0, in, many);
       launch_many_sum(op, in, many, stream);
       const bool last = many.first_ref + plan.refs_per_pass >= in.m;
       launch(merge, slots, THREADS, merge_bytes, in, many, last);
@@ -985,6 +1221,10 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   many.counts = rows.take<int>(plan.rows_per_pass);
   many.places = rows.take<int>(plan.rows_per_pass);
   many.fills = rows.take<int>(plan.rows_per_pass);
+  many.totals = rows.take<double>(plan.rows_per_pass * WEIGHT_BLOCKS);
+  static_assert(2 * sizeof(ManyFactor) + sizeof(ManySlot) + 4 * sizeof(int) +
+                    WEIGHT_BLOCKS * sizeof(double) <=
+                MANY_ROW_BYTES);
   many.hi = reinterpret_cast<__half*>(take(layout.queries));
   many.lo = many.hi + plan.rows_per_pass * many.d_stride;
   many.dense_lo = many.lo + plan.rows_per_pass * many.d_stride;
@@ -997,7 +1237,8 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   many.blocks = static_cast<int>(plan.blocks);
   many.exact = !plan.fast;
 
-  centre_kernel<<<static_cast<unsigned>(d_tiles), MANY_TILE * CENTRE_LANES, 0, stream>>>(in, many);
+  const auto centre_of = in.refs.dtype == Dtype::f16 ? centre_kernel<__half> : centre_kernel<__nv_bfloat16>;
+  centre_of<<<static_cast<unsigned>(d_tiles), MANY_TILE * CENTRE_LANES, 0, stream>>>(in, many);
   check_launch(op);
   for (int64_t first = 0; first < in.n; first += MANY_LIST_ROWS)
     run_rows(op, slice_rows(in, first, MANY_LIST_ROWS), plan, many, stream);

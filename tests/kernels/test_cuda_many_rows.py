@@ -92,6 +92,18 @@ def test_rows_of_many_survivors_lie_anywhere(rng, n, share, precision):
     check(x, refs, t, precision=precision, counts=torch.tensor([4000], device="cuda"))
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("noisy", [1, 65, 128, 250])
+@pytest.mark.parametrize("n", [64, 128, 256, 330])
+def test_some_rows_are_expected_to_be_dense(rng, n, noisy, geometry):
+    """Their scores are formed in full at once, in tiles of other shapes; that of others later, if at all."""
+    x, refs, t = make_pool(n, 4999, 1032, geometry, rng, times=(0.3,))
+    near = torch.randperm(n, generator=rng)[:noisy].cuda()
+    noise = torch.randn(len(near), x.shape[1], generator=rng).cuda()
+    t[near], x[near] = 0.97, 0.03 * refs[: len(near)].float() + 0.97 * noise
+    check(x, refs, t)
+
+
 def test_the_kernel_serves(rng):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("another kernel serves this device")
