@@ -531,7 +531,8 @@ __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in,
       if (threadIdx.x + offset < 32) later += other;
     }
     const float enough = exp2f(-forgotten) / (2 * MANY_GROUP);
-    const int first = later <= enough && bin > 0 ? bin : later - low <= enough ? bin + 1 : BINS;
+    const float after = __shfl_down_sync(0xffffffffu, later, 1), rest = threadIdx.x < 31 ? after : 0.0f;
+    const int first = later <= enough && bin > 0 ? bin : high + rest <= enough ? bin + 1 : BINS;
     const int least = __reduce_min_sync(0xffffffffu, first);
     if (threadIdx.x == 0) first_left_out = least;
   }
@@ -651,7 +652,9 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
   const int source = dense ? slot : movers[slot - rank];
   many.dense_slots[slot] = source;
   many.places[source] = slot;
-  many.dense_factors[slot] = many.factors[source];
+  ManyFactor factor = many.factors[source];
+  if (source < early) factor.low_centre = 0;  // its y_lo is in the scores, and is zeros for what adds it
+  many.dense_factors[slot] = factor;
 }
 
 // Blocks: GATHER_BLOCKS per place of a dense row.

@@ -102,6 +102,10 @@ def test_some_rows_are_expected_to_be_dense(rng, n, noisy, geometry):
     noise = torch.randn(len(near), x.shape[1], generator=rng).cuda()
     t[near], x[near] = 0.97, 0.03 * refs[: len(near)].float() + 0.97 * noise
     check(x, refs, t)
+    lse = svel.posterior_mean(x, refs, 1 - t, t)[1]
+    expected = reference.posterior_mean(x.double(), refs, 1 - t, t)[1]
+    scale = largest_logit(x, refs, 1 - t, t)
+    assert ((lse - expected).abs() <= TOLERANCE[torch.float32, "exact"] * scale).all()
 
 
 def test_the_kernel_serves(rng):
