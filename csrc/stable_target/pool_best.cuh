@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(32 * POOL_AGAIN_WARPS)
     const float its = args.best[p * POOL_ROWS + slot];
     if (part == 0) continue;  // written by nobody
     const float higher = fmaxf(top, its);
-    weight = weight * exp2(static_cast<double>(top) - higher) + part * exp2(static_cast<double>(its) - higher);
+    weight =
+        weight * exp2(static_cast<double>(top) - higher) + part * exp2(static_cast<double>(its) - higher);
     top = higher;
   }
   const float most = block_max<float>(top, tops);
@@ -72,7 +73,8 @@ __global__ void __launch_bounds__(32 * POOL_AGAIN_WARPS)
     float least = best[k].logit;
     for (int offset = 16; offset > 0; offset /= 2)
       least = fminf(least, __shfl_xor_sync(0xffffffffu, least, offset));
-    if (lane == 0) counts[warp + k * POOL_AGAIN_WARPS] = __popc(all[k]), worst[warp + k * POOL_AGAIN_WARPS] = least;
+    if (lane == 0)
+      counts[warp + k * POOL_AGAIN_WARPS] = __popc(all[k]), worst[warp + k * POOL_AGAIN_WARPS] = least;
   }
   __syncthreads();
   int count = 0;

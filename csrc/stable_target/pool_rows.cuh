@@ -57,9 +57,9 @@ struct PoolLayout {
   static constexpr int WEIGHTS = POOL_STAGES * STAGE;  // per stage, see weight_place
   static constexpr int MAILS = WEIGHTS + POOL_STAGES * POOL_ROWS * 128;
   static constexpr int KEEP = MAILS + POOL_STAGES * MAIL;  // per stage and pair of rows: 2 factors, a flag
-  static constexpr int CENTRE = KEEP + POOL_STAGES * POOL_ROWS * 8;  // (POOL_SLICE,)
-  static constexpr int OWN_WEIGHTS = CENTRE + POOL_SLICE * 4;        // (OWN, 128)
-  static constexpr int LOGITS = OWN_WEIGHTS + OWN * 128;             // per stage: (OWN, POOL_TILE)
+  static constexpr int CENTRE = KEEP + POOL_STAGES * POOL_ROWS * 8;        // (POOL_SLICE,)
+  static constexpr int OWN_WEIGHTS = CENTRE + POOL_SLICE * 4;              // (OWN, 128)
+  static constexpr int LOGITS = OWN_WEIGHTS + OWN * 128;                   // per stage: (OWN, POOL_TILE)
   static constexpr int FULL = LOGITS + POOL_STAGES * OWN * POOL_TILE * 4;  // barriers, one per stage each:
   static constexpr int EMPTY = FULL + 8 * POOL_STAGES;
   static constexpr int MAILED = EMPTY + 8 * POOL_STAGES;

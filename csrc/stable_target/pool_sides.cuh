@@ -6,17 +6,17 @@
 // added up: those of a centre, which do not cancel, and of deviations from it; and a part of the norms. To
 // that comes the rounding of the logit itself. Weights w_j with independent errors d_j move the mean by
 // sum w_j d_j (r_j - m) and lse by sum w_j d_j. Where one reference has all the weight the first is nothing;
-// where many share it, both average out: what matters are the few best. Those with w_j e > POOL_MATTERS, among
-// the best that each cluster lists, are scored again in float64 (pool_best.cuh). Of the others, U = sum w_j^2
-// is known of those listed; those that are not, of the weight W together, are no better than the worst w that
-// is listed, so add w W at most. This leaves
+// where many share it, both average out: what matters are the few best. Those with w_j e > POOL_MATTERS,
+// among the best that each cluster lists, are scored again in float64 (pool_best.cuh). Of the others, U = sum
+// w_j^2 is known of those listed; those that are not, of the weight W together, are no better than the worst
+// w that is listed, so add w W at most. This leaves
 //
 //     lse off by e sqrt(U), the mean by e sqrt(U) times the spread of the references under the weights
 //
-// as one standard deviation: of a normal error if one of them has most of U, next to certain if many share it.
-// Parts of a set, with shares s and 1 - s of it, merge to a mean that an lse moves by s (1 - s) times its
-// error and |mean_1 - mean_2|: by at most that error times sqrt(|r - c|^2 / 8), where the means of parts are no
-// farther apart than two references.
+// as one standard deviation: of a normal error if one of them has most of U, next to certain if many share
+// it. Parts of a set, with shares s and 1 - s of it, merge to a mean that an lse moves by s (1 - s) times its
+// error and |mean_1 - mean_2|: by at most that error times sqrt(|r - c|^2 / 8), where the means of parts are
+// no farther apart than two references.
 #pragma once
 
 #include "stable_target/pool_rows.cuh"
@@ -29,7 +29,7 @@ constexpr int POOL_MOST_PARTS = 512;
 
 constexpr int POOL_CHAIN = 128;  // products added up in float32 at a time
 constexpr double POOL_NORM_ERROR =
-    0.15;                            // of |r - c|^2, beside 2^-24 of its mean: of 4,096 additions in float32
+    0.15;  // of |r - c|^2, beside 2^-24 of its mean: of 4,096 additions in float32
 constexpr double POOL_DOUBT = 1.5e-6;  // of a row's output
 constexpr int POOL_PREPARE_THREADS = 512, POOL_PREPARE_EACH = POOL_D / POOL_PREPARE_THREADS;
 
@@ -53,8 +53,9 @@ struct PoolAgain {
   double unsure;   // U
   double largest;  // weight of the others
 };
-struct PoolStep {  // one of them
-  double weight;   // what its scaled weight, in units of the largest, is to grow by
+constexpr int POOL_STAGED = 128;  // steps that a merge block has at once
+struct PoolStep {                 // one of them
+  double weight;                  // what its scaled weight, in units of the largest, is to grow by
   int64_t reference;
 };
 
@@ -237,8 +238,8 @@ __global__ void __launch_bounds__(POOL_PREPARE_THREADS)
     const double of_norms = POOL_NORM_ERROR * 0.5 * row.alpha * mean_norm;
     const double logit_error = row.rate() * 0x1p-24 * sqrt(chains + 2 * products + of_norms * of_norms);
     const double rounded = norm_rate * static_cast<float>(mean_norm) - factor * (offset - dot);
-    made.rows[slot] = {index, row.a, row.b,  norm_rate, shift,   logit_error, row.alpha,
-                       row.sign, rate, with_c, rounded, alive};
+    made.rows[slot] = {index,     row.a,    row.b, norm_rate, shift,   logit_error,
+                       row.alpha, row.sign, rate,  with_c,    rounded, alive};
   }
 }
 
@@ -255,7 +256,9 @@ __global__ void __launch_bounds__(256)
     pool_merge_kernel(const Inputs in, const PoolArgs args, const PoolRow* rows, int parts,
                       const PoolAgain* again, const PoolStep* steps, int most_steps, PoolSums* left) {
   __shared__ double keeps[POOL_MOST_PARTS], scratch[33];
+  __shared__ PoolStep staged[POOL_STAGED];
   __shared__ float tops[33];
+  const __half* const refs = static_cast<const __half*>(in.refs.data);
   const int slot = blockIdx.y, e = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   float top = POOL_NO_BEST;
   for (int p = threadIdx.x; p < parts; p += blockDim.x)
@@ -279,11 +282,17 @@ __global__ void __launch_bounds__(256)
     }
   }
   const int scored_again = again ? again[slot].count : 0;
-#pragma unroll 8
-  for (int i = 0; i < scored_again; ++i) {
-    const PoolStep step = steps[static_cast<int64_t>(slot) * most_steps + i];
-    total += step.weight;
-    if (e < in.d) sum += step.weight * load_as<double>(in.refs, step.reference * in.d + e);
+  for (int from = 0; from < scored_again; from += POOL_STAGED) {
+    const int count = min(scored_again - from, POOL_STAGED);
+    __syncthreads();
+    if (threadIdx.x < count)
+      staged[threadIdx.x] = steps[static_cast<int64_t>(slot) * most_steps + from + threadIdx.x];
+    __syncthreads();
+#pragma unroll 16
+    for (int i = 0; i < count; ++i) {
+      total += staged[i].weight;
+      if (e < in.d) sum += staged[i].weight * __half2float(refs[staged[i].reference * in.d + e]);
+    }
   }
   const PoolRow row = rows[slot];
   const bool good = row.alive && total != 0;

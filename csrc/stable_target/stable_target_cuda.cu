@@ -136,8 +136,8 @@ std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, c
 
 bool part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
                     const std::string& precision) {
-  return make_plan(problem_of("posterior_part", x, refs, labels.has_value(), false, precision))
-             .kernel == "bulk";
+  return make_plan(problem_of("posterior_part", x, refs, labels.has_value(), false, precision)).kernel ==
+         "bulk";
 }
 
 void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_or_alpha,

@@ -212,8 +212,8 @@ def test_near_ties_between_references_of_parts(rng, geometry, among):
 
 def test_exact_mean_and_lse(rng):
     x, refs, t = make_pool(32, 4999, 4096, "gaussian", rng)
-    alpha, sigma = 1 - t.double(), t.double()
-    expected_mean, expected = reference.posterior_mean(x.double(), refs, alpha, sigma)
+    alpha, sigma = 1 - t, t
+    expected_mean, expected = reference.posterior_mean(x.double(), refs, alpha.double(), sigma.double())
     for op, dtype in ((svel.posterior_mean, torch.float32), (svel.posterior_part, torch.float64)):
         mean, lse = op(x, refs, alpha, sigma)
         assert lse.dtype == dtype
