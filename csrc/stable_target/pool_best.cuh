@@ -33,12 +33,9 @@ __global__ void __launch_bounds__(32 * POOL_AGAIN_WARPS)
     if (c < clusters) best[k] = args.list[(c * POOL_ROWS + slot) * POOL_LISTED + lane];
   }
   const PoolRow row = rows[slot];
-  float own_x[EACH];
-#pragma unroll
-  for (int k = 0; k < EACH; ++k) {
-    const int e = static_cast<int>(threadIdx.x) + k * 32 * POOL_AGAIN_WARPS;
-    own_x[k] = row.alive && e < d ? static_cast<float>(load_as<double>(in.x, row.index * d + e)) : 0.0f;
-  }
+  float own_x[EACH] = {};
+  if (row.alive)
+    pool_read_row(in.x, row.index * d, static_cast<int>(threadIdx.x), 32 * POOL_AGAIN_WARPS, d, own_x);
   float top = POOL_NO_BEST;
   double weight = 0;
   for (int p = threadIdx.x; p < parts; p += blockDim.x) {

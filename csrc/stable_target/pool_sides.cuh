@@ -101,6 +101,21 @@ struct PoolRows {  // written by pool_prepare_kernel; see PoolArgs
   int64_t parts;
 };
 
+// Elements first, first + step, ... of a row of x that begins at `from`, zeros beyond d; all on their way at
+// once, which a switch for each of them would not allow.
+template <int COUNT>
+__device__ inline void pool_read_row(const Array& x, int64_t from, int first, int step, int d,
+                                     float (&out)[COUNT]) {
+  const auto read = [&](const auto* row) {
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k)
+      out[k] = first + k * step < d ? to_float(row[from + first + k * step]) : 0;
+  };
+  if (x.dtype == Dtype::f32) return read(static_cast<const float*>(x.data));
+  if (x.dtype == Dtype::f16) return read(static_cast<const __half*>(x.data));
+  read(static_cast<const __nv_bfloat16*>(x.data));
+}
+
 // This thread's share of the sum of |r - c|^2 over some references, one for each warp at a time.
 __device__ inline float pool_norms(const Inputs& in, const float* centre, int64_t m, int samples) {
   const int d = static_cast<int>(in.d);
@@ -178,11 +193,13 @@ __global__ void __launch_bounds__(POOL_PREPARE_THREADS)
   Row row{};
   bool alive = false;
   if (index >= 0) row = make_row(in, index, 0, alive);
+  float x[EACH] = {};
+  if (alive) pool_read_row(in.x, index * d, e, 1, d, x);
   double y[EACH], c[EACH];
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     c[k] = centre[e + k];
-    y[k] = alive && e + k < d ? row.sign * load_as<double>(in.x, index * d + e + k) - row.alpha * c[k] : 0.0;
+    y[k] = alive ? row.sign * x[k] - row.alpha * c[k] : 0.0;
   }
   // Of each chain (y.c)^2 and the squares of y_e r_e; the chains' sums once more where they are added up.
   double of_chain = 0, sums[5] = {};
