@@ -77,10 +77,14 @@ struct Stage {
   char* centre;
   Barrier *full, *empty;
 
-  // One lane of a warp that multiplied: the stage can be filled again. The second operand comes from both
-  // blocks of the cluster, so both are told.
+  // One lane of a warp that was given the stage: it can be filled again. What a block brings of the second
+  // operand goes to both blocks of the cluster, so both are told, by every warp that waits for stages, and the
+  // own one first: a stage that the peer may fill is one that this block may fill. Else the peer, where it
+  // brings all of the second operand, would come round again while warps are at work here, and its warps'
+  // arrivals would pass for theirs.
   __device__ void release() const {
-    for (int rank = 0; rank < 2; ++rank) arrive_in_cluster(peer_address(shared_address(empty), rank));
+    arrive(empty);
+    arrive_in_cluster(peer_address(shared_address(empty), static_cast<int>(blockIdx.x % 2 ^ 1)));
   }
 };
 
@@ -100,7 +104,7 @@ struct Ring {
   }
 };
 
-// helpers: warps beside those that multiply of which each stage needs a release, in its block.
+// helpers: warps of a block beside those that multiply which release each stage too.
 __device__ Ring make_ring(int helpers) {
   extern __shared__ char raw[];
   __shared__ Barrier barriers[2 * STAGES];
@@ -108,7 +112,7 @@ __device__ Ring make_ring(int helpers) {
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
       init_barrier(barriers + s, 1);
-      init_barrier(barriers + STAGES + s, 16 + helpers);  // the warps that multiply, of both blocks
+      init_barrier(barriers + STAGES + s, 2 * (8 + helpers));  // of both blocks
     }
     publish_barriers();
   }
@@ -489,7 +493,7 @@ __device__ inline void take_norms(Ring& ring, int own, int steps, double* norms)
       ++taken;
     }
     __syncwarp();
-    if (lane == 0) arrive(stage.empty);
+    if (lane == 0) stage.release();
     if (taken < FLUSH && step + 1 < steps) continue;
     taken = 0;
     // The sums over eight lanes, an eighth of them for each.
@@ -527,7 +531,7 @@ __device__ inline void fetch_scores(const Many& many, Ring& ring, int64_t row0, 
       if (ref0 < valid)
         prefetch_bulk(many.scores + (row0 + row) * many.score_stride + ref0, MANY_TILE * sizeof(float));
     __syncwarp();
-    if (lane == 0) arrive(stage.empty);
+    if (lane == 0) stage.release();
   }
 }
 

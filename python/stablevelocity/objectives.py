@@ -9,6 +9,7 @@ torch.compile(fullgraph=True), both with generator=None (the device's default ge
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -138,8 +139,11 @@ class CFMObjective:
         drop.bernoulli_(self.cfg_prob, generator=generator)
         return labels.masked_fill(drop, self.num_classes)
 
+    def _times(self, x0: Tensor, generator: torch.Generator | None) -> Tensor:
+        return clamp_time(self.times(x0.shape[0], x0.device, generator))
+
     def _times_and_noise(self, x0: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        t = clamp_time(self.times(x0.shape[0], x0.device, generator))
+        t = self._times(x0, generator)
         return t, torch.randn(x0.shape, device=x0.device, generator=generator)
 
 
@@ -231,12 +235,18 @@ class StableVMObjective(CFMObjective):
             generator: on the device of x0; None for the default one.
         """
         self.bank.use(labels)
-        side = None
+        noise, sides = torch.empty(x0.shape, device=x0.device), self._fork(x0)
         if self.source == "bank" and self.update_bank:
-            side = self._push_beside(x0, labels, indices)
+            with torch.cuda.stream(sides[0]) if sides else contextlib.nullcontext():
+                self.bank.push(x0, labels, indices)
         dropped = self._drop_labels(labels, generator)
-        t, noise = self._times_and_noise(x0, generator)
-        if side is not None:
+        t = self._times(x0, generator)
+        if sides:
+            with torch.cuda.stream(sides[1]):
+                noise.normal_(generator=generator)
+        else:
+            noise = torch.randn(x0.shape, device=x0.device, generator=generator)
+        for side in sides:
             torch.cuda.current_stream(x0.device).wait_stream(side)
         if self.source == "bank":
             t_min = 0.0 if self.t_min == "auto" else self.t_min
@@ -286,16 +296,14 @@ class StableVMObjective(CFMObjective):
             self.bank.push(x0, class_labels, indices)
         return target
 
-    def _push_beside(self, x0: Tensor, labels: Tensor | None, indices: Tensor | None) -> torch.cuda.Stream | None:
-        """A push, on CUDA on a stream of its own that the current one is to wait for: random numbers come meanwhile."""
+    def _fork(self, x0: Tensor) -> Sequence[torch.cuda.Stream]:
+        """On CUDA two streams beside the current one, from where that is: for the push and for the noise."""
         if torch.compiler.is_compiling() or not x0.is_cuda or not self.bank.pushes_beside:
-            self.bank.push(x0, labels, indices)
-            return None
+            return ()
         if self._side is None:
-            self._side = torch.cuda.Stream(x0.device)
-        self._side.wait_stream(torch.cuda.current_stream(x0.device))
-        with torch.cuda.stream(self._side):
-            self.bank.push(x0, labels, indices)
+            self._side = torch.cuda.Stream(x0.device), torch.cuda.Stream(x0.device)
+        for stream in self._side:
+            stream.wait_stream(torch.cuda.current_stream(x0.device))
         return self._side
 
     def _for_set(self, t: Tensor, t_set: Tensor) -> Tensor:
