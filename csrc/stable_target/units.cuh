@@ -162,20 +162,18 @@ __device__ inline void build_units(const Inputs& in, const UnitList& list, int t
 
 // What build_own_list needs beside the list.
 struct ListScratch {
-  int64_t sums[OWN_LIST_ROWS / 32];                                     // over the rows of a warp
-  int64_t tiles[BULK_PRODUCERS / 32], references[BULK_PRODUCERS / 32];  // over the groups of a warp
-  int dead[OWN_LIST_ROWS / 32];                                         // rows of a warp with nothing to read
-  int keys[OWN_LIST_ROWS];                                              // group + 1; -1: nothing to read
-  int places[OWN_LIST_ROWS];                                            // among the rows of the group
-  int alls[OWN_LIST_ROWS];                                              // rows of the group
-  int counts[OWN_LIST_GROUPS];                                          // valid references
-  int64_t begins[OWN_LIST_ROWS];  // sums before the row, within its 32 rows
+  int64_t sums[OWN_LIST_ROWS / 32];  // over the rows of a warp
+  int dead[OWN_LIST_ROWS / 32];      // rows of a warp with nothing to read
+  int keys[OWN_LIST_ROWS];           // group + 1; -1: nothing to read
+  int places[OWN_LIST_ROWS];         // among the rows of the group
+  int alls[OWN_LIST_ROWS];           // rows of the group
+  int counts[OWN_LIST_GROUPS];       // valid references
+  int64_t begins[OWN_LIST_ROWS];     // sums before the row, within its 32 rows
   // How many rows of a group each 32 rows have, a byte for each; later the sums before the group.
   uint64_t seen[OWN_LIST_GROUPS + 1][OWN_LIST_ROWS / 256];
 };
 static_assert(sizeof(ListScratch) <= LIST_SCRATCH_SMEM, "the planner reserves less");
 static_assert(OWN_LIST_ROWS <= GROUPS_CONSUMERS + BULK_PRODUCERS, "a thread reads a row");
-static_assert(OWN_LIST_ROWS / 32 <= 32, "a lane has the sums of 32 rows");
 static_assert(OWN_LIST_ROWS % 256 == 0 && OWN_LIST_ROWS < 1024, "sums of units and rows have 10 bits");
 
 // What is read for the list, all at once, by all threads of the block; synchronize them then.
@@ -219,31 +217,21 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
     for (int i = tid; i - lane < n; i += THREADS) visit(i, i / 32);
   };
 
-  // Of all groups, of which a thread has some side by side: for rows that take them all.
-  const int each = (k + THREADS - 1) / THREADS, first_group = min(tid * each, k),
-            end_group = min(first_group + each, k);
-  int64_t tiles_here = 0, references_here = 0;
-#pragma unroll 1
-  for (int g = first_group; g < end_group; ++g)
-    tiles_here += ceil_div(scratch.counts[g], TILE_REFS), references_here += scratch.counts[g];
-  const int64_t tiles_up_to = warp_sums(tiles_here), references_up_to = warp_sums(references_here);
-  if (lane == 31) scratch.tiles[tid / 32] = tiles_up_to, scratch.references[tid / 32] = references_up_to;
-  named_barrier(NAME, THREADS);
-  int64_t all_tiles = 0, all_references = 0, tiles_before = tiles_up_to - tiles_here;
-#pragma unroll 1
-  for (int w = 0; w < THREADS / 32; ++w) {
-    if (w == tid / 32) tiles_before += all_tiles;
-    all_tiles += scratch.tiles[w], all_references += scratch.references[w];
-  }
-#pragma unroll 1
-  for (int g = first_group; g < end_group; ++g) {
-    list.group_tiles[g] = tiles_before;
-    tiles_before += ceil_div(scratch.counts[g], TILE_REFS);
-  }
-  if (tid == 0) list.group_tiles[k] = all_tiles;
-
+  int64_t all_tiles = -1, all_references = 0;  // of all groups, where a row of this warp takes them
   rows([&](int i, int warp) {
     int key = i < n ? scratch.keys[i] : -1;
+    if (__any_sync(ALL, key == 0) && all_tiles < 0) {
+      all_tiles = 0;
+#pragma unroll 1
+      for (int base = 0; base < k; base += 32) {
+        const int64_t here = base + lane < k ? scratch.counts[base + lane] : 0;
+        const int64_t up_to = warp_sums(ceil_div(here, TILE_REFS));
+        if (base + lane < k) list.group_tiles[base + lane + 1] = all_tiles + up_to;  // the same from all
+        all_tiles += __shfl_sync(ALL, up_to, 31);
+        all_references += __shfl_sync(ALL, warp_sums(here), 31);
+      }
+      if (lane == 0) list.group_tiles[0] = 0;
+    }
     if (key >= 0 && !in.source.data && (key == 0 ? all_references : scratch.counts[key - 1]) == 0) key = -1;
     scratch.keys[i] = key;
     const unsigned same = __match_any_sync(ALL, key), dead = __ballot_sync(ALL, i < n && key < 0);
@@ -265,14 +253,13 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
     const int key = scratch.keys[i];
     int64_t sum = 0;
     if (key >= 0) {
-      const uint32_t* const counts = reinterpret_cast<const uint32_t*>(scratch.seen[key]);
+      const uint64_t* const counts = scratch.seen[key];
       int place = scratch.places[i], all = 0;
-#pragma unroll
-      for (int w = 0; w < OWN_LIST_ROWS / 32; w += 4) {  // four bytes at a time: all, and those before this
-        const int before = max(0, min(warp - w, 4));
-        const uint32_t four = counts[w / 4], lower = before == 4 ? four : four & ((1u << 8 * before) - 1);
-        all = static_cast<int>(__dp4a(four, 0x01010101u, static_cast<uint32_t>(all)));
-        place = static_cast<int>(__dp4a(lower, 0x01010101u, static_cast<uint32_t>(place)));
+#pragma unroll 1
+      for (int w = 0; w < warps; ++w) {
+        const int here = static_cast<int>(counts[w / 8] >> 8 * (w % 8) & 255);
+        all += here;
+        if (w < warp) place += here;
       }
       scratch.places[i] = place, scratch.alls[i] = all;
       if (place == 0) {
@@ -287,12 +274,11 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
     if (lane == 31) scratch.sums[warp] = up_to;
   });
   named_barrier(NAME, THREADS);
-  const int64_t sums_up_to = warp_sums(lane < warps ? scratch.sums[lane] : 0);
-  const int64_t total = __shfl_sync(ALL, sums_up_to, 31);
   rows([&](int i, int warp) {
-    const int64_t earlier = __shfl_sync(ALL, sums_up_to, warp > 0 ? warp - 1 : 0);
     if (scratch.keys[i] < 0 || scratch.places[i] > 0) return;
-    const int64_t begin = scratch.begins[i] + (warp > 0 ? earlier : 0);
+    int64_t begin = scratch.begins[i];
+#pragma unroll 1
+    for (int w = 0; w < warp; ++w) begin += scratch.sums[w];
     scratch.seen[scratch.keys[i]][0] = static_cast<uint64_t>(begin);
   });
   named_barrier(NAME, THREADS);
@@ -321,6 +307,8 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
     }
   });
   if (tid == 0) {
+    int64_t total = 0;
+    for (int w = 0; w < warps; ++w) total += scratch.sums[w];
     const int units = static_cast<int>(total >> 10 & 1023);
     list.begins[units] = total >> 20;
     list.sizes[0] = units;
