@@ -101,11 +101,11 @@ int64_t best_slices(int64_t least, int64_t sm_count) {
   return best;
 }
 
-// Scores on the matrix units have the digits of float32 for references about the origin, and fewer for those
-// that lie close together: enough for "fast". Measured on an H100, 256 rows x 1,001 classes x 256 x 4,096:
-// 184 us, where groups of warps take 212; bfloat16 223 and 220; one row beside a pool of 50,000 181 and 166.
+// Measured on an H100, 256 rows x 1,001 classes x 256 x 4,096: 186 us, where groups of warps take 207, with
+// one label for all rows 109 and 151, with a label for each 215 and 211; bfloat16 223 and 220; one row beside
+// a pool of 50,000 181 and 166.
 bool serves_products(const Problem& p) {
-  return p.precision == "fast" && p.has_labels && !p.refs_bf16 && p.vectors;
+  return p.has_labels && !p.refs_bf16 && p.vectors;
 }
 
 bool plan_bulk(const Problem& p, Plan& plan) {
@@ -141,9 +141,10 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     const double memory = tile.tile_refs * p.refs_size * p.sm_count / (0.92 * p.bandwidth);
     const double arithmetic = TILE_REFERENCE_SECONDS * tile.tile_refs;
     plan.products = products;
-    plan.weight_two = std::max(TILE_WEIGHT, static_cast<int>(TILE_WEIGHT * 2 * arithmetic / memory + 0.5));
-    plan.weight_four = std::max(TILE_WEIGHT, static_cast<int>(TILE_WEIGHT * 4 * arithmetic / memory + 0.5));
-    if (products) plan.weight_two = plan.weight_four = TILE_WEIGHT;
+    plan.costs.two = std::max(TILE_WEIGHT, static_cast<int>(TILE_WEIGHT * 2 * arithmetic / memory + 0.5));
+    plan.costs.four = std::max(TILE_WEIGHT, static_cast<int>(TILE_WEIGHT * 4 * arithmetic / memory + 0.5));
+    if (slices == 1) plan.costs.end = GROUPS_END;
+    if (products) plan.costs = {TILE_WEIGHT, TILE_WEIGHT, PRODUCTS_END};
     plan.tile_rows = products      ? PRODUCTS_ROWS
                      : slices == 1 ? std::min(GROUPS_CONSUMERS / tile.group, GROUPS_MOST_ROWS)
                                    : 1;

@@ -516,7 +516,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   UnitList list = shared_list;
   int staging = Kernel::FIXED_BYTES + Kernel::SUMS_BYTES;
   if (layout.own_list) {
-    list = place_unit_list(Kernel::memory() + staging, in.n, in.k, shared_list.two, shared_list.four);
+    list = place_unit_list(Kernel::memory() + staging, in.n, in.k, shared_list.costs);
     staging += static_cast<int>(bulk_list_smem(in.n, in.k));
   }
   const Kernel kernel{in, list, parts, layout, staging};

@@ -70,8 +70,8 @@ struct Launch : BulkLaunch {
     layout.merge_last = merge_last(plan.blocks, plan.tile_rows);
 
     Carver carver(workspace);
-    const UnitList list = place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k,
-                                          plan.weight_two, plan.weight_four);
+    const UnitList list =
+        place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k, plan.costs);
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * plan.blocks * plan.tile_rows * in.d);
     parts.rows = carver.take<PartRow>(2 * plan.blocks * plan.tile_rows);
@@ -148,8 +148,8 @@ struct Launch : BulkLaunch {
 
     const int64_t blocks = teams * layout.slices, counts = in.n * layout.slices;
     Carver carver(workspace);
-    const UnitList list = place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k,
-                                          plan.weight_two, plan.weight_four);
+    const UnitList list =
+        place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k, plan.costs);
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * blocks * layout.slice);
     parts.rows = carver.take<PartRow>(2 * blocks);

@@ -108,7 +108,7 @@ __device__ __forceinline__ void walk_units(const UnitList& list, int64_t teams, 
     const int weight = list.units[number].weight;
     const int64_t from = low <= begin ? 0 : divide(low - begin + weight - 1, weight);
     const int64_t to = min(divide(high - begin + weight - 1, weight), tiles);
-    if (from < tiles) visit(UnitShare{number, from, to, begin + tiles * weight >= high});
+    if (from < tiles) visit(UnitShare{number, from, to, list.begins[number + 1] >= high});
   }
 }
 

@@ -1,10 +1,10 @@
-// One pass over the references of class banks on Hopper's matrix units, for references in float16 and
-// precision "fast". A multiprocessor has one thread block: one warp, the producer, brings references into a
-// ring in shared memory by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements.
-// A tile of eight references, or of eight times BLOCKS, is scored by all warps. One more warp adds up their
-// shares of the scores, runs the online softmax and hands weights back, with which they add the tile to the
-// rows, if there is anything to add; meanwhile they score the next tile, where it is there. The list of
-// units, the announcer, the clerk and the parts of units that several blocks share: as in bulk_groups.cuh.
+// One pass over the references of class banks on Hopper's matrix units, for references in float16. A
+// multiprocessor has one thread block: one warp, the producer, brings references into a ring in shared memory
+// by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements. A tile of eight
+// references, or of eight times BLOCKS, is scored by all warps. One more warp adds up their shares of the
+// scores, runs the online softmax and hands weights back, with which they add the tile to the rows, if there
+// is anything to add; meanwhile they score the next tile, where it is there. The list of units, the
+// announcer, the clerk and the parts of units that several blocks share: as in bulk_groups.cuh.
 //
 // |r_j|^2 too is the product of a tile with itself: of sixty-four of them eight are wanted.
 //
@@ -14,11 +14,9 @@
 // The sums of the matrix units, which round towards zero, are over 64 elements or 8 references. Weights are
 // 2^(s_j - top) with an integer `top` that is no smaller than any score.
 //
-// That has the digits of float32 for values as large as x and r_j: where references lie about the origin,
-// errors are below 1e-6. Where they are far from it beside their distances, rounding shows when weights are
-// spread: a row that the estimate at the end of a segment finds in doubt is evaluated again, in float64
-// (`review`). What is not seen there is a tie between references that different blocks have: errors up to
-// 2e-5 on data near a low-dimensional set at t = 0.2.
+// That has the digits of float32 for values as large as x and r_j. Where that may show in a row, by an
+// estimate at the end of a segment, the references that may have weight are evaluated again, in float64
+// (`review`): one or a few, where references are far apart beside the noise, as they are at small t.
 #pragma once
 
 #include "stable_target/bulk_parts.cuh"
@@ -93,10 +91,13 @@ struct ProductsShared {
   ProductsState states[2][ROWS];    // after this tile
   float offsets[ROWS][WARPS];  // what scores are relative to: a warp's share of that of the first reference
   float x_squares[ROWS][WARPS],
-      r_squares[WARPS];        // of a warp's elements: |x|^2, |r|^2 of the first reference
-  double squares[WARPS];       // shares of what is summed in float64
-  double shifts[ROWS][WARPS];  // |x|^2 / (2 sigma^2) in units of log 2, of a warp's elements
-  double reviewed[SEGMENT_REFS];
+      r_squares[WARPS];            // of a warp's elements: |x|^2, |r|^2 of the first reference
+  double squares[WARPS];           // shares of what is summed in float64
+  double shifts[ROWS][WARPS];      // |x|^2 / (2 sigma^2) in units of log 2, of a warp's elements
+  float kept[ROWS][SEGMENT_REFS];  // scores of the segment, relative to the first reference's
+  double reviewed[SEGMENT_REFS];   // of those that matter, and which these are
+  short listed[SEGMENT_REFS];
+  int listed_count;
   PartRow moved[ROWS];  // to memory already
   int final;
   Barrier filed, closed;  // a part is in memory; the clerk is done
@@ -342,6 +343,8 @@ struct Products {
 #pragma unroll
           for (int hop = 8 * ROWS; hop < 32; hop *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, hop);
           scores[b] = present && 8 * b + stored(n) < left ? sum : -INFINITY;
+          if (lane < 8 * ROWS && 8 * b + stored(n) < left)
+            shared().kept[my_row][segment.references - left + 8 * b + stored(n)] = scores[b];
           best = fmaxf(best, scores[b]);
         }
 #pragma unroll
@@ -469,27 +472,24 @@ struct Products {
     bool reviewed;
   };
 
-  // Whether rounding may show in the result. A score is wrong by 2^-22 |x_i r_i| for each element, at random,
-  // and by the rounding of a warp's share of it. That matters where several references have weight, which are
-  // then about sigma / alpha apart: what it makes of the mean, beside the result's size. Or where it is so
-  // much that the best reference may not be the best.
-  __device__ __forceinline__ bool in_doubt(const RowState& row, int my_row,
-                                           const ProductsState& state) const {
+  // How far below the best score, in units of log 2, references have to be evaluated again; negative: none
+  // has. A score is wrong by 2^-22 |x_i r_i| for each element, at random, and by the rounding of a warp's
+  // share of it. That matters where several references have weight, here or in other blocks, which are then
+  // about sigma / alpha apart: what it makes of the mean, beside the result's size.
+  __device__ __forceinline__ float doubt(const RowState& row, int my_row) const {
     const int w = lane() % WARPS;
     const float x = shared().x_squares[my_row][w], r = shared().r_squares[w],
                 half = 0.25f * row.half_alpha * r;
     const float square = 0.5f * warp_sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS))));
     const float norm = 0.5f * warp_sum(r);  // two lanes for each warp
-    const float deviation = 0x1p-22f * sqrtf(square), spread = state.total - power_of_two(-state.rest);
-    if (deviation * row.rate > MOST_DEVIATION) return true;
-    if (!(spread > 0x1p-20f * state.total)) return false;
+    const float deviation = 0x1p-22f * sqrtf(square);
     const double sigma = sqrt(LOG2_E / (2 * row.per_square));
     const double of_noise = row.a * sigma, of_data = fma(row.a, row.alpha, row.b);
-    return fabs(row.b) * deviation >
-           MOST_ERROR * sigma * sqrt(of_noise * of_noise * d + of_data * of_data * norm);
+    const double error = fabs(row.b) * deviation / sigma;
+    if (error <= MOST_ERROR * sqrt(of_noise * of_noise * d + of_data * of_data * norm)) return -1;
+    return 36 + 8 * deviation * row.rate;  // weights below 2^-36, and errors
   }
-  static constexpr float MOST_DEVIATION = 0.03f;
-  static constexpr double MOST_ERROR = 1.5e-6;
+  static constexpr double MOST_ERROR = 1e-6;
 
   // Four elements of the segment's first reference from e on, in float32.
   __device__ __forceinline__ float4 load_first(const Segment<ROWS>& segment, int e) const {
@@ -498,28 +498,47 @@ struct Products {
                        __half2float(from[3]));
   }
 
-  // The row once more, from memory and with all digits. Rare, so short rather than quick.
-  __device__ __forceinline__ RowSums review(const Segment<ROWS>& segment, int my_row) const {
+  // The row once more, from memory and with all digits: the references that may have weight.
+  __device__ __forceinline__ RowSums review(const Segment<ROWS>& segment, int my_row, float margin) const {
     const RowState& row = segment.rows[my_row];
-    const int references = segment.references;
     const __half* const refs = static_cast<const __half*>(in.refs.data) + segment.first * in.d;
     double* const scores = shared().reviewed;
     const double rate = row.exact_rate();
     barrier();  // what is staged is overwritten
+    if (warp() == 0) {
+      const float* const kept = shared().kept[my_row];
+      float best = -INFINITY;
 #pragma unroll 1
-    for (int j = warp(); j < references; j += WARPS) {
+      for (int j = lane(); j < segment.references; j += 32) best = fmaxf(best, kept[j]);
+#pragma unroll
+      for (int hop = 16; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
+      int count = 0;
+#pragma unroll 1
+      for (int first = 0; first < segment.references; first += 32) {
+        const int j = first + lane();
+        const bool matters = j < segment.references && !((best - kept[j]) * row.rate > margin);  // NaN too
+        const unsigned all = __ballot_sync(0xffffffffu, matters);
+        if (matters) shared().listed[count + __popc(all & ((1u << lane()) - 1))] = static_cast<short>(j);
+        count += __popc(all);
+      }
+      if (lane() == 0) shared().listed_count = count;
+    }
+    barrier();
+    const int references = shared().listed_count;
+#pragma unroll 1
+    for (int i = warp(); i < references; i += WARPS) {
+      const __half* const from = refs + int64_t{shared().listed[i]} * d;
       double share = 0;
-#pragma unroll 1
+#pragma unroll 4
       for (int e = 2 * lane(); e < d; e += 64) {
         const float2 x =
             *reinterpret_cast<const float2*>(static_cast<const float*>(in.x.data) + row.index * in.d + e);
-        const __half* const from = refs + int64_t{j} * d + e;
-        const double a = __half2float(from[0]), b = __half2float(from[1]);
+        const double a = __half2float(from[e]), b = __half2float(from[e + 1]);
         share = fma(fma(-0.5 * row.alpha, a, static_cast<double>(row.sign * x.x)), a, share);
         share = fma(fma(-0.5 * row.alpha, b, static_cast<double>(row.sign * x.y)), b, share);
       }
       share = warp_sum(share);
-      if (lane() == 0) scores[j] = share * rate;
+      if (lane() == 0) scores[i] = share * rate;
     }
     barrier();
     double best = -INFINITY, total = 0;
@@ -539,8 +558,7 @@ struct Products {
       double sums[4] = {};
 #pragma unroll 1
       for (int j = 0; j < references; ++j) {
-        if (scores[j] < 0x1p-60) continue;
-        const __half* const from = refs + int64_t{j} * d + e;
+        const __half* const from = refs + int64_t{shared().listed[j]} * d + e;
 #pragma unroll
         for (int k = 0; k < 4; ++k)
           sums[k] = fma(scores[j], static_cast<double>(__half2float(from[k]) - centre[k]), sums[k]);
@@ -607,8 +625,9 @@ struct Products {
       RowSums sums{-INFINITY, 0, false};
       if (segment.references > 0) {
         const ProductsState state = shared().states[last][r];
-        if (in_doubt(row, r, state)) {
-          sums = review(segment, r);
+        const float margin = doubt(row, r);
+        if (margin >= 0) {
+          sums = review(segment, r, margin);
         } else {
           const double offset = 0.5 * warp_sum(static_cast<double>(shared().offsets[r][lane() % WARPS]));
           sums.top = fma(row.exact_rate(), offset, state.top), sums.total = state.total;
@@ -754,7 +773,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   UnitList list = shared_list;
   int staging = Kernel::BEFORE_LIST;
   if (layout.own_list) {
-    list = place_unit_list(Kernel::memory() + staging, in.n, in.k, shared_list.two, shared_list.four);
+    list = place_unit_list(Kernel::memory() + staging, in.n, in.k, shared_list.costs);
     staging += static_cast<int>(bulk_list_smem(in.n, in.k));
   }
   const Kernel kernel{in, list, parts, layout, staging};

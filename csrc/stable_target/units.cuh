@@ -23,20 +23,25 @@ struct Unit {
 struct UnitList {
   int* order;       // (n,) rows with something to read by group within 4096 rows, the others from the end
   Unit* units;      // (n,)
-  int64_t* begins;  // (n + 1,) prefix sums over the units: tiles times their weight
+  int64_t* begins;  // (n + 1,) prefix sums over the units: what they cost
   int64_t* group_tiles;  // (k + 1,) prefix sums over the groups: tiles, where some row takes all of them
   int* sizes;            // units, rows with something to read, the largest weight of a unit
-  int two, four;         // weights of a tile for two rows and for more
+  UnitCosts costs;
 
-  __device__ int weight(int rows) const { return rows == 1 ? TILE_WEIGHT : rows == 2 ? two : four; }
+  __device__ int weight(int rows) const {
+    return rows == 1 ? TILE_WEIGHT : rows == 2 ? costs.two : costs.four;
+  }
+  // Of a unit: its tiles, and after them its end.
+  __device__ int64_t cost(int64_t tiles, int rows) const { return tiles * weight(rows) + rows * costs.end; }
 };
 
 static_assert(sizeof(Unit) == UNIT_BYTES, "the planner counts so many");
 
 // The pieces of `memory`, unit_list_bytes, aligned to 16 bytes.
-__host__ __device__ inline UnitList place_unit_list(void* memory, int64_t n, int64_t k, int two, int four) {
+__host__ __device__ inline UnitList place_unit_list(void* memory, int64_t n, int64_t k,
+                                                    const UnitCosts& costs) {
   UnitList list;
-  list.two = two, list.four = four;
+  list.costs = costs;
   list.units = static_cast<Unit*>(memory);
   list.begins = reinterpret_cast<int64_t*>(list.units + n);
   list.group_tiles = list.begins + n + 1;
@@ -136,7 +141,8 @@ __device__ inline void build_units(const Inputs& in, const UnitList& list, int t
       }
       // One scan for both sums: at most 1024 units lead here.
       int64_t here;
-      const int64_t before = block_prefix(leads ? unit.tiles * unit.weight << 11 | 1 : 0, scratch, here);
+      const int64_t before =
+          block_prefix(leads ? list.cost(unit.tiles, unit.rows) << 11 | 1 : 0, scratch, here);
       if (leads) {
         list.units[units + (before & 2047)] = unit;
         list.begins[units + (before & 2047)] = cost + (before >> 11);
@@ -264,8 +270,8 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
       scratch.places[i] = place, scratch.alls[i] = all;
       if (place == 0) {
         const int whole = all / MOST_ROWS, rest = all % MOST_ROWS;
-        const int64_t cost =
-            tiles_of(key) * (whole * list.weight(MOST_ROWS) + (rest > 0 ? list.weight(rest) : 0));
+        const int64_t tiles = tiles_of(key);
+        const int64_t cost = whole * list.cost(tiles, MOST_ROWS) + (rest > 0 ? list.cost(tiles, rest) : 0);
         sum = cost << 20 | (whole + (rest > 0)) << 10 | all;
       }
     }
@@ -297,7 +303,7 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
         unit.rows = min(all - place, MOST_ROWS), unit.alone = all <= MOST_ROWS;
         const int weight = list.weight(unit.rows);
         unit.weight = weight;
-        list.begins[number] = (begin >> 20) + place / MOST_ROWS * tiles * list.weight(MOST_ROWS);
+        list.begins[number] = (begin >> 20) + place / MOST_ROWS * list.cost(tiles, MOST_ROWS);
         atomicMax(list.sizes + 2, weight);
       }
     } else if (i < n) {
