@@ -70,7 +70,7 @@ constexpr int TWO_PASS_TILE_REFS = 16;
 // the list of units is short (up to OWN_LIST_ROWS rows and OWN_LIST_GROUPS groups), the list and what it is
 // made of.
 constexpr int64_t BULK_FIXED_SMEM = 8192;
-constexpr int64_t OWN_LIST_ROWS = 512, OWN_LIST_GROUPS = 1024;
+constexpr int64_t OWN_LIST_ROWS = 256, OWN_LIST_GROUPS = 1024;
 constexpr int64_t UNIT_BYTES = 40;
 constexpr int64_t unit_list_bytes(int64_t n, int64_t k) {
   return (n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + 4 * n + 12 + 15) / 16 * 16;
@@ -78,7 +78,7 @@ constexpr int64_t unit_list_bytes(int64_t n, int64_t k) {
 constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
   return (unit_list_bytes(n, k) + 127) / 128 * 128;
 }
-constexpr int64_t LIST_SCRATCH_SMEM = 31232;  // where the stages are, before the first copies
+constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before the first copies
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
 constexpr int PRODUCTS_MAX_STAGES = 32, PRODUCTS_ROWS = 2;  // rows of a unit

@@ -168,19 +168,17 @@ __device__ inline void build_units(const Inputs& in, const UnitList& list, int t
 
 // What build_own_list needs beside the list.
 struct ListScratch {
-  int64_t sums[OWN_LIST_ROWS / 32];  // over the rows of a warp
-  int dead[OWN_LIST_ROWS / 32];      // rows of a warp with nothing to read
-  int keys[OWN_LIST_ROWS];           // group + 1; -1: nothing to read
-  int places[OWN_LIST_ROWS];         // among the rows of the group
-  int alls[OWN_LIST_ROWS];           // rows of the group
-  int counts[OWN_LIST_GROUPS];       // valid references
-  int64_t begins[OWN_LIST_ROWS];     // sums before the row, within its 32 rows
-  // How many rows of a group each 32 rows have, a byte for each; later the sums before the group.
-  uint64_t seen[OWN_LIST_GROUPS + 1][OWN_LIST_ROWS / 256];
+  int64_t sums[OWN_LIST_ROWS / 32];    // over the rows of a warp
+  int dead[OWN_LIST_ROWS / 32];        // rows of a warp with nothing to read
+  int keys[OWN_LIST_ROWS];             // group + 1; -1: nothing to read
+  int places[OWN_LIST_ROWS];           // among the rows of the group
+  int alls[OWN_LIST_ROWS];             // rows of the group
+  int counts[OWN_LIST_GROUPS];         // valid references
+  int64_t begins[OWN_LIST_ROWS];       // sums before the row, within its 32 rows
+  uint64_t seen[OWN_LIST_GROUPS + 1];  // how many rows of a group each 32 rows have, a byte for each; later
+                                       // the sums before the group
 };
 static_assert(sizeof(ListScratch) <= LIST_SCRATCH_SMEM, "the planner reserves less");
-static_assert(OWN_LIST_ROWS <= GROUPS_CONSUMERS + BULK_PRODUCERS, "a thread reads a row");
-static_assert(OWN_LIST_ROWS % 256 == 0 && OWN_LIST_ROWS < 1024, "sums of units and rows have 10 bits");
 
 // What is read for the list, all at once, by all threads of the block; synchronize them then.
 __device__ __forceinline__ void read_rows(const Inputs& in, ListScratch& scratch) {
@@ -193,10 +191,9 @@ __device__ __forceinline__ void read_rows(const Inputs& in, ListScratch& scratch
 #pragma unroll 1
   for (int g = tid; g < in.k; g += threads) {
     scratch.counts[g] = static_cast<int>(valid_count(in, g));
-    for (uint64_t& counts : scratch.seen[g]) counts = 0;
+    scratch.seen[g] = 0;
   }
-  if (tid == 0)
-    for (uint64_t& counts : scratch.seen[in.k]) counts = 0;
+  if (tid == 0) scratch.seen[in.k] = 0;
 }
 
 // The same list for OWN_LIST_ROWS rows and OWN_LIST_GROUPS groups at most, by the BULK_PRODUCERS threads of
@@ -242,7 +239,7 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
     scratch.keys[i] = key;
     const unsigned same = __match_any_sync(ALL, key), dead = __ballot_sync(ALL, i < n && key < 0);
     if (key >= 0 && !(same & earlier_lanes))
-      reinterpret_cast<uint8_t*>(scratch.seen[key])[warp] = static_cast<uint8_t>(__popc(same));
+      reinterpret_cast<uint8_t*>(scratch.seen + key)[warp] = static_cast<uint8_t>(__popc(same));
     if (lane == 0) scratch.dead[warp] = __popc(dead);
     scratch.places[i] = __popc((key >= 0 ? same : dead) & earlier_lanes);
   });
@@ -259,11 +256,11 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
     const int key = scratch.keys[i];
     int64_t sum = 0;
     if (key >= 0) {
-      const uint64_t* const counts = scratch.seen[key];
+      const uint64_t counts = scratch.seen[key];
       int place = scratch.places[i], all = 0;
 #pragma unroll 1
       for (int w = 0; w < warps; ++w) {
-        const int here = static_cast<int>(counts[w / 8] >> 8 * (w % 8) & 255);
+        const int here = static_cast<int>(counts >> 8 * w & 255);
         all += here;
         if (w < warp) place += here;
       }
@@ -285,13 +282,13 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
     int64_t begin = scratch.begins[i];
 #pragma unroll 1
     for (int w = 0; w < warp; ++w) begin += scratch.sums[w];
-    scratch.seen[scratch.keys[i]][0] = static_cast<uint64_t>(begin);
+    scratch.seen[scratch.keys[i]] = static_cast<uint64_t>(begin);
   });
   named_barrier(NAME, THREADS);
   rows([&](int i, int warp) {
     const int key = scratch.keys[i], place = scratch.places[i];
     if (key >= 0) {
-      const int64_t begin = static_cast<int64_t>(scratch.seen[key][0]);
+      const int64_t begin = static_cast<int64_t>(scratch.seen[key]);
       const int first = static_cast<int>(begin & 1023) + place;
       list.order[first] = i;
       if (place % MOST_ROWS == 0) {
