@@ -82,8 +82,7 @@ def plan(
 ) -> dict[str, Any]:
     """The CUDA launch that `posterior_mean` and `stable_target` make for a problem.
 
-    Of the kernel "pool", an exact one is that of `stable_target`: an exact `lse` is made by the kernel that serves
-    next best, as are the rows that the pool kernel may have rounded too much.
+    Of the kernel "pool": rows that it may have rounded too much are made by the kernel that serves next best.
 
     Args:
         n, m, d: rows, references per group, elements of a sample.

@@ -675,6 +675,44 @@ def test_many_steps_through_memory(tmp_path):
     run_processes(check_many_steps, 2, tmp_path, backend="nccl")
 
 
+def check_large_pool(rank, world, folder):
+    """A pool for which a part has the kernel for large ones: rows near one reference, and between two of the parts."""
+    d, m = 4096, 10_000
+    torch.manual_seed(0)
+    plain = sv.ReferenceBank((d,), capacity=m, device="cuda")
+    plain.refs.normal_()
+    plain.counts.fill_(m)
+    banks = [sv.ShardedReferenceBank((d,), capacity=m, peer_memory=way, device="cuda") for way in (True, False)]
+    for bank in banks:
+        bank.refs[0] = plain.refs[0, rank::world]
+        bank.take_counts(plain.counts, plain.heads)
+    rng = on_gpu(5, rank)
+    t = torch.tensor([0.05, 0.2, 0.5, 0.8, 0.9, 0.97, 0.99, 0.999], device="cuda").repeat(2)
+    picked = plain.refs[0, torch.randint(m, (len(t),), device="cuda", generator=rng)].double()
+    noise = torch.randn(len(t), d, device="cuda", generator=rng).double()
+    one, other = plain.refs[0, :16].double().view(8, 2, d).unbind(1)
+    picked[:8] = (one + other) / 2
+    gap = one - other
+    noise[:8] -= (noise[:8] * gap).sum(1, keepdim=True) / gap.square().sum(1, keepdim=True) * gap
+    x = ((1 - t[:, None]) * picked + t[:, None] * noise).float()
+    for prediction in ("velocity", "x0"):
+        wide = sv.Linear().target(x.double(), plain.refs[0], t.double(), prediction=prediction)
+        for bank in banks:
+            out = bank.target(x, t, prediction=prediction)
+            for rows in torch.arange(len(t), device="cuda").view(2, 8).T:  # of one time
+                assert_close(out[rows], wide[rows])
+    t[2] = math.nan
+    whole, part = (bank.target(x, t) for bank in (plain, banks[0]))
+    assert torch.equal(whole.isnan(), part.isnan())
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_a_large_pool_on_two_gpus(tmp_path):
+    two_gpus()
+    run_processes(check_large_pool, 2, tmp_path, backend="nccl")
+
+
 def peers_for_ever(rank, world, folder):
     bank = sv.ShardedReferenceBank((8,), 4, 16, peer_memory=True, device="cuda")
     for step in range(1_000_000):

@@ -49,7 +49,8 @@ bool plan_pool(const Problem& p, Plan& plan) {
   plan.refs_per_pass = p.m;
   plan.smem_bytes = POOL_SMEM_BYTES;
   plan.workspace_bytes = POOL_ROWS * (4 * POOL_D + 128) + 4 * POOL_D + 4096 +
-                         plan.splits * POOL_ROWS * (4 * p.d + 20) + POOL_ROWS * 32 * ceil_div(p.d, 256);
+                         plan.splits * POOL_ROWS * (4 * p.d + 20) + POOL_ROWS * 32 * ceil_div(p.d, 256) +
+                         POOL_ROWS * (256 + parts.clusters * POOL_LISTED * 24);
   plan.reason =
       "one pool of 2^24 elements or more, few rows: clusters of 8 blocks read it once for 32 rows, at a cost "
       "that one pass for every two rows exceeds; exact: rows it may have rounded too much go to another "

@@ -9,11 +9,12 @@ namespace svel {
 constexpr int POOL_ROWS = 32;       // of one pass over the references,
 constexpr int POOL_MOST_ROWS = 64;  // and of two: more rows have register tiles of their own
 constexpr int POOL_TILE = 32;       // references
+constexpr int POOL_LISTED = 32;     // best references that a cluster keeps of a row, a warp's lanes
 constexpr int POOL_CLUSTER = 8;     // thread blocks that share a sample,
 constexpr int POOL_SLICE = 512;     // elements of it for each
 constexpr int POOL_STAGES = 5;      // tiles in flight
 constexpr int POOL_THREADS = 512;   // four groups of four warps
-constexpr int POOL_SMEM_BYTES = 215168;
+constexpr int POOL_SMEM_BYTES = 217856;
 constexpr int POOL_SEGMENT = 1024;  // tiles that are added up in float32, at least,
 constexpr int POOL_SEGMENTS = 16;   // and most segments of a cluster's references: bounds the workspace
 constexpr int POOL_D = POOL_CLUSTER * POOL_SLICE;

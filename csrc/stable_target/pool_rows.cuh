@@ -7,6 +7,7 @@
 //   norms      4 warps: |r - c|^2 of the references, c a centre
 //   weighers   2 warps: gather both from all blocks for 2 of the rows each, keep the running softmax, send
 //              the weights to all adders
+//   lister     keeps the best references of these 4 rows, for pool_best.cuh
 //   producer   copies tiles, five in flight
 // Rows come in the order of their noise, for where all weights have vanished, as most do in quiet rows, the
 // adders leave a tile out.
@@ -27,6 +28,11 @@ namespace svel::cuda {
 constexpr float POOL_NO_BEST = -3e38f;
 constexpr float POOL_WEIGHT_SCALE = 32768.0f;  // weights are at most 1, and small ones keep their digits
 
+struct PoolBest {  // a reference among the best of a row, and its logit as it was taken
+  float logit;
+  int reference;
+};
+
 struct PoolArgs {
   const __half *upper, *lower;  // (POOL_ROWS, POOL_D) y, zeros beyond the rows and elements
   const float4* factors;        // (POOL_ROWS,) base-2 logit = x (dot - z) - y (norm - mean_norm), z = y.c
@@ -37,6 +43,7 @@ struct PoolArgs {
   float* best;                  // (parts, POOL_ROWS)
   double* total;                // (parts, POOL_ROWS) of scaled weights; zero before
   double* moment;               // (parts, POOL_ROWS) of scaled weights times (norm - mean_norm)
+  PoolBest* list;  // (clusters, POOL_ROWS, POOL_LISTED), if exact: the best of a cluster's references
   int d, rows;
   int segments, segment_tiles;  // parts: clusters x segments
 };
@@ -50,17 +57,52 @@ struct PoolLayout {
   static constexpr int WEIGHTS = POOL_STAGES * STAGE;  // per stage, see weight_place
   static constexpr int MAILS = WEIGHTS + POOL_STAGES * POOL_ROWS * 128;
   static constexpr int KEEP = MAILS + POOL_STAGES * MAIL;  // per stage and pair of rows: 2 factors, a flag
-  static constexpr int CENTRE = KEEP + POOL_STAGES * POOL_ROWS * 8;  // (POOL_SLICE,)
-  static constexpr int OWN_WEIGHTS = CENTRE + POOL_SLICE * 4;        // (OWN, 128)
-  static constexpr int FULL = OWN_WEIGHTS + OWN * 128;               // barriers, one per stage each:
+  static constexpr int CENTRE = KEEP + POOL_STAGES * POOL_ROWS * 8;        // (POOL_SLICE,)
+  static constexpr int OWN_WEIGHTS = CENTRE + POOL_SLICE * 4;              // (OWN, 128)
+  static constexpr int LOGITS = OWN_WEIGHTS + OWN * 128;                   // per stage: (OWN, POOL_TILE)
+  static constexpr int FULL = LOGITS + POOL_STAGES * OWN * POOL_TILE * 4;  // barriers, one per stage each:
   static constexpr int EMPTY = FULL + 8 * POOL_STAGES;
   static constexpr int MAILED = EMPTY + 8 * POOL_STAGES;
   static constexpr int WEIGHED = MAILED + 8 * POOL_STAGES;
-  static constexpr int BYTES = WEIGHED + 8 * POOL_STAGES;
+  static constexpr int SCORED = WEIGHED + 8 * POOL_STAGES;
+  static constexpr int BYTES = SCORED + 8 * POOL_STAGES;
 };
 static_assert(PoolLayout::BYTES + 1024 <= POOL_SMEM_BYTES, "the planner reserves less");
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Floats in their order as integers.
+__device__ inline int ordered(float v) {
+  const int bits = __float_as_int(v);
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+__device__ inline float from_ordered(int v) {
+  return __int_as_float(v ^ (v >> 31 & 0x7fffffff));
+}
+
+// The best references that a warp has seen, one to a lane, in no order.
+struct PoolList {
+  PoolBest own;
+  float least;  // the worst of them, the same in all lanes
+
+  __device__ void clear() { own = {-INFINITY, 0}, least = -INFINITY; }
+  // A tile's logits, reference `first` + lane. After the first tiles few of them are good enough.
+  __device__ void take(float logit, int first, int lane, bool first_tile) {
+    if (first_tile) {
+      own = {logit, first + lane};
+      least = from_ordered(__reduce_min_sync(0xffffffffu, ordered(logit)));
+      return;
+    }
+    for (uint32_t better = __ballot_sync(0xffffffffu, logit > least); better; better &= better - 1) {
+      const int from = __ffs(static_cast<int>(better)) - 1;
+      const float candidate = __shfl_sync(0xffffffffu, logit, from);
+      if (candidate <= least) continue;
+      const uint32_t worst = __ballot_sync(0xffffffffu, own.logit == least);
+      if (lane == __ffs(static_cast<int>(worst)) - 1) own = {candidate, first + from};
+      least = from_ordered(__reduce_min_sync(0xffffffffu, ordered(own.logit)));
+    }
+  }
+};
 
 __device__ inline float exp2_approx(float v) {
   float out;
@@ -84,6 +126,7 @@ struct PoolBlock {
   __device__ uint32_t empty(int s) const { return base + L::EMPTY + 8 * s; }
   __device__ uint32_t mailed(int s) const { return base + L::MAILED + 8 * s; }
   __device__ uint32_t weighed(int s) const { return base + L::WEIGHED + 8 * s; }
+  __device__ uint32_t scored(int s) const { return base + L::SCORED + 8 * s; }
   __device__ static void next(int& s, int& phase) {
     if (++s == POOL_STAGES) s = 0, phase ^= 1;
   }
@@ -190,10 +233,9 @@ struct PoolBlock {
         for (int from = 0; from < POOL_CLUSTER; ++from)
           dot += mail[(from * (OWN + 1) + own_row + r) * POOL_TILE + lane];
         const float logit = valid ? fmaf(factor[r].x, dot, -factor[r].y * norm) : -INFINITY;
-        // Floats in their order as integers.
-        const int as_int = __float_as_int(logit), ordered = as_int ^ (as_int >> 31 & 0x7fffffff);
-        const int most = __reduce_max_sync(0xffffffffu, ordered);
-        const float top = fmaxf(best[r], __int_as_float(most ^ (most >> 31 & 0x7fffffff)));
+        const float top = fmaxf(best[r], from_ordered(__reduce_max_sync(0xffffffffu, ordered(logit))));
+        if (EXACT)
+          reinterpret_cast<float*>(memory + L::LOGITS)[(s * OWN + own_row + r) * POOL_TILE + lane] = logit;
         keep[r] = exp2_approx(best[r] - top);
         best[r] = top;
         const float scaled = exp2_approx(logit - top) * POOL_WEIGHT_SCALE;
@@ -209,6 +251,7 @@ struct PoolBlock {
       }
       const bool matters = __any_sync(0xffffffffu, bits);
       __syncwarp();
+      if (EXACT && lane == 0) arrive(scored(s));
       const int r = lane / 8 % PAIR, chunk = lane % 8;
       const uint4 v =
           *reinterpret_cast<const uint4*>(memory + L::OWN_WEIGHTS + (own_row + r) * 128 + chunk * 16);
@@ -243,6 +286,28 @@ struct PoolBlock {
         ++segment, in_segment = 0;
       }
     }
+  }
+
+  // One warp. What it is slow to take holds up the stage and thereby, a ring later, the weighers.
+  __device__ void list_best(int lane) const {
+    constexpr int OWN = L::OWN;
+    PoolList list[OWN];
+#pragma unroll
+    for (int r = 0; r < OWN; ++r) list[r].clear();
+    for (int i = 0, s = 0, phase = 0; i < count; ++i, next(s, phase)) {
+      wait_barrier(scored(s), phase);
+      float logits[OWN];
+#pragma unroll
+      for (int r = 0; r < OWN; ++r)
+        logits[r] = reinterpret_cast<const float*>(memory + L::LOGITS)[(s * OWN + r) * POOL_TILE + lane];
+      __syncwarp();
+      if (lane == 0) arrive(empty(s));
+#pragma unroll
+      for (int r = 0; r < OWN; ++r) list[r].take(logits[r], (begin + i) * POOL_TILE, lane, i == 0);
+    }
+#pragma unroll
+    for (int r = 0; r < OWN; ++r)
+      args.list[(cluster * POOL_ROWS + rank * OWN + r) * POOL_LISTED + lane] = list[r].own;
   }
 
   // Four warps: a thread has the upper and lower halves of one row.
@@ -417,9 +482,10 @@ __global__ void __launch_bounds__(POOL_THREADS, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < POOL_STAGES; ++s) {
       init_barrier(block.full(s), 1);
-      init_barrier(block.empty(s), 4);
+      init_barrier(block.empty(s), EXACT ? 5 : 4);
       init_barrier(block.mailed(s), 1);
       init_barrier(block.weighed(s), 1);
+      init_barrier(block.scored(s), 2);
     }
     publish_barriers();
   }
@@ -450,6 +516,8 @@ __global__ void __launch_bounds__(POOL_THREADS, 1)
       block.weigh(warp - 12, lane);
     } else if (warp == 14 && lane == 0) {
       block.produce(map);
+    } else if (EXACT && warp == 15) {
+      block.list_best(lane);
     }
     __syncwarp();
   }

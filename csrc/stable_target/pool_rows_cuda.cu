@@ -3,7 +3,7 @@
 
 #include "common/tensor_map.cuh"
 #include "stable_target/launch.cuh"
-#include "stable_target/pool_sides.cuh"
+#include "stable_target/pool_best.cuh"
 
 namespace svel::cuda {
 
@@ -31,8 +31,9 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
   Carver carver(workspace);
   PoolRows made{};
   made.parts = cut.clusters * cut.segments;
-  if (made.parts > POOL_MOST_PARTS)
+  if (made.parts > POOL_MOST_PARTS || cut.clusters > POOL_MOST_CLUSTERS)
     throw std::runtime_error(std::string("svel::") + op + ": more parts of the pool than one merge holds");
+  const int most_steps = static_cast<int>(cut.clusters) * POOL_LISTED;
   made.upper = carver.take<__half>(POOL_ROWS * POOL_D);
   made.lower = carver.take<__half>(POOL_ROWS * POOL_D);
   made.factors = carver.take<float4>(POOL_ROWS);
@@ -55,29 +56,38 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
 
   const unsigned merge_blocks = static_cast<unsigned>((in.d + 255) / 256);
   PoolSums* const left = carver.take<PoolSums>(POOL_ROWS * merge_blocks);
+  args.list = carver.take<PoolBest>(POOL_ROWS * most_steps);
+  PoolAgain* const again = carver.take<PoolAgain>(POOL_ROWS);
+  PoolStep* const steps = carver.take<PoolStep>(POOL_ROWS * most_steps);
 
   const CUtensorMap map = map_rows(op, in.refs.data, Dtype::f16, in.d, in.m, 2 * in.d, POOL_TILE);
   pool_centre_kernel<<<POOL_CLUSTER, POOL_SLICE, 0, stream>>>(in, centre, valid, scratch);
   check_launch(op);
   for (int64_t first = 0; first < in.n; first += POOL_ROWS) {
     args.rows = static_cast<int>(std::min<int64_t>(POOL_ROWS, in.n - first));
-    pool_prepare_kernel<<<POOL_ROWS + 1, 512, 0, stream>>>(in, centre, valid, first, made);
+    pool_prepare_kernel<<<POOL_ROWS + 1, POOL_PREPARE_THREADS, 0, stream>>>(in, centre, valid, first, made);
     check_launch(op);
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, args, map));
+    const int parts = static_cast<int>(made.parts);
+    if (!plan.fast) {
+      pool_again_kernel<<<dim3(POOL_AGAIN_BLOCKS, static_cast<unsigned>(args.rows)), 32 * POOL_AGAIN_WARPS, 0,
+                          stream>>>(in, args, made.rows, parts, static_cast<int>(cut.clusters), again, steps);
+      check_launch(op);
+    }
     pool_merge_kernel<<<dim3(merge_blocks, static_cast<unsigned>(args.rows)), 256, 0, stream>>>(
-        in, args, made.rows, static_cast<int>(made.parts), left);
+        in, args, made.rows, parts, plan.fast ? nullptr : again, steps, most_steps, left);
     check_launch(op);
     if (plan.fast) continue;
-    pool_judge_kernel<<<1, POOL_ROWS, 0, stream>>>(in, args, made.rows, left, static_cast<int>(merge_blocks),
-                                                   doubtful);
+    pool_judge_kernel<<<1, POOL_ROWS, 0, stream>>>(in, args, made.rows, again, left,
+                                                   static_cast<int>(merge_blocks), doubtful);
     check_launch(op);
   }
 }
 
 void replace_doubtful(const char* op, const Inputs& in, const double* doubtful, const Array& exact,
-                      cudaStream_t stream) {
+                      const Array& lse, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((in.d + 255) / 256), static_cast<unsigned>(in.n));
-  pool_replace_kernel<<<grid, 256, 0, stream>>>(in, doubtful, exact);
+  pool_replace_kernel<<<grid, 256, 0, stream>>>(in, doubtful, exact, lse);
   check_launch(op);
 }
 

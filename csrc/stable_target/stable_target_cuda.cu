@@ -31,7 +31,7 @@ void launch(const char* op, const Inputs& in, const Plan& plan, void* workspace,
   run(op, in, plan, workspace, stream);
 }
 
-Problem problem_of(const char* op, const Tensor& x, const Tensor& refs, bool labels, bool source, bool lse,
+Problem problem_of(const char* op, const Tensor& x, const Tensor& refs, bool labels, bool source,
                    const std::string& precision) {
   Problem problem;
   problem.n = x.size(0), problem.d = product(shape_of(x), 1);
@@ -48,7 +48,6 @@ Problem problem_of(const char* op, const Tensor& x, const Tensor& refs, bool lab
 #if !defined(SVEL_HAS_SM90A)
   problem.has_sm90a = false;
 #endif
-  problem.pool = precision == "fast" || !lse;
   return problem;
 }
 
@@ -74,8 +73,7 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
     in.counts_are_long = counts->scalar_type() == ScalarType::Long;
   }
 
-  Problem problem =
-      problem_of(op, x, refs, labels.has_value(), source.has_value(), lse.has_value(), given.precision);
+  Problem problem = problem_of(op, x, refs, labels.has_value(), source.has_value(), given.precision);
   const auto is_vector = [](const Array& a) { return a.dtype == Dtype::f32 && is_aligned(a.data); };
   problem.vectors =
       is_vector(in.x) && is_vector(in.out) && (!source || is_vector(in.source)) && !in.mailboxes;
@@ -92,12 +90,14 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   const Tensor doubtful = torch::stable::new_empty(x, {in.n}, ScalarType::Double);
   const Tensor exact = torch::stable::new_empty(out, shape_of(out));
+  MaybeTensor exact_lse;
+  if (lse) exact_lse = torch::stable::new_empty(*lse, shape_of(*lse));
   double* const times = doubtful.mutable_data_ptr<double>();
   launch(op, in, plan, workspace.mutable_data_ptr(), times, stream);
   Inputs left = in;
-  left.time_or_alpha = array_of(doubtful), left.out = array_of(exact);
+  left.time_or_alpha = array_of(doubtful), left.out = array_of(exact), left.lse = array_of(exact_lse);
   launch(op, left, rest, workspace.mutable_data_ptr(), nullptr, stream);
-  replace_doubtful(op, in, times, left.out, stream);
+  replace_doubtful(op, in, times, left.out, left.lse, stream);
 }
 
 ScalarType mean_dtype(const Tensor& x) {
@@ -136,8 +136,8 @@ std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, c
 
 bool part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
                     const std::string& precision) {
-  return make_plan(problem_of("posterior_part", x, refs, labels.has_value(), false, true, precision))
-             .kernel == "bulk";
+  return make_plan(problem_of("posterior_part", x, refs, labels.has_value(), false, precision)).kernel ==
+         "bulk";
 }
 
 void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_or_alpha,

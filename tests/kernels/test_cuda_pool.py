@@ -22,7 +22,7 @@ from kernel_cases import largest_logit, offset_by_one, with_gaps
 
 import stablevelocity_kernels as svel
 from stablevelocity_kernels import reference
-from stablevelocity_kernels.testing import TOLERANCE, assert_close
+from stablevelocity_kernels.testing import TOLERANCE, assert_close, relative_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,7 +89,7 @@ def test_the_mean_of_shifted_references(rng, precision):
 @pytest.mark.parametrize("d", [512, 4096])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_exact_results_where_float32_products_are_not_enough(rng, geometry, d):
-    """At a small sigma far from the origin: rows with two near references go to another kernel, others stay."""
+    """At a small sigma far from the origin: the best references are scored again, or rows go to another kernel."""
     check(*make_pool(32, (1 << 25) // d, d, geometry, rng, times=(0.05, 0.2)), path="cosine", precision="exact")
 
 
@@ -168,6 +168,60 @@ def test_lse_merges_over_disjoint_halves(rng, time, geometry, op):
     assert_close(merged, reference.posterior_mean(x.double(), refs, 1 - sigma, sigma)[0], "fast")
 
 
+def merged_error(x, refs, t, sizes):
+    """Of the velocity from parts of these sizes, merged as processes merge them; the worst of the times."""
+    alpha, sigma = 1 - t.double(), t.double()
+    parts = [svel.posterior_part(x, part, alpha, sigma) for part in refs.split(sizes)]
+    for part in refs.split(sizes):
+        assert_served("pool", x, part, "exact")
+    share = torch.softmax(torch.stack([lse for _, lse in parts]), 0)
+    mean = sum(s.float()[:, None] * mean for s, (mean, _) in zip(share, parts, strict=True))
+    out = (x.double() - mean) / sigma[:, None]
+    expected = svel.stable_target(x.double(), refs, t.double())
+    return max(relative_error(out[t == time].float(), expected[t == time]) for time in t.unique())
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("d", [256, 1032, 4096])
+def test_exact_parts_merge_within_the_contract(rng, d, geometry, parts):
+    least = -(-(1 << 24) // d)
+    sizes = [least + 7 * i for i in range(parts)]
+    x, refs, t = make_pool(32, sum(sizes), d, geometry, rng)
+    assert merged_error(x, refs, t, sizes) <= TOLERANCE[torch.float32, "exact"]
+
+
+@pytest.mark.parametrize("among", [2, 3, 40])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_near_ties_between_references_of_parts(rng, geometry, among):
+    """Rows in the middle of as many references, of one part and of several: scores are all but equal."""
+    d, sizes = 4096, [4101, 4096, 4111]
+    _, refs, _ = make_pool(1, sum(sizes), d, geometry, rng)
+    t = torch.tensor([0.05, 0.2, 0.5, 0.8, 0.9, 0.97], device="cuda").repeat_interleave(5)
+    picked = torch.randint(len(refs), (len(t), among), generator=rng).cuda()
+    picked[::5] %= sizes[0]  # of one part
+    middle = refs[picked].double().mean(1)
+    noise = torch.randn(len(t), d, generator=rng).cuda().double()
+    # Noise at right angles to what the references differ by leaves the tie.
+    gaps = (refs[picked].double() - middle[:, None])[:, 1:]
+    noise -= torch.linalg.lstsq(gaps.mT, noise[..., None]).solution.mT.matmul(gaps)[:, 0]
+    x = ((1 - t)[:, None] * middle + t[:, None] * noise).float()
+    assert merged_error(x, refs, t, sizes) <= TOLERANCE[torch.float32, "exact"]
+    check_pool(x, refs, t)
+
+
+def test_exact_mean_and_lse(rng):
+    x, refs, t = make_pool(32, 4999, 4096, "gaussian", rng)
+    alpha, sigma = 1 - t, t
+    expected_mean, expected = reference.posterior_mean(x.double(), refs, alpha.double(), sigma.double())
+    for op, dtype in ((svel.posterior_mean, torch.float32), (svel.posterior_part, torch.float64)):
+        mean, lse = op(x, refs, alpha, sigma)
+        assert lse.dtype == dtype
+        assert ((lse - expected).abs() <= 1e-6 + 1e-6 * expected.abs()).all()
+        for time in t.unique():
+            assert_close(mean[t == time], expected_mean[t == time])
+
+
 def test_parts_merge_with_what_other_kernels_give(rng):
     x, refs, sigma = make_pool(9, 5003, 3400, "manifold", rng, times=(0.9, 0.98))
     halves = (refs[:4990], refs[4990:])
@@ -220,7 +274,7 @@ def test_large(n, m, d, precision):
 
 
 def test_problems_that_others_serve(rng):
-    """One row, few elements, a source, labels, other dtypes, an exact lse: right as before."""
+    """One row, few elements, a source, labels, other dtypes: right as before."""
     x, refs, t = make_pool(4, 4999, 3400, "manifold", rng)
     assert_served("bulk", x[:1], refs, "fast")
     assert_served("bulk", x, refs[:4000], "fast")
