@@ -1,6 +1,5 @@
 // svel::peers_merge: what the parts of all processes gave for the own rows, read from their mailboxes and
 // weighted by their shares of the whole, in one launch. Bytes: a mean from each process, x, and the result.
-#include "common/hopper.cuh"
 #include "common/path.h"
 #include "common/peers.cuh"
 
@@ -75,52 +74,12 @@ __device__ Four<T> read_four(const Array& a, int64_t at, int64_t left, bool vect
   return four;
 }
 
-__device__ int64_t first_element(const Merge& m, int64_t item) {  // of a slice, for this thread
-  return item % m.slices * SLICE + int64_t{threadIdx.x} * 4;
-}
-
-// What a slice needs that no process makes: it is read before the parts are waited for.
-template <typename T>
-struct Known {
-  Four<T> x[HALVES] = {};
-};
-struct Shared {
-  double shares[MAX_PEERS + 1];
-  double a, b;
-  int64_t ring;
-};
-
-// `shared` is there after the next barrier.
-template <typename T>
-__device__ Known<T> read_known(const Merge& m, int64_t item, Shared& shared) {
-  Known<T> known;
-  const int64_t row = item / m.slices, begin = first_element(m, item);
-  if (threadIdx.x == 0) {
-    shared.ring = m.rings ? m.rings[row] : 0;
-    if (m.a) {
-      shared.a = m.a[row], shared.b = m.b[row];
-    } else if (m.t.data) {
-      const double t = clamp_time(load_as<double>(m.t, row));
-      const PredictionCoefficients by = prediction_coefficients(m.prediction, path_coefficients(m.path, t));
-      shared.a = by.a, shared.b = by.b;
-    }
-  }
-  if (!m.a && !m.t.data) return known;
-#pragma unroll
-  for (int h = 0; h < HALVES; ++h) {
-    const int64_t e = begin + h * HALF;
-    if (e < m.d) known.x[h] = read_four<T>(m.x, row * m.d + e, m.d - e, m.vectors);
-  }
-  return known;
-}
-
 // One slice of a row; all threads of the block.
 template <typename T>
-__device__ void merge_slice(const Merge& m, int64_t item, const Known<T>& known, Shared& shared) {
+__device__ void merge_slice(const Merge& m, int64_t item, double* shares) {
   const Peers& peers = m.peers;
-  double* const shares = shared.shares;
   const int q = static_cast<int>(threadIdx.x), parts = peers.parts;
-  const int64_t row = item / m.slices, begin = first_element(m, item);
+  const int64_t row = item / m.slices, begin = item % m.slices * SLICE + int64_t{threadIdx.x} * 4;
   const auto mailbox = [&](int of) { return peers.mailbox(m.home ? peers.part : of); };
   const auto place = [&](int of) { return (m.home ? of : peers.part) * m.n + row; };
   Four<T> ahead[AHEAD][HALVES];
@@ -136,12 +95,18 @@ __device__ void merge_slice(const Merge& m, int64_t item, const Known<T>& known,
   };
   load(0);
   const bool factors = m.a || m.t.data;
-  Four<T> total[HALVES] = {};
+  Four<T> x[HALVES] = {}, total[HALVES] = {};
+#pragma unroll
+  for (int h = 0; h < HALVES; ++h) {
+    const int64_t e = begin + h * HALF;
+    if (factors && e < m.d) x[h] = read_four<T>(m.x, row * m.d + e, m.d - e, m.vectors);
+  }
+  const int64_t ring = m.rings ? m.rings[row] : 0;
   const int sets = parts + (m.source_lse != nullptr);
   double lse = -INFINITY;
   if (q < sets) {
     lse = q < parts ? reinterpret_cast<const double*>(mailbox(q) + m.lses)[place(q)] : m.source_lse[row];
-    if (q < parts && isnan(lse) && is_empty(m, q, shared.ring)) lse = -INFINITY;
+    if (q < parts && isnan(lse) && is_empty(m, q, ring)) lse = -INFINITY;
     shares[q] = lse;
   }
   __syncthreads();
@@ -167,6 +132,15 @@ __device__ void merge_slice(const Merge& m, int64_t item, const Known<T>& known,
     }
   }
   const double source_share = m.source_lse ? shares[parts] : 0;
+  __syncthreads();  // the next slice may write shares
+  double a = 0, b = 1;
+  if (m.a) {
+    a = m.a[row], b = m.b[row];
+  } else if (factors) {
+    const double t = clamp_time(load_as<double>(m.t, row));
+    const PredictionCoefficients by = prediction_coefficients(m.prediction, path_coefficients(m.path, t));
+    a = by.a, b = by.b;
+  }
 #pragma unroll
   for (int h = 0; h < HALVES; ++h) {
     const int64_t e = begin + h * HALF, at = row * m.d + e;
@@ -175,8 +149,8 @@ __device__ void merge_slice(const Merge& m, int64_t item, const Known<T>& known,
     if (factors) {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        total[h].v[j] = static_cast<T>(shared.a * static_cast<double>(known.x[h].v[j]) +
-                                       shared.b * static_cast<double>(total[h].v[j]));
+        total[h].v[j] =
+            static_cast<T>(a * static_cast<double>(x[h].v[j]) + b * static_cast<double>(total[h].v[j]));
     }
     if (m.vectors && m.out.dtype == Dtype::f32) {
       *reinterpret_cast<float4*>(static_cast<float*>(m.out.data) + at) =
@@ -190,12 +164,8 @@ __device__ void merge_slice(const Merge& m, int64_t item, const Known<T>& known,
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 4) merge_kernel(const Merge m) {
   const Peers& peers = m.peers;
-  __shared__ Shared shared;
+  __shared__ double shares[MAX_PEERS + 1];
   const int q = static_cast<int>(threadIdx.x);
-  const int64_t items = m.n * m.slices;
-  Known<T> known;
-  if (blockIdx.x < items) known = read_known<T>(m, blockIdx.x, shared);
-  wait_for_previous_launch();
   if (q < peers.parts) {
     Header* const own = peers.header(peers.part);
     const unsigned round = own->round;
@@ -203,14 +173,7 @@ __global__ void __launch_bounds__(THREADS, 4) merge_kernel(const Merge m) {
     await_flag(&own->done[q], round, peers, q);
   }
   __syncthreads();
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    if (item != blockIdx.x) {
-      __syncthreads();  // the slice before is done with what is shared
-      known = read_known<T>(m, item, shared);
-      __syncthreads();
-    }
-    merge_slice<T>(m, item, known, shared);
-  }
+  for (int64_t item = blockIdx.x; item < m.n * m.slices; item += gridDim.x) merge_slice<T>(m, item, shares);
 }
 
 }  // namespace
@@ -242,17 +205,9 @@ Tensor peers_merge(const Tensor& mailboxes, int64_t part, double seconds, int64_
   m.vectors = m.d % 4 == 0 && is_aligned(m.x.data);
   const auto kernel = wide ? merge_kernel<double> : merge_kernel<float>;
   const int64_t most = most_waiting_blocks(OP, x);
-  // It starts while the parts are evaluated, where that kernel leaves room.
-  cudaLaunchAttribute overlaps{};
-  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlaps.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min(std::max<int64_t>(1, m.n * m.slices), most)));
-  config.blockDim = dim3(THREADS);
-  config.stream = current_stream(x);
-  config.attrs = &overlaps;
-  config.numAttrs = 1;
-  check_cuda(OP, cudaLaunchKernelEx(&config, kernel, m));
+  const auto blocks = static_cast<unsigned>(std::min(std::max<int64_t>(1, m.n * m.slices), most));
+  kernel<<<blocks, THREADS, 0, current_stream(x)>>>(m);
+  check_launch(OP);
   return out;
 }
 

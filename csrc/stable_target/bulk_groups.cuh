@@ -522,7 +522,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   const Kernel kernel{in, list, parts, layout, staging};
   const int tid = threadIdx.x - GROUPS_CONSUMERS;
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
-  allow_next_launch();
+  if (!layout.merge_last) allow_next_launch();
   if (layout.own_list) read_rows(in, *scratch);
   if (tid == 0) {
 #pragma unroll 1
