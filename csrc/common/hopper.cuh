@@ -71,6 +71,10 @@ __device__ inline uint4 load_shared_16(uint32_t shared) {
 __device__ inline void store_shared(uint32_t shared, uint2 v) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared), "r"(v.x), "r"(v.y) : "memory");
 }
+__device__ inline void store_shared(uint32_t shared, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
 
 using Barrier = uint64_t;  // in shared memory
 

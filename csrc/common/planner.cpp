@@ -105,7 +105,7 @@ int64_t best_slices(int64_t least, int64_t sm_count) {
 // that lie close together: enough for "fast". Measured on an H100, 256 rows x 1,001 classes x 256 x 4,096:
 // 184 us, where groups of warps take 212; bfloat16 223 and 220; one row beside a pool of 50,000 181 and 166.
 bool serves_products(const Problem& p) {
-  return p.precision == "fast" && p.has_labels && !p.refs_bf16 && p.vectors;
+  return p.has_labels && !p.refs_bf16 && p.vectors;
 }
 
 bool plan_bulk(const Problem& p, Plan& plan) {
@@ -117,9 +117,9 @@ bool plan_bulk(const Problem& p, Plan& plan) {
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
     if (slices > p.sm_count) continue;
     plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS && p.m < int64_t{1} << 31;
-    const bool products = tile.tile_refs >= 8;  // its stages are halves of a tile, references apart
+    const bool products = tile.tile_refs >= 8;  // its stages are parts of a tile, references apart
     const int64_t stage =
-        products ? tile.tile_refs / 2 * products_ref_bytes(held) : tile.tile_refs * slice * p.refs_size;
+        products ? tile.tile_refs / PRODUCTS_PIECES * products_ref_bytes(held) : tile.tile_refs * slice * p.refs_size;
     const int64_t fixed = (products      ? products_smem(held, tile.tile_refs)
                            : slices == 1 ? BULK_FIXED_SMEM + groups_sums_smem(tile.elements)
                                          : BULK_FIXED_SMEM) +
@@ -128,7 +128,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
                                 : slices == 1 ? GROUPS_MAX_STAGES
                                               : BULK_MAX_STAGES;
     int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
-    if (products && (stages < 4 || !serves_products(p))) continue;
+    if (products && (stages < 2 * PRODUCTS_PIECES || !serves_products(p))) continue;
     if (slices == 1 && !products) stages -= stages % (GROUPS_CONSUMERS / tile.group);  // see bulk_groups.cuh
     if (stages < (slices == 1 ? 3 : BULK_LAG + 2)) return false;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));

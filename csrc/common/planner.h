@@ -75,14 +75,11 @@ constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
 constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before the first copies
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
-constexpr int PRODUCTS_MAX_STAGES = 32, PRODUCTS_ROWS = 2;  // rows of a unit
-// Beside the stages of bulk_products.cuh: sums on their way out, before that the rows as products take them;
-// barriers, shares of scores.
-constexpr int products_sums_smem(int64_t held) {
-  return static_cast<int>(8 * held);
-}
+// bulk_products.cuh: rows of a unit; a tile comes in so many pieces, the stages of its ring.
+constexpr int PRODUCTS_ROWS = 2, PRODUCTS_PIECES = 4, PRODUCTS_MAX_STAGES = 15;
+// Beside the stages: barriers, shares of scores, weights; a reference.
 constexpr int64_t products_smem(int64_t held, int tile_refs) {
-  return 6144 + (160 * PRODUCTS_ROWS + 32) * tile_refs + products_sums_smem(held);
+  return 4096 + 448 * tile_refs + 2 * held;
 }
 // Of a reference there: apart by 16 bytes more than a multiple of 128, so that eight of them meet all banks.
 constexpr int products_ref_bytes(int64_t held) {

@@ -177,7 +177,7 @@ bool launch_tiles(const BulkLaunch& launch) {
                         at.run_groups_if<T, 128, 16, 2>() || at.run_groups_if<T, 256, 16, 2>();
   if (launched) return true;
   if constexpr (DtypeOf<T>::value == Dtype::f16) {
-    if (at.run_products_if<4>() || at.run_products_if<8>()) return true;
+    if (at.run_products_if<8>() || at.run_products_if<16>()) return true;
   }
   if constexpr (sizeof(T) == 2) {
     return at.run_groups_if<T, 512, 16, 2>() || at.run_teams_if<T, 16, 2>() || at.run_teams_if<T, 32, 1>();

@@ -1,24 +1,26 @@
-// One pass over the references of class banks on Hopper's matrix units, for references in float16 and
-// precision "fast". A multiprocessor has one thread block: one warp, the producer, brings references into a
-// ring in shared memory by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements.
-// A tile of eight references, or of eight times BLOCKS, is scored by all warps. One more warp adds up their
-// shares of the scores, runs the online softmax and hands weights back, with which they add the tile to the
-// rows, if there is anything to add; meanwhile they score the next tile, where it is there. The list of
-// units, the announcer, the clerk and the parts of units that several blocks share: as in bulk_groups.cuh.
+// One pass over the references of class banks on Hopper's matrix units, for references in float16. A
+// multiprocessor has one thread block, whose warps have parts of their own, so that none waits for the others'
+// latencies but through the ring:
+//   announcer  walks the block's range of the list of units and tells the others of each segment (one warp)
+//   producer   brings references into a ring in shared memory by bulk copies (one warp)
+//   scorers    eight warps, each with an eighth of the elements: their shares of a tile's scores
+//   weigher    adds up the shares and runs the online softmax (one warp)
+//   adders     eight warps, likewise: add the tile to the rows by its weights, free its place in the ring, and
+//              bring the rows' sums to where they belong while the scorers are in the next segment
+//   clerk      counts parts of units, as in bulk_groups.cuh (one thread)
+// A tile is eight references, or eight times BLOCKS: 64 KB. A unit has up to two rows.
 //
-// |r_j|^2 too is the product of a tile with itself: of sixty-four of them eight are wanted.
+// Exactness. Scores are of d_j = r_j - c, with c the first reference of the class:
+//   s_j = rate (y.d_j - alpha/2 |d_j|^2),  y = x - alpha c,  so that
+//   -|x - alpha r_j|^2 / (2 sigma^2) = s_j - |y|^2 / (2 sigma^2).
+// d_j is formed in float16 as the sum of two values, its rounding and what that drops, which is exact; y is
+// the sum of two values of float16. |d_j|^2 too is the product of a tile with itself: of sixty-four products
+// eight are wanted. The sums of the matrix units, which round towards zero, are over 64 elements or 8
+// references. Weights are 2^(s_j - top) with an integer `top` that is no smaller than any score, as the sum of
+// two values of float16, which is also what their total is of. The sums that they weigh are of r_j.
 //
-// Rounding. Scores are s_j = rate (x.r_j - alpha/2 |r_j|^2), so that
-//   -|x - alpha r_j|^2 / (2 sigma^2) = s_j - |x|^2 / (2 sigma^2).
-// References are exact in the matrix units, x is the sum of two values of float16, and so are weights.
-// The sums of the matrix units, which round towards zero, are over 64 elements or 8 references. Weights are
-// 2^(s_j - top) with an integer `top` that is no smaller than any score.
-//
-// That has the digits of float32 for values as large as x and r_j: where references lie about the origin,
-// errors are below 1e-6. Where they are far from it beside their distances, rounding shows when weights are
-// spread: a row that the estimate at the end of a segment finds in doubt is evaluated again, in float64
-// (`review`). What is not seen there is a tie between references that different blocks have: errors up to
-// 2e-5 on data near a low-dimensional set at t = 0.2.
+// Code that no multiprocessor has run before takes long to come: scorers, weigher and adders run once over
+// whatever is in shared memory while the list of units is being built.
 #pragma once
 
 #include "stable_target/bulk_parts.cuh"
@@ -44,6 +46,17 @@ __device__ __forceinline__ void multiply_8(float (&acc)[4], uint32_t a0, uint32_
       : "+f"(acc[0]),
       "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a0), "r"(a1), "r"(b));
 }
+// r - c, both times `size`, as its rounding and what that drops. `size`: 1, or less where differences would
+// not be finite.
+__device__ __forceinline__ void subtract(uint32_t r, uint32_t minus_c, __half2 size, uint32_t& high,
+                                         uint32_t& low) {
+  const auto value = [](uint32_t bits) { return *reinterpret_cast<const __half2*>(&bits); };
+  const __half2 a = value(r), b = value(minus_c);  // c has been multiplied
+  const __half2 sum = __hfma2(a, size, b), seen = __hfma2(__hneg2(a), size, sum);  // of b
+  const __half2 of_a = __hfma2(a, size, __hsub2(seen, sum)), of_b = __hsub2(b, seen);
+  const __half2 rest = __hadd2(of_a, of_b);
+  high = *reinterpret_cast<const uint32_t*>(&sum), low = *reinterpret_cast<const uint32_t*>(&rest);
+}
 // Four 8 x 8 matrices, transposed: each lane names a row of 16 bytes.
 __device__ __forceinline__ uint4 load_transposed(uint32_t row) {
   uint4 v{0, 0, 0, 0};
@@ -60,7 +73,7 @@ __device__ __forceinline__ uint32_t pair_of(__half a, __half b) {
 constexpr float SPLIT_SCALE = 2048;
 
 // Of a thread: all together no more than at the launch, 96 for each.
-constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 64;
+constexpr int SCORERS_REGISTERS = 104, ADDERS_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 64;
 
 struct ProductsLayout {
   int stages;       // pieces of a tile that there is room for
@@ -73,31 +86,29 @@ constexpr float PRODUCTS_NO_WEIGHT = 9.0949470177292824e-13f;
 constexpr int RAISED = 1 << 30;
 
 struct ProductsState {
-  double top;         // weights are 2^(score - top)
-  float total, rest;  // of the weights; the best score is top - rest
+  double top;   // weights are 2^(score - top)
+  float total;  // of the weights
 };
+
+// Tiles in turn have their own of what scorers, weigher and adders hand on. No barrier says that the tile
+// before has left it: it has when its place in the ring is free, and the ring holds no more tiles.
+constexpr int PRODUCTS_TURNS = 4;
 
 template <int TR>
 struct ProductsShared {
   static constexpr int ROWS = PRODUCTS_ROWS;
-  static constexpr int WARPS = GROUPS_CONSUMERS / 32, PADDED = WARPS + 4;
+  static constexpr int WARPS = GROUPS_CONSUMERS / 64, PADDED = WARPS + 4;
   Barrier full[PRODUCTS_MAX_STAGES], empty[PRODUCTS_MAX_STAGES];
   Announcements<ROWS> announced;
-  // Of a tile; two of each, since a warp adds a tile before it scores the one after the next. All warps have
-  // given their shares of the scores; weights are there.
-  Barrier given[2], weighed[2];
-  alignas(16) float scores[2][ROWS][TR][PADDED];
-  uint32_t weights[2][TR / 8][32];  // as the products take them
-  int used[2];                      // bit b: block b has weight; RAISED: `top` has grown
-  float scales[2][ROWS];            // what it has done to the sums so far
-  ProductsState states[2][ROWS];    // after this tile
-  float offsets[ROWS][WARPS];  // what scores are relative to: a warp's share of that of the first reference
-  float x_squares[ROWS][WARPS],
-      r_squares[WARPS];        // of a warp's elements: |x|^2, |r|^2 of the first reference
-  double squares[WARPS];       // shares of what is summed in float64
-  double shifts[ROWS][WARPS];  // |x|^2 / (2 sigma^2) in units of log 2, of a warp's elements
-  double reviewed[SEGMENT_REFS];
-  PartRow moved[ROWS];  // to memory already
+  Barrier given[PRODUCTS_TURNS], weighed[PRODUCTS_TURNS];  // all shares of the scores are there; the weights
+  alignas(16) float scores[PRODUCTS_TURNS][ROWS][TR][PADDED];
+  uint32_t weights[PRODUCTS_TURNS][TR / 8][32];  // as the products take them
+  int used[PRODUCTS_TURNS];                      // bit b: block b has weight; RAISED: `top` has grown
+  float scales[PRODUCTS_TURNS][ROWS];            // what it has done to the sums so far
+  ProductsState states[PRODUCTS_TURNS][ROWS];    // after this tile
+  double shifts[SEGMENT_SLOTS][ROWS][WARPS];  // |y|^2 / (2 sigma^2) in units of log 2, of a warp's elements
+  double squares[WARPS];                      // shares of what is summed in float64
+  PartRow moved[ROWS][WARPS];                 // to memory already; each warp has its own
   int final;
   Barrier filed, closed;  // a part is in memory; the clerk is done
   int unmerged;           // rows that the clerk has found to be complete
@@ -107,17 +118,18 @@ struct ProductsShared {
 // CHUNKS of 32 elements for each warp.
 template <int CHUNKS>
 struct Products {
-  static constexpr int THREADS = GROUPS_CONSUMERS, WARPS = THREADS / 32;
+  static constexpr int THREADS = GROUPS_CONSUMERS / 2, WARPS = THREADS / 32;  // that score, and that add
   static constexpr int ROWS = PRODUCTS_ROWS;
-  static constexpr int BLOCKS = 8 / CHUNKS,
+  static constexpr int BLOCKS = 16 / CHUNKS,
                        TR = 8 * BLOCKS;  // of eight references: a tile has 32,768 elements
-  static constexpr int PIECES = 2, PIECE_REFS = TR / PIECES;
+  static constexpr int PIECES = PRODUCTS_PIECES, PIECE_REFS = TR / PIECES;
   static constexpr int HELD = THREADS * CHUNKS;               // most elements of a sample
   static constexpr int REF_BYTES = products_ref_bytes(HELD);  // in shared memory
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
   using Shared = ProductsShared<TR>;
   static constexpr int FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
-  static constexpr int BEFORE_LIST = FIXED_BYTES + products_sums_smem(HELD);
+  static constexpr int BEFORE_LIST = FIXED_BYTES + 2 * HELD;
+  static_assert(PRODUCTS_MAX_STAGES < PRODUCTS_TURNS * PIECES);
 
   const Inputs& in;
   const UnitList& list;
@@ -131,20 +143,42 @@ struct Products {
     return all;
   }
   __device__ __forceinline__ static Shared& shared() { return *reinterpret_cast<Shared*>(memory()); }
-  // The sums of a row, all of it, on their way out. (D,)
-  __device__ __forceinline__ static float* staged(int row) {
-    return reinterpret_cast<float*>(memory() + FIXED_BYTES) + row * HELD;
-  }
-  // Before that, x as the products take it, of column g where t names the elements: each lane has its own,
-  // which need not stay in registers. (CHUNKS, 32) of two words for each warp.
-  __device__ __forceinline__ static uint32_t split_x() {
-    return shared_address(memory()) + FIXED_BYTES + 8 * (warp() * (CHUNKS * 32) + lane());
+  // The centre of the scorers' segment, times -1, a warp's elements side by side.
+  __device__ __forceinline__ static uint32_t centre() {
+    return shared_address(memory()) + FIXED_BYTES + warp() * (CHUNKS * 64);
   }
   __device__ __forceinline__ char* stage(int s) const {
     return memory() + staging + s * (PIECE_REFS * REF_BYTES);
   }
   __device__ __forceinline__ RowPlace place() const { return {1, 0, ROWS, in.d, 0, d, true}; }
-  __device__ __forceinline__ static void barrier() { named_barrier(1, THREADS); }
+
+  // Of those that have a part of the block in common, scorers or adders.
+  __device__ __forceinline__ static int thread() {
+    unsigned tid;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
+    return static_cast<int>(tid % THREADS);
+  }
+  __device__ __forceinline__ static int lane() { return thread() & 31; }
+  __device__ __forceinline__ static int warp() { return static_cast<unsigned>(thread()) / 32; }
+  __device__ __forceinline__ static int chunk(int q) { return q * WARPS + warp(); }
+  __device__ __forceinline__ static void barrier() { named_barrier(1, THREADS); }  // of the adders
+
+  // The segments in turn, for one of the parts: visit(segment, slot). `dry`: once before the first, with
+  // whatever is in shared memory.
+  template <typename Visit>
+  __device__ __forceinline__ static void walk_segments(bool dry, const Visit& visit) {
+    int slot = 0, phase = 0;
+    for (;; dry = false) {
+      if (!dry) wait_barrier(&shared().announced.told[slot], phase);
+      const Segment<ROWS>& segment = shared().announced.segments[slot];
+      if (!dry && segment.flags & SEGMENT_LIST_DONE) return;
+      visit(segment, slot, dry);
+      if (dry) continue;
+      __syncwarp();
+      if (lane() == 0) arrive(&shared().announced.done[slot]);
+      if (++slot == SEGMENT_SLOTS) slot = 0, phase ^= 1;
+    }
+  }
 
   // The producer, one warp: each lane copies one reference of a piece.
   __device__ __forceinline__ void produce(int lane) const {
@@ -179,27 +213,33 @@ struct Products {
     }
   }
 
-  // The consumers. Lanes of a warp: 4 g + t. As in the matrix units: of references, lane (g, t) holds
-  // elements 8 t to 8 t + 7 of a chunk of reference `logical` g; words 0 and 2 of these four are part 0 of
-  // the elements, words 1 and 3 part 1, and a product multiplies both parts with columns of their own: column
-  // = 4 part + 2 row + split.
-  struct Mine {
-    float sum[CHUNKS][4];  // of the column's row, elements g, g + 8, g + 16, g + 24 of a chunk; t: see column
-    float unscale, half_alpha, offset;  // of row t & 1: 1 / what x was multiplied by
+  // Of the ring: the stage where a tile begins, and the parity of its phase.
+  struct Place {
+    int stage, phase;
   };
-
-  __device__ __forceinline__ static int thread() {
-    unsigned tid;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
-    return static_cast<int>(tid);
+  __device__ __forceinline__ void advance(Place& at) const {
+    at.stage += PIECES;
+    if (at.stage >= layout.stages) at.stage -= layout.stages, at.phase ^= 1;
   }
-  __device__ __forceinline__ static int lane() { return thread() & 31; }
-  __device__ __forceinline__ static int warp() { return static_cast<unsigned>(thread()) / 32; }
-  __device__ __forceinline__ static int chunk(int q) { return q * WARPS + warp(); }
+  __device__ __forceinline__ void await(const Place& at) const {
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece) {
+      const int s = at.stage + piece;
+      const bool wraps = s >= layout.stages;
+      wait_barrier(&shared().full[wraps ? s - layout.stages : s], wraps ? at.phase ^ 1 : at.phase);
+    }
+  }
+  __device__ __forceinline__ void release(int s) const {  // the pieces of a tile
+    __syncwarp();
+    if (lane() < PIECES) {
+      int at = s + lane();
+      if (at >= layout.stages) at -= layout.stages;
+      arrive(&shared().empty[at]);
+    }
+  }
   // Of eight references side by side in memory the one that is `logical` in the products: so that four lanes
   // of each of two references read from all banks at once.
   __device__ __forceinline__ static int stored(int logical) { return (logical & 1) << 2 | logical >> 1; }
-
   // Where a reference of the tile that begins at stage s is; those beyond the tile's `many` are the first.
   __device__ __forceinline__ uint32_t reference(int s, int index, int many) const {
     index = index < many ? index : 0;
@@ -209,130 +249,201 @@ struct Products {
            (index & (PIECE_REFS - 1)) * REF_BYTES;
   }
 
-  // x of the rows of the unit, split.
-  __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<ROWS>& segment) const {
+  // The scorers. Lanes of a warp: 4 g + t. As in the matrix units: of references, lane (g, t) holds elements
+  // 8 t to 8 t + 7 of a chunk of reference `logical` g; words 0 and 2 of these four are part 0 of the
+  // elements, words 1 and 3 part 1, and a product multiplies both parts with columns of their own: column = 4
+  // part + 2 row + split.
+  struct Scorer {
+    uint2 y[CHUNKS];  // of column g, where t names the elements
+    // Of row t & 1: what makes the products' sums y.d and alpha/2 |d|^2.
+    float unscale, half_alpha;
+    __half2 size;
+  };
+
+  __device__ __forceinline__ void begin_segment(Scorer& mine, const Segment<ROWS>& segment, int slot,
+                                                bool dry) const {
     const int column = lane() >> 2, t = lane() & 3, part = column >> 2;
     const int my_row = column / 2 % 2, split = column % 2;
-    const bool present = my_row < segment.count;
+    const bool present = !dry && my_row < segment.count;
     const RowState& row = segment.rows[present ? my_row : 0];
     const float* const from = static_cast<const float*>(in.x.data) + row.index * in.d + 8 * t + 2 * part;
-    float2 x[CHUNKS][2];
+    float2 y[CHUNKS][2];
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
       const int first = 32 * chunk(q);
       const bool within = present && first + 8 * t < d;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        x[q][h] = within ? *reinterpret_cast<const float2*>(from + first + 4 * h) : make_float2(0, 0);
+        y[q][h] = within ? *reinterpret_cast<const float2*>(from + first + 4 * h) : make_float2(0, 0);
     }
-    float largest = 0, square = 0;
+
+    constexpr int PACKS = (CHUNKS + 7) / 8;  // of eight elements, for each lane
+    const __half* const first_reference =
+        static_cast<const __half*>(in.refs.data) + (dry ? 0 : segment.centre) * in.d;
+    uint4 packs[PACKS];
+    uint32_t most = 0;
 #pragma unroll
-    for (int q = 0; q < CHUNKS; ++q) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        largest = fmaxf(largest, fmaxf(fabsf(x[q][h].x), fabsf(x[q][h].y)));
-        square = fmaf(x[q][h].x, x[q][h].x, fmaf(x[q][h].y, x[q][h].y, square));
-      }
+    for (int i = 0; i < PACKS; ++i) {
+      const int pack = i * 32 + lane(), e = 32 * chunk(pack / 4) + 8 * (pack % 4);
+      packs[i] = uint4{0, 0, 0, 0};
+      if (!dry && segment.centre >= 0 && pack < 4 * CHUNKS && e < d)
+        packs[i] = *reinterpret_cast<const uint4*>(first_reference + e);
+      for (uint32_t pair : {packs[i].x, packs[i].y, packs[i].z, packs[i].w})
+        most = max(most, max(pair & 0x7fff, pair >> 16 & 0x7fff));
     }
+    // From 4,096 on differences are halved: they stay below 65,504.
+    most = __reduce_max_sync(0xffffffffu, most);
+    const float size = most < 0x6c00 ? 1.0f : 0.5f;
+    const float back = most < 0x6c00 ? -1.0f : -2.0f;
+    mine.size = __float2half2_rn(size);
 #pragma unroll
-    for (int hop : {1, 2, 16}) {  // lanes with the row's other elements
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, hop));
-      square += __shfl_xor_sync(0xffffffffu, square, hop);
+    for (int i = 0; i < PACKS; ++i) {
+      const int pack = i * 32 + lane();
+      const auto negated = [&](uint32_t pair) {
+        const __half2 v = __hmul2(*reinterpret_cast<const __half2*>(&pair), __hneg2(mine.size));
+        return *reinterpret_cast<const uint32_t*>(&v);
+      };
+      const uint4 v = packs[i];
+      if (pack < 4 * CHUNKS)
+        store_shared(centre() + 16 * pack, uint4{negated(v.x), negated(v.y), negated(v.z), negated(v.w)});
     }
+    __syncwarp();
+    const auto centre_pair = [&](int q, int h) {
+      const uint32_t pair = load_shared(centre() + 64 * q + 16 * t + 4 * part + 8 * h);
+      const float2 c = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+      return make_float2(c.x * back, c.y * back);
+    };
     const bool leads = split == 0 && part == 0 && t == 0 && present;
-    if (leads) shared().x_squares[my_row][warp()] = square;
-    if (segment.squares) {
-      double exact = 0;
+    const float sign = row.sign, high = row.high_alpha, rest = row.rest_alpha;
+    if (!dry && segment.squares) {
+      double square = 0;
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const double a = x[q][h].x, b = x[q][h].y;
-          exact = fma(a, a, fma(b, b, exact));
+          const float2 c = centre_pair(q, h);
+          const double a = fma(-row.alpha, static_cast<double>(c.x), static_cast<double>(sign * y[q][h].x));
+          const double b = fma(-row.alpha, static_cast<double>(c.y), static_cast<double>(sign * y[q][h].y));
+          square = fma(a, a, fma(b, b, square));
         }
       }
 #pragma unroll
-      for (int hop : {1, 2, 16}) exact += __shfl_xor_sync(0xffffffffu, exact, hop);
-      if (leads) shared().shifts[my_row][warp()] = row.per_square * exact;
+      for (int hop : {1, 2, 16}) square += __shfl_xor_sync(0xffffffffu, square, hop);  // the row's others
+      if (leads) shared().shifts[slot][my_row][warp()] = row.per_square * square;
     }
+    float largest = 0;
+#pragma unroll
+    for (int q = 0; q < CHUNKS; ++q) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float2 c = present ? centre_pair(q, h) : make_float2(0, 0);
+        y[q][h].x = fmaf(-rest, c.x, fmaf(-high, c.x, sign * y[q][h].x));
+        y[q][h].y = fmaf(-rest, c.y, fmaf(-high, c.y, sign * y[q][h].y));
+        largest = fmaxf(largest, fmaxf(fabsf(y[q][h].x), fabsf(y[q][h].y)));
+      }
+    }
+#pragma unroll
+    for (int hop : {1, 2, 16}) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, hop));
     // The largest to below 2^15.
     const int exponent = largest > 0 && largest < INFINITY ? ilogbf(largest) : 0;
-    const float scale = row.sign * ldexpf(1.0f, min(max(14 - exponent, -100), 100));
+    const float scale = ldexpf(1.0f, min(max(14 - exponent, -100), 100));
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
       uint32_t words[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float a = x[q][h].x * scale, b = x[q][h].y * scale;
+        float a = y[q][h].x * scale, b = y[q][h].y * scale;
         if (split == 1) a -= __half2float(__float2half_rn(a)), b -= __half2float(__float2half_rn(b));
         words[h] = pair_of(__float2half_rn(a), __float2half_rn(b));
       }
-      store_shared(split_x() + 256 * q, make_uint2(words[0], words[1]));
-#pragma unroll
-      for (int k = 0; k < 4; ++k) mine.sum[q][k] = 0;
+      mine.y[q] = make_uint2(words[0], words[1]);
     }
     // Of the rows whose scores this lane will have.
-    mine.unscale = __shfl_sync(0xffffffffu, fabsf(1 / scale), (lane() & 1) << 3);
-    mine.half_alpha = segment.rows[min(lane() & 1, segment.count - 1)].half_alpha;
+    mine.unscale = __shfl_sync(0xffffffffu, 1 / (scale * size), (lane() & 1) << 3);
+    mine.half_alpha = segment.rows[min(lane() & 1, dry ? 0 : segment.count - 1)].half_alpha / (size * size);
   }
 
   // Shares of the scores of eight references, to shared memory.
-  __device__ __forceinline__ void score_block(Mine& mine, uint32_t refs, int block, int parity, bool first,
+  __device__ __forceinline__ void score_block(const Scorer& mine, uint32_t refs, int block, int turn,
                                               int rows) const {
     const int g = lane() >> 2, t = lane() & 3;
-    float norms[2] = {}, dots[4] = {};
-    constexpr int CHAIN = CHUNKS < 4 ? CHUNKS : 4;
+    constexpr int CHAIN = 4;
+    float dots[4] = {}, norms[2] = {}, low_dots[4] = {}, first_low[4] = {}, second_low[4] = {};
+    const uint32_t minus_c = centre() + 16 * t;
 #pragma unroll
     for (int from = 0; from < CHUNKS; from += CHAIN) {
-      float product[4] = {}, first_part[4] = {}, second_part[4] = {};
+      float high_dots[4] = {}, first_part[4] = {}, second_part[4] = {};
 #pragma unroll
       for (int q = from; q < from + CHAIN; ++q) {
-        const uint4 raw = load_shared_16(refs + WARPS * 64 * q);
-        multiply_16(product, raw, load_shared_8(split_x() + 256 * q));
-        multiply_8(first_part, raw.x, raw.y, raw.x), multiply_8(second_part, raw.x, raw.y, raw.y);
-        multiply_8(first_part, raw.z, raw.w, raw.z), multiply_8(second_part, raw.z, raw.w, raw.w);
+        const uint4 r = load_shared_16(refs + WARPS * 64 * q), c = load_shared_16(minus_c + 64 * q);
+        uint4 high, low;
+        subtract(r.x, c.x, mine.size, high.x, low.x), subtract(r.y, c.y, mine.size, high.y, low.y);
+        subtract(r.z, c.z, mine.size, high.z, low.z), subtract(r.w, c.w, mine.size, high.w, low.w);
+        const uint2 first = make_uint2(high.x, high.z), second = make_uint2(high.y, high.w);
+        multiply_16(high_dots, high, mine.y[q]), multiply_16(low_dots, low, mine.y[q]);
+        multiply_16(first_part, high, first), multiply_16(second_part, high, second);
+        multiply_16(first_low, low, first), multiply_16(second_low, low, second);
       }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) dots[k] += product[k];
+      for (int k = 0; k < 4; ++k) dots[k] += high_dots[k];
 #pragma unroll
       for (int k = 0; k < 2; ++k) norms[k] += first_part[k] + second_part[2 + k];
     }
-    // Of the products, lane (g, t) has columns 2 t and 2 t + 1 of reference g, of part 0 and of part 1: of x,
+#pragma unroll
+    for (int k = 0; k < 4; ++k) dots[k] += low_dots[k];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) norms[k] = fmaf(2, first_low[k] + second_low[2 + k], norms[k]);
+    // Of the products, lane (g, t) has columns 2 t and 2 t + 1 of reference g, of part 0 and of part 1: of y,
     // or of the references, where it wants that of reference g itself.
     const float norm = __shfl_sync(0xffffffffu, g & 1 ? norms[1] : norms[0], (lane() & ~3) | g >> 1);
     float dot = t < 2 ? dots[0] + dots[1] : dots[2] + dots[3];
     dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-    const float share = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
-    if (first && block == 0) {
-      mine.offset = __shfl_sync(0xffffffffu, share, t);
-      if (lane() < rows) shared().offsets[t][warp()] = share;
-      if (lane() == 3) shared().r_squares[warp()] = norm;
-    }
-    if (t < rows) shared().scores[parity][t][8 * block + g][warp()] = share - mine.offset;
+    if (t < rows) shared().scores[turn][t][8 * block + g][warp()] = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
   }
 
-  // The softmax, one warp. Lanes: row lane / 8 and reference lane % 8 of a block, with several lanes for
-  // each, which add up some warps' shares.
+  __device__ __forceinline__ void score() const {
+    Place at{0, 0};
+    int turn = 0;
+    walk_segments(true, [&](const Segment<ROWS>& segment, int slot, bool dry) {
+      Scorer mine;
+      begin_segment(mine, segment, slot, dry);
+      const int g = lane() >> 2, t = lane() & 3, rows = segment.count;
+      int left = dry ? TR : segment.references;
+#pragma unroll 1
+      for (int tiles = dry ? 1 : segment.tiles; tiles > 0; --tiles, left -= TR) {
+        if (!dry) await(at);
+#pragma unroll 1
+        for (int block = 0; block < (left > 0 ? BLOCKS : 0); ++block)
+          score_block(mine, reference(at.stage, 8 * block + stored(g), left) + 64 * warp() + 16 * t, block, turn,
+                      rows);
+        if (dry) break;
+        __syncwarp();
+        if (lane() == 0) arrive(&shared().given[turn]);
+        advance(at);
+        turn = (turn + 1) % PRODUCTS_TURNS;
+      }
+    });
+  }
+
+  // The weigher. Lanes: row lane / 8 and reference lane % 8 of a block, with two lanes for each, which add up
+  // half of the warps' shares.
   __device__ __forceinline__ void weigh(int lane) const {
     constexpr int LANES = 4 / ROWS, EACH = WARPS / LANES;
     const int my_row = lane / 8 % ROWS, n = lane % 8, lanes_part = lane / 8 / ROWS;
-    int slot = 0, slot_phase = 0, parity = 0, phases = 0;
-    for (;;) {
-      wait_barrier(&shared().announced.told[slot], slot_phase);
-      const Segment<ROWS>& segment = shared().announced.segments[slot];
-      if (segment.flags & SEGMENT_LIST_DONE) return;
-      const bool present = my_row < segment.count;
+    int turn = 0, phase = 0;
+    walk_segments(true, [&](const Segment<ROWS>& segment, int, bool dry) {
+      const bool present = !dry && my_row < segment.count;
       RowScores my;
       my.rate = segment.rows[present ? my_row : 0].rate;
       my.reset();
+      int left = dry ? TR : segment.references;
 #pragma unroll 1
-      for (int left = segment.references; left > 0; left -= TR) {
-        wait_barrier(&shared().given[parity], phases >> parity & 1);
-        phases ^= 1 << parity;
+      for (int tiles = dry ? 1 : segment.tiles; tiles > 0; --tiles, left -= TR) {
+        if (!dry) wait_barrier(&shared().given[turn], phase);
         float scores[BLOCKS], best = -INFINITY;
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) {
-          const float* const from = &shared().scores[parity][my_row][8 * b + n][lanes_part * EACH];
+          const float* const from = &shared().scores[turn][my_row][8 * b + n][lanes_part * EACH];
           float sum = 0;
 #pragma unroll
           for (int w = 0; w < EACH; w += 4) {
@@ -355,26 +466,24 @@ struct Products {
             my.base = best, my.rest = static_cast<float>(top - bound), my.top = top, my.total *= scale;
           }
           used = RAISED;
-          if (n == 0) shared().scales[parity][my_row] = scale;
+          if (n == 0) shared().scales[turn][my_row] = scale;
         }
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) {
           const bool counts = present && 8 * b + stored(n) < left;
           const float weight = counts ? power_of_two(fmaf(scores[b] - my.base, my.rate, -my.rest)) : 0.0f;
-          if (!__any_sync(0xffffffffu, !(weight < PRODUCTS_NO_WEIGHT))) continue;
+          if (!dry && !__any_sync(0xffffffffu, !(weight < PRODUCTS_NO_WEIGHT))) continue;
           used |= 1 << b;
-          my.total += hand_out(weight, parity, b, lane);
+          my.total += hand_out(weight, turn, b, lane);
         }
-        if (lane % 8 == 0 && lane < 8 * ROWS) shared().states[parity][my_row] = {my.top, my.total, my.rest};
-        if (lane == 0) shared().used[parity] = used;
+        if (lane % 8 == 0 && lane < 8 * ROWS) shared().states[turn][my_row] = {my.top, my.total};
+        if (lane == 0) shared().used[turn] = used;
+        if (dry) break;
         __syncwarp();
-        if (lane == 0) arrive(&shared().weighed[parity]);
-        parity ^= 1;
+        if (lane == 0) arrive(&shared().weighed[turn]);
+        turn = (turn + 1) % PRODUCTS_TURNS, phase ^= turn == 0;
       }
-      __syncwarp();
-      if (lane == 0) arrive(&shared().announced.done[slot]);
-      if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
-    }
+    });
   }
 
   // A weight as the sum of two values of float16: what the products see. Value `split` of them.
@@ -384,7 +493,7 @@ struct Products {
   }
 
   // The weights of a block for the products; returns their sum over the row's eight references.
-  __device__ __forceinline__ float hand_out(float weight, int parity, int block, int lane) const {
+  __device__ __forceinline__ float hand_out(float weight, int turn, int block, int lane) const {
     const int g = lane / 4, t = lane % 4, row = g / 2 % 2, split = g % 2;
     float seen =
         fmaf(__half2float(split_weight(weight, 1)), 1 / SPLIT_SCALE, __half2float(split_weight(weight, 0)));
@@ -392,62 +501,42 @@ struct Products {
     for (int hop = 4; hop > 0; hop /= 2) seen += __shfl_xor_sync(0xffffffffu, seen, hop);
     const float a = __shfl_sync(0xffffffffu, weight, 8 * row + 2 * t);
     const float b = __shfl_sync(0xffffffffu, weight, 8 * row + 2 * t + 1);
-    shared().weights[parity][block][lane] =
-        g < 4 ? pair_of(split_weight(a, split), split_weight(b, split)) : 0;
+    shared().weights[turn][block][lane] = pair_of(split_weight(a, split), split_weight(b, split));
     return seen;
   }
 
-  __device__ __forceinline__ void add_block(Mine& mine, uint32_t refs, uint32_t weights) const {
+  // The adders. Lanes (g, t) as above. A product has elements 0 to 15 of a chunk, part 0, and 16 to 31, part
+  // 1, of eight references each, and columns 4 part + 2 row + split. Of the sums lane (g, t) has those of row
+  // t & 1 for elements g and g + 8 of part t / 2.
+  using Sums = float[CHUNKS][2];
+
+  __device__ __forceinline__ void add_block(Sums& sum, uint32_t refs, uint32_t weights) const {
+    const uint2 columns = lane() < 16 ? make_uint2(weights, 0) : make_uint2(0, weights);
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
-      if (q % 2 == 0) __syncwarp();  // no more loads in flight than there are registers for
-      const uint4 four = load_transposed(refs + WARPS * 64 * q);
-      float low[4] = {}, high[4] = {};
-      multiply_8(low, four.x, four.y, weights);
-      multiply_8(high, four.z, four.w, weights);
-      mine.sum[q][0] = fmaf(low[1], 1 / SPLIT_SCALE, mine.sum[q][0]) + low[0];
-      mine.sum[q][1] = fmaf(low[3], 1 / SPLIT_SCALE, mine.sum[q][1]) + low[2];
-      mine.sum[q][2] = fmaf(high[1], 1 / SPLIT_SCALE, mine.sum[q][2]) + high[0];
-      mine.sum[q][3] = fmaf(high[3], 1 / SPLIT_SCALE, mine.sum[q][3]) + high[2];
+      float product[4] = {};
+      multiply_16(product, load_transposed(refs + WARPS * 64 * q), columns);
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        sum[q][k] = fmaf(product[2 * k + 1], 1 / SPLIT_SCALE, sum[q][k]) + product[2 * k];
     }
   }
 
   // A tile of `many` references that begins at stage s.
-  __device__ __forceinline__ void score_tile(Mine& mine, int s, int many, int rows, int parity,
-                                             bool first) const {
-    const int g = lane() >> 2, t = lane() & 3;
-#pragma unroll 1
-    for (int block = 0; block < BLOCKS; ++block)
-      score_block(mine, reference(s, 8 * block + stored(g), many) + 64 * warp() + 16 * t, block, parity,
-                  first, rows);
-    __syncwarp();
-    if (lane() == 0) arrive(&shared().given[parity]);
-  }
-  __device__ __forceinline__ void add_tile(Mine& mine, int s, int many, int parity) const {
-    const int used = shared().used[parity];
+  __device__ __forceinline__ void add_tile(Sums& sum, int s, int many, int turn, int used) const {
     if (used & RAISED) {
-      const float scale = shared().scales[parity][lane() & 1];
+      const float scale = shared().scales[turn][lane() & 1];
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) mine.sum[q][k] *= scale;
+        for (int k = 0; k < 2; ++k) sum[q][k] *= scale;
       }
     }
-    if (!(used & ~RAISED)) return;
 #pragma unroll 1
     for (int block = 0; block < BLOCKS; ++block) {
       if (used >> block & 1)
-        add_block(mine, reference(s, 8 * block + stored(lane() & 7), many) + 64 * warp() + 16 * (lane() >> 3),
-                  shared().weights[parity][block][lane()]);
-    }
-  }
-
-  __device__ __forceinline__ void release(int s) const {  // the pieces of a tile
-    __syncwarp();
-    if (lane() < PIECES) {
-      int at = s + lane();
-      if (at >= layout.stages) at -= layout.stages;
-      arrive(&shared().empty[at]);
+        add_block(sum, reference(s, 8 * block + stored(lane() & 7), many) + 64 * warp() + 16 * (lane() >> 3),
+                  shared().weights[turn][block][lane()]);
     }
   }
 
@@ -462,207 +551,114 @@ struct Products {
     return all;
   }
 
-  // What one row has at the end of a segment: weights are 2^(score - top); `staged` has the weighted sums of
-  // the references, or where the row was reviewed of their differences from the segment's first.
-  struct RowSums {
-    double top, total;
-    bool reviewed;
-  };
-
-  // Whether rounding may show in the result. A score is wrong by 2^-22 |x_i r_i| for each element, at random,
-  // and by the rounding of a warp's share of it. That matters where several references have weight, which are
-  // then about sigma / alpha apart: what it makes of the mean, beside the result's size. Or where it is so
-  // much that the best reference may not be the best.
-  __device__ __forceinline__ bool in_doubt(const RowState& row, int my_row,
-                                           const ProductsState& state) const {
-    const int w = lane() % WARPS;
-    const float x = shared().x_squares[my_row][w], r = shared().r_squares[w],
-                half = 0.25f * row.half_alpha * r;
-    const float square = 0.5f * warp_sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS))));
-    const float norm = 0.5f * warp_sum(r);  // two lanes for each warp
-    const float deviation = 0x1p-22f * sqrtf(square), spread = state.total - power_of_two(-state.rest);
-    if (deviation * row.rate > MOST_DEVIATION) return true;
-    if (!(spread > 0x1p-20f * state.total)) return false;
-    const double sigma = sqrt(LOG2_E / (2 * row.per_square));
-    const double of_noise = row.a * sigma, of_data = fma(row.a, row.alpha, row.b);
-    return fabs(row.b) * deviation >
-           MOST_ERROR * sigma * sqrt(of_noise * of_noise * d + of_data * of_data * norm);
-  }
-  static constexpr float MOST_DEVIATION = 0.03f;
-  static constexpr double MOST_ERROR = 1.5e-6;
-
-  // Four elements of the segment's first reference from e on, in float32.
-  __device__ __forceinline__ float4 load_first(const Segment<ROWS>& segment, int e) const {
-    const __half* const from = static_cast<const __half*>(in.refs.data) + segment.first * in.d + e;
-    return make_float4(__half2float(from[0]), __half2float(from[1]), __half2float(from[2]),
-                       __half2float(from[3]));
+  // 2^exponent with the digits of float32, for an exponent of at most 0. Without a call, which would cost the
+  // sums their registers.
+  __device__ __forceinline__ static double weight_of(double exponent) {
+    if (!(exponent > -1000)) return exponent != exponent ? exponent : 0.0;
+    const double whole = rint(exponent);
+    return __hiloint2double((1023 + static_cast<int>(whole)) << 20, 0) *
+           static_cast<double>(power_of_two(static_cast<float>(exponent - whole)));
   }
 
-  // The row once more, from memory and with all digits. Rare, so short rather than quick.
-  __device__ __forceinline__ RowSums review(const Segment<ROWS>& segment, int my_row) const {
-    const RowState& row = segment.rows[my_row];
-    const int references = segment.references;
-    const __half* const refs = static_cast<const __half*>(in.refs.data) + segment.first * in.d;
-    double* const scores = shared().reviewed;
-    const double rate = row.exact_rate();
-    barrier();  // what is staged is overwritten
-#pragma unroll 1
-    for (int j = warp(); j < references; j += WARPS) {
-      double share = 0;
-#pragma unroll 1
-      for (int e = 2 * lane(); e < d; e += 64) {
-        const float2 x =
-            *reinterpret_cast<const float2*>(static_cast<const float*>(in.x.data) + row.index * in.d + e);
-        const __half* const from = refs + int64_t{j} * d + e;
-        const double a = __half2float(from[0]), b = __half2float(from[1]);
-        share = fma(fma(-0.5 * row.alpha, a, static_cast<double>(row.sign * x.x)), a, share);
-        share = fma(fma(-0.5 * row.alpha, b, static_cast<double>(row.sign * x.y)), b, share);
-      }
-      share = warp_sum(share);
-      if (lane() == 0) scores[j] = share * rate;
-    }
-    barrier();
-    double best = -INFINITY, total = 0;
-#pragma unroll 1
-    for (int j = 0; j < references; ++j) best = scores[j] > best ? scores[j] : best;
-    const double top = ceil(best);
-    barrier();
-#pragma unroll 1
-    for (int j = thread(); j < references; j += THREADS) scores[j] = power(scores[j] - top);
-    barrier();
-#pragma unroll 1
-    for (int j = 0; j < references; ++j) total += scores[j];
-#pragma unroll 1
-    for (int e = 4 * thread(); e < d; e += 4 * THREADS) {
-      const float4 c = load_first(segment, e);
-      const float centre[4] = {c.x, c.y, c.z, c.w};
-      double sums[4] = {};
-#pragma unroll 1
-      for (int j = 0; j < references; ++j) {
-        if (scores[j] < 0x1p-60) continue;
-        const __half* const from = refs + int64_t{j} * d + e;
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-          sums[k] = fma(scores[j], static_cast<double>(__half2float(from[k]) - centre[k]), sums[k]);
-      }
-      *reinterpret_cast<float4*>(staged(my_row) + e) =
-          make_float4(static_cast<float>(sums[0]), static_cast<float>(sums[1]), static_cast<float>(sums[2]),
-                      static_cast<float>(sums[3]));
-    }
-    return {top, total, true};
-  }
-
-  // The rows' sums from the warps' registers.
-  __device__ __forceinline__ void stage_sums(const Mine& mine, int rows) const {
-    const int g = lane() >> 2, t = lane() & 3;
-#pragma unroll
-    for (int q = 0; q < CHUNKS; ++q) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int e = 32 * chunk(q) + 8 * k + g;
-        if (t < rows && e < d) staged(t)[e] = mine.sum[q][k];
-      }
-    }
-  }
-
-  // The weight of the row's own source, relative to `sums.top`, which grows where it has to.
-  __device__ __forceinline__ double weigh_own_source(const RowState& row, RowSums& sums,
-                                                     double& scale) const {
+  // The weight of the row's own source, relative to `own.log2_weight`, which grows where it has to.
+  __device__ __forceinline__ double weigh_own_source(const Segment<ROWS>& segment, const RowState& row,
+                                                     PartRow& own, double& scale) const {
+    const __half* const centre =
+        segment.centre < 0 ? nullptr : static_cast<const __half*>(in.refs.data) + segment.centre * in.d;
     double share = 0;
 #pragma unroll 1
-    for (int e = 4 * thread(); e < d; e += 4 * THREADS) {
-      const float4 x = load_four(in, place(), in.x, row.index, e);
-      const float4 source = load_four(in, place(), in.source, row.index, e);
-      const float signed_x[4] = {row.sign * x.x, row.sign * x.y, row.sign * x.z, row.sign * x.w};
-      const float values[4] = {source.x, source.y, source.z, source.w};
-      share += score_source(row, signed_x, values);
+    for (int e = thread(); e < d; e += THREADS) {
+      const double c = centre ? static_cast<double>(__half2float(centre[e])) : 0.0;
+      const double y = fma(-row.alpha, c, static_cast<double>(row.sign * static_cast<const float*>(row.x)[row.index * d + e]));
+      const double difference = static_cast<const float*>(in.source.data)[row.index * d + e] - c;
+      share = fma(fma(-0.5 * row.alpha, difference, y), difference, share);
     }
+    share = fma(share, 0.0, share);  // what is not finite becomes NaN
     const double bound = sum_over_block(share) * row.exact_rate();
-    if (bound > sums.top) {
-      scale = power(sums.top - bound);
-      sums.top = bound, sums.total *= scale;
+    if (bound > own.log2_weight) {
+      scale = weight_of(own.log2_weight - bound);
+      own.log2_weight = bound, own.total *= scale;
     }
-    return power(bound - sums.top);
+    return weight_of(bound - own.log2_weight);
   }
 
-  // A segment's sums, `last` of the parity of its last tile, to the rows' results or to their parts in
-  // memory.
-  __device__ __forceinline__ void end_segment(const Mine& mine, const Segment<ROWS>& segment,
+  // A segment's sums, `last` of the turn of its last tile, to the rows' results or to their parts in memory.
+  __device__ __forceinline__ void end_segment(const Sums& sum, const Segment<ROWS>& segment, int slot,
                                               int last) const {
-    const int flags = segment.flags, others = segment.to - segment.from;
+    const int flags = segment.flags, others = segment.to - segment.from, g = lane() >> 2, t = lane() & 3;
     const RowPlace here = place();
-    const bool whole = flags & SEGMENT_PART_END && others == 0;
-    stage_sums(mine, segment.count);
+    const bool whole = flags & SEGMENT_PART_END && others == 0, first = flags & SEGMENT_PART_BEGIN;
 #pragma unroll 1
     for (int r = 0; r < segment.count; ++r) {
       const RowState& row = segment.rows[r];
-      float4 x[HELD / (4 * THREADS)];
-      if (whole) {  // on their way meanwhile
+      const int64_t base = row.index * in.d + 8 * t + g;
+      float x[CHUNKS];  // on their way meanwhile
 #pragma unroll
-        for (int i = 0; i < HELD / (4 * THREADS); ++i) {
-          const int e = 4 * thread() + i * 4 * THREADS;
-          if (e < d) x[i] = load_four(in, here, in.x, row.index, e);
-        }
+      for (int q = 0; q < CHUNKS; ++q) {
+        const int e = 32 * chunk(q);
+        x[q] = whole && row.a != 0 && e + 8 * t + g < d ? static_cast<const float*>(row.x)[base + e] : 0.0f;
       }
-      RowSums sums{-INFINITY, 0, false};
-      if (segment.references > 0) {
-        const ProductsState state = shared().states[last][r];
-        if (in_doubt(row, r, state)) {
-          sums = review(segment, r);
-        } else {
-          const double offset = 0.5 * warp_sum(static_cast<double>(shared().offsets[r][lane() % WARPS]));
-          sums.top = fma(row.exact_rate(), offset, state.top), sums.total = state.total;
-        }
+      const ProductsState state = shared().states[last][r];
+      PartRow own{state.top, state.total};
+      double source = 0, scale = 1, shift = 0;
+      if (in.source.data && flags & SEGMENT_UNIT_END) source = weigh_own_source(segment, row, own, scale);
+      if (segment.squares) {
+        shift = shared().shifts[slot][r][lane() % WARPS];
+#pragma unroll
+        for (int hop = 1; hop < WARPS; hop *= 2) shift += __shfl_xor_sync(0xffffffffu, shift, hop);
       }
-      double source = 0, shift = 0;
-      double scale = 1;
-      if (in.source.data && flags & SEGMENT_UNIT_END) source = weigh_own_source(row, sums, scale);
-      if (segment.squares) shift = 0.5 * warp_sum(shared().shifts[r][lane() % WARPS]);
       const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, r);
-      double* const to = parts.sums + part * d;
-      RowEnd end{row.index,  row.out, r,     segment.from,
-                 segment.to, row.a,   row.b, {sums.top - shift, sums.total + source}};
-      double by = 1, before = 0;
-      if (!(flags & SEGMENT_PART_BEGIN)) {
-        const PartRow moved = shared().moved[r];
-        const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
-        before = power(moved.log2_weight - most), by = power(now - most);
-        end.own = {most, fma(before, moved.total, by * end.own.total)};
+      double* const to = parts.sums + part * d + 8 * t + g;
+      own = {own.log2_weight - shift, own.total + source};
+      double before = 0;
+      if (!first) {
+        const PartRow moved = shared().moved[r][warp()];
+        const double now = own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
+        const double by = weight_of(now - most);
+        before = weight_of(moved.log2_weight - most);
+        own = {most, fma(before, moved.total, by * own.total)};
+        scale *= by, source *= by;
       }
-      const double mean_by = 1 / end.own.total, centred = sums.reviewed ? by * sums.total : 0;
-      const double scaled = by * scale;
-      barrier();
+      const double mean_by = row.b / own.total;
+      float* const out = static_cast<float*>(row.out) + base;
 #pragma unroll
-      for (int i = 0; i < HELD / (4 * THREADS); ++i) {
-        const int e = 4 * thread() + i * 4 * THREADS;
-        if (e >= d) continue;
-        const float4 sum = *reinterpret_cast<const float4*>(staged(r) + e);
-        double v[4] = {scaled * sum.x, scaled * sum.y, scaled * sum.z, scaled * sum.w};
-        if (sums.reviewed) {
-          const float4 c = load_first(segment, e);
-          v[0] = fma(centred, c.x, v[0]), v[1] = fma(centred, c.y, v[1]);
-          v[2] = fma(centred, c.z, v[2]), v[3] = fma(centred, c.w, v[3]);
-        }
-        add_source(in, here, row.index, e, by * source, v);
-        if (!(flags & SEGMENT_PART_BEGIN)) add_sums(to + e, before, v);
+      for (int q = 0; q < CHUNKS; ++q) {
+        const int e = 32 * chunk(q), from = (lane() & ~1) | r;  // of this lane's part
+        const float low = __shfl_sync(0xffffffffu, sum[q][0], from);
+        const float high = __shfl_sync(0xffffffffu, sum[q][1], from);
+        const float mine = t & 1 ? high : low;
+        if (e + 8 * t + g >= d) continue;
+        double v = scale * mine;
+        if (source != 0) v = fma(source, static_cast<double>(static_cast<const float*>(in.source.data)[base + e]), v);
+        if (!first) v = fma(before, __ldcg(to + e), v);
         if (whole) {
-          store_row(in, here, end, e, mean_by, x[i], v);
+          out[e] = static_cast<float>(fma(row.a, static_cast<double>(x[q]), mean_by * v));
         } else {
-          store_sums(to + e, v);
+          __stcg(to + e, v);
         }
       }
-      if (thread() == 0 && flags & SEGMENT_PART_END && !whole) parts.rows[part] = end.own;
-      barrier();
-      if (thread() == 0) shared().moved[r] = end.own;
-      if (whole && in.lse.data && thread() == 0) write_lse(in, end.index, end.own);
-      if (whole || !(flags & SEGMENT_PART_END) || is_filed(segment) || !layout.merge_last) continue;
-      if (thread() == 0) shared().final = count_part(parts, segment, r);
-      barrier();
-      if (shared().final) merge(end);
+      __syncwarp();
+      if (lane() == 0) shared().moved[r][warp()] = own;
+      if (thread() == 0 && flags & SEGMENT_PART_END && !whole) parts.rows[part] = own;
     }
+    if (!(flags & SEGMENT_PART_END)) return;
     if (is_filed(segment)) {
       __syncwarp();
       if (lane() == 0) arrive(&shared().filed);
+      return;
+    }
+    if (whole && in.lse.data && thread() == 0) {
+#pragma unroll 1
+      for (int r = 0; r < segment.count; ++r) write_lse(in, segment.rows[r].index, shared().moved[r][0]);
+    }
+    if (whole || !layout.merge_last) return;
+#pragma unroll 1
+    for (int r = 0; r < segment.count; ++r) {
+      const RowState& row = segment.rows[r];
+      barrier();
+      if (thread() == 0) shared().final = count_part(parts, segment, r);
+      barrier();
+      if (shared().final) merge({row.index, row.out, r, segment.from, segment.to, row.a, row.b, {}});
     }
   }
 
@@ -671,79 +667,49 @@ struct Products {
     merge_row<THREADS>(in, parts, place(), end, [] { return thread(); });
   }
 
-  // Of the ring: the stage where a tile begins, and the parity of its phase.
-  struct Place {
-    int stage, phase;
-  };
-  __device__ __forceinline__ void advance(Place& at) const {
-    at.stage += PIECES;
-    if (at.stage >= layout.stages) at.stage -= layout.stages, at.phase ^= 1;
-  }
-  // Of the last piece of a tile; copies arrive in their order, or nearly.
-  __device__ __forceinline__ bool is_there(const Place& at) const {
-    const int s = at.stage + PIECES - 1;
-    const bool wraps = s >= layout.stages;
-    return has_passed(&shared().full[wraps ? s - layout.stages : s], wraps ? at.phase ^ 1 : at.phase);
-  }
-  __device__ __forceinline__ void await(const Place& at) const {
+  __device__ __forceinline__ void add() const {
+    Place at{0, 0};
+    int turn = 0, phase = 0;
+    walk_segments(true, [&](const Segment<ROWS>& segment, int slot, bool dry) {
+      Sums sum;
 #pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece) {
-      const int s = at.stage + piece;
-      const bool wraps = s >= layout.stages;
-      wait_barrier(&shared().full[wraps ? s - layout.stages : s], wraps ? at.phase ^ 1 : at.phase);
-    }
-  }
-
-  __device__ __forceinline__ void consume() const {
-    Place scored{0, 0}, added{0, 0};
-    int slot = 0, slot_phase = 0, parity = 0,
-        phases = 0;  // parity: of the next tile to add; phases: a bit each
-    for (;;) {
-      wait_barrier(&shared().announced.told[slot], slot_phase);
-      const Segment<ROWS>& segment = shared().announced.segments[slot];
-      if (segment.flags & SEGMENT_LIST_DONE) break;
-      const int rows = segment.count, references = segment.references;
-      Mine mine;
-      begin_segment(mine, segment);
-      if (references > 0) {
-        int to_score = references, to_add = references;  // references left
-#pragma unroll 1
-        while (to_add > 0) {
-          const int ahead = to_add - to_score;  // at most two tiles
-          bool score = to_score > 0 && ahead < 2 * TR;
-          if (score && ahead > 0) score = __all_sync(0xffffffffu, is_there(scored));
-          if (score) {
-            await(scored);
-            score_tile(mine, scored.stage, min(to_score, TR), rows, parity ^ (ahead > 0),
-                       to_score == references);
-            advance(scored);
-            to_score -= TR;
-          } else {
-            wait_barrier(&shared().weighed[parity], phases >> parity & 1);
-            phases ^= 1 << parity;
-            add_tile(mine, added.stage, min(to_add, TR), parity);
-            release(added.stage);
-            advance(added);
-            to_add -= TR;
-            parity ^= 1;
-          }
-        }
-      } else {  // a tile that holds none
-        await(scored);
-        release(scored.stage);
-        advance(scored), advance(added);
+      for (int q = 0; q < CHUNKS; ++q) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) sum[q][k] = 0;
       }
-      end_segment(mine, segment, parity ^ 1);
-      __syncwarp();
-      if (lane() == 0) arrive(&shared().announced.done[slot]);
-      if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
-    }
+      int left = dry ? TR : segment.references;
+#pragma unroll 1
+      for (int tiles = dry ? 1 : segment.tiles; tiles > 0; --tiles, left -= TR) {
+        if (!dry) {
+          wait_barrier(&shared().weighed[turn], phase);
+          await(at);  // long since, but that copies are seen by this warp too
+        }
+        add_tile(sum, at.stage, left, turn, dry ? RAISED | 1 : shared().used[turn]);
+        if (dry) break;
+        release(at.stage);
+        advance(at);
+        turn = (turn + 1) % PRODUCTS_TURNS, phase ^= turn == 0;
+      }
+      if (!dry) end_segment(sum, segment, slot, (turn + PRODUCTS_TURNS - 1) % PRODUCTS_TURNS);
+    });
     wait_barrier(&shared().closed, 0);
 #pragma unroll 1
     for (int i = 0; i < shared().unmerged; ++i) merge(shared().rows_left[i]);
     write_dead_rows(in, list, place(), gridDim.x, blockIdx.x, thread(), THREADS);
   }
 };
+
+// While the list is not there yet, the memory may already bring what some block will read: a part of the
+// class of each row, another one for each of its rows. By a few threads, each for a row.
+__device__ __forceinline__ void prefetch_class(const Inputs& in, int tid) {
+  constexpr int64_t BYTES = 65536;
+  const int64_t row = blockIdx.x + int64_t{tid} * gridDim.x, all = in.m * in.d * sizeof(__half);
+  if (tid < 0 || tid >= 2 || row >= in.n || all < BYTES) return;
+  const int64_t label = in.labels ? in.labels[row] : 0;
+  if (label < 0 || label >= in.k) return;
+  const int64_t from = row % (all / BYTES) * BYTES;
+  prefetch_bulk(static_cast<const char*>(in.refs.data) + label * all + from, BYTES);
+}
 
 template <int CHUNKS>
 __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
@@ -761,16 +727,19 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   const int tid = threadIdx.x - GROUPS_CONSUMERS, lane = threadIdx.x % 32;
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
   if (!layout.merge_last) allow_next_launch();
-  if (layout.own_list) read_rows(in, *scratch);
+  if (layout.own_list) {
+    prefetch_class(in, tid - 64);
+    read_rows(in, *scratch);
+  }
   if (tid == 0) {
 #pragma unroll 1
     for (int s = 0; s < layout.stages; ++s) {
       init_barrier(&shared.full[s], 1);
       init_barrier(&shared.empty[s], Kernel::WARPS);
     }
-    shared.announced.init(Kernel::WARPS + 2);
+    shared.announced.init(2 * Kernel::WARPS + 2);
 #pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < PRODUCTS_TURNS; ++i) {
       init_barrier(&shared.given[i], Kernel::WARPS);
       init_barrier(&shared.weighed[i], 1);
     }
@@ -780,9 +749,12 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     publish_barriers();
   }
   __syncthreads();
-  if (tid < 0) {
-    take_registers<PRODUCTS_CONSUMER_REGISTERS>();
-    kernel.consume();
+  if (tid < -Kernel::THREADS) {
+    take_registers<SCORERS_REGISTERS>();
+    kernel.score();
+  } else if (tid < 0) {
+    take_registers<ADDERS_REGISTERS>();
+    kernel.add();
   } else {
     give_up_registers<PRODUCTS_PRODUCER_REGISTERS>();
     if (layout.own_list) {
