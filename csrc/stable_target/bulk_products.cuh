@@ -46,16 +46,23 @@ __device__ __forceinline__ void multiply_8(float (&acc)[4], uint32_t a0, uint32_
       : "+f"(acc[0]),
       "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a0), "r"(a1), "r"(b));
 }
-// r - c, both times `size`, as its rounding and what that drops. `size`: 1, or less where differences would
-// not be finite.
-__device__ __forceinline__ void subtract(uint32_t r, uint32_t minus_c, __half2 size, uint32_t& high,
-                                         uint32_t& low) {
-  const auto value = [](uint32_t bits) { return *reinterpret_cast<const __half2*>(&bits); };
-  const __half2 a = value(r), b = value(minus_c);  // c has been multiplied
-  const __half2 sum = __hfma2(a, size, b), seen = __hfma2(__hneg2(a), size, sum);  // of b
-  const __half2 of_a = __hfma2(a, size, __hsub2(seen, sum)), of_b = __hsub2(b, seen);
-  const __half2 rest = __hadd2(of_a, of_b);
-  high = *reinterpret_cast<const uint32_t*>(&sum), low = *reinterpret_cast<const uint32_t*>(&rest);
+// r - c
+__device__ __forceinline__ uint32_t add_pairs(uint32_t r, uint32_t minus_c) {
+  const __half2 sum = __hadd2(*reinterpret_cast<const __half2*>(&r), *reinterpret_cast<const __half2*>(&minus_c));
+  return *reinterpret_cast<const uint32_t*>(&sum);
+}
+// The first COUNT of the values to the end, the others forward: a loop over registers whose code is short.
+template <int COUNT, int SIZE, typename T>
+__device__ __forceinline__ void rotate(T (&values)[SIZE]) {
+  if constexpr (COUNT < SIZE) {
+    T first[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) first[i] = values[i];
+#pragma unroll
+    for (int i = 0; i + COUNT < SIZE; ++i) values[i] = values[i + COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) values[SIZE - COUNT + i] = first[i];
+  }
 }
 // Four 8 x 8 matrices, transposed: each lane names a row of 16 bytes.
 __device__ __forceinline__ uint4 load_transposed(uint32_t row) {
@@ -73,7 +80,7 @@ __device__ __forceinline__ uint32_t pair_of(__half a, __half b) {
 constexpr float SPLIT_SCALE = 2048;
 
 // Of a thread: all together no more than at the launch, 96 for each.
-constexpr int SCORERS_REGISTERS = 104, ADDERS_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 64;
+constexpr int SCORERS_REGISTERS = 112, ADDERS_REGISTERS = 96, PRODUCTS_PRODUCER_REGISTERS = 64;
 
 struct ProductsLayout {
   int stages;       // pieces of a tile that there is room for
@@ -130,6 +137,12 @@ struct Products {
   static constexpr int FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
   static constexpr int BEFORE_LIST = FIXED_BYTES + 2 * HELD;
   static_assert(PRODUCTS_MAX_STAGES < PRODUCTS_TURNS * PIECES);
+
+#ifndef SVEL_DRY
+#define SVEL_DRY true
+#define SVEL_DRY_BEGIN false
+#endif
+  static constexpr bool DRY = SVEL_DRY, DRY_BEGIN = SVEL_DRY_BEGIN;
 
   const Inputs& in;
   const UnitList& list;
@@ -254,11 +267,56 @@ struct Products {
   // elements, words 1 and 3 part 1, and a product multiplies both parts with columns of their own: column = 4
   // part + 2 row + split.
   struct Scorer {
-    uint2 y[CHUNKS];  // of column g, where t names the elements
-    // Of row t & 1: what makes the products' sums y.d and alpha/2 |d|^2.
-    float unscale, half_alpha;
-    __half2 size;
+    uint2 y[CHUNKS];            // of column g, where t names the elements
+    float unscale, half_alpha;  // of row t & 1; unscale: 1 / what y was multiplied by
   };
+  static constexpr int AT_ONCE = 4;  // chunks that the loops over registers take
+
+  // The centre of the warp's elements, where their references lie close together beside their size, else
+  // zero. Returns a bound of its elements.
+  __device__ __forceinline__ float find_centre(const Segment<ROWS>& segment, bool dry) const {
+    constexpr int PACKS = (CHUNKS + 7) / 8;  // of eight elements, for each lane
+    const bool any = !dry && segment.centre >= 0, two = any && (segment.first > segment.centre || segment.references > 1);
+    const __half* const from = static_cast<const __half*>(in.refs.data) + (any ? segment.centre : 0) * in.d;
+    const __half* const other = from + (two ? d : 0);
+    uint4 c[PACKS], r[PACKS];
+#pragma unroll
+    for (int i = 0; i < PACKS; ++i) {
+      const int pack = i * 32 + lane(), e = 32 * chunk(pack / 4) + 8 * (pack % 4);
+      c[i] = r[i] = uint4{0, 0, 0, 0};
+      if (any && pack < 4 * CHUNKS && e < d)
+        c[i] = *reinterpret_cast<const uint4*>(from + e), r[i] = *reinterpret_cast<const uint4*>(other + e);
+    }
+    float size = 0, apart = 0, largest = 0;
+#pragma unroll
+    for (int i = 0; i < PACKS; ++i) {
+      float a[8], b[8];
+      unpack<__half>(c[i], a), unpack<__half>(r[i], b);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const float difference = a[k] - b[k];
+        size = fmaf(a[k], a[k], fmaf(b[k], b[k], size)), apart = fmaf(difference, difference, apart);
+        largest = fmaxf(largest, fabsf(a[k]));
+      }
+    }
+#pragma unroll 1
+    for (int hop = 16; hop > 0; hop /= 2) {
+      size += __shfl_xor_sync(0xffffffffu, size, hop), apart += __shfl_xor_sync(0xffffffffu, apart, hop);
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, hop));
+    }
+    const bool used = apart * 8 < size && largest < MOST_CENTRE;
+    const uint32_t sign = 0x80008000;
+#pragma unroll
+    for (int i = 0; i < PACKS; ++i) {
+      const int pack = i * 32 + lane();
+      const uint4 v = used ? uint4{c[i].x ^ sign, c[i].y ^ sign, c[i].z ^ sign, c[i].w ^ sign} : uint4{0, 0, 0, 0};
+      if (pack < 4 * CHUNKS) store_shared(centre() + 16 * pack, v);
+    }
+    __syncwarp();
+    return used ? largest : 0;
+  }
+  // Differences from it stay in the range of float16.
+  static constexpr float MOST_CENTRE = 2048;
 
   __device__ __forceinline__ void begin_segment(Scorer& mine, const Segment<ROWS>& segment, int slot,
                                                 bool dry) const {
@@ -266,147 +324,118 @@ struct Products {
     const int my_row = column / 2 % 2, split = column % 2;
     const bool present = !dry && my_row < segment.count;
     const RowState& row = segment.rows[present ? my_row : 0];
-    const float* const from = static_cast<const float*>(in.x.data) + row.index * in.d + 8 * t + 2 * part;
-    float2 y[CHUNKS][2];
+    // Beyond the sample, where references are zero, whatever is before its end.
+    const int first = 32 * warp() + 8 * t + 2 * part, last = d - 8 + 2 * part - first;
+    const float* const from = static_cast<const float*>(in.x.data) + (dry ? 0 : row.index) * in.d + first;
+    float2 x[2 * CHUNKS];
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
-      const int first = 32 * chunk(q);
-      const bool within = present && first + 8 * t < d;
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        y[q][h] = within ? *reinterpret_cast<const float2*>(from + first + 4 * h) : make_float2(0, 0);
+      const float* const at = from + min(32 * WARPS * q, last);
+      x[2 * q] = *reinterpret_cast<const float2*>(at), x[2 * q + 1] = *reinterpret_cast<const float2*>(at + 4);
     }
-
-    constexpr int PACKS = (CHUNKS + 7) / 8;  // of eight elements, for each lane
-    const __half* const first_reference =
-        static_cast<const __half*>(in.refs.data) + (dry ? 0 : segment.centre) * in.d;
-    uint4 packs[PACKS];
-    uint32_t most = 0;
-#pragma unroll
-    for (int i = 0; i < PACKS; ++i) {
-      const int pack = i * 32 + lane(), e = 32 * chunk(pack / 4) + 8 * (pack % 4);
-      packs[i] = uint4{0, 0, 0, 0};
-      if (!dry && segment.centre >= 0 && pack < 4 * CHUNKS && e < d)
-        packs[i] = *reinterpret_cast<const uint4*>(first_reference + e);
-      for (uint32_t pair : {packs[i].x, packs[i].y, packs[i].z, packs[i].w})
-        most = max(most, max(pair & 0x7fff, pair >> 16 & 0x7fff));
-    }
-    // From 4,096 on differences are halved: they stay below 65,504.
-    most = __reduce_max_sync(0xffffffffu, most);
-    const float size = most < 0x6c00 ? 1.0f : 0.5f;
-    const float back = most < 0x6c00 ? -1.0f : -2.0f;
-    mine.size = __float2half2_rn(size);
-#pragma unroll
-    for (int i = 0; i < PACKS; ++i) {
-      const int pack = i * 32 + lane();
-      const auto negated = [&](uint32_t pair) {
-        const __half2 v = __hmul2(*reinterpret_cast<const __half2*>(&pair), __hneg2(mine.size));
-        return *reinterpret_cast<const uint32_t*>(&v);
-      };
-      const uint4 v = packs[i];
-      if (pack < 4 * CHUNKS)
-        store_shared(centre() + 16 * pack, uint4{negated(v.x), negated(v.y), negated(v.z), negated(v.w)});
-    }
-    __syncwarp();
+    float largest = find_centre(segment, dry) * row.high_alpha;
+    const uint32_t minus_c = centre() + 16 * t + 4 * part;
     const auto centre_pair = [&](int q, int h) {
-      const uint32_t pair = load_shared(centre() + 64 * q + 16 * t + 4 * part + 8 * h);
-      const float2 c = __half22float2(*reinterpret_cast<const __half2*>(&pair));
-      return make_float2(c.x * back, c.y * back);
+      const uint32_t pair = load_shared(minus_c + 64 * q + 8 * h);
+      return __half22float2(*reinterpret_cast<const __half2*>(&pair));
     };
-    const bool leads = split == 0 && part == 0 && t == 0 && present;
-    const float sign = row.sign, high = row.high_alpha, rest = row.rest_alpha;
-    if (!dry && segment.squares) {
+    if (!dry && with_squares(segment)) {
       double square = 0;
-#pragma unroll
-      for (int q = 0; q < CHUNKS; ++q) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 c = centre_pair(q, h);
-          const double a = fma(-row.alpha, static_cast<double>(c.x), static_cast<double>(sign * y[q][h].x));
-          const double b = fma(-row.alpha, static_cast<double>(c.y), static_cast<double>(sign * y[q][h].y));
-          square = fma(a, a, fma(b, b, square));
-        }
+#pragma unroll 1
+      for (int i = 0; i < 2 * CHUNKS; ++i) {
+        const int offset = 32 * WARPS * (i / 2);
+        const float2 c = centre_pair(i / 2, i % 2);
+        if (offset > last) break;
+        const float2 v = *reinterpret_cast<const float2*>(from + offset + 4 * (i % 2));
+        const double a = fma(row.alpha, static_cast<double>(c.x), static_cast<double>(row.sign * v.x));
+        const double b = fma(row.alpha, static_cast<double>(c.y), static_cast<double>(row.sign * v.y));
+        square = fma(a, a, fma(b, b, square));
       }
+      __syncwarp();
 #pragma unroll
       for (int hop : {1, 2, 16}) square += __shfl_xor_sync(0xffffffffu, square, hop);  // the row's others
-      if (leads) shared().shifts[slot][my_row][warp()] = row.per_square * square;
+      if (split == 0 && part == 0 && t == 0 && present)
+        shared().shifts[slot][my_row][warp()] = row.per_square * square;
     }
-    float largest = 0;
+    float most = 0;
 #pragma unroll
-    for (int q = 0; q < CHUNKS; ++q) {
+    for (int i = 0; i < 2 * CHUNKS; ++i) most = fmaxf(most, fmaxf(fabsf(x[i].x), fabsf(x[i].y)));
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float2 c = present ? centre_pair(q, h) : make_float2(0, 0);
-        y[q][h].x = fmaf(-rest, c.x, fmaf(-high, c.x, sign * y[q][h].x));
-        y[q][h].y = fmaf(-rest, c.y, fmaf(-high, c.y, sign * y[q][h].y));
-        largest = fmaxf(largest, fmaxf(fabsf(y[q][h].x), fabsf(y[q][h].y)));
-      }
-    }
-#pragma unroll
-    for (int hop : {1, 2, 16}) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, hop));
-    // The largest to below 2^15.
+    for (int hop : {1, 2, 16}) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, hop));
+    largest += most;
+    // To below 2^15.
     const int exponent = largest > 0 && largest < INFINITY ? ilogbf(largest) : 0;
     const float scale = ldexpf(1.0f, min(max(14 - exponent, -100), 100));
+    const float sign = row.sign * scale, high = row.high_alpha * scale, rest = row.rest_alpha * scale;
+#pragma unroll 1
+    for (int i = 0; i < CHUNKS; i += AT_ONCE) {
+      rotate<AT_ONCE>(mine.y);
 #pragma unroll
-    for (int q = 0; q < CHUNKS; ++q) {
-      uint32_t words[2];
+      for (int j = 0; j < AT_ONCE; ++j) {
+        uint32_t words[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float a = y[q][h].x * scale, b = y[q][h].y * scale;
-        if (split == 1) a -= __half2float(__float2half_rn(a)), b -= __half2float(__float2half_rn(b));
-        words[h] = pair_of(__float2half_rn(a), __float2half_rn(b));
+        for (int h = 0; h < 2; ++h) {
+          const float2 c = centre_pair(i + j, h), v = x[2 * j + h];
+          const float a = fmaf(rest, c.x, fmaf(high, c.x, sign * v.x));
+          const float b = fmaf(rest, c.y, fmaf(high, c.y, sign * v.y));
+          const __half2 above = __floats2half2_rn(a, b);
+          const float2 seen = __half22float2(above);
+          const __half2 below = __floats2half2_rn(a - seen.x, b - seen.y), used = split == 0 ? above : below;
+          words[h] = *reinterpret_cast<const uint32_t*>(&used);
+        }
+        mine.y[CHUNKS - AT_ONCE + j] = make_uint2(words[0], words[1]);
       }
-      mine.y[q] = make_uint2(words[0], words[1]);
+      rotate<2 * AT_ONCE>(x);
     }
     // Of the rows whose scores this lane will have.
-    mine.unscale = __shfl_sync(0xffffffffu, 1 / (scale * size), (lane() & 1) << 3);
-    mine.half_alpha = segment.rows[min(lane() & 1, dry ? 0 : segment.count - 1)].half_alpha / (size * size);
+    mine.unscale = __shfl_sync(0xffffffffu, 1 / scale, (lane() & 1) << 3);
+    mine.half_alpha = segment.rows[dry ? 0 : min(lane() & 1, segment.count - 1)].half_alpha;
+  }
+
+  // Whether |y|^2 is wanted: sources are scored by themselves.
+  __device__ __forceinline__ bool with_squares(const Segment<ROWS>& segment) const {
+    return segment.squares || in.source.data;
   }
 
   // Shares of the scores of eight references, to shared memory.
   __device__ __forceinline__ void score_block(const Scorer& mine, uint32_t refs, int block, int turn,
                                               int rows) const {
     const int g = lane() >> 2, t = lane() & 3;
-    constexpr int CHAIN = 4;
-    float dots[4] = {}, norms[2] = {}, low_dots[4] = {}, first_low[4] = {}, second_low[4] = {};
+    constexpr int CHAIN = 2;
+    float dots[4] = {}, norms[2] = {};
     const uint32_t minus_c = centre() + 16 * t;
 #pragma unroll
     for (int from = 0; from < CHUNKS; from += CHAIN) {
-      float high_dots[4] = {}, first_part[4] = {}, second_part[4] = {};
+      float product[4] = {}, parts_0[2][4] = {}, parts_1[2][4] = {};
 #pragma unroll
       for (int q = from; q < from + CHAIN; ++q) {
         const uint4 r = load_shared_16(refs + WARPS * 64 * q), c = load_shared_16(minus_c + 64 * q);
-        uint4 high, low;
-        subtract(r.x, c.x, mine.size, high.x, low.x), subtract(r.y, c.y, mine.size, high.y, low.y);
-        subtract(r.z, c.z, mine.size, high.z, low.z), subtract(r.w, c.w, mine.size, high.w, low.w);
-        const uint2 first = make_uint2(high.x, high.z), second = make_uint2(high.y, high.w);
-        multiply_16(high_dots, high, mine.y[q]), multiply_16(low_dots, low, mine.y[q]);
-        multiply_16(first_part, high, first), multiply_16(second_part, high, second);
-        multiply_16(first_low, low, first), multiply_16(second_low, low, second);
+        const uint4 v{add_pairs(r.x, c.x), add_pairs(r.y, c.y), add_pairs(r.z, c.z), add_pairs(r.w, c.w)};
+        multiply_16(product, v, mine.y[q]);
+        multiply_8(parts_0[0], v.x, v.y, v.x), multiply_8(parts_1[0], v.x, v.y, v.y);
+        multiply_8(parts_0[1], v.z, v.w, v.z), multiply_8(parts_1[1], v.z, v.w, v.w);
       }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) dots[k] += high_dots[k];
+      for (int k = 0; k < 4; ++k) dots[k] += product[k];
 #pragma unroll
-      for (int k = 0; k < 2; ++k) norms[k] += first_part[k] + second_part[2 + k];
+      for (int k = 0; k < 2; ++k)
+        norms[k] += (parts_0[0][k] + parts_1[0][2 + k]) + (parts_0[1][k] + parts_1[1][2 + k]);
     }
-#pragma unroll
-    for (int k = 0; k < 4; ++k) dots[k] += low_dots[k];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) norms[k] = fmaf(2, first_low[k] + second_low[2 + k], norms[k]);
     // Of the products, lane (g, t) has columns 2 t and 2 t + 1 of reference g, of part 0 and of part 1: of y,
     // or of the references, where it wants that of reference g itself.
     const float norm = __shfl_sync(0xffffffffu, g & 1 ? norms[1] : norms[0], (lane() & ~3) | g >> 1);
     float dot = t < 2 ? dots[0] + dots[1] : dots[2] + dots[3];
     dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-    if (t < rows) shared().scores[turn][t][8 * block + g][warp()] = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
+    if (t < rows)
+      shared().scores[turn][t][8 * block + g][warp()] = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
   }
 
   __device__ __forceinline__ void score() const {
     Place at{0, 0};
     int turn = 0;
-    walk_segments(true, [&](const Segment<ROWS>& segment, int slot, bool dry) {
+    walk_segments(DRY, [&](const Segment<ROWS>& segment, int slot, bool dry) {
       Scorer mine;
-      begin_segment(mine, segment, slot, dry);
+      if (DRY_BEGIN || !dry) begin_segment(mine, segment, slot, dry);
       const int g = lane() >> 2, t = lane() & 3, rows = segment.count;
       int left = dry ? TR : segment.references;
 #pragma unroll 1
@@ -431,7 +460,7 @@ struct Products {
     constexpr int LANES = 4 / ROWS, EACH = WARPS / LANES;
     const int my_row = lane / 8 % ROWS, n = lane % 8, lanes_part = lane / 8 / ROWS;
     int turn = 0, phase = 0;
-    walk_segments(true, [&](const Segment<ROWS>& segment, int, bool dry) {
+    walk_segments(DRY, [&](const Segment<ROWS>& segment, int, bool dry) {
       const bool present = !dry && my_row < segment.count;
       RowScores my;
       my.rate = segment.rows[present ? my_row : 0].rate;
@@ -508,7 +537,7 @@ struct Products {
   // The adders. Lanes (g, t) as above. A product has elements 0 to 15 of a chunk, part 0, and 16 to 31, part
   // 1, of eight references each, and columns 4 part + 2 row + split. Of the sums lane (g, t) has those of row
   // t & 1 for elements g and g + 8 of part t / 2.
-  using Sums = float[CHUNKS][2];
+  using Sums = float[2 * CHUNKS];
 
   __device__ __forceinline__ void add_block(Sums& sum, uint32_t refs, uint32_t weights) const {
     const uint2 columns = lane() < 16 ? make_uint2(weights, 0) : make_uint2(0, weights);
@@ -518,7 +547,7 @@ struct Products {
       multiply_16(product, load_transposed(refs + WARPS * 64 * q), columns);
 #pragma unroll
       for (int k = 0; k < 2; ++k)
-        sum[q][k] = fmaf(product[2 * k + 1], 1 / SPLIT_SCALE, sum[q][k]) + product[2 * k];
+        sum[2 * q + k] = fmaf(product[2 * k + 1], 1 / SPLIT_SCALE, sum[2 * q + k]) + product[2 * k];
     }
   }
 
@@ -527,10 +556,7 @@ struct Products {
     if (used & RAISED) {
       const float scale = shared().scales[turn][lane() & 1];
 #pragma unroll
-      for (int q = 0; q < CHUNKS; ++q) {
-#pragma unroll
-        for (int k = 0; k < 2; ++k) sum[q][k] *= scale;
-      }
+      for (int i = 0; i < 2 * CHUNKS; ++i) sum[i] *= scale;
     }
 #pragma unroll 1
     for (int block = 0; block < BLOCKS; ++block) {
@@ -561,55 +587,54 @@ struct Products {
   }
 
   // The weight of the row's own source, relative to `own.log2_weight`, which grows where it has to.
-  __device__ __forceinline__ double weigh_own_source(const Segment<ROWS>& segment, const RowState& row,
-                                                     PartRow& own, double& scale) const {
-    const __half* const centre =
-        segment.centre < 0 ? nullptr : static_cast<const __half*>(in.refs.data) + segment.centre * in.d;
+  __device__ __forceinline__ double weigh_own_source(const RowState& row, PartRow& own, double& scale) const {
     double share = 0;
 #pragma unroll 1
     for (int e = thread(); e < d; e += THREADS) {
-      const double c = centre ? static_cast<double>(__half2float(centre[e])) : 0.0;
-      const double y = fma(-row.alpha, c, static_cast<double>(row.sign * static_cast<const float*>(row.x)[row.index * d + e]));
-      const double difference = static_cast<const float*>(in.source.data)[row.index * d + e] - c;
-      share = fma(fma(-0.5 * row.alpha, difference, y), difference, share);
+      const double source = static_cast<const float*>(in.source.data)[row.index * d + e];
+      const double x = row.sign * static_cast<const float*>(row.x)[row.index * d + e];
+      const double difference = fma(-row.alpha, source, x);
+      share = fma(difference, difference, share);
     }
     share = fma(share, 0.0, share);  // what is not finite becomes NaN
-    const double bound = sum_over_block(share) * row.exact_rate();
-    if (bound > own.log2_weight) {
-      scale = weight_of(own.log2_weight - bound);
-      own.log2_weight = bound, own.total *= scale;
+    const double log2_weight = -row.per_square * sum_over_block(share);
+    if (log2_weight > own.log2_weight) {
+      scale = weight_of(own.log2_weight - log2_weight);
+      own.log2_weight = log2_weight, own.total *= scale;
     }
-    return weight_of(bound - own.log2_weight);
+    return weight_of(log2_weight - own.log2_weight);
   }
 
   // A segment's sums, `last` of the turn of its last tile, to the rows' results or to their parts in memory.
-  __device__ __forceinline__ void end_segment(const Sums& sum, const Segment<ROWS>& segment, int slot,
+  __device__ __forceinline__ void end_segment(Sums& sum, const Segment<ROWS>& segment, int slot,
                                               int last) const {
     const int flags = segment.flags, others = segment.to - segment.from, g = lane() >> 2, t = lane() & 3;
     const RowPlace here = place();
     const bool whole = flags & SEGMENT_PART_END && others == 0, first = flags & SEGMENT_PART_BEGIN;
+    const int begin = 32 * warp() + 8 * t + g;
 #pragma unroll 1
     for (int r = 0; r < segment.count; ++r) {
       const RowState& row = segment.rows[r];
-      const int64_t base = row.index * in.d + 8 * t + g;
+      const int64_t base = row.index * in.d + begin;
       float x[CHUNKS];  // on their way meanwhile
+      if (whole) {
+        const float* const from = static_cast<const float*>(row.x) + base;
 #pragma unroll
-      for (int q = 0; q < CHUNKS; ++q) {
-        const int e = 32 * chunk(q);
-        x[q] = whole && row.a != 0 && e + 8 * t + g < d ? static_cast<const float*>(row.x)[base + e] : 0.0f;
+        for (int q = 0; q < CHUNKS; ++q) x[q] = from[min(32 * WARPS * q, d - 1 - begin)];
       }
       const ProductsState state = shared().states[last][r];
       PartRow own{state.top, state.total};
-      double source = 0, scale = 1, shift = 0;
-      if (in.source.data && flags & SEGMENT_UNIT_END) source = weigh_own_source(segment, row, own, scale);
-      if (segment.squares) {
-        shift = shared().shifts[slot][r][lane() % WARPS];
+      double source = 0, scale = 1;
+      if (with_squares(segment)) {
+        double shift = shared().shifts[slot][r][lane() % WARPS];
 #pragma unroll
         for (int hop = 1; hop < WARPS; hop *= 2) shift += __shfl_xor_sync(0xffffffffu, shift, hop);
+        own.log2_weight -= shift;
       }
-      const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, r);
-      double* const to = parts.sums + part * d + 8 * t + g;
-      own = {own.log2_weight - shift, own.total + source};
+      if (in.source.data && flags & SEGMENT_UNIT_END) {
+        source = weigh_own_source(row, own, scale);
+        own.total += source;
+      }
       double before = 0;
       if (!first) {
         const PartRow moved = shared().moved[r][warp()];
@@ -619,23 +644,32 @@ struct Products {
         own = {most, fma(before, moved.total, by * own.total)};
         scale *= by, source *= by;
       }
-      const double mean_by = row.b / own.total;
-      float* const out = static_cast<float*>(row.out) + base;
+      const double mean_by = row.b / own.total, of_x = row.a;
+      const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, r);
+      double* to = parts.sums + part * d + begin;
+      float* out = static_cast<float*>(row.out) + base;
+      const float* from_source = static_cast<const float*>(in.source.data) + base;
+      const int from_lane = (lane() & ~1) | r;  // which has this lane's part
+#pragma unroll 1
+      for (int i = 0; i < CHUNKS; i += AT_ONCE) {
 #pragma unroll
-      for (int q = 0; q < CHUNKS; ++q) {
-        const int e = 32 * chunk(q), from = (lane() & ~1) | r;  // of this lane's part
-        const float low = __shfl_sync(0xffffffffu, sum[q][0], from);
-        const float high = __shfl_sync(0xffffffffu, sum[q][1], from);
-        const float mine = t & 1 ? high : low;
-        if (e + 8 * t + g >= d) continue;
-        double v = scale * mine;
-        if (source != 0) v = fma(source, static_cast<double>(static_cast<const float*>(in.source.data)[base + e]), v);
-        if (!first) v = fma(before, __ldcg(to + e), v);
-        if (whole) {
-          out[e] = static_cast<float>(fma(row.a, static_cast<double>(x[q]), mean_by * v));
-        } else {
-          __stcg(to + e, v);
+        for (int j = 0; j < AT_ONCE; ++j) {
+          const int e = 32 * WARPS * j;
+          const float low = __shfl_sync(0xffffffffu, sum[2 * j], from_lane);
+          const float high = __shfl_sync(0xffffffffu, sum[2 * j + 1], from_lane);
+          if (begin + 32 * WARPS * i + e >= d) continue;
+          double v = scale * (t & 1 ? high : low);
+          if (source != 0) v = fma(source, static_cast<double>(from_source[e]), v);
+          if (!first) v = fma(before, __ldcg(to + e), v);
+          if (whole) {
+            v *= mean_by;
+            out[e] = static_cast<float>(of_x != 0 ? fma(of_x, static_cast<double>(x[j]), v) : v);
+          } else {
+            __stcg(to + e, v);
+          }
         }
+        rotate<2 * AT_ONCE>(sum), rotate<AT_ONCE>(x);
+        to += 32 * WARPS * AT_ONCE, out += 32 * WARPS * AT_ONCE, from_source += 32 * WARPS * AT_ONCE;
       }
       __syncwarp();
       if (lane() == 0) shared().moved[r][warp()] = own;
@@ -670,13 +704,10 @@ struct Products {
   __device__ __forceinline__ void add() const {
     Place at{0, 0};
     int turn = 0, phase = 0;
-    walk_segments(true, [&](const Segment<ROWS>& segment, int slot, bool dry) {
+    walk_segments(DRY, [&](const Segment<ROWS>& segment, int slot, bool dry) {
       Sums sum;
 #pragma unroll
-      for (int q = 0; q < CHUNKS; ++q) {
-#pragma unroll
-        for (int k = 0; k < 2; ++k) sum[q][k] = 0;
-      }
+      for (int i = 0; i < 2 * CHUNKS; ++i) sum[i] = 0;
       int left = dry ? TR : segment.references;
 #pragma unroll 1
       for (int tiles = dry ? 1 : segment.tiles; tiles > 0; --tiles, left -= TR) {
