@@ -168,6 +168,12 @@ __device__ inline int add_arrival(int* counter) {
   SVEL_HOPPER_ASM("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
 }
+// Those so far.
+__device__ inline int arrivals(const int* counter) {
+  int number = 0;
+  SVEL_HOPPER_ASM("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(number) : "l"(counter) : "memory");
+  return number;
+}
 
 // Eight bytes to and from another block of the grid, whole or not at all.
 __device__ inline void post_letter(uint2* to, uint2 letter) {

@@ -136,7 +136,8 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.kernel = "bulk";
     plan.threads = GROUPS_CONSUMERS + BULK_PRODUCERS;
     plan.group = tile.group;
-    plan.in_flight = static_cast<int>(std::clamp<int64_t>(BULK_IN_FLIGHT / stage, 2, stages));
+    const int64_t in_flight = (BULK_IN_FLIGHT + (products ? stage / 2 : 0)) / stage;
+    plan.in_flight = static_cast<int>(std::clamp<int64_t>(in_flight, 2, stages));
     // One row waits for memory, more are bound by their arithmetic where that takes longer.
     const double memory = tile.tile_refs * p.refs_size * p.sm_count / (0.92 * p.bandwidth);
     const double arithmetic = TILE_REFERENCE_SECONDS * tile.tile_refs;

@@ -79,7 +79,7 @@ constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 
 constexpr int PRODUCTS_ROWS = 2, PRODUCTS_PIECES = 4, PRODUCTS_MAX_STAGES = 15;
 // Beside the stages: barriers, shares of scores, weights; a reference.
 constexpr int64_t products_smem(int64_t held, int tile_refs) {
-  return 4096 + 448 * tile_refs + 2 * held;
+  return 4096 + 448 * tile_refs + 4 * held;
 }
 // Of a reference there: apart by 16 bytes more than a multiple of 128, so that eight of them meet all banks.
 constexpr int products_ref_bytes(int64_t held) {

@@ -56,7 +56,9 @@ struct Launch : BulkLaunch {
     static_assert(Kernel::BEFORE_LIST <= products_smem(Kernel::HELD, Kernel::TR),
                   "the planner reserves less");
     if (in.refs.dtype != Dtype::f16 || !plan.products || plan.tile_d != Kernel::HELD) return false;
-    run_in_blocks(products_kernel<CHUNKS>, ProductsLayout{});
+    ProductsLayout layout{};
+    layout.in_flight = plan.in_flight;
+    run_in_blocks(products_kernel<CHUNKS>, layout);
     return true;
   }
 

@@ -46,11 +46,6 @@ __device__ __forceinline__ void multiply_8(float (&acc)[4], uint32_t a0, uint32_
       : "+f"(acc[0]),
       "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a0), "r"(a1), "r"(b));
 }
-// r - c
-__device__ __forceinline__ uint32_t add_pairs(uint32_t r, uint32_t minus_c) {
-  const __half2 sum = __hadd2(*reinterpret_cast<const __half2*>(&r), *reinterpret_cast<const __half2*>(&minus_c));
-  return *reinterpret_cast<const uint32_t*>(&sum);
-}
 // The first COUNT of the values to the end, the others forward: a loop over registers whose code is short.
 template <int COUNT, int SIZE, typename T>
 __device__ __forceinline__ void rotate(T (&values)[SIZE]) {
@@ -80,10 +75,10 @@ __device__ __forceinline__ uint32_t pair_of(__half a, __half b) {
 constexpr float SPLIT_SCALE = 2048;
 
 // Of a thread: all together no more than at the launch, 96 for each.
-constexpr int SCORERS_REGISTERS = 112, ADDERS_REGISTERS = 96, PRODUCTS_PRODUCER_REGISTERS = 64;
+constexpr int SCORERS_REGISTERS = 96, ADDERS_REGISTERS = 112, PRODUCTS_PRODUCER_REGISTERS = 64;
 
 struct ProductsLayout {
-  int stages;       // pieces of a tile that there is room for
+  int stages, in_flight;  // pieces of a tile that there is room for; of these, on their way at once
   bool own_list;    // each block builds the list of units in its shared memory
   bool merge_last;  // the last block to finish merges; else merge_kernel
 };
@@ -135,7 +130,7 @@ struct Products {
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
   using Shared = ProductsShared<TR>;
   static constexpr int FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
-  static constexpr int BEFORE_LIST = FIXED_BYTES + 2 * HELD;
+  static constexpr int BEFORE_LIST = FIXED_BYTES + 4 * HELD;
   static_assert(PRODUCTS_MAX_STAGES < PRODUCTS_TURNS * PIECES);
 
 #ifndef SVEL_DRY
@@ -156,9 +151,9 @@ struct Products {
     return all;
   }
   __device__ __forceinline__ static Shared& shared() { return *reinterpret_cast<Shared*>(memory()); }
-  // The centre of the scorers' segment, times -1, a warp's elements side by side.
+  // The centre of the scorers' segment in float32, a warp's elements side by side.
   __device__ __forceinline__ static uint32_t centre() {
-    return shared_address(memory()) + FIXED_BYTES + warp() * (CHUNKS * 64);
+    return shared_address(memory()) + FIXED_BYTES + warp() * (CHUNKS * 128);
   }
   __device__ __forceinline__ char* stage(int s) const {
     return memory() + staging + s * (PIECE_REFS * REF_BYTES);
@@ -196,7 +191,9 @@ struct Products {
   // The producer, one warp: each lane copies one reference of a piece.
   __device__ __forceinline__ void produce(int lane) const {
     const int ref_bytes = d * static_cast<int>(sizeof(__half));
-    int s = 0, phase = 1, slot = 0, slot_phase = 0;
+    // `behind`: the piece that must have arrived before the next one is on its way. The first few are always
+    // taken as arrived.
+    int s = 0, phase = 1, behind = layout.stages - layout.in_flight, behind_phase = 1, slot = 0, slot_phase = 0;
     for (;;) {
       wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
@@ -208,6 +205,8 @@ struct Products {
       for (int pieces = segment.tiles * PIECES; pieces > 0; --pieces) {
         Barrier* const full = &shared().full[s];
         const int many = max(min(left, PIECE_REFS), 0);
+        wait_barrier(&shared().full[behind], behind_phase);
+        if (++behind == layout.stages) behind = 0, behind_phase ^= 1;
         wait_barrier(&shared().empty[s], phase);
         if (lane == 0) {
           if (many > 0) {
@@ -272,51 +271,25 @@ struct Products {
   };
   static constexpr int AT_ONCE = 4;  // chunks that the loops over registers take
 
-  // The centre of the warp's elements, where their references lie close together beside their size, else
-  // zero. Returns a bound of its elements.
-  __device__ __forceinline__ float find_centre(const Segment<ROWS>& segment, bool dry) const {
-    constexpr int PACKS = (CHUNKS + 7) / 8;  // of eight elements, for each lane
-    const bool any = !dry && segment.centre >= 0, two = any && (segment.first > segment.centre || segment.references > 1);
-    const __half* const from = static_cast<const __half*>(in.refs.data) + (any ? segment.centre : 0) * in.d;
-    const __half* const other = from + (two ? d : 0);
-    uint4 c[PACKS], r[PACKS];
+  // The centre of the warp's elements. Returns a bound of them.
+  __device__ __forceinline__ float bring_centre(int64_t index) const {
+    const __half* const from = static_cast<const __half*>(in.refs.data) + (index < 0 ? 0 : index) * in.d;
+    uint32_t largest = 0;
 #pragma unroll
-    for (int i = 0; i < PACKS; ++i) {
-      const int pack = i * 32 + lane(), e = 32 * chunk(pack / 4) + 8 * (pack % 4);
-      c[i] = r[i] = uint4{0, 0, 0, 0};
-      if (any && pack < 4 * CHUNKS && e < d)
-        c[i] = *reinterpret_cast<const uint4*>(from + e), r[i] = *reinterpret_cast<const uint4*>(other + e);
-    }
-    float size = 0, apart = 0, largest = 0;
+    for (int i = lane(); i < 4 * CHUNKS; i += 32) {  // eight elements
+      const int e = 32 * chunk(i / 4) + 8 * (i % 4);
+      uint4 c{0, 0, 0, 0};
+      if (index >= 0 && e < d) c = *reinterpret_cast<const uint4*>(from + e);
+      float v[8];
+      unpack<__half>(c, v);
 #pragma unroll
-    for (int i = 0; i < PACKS; ++i) {
-      float a[8], b[8];
-      unpack<__half>(c[i], a), unpack<__half>(r[i], b);
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const float difference = a[k] - b[k];
-        size = fmaf(a[k], a[k], fmaf(b[k], b[k], size)), apart = fmaf(difference, difference, apart);
-        largest = fmaxf(largest, fabsf(a[k]));
-      }
-    }
-#pragma unroll 1
-    for (int hop = 16; hop > 0; hop /= 2) {
-      size += __shfl_xor_sync(0xffffffffu, size, hop), apart += __shfl_xor_sync(0xffffffffu, apart, hop);
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, hop));
-    }
-    const bool used = apart * 8 < size && largest < MOST_CENTRE;
-    const uint32_t sign = 0x80008000;
-#pragma unroll
-    for (int i = 0; i < PACKS; ++i) {
-      const int pack = i * 32 + lane();
-      const uint4 v = used ? uint4{c[i].x ^ sign, c[i].y ^ sign, c[i].z ^ sign, c[i].w ^ sign} : uint4{0, 0, 0, 0};
-      if (pack < 4 * CHUNKS) store_shared(centre() + 16 * pack, v);
+      for (int k = 0; k < 8; ++k) largest = max(largest, __float_as_uint(v[k]) & 0x7fffffff);
+      store_shared(centre() + 32 * i, *reinterpret_cast<const uint4*>(v));
+      store_shared(centre() + 32 * i + 16, *reinterpret_cast<const uint4*>(v + 4));
     }
     __syncwarp();
-    return used ? largest : 0;
+    return __uint_as_float(__reduce_max_sync(0xffffffffu, largest));
   }
-  // Differences from it stay in the range of float16.
-  static constexpr float MOST_CENTRE = 2048;
 
   __device__ __forceinline__ void begin_segment(Scorer& mine, const Segment<ROWS>& segment, int slot,
                                                 bool dry) const {
@@ -328,16 +301,22 @@ struct Products {
     const int first = 32 * warp() + 8 * t + 2 * part, last = d - 8 + 2 * part - first;
     const float* const from = static_cast<const float*>(in.x.data) + (dry ? 0 : row.index) * in.d + first;
     float2 x[2 * CHUNKS];
+    const auto read_x = [&](const auto& offset) {
 #pragma unroll
-    for (int q = 0; q < CHUNKS; ++q) {
-      const float* const at = from + min(32 * WARPS * q, last);
-      x[2 * q] = *reinterpret_cast<const float2*>(at), x[2 * q + 1] = *reinterpret_cast<const float2*>(at + 4);
+      for (int q = 0; q < CHUNKS; ++q) {
+        const float* const at = from + offset(32 * WARPS * q);
+        x[2 * q] = *reinterpret_cast<const float2*>(at), x[2 * q + 1] = *reinterpret_cast<const float2*>(at + 4);
+      }
+    };
+    if (d == HELD) {  // less code
+      read_x([](int offset) { return offset; });
+    } else {
+      read_x([&](int offset) { return min(offset, last); });
     }
-    float largest = find_centre(segment, dry) * row.high_alpha;
-    const uint32_t minus_c = centre() + 16 * t + 4 * part;
+    float largest = bring_centre(dry ? -1 : segment.centre) * row.high_alpha;
     const auto centre_pair = [&](int q, int h) {
-      const uint32_t pair = load_shared(minus_c + 64 * q + 8 * h);
-      return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+      const uint2 pair = load_shared_8(centre() + 128 * q + 32 * t + 8 * part + 16 * h);
+      return make_float2(__uint_as_float(pair.x), __uint_as_float(pair.y));
     };
     if (!dry && with_squares(segment)) {
       double square = 0;
@@ -347,9 +326,10 @@ struct Products {
         const float2 c = centre_pair(i / 2, i % 2);
         if (offset > last) break;
         const float2 v = *reinterpret_cast<const float2*>(from + offset + 4 * (i % 2));
-        const double a = fma(row.alpha, static_cast<double>(c.x), static_cast<double>(row.sign * v.x));
-        const double b = fma(row.alpha, static_cast<double>(c.y), static_cast<double>(row.sign * v.y));
-        square = fma(a, a, fma(b, b, square));
+        const double a = fma(-row.alpha, static_cast<double>(c.x), static_cast<double>(row.sign * v.x));
+        const double b = fma(-row.alpha, static_cast<double>(c.y), static_cast<double>(row.sign * v.y));
+        square = fma(a, fma(2 * row.alpha, static_cast<double>(c.x), a), square);
+        square = fma(b, fma(2 * row.alpha, static_cast<double>(c.y), b), square);
       }
       __syncwarp();
 #pragma unroll
@@ -364,31 +344,39 @@ struct Products {
     for (int hop : {1, 2, 16}) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, hop));
     largest += most;
     // To below 2^15.
-    const int exponent = largest > 0 && largest < INFINITY ? ilogbf(largest) : 0;
-    const float scale = ldexpf(1.0f, min(max(14 - exponent, -100), 100));
-    const float sign = row.sign * scale, high = row.high_alpha * scale, rest = row.rest_alpha * scale;
+    const bool usual = largest > 0 && largest < INFINITY;
+    const int biased = usual ? min(max(268 - (__float_as_int(largest) >> 23), 27), 227) : 127;
+    const float scale = __int_as_float(biased << 23);
+    const float sign = row.sign * scale, high = row.high_alpha * scale, rest = row.rest_alpha * scale;  // y times scale
 #pragma unroll 1
     for (int i = 0; i < CHUNKS; i += AT_ONCE) {
-      rotate<AT_ONCE>(mine.y);
+      float2 split_y[AT_ONCE];
 #pragma unroll
       for (int j = 0; j < AT_ONCE; ++j) {
         uint32_t words[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float2 c = centre_pair(i + j, h), v = x[2 * j + h];
-          const float a = fmaf(rest, c.x, fmaf(high, c.x, sign * v.x));
-          const float b = fmaf(rest, c.y, fmaf(high, c.y, sign * v.y));
+          const float a = fmaf(-rest, c.x, fmaf(-high, c.x, sign * v.x));
+          const float b = fmaf(-rest, c.y, fmaf(-high, c.y, sign * v.y));
           const __half2 above = __floats2half2_rn(a, b);
           const float2 seen = __half22float2(above);
           const __half2 below = __floats2half2_rn(a - seen.x, b - seen.y), used = split == 0 ? above : below;
           words[h] = *reinterpret_cast<const uint32_t*>(&used);
         }
-        mine.y[CHUNKS - AT_ONCE + j] = make_uint2(words[0], words[1]);
+        split_y[j] = make_float2(__uint_as_float(words[0]), __uint_as_float(words[1]));
       }
-      rotate<2 * AT_ONCE>(x);
+      rotate<2 * AT_ONCE>(x);  // they take the places of half of what they are of
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) x[2 * (CHUNKS - AT_ONCE) + j] = split_y[j];
+    }
+#pragma unroll
+    for (int q = 0; q < CHUNKS; ++q) {
+      const float2 words = x[2 * (q / AT_ONCE * AT_ONCE) + q % AT_ONCE];
+      mine.y[q] = make_uint2(__float_as_uint(words.x), __float_as_uint(words.y));
     }
     // Of the rows whose scores this lane will have.
-    mine.unscale = __shfl_sync(0xffffffffu, 1 / scale, (lane() & 1) << 3);
+    mine.unscale = __shfl_sync(0xffffffffu, __int_as_float((254 - biased) << 23), (lane() & 1) << 3);
     mine.half_alpha = segment.rows[dry ? 0 : min(lane() & 1, segment.count - 1)].half_alpha;
   }
 
@@ -402,30 +390,35 @@ struct Products {
                                               int rows) const {
     const int g = lane() >> 2, t = lane() & 3;
     constexpr int CHAIN = 2;
-    float dots[4] = {}, norms[2] = {};
-    const uint32_t minus_c = centre() + 16 * t;
+    float dots[4] = {}, norm = 0;
+    const uint32_t c_at = centre() + 32 * t;
 #pragma unroll
     for (int from = 0; from < CHUNKS; from += CHAIN) {
-      float product[4] = {}, parts_0[2][4] = {}, parts_1[2][4] = {};
+      float product[4] = {}, squares[2] = {};
 #pragma unroll
       for (int q = from; q < from + CHAIN; ++q) {
-        const uint4 r = load_shared_16(refs + WARPS * 64 * q), c = load_shared_16(minus_c + 64 * q);
-        const uint4 v{add_pairs(r.x, c.x), add_pairs(r.y, c.y), add_pairs(r.z, c.z), add_pairs(r.w, c.w)};
-        multiply_16(product, v, mine.y[q]);
-        multiply_8(parts_0[0], v.x, v.y, v.x), multiply_8(parts_1[0], v.x, v.y, v.y);
-        multiply_8(parts_0[1], v.z, v.w, v.z), multiply_8(parts_1[1], v.z, v.w, v.w);
+        const uint4 r = load_shared_16(refs + WARPS * 64 * q);
+        multiply_16(product, r, mine.y[q]);
+        float v[8];
+        unpack<__half>(r, v);
+#pragma unroll
+        for (int k = 0; k < 8; k += 4) {
+          const uint4 c = load_shared_16(c_at + 128 * q + 4 * k);
+          const float d_0 = v[k] - __uint_as_float(c.x), d_1 = v[k + 1] - __uint_as_float(c.y);
+          const float d_2 = v[k + 2] - __uint_as_float(c.z), d_3 = v[k + 3] - __uint_as_float(c.w);
+          squares[0] = fmaf(d_0, d_0, squares[0]), squares[1] = fmaf(d_1, d_1, squares[1]);
+          squares[0] = fmaf(d_2, d_2, squares[0]), squares[1] = fmaf(d_3, d_3, squares[1]);
+        }
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) dots[k] += product[k];
-#pragma unroll
-      for (int k = 0; k < 2; ++k)
-        norms[k] += (parts_0[0][k] + parts_1[0][2 + k]) + (parts_0[1][k] + parts_1[1][2 + k]);
+      norm += squares[0] + squares[1];
     }
-    // Of the products, lane (g, t) has columns 2 t and 2 t + 1 of reference g, of part 0 and of part 1: of y,
-    // or of the references, where it wants that of reference g itself.
-    const float norm = __shfl_sync(0xffffffffu, g & 1 ? norms[1] : norms[0], (lane() & ~3) | g >> 1);
+    // Of the products, lane (g, t) has columns 2 t and 2 t + 1 of reference g, of part 0 and of part 1.
     float dot = t < 2 ? dots[0] + dots[1] : dots[2] + dots[3];
     dot += __shfl_xor_sync(0xffffffffu, dot, 2);
+    norm += __shfl_xor_sync(0xffffffffu, norm, 1);
+    norm += __shfl_xor_sync(0xffffffffu, norm, 2);
     if (t < rows)
       shared().scores[turn][t][8 * block + g][warp()] = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
   }
@@ -605,6 +598,19 @@ struct Products {
     return weight_of(log2_weight - own.log2_weight);
   }
 
+  // Whether this block's last segment is a part of a unit that has one more, in another block.
+  __device__ __forceinline__ bool has_partner(const Segment<ROWS>& segment) const {
+    return segment.flags & SEGMENT_PART_END && segment.to == segment.from + 1 && !is_filed(segment) &&
+           layout.merge_last;
+  }
+  // Whether that part is there, of all rows; by one thread.
+  __device__ __forceinline__ bool partner_is_there(const Segment<ROWS>& segment) const {
+    wait_for_previous_launch();  // which sets the counts to zero
+    bool there = true;
+    for (int r = 0; r < segment.count; ++r) there = there && arrivals(parts.arrived + segment.order + r) == 1;
+    return there;
+  }
+
   // A segment's sums, `last` of the turn of its last tile, to the rows' results or to their parts in memory.
   __device__ __forceinline__ void end_segment(Sums& sum, const Segment<ROWS>& segment, int slot,
                                               int last) const {
@@ -612,12 +618,29 @@ struct Products {
     const RowPlace here = place();
     const bool whole = flags & SEGMENT_PART_END && others == 0, first = flags & SEGMENT_PART_BEGIN;
     const int begin = 32 * warp() + 8 * t + g;
+    bool joins = has_partner(segment);
+    if (joins) {
+      if (thread() == 0 && !shared().final) shared().final = partner_is_there(segment);
+      barrier();
+      joins = shared().final;
+    }
+    const bool direct = whole || joins, leads = joins && blockIdx.x == segment.from;
+    const int64_t partner = leads ? segment.to : segment.from;
 #pragma unroll 1
     for (int r = 0; r < segment.count; ++r) {
       const RowState& row = segment.rows[r];
       const int64_t base = row.index * in.d + begin;
       float x[CHUNKS];  // on their way meanwhile
-      if (whole) {
+      double others_sums[AT_ONCE];
+      const int64_t other_part = here.part_of(partner, !leads, r);
+      const auto read_others = [&](int i) {  // of chunks i and on
+        const double* const from = parts.sums + other_part * d + begin;
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j)
+          others_sums[j] = __ldcg(from + min(32 * WARPS * (i + j), d - 1 - begin));
+      };
+      if (joins) read_others(0);
+      if (direct) {
         const float* const from = static_cast<const float*>(row.x) + base;
 #pragma unroll
         for (int q = 0; q < CHUNKS; ++q) x[q] = from[min(32 * WARPS * q, d - 1 - begin)];
@@ -644,7 +667,16 @@ struct Products {
         own = {most, fma(before, moved.total, by * own.total)};
         scale *= by, source *= by;
       }
-      const double mean_by = row.b / own.total, of_x = row.a;
+      double own_weight = 1, other_weight = 0;
+      if (joins) {  // to the last bit what merge_row makes of both
+        const double2 theirs = __ldcg(reinterpret_cast<const double2*>(parts.rows + other_part));
+        const double difference = own.log2_weight - theirs.x, weight = exp2(-fabs(difference));
+        const bool less = !(difference >= 0);
+        own_weight = less ? weight : 1, other_weight = less ? 1 : weight;
+        own = {less ? theirs.x : own.log2_weight,
+               __dadd_rn(__dmul_rn(own_weight, own.total), __dmul_rn(other_weight, theirs.y))};
+      }
+      const double mean_by = __dmul_rn(1 / own.total, row.b), of_x = row.a;
       const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, r);
       double* to = parts.sums + part * d + begin;
       float* out = static_cast<float*>(row.out) + base;
@@ -652,20 +684,45 @@ struct Products {
       const int from_lane = (lane() & ~1) | r;  // which has this lane's part
 #pragma unroll 1
       for (int i = 0; i < CHUNKS; i += AT_ONCE) {
+        double v[AT_ONCE];
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
-          const int e = 32 * WARPS * j;
           const float low = __shfl_sync(0xffffffffu, sum[2 * j], from_lane);
           const float high = __shfl_sync(0xffffffffu, sum[2 * j + 1], from_lane);
-          if (begin + 32 * WARPS * i + e >= d) continue;
-          double v = scale * (t & 1 ? high : low);
-          if (source != 0) v = fma(source, static_cast<double>(from_source[e]), v);
-          if (!first) v = fma(before, __ldcg(to + e), v);
-          if (whole) {
-            v *= mean_by;
-            out[e] = static_cast<float>(of_x != 0 ? fma(of_x, static_cast<double>(x[j]), v) : v);
-          } else {
-            __stcg(to + e, v);
+          v[j] = scale * (t & 1 ? high : low);
+        }
+        const int left = d - begin - 32 * WARPS * i;  // elements before the sample's end
+        const auto within = [&](int j) { return 32 * WARPS * j < left; };
+        if (source != 0) {
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; ++j)
+            v[j] = fma(source, static_cast<double>(within(j) ? from_source[32 * WARPS * j] : 0.0f), v[j]);
+        }
+        if (!first) {
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; ++j) v[j] = fma(before, within(j) ? __ldcg(to + 32 * WARPS * j) : 0.0, v[j]);
+        }
+        if (joins) {
+          double other[AT_ONCE];
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; ++j) other[j] = others_sums[j];
+          read_others(i + AT_ONCE);
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; ++j)
+            v[j] = leads ? fma(other_weight, other[j], __dmul_rn(own_weight, v[j]))
+                         : fma(own_weight, v[j], __dmul_rn(other_weight, other[j]));
+        }
+        if (direct) {
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; ++j) {
+            const double mean = __dmul_rn(mean_by, v[j]);
+            const double all = of_x != 0 ? fma(of_x, static_cast<double>(x[j]), mean) : mean;
+            if (within(j)) out[32 * WARPS * j] = static_cast<float>(all);
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; ++j) {
+            if (within(j)) __stcg(to + 32 * WARPS * j, v[j]);
           }
         }
         rotate<2 * AT_ONCE>(sum), rotate<AT_ONCE>(x);
@@ -673,7 +730,7 @@ struct Products {
       }
       __syncwarp();
       if (lane() == 0) shared().moved[r][warp()] = own;
-      if (thread() == 0 && flags & SEGMENT_PART_END && !whole) parts.rows[part] = own;
+      if (thread() == 0 && flags & SEGMENT_PART_END && !direct) parts.rows[part] = own;
     }
     if (!(flags & SEGMENT_PART_END)) return;
     if (is_filed(segment)) {
@@ -681,11 +738,11 @@ struct Products {
       if (lane() == 0) arrive(&shared().filed);
       return;
     }
-    if (whole && in.lse.data && thread() == 0) {
+    if (direct && in.lse.data && thread() == 0) {
 #pragma unroll 1
       for (int r = 0; r < segment.count; ++r) write_lse(in, segment.rows[r].index, shared().moved[r][0]);
     }
-    if (whole || !layout.merge_last) return;
+    if (direct || !layout.merge_last) return;
 #pragma unroll 1
     for (int r = 0; r < segment.count; ++r) {
       const RowState& row = segment.rows[r];
@@ -708,6 +765,8 @@ struct Products {
       Sums sum;
 #pragma unroll
       for (int i = 0; i < 2 * CHUNKS; ++i) sum[i] = 0;
+      // Early, since that takes a while; if it is not, once more at the end.
+      if (!dry && thread() == 0 && has_partner(segment)) shared().final = partner_is_there(segment);
       int left = dry ? TR : segment.references;
 #pragma unroll 1
       for (int tiles = dry ? 1 : segment.tiles; tiles > 0; --tiles, left -= TR) {
