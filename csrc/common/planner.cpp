@@ -118,8 +118,8 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     if (slices > p.sm_count) continue;
     plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS && p.m < int64_t{1} << 31;
     const bool products = tile.tile_refs >= 8;  // its stages are parts of a tile, references apart
-    const int64_t stage =
-        products ? tile.tile_refs / PRODUCTS_PIECES * products_ref_bytes(held) : tile.tile_refs * slice * p.refs_size;
+    const int64_t stage = products ? tile.tile_refs / PRODUCTS_PIECES * products_ref_bytes(held)
+                                   : tile.tile_refs * slice * p.refs_size;
     const int64_t fixed = (products      ? products_smem(held, tile.tile_refs)
                            : slices == 1 ? BULK_FIXED_SMEM + groups_sums_smem(tile.elements)
                                          : BULK_FIXED_SMEM) +

@@ -302,7 +302,8 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
           segment.to = static_cast<int>(ranges.last_team(list, share.number));
         }
         __syncwarp();
-        if (lane == 31 && tiles.first >= 0 && place.vectors && tile > tiles.begin) {  // else it is read anyway
+        if (lane == 31 && tiles.first >= 0 && place.vectors &&
+            tile > tiles.begin) {  // else it is read anyway
           const int size = size_of(in.refs.dtype);
           prefetch_bulk(static_cast<const char*>(in.refs.data) + (tiles.first * in.d + place.offset) * size,
                         place.length * size);

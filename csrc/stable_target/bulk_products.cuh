@@ -1,26 +1,28 @@
 // One pass over the references of class banks on Hopper's matrix units, for references in float16. A
-// multiprocessor has one thread block, whose warps have parts of their own, so that none waits for the others'
-// latencies but through the ring:
+// multiprocessor has one thread block, whose warps have parts of their own, so that none waits for the
+// others' latencies but through the ring:
 //   announcer  walks the block's range of the list of units and tells the others of each segment (one warp)
 //   producer   brings references into a ring in shared memory by bulk copies (one warp)
 //   scorers    eight warps, each with an eighth of the elements: their shares of a tile's scores
 //   weigher    adds up the shares and runs the online softmax (one warp)
-//   adders     eight warps, likewise: add the tile to the rows by its weights, free its place in the ring, and
+//   adders     eight warps, likewise: add the tile to the rows by its weights, free its place in the ring,
+//   and
 //              bring the rows' sums to where they belong while the scorers are in the next segment
 //   clerk      counts parts of units, as in bulk_groups.cuh (one thread)
 // A tile is eight references, or eight times BLOCKS: 64 KB. A unit has up to two rows.
 //
-// Exactness. Scores are of d_j = r_j - c, with c the first reference of the class:
-//   s_j = rate (y.d_j - alpha/2 |d_j|^2),  y = x - alpha c,  so that
-//   -|x - alpha r_j|^2 / (2 sigma^2) = s_j - |y|^2 / (2 sigma^2).
-// d_j is formed in float16 as the sum of two values, its rounding and what that drops, which is exact; y is
-// the sum of two values of float16. |d_j|^2 too is the product of a tile with itself: of sixty-four products
-// eight are wanted. The sums of the matrix units, which round towards zero, are over 64 elements or 8
-// references. Weights are 2^(s_j - top) with an integer `top` that is no smaller than any score, as the sum of
-// two values of float16, which is also what their total is of. The sums that they weigh are of r_j.
+// Exactness. Scores are relative to the first reference of the class, c:
+//   s_j = rate (y.r_j - alpha/2 |r_j - c|^2),  y = x - alpha c,  so that
+//   -|x - alpha r_j|^2 / (2 sigma^2) = s_j - (|x|^2 - alpha^2 |c|^2) / (2 sigma^2).
+// Both terms are small where references lie close together. The first is of the matrix units, with y as the
+// sum of two values of float16 and sums, which they round towards zero, over 32 elements; the second is in
+// float32, six instructions for two elements, which all rows of a unit share. Weights are 2^(s_j - top)
+// with an integer `top` that is no smaller than any score, as the sum of two values of float16, which is also
+// what their total is of. What they weigh is r_j itself, eight references at a time.
 //
-// Code that no multiprocessor has run before takes long to come: scorers, weigher and adders run once over
-// whatever is in shared memory while the list of units is being built.
+// Code that no multiprocessor has run before takes long to come, about 1 us for sixty instructions: loops
+// over registers move these instead of naming each, and scorers, weigher and adders run once over whatever is
+// in shared memory while the list of units is being built.
 #pragma once
 
 #include "stable_target/bulk_parts.cuh"
@@ -33,18 +35,12 @@ namespace svel::cuda {
 #define SVEL_PRODUCT_ASM(...)
 #endif
 
-// acc += a b, 16 x 8 over 16, or over 8, of float16.
+// acc += a b, 16 x 8 over 16, of float16.
 __device__ __forceinline__ void multiply_16(float (&acc)[4], const uint4& a, const uint2& b) {
   SVEL_PRODUCT_ASM(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};" : "+f"(acc[0]),
       "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
-}
-__device__ __forceinline__ void multiply_8(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  SVEL_PRODUCT_ASM(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(acc[0]),
-      "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a0), "r"(a1), "r"(b));
 }
 // The first COUNT of the values to the end, the others forward: a loop over registers whose code is short.
 template <int COUNT, int SIZE, typename T>
@@ -79,8 +75,8 @@ constexpr int SCORERS_REGISTERS = 96, ADDERS_REGISTERS = 112, PRODUCTS_PRODUCER_
 
 struct ProductsLayout {
   int stages, in_flight;  // pieces of a tile that there is room for; of these, on their way at once
-  bool own_list;    // each block builds the list of units in its shared memory
-  bool merge_last;  // the last block to finish merges; else merge_kernel
+  bool own_list;          // each block builds the list of units in its shared memory
+  bool merge_last;        // the last block to finish merges; else merge_kernel
 };
 
 // 2^-40: eight references whose weights are all below that, beside the best so far, are not added.
@@ -108,9 +104,9 @@ struct ProductsShared {
   int used[PRODUCTS_TURNS];                      // bit b: block b has weight; RAISED: `top` has grown
   float scales[PRODUCTS_TURNS][ROWS];            // what it has done to the sums so far
   ProductsState states[PRODUCTS_TURNS][ROWS];    // after this tile
-  double shifts[SEGMENT_SLOTS][ROWS][WARPS];  // |y|^2 / (2 sigma^2) in units of log 2, of a warp's elements
-  double squares[WARPS];                      // shares of what is summed in float64
-  PartRow moved[ROWS][WARPS];                 // to memory already; each warp has its own
+  double shifts[SEGMENT_SLOTS][ROWS][WARPS];     // see above: what scores lack, in units of log 2, by warps
+  double squares[WARPS];                         // shares of what is summed in float64
+  PartRow moved[ROWS][WARPS];                    // to memory already; each warp has its own
   int final;
   Barrier filed, closed;  // a part is in memory; the clerk is done
   int unmerged;           // rows that the clerk has found to be complete
@@ -132,12 +128,6 @@ struct Products {
   static constexpr int FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
   static constexpr int BEFORE_LIST = FIXED_BYTES + 4 * HELD;
   static_assert(PRODUCTS_MAX_STAGES < PRODUCTS_TURNS * PIECES);
-
-#ifndef SVEL_DRY
-#define SVEL_DRY true
-#define SVEL_DRY_BEGIN false
-#endif
-  static constexpr bool DRY = SVEL_DRY, DRY_BEGIN = SVEL_DRY_BEGIN;
 
   const Inputs& in;
   const UnitList& list;
@@ -171,12 +161,12 @@ struct Products {
   __device__ __forceinline__ static int chunk(int q) { return q * WARPS + warp(); }
   __device__ __forceinline__ static void barrier() { named_barrier(1, THREADS); }  // of the adders
 
-  // The segments in turn, for one of the parts: visit(segment, slot). `dry`: once before the first, with
+  // The segments in turn, for one of the parts: visit(segment, slot, dry). `dry`: once before the first, with
   // whatever is in shared memory.
   template <typename Visit>
-  __device__ __forceinline__ static void walk_segments(bool dry, const Visit& visit) {
+  __device__ __forceinline__ static void walk_segments(const Visit& visit) {
     int slot = 0, phase = 0;
-    for (;; dry = false) {
+    for (bool dry = true;; dry = false) {
       if (!dry) wait_barrier(&shared().announced.told[slot], phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (!dry && segment.flags & SEGMENT_LIST_DONE) return;
@@ -193,7 +183,8 @@ struct Products {
     const int ref_bytes = d * static_cast<int>(sizeof(__half));
     // `behind`: the piece that must have arrived before the next one is on its way. The first few are always
     // taken as arrived.
-    int s = 0, phase = 1, behind = layout.stages - layout.in_flight, behind_phase = 1, slot = 0, slot_phase = 0;
+    int s = 0, phase = 1, behind = layout.stages - layout.in_flight, behind_phase = 1, slot = 0,
+        slot_phase = 0;
     for (;;) {
       wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
@@ -291,21 +282,21 @@ struct Products {
     return __uint_as_float(__reduce_max_sync(0xffffffffu, largest));
   }
 
-  __device__ __forceinline__ void begin_segment(Scorer& mine, const Segment<ROWS>& segment, int slot,
-                                                bool dry) const {
+  __device__ __forceinline__ void begin_segment(Scorer& mine, const Segment<ROWS>& segment, int slot) const {
     const int column = lane() >> 2, t = lane() & 3, part = column >> 2;
     const int my_row = column / 2 % 2, split = column % 2;
-    const bool present = !dry && my_row < segment.count;
+    const bool present = my_row < segment.count;
     const RowState& row = segment.rows[present ? my_row : 0];
     // Beyond the sample, where references are zero, whatever is before its end.
     const int first = 32 * warp() + 8 * t + 2 * part, last = d - 8 + 2 * part - first;
-    const float* const from = static_cast<const float*>(in.x.data) + (dry ? 0 : row.index) * in.d + first;
+    const float* const from = static_cast<const float*>(in.x.data) + row.index * in.d + first;
     float2 x[2 * CHUNKS];
     const auto read_x = [&](const auto& offset) {
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
         const float* const at = from + offset(32 * WARPS * q);
-        x[2 * q] = *reinterpret_cast<const float2*>(at), x[2 * q + 1] = *reinterpret_cast<const float2*>(at + 4);
+        x[2 * q] = *reinterpret_cast<const float2*>(at),
+              x[2 * q + 1] = *reinterpret_cast<const float2*>(at + 4);
       }
     };
     if (d == HELD) {  // less code
@@ -313,12 +304,12 @@ struct Products {
     } else {
       read_x([&](int offset) { return min(offset, last); });
     }
-    float largest = bring_centre(dry ? -1 : segment.centre) * row.high_alpha;
+    float largest = bring_centre(segment.centre) * row.high_alpha;
     const auto centre_pair = [&](int q, int h) {
       const uint2 pair = load_shared_8(centre() + 128 * q + 32 * t + 8 * part + 16 * h);
       return make_float2(__uint_as_float(pair.x), __uint_as_float(pair.y));
     };
-    if (!dry && with_squares(segment)) {
+    if (with_squares(segment)) {
       double square = 0;
 #pragma unroll 1
       for (int i = 0; i < 2 * CHUNKS; ++i) {
@@ -347,7 +338,8 @@ struct Products {
     const bool usual = largest > 0 && largest < INFINITY;
     const int biased = usual ? min(max(268 - (__float_as_int(largest) >> 23), 27), 227) : 127;
     const float scale = __int_as_float(biased << 23);
-    const float sign = row.sign * scale, high = row.high_alpha * scale, rest = row.rest_alpha * scale;  // y times scale
+    const float sign = row.sign * scale, high = row.high_alpha * scale,
+                rest = row.rest_alpha * scale;  // y times scale
 #pragma unroll 1
     for (int i = 0; i < CHUNKS; i += AT_ONCE) {
       float2 split_y[AT_ONCE];
@@ -377,10 +369,10 @@ struct Products {
     }
     // Of the rows whose scores this lane will have.
     mine.unscale = __shfl_sync(0xffffffffu, __int_as_float((254 - biased) << 23), (lane() & 1) << 3);
-    mine.half_alpha = segment.rows[dry ? 0 : min(lane() & 1, segment.count - 1)].half_alpha;
+    mine.half_alpha = segment.rows[min(lane() & 1, segment.count - 1)].half_alpha;
   }
 
-  // Whether |y|^2 is wanted: sources are scored by themselves.
+  // Whether what scores lack is wanted: sources are scored by themselves.
   __device__ __forceinline__ bool with_squares(const Segment<ROWS>& segment) const {
     return segment.squares || in.source.data;
   }
@@ -426,9 +418,9 @@ struct Products {
   __device__ __forceinline__ void score() const {
     Place at{0, 0};
     int turn = 0;
-    walk_segments(DRY, [&](const Segment<ROWS>& segment, int slot, bool dry) {
+    walk_segments([&](const Segment<ROWS>& segment, int slot, bool dry) {
       Scorer mine;
-      if (DRY_BEGIN || !dry) begin_segment(mine, segment, slot, dry);
+      if (!dry) begin_segment(mine, segment, slot);
       const int g = lane() >> 2, t = lane() & 3, rows = segment.count;
       int left = dry ? TR : segment.references;
 #pragma unroll 1
@@ -436,8 +428,8 @@ struct Products {
         if (!dry) await(at);
 #pragma unroll 1
         for (int block = 0; block < (left > 0 ? BLOCKS : 0); ++block)
-          score_block(mine, reference(at.stage, 8 * block + stored(g), left) + 64 * warp() + 16 * t, block, turn,
-                      rows);
+          score_block(mine, reference(at.stage, 8 * block + stored(g), left) + 64 * warp() + 16 * t, block,
+                      turn, rows);
         if (dry) break;
         __syncwarp();
         if (lane() == 0) arrive(&shared().given[turn]);
@@ -453,7 +445,7 @@ struct Products {
     constexpr int LANES = 4 / ROWS, EACH = WARPS / LANES;
     const int my_row = lane / 8 % ROWS, n = lane % 8, lanes_part = lane / 8 / ROWS;
     int turn = 0, phase = 0;
-    walk_segments(DRY, [&](const Segment<ROWS>& segment, int, bool dry) {
+    walk_segments([&](const Segment<ROWS>& segment, int, bool dry) {
       const bool present = !dry && my_row < segment.count;
       RowScores my;
       my.rate = segment.rows[present ? my_row : 0].rate;
@@ -585,7 +577,7 @@ struct Products {
 #pragma unroll 1
     for (int e = thread(); e < d; e += THREADS) {
       const double source = static_cast<const float*>(in.source.data)[row.index * d + e];
-      const double x = row.sign * static_cast<const float*>(row.x)[row.index * d + e];
+      const double x = row.sign * static_cast<const float*>(in.x.data)[row.index * d + e];
       const double difference = fma(-row.alpha, source, x);
       share = fma(difference, difference, share);
     }
@@ -612,24 +604,27 @@ struct Products {
   }
 
   // A segment's sums, `last` of the turn of its last tile, to the rows' results or to their parts in memory.
-  __device__ __forceinline__ void end_segment(Sums& sum, const Segment<ROWS>& segment, int slot,
-                                              int last) const {
-    const int flags = segment.flags, others = segment.to - segment.from, g = lane() >> 2, t = lane() & 3;
+  // `dry`: as if a row's last part met the other one, but for what is written.
+  __device__ __forceinline__ void end_segment(Sums& sum, const Segment<ROWS>& segment, int slot, int last,
+                                              bool dry) const {
+    const int flags = dry ? SEGMENT_PART_BEGIN | SEGMENT_PART_END : segment.flags;
+    const int others = segment.to - segment.from, rows = dry ? 1 : segment.count, g = lane() >> 2,
+              t = lane() & 3;
     const RowPlace here = place();
-    const bool whole = flags & SEGMENT_PART_END && others == 0, first = flags & SEGMENT_PART_BEGIN;
+    const bool whole = !dry && flags & SEGMENT_PART_END && others == 0, first = flags & SEGMENT_PART_BEGIN;
     const int begin = 32 * warp() + 8 * t + g;
-    bool joins = has_partner(segment);
-    if (joins) {
+    bool joins = dry || has_partner(segment);
+    if (joins && !dry) {
       if (thread() == 0 && !shared().final) shared().final = partner_is_there(segment);
       barrier();
       joins = shared().final;
     }
     const bool direct = whole || joins, leads = joins && blockIdx.x == segment.from;
-    const int64_t partner = leads ? segment.to : segment.from;
+    const int64_t partner = dry ? 0 : leads ? segment.to : segment.from;
 #pragma unroll 1
-    for (int r = 0; r < segment.count; ++r) {
+    for (int r = 0; r < rows; ++r) {
       const RowState& row = segment.rows[r];
-      const int64_t base = row.index * in.d + begin;
+      const int64_t base = (dry ? 0 : row.index) * in.d + begin;
       float x[CHUNKS];  // on their way meanwhile
       double others_sums[AT_ONCE];
       const int64_t other_part = here.part_of(partner, !leads, r);
@@ -641,20 +636,25 @@ struct Products {
       };
       if (joins) read_others(0);
       if (direct) {
-        const float* const from = static_cast<const float*>(row.x) + base;
+        const float* const from = static_cast<const float*>(in.x.data) + base;
+        if (d == HELD) {  // less code
 #pragma unroll
-        for (int q = 0; q < CHUNKS; ++q) x[q] = from[min(32 * WARPS * q, d - 1 - begin)];
+          for (int q = 0; q < CHUNKS; ++q) x[q] = from[32 * WARPS * q];
+        } else {
+#pragma unroll
+          for (int q = 0; q < CHUNKS; ++q) x[q] = from[min(32 * WARPS * q, d - 1 - begin)];
+        }
       }
       const ProductsState state = shared().states[last][r];
       PartRow own{state.top, state.total};
       double source = 0, scale = 1;
-      if (with_squares(segment)) {
+      if (!dry && with_squares(segment)) {
         double shift = shared().shifts[slot][r][lane() % WARPS];
 #pragma unroll
         for (int hop = 1; hop < WARPS; hop *= 2) shift += __shfl_xor_sync(0xffffffffu, shift, hop);
         own.log2_weight -= shift;
       }
-      if (in.source.data && flags & SEGMENT_UNIT_END) {
+      if (flags & SEGMENT_UNIT_END && in.source.data) {
         source = weigh_own_source(row, own, scale);
         own.total += source;
       }
@@ -691,7 +691,7 @@ struct Products {
           const float high = __shfl_sync(0xffffffffu, sum[2 * j + 1], from_lane);
           v[j] = scale * (t & 1 ? high : low);
         }
-        const int left = d - begin - 32 * WARPS * i;  // elements before the sample's end
+        const int left = dry ? 0 : d - begin - 32 * WARPS * i;  // elements before the sample's end
         const auto within = [&](int j) { return 32 * WARPS * j < left; };
         if (source != 0) {
 #pragma unroll
@@ -700,7 +700,8 @@ struct Products {
         }
         if (!first) {
 #pragma unroll
-          for (int j = 0; j < AT_ONCE; ++j) v[j] = fma(before, within(j) ? __ldcg(to + 32 * WARPS * j) : 0.0, v[j]);
+          for (int j = 0; j < AT_ONCE; ++j)
+            v[j] = fma(before, within(j) ? __ldcg(to + 32 * WARPS * j) : 0.0, v[j]);
         }
         if (joins) {
           double other[AT_ONCE];
@@ -729,6 +730,7 @@ struct Products {
         to += 32 * WARPS * AT_ONCE, out += 32 * WARPS * AT_ONCE, from_source += 32 * WARPS * AT_ONCE;
       }
       __syncwarp();
+      if (dry) return;
       if (lane() == 0) shared().moved[r][warp()] = own;
       if (thread() == 0 && flags & SEGMENT_PART_END && !direct) parts.rows[part] = own;
     }
@@ -761,7 +763,7 @@ struct Products {
   __device__ __forceinline__ void add() const {
     Place at{0, 0};
     int turn = 0, phase = 0;
-    walk_segments(DRY, [&](const Segment<ROWS>& segment, int slot, bool dry) {
+    walk_segments([&](const Segment<ROWS>& segment, int slot, bool dry) {
       Sums sum;
 #pragma unroll
       for (int i = 0; i < 2 * CHUNKS; ++i) sum[i] = 0;
@@ -780,7 +782,7 @@ struct Products {
         advance(at);
         turn = (turn + 1) % PRODUCTS_TURNS, phase ^= turn == 0;
       }
-      if (!dry) end_segment(sum, segment, slot, (turn + PRODUCTS_TURNS - 1) % PRODUCTS_TURNS);
+      end_segment(sum, segment, slot, (turn + PRODUCTS_TURNS - 1) % PRODUCTS_TURNS, dry);
     });
     wait_barrier(&shared().closed, 0);
 #pragma unroll 1

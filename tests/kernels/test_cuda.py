@@ -94,17 +94,21 @@ def test_class_banks(rng, d, dtype):
     check_bank(x, refs, t, labels, counts)
 
 
+@pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("source", [False, True])
 @pytest.mark.parametrize("geometry", ["gaussian", "manifold", "shifted"])
 @pytest.mark.parametrize(
     ("n", "m", "d"), [(9, 37, 1032), (300, 21, 2048), (3, 3000, 2056), (9, 5, 3080), (300, 37, 4096)]
 )
-def test_fast_class_banks_on_the_matrix_units(rng, n, m, d, geometry, source):
+def test_class_banks_on_the_matrix_units(rng, n, m, d, geometry, source, precision):
     x, refs, t, labels, counts = make_bank(n, 4, m, d, torch.float16, rng, geometry)
     if torch.cuda.get_device_capability() >= (9, 0):
-        assert info.plan(n, m, d, 4, precision="fast")["products"]
-    check_bank(x, refs, t, labels, counts, x.flip(0) * 0.5 if source else None, precision="fast")
-    check_bank(x, refs, t, labels.clamp(max=0), counts, prediction="x0", precision="fast")  # two classes for all rows
+        assert info.plan(n, m, d, 4, precision=precision)["products"]
+    source = x.flip(0) * 0.5 if source else None
+    check_bank(x, refs, t, labels, counts, source, precision=precision)
+    check_bank(
+        x, refs, t, labels.clamp(max=0), counts, prediction="x0", precision=precision
+    )  # two classes for all rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
