@@ -311,18 +311,17 @@ struct Products {
     };
     if (with_squares(segment)) {
       double square = 0;
-#pragma unroll 1
+#pragma unroll 2
       for (int i = 0; i < 2 * CHUNKS; ++i) {
         const int offset = 32 * WARPS * (i / 2);
         const float2 c = centre_pair(i / 2, i % 2);
-        if (offset > last) break;
-        const float2 v = *reinterpret_cast<const float2*>(from + offset + 4 * (i % 2));
+        const float2 v =
+            offset > last ? make_float2(0, 0) : *reinterpret_cast<const float2*>(from + offset + 4 * (i % 2));
         const double a = fma(-row.alpha, static_cast<double>(c.x), static_cast<double>(row.sign * v.x));
         const double b = fma(-row.alpha, static_cast<double>(c.y), static_cast<double>(row.sign * v.y));
         square = fma(a, fma(2 * row.alpha, static_cast<double>(c.x), a), square);
         square = fma(b, fma(2 * row.alpha, static_cast<double>(c.y), b), square);
       }
-      __syncwarp();
 #pragma unroll
       for (int hop : {1, 2, 16}) square += __shfl_xor_sync(0xffffffffu, square, hop);  // the row's others
       if (split == 0 && part == 0 && t == 0 && present)
@@ -574,7 +573,7 @@ struct Products {
   // The weight of the row's own source, relative to `own.log2_weight`, which grows where it has to.
   __device__ __forceinline__ double weigh_own_source(const RowState& row, PartRow& own, double& scale) const {
     double share = 0;
-#pragma unroll 1
+#pragma unroll 4
     for (int e = thread(); e < d; e += THREADS) {
       const double source = static_cast<const float*>(in.source.data)[row.index * d + e];
       const double x = row.sign * static_cast<const float*>(in.x.data)[row.index * d + e];
