@@ -121,7 +121,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     const int64_t stage =
         products ? tile.tile_refs / 2 * products_ref_bytes(held) : tile.tile_refs * slice * p.refs_size;
     const int64_t fixed = (products      ? products_smem(held, tile.tile_refs)
-                           : slices == 1 ? BULK_FIXED_SMEM + groups_sums_smem(tile.elements)
+                           : slices == 1 ? groups_fixed_smem(tile.group) + groups_sums_smem(tile.elements)
                                          : BULK_FIXED_SMEM) +
                           (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
     const int64_t most_stages = products      ? PRODUCTS_MAX_STAGES

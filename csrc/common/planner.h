@@ -81,6 +81,9 @@ constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
 constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before the first copies
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
+constexpr int64_t groups_fixed_smem(int group) {  // more where there are more groups
+  return BULK_FIXED_SMEM + 1024 + 512 * (GROUPS_CONSUMERS / group);
+}
 constexpr int PRODUCTS_MAX_STAGES = 32, PRODUCTS_ROWS = 2;  // rows of a unit
 // Beside the stages of bulk_products.cuh: sums on their way out, before that the rows as products take them;
 // barriers, shares of scores.

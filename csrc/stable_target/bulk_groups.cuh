@@ -20,7 +20,8 @@
 // Weights are 2^(s_j - top) with `top` an integer no smaller than all scores of the group so far (in units of
 // log 2): when it grows, sums are multiplied by a power of two, which rounds nothing. At the end of a segment
 // the groups of a row add their sums in float64: so the number of references does not matter. |y|^2, in
-// float64 too, tells how classes compare, for rows that take all of them and for lse.
+// float64 too, tells how classes compare, for rows that take all of them and for lse. What float32 scores
+// cannot tell is taken once more in float64: see bulk_review.cuh.
 //
 // Where a unit lies in one block, that is the row's result. Else it is a part in memory, and the last block
 // to finish merges the parts, always in their order: results do not depend on who comes last. merge_kernel
@@ -36,7 +37,7 @@
 // rows' groups have met at the end. Groups beyond the unit's rows pass through its tiles for that reason.
 #pragma once
 
-#include "stable_target/bulk_parts.cuh"
+#include "stable_target/bulk_review.cuh"
 
 namespace svel::cuda {
 
@@ -52,11 +53,12 @@ struct GroupsLayout {
 };
 
 struct GroupState {
-  double top;   // weights are 2^(score - top)
-  float total;  // of the weights
+  double top;         // weights are 2^(score - top)
+  float total, lead;  // of the weights, and the largest
+  int record;         // which reference has it, see GroupsShared::records
 };
 
-template <int G, int WARPS, int TR, int ROWS>
+template <int G, int WARPS, int TR, int ROWS, int TILES>
 struct GroupsShared {
   Barrier full[GROUPS_MAX_STAGES], empty[GROUPS_MAX_STAGES];
   Announcements<ROWS> announced;
@@ -66,11 +68,21 @@ struct GroupsShared {
   GroupState states[G];
   double shifts[G][WARPS];  // |y|^2 / (2 sigma^2) in units of log 2; each warp has its own
   PartRow moved[G][WARPS];  // to memory already, too
+  Single singles[G][WARPS];
+  // What the scores of a segment are judged by: |y|^2 and the sum of |d|^2 over the group's tiles, of one
+  // reference each; how many references there are from the one with the largest score on; which of a row's
+  // tiles had weight, from the last one on.
+  float2 sizes[SEGMENT_SLOTS][G][WARPS];
+  int records[G];
+  uint8_t* flags[G];  // in `weighty`
+  uint8_t weighty[SEGMENT_SLOTS][G * TILES];
+  double reviewed[G][2 * WARPS];
   int final[G];
   Barrier taken[G];       // the sums that the group left
   Barrier filed, closed;  // a part is in memory; the clerk is done
   int unmerged;           // rows that the clerk has found to be complete
   RowEnd rows_left[ROWS];
+  UnitList list;
 };
 
 // T: of the references. A group of GT threads owns Q elements of D each. TR: references per tile, which a
@@ -82,7 +94,7 @@ struct Groups {
   static constexpr int ALL_WARPS = GROUPS_CONSUMERS / 32;
   static constexpr int ROWS = G < GROUPS_MOST_ROWS ? G : GROUPS_MOST_ROWS;  // of a unit
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
-  using Shared = GroupsShared<G, WARPS, TR, ROWS>;
+  using Shared = GroupsShared<G, WARPS, TR, ROWS, SEGMENT_TILES>;
   static constexpr int FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
   static constexpr int SUMS_BYTES = groups_sums_smem(Q);
 
@@ -104,6 +116,9 @@ struct Groups {
   }
   __device__ __forceinline__ T* stage(int s) const {  // (TR, d)
     return reinterpret_cast<T*>(memory() + (staging + s * (TR * d * static_cast<int>(sizeof(T)))));
+  }
+  __device__ __forceinline__ static GroupCrew crew() {
+    return {thread(), GT, G + group(), shared().reviewed[group()]};
   }
   __device__ __forceinline__ RowPlace place() const { return {1, 0, ROWS, in.d, 0, d, layout.vectors}; }
 
@@ -163,6 +178,7 @@ struct Groups {
     float c[Q];          // the centre
     RowScores scores;
     float half_alpha;
+    float norm;    // sum of |d|^2 over the tiles, of one reference each
     float source;  // the weight of the row's own source
   };
 
@@ -187,6 +203,9 @@ struct Groups {
       named_barrier(G + group(), GT);
     }
   }
+  __device__ __forceinline__ static int slot_of(const Segment<ROWS>& segment) {
+    return static_cast<int>(&segment - shared().announced.segments);
+  }
   // Among the groups of the row. Barriers are named as the nodes of a tree over the groups are counted.
   __device__ __forceinline__ static void row_barrier(int groups) {
     if (groups == 1) {
@@ -201,6 +220,16 @@ struct Groups {
     const RowState& row = segment.rows[my_row];
     const int64_t centre = segment.centre;
     const int first = element(0);
+    const int groups = groups_of_a_row(segment.count), turn = group() % groups;
+    uint8_t* const weighty = shared().weighty[slot_of(segment)] + (group() - turn) * SEGMENT_TILES;
+    mine.norm = 0;
+    if (thread() == 0) shared().flags[group()] = weighty;
+#pragma unroll 1
+    for (int i = thread(); i < SEGMENT_TILES; i += GT) {  // the group's own, numbered from the last one on
+      const int tile = segment.tiles - 1 - turn - i * groups;
+      if (tile >= 0) weighty[tile] = 0;
+    }
+    __syncwarp();
     load_elements<EV, GT * EV>({row.x, in.x.dtype}, row.index * in.d, first, d, layout.vectors, mine.y);
     const T* const from = static_cast<const T*>(in.refs.data) + centre * in.d;
     uint4 packed[SLOTS];
@@ -240,7 +269,7 @@ struct Groups {
 
   // From this thread's shares of the scores of a tile to their sums over the group.
   template <int COUNT>
-  __device__ __forceinline__ void exchange(int& parity, float (&shares)[COUNT]) const {
+  __device__ __forceinline__ void exchange(bool odd, float (&shares)[COUNT]) const {
     if constexpr (WARPS == 1) {
 #pragma unroll
       for (int j = 0; j < COUNT; ++j) shares[j] = warp_sum(shares[j]);
@@ -248,7 +277,7 @@ struct Groups {
       constexpr int LANES = 32 / COUNT;
       const int lane = thread() % 32;
       const float sum = warp_sums<COUNT>(shares, lane);
-      float (&scores)[TR][WARPS < 4 ? 4 : WARPS] = shared().scores[parity & 1][group()];
+      float (&scores)[TR][WARPS < 4 ? 4 : WARPS] = shared().scores[odd ? 1 : 0][group()];
       if (lane % LANES == 0) scores[lane / LANES][thread() / 32] = sum;
       group_barrier();
 #pragma unroll
@@ -264,7 +293,6 @@ struct Groups {
           }
         }
       }
-      parity ^= 1;
     }
   }
 
@@ -303,8 +331,9 @@ struct Groups {
     if (thread() % 32 == 0) arrive(&shared().empty[s]);
   }
 
-  // One tile of `many` references, at stage s.
-  __device__ __forceinline__ void take_tile(Mine& mine, int s, int many, int& parity) const {
+  // One tile, at stage s: the first of the segment's last `tiles`, of `many` references. The group has every
+  // groups-th.
+  __device__ __forceinline__ void take_tile(Mine& mine, int s, int tiles, int groups, int many) const {
     float norm[TR] = {}, scores[TR] = {}, difference[TR][Q];
     read_tile(mine, s, many, difference);
     release(s);
@@ -318,8 +347,13 @@ struct Groups {
     }
 #pragma unroll
     for (int j = 0; j < TR; ++j) scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
-    exchange<TR>(parity, scores);
-    if (!weigh_scores(mine.scores, many, scores, mine.sum)) return;
+    mine.norm += norm[TR - 1];  // the class's first reference is the centre
+    exchange<TR>(tiles & groups, scores);
+    const auto record = [&] {
+      shared().records[group()] = many - (TR > 1 && many > 1 && scores[TR - 1] > scores[0] ? 1 : 0);
+    };
+    if (!weigh_scores(mine.scores, many, scores, mine.sum, record)) return;
+    shared().flags[group()][tiles - 1] = 1;
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
 #pragma unroll
@@ -339,26 +373,33 @@ struct Groups {
 
   // A segment's sums, from the row's groups to its result or to its part in memory. The row's first group
   // does it; the others leave theirs.
-  __device__ __forceinline__ void end_segment(Mine& mine, const Segment<ROWS>& segment, int& parity) const {
+  __device__ __forceinline__ void end_segment(Mine& mine, const Segment<ROWS>& segment,
+                                              int& taken_phase) const {
     const int groups = groups_of_a_row(segment.count), turn = group() % groups, my_row = group() / groups;
     const int used = min(segment.tiles, groups), lane = thread() % 32;  // used: groups that had a tile
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool filed = is_filed(segment);
+    const int slot = slot_of(segment);
     mine.source = 0;
     if (in.source.data && turn == 0 && flags & SEGMENT_UNIT_END) weigh_own_source(mine, segment.rows[my_row]);
     const RowState& row = segment.rows[my_row];
     const RowPlace here = place();
     float4 x[Q / 4];
     if (turn > 0) {
-      wait_barrier(&shared().taken[group()], parity >> 1);  // those of the segment before
-      parity ^= 2;
+      wait_barrier(&shared().taken[group()], taken_phase);  // those of the segment before
+      taken_phase ^= 1;
       float* const to = sums_of(group());
 #pragma unroll
       for (int q = 0; q < Q; q += 4)
         *reinterpret_cast<float4*>(to + element(q / EV) + q % EV) =
             make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
-      if (thread() == 0) shared().states[group()] = {mine.scores.top, mine.scores.total};
-    } else if (flags & SEGMENT_PART_END && others == 0) {  // on their way meanwhile
+      if (thread() == 0)
+        shared().states[group()] = {mine.scores.top, mine.scores.total, mine.scores.lead(),
+                                    shared().records[group()]};
+    } else {
+      leave_sizes(mine, shared().sizes[slot][group()]);
+    }
+    if (turn == 0 && flags & SEGMENT_PART_END && others == 0) {  // on their way meanwhile
 #pragma unroll
       for (int q = 0; q < Q; q += 4) {
         const int e = element(q / EV) + q % EV;
@@ -380,54 +421,71 @@ struct Groups {
     const float scale = power_of_two(mine.scores.top - best);
     double total = static_cast<double>(scale) * static_cast<double>(mine.scores.total);
     double source = static_cast<double>(scale) * static_cast<double>(mine.source);
+    float lead = scale * mine.scores.lead();
+    int record = shared().records[group()];
 #pragma unroll 1
-    for (int g = group() + 1; g < group() + used; ++g)
-      total = fma(static_cast<double>(power_of_two(shared().states[g].top - best)),
-                  static_cast<double>(shared().states[g].total), total);
+    for (int g = group() + 1; g < group() + used; ++g) {
+      const float other = power_of_two(shared().states[g].top - best);
+      total = fma(static_cast<double>(other), static_cast<double>(shared().states[g].total), total);
+      if (other * shared().states[g].lead > lead)
+        lead = other * shared().states[g].lead, record = shared().states[g].record;
+    }
     const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, my_row);
     double* const sums = parts.sums + part * d;
-    RowEnd end{row.index,  row.out, my_row, segment.from,
-               segment.to, row.a,   row.b,  {best - shared().shifts[group()][thread() / 32], total + source}};
+    RowEnd end{row.index,   row.out, my_row, segment.from,
+               segment.to,  row.a,   row.b,  {best - shared().shifts[group()][thread() / 32], total + source},
+               segment.unit};
     double by = 1, before = 0;
+    const Judgement judged =
+        judge(in, error_of(row, segment, best, groups, shared().sizes[slot][group()]), lead,
+              static_cast<float>(source), end.own.total, segment.first + segment.references - record);
+    Single single = judged.single;
+    if (judged.settles) single.reference = Single::SEVERAL;
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const PartRow moved = shared().moved[group()][thread() / 32];
       const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
       before = power(moved.log2_weight - most), by = power(now - most);
-      end.own = {most, fma(before, moved.total, by * end.own.total)};
+      const double older = before * moved.total, newer = by * end.own.total;
+      single = join(before, older, by, newer, shared().singles[group()][thread() / 32], single);
+      end.own = {most, older + newer};
     }
-    __syncwarp();
-    if (lane == 0) shared().moved[group()][thread() / 32] = end.own;
     bool final = flags & SEGMENT_PART_END && others == 0;
+    if (final && has_to_be_settled(in, single)) {
+      end.own = review(in, segment, my_row, layout.vectors, sums);
+    } else {
 #pragma unroll
-    for (int q = 0; q < Q; q += 4) {
-      const int e = element(q / EV) + q % EV;
-      if (e >= d) continue;
-      double w[4];
+      for (int q = 0; q < Q; q += 4) {
+        const int e = element(q / EV) + q % EV;
+        if (e >= d) continue;
+        double w[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k)
-        w[k] = fma(static_cast<double>(scale), static_cast<double>(mine.sum[q + k]),
-                   total * static_cast<double>(mine.c[q + k]));
+        for (int k = 0; k < 4; ++k)
+          w[k] = fma(static_cast<double>(scale), static_cast<double>(mine.sum[q + k]),
+                     total * static_cast<double>(mine.c[q + k]));
 #pragma unroll 1
-      for (int g = group() + 1; g < group() + used; ++g) {
-        const double other = power_of_two(shared().states[g].top - best);
-        const float4 theirs = *reinterpret_cast<const float4*>(sums_of(g) + e);
-        w[0] = fma(other, static_cast<double>(theirs.x), w[0]);
-        w[1] = fma(other, static_cast<double>(theirs.y), w[1]);
-        w[2] = fma(other, static_cast<double>(theirs.z), w[2]);
-        w[3] = fma(other, static_cast<double>(theirs.w), w[3]);
-      }
+        for (int g = group() + 1; g < group() + used; ++g) {
+          const double other = power_of_two(shared().states[g].top - best);
+          const float4 theirs = *reinterpret_cast<const float4*>(sums_of(g) + e);
+          w[0] = fma(other, static_cast<double>(theirs.x), w[0]);
+          w[1] = fma(other, static_cast<double>(theirs.y), w[1]);
+          w[2] = fma(other, static_cast<double>(theirs.z), w[2]);
+          w[3] = fma(other, static_cast<double>(theirs.w), w[3]);
+        }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) w[k] *= by;
-      add_source(in, here, row.index, e, by * source, w);
-      if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e, before, w);
-      if (final) {
-        store_row(in, here, end, e, 1 / end.own.total, x[q / 4], w);
-      } else {
-        store_sums(sums + e, w);
+        for (int k = 0; k < 4; ++k) w[k] *= by;
+        add_source(in, here, row.index, e, by * source, w);
+        if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e, before, w);
+        if (final) {
+          store_row(in, here, end, e, 1 / end.own.total, x[q / 4], w);
+        } else {
+          store_sums(sums + e, w);
+        }
       }
     }
     __syncwarp();
     if (lane == 0) {
+      shared().moved[group()][thread() / 32] = end.own;
+      shared().singles[group()][thread() / 32] = single;
       for (int g = group() + 1; g < group() + groups; ++g) arrive(&shared().taken[g]);
     }
     if (final) {
@@ -435,7 +493,7 @@ struct Groups {
       return;
     }
     if (!(flags & SEGMENT_PART_END)) return;
-    if (thread() == 0) parts.rows[part] = end.own;
+    if (thread() == 0) parts.rows[part] = end.own, parts.singles[part] = single;
     if (filed) return file(lane);
     if (!layout.merge_last) return;
     group_barrier();
@@ -445,6 +503,48 @@ struct Groups {
     if (final) merge(end);
   }
 
+  // This group's, of the sizes of vectors.
+  __device__ __forceinline__ void leave_sizes(const Mine& mine, float2 (&sizes)[WARPS]) const {
+    float square = 0;
+#pragma unroll
+    for (int q = 0; q < Q; ++q) square = fmaf(mine.y[q], mine.y[q], square);
+    float both[2] = {square, mine.norm};
+    const int lane = thread() % 32;
+    const float sum = warp_sums<2>(both, lane);
+    if (lane % 16 == 0) (lane == 0 ? sizes[thread() / 32].x : sizes[thread() / 32].y) = sum;
+  }
+  __device__ __forceinline__ float error_of(const RowState& row, const Segment<ROWS>& segment, double best,
+                                            int groups, const float2 (&sizes)[WARPS]) const {
+    if (segment.references <= 0) return 0;
+    float square = 0, norm = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) square += sizes[w].x, norm += sizes[w].y;
+    const int tiles = (segment.references + TR * groups - 1) / TR;  // about as many times `groups`
+    return score_error(row, best, __fdividef(norm * static_cast<float>(groups), static_cast<float>(tiles)),
+                       square, d);
+  }
+
+  // The row of a unit that lies here once more: its segment, or all of them; through sums in memory to its
+  // result.
+  __device__ __noinline__ static PartRow review(const Inputs& in, const Segment<ROWS>& segment, int my_row,
+                                                bool vectors, double* sums) {
+    const RowState& row = segment.rows[my_row];
+    const ExactRow exact = exact_row(in, row, segment.squares ? -1 : segment.centre);
+    const RowPlace here{1, 0, ROWS, in.d, 0, static_cast<int>(in.d), vectors};
+    const PartRow own =
+        segment.flags & SEGMENT_PART_BEGIN
+            ? review_segment<T, TR>(in, exact, here,
+                                    {segment.first, segment.references, segment.tiles,
+                                     shared().weighty[slot_of(segment)] + group() * SEGMENT_TILES,
+                                     in.source.data != nullptr, PartRow{-INFINITY, 0}, sums},
+                                    crew())
+            : review_part<T>(in, shared().list, segment.unit, 0, shared().list.units[segment.unit].tiles, TR,
+                             exact, here, sums, crew());
+    store_reviewed(in, here, RowEnd{row.index, row.out, my_row, segment.from, segment.to, row.a, row.b, own},
+                   row, sums, thread(), GT);
+    return own;
+  }
+
   __device__ __forceinline__ void file(int lane) const {
     __syncwarp();
     if (lane == 0) arrive(&shared().filed);
@@ -452,13 +552,17 @@ struct Groups {
 
   // The row's result from its parts, by one group.
   __device__ __forceinline__ void merge(const RowEnd& end) const {
-    merge_row<GT>(in, parts, place(), end, [] { return thread(); });
+    merge_row<GT>(
+        in, parts, place(), end, [] { return thread(); },
+        [&](PartsTogether& together) {
+          settle_parts<T>(in, shared().list, parts, place(), end, gridDim.x, TR, crew(), together);
+        });
   }
 
   __device__ __forceinline__ void consume() const {
     Place at{0, 0};
     int slot = 0, slot_phase = 0;
-    int parity = 2;  // of exchanges, and two times that of the sums left
+    int taken_phase = 1;
     for (;;) {
       wait_barrier(&shared().announced.told[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
@@ -474,14 +578,14 @@ struct Groups {
         for (int tiles = segment.tiles - turn; tiles > 0; tiles -= groups) {
           wait_barrier(&shared().full[here.stage], here.phase);
           if (left > 0) {
-            take_tile(mine, here.stage, left, parity);
+            take_tile(mine, here.stage, tiles, groups, left);
           } else {
             release(here.stage);
           }
           left -= groups * TR;
           advance(here, groups);
         }
-        end_segment(mine, segment, parity);
+        end_segment(mine, segment, taken_phase);
       } else {
 #pragma unroll 1
         for (int tiles = segment.tiles - turn; tiles > 0; tiles -= groups) {
@@ -533,7 +637,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     shared.announced.init(Kernel::ALL_WARPS + 1);
     init_barrier(&shared.filed, Kernel::ALL_WARPS);
     init_barrier(&shared.closed, 1);
-    shared.unmerged = 0;
+    shared.unmerged = 0, shared.list = list;
 #pragma unroll 1
     for (int g = 0; g < Kernel::G; ++g) init_barrier(&shared.taken[g], Kernel::WARPS);
     publish_barriers();

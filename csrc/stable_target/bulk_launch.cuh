@@ -18,7 +18,7 @@ void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t st
 
 // Merges the parts of all units that several teams have shared, of `rows` rows each at most.
 void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
-                 int64_t slices, int64_t slice, int rows, int64_t teams, cudaStream_t stream);
+                 int64_t slices, int64_t slice, int rows, int64_t teams, int tile_refs, cudaStream_t stream);
 
 struct BulkLaunch {
   const char* op;
@@ -39,7 +39,7 @@ struct Launch : BulkLaunch {
   template <typename T, int GT, int Q, int TR>
   bool run_groups_if() const {
     using Kernel = Groups<T, GT, Q, TR>;
-    static_assert(Kernel::FIXED_BYTES <= BULK_FIXED_SMEM, "the planner reserves less");
+    static_assert(Kernel::FIXED_BYTES <= groups_fixed_smem(GT), "the planner reserves less");
     if (in.refs.dtype != DtypeOf<T>::value || plan.slices > 1 || plan.group != GT || plan.tile_d != GT * Q ||
         plan.tile_refs != TR || plan.tile_rows != Kernel::ROWS)
       return false;
@@ -75,6 +75,7 @@ struct Launch : BulkLaunch {
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * plan.blocks * plan.tile_rows * in.d);
     parts.rows = carver.take<PartRow>(2 * plan.blocks * plan.tile_rows);
+    if (!plan.products) parts.singles = carver.take<Single>(2 * plan.blocks * plan.tile_rows);
     parts.arrived = carver.take<int>(in.n);
     if (!layout.own_list) {
       build_unit_list(op, in, list, parts.arrived, in.n, plan.tile_refs, plan.tile_rows, stream);
@@ -92,7 +93,8 @@ struct Launch : BulkLaunch {
     config.attrs = &overlaps;
     config.numAttrs = layout.own_list && !layout.merge_last ? 0 : 1;  // whether what came before is ours
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
-    if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, plan.tile_rows, plan.blocks, stream);
+    if (!layout.merge_last)
+      merge_parts(op, in, list, parts, 1, in.d, plan.tile_rows, plan.blocks, plan.tile_refs, stream);
   }
 
   bool vectors() const {
@@ -153,6 +155,7 @@ struct Launch : BulkLaunch {
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * blocks * layout.slice);
     parts.rows = carver.take<PartRow>(2 * blocks);
+    parts.singles = carver.take<Single>(2 * blocks);
     const int64_t letters = layout.team == Team::grid ? blocks * TEAMS_SLOTS * TEAMS_LETTERS : 0;
     parts.mail = carver.take<uint2>(letters);
     parts.arrived = carver.take<int>(counts);
@@ -164,7 +167,8 @@ struct Launch : BulkLaunch {
       zero_arrivals(op, parts.arrived, counts, stream);
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
-    if (!layout.merge_last) merge_parts(op, in, list, parts, layout.slices, layout.slice, 1, teams, stream);
+    if (!layout.merge_last)
+      merge_parts(op, in, list, parts, layout.slices, layout.slice, 1, teams, TR, stream);
     return true;
   }
 };

@@ -18,11 +18,21 @@ struct PartRow {
   double log2_weight, total;  // sum of the weights
 };
 
+// What a part depends on where scores may be off: see bulk_review.cuh.
+struct alignas(16) Single {
+  int64_t reference;  // one among all k m, or SOURCE; or several of them: SEVERAL; or NONE
+  float error;        // see score_error
+  float lead;         // the weight of the one, as those of the part
+
+  static constexpr int64_t NONE = -1, SOURCE = -2, SEVERAL = -3;
+};
+
 // Parts of units; slot 2b of block b for a unit that began earlier, 2b + 1 for one that begins here.
 struct BulkParts {
-  double* sums;   // (2 blocks, rows, slice) weighted sums of the references
-  PartRow* rows;  // (2 blocks, rows)
-  int* arrived;   // zero at first. (n, slices) teams that have left their part of a row of `order`
+  double* sums;     // (2 blocks, rows, slice) weighted sums of the references
+  PartRow* rows;    // (2 blocks, rows)
+  Single* singles;  // (2 blocks, rows) or null
+  int* arrived;     // zero at first. (n, slices) teams that have left their part of a row of `order`
   uint2* mail;  // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
 };
 
@@ -245,6 +255,7 @@ struct Segment {
   int alone;           // no other unit has the class
   int count, order;    // rows of the unit; the first one's place in UnitList::order
   int from, to;        // teams that have parts of the unit
+  int unit;
   RowState rows[ROWS];
 };
 
@@ -296,6 +307,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
                           (share.last && tile + count == share.to ? SEGMENT_LAST : 0);
           segment.squares = in.lse.data || unit.group < 0;
           segment.alone = unit.alone, segment.count = rows, segment.order = unit.first;
+          segment.unit = share.number;
           arrive(&announced.placed[slot]);
           const Ranges ranges(list, teams);
           segment.from = static_cast<int>(ranges.first_team(list, share.number));
@@ -334,13 +346,15 @@ struct RowScores {
   double top;
 
   __device__ __forceinline__ void reset() { base = top = -INFINITY, rest = 0, total = 0; }
+  // The largest weight of a reference.
+  __device__ __forceinline__ float lead() const { return base > -INFINITY ? power_of_two(-rest) : 0.0f; }
 };
 
 // From scores to weights, of which the first `many` count, and the sums relative to the same `top`. Whether
-// there is anything to add.
-template <int COUNT, int Q>
-__device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&scores)[COUNT],
-                                             float (&sum)[Q]) {
+// there is anything to add. record(): whenever there is a new largest score.
+template <int COUNT, int Q, typename Record>
+__device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&scores)[COUNT], float (&sum)[Q],
+                                             const Record& record) {
   float best = -INFINITY;
 #pragma unroll
   for (int j = 0; j < COUNT; ++j) {
@@ -353,6 +367,7 @@ __device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&sc
     my.rest = static_cast<float>(top - bound);
     my.top = top;
     my.total *= scale;
+    record();
 #pragma unroll
     for (int q = 0; q < Q; ++q) sum[q] *= scale;
   }
@@ -375,6 +390,7 @@ __device__ __forceinline__ float weigh_source(RowScores& my, double score, doubl
   if (bound > my.top) {
     const double top = ceil(bound);
     const float scale = power_of_two(my.top - top);
+    my.rest += static_cast<float>(top - my.top);
     my.top = top;
     my.total *= scale;
 #pragma unroll
@@ -409,6 +425,7 @@ struct RowEnd {
   int64_t from, to;  // teams that have parts of the unit
   double a, b;       // out = a x + b mean
   PartRow own;       // what this team has
+  int unit = 0;
 };
 
 __device__ __forceinline__ void store_sums(double* to, const double (&v)[4]) {
@@ -426,6 +443,7 @@ __device__ __forceinline__ void add_sums(const double* from, double weight, doub
 struct PartsTogether {
   PartRow all;
   double weight;  // of the part of team `from` + lane, relative to 2^log2_weight of all
+  double share;   // weight times its total
 };
 __device__ __forceinline__ PartRow part_row(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
                                             int64_t team) {
@@ -445,7 +463,8 @@ __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, co
 #pragma unroll 1
   for (int hop = 16; hop > 0; hop /= 2) best = greater(best, __shfl_xor_sync(0xffffffffu, best, hop));
   const double weight = power(mine.log2_weight - best);
-  double total = weight * mine.total;
+  const double share = weight * mine.total;
+  double total = share;
 #pragma unroll 1
   for (int64_t team = end.from + 32 + lane; team <= end.to; team += 32) {
     const PartRow other = part_row(parts, place, end, team);
@@ -453,7 +472,7 @@ __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, co
   }
 #pragma unroll 1
   for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(0xffffffffu, total, hop);
-  return {{best, total}, weight};
+  return {{best, total}, weight, share};
 }
 
 // Their sums for four elements of the slice from e on, where e is `within`.
@@ -551,11 +570,13 @@ __device__ __forceinline__ bool is_filed(const Segment<ROWS>& segment) {
 }
 
 // The row's result from its parts, all of them in memory, by THREADS threads, thread() of them.
-template <int THREADS, typename Thread>
+// settle(together): what to do about their weights before.
+template <int THREADS, typename Thread, typename Settle>
 __device__ __forceinline__ void merge_row(const Inputs& in, const BulkParts& parts, const RowPlace& place,
-                                          const RowEnd& end, const Thread& thread) {
+                                          const RowEnd& end, const Thread& thread, const Settle& settle) {
   const int lane = thread() % 32;
-  const PartsTogether together = sum_of_parts(parts, place, end, lane);
+  PartsTogether together = sum_of_parts(parts, place, end, lane);
+  settle(together);
   const double mean_by = 1 / together.all.total;
 #pragma unroll 1
   for (int e = 4 * thread(); e - 4 * lane < place.length; e += 4 * THREADS) {
@@ -566,6 +587,11 @@ __device__ __forceinline__ void merge_row(const Inputs& in, const BulkParts& par
     if (e < place.length) store_row(in, place, end, e, mean_by, x, v);
   }
   if (in.lse.data && thread() == 0) write_lse(in, end.index, together.all);
+}
+template <int THREADS, typename Thread>
+__device__ __forceinline__ void merge_row(const Inputs& in, const BulkParts& parts, const RowPlace& place,
+                                          const RowEnd& end, const Thread& thread) {
+  merge_row<THREADS>(in, parts, place, end, thread, [](PartsTogether&) {});
 }
 
 // The clerk of a block that holds whole samples, one thread: counts the part of a unit that began in an
@@ -584,8 +610,8 @@ __device__ __forceinline__ void keep_files(const BulkParts& parts, bool merge_la
       for (int r = 0; merge_last && r < segment.count; ++r) {
         if (!count_part(parts, segment, r)) continue;
         const RowState& row = segment.rows[r];
-        shared.rows_left[shared.unmerged++] = {row.index,  row.out, r,     segment.from,
-                                               segment.to, row.a,   row.b, {}};
+        shared.rows_left[shared.unmerged++] = {row.index, row.out, r,  segment.from, segment.to,
+                                               row.a,     row.b,   {}, segment.unit};
       }
     }
     arrive(&shared.announced.done[slot]);

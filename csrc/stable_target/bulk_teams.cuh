@@ -12,7 +12,7 @@
 #pragma once
 
 #include "common/cluster.cuh"
-#include "stable_target/bulk_parts.cuh"
+#include "stable_target/bulk_review.cuh"
 
 namespace svel::cuda {
 
@@ -50,7 +50,14 @@ struct TeamsShared {
   Announcements<1> announced;
   double shift;   // |y|^2 / (2 sigma^2) in units of log 2
   PartRow moved;  // to memory already
+  Single single;
   int last;
+  // What the scores of a segment are judged by, see GroupsShared; of the block's slice.
+  float2 sizes[WARPS];
+  int record;
+  uint8_t weighty[SEGMENT_REFS];
+  double reviewed[2 * WARPS];
+  UnitList list;
 };
 
 // T: of the references. Each of the consumers owns Q elements of the slice. TR: references per tile.
@@ -197,6 +204,7 @@ struct Teams {
     uint4 c[SLOTS];      // the centre, as it is stored
     RowScores scores;
     float half_alpha;
+    float norm;    // sum of |d|^2 over the tiles, of one reference each
     float source;  // the weight of the row's own source
   };
 
@@ -244,7 +252,8 @@ struct Teams {
     }
     const double square = subtract_centre<T>(row, mine.c, segment.squares, mine.y);
     mine.half_alpha = row.half_alpha, mine.scores.rate = row.rate;
-    mine.scores.reset(), mine.source = 0;
+    mine.scores.reset(), mine.source = mine.norm = 0;
+    if (tid < SEGMENT_REFS) shared().weighty[tid] = 0;
 #pragma unroll
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     double shift = 0;
@@ -284,7 +293,7 @@ struct Teams {
     }
   }
 
-  __device__ __forceinline__ void score_tile(const Mine& mine, int at, int many, int number, int tid) const {
+  __device__ __forceinline__ void score_tile(Mine& mine, int at, int many, int number, int tid) const {
     float norm[TR] = {}, scores[TR] = {};
     read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
 #pragma unroll
@@ -293,6 +302,7 @@ struct Teams {
         scores[j] = fmaf(mine.y[s * EV + k], difference[k], scores[j]);
       }
     });
+    mine.norm += norm[TR - 1];  // the class's first reference is the centre
 #pragma unroll
     for (int j = 0; j < TR; ++j) {
       scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
@@ -301,12 +311,19 @@ struct Teams {
     give(number, Mail::scores, pair(scores[0], TR > 1 ? scores[TR - 1] : 0.0f), tid);
   }
 
-  __device__ __forceinline__ void add_tile(Mine& mine, int at, int many, int number, int tid) const {
+  // Tile `tile` of a segment of `references`.
+  __device__ __forceinline__ void add_tile(Mine& mine, int at, int tile, int references, int number,
+                                           int tid) const {
+    const int many = references - tile * TR;
     const double answer = take(number, Mail::scores);
     float weights[TR];
     weights[0] = low(answer);
     if constexpr (TR > 1) weights[1] = high(answer);
-    if (!weigh_scores(mine.scores, many, weights, mine.sum)) return;
+    const auto record = [&] {
+      shared().record = many - (TR > 1 && many > 1 && weights[TR - 1] > weights[0] ? 1 : 0);
+    };
+    if (!weigh_scores(mine.scores, many, weights, mine.sum, record)) return;
+    shared().weighty[SEGMENT_REFS - 1 - tile] = 1;
     read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
 #pragma unroll
       for (int k = 0; k < EV; ++k)
@@ -332,50 +349,103 @@ struct Teams {
     mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
   }
 
+  // This block's, of the sizes of vectors.
+  __device__ __forceinline__ void leave_sizes(const Mine& mine, int tid) const {
+    float square = 0;
+#pragma unroll
+    for (int q = 0; q < Q; ++q) square = fmaf(mine.y[q], mine.y[q], square);
+    float both[2] = {square, mine.norm};
+    const float sum = warp_sums<2>(both, tid % 32);
+    if (tid % 16 == 0) (tid % 32 == 0 ? shared().sizes[tid / 32].x : shared().sizes[tid / 32].y) = sum;
+  }
+  // As if the team's other slices were like this one.
+  __device__ __forceinline__ float error_of(const RowState& row, const Segment<1>& segment,
+                                            double best) const {
+    float square = 0, norm = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) square += shared().sizes[w].x, norm += shared().sizes[w].y;
+    const float slices = static_cast<float>(layout.slices);
+    return score_error(row, best,
+                       __fdividef(slices * norm, static_cast<float>((segment.references + TR - 1) / TR)),
+                       slices * square, in.d);
+  }
+
+  // See bulk_groups.cuh. Each block of the team forms whole scores for itself.
+  __device__ __noinline__ static PartRow review(const Inputs& in, const Segment<1>& segment,
+                                                const RowPlace& here, double* sums, int tid) {
+    const GroupCrew crew{tid, THREADS, 1, shared().reviewed};
+    const RowState& row = segment.rows[0];
+    const ExactRow exact = exact_row(in, row, segment.squares ? -1 : segment.centre);
+    const PartRow own =
+        segment.flags & SEGMENT_PART_BEGIN
+            ? review_segment<T, TR>(in, exact, here,
+                                    {segment.first, segment.references, segment.tiles,
+                                     shared().weighty + SEGMENT_REFS - segment.tiles,
+                                     in.source.data != nullptr, PartRow{-INFINITY, 0}, sums},
+                                    crew)
+            : review_part<T>(in, shared().list, segment.unit, 0, shared().list.units[segment.unit].tiles, TR,
+                             exact, here, sums, crew);
+    store_reviewed(in, here, RowEnd{row.index, row.out, 0, segment.from, segment.to, row.a, row.b, own}, row,
+                   sums, tid, THREADS);
+    return own;
+  }
+
   // A segment's sums, to the row's result or to its part in memory.
   __device__ __forceinline__ void end_segment(Mine& mine, const Segment<1>& segment, int tid) const {
     const RowState& row = segment.rows[0];
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool ends = flags & SEGMENT_PART_END, whole = ends && others == 0;
-    RowEnd end{row.index, row.out, 0, segment.from, segment.to, row.a, row.b, {}};
+    RowEnd end{row.index, row.out, 0, segment.from, segment.to, row.a, row.b, {}, segment.unit};
     const RowPlace here = place();
     const int64_t part = here.part_of(team, flags & SEGMENT_UNIT_BEGIN, 0);
+    leave_sizes(mine, tid);
     named_barrier(1, THREADS);  // `shift` and `moved` are written
     double by = 1, before = 0;
     end.own = {mine.scores.top - shared().shift,
                static_cast<double>(mine.scores.total) + static_cast<double>(mine.source)};
+    const Judgement judged =
+        judge(in, segment.references > 0 ? error_of(row, segment, mine.scores.top) : 0.0f, mine.scores.lead(),
+              mine.source, end.own.total, segment.first + segment.references - shared().record);
+    Single single = judged.single;
+    if (judged.settles) single.reference = Single::SEVERAL;
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const PartRow moved = shared().moved;
       const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
       before = power(moved.log2_weight - most), by = power(now - most);
-      end.own = {most, fma(before, moved.total, by * end.own.total)};
+      const double older = before * moved.total, newer = by * end.own.total;
+      single = join(before, older, by, newer, shared().single, single);
+      end.own = {most, older + newer};
     }
     const double weighted = by * mine.scores.total, source = by * mine.source, mean_by = 1 / end.own.total;
     double* const sums = parts.sums + part * layout.slice;
+    if (whole && has_to_be_settled(in, single)) {
+      end.own = review(in, segment, here, sums, tid);
+    } else {
 #pragma unroll
-    for (int s = 0; s < SLOTS; ++s) {
-      const int e = element(tid, s);
-      float c[EV];
-      unpack<T, EV>(mine.c[s], c);
+      for (int s = 0; s < SLOTS; ++s) {
+        const int e = element(tid, s);
+        float c[EV];
+        unpack<T, EV>(mine.c[s], c);
 #pragma unroll
-      for (int k = 0; k < EV; k += 4) {
-        if (e >= length) continue;
-        double v[4];
+        for (int k = 0; k < EV; k += 4) {
+          if (e >= length) continue;
+          double v[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          v[i] = fma(by, static_cast<double>(mine.sum[s * EV + k + i]), weighted * c[k + i]);
-        add_source(in, here, row.index, e + k, source, v);
-        if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e + k, before, v);
-        if (whole) {
-          store_row(in, here, end, e + k, mean_by, load_x(in, here, row, e + k), v);
-        } else {
-          store_sums(sums + e + k, v);
+          for (int i = 0; i < 4; ++i)
+            v[i] = fma(by, static_cast<double>(mine.sum[s * EV + k + i]), weighted * c[k + i]);
+          add_source(in, here, row.index, e + k, source, v);
+          if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e + k, before, v);
+          if (whole) {
+            store_row(in, here, end, e + k, mean_by, load_x(in, here, row, e + k), v);
+          } else {
+            store_sums(sums + e + k, v);
+          }
         }
       }
     }
-    if (ends && !whole && tid == 0) parts.rows[part] = end.own;
+    if (ends && !whole && tid == 0) parts.rows[part] = end.own, parts.singles[part] = single;
     named_barrier(1, THREADS);
-    if (tid == 0) shared().moved = end.own;
+    if (tid == 0) shared().moved = end.own, shared().single = single;
     if (whole && in.lse.data && rank == 0 && tid == 0) write_lse(in, end.index, end.own);
     if (!ends || whole || !layout.merge_last) return;
     if (tid == 0) {
@@ -386,7 +456,9 @@ struct Teams {
     named_barrier(1, THREADS);
     if (!shared().last) return;
     const int lane = tid % 32;
-    const PartsTogether together = sum_of_parts(parts, here, end, lane);
+    PartsTogether together = sum_of_parts(parts, here, end, lane);
+    settle_parts<T>(in, shared().list, parts, here, end, teams, TR,
+                    GroupCrew{tid, THREADS, 1, shared().reviewed}, together);
 #pragma unroll 1
     for (int e = 4 * tid; e - 4 * lane < length; e += 4 * THREADS) {
       double v[4] = {};
@@ -414,7 +486,7 @@ struct Teams {
           if (++s == layout.stages) s = 0, phase ^= 1;
         }
         if (i >= LAG) {
-          if (references > 0) add_tile(mine, behind, references - (i - LAG) * TR, exchanges + i - LAG, tid);
+          if (references > 0) add_tile(mine, behind, i - LAG, references, exchanges + i - LAG, tid);
           __syncwarp();
           if (tid % 32 == 0) arrive(&shared().empty[behind]);
           if (++behind == layout.stages) behind = 0;
@@ -461,6 +533,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       init_barrier(&shared.mailed[slot], 1);
     }
     shared.announced.init(Kernel::WARPS);
+    shared.list = list;
     publish_barriers();
   }
   __syncthreads();
