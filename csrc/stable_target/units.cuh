@@ -270,7 +270,8 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
 #pragma unroll
       for (int w = 0; w < OWN_LIST_ROWS / 32; w += 4) {  // four bytes at a time: all, and those before this
         const int before = max(0, min(warp - w, 4));
-        const uint32_t four = counts[w / 4], lower = before == 4 ? four : four & ((1u << 8 * before) - 1);
+        const uint32_t four = counts[w / 4],
+                       lower = four & static_cast<uint32_t>(~(~uint64_t{0} << 8 * before));
         all = static_cast<int>(__dp4a(four, 0x01010101u, static_cast<uint32_t>(all)));
         place = static_cast<int>(__dp4a(lower, 0x01010101u, static_cast<uint32_t>(place)));
       }
