@@ -16,7 +16,9 @@ constexpr int ROWS = LANES == 16 ? 6 : 3;  // rows at a time: ROWS x VECS accumu
 constexpr int CHUNK = VECS * LANES;        // references at a time
 constexpr int64_t SLICE = 32;              // coordinates whose products are added up in a row
 constexpr double FAR = 1.0;                // best logits below -FAR D - 16: rows far from all references
-constexpr int64_t EXACT_D = 8;             // up to here differences cost little, and targets can be nearly 0
+constexpr double DOUBT = 8.0, DOUBT_OF_PRODUCTS = 40.0;  // logits so large are off by 5e-7
+constexpr int64_t MANY = 64;                             // so many weights of a block, all nearly the largest
+constexpr int64_t EXACT_D = 8;  // up to here differences cost little, and targets can be nearly 0
 constexpr float NOTHING =
     -std::numeric_limits<float>::infinity();  // the score of a place without a reference
 static_assert(ROWS <= SMALL_ROWS && CHUNK <= SMALL_CHUNK);
@@ -135,10 +137,24 @@ void weighted_sums(const float* w, const float* origin, int64_t stride, const fl
 
 // Whether a row's logits lose less as sums of differences, of which those with weight are about sigma^2 each,
 // than as products.
+double size_of_products(const RowTile& rows, int64_t i, double y_norm, double spread) {
+  return std::fabs(rows.alpha[i]) * std::sqrt(y_norm) * spread / (rows.sigma[i] * rows.sigma[i]);
+}
 bool prefers_direct(const RowTile& rows, int64_t i, double y_norm, double spread) {
-  const double products = std::fabs(rows.alpha[i]) * std::sqrt(y_norm) * spread;
   const double limit = rows.d <= EXACT_D ? 0.0 : static_cast<double>(rows.d);
-  return products > limit * rows.sigma[i] * rows.sigma[i];
+  return size_of_products(rows, i, y_norm, spread) > limit;
+}
+
+// Reference j's logit in float64, of which the squared distance times `scale` is a part.
+double exact_logit(const float* z, const float* z_low, const float* panel, int64_t d, int64_t j,
+                   double scale) {
+  double distance = 0.0;
+  for (int64_t k = 0; k < d; ++k) {
+    const double gap =
+        (static_cast<double>(z[k]) - panel[(j / LANES * d + k) * LANES + j % LANES]) + z_low[k];
+    distance += gap * gap;
+  }
+  return 0.5 * static_cast<double>(d) - distance * scale;
 }
 
 // For a row far from all references, whose distances are large and alike: the scores that matter again in
@@ -149,13 +165,7 @@ double rescore(const float* z, const float* z_low, const float* panel, int64_t d
   const float lowest = static_cast<float>(top + (cut - 1.0) / scale - 1e-5 * std::fabs(top));
   for (int64_t j = 0; j < chunks * CHUNK; ++j) {
     if (!(u[j] >= lowest)) continue;
-    double distance = 0.0;
-    for (int64_t k = 0; k < d; ++k) {
-      const double gap =
-          (static_cast<double>(z[k]) - panel[(j / LANES * d + k) * LANES + j % LANES]) + z_low[k];
-      distance += gap * gap;
-    }
-    logits[j] = 0.5 * static_cast<double>(d) - distance * scale;
+    logits[j] = exact_logit(z, z_low, panel, d, j, scale);
     best = logits[j] > best ? logits[j] : best;
   }
   for (int64_t c = 0; c < chunks; ++c) {
@@ -168,6 +178,36 @@ double rescore(const float* z, const float* z_low, const float* panel, int64_t d
     store_vec(tops + c * LANES, splat(any ? 0.0f : NOTHING));
   }
   return best;
+}
+
+// For other rows only the scores from `lowest` on, unless there are many of them, whose errors average out.
+// The rest move along, so that the best is 0. Whether it was done; `logit`: the best one.
+template <bool direct>
+bool rescore_near(const float* z, const float* z_low, const float* panel, int64_t d, int64_t chunks,
+                  float top, float lowest, double scale, float* u, float* tops, double& logit) {
+  int64_t near[MANY], count = 0;
+  for (int64_t c = 0; c < chunks; ++c) {
+    if (!(max_lane(load_vec(tops + c * LANES)) >= lowest)) continue;
+    for (int64_t j = c * CHUNK; j < (c + 1) * CHUNK; ++j) {
+      if (!(u[j] >= lowest)) continue;
+      if (count == MANY) return false;
+      near[count++] = j;
+    }
+  }
+  double logits[MANY], best = -std::numeric_limits<double>::infinity();
+  for (int64_t i = 0; i < count; ++i) {
+    logits[i] = exact_logit(z, z_low, panel, d, near[i], direct ? scale : 0.5 * scale);
+    best = logits[i] > best ? logits[i] : best;
+  }
+  for (int64_t j = 0; j < chunks * CHUNK; j += LANES) store_vec(u + j, load_vec(u + j) - top);
+  for (int64_t c = 0; c < chunks; ++c)
+    store_vec(tops + c * LANES, -max(splat(top) - load_vec(tops + c * LANES), Vec{}));
+  for (int64_t i = 0; i < count; ++i) {
+    u[near[i]] = static_cast<float>((logits[i] - best) / scale);
+    store_vec(tops + near[i] / CHUNK * LANES, Vec{});
+  }
+  logit = best;
+  return true;
 }
 
 // R rows of the tile from `first` on.
@@ -212,6 +252,16 @@ void few_rows(const RowTile& rows, const RefBlock& block, int64_t first, const d
       logit = rescore(high + i * d, low + i * d, scratch.panel, d, chunks, block_top, scale[i], cut,
                       scratch.scores + i * stride, tops);
       block_top = 0.0f;
+    } else {
+      const double doubt = direct ? std::fabs(logit) / DOUBT
+                                  : size_of_products(rows, row, y_norm[row], spread) / DOUBT_OF_PRODUCTS;
+      const double weight = 1.0 / (doubt * doubt);  // errors of smaller ones do not show
+      if (doubt > 1.0 && std::isfinite(logit) && logit > running.top[row] + std::log(weight) - 1.0) {
+        const float lowest = static_cast<float>(block_top + std::log(weight) / scale[i]);
+        if (rescore_near<direct>(high + i * d, low + i * d, scratch.panel, d, chunks, block_top, lowest,
+                                 scale[i], scratch.scores + i * stride, tops, logit))
+          block_top = 0.0f;
+      }
     }
     const double top = logit > running.top[row] ? logit : running.top[row];
     const bool broken = !std::isfinite(logit) || !std::isfinite(y_norm[row]) || std::isnan(running.sum[row]);

@@ -15,6 +15,7 @@ constexpr int ROWS = LANES == 16 ? 6 : 3;  // rows at a time: ROWS x REFS accumu
 constexpr int64_t STRIP = REFS * LANES;    // coordinates at a time in weighted sums
 constexpr int64_t CHAIN = 64;              // float32 terms in a row before a partial sum is put away
 constexpr double DOUBT = 22.0;             // measured: errors of the result stay below 1e-6
+constexpr int64_t MANY = 64;               // so many weights of a block, all nearly the largest
 constexpr int64_t SCORE_STRIDE = SCORE_DEPTH + SKEW, SUM_STRIDE = SUM_DEPTH + SKEW;
 static_assert(SUM_DEPTH % STRIP == 0 && padded(1) % STRIP == 0 && WIDE_BLOCK % REFS == 0);
 
@@ -243,12 +244,17 @@ int64_t wide_logits(const RowTile& rows, int64_t count, const double* offset, co
     for (int64_t j = count; j < full; ++j) logit[j] = -std::numeric_limits<double>::infinity();
     // Products of this size lose digits that differences of the size sigma sqrt(D) keep.
     const double size = std::fabs(a) * scale * std::sqrt(y_norm[i] * spread);
-    if (!(size > DOUBT * std::sqrt(static_cast<double>(rows.d)))) continue;
+    const double ratio = size / std::sqrt(static_cast<double>(rows.d));
+    if (!(ratio > 1.0)) continue;
     for (int64_t j = 0; j < count; ++j) top = logit[j] > top ? logit[j] : top;
-    const double near = top + cut - 1.0 - 0x1p-22 * size;
+    // Else the logits' errors, about 1e-6 times the ratio, average out but for the largest weights.
+    const bool all = ratio > DOUBT;
+    const double near = top + (all ? cut - 1.0 - 0x1p-22 * size : -2.0 * std::log(ratio));
+    const int64_t before = found;
     for (int64_t j = 0; j < count; ++j) {
       if (logit[j] > near) doubtful[found++] = static_cast<int32_t>(i * WIDE_BLOCK + j);
     }
+    if (!all && found - before > MANY) found = before;
   }
   return found;
 }

@@ -233,3 +233,14 @@ def with_gaps(t: Tensor) -> Tensor:
     view = wide[tuple(slice(None, None, 2) for _ in t.shape)]
     view.copy_(t)
     return view
+
+
+def between(a: Tensor, b: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Noisy rows whose logits of the references a and b differ by about one; alpha and sigma (n, 1), float64."""
+    gap = (a - b).double()
+    noise = torch.randn(gap.shape, dtype=torch.float64, device=gap.device)
+    length = gap.norm(dim=1, keepdim=True)
+    unit = gap / length
+    noise -= (noise * unit).sum(1, keepdim=True) * unit
+    tilt = torch.randn(len(gap), 1, dtype=torch.float64, device=gap.device) * sigma**2 / alpha / length
+    return (alpha * (a.double() + b.double()) / 2 + sigma * noise + tilt * unit).float()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import predict
+from kernel_cases import between, predict
 
 from stablevelocity_kernels import PATHS, PREDICTIONS, backends, posterior_mean, reference, stable_target
 from stablevelocity_kernels.testing import (
@@ -163,3 +163,19 @@ def test_lesser_instruction_sets(isa):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", names, __file__]
     done = subprocess.run(command, env={**os.environ, "SVEL_ISA": isa}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("t", [0.05, 0.2, 0.35, 0.5, 0.7, 0.8, 0.9])
+@pytest.mark.parametrize("d", [2, 3, 8, 9, 16, 33, 64, 128, 129, 256, 1000, 4096])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_rows_between_two_references(d, t, dtype):
+    """Sums in float32 cannot weigh references that nearly tie; these lie in one block, and in two."""
+    torch.manual_seed(d)
+    n, m = 24, 2500 if d <= 128 else 700
+    refs = torch.randn(m, d).to(dtype)
+    first = torch.arange(n) % m
+    second = torch.where(torch.arange(n) % 2 == 0, first + 30, m - 1 - first)
+    alpha, sigma = torch.full((n, 1), 1 - t, dtype=torch.float64), torch.full((n, 1), t, dtype=torch.float64)
+    x, times = between(refs[first].float(), refs[second].float(), alpha, sigma), torch.full((n,), t)
+    expected = reference.stable_target(x.double(), refs, times)
+    assert_close(stable_target(x, refs, times), expected)
