@@ -217,7 +217,6 @@ def test_every_row_of_a_pool_that_few_rows_share(n):
     """The tiles of few rows wait for their references, which arrive in any order. Up to 64 rows `stable_target` leaves
     this kernel what the pool kernel has doubts about."""
     torch.manual_seed(0)
-    limit = TOLERANCE[torch.float32, "exact"]
     t = torch.tensor([0.7, 0.9, 0.98, 0.999], device="cuda").repeat(n // 4)
     alpha, sigma = (v.float() for v in path_coefficients("cosine", t.double())[:2])
     for _ in range(5):
@@ -230,10 +229,8 @@ def test_every_row_of_a_pool_that_few_rows_share(n):
         ):
             out, expected = call(svel, x), call(reference, x.double())
             assert torch.equal(call(svel, x), out)
-            for i in range(4):  # all rows of a time, and no row alone by more than twice that
-                assert relative_error(out[i::4], expected[i::4]) <= limit
             errors = (out - expected).norm(dim=1) / expected.norm(dim=1)
-            assert (errors <= 2 * limit).all(), errors.view(-1, 4).amax(0).tolist()
+            assert (errors <= TOLERANCE[torch.float32, "exact"]).all(), errors.view(-1, 4).amax(0).tolist()
 
 
 def test_repeats_bit_for_bit(rng):
