@@ -21,8 +21,11 @@ struct Array {  // a contiguous device array whose dtype is known at run time
   Dtype dtype = Dtype::f32;
 };
 
-inline bool is_aligned(const void* pointer) {  // to 16 bytes
+__host__ __device__ inline bool is_aligned(const void* pointer) {  // to 16 bytes
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+__host__ __device__ inline bool is_vector(const Array& a) {  // float32, four at a time
+  return a.dtype == Dtype::f32 && is_aligned(a.data);
 }
 
 __host__ __device__ inline int size_of(Dtype dtype) {

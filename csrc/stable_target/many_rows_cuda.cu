@@ -145,9 +145,8 @@ __device__ Row row_of(const Inputs& in, int64_t i, bool& alive) {
 }
 
 // Rows are sorted by this: falling time, and those that have no references last.
-__device__ float order_of(const Inputs& in, int64_t i) {
-  bool alive;
-  const double rate = row_of(in, i, alive).rate();
+__device__ float order_of(const Row& row, bool alive) {
+  const double rate = row.rate();
   return alive && rate >= 0 ? static_cast<float>(rate) : INFINITY;
 }
 
@@ -156,7 +155,11 @@ __global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Inputs in, c
   follow_previous();
   extern __shared__ float orders[];
   const int64_t n = in.n;
-  for (int64_t i = threadIdx.x; i < n; i += ORDER_THREADS) orders[i] = order_of(in, i);
+  for (int64_t i = threadIdx.x; i < n; i += ORDER_THREADS) {
+    bool alive;
+    const Row row = row_of(in, i, alive);
+    orders[i] = order_of(row, alive);
+  }
   __syncthreads();
   const int lane = threadIdx.x % 32, warps = gridDim.x * (ORDER_THREADS / 32);
   for (int64_t i = (blockIdx.x * ORDER_THREADS + threadIdx.x) / 32; i < n; i += warps) {
@@ -185,10 +188,7 @@ __device__ bool expect_dense(const Row& row, double spread, float references, bo
 
 // x and out are float32 and aligned to 16 bytes, and there is no source.
 __host__ __device__ inline bool are_usual(const Inputs& in) {
-  const auto usual = [](const Array& a) {
-    return a.dtype == Dtype::f32 && reinterpret_cast<uintptr_t>(a.data) % 16 == 0;
-  };
-  return usual(in.x) && usual(in.out) && !in.source.data;
+  return is_vector(in.x) && is_vector(in.out) && !in.source.data;
 }
 
 // One block per row of the pass: its slot, y in two halves, |y|^2, the part of its source. USUAL: as above.
@@ -254,8 +254,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   for (int64_t j = tid; j < listed; j += THREADS) {
     bool any;
     const Row of_j = row_of(in, many.order ? many.order[many.first_row + local] : many.first_row + j, any);
-    const double rate = of_j.rate();
-    rates[j] = any && rate >= 0 ? static_cast<float>(rate) : INFINITY;
+    rates[j] = order_of(of_j, any);
     if (many.order || j == local) row = of_j, has_references = any, own_rate = rates[j];
   }
   __syncthreads();

@@ -129,8 +129,7 @@ __global__ void __launch_bounds__(32 * POOL_AGAIN_WARPS)
         dot = fma(static_cast<double>(of_x[i]), r, dot), norm = fma(r, r, norm);
       }
     }
-    double score = dot - 0.5 * row.alpha * norm;
-    for (int offset = 16; offset > 0; offset /= 2) score += __shfl_xor_sync(0xffffffffu, score, offset);
+    const double score = warp_sum(dot - 0.5 * row.alpha * norm);
     const double logit = row.rate * (score - row.centred) + row.rounded;
     const double grown = POOL_WEIGHT_SCALE * exp2(static_cast<double>(best.logit) - most) *
                          expm1(LOG_2 * (logit - best.logit));

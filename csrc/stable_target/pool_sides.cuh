@@ -145,7 +145,7 @@ template <int COUNT>
 __device__ void pool_block_sums(double (&v)[COUNT], double (&scratch)[POOL_PREPARE_THREADS / 32][COUNT]) {
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {
-    for (int offset = 16; offset > 0; offset /= 2) v[k] += __shfl_xor_sync(0xffffffffu, v[k], offset);
+    v[k] = warp_sum(v[k]);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32][k] = v[k];
   }
   __syncthreads();

@@ -74,7 +74,6 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   }
 
   Problem problem = problem_of(op, x, refs, labels.has_value(), source.has_value(), given.precision);
-  const auto is_vector = [](const Array& a) { return a.dtype == Dtype::f32 && is_aligned(a.data); };
   problem.vectors =
       is_vector(in.x) && is_vector(in.out) && (!source || is_vector(in.source)) && !in.mailboxes;
   const Plan plan = make_plan(problem);

@@ -235,7 +235,8 @@ class StableVMObjective(CFMObjective):
             generator: on the device of x0; None for the default one.
         """
         self.bank.use(labels)
-        noise, sides = torch.empty(x0.shape, device=x0.device), self._fork(x0)
+        sides = self._fork(x0)
+        noise = torch.empty(x0.shape, device=x0.device) if sides else None  # made by now, since a side writes it
         if self.source == "bank" and self.update_bank:
             with torch.cuda.stream(sides[0]) if sides else contextlib.nullcontext():
                 self.bank.push(x0, labels, indices)
