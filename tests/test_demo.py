@@ -61,6 +61,7 @@ def test_demo_metrics(demo):
     assert samples["model_evaluations_per_sample"] == 8  # four guided steps
     assert 0 <= samples["small_cnn_accuracy_on_samples"] <= 1
     assert metrics["steps"] == 4
+    assert metrics["full_steps"] == demo_config().steps
     assert metrics["final_loss"] > 0
     assert {"variance", "training", "sampling", "classifier", "total"} <= metrics["seconds"].keys()
 

@@ -62,11 +62,14 @@ def _demo(args: argparse.Namespace) -> None:
     torch.set_num_threads(min(8, torch.get_num_threads()))  # more only wait for each other on a model this small
     metrics = run_demo(args.output, steps=args.steps, seed=args.seed, device=args.device, overrides=args.set)
     folder = Path(args.output)
-    agrees = metrics["samples"]["small_cnn_accuracy_on_samples"]
+    agrees, steps = metrics["samples"]["small_cnn_accuracy_on_samples"], metrics["steps"]
     print(
-        f"{folder / 'samples.png'}: a small CNN agrees with {agrees:.1%} of the labels; "
+        f"{folder / 'samples.png'}: after {steps} steps a small CNN agrees with {agrees:.1%} of the labels; "
         f"{metrics['seconds']['total']:.0f} s in all; read {folder / 'report.md'}"
     )
+    full = metrics["full_steps"]
+    if args.steps is None and steps < full:
+        print(f"{steps} of {full} steps fit into the demo's time here; better samples: svel demo --steps {full}")
 
 
 # Flags of `svel train` that are short for a configuration key.
