@@ -182,6 +182,7 @@ __device__ inline void product_of_step(float (&acc)[COUNT], uint64_t a, uint64_t
 // What a warp does while products are under way: nothing, or |r_j|^2 of its 16 references of a stage, which
 // lie as they are in rows of it, in float32 over 512 elements. Lane: 16 bytes of every fourth reference.
 struct Nothing {
+  __device__ void before(const Stage&, int) {}
   template <int PART, int PARTS>
   __device__ void during(const Stage&) {}
   __device__ void after(bool) {}
@@ -193,6 +194,7 @@ struct OwnNorms {
   float part[4] = {0, 0, 0, 0};
   double total = 0;  // of reference 4 i + lane / 8 in the lanes of lane % 8 == i
 
+  __device__ void before(const Stage&, int) {}
   // Of the references of part PART of PARTS.
   template <int PART, int PARTS>
   __device__ void during(const Stage& stage) {
@@ -286,6 +288,7 @@ __device__ inline void multiply_steps(Ring& ring, uint32_t a_offset, int steps, 
     for (int step = 0; step < steps; ++step, ring.next()) {
       const Stage stage = ring.stage();
       wait_barrier(stage.full, ring.parity);
+      beside.before(stage, step);
       // A warpgroup gets ahead of the other by at most the stages of the ring: by less than so many steps.
       multiply_shared<WIDTH, GROUPS, LOW>(stage, a_offset, step == 0 && steps >= STAGES, sums, beside);
       beside.after(enough(step));
@@ -296,6 +299,7 @@ __device__ inline void multiply_steps(Ring& ring, uint32_t a_offset, int steps, 
     for (int step = 0; step < steps; ++step, ring.next()) {
       const Stage stage = ring.stage();
       wait_barrier(stage.full, ring.parity);
+      beside.before(stage, step);
       accumulate_shared<WIDTH, GROUPS>(stage.a + a_offset, stage.b, sums);
       beside.template during<0, 1>(stage);
       beside.after(enough(step));
@@ -640,7 +644,25 @@ __device__ inline bool load_differences(uint32_t tile, int warp, int lane, const
   return inexact;
 }
 
-// PLAIN: references as stored are the first operand, all but those of a step that has invalid ones.
+// Zeros in place of the references from `kept` on of step `step`, before they are multiplied.
+struct ZeroInvalid {
+  int step, kept, refs;
+
+  __device__ void before(const Stage& stage, int at) {
+    if (at != step) return;
+    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
+    char* const rows = stage.memory + group * refs * ROW_BYTES;
+    for (int chunk = kept * (ROW_BYTES / 16) + thread; chunk < refs * (ROW_BYTES / 16); chunk += 128)
+      *reinterpret_cast<uint4*>(rows + 16 * chunk) = uint4{};
+    fence_async();
+    named_barrier(1 + group, 128);
+  }
+  template <int PART, int PARTS>
+  __device__ void during(const Stage&) {}
+  __device__ void after(bool) {}
+};
+
+// PLAIN: references as stored are the first operand.
 template <typename T, int WIDTH, bool EXACT, bool PLAIN>
 __device__ inline void sum_tile(const Inputs& in, const Many& many, Ring& ring, const SumTile& at,
                                 int64_t valid) {
@@ -665,15 +687,12 @@ __device__ inline void sum_tile(const Inputs& in, const Many& many, Ring& ring, 
 #pragma unroll
   for (int i = 0; i < WIDTH / 2; ++i) sums[i] = 0;
 
-  int step = at.begin;
   if constexpr (PLAIN) {
-    const int whole = static_cast<int>(valid / REFS);
-    const int end = at.end <= whole ? at.end : at.begin > whole ? at.begin : whole;
-    Nothing nothing;
-    multiply_steps<WIDTH, REFS / 16, EXACT, 0>(ring, group * REFS * ROW_BYTES, end - step, sums, nothing);
-    step = end;
+    ZeroInvalid beside{static_cast<int>(valid / REFS) - at.begin, static_cast<int>(valid % REFS), REFS};
+    multiply_steps<WIDTH, REFS / 16, EXACT, 0>(ring, group * REFS * ROW_BYTES, at.end - at.begin, sums,
+                                               beside);
   }
-  for (; step < at.end; ++step, ring.next()) {
+  for (int step = at.begin; !PLAIN && step < at.end; ++step, ring.next()) {
     const Stage stage = ring.stage();
     wait_barrier(stage.full, ring.parity);
     const uint32_t tile = stage.a + group * REFS * ROW_BYTES;
