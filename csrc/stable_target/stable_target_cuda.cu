@@ -74,8 +74,7 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   }
 
   Problem problem = problem_of(op, x, refs, labels.has_value(), source.has_value(), given.precision);
-  problem.vectors =
-      is_vector(in.x) && is_vector(in.out) && (!source || is_vector(in.source)) && !in.mailboxes;
+  problem.vectors = is_vector(in.x) && is_vector(in.out) && (!source || is_vector(in.source));
   const Plan plan = make_plan(problem);
   const cudaStream_t stream = current_stream(x);
   if (plan.kernel != "pool" || plan.fast) {
