@@ -252,7 +252,8 @@ constexpr int SEGMENT_SLOTS = 4;
 
 template <int ROWS>
 struct Announcements {
-  // Of a segment: where its references are; its rows too; all consumers are done with it.
+  // Of a segment: where its references are and which its rows; what is to know of these; all consumers are
+  // done with it.
   Barrier placed[SEGMENT_SLOTS], told[SEGMENT_SLOTS], done[SEGMENT_SLOTS];
   Segment<ROWS> segments[SEGMENT_SLOTS];
 
@@ -296,6 +297,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
                           (share.last && tile + count == share.to ? SEGMENT_LAST : 0);
           segment.squares = in.lse.data || unit.group < 0;
           segment.alone = unit.alone, segment.count = rows, segment.order = unit.first;
+          for (int r = 0; r < rows; ++r) segment.rows[r].index = list.order[unit.first + r];
           arrive(&announced.placed[slot]);
           const Ranges ranges(list, teams);
           segment.from = static_cast<int>(ranges.first_team(list, share.number));

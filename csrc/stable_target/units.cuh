@@ -15,9 +15,9 @@ struct Unit {
   int64_t count;  // valid references
   int64_t tiles;  // of its references; at least one, which holds none where a row has only its own source
   int first;      // of its rows, in UnitList::order
-  int rows;
-  int alone;   // no other unit has this group
-  int weight;  // what a tile costs
+  uint8_t rows;
+  bool alone;       // no other unit has this group
+  uint16_t weight;  // what a tile costs
 };
 
 struct UnitList {
