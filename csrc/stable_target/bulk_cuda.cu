@@ -141,10 +141,136 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   }
 }
 
+constexpr int END_THREADS = 128;
+
+// A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
+// take LANES by LANES shares of the parts. Grid: rows x chunks of D.
+template <int LANES, int VECTORS>
+__global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
+    end_kernel(const Inputs in, const ProductsParts parts) {
+  constexpr int SHARES = END_THREADS / LANES;
+  extern __shared__ double weights[];  // (blocks,) of the row's other parts
+  __shared__ double scratch[33], sums[SHARES][VECTORS][LANES][4];
+  const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
+  const int64_t index = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const int lane = threadIdx.x % LANES, share = threadIdx.x / LANES;
+  const float* const x = static_cast<const float*>(in.x.data) + index * in.d;
+  float* const out = static_cast<float*>(in.out.data) + index * in.d;
+  int64_t at[VECTORS];
+  bool within[VECTORS];
+  float4 mine[VECTORS], first[VECTORS];
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    at[v] = 4 * ((chunk * VECTORS + v) * LANES + lane), within[v] = at[v] < in.d;
+    mine[v] = first[v] = make_float4(0, 0, 0, 0);
+    if (within[v] && share == 0) mine[v] = *reinterpret_cast<const float4*>(x + at[v]);
+  }
+  wait_for_previous_launch();
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    if (within[v] && share == 0) first[v] = __ldcg(reinterpret_cast<const float4*>(out + at[v]));
+  }
+  const ProductsRow left = parts.rows[index];
+  const int others = left.to - left.from;  // negative: nothing to read
+  const auto part_of = [&](int j) { return (left.from + 1 + j) * PRODUCTS_ROWS + left.row; };
+  double total = others < 0 ? NAN : left.own.total, best = left.own.log2_weight, by_first = 1, by_source = 0;
+  const float* source = nullptr;
+  if (in.source.data && others >= 0) source = static_cast<const float*>(in.source.data) + index * in.d;
+  if (others > 0 || source) {
+    double top = best;
+    if (source) {  // a part like any other
+      const Row row = row_coefficients(in, index);
+      double score = 0, square = 0;
+      for (int64_t i = threadIdx.x; i < in.d; i += END_THREADS) {
+        const double s = source[i], y = row.sign * x[i];
+        score = fma(fma(-0.5 * row.alpha, s, y), s, score);
+        square = fma(y, y, square);
+      }
+      score = row.rate() * fma(score, 0.0, score);  // what is not finite becomes NaN
+      if (in.lse.data || in.labels[index] < 0) score -= 0.5 * square / (row.sigma * row.sigma);
+      by_source = LOG2_E * block_sum<double>(score, scratch);
+      top = top >= by_source || by_source != by_source ? top : by_source;
+    }
+    for (int j = threadIdx.x; j < others; j += END_THREADS) {
+      const double other = parts.others[part_of(j)].log2_weight;
+      top = top >= other || other != other ? top : other;
+    }
+    best = block_max<double>(top, scratch);
+    double of_others = 0;
+    for (int j = threadIdx.x; j < others; j += END_THREADS) {
+      const PartRow part = parts.others[part_of(j)];
+      weights[j] = exp2(part.log2_weight - best);
+      of_others = fma(weights[j], part.total, of_others);
+    }
+    by_first = exp2(left.own.log2_weight - best);
+    by_source = source ? exp2(by_source - best) : 0;
+    total = block_sum<double>(of_others, scratch) + fma(by_first, total, by_source);
+  }
+  const double by = left.b / total;
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    double sum[4] = {by_first * first[v].x, by_first * first[v].y, by_first * first[v].z,
+                     by_first * first[v].w};
+    const auto add = [&](double weight, float4 four) {
+      sum[0] = fma(weight, static_cast<double>(four.x), sum[0]);
+      sum[1] = fma(weight, static_cast<double>(four.y), sum[1]);
+      sum[2] = fma(weight, static_cast<double>(four.z), sum[2]);
+      sum[3] = fma(weight, static_cast<double>(four.w), sum[3]);
+    };
+    if (within[v]) {
+#pragma unroll 4
+      for (int j = share; j < others; j += SHARES)
+        add(weights[j], __ldcg(reinterpret_cast<const float4*>(parts.sums + part_of(j) * in.d + at[v])));
+    }
+    if (SHARES > 1) {
+      for (int k = 0; k < 4; ++k) sums[share][v][lane][k] = sum[k];
+      __syncthreads();
+      for (int k = 0; k < 4; ++k) {
+        for (int other = 1; other < SHARES; ++other) sum[k] += sums[other][v][lane][k];
+      }
+    }
+    if (!within[v] || share > 0) continue;
+    if (source) add(by_source, *reinterpret_cast<const float4*>(source + at[v]));
+    *reinterpret_cast<float4*>(out + at[v]) =
+        make_float4(static_cast<float>(fma(left.a, static_cast<double>(mine[v].x), by * sum[0])),
+                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].y), by * sum[1])),
+                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].z), by * sum[2])),
+                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].w), by * sum[3])));
+  }
+  if (in.lse.data && chunk == 0 && threadIdx.x == 0)
+    store_as(in.lse, index, log(total) + LOG_2 * best + 0.5 * static_cast<double>(in.d));
+}
+
+template <int LANES, int VECTORS>
+bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
+                   cudaStream_t stream) {
+  const int64_t grid = in.n * ceil_div(in.d, 4 * LANES * VECTORS);
+  if (LANES < END_THREADS && grid > 4 * blocks) return false;
+  cudaLaunchAttribute overlaps{};
+  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlaps.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(END_THREADS);
+  config.dynamicSmemBytes = blocks * sizeof(double);
+  config.stream = stream;
+  config.attrs = &overlaps;
+  config.numAttrs = 1;
+  check_cuda(op, cudaLaunchKernelEx(&config, end_kernel<LANES, VECTORS>, in, parts));
+  return true;
+}
+
 }  // namespace
 
 bool has_short_list(int64_t n, int64_t k, int64_t m) {
   return n <= SHORT_ROWS && k <= OWN_LIST_GROUPS && m < int64_t{1} << 31;
+}
+
+// Few rows have many parts each.
+void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
+                  cudaStream_t stream) {
+  launch_end_if<8, 1>(op, in, parts, blocks, stream) || launch_end_if<32, 1>(op, in, parts, blocks, stream) ||
+      launch_end_if<END_THREADS, 2>(op, in, parts, blocks, stream);
 }
 
 void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int* arrived, int64_t counts,

@@ -253,7 +253,8 @@ constexpr int SEGMENT_SLOTS = 4;
 
 template <int ROWS>
 struct Announcements {
-  // Of a segment: where its references are; its rows too; all consumers are done with it.
+  // Of a segment: where its references are and which its rows; what is to know of these; all consumers are
+  // done with it.
   Barrier placed[SEGMENT_SLOTS], told[SEGMENT_SLOTS], done[SEGMENT_SLOTS];
   Segment<ROWS> segments[SEGMENT_SLOTS];
 
@@ -303,6 +304,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
         int64_t index = 0;
         if (lane < rows) {
           index = list.order[unit.first + lane];
+          segment.rows[lane].index = index;
           name_row(index, segment.rows[lane]);
         }
         __syncwarp();

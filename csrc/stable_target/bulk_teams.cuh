@@ -49,9 +49,9 @@ struct TeamsShared {
   alignas(16) double mail[TEAMS_SLOTS][BULK_MAX_CLUSTER];
   Mail kinds[TEAMS_SLOTS];
   Announcements<1> announced;
-  RowState known[SHORT_LIST_ROWS];  // of the rows, where the list is short
-  double shift;                     // |y|^2 / (2 sigma^2) in units of log 2
-  PartRow moved;                    // to memory already
+  RowState known[WARP_LIST_ROWS];  // of the rows, where the list is short
+  double shift;                    // |y|^2 / (2 sigma^2) in units of log 2
+  PartRow moved;                   // to memory already
   int last;
 };
 
@@ -451,9 +451,9 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
   const int tid = threadIdx.x, other = tid - GROUPS_CONSUMERS;
   if (!layout.merge_last) allow_next_launch();
-  const bool short_list = layout.own_list && in.n <= SHORT_LIST_ROWS;
-  if (layout.own_list && !short_list) read_rows(in, *scratch);
-  if (short_list && other >= 0 && other < 32) build_short_list<TR, 1>(in, list, other);
+  const bool list_by_warp = layout.own_list && in.n <= WARP_LIST_ROWS;
+  if (layout.own_list && !list_by_warp) read_rows(in, *scratch);
+  if (list_by_warp && other >= 0 && other < 32) build_list_in_warp<TR, 1>(in, list, other);
   if (other == 32) {
 #pragma unroll 1
     for (int s = 0; s < layout.stages; ++s) {
@@ -474,14 +474,14 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   if (!layout.own_list) wait_for_previous_launch();
   if (other >= 0) {
     give_up_registers<TEAMS_OTHER_REGISTERS>();
-    if (layout.own_list && !short_list) build_own_list<TR, 1>(in, list, *scratch, other);
+    if (layout.own_list && !list_by_warp) build_own_list<TR, 1>(in, list, *scratch, other);
     if (other < 32) {
       const auto most_tiles = [](int) { return Kernel::SEGMENT_TILES; };
       const auto name_row = [&](int64_t index, RowState& row) {
         row.index = index, row.x = x_of(in, index).data;
       };
       const auto know_row = [&](int64_t index, RowState& row) {
-        if (!short_list) return set_row(in, index, row);
+        if (!list_by_warp) return set_row(in, index, row);
         wait_barrier(&shared.rows_known, 0);
         row = shared.known[index];
       };
@@ -490,7 +490,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     } else if (other < 64) {
       kernel.produce(other - 32);
     } else {
-      if (short_list && other < 96) {
+      if (list_by_warp && other < 96) {
         if (other - 64 < in.n) set_row(in, other - 64, shared.known[other - 64]);
         arrive(&shared.rows_known);
       }
