@@ -157,9 +157,9 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.splits = teams;
     plan.rows_per_pass = p.n;
     plan.refs_per_pass = groups(p) * p.m;
-    plan.smem_bytes = fixed + std::max(stages * stage, plan.own_list ? LIST_SCRATCH_SMEM : 0);
-    plan.workspace_bytes = unit_list_bytes(p.n, groups(p)) + 4 * p.n * slices + 4096 +
-                           plan.blocks * plan.tile_rows * (16 * slice + 256);
+    plan.smem_bytes = fixed + std::max({stages * stage, SETTLE_SMEM, plan.own_list ? LIST_SCRATCH_SMEM : 0});
+    plan.workspace_bytes = unit_list_bytes(p.n, groups(p)) + 8 * p.n * slices + 4096 +
+                           plan.blocks * (plan.tile_rows * (16 * slice + 256) + 8 * slice);
     plan.reason = tile.reason;
     return true;
   }

@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(MERGE_THREADS)
   extern __shared__ double weights[];  // (teams of the unit,)
   __shared__ double scratch[33];
   __shared__ double sums[MERGE_THREADS / 32][MERGE_ELEMENTS];
+  allow_next_launch();
   wait_for_previous_launch();
   const int64_t chunks = (in.d + MERGE_ELEMENTS - 1) / MERGE_ELEMENTS;
   const int u = static_cast<int>(blockIdx.x / chunks);
@@ -58,12 +59,16 @@ __global__ void __launch_bounds__(MERGE_THREADS)
     }
     const double best = block_max<double>(top, scratch);
     double share = 0;
+    float lead = 0, scale = 0;
     for (int j = threadIdx.x; j < count; j += MERGE_THREADS) {
       const PartRow part = parts.rows[part_of(j, 0)];
       weights[j] = exp2(part.log2_weight - best);
       share += weights[j] * part.total;
+      lead = fmaxf(lead, static_cast<float>(weights[j]) * part.lead), scale = fmaxf(scale, part.scale);
     }
-    const double total = block_sum<double>(share, scratch);
+    const PartRow all{best, block_sum<double>(share, scratch),
+                      static_cast<float>(block_max<double>(lead, scratch)),
+                      static_cast<float>(block_max<double>(scale, scratch))};
     constexpr int WARPS = MERGE_THREADS / 32;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, each = (count + WARPS - 1) / WARPS;
     const int64_t e = begin + lane;
@@ -81,10 +86,9 @@ __global__ void __launch_bounds__(MERGE_THREADS)
       for (int w = 0; w < WARPS; ++w) sum += sums[w][lane];
       const int64_t at = row.index * in.d + e;
       const double x = load_as<double>(x_of(in, row.index), at);
-      store_as(out_of(in, row.index), at, row.a * x + row.b * (sum / total));
+      store_as(out_of(in, row.index), at, row.a * x + row.b * (sum / all.total));
     }
-    if (in.lse.data && chunk == 0 && threadIdx.x == 0)
-      store_as(lse_of(in, row.index), row.index, log(total) + LOG_2 * best + 0.5 * static_cast<double>(in.d));
+    if (chunk == 0 && threadIdx.x == 0) finish_row(in, parts, {}, row.index, all, nullptr);
     __syncthreads();  // weights are read above and overwritten next
   }
 }

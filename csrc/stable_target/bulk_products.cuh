@@ -687,7 +687,7 @@ struct Products {
 
   // The row's result from its parts.
   __device__ __forceinline__ void merge(const RowEnd& end) const {
-    merge_row<THREADS>(in, parts, place(), end, [] { return thread(); });
+    merge_row<THREADS>(in, parts, place(), end, nullptr, [] { return thread(); });
   }
 
   // Of the ring: the stage where a tile begins, and the parity of its phase.
@@ -760,7 +760,7 @@ struct Products {
     wait_barrier(&shared().closed, 0);
 #pragma unroll 1
     for (int i = 0; i < shared().unmerged; ++i) merge(shared().rows_left[i]);
-    write_dead_rows(in, list, place(), gridDim.x, blockIdx.x, thread(), THREADS);
+    write_dead_rows(in, list, parts, place(), gridDim.x, blockIdx.x, thread(), THREADS);
   }
 };
 

@@ -12,7 +12,7 @@
 #pragma once
 
 #include "common/cluster.cuh"
-#include "stable_target/bulk_parts.cuh"
+#include "stable_target/bulk_settle.cuh"
 
 namespace svel::cuda {
 
@@ -51,6 +51,7 @@ struct TeamsShared {
   double shift;   // |y|^2 / (2 sigma^2) in units of log 2
   PartRow moved;  // to memory already
   int last;
+  int doubtful;  // the first of the rows to be settled
 };
 
 // T: of the references. Each of the consumers owns Q elements of the slice. TR: references per tile.
@@ -343,12 +344,11 @@ struct Teams {
     named_barrier(1, THREADS);  // `shift` and `moved` are written
     double by = 1, before = 0;
     end.own = {mine.scores.top - shared().shift,
-               static_cast<double>(mine.scores.total) + static_cast<double>(mine.source)};
+               static_cast<double>(mine.scores.total) + static_cast<double>(mine.source),
+               fmaxf(mine.scores.lead(), mine.source), mine.scores.worst * mine.scores.rate};
     if (!(flags & SEGMENT_PART_BEGIN)) {
-      const PartRow moved = shared().moved;
-      const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
-      before = power(moved.log2_weight - most), by = power(now - most);
-      end.own = {most, fma(before, moved.total, by * end.own.total)};
+      const Joined joined = join(shared().moved, end.own);
+      end.own = joined.all, before = joined.by_first, by = joined.by_second;
     }
     const double weighted = by * mine.scores.total, source = by * mine.source, mean_by = 1 / end.own.total;
     double* const sums = parts.sums + part * layout.slice;
@@ -376,7 +376,7 @@ struct Teams {
     if (ends && !whole && tid == 0) parts.rows[part] = end.own;
     named_barrier(1, THREADS);
     if (tid == 0) shared().moved = end.own;
-    if (whole && in.lse.data && rank == 0 && tid == 0) write_lse(in, end.index, end.own);
+    if (whole && tid == 0) finish_row(in, parts, here, end.index, end.own, &shared().doubtful);
     if (!ends || whole || !layout.merge_last) return;
     if (tid == 0) {
       wait_for_previous_launch();  // which sets the counts to zero
@@ -393,7 +393,7 @@ struct Teams {
       add_parts(parts, here, end, together, e, e < length, v);
       if (e < length) store_row(in, here, end, e, 1 / together.all.total, load_x(in, here, row, e), v);
     }
-    if (in.lse.data && rank == 0 && tid == 0) write_lse(in, end.index, together.all);
+    if (tid == 0) finish_row(in, parts, here, end.index, together.all, &shared().doubtful);
   }
 
   __device__ __forceinline__ void consume(int tid) const {
@@ -430,7 +430,10 @@ struct Teams {
     }
 #pragma unroll 1
     for (int i = 0; i < TEAMS_MAILERS; ++i) give(exchanges + i, Mail::done, 0.0, tid);
-    write_dead_rows(in, list, place(), teams, team, tid, THREADS);
+    write_dead_rows(in, list, parts, place(), teams, team, tid, THREADS);
+    named_barrier(1, THREADS);
+    if (shared().doubtful != NO_ROW)
+      settle_rows<T>(in, parts, place(), shared().doubtful, memory() + staging, tid);
   }
 };
 
@@ -461,6 +464,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       init_barrier(&shared.mailed[slot], 1);
     }
     shared.announced.init(Kernel::WARPS);
+    shared.doubtful = NO_ROW;
     publish_barriers();
   }
   __syncthreads();
