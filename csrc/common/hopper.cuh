@@ -148,12 +148,17 @@ __device__ inline void prefetch_bulk(const void* global, uint32_t bytes) {
 
 // Writes to shared memory so far are seen by copies and products that start afterwards.
 __device__ inline void fence_async() {
-  SVEL_HOPPER_ASM("fence.proxy.async;" :: : "memory");
+  SVEL_HOPPER_ASM("fence.proxy.async.shared::cta;" :: : "memory");
 }
 
 // All threads of all blocks of the cluster.
 __device__ inline void synchronize_cluster() {
   SVEL_HOPPER_ASM("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" :: : "memory");
+}
+
+// The same, where they only wait for one another: nothing that was written before need be seen after.
+__device__ inline void meet_cluster() {
+  SVEL_HOPPER_ASM("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" :: : "memory");
 }
 
 // To a counter of arrivals in device memory: what the block's threads wrote before a barrier is there for

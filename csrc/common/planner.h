@@ -71,6 +71,7 @@ constexpr int TWO_PASS_TILE_REFS = 16;
 // made of.
 constexpr int64_t BULK_FIXED_SMEM = 8192;
 constexpr int64_t OWN_LIST_ROWS = 256, OWN_LIST_GROUPS = 1024;
+constexpr int64_t SHORT_LIST_ROWS = 32;  // up to here a warp builds it, a row to a lane
 constexpr int64_t UNIT_BYTES = 40;
 constexpr int64_t unit_list_bytes(int64_t n, int64_t k) {
   return (n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + 4 * n + 12 + 15) / 16 * 16;

@@ -23,73 +23,83 @@ __global__ void zero_kernel(int* arrived, int64_t counts) {
   for (int64_t i = threadIdx.x; i < counts; i += blockDim.x) arrived[i] = 0;
 }
 
-constexpr int MERGE_THREADS = 128;
-constexpr int64_t MERGE_ELEMENTS = 32;  // of D per block: few rows, so many blocks for each
+// So few, of so many registers at most, that a block fits beside one of the bulk kernel's: it is there, and
+// its code, when those are done.
+constexpr int MERGE_THREADS = 64, MERGE_BLOCKS = 16;
+constexpr int MERGE_SHARES = 4, MERGE_MANY_SHARES = 16;  // the latter for units of MERGE_MANY parts
+constexpr int64_t MERGE_MANY = 64;
+constexpr int merge_elements(int shares) {  // of D per block
+  return 2 * MERGE_THREADS / shares;
+}
 
-// Merges the parts of one unit over MERGE_ELEMENTS of D, one to each lane; every warp takes a share of the
-// parts. Grid: units (at most n) x parts of D.
-__global__ void __launch_bounds__(MERGE_THREADS)
-    merge_kernel(const Inputs in, const UnitList list, const BulkParts parts, const int64_t slices,
-                 const int64_t slice, const int rows, const int64_t teams) {
+// Merges the parts of one unit over a few elements of D, two to each thread; SHARES threads of the same two
+// take turns at the parts. Grid: units (at most n) x parts of D.
+template <int SHARES>
+__global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
+    merge_kernel(const __grid_constant__ Inputs in, const UnitList list,
+                 const __grid_constant__ BulkParts parts, const int slices, const int64_t slice,
+                 const int rows, const int64_t teams) {
   extern __shared__ double weights[];  // (teams of the unit,)
   __shared__ double scratch[33];
-  __shared__ double sums[MERGE_THREADS / 32][MERGE_ELEMENTS];
+  constexpr int ELEMENTS = merge_elements(SHARES), PAIRS = ELEMENTS / 2;
+  __shared__ double2 sums[SHARES][PAIRS];
+  const int tid = threadIdx.x, share = tid / PAIRS, pair = tid % PAIRS;
+  const int chunks = static_cast<int>((in.d + ELEMENTS - 1) / ELEMENTS);
+  const int u = static_cast<int>(blockIdx.x) / chunks, chunk = static_cast<int>(blockIdx.x) % chunks;
+  const int64_t e = chunk * ELEMENTS + 2 * pair;
+  const int rank = static_cast<int>(e / slice), local = static_cast<int>(e - rank * slice);
   allow_next_launch();
   wait_for_previous_launch();
-  const int64_t chunks = (in.d + MERGE_ELEMENTS - 1) / MERGE_ELEMENTS;
-  const int u = static_cast<int>(blockIdx.x / chunks);
-  const int64_t chunk = blockIdx.x % chunks;
+  const Unit unit = list.units[u];
   if (u >= list.sizes[0]) return;
   const Ranges ranges(list, teams);
-  const int64_t from = ranges.first_team(list, u), to = ranges.last_team(list, u);
-  if (from == to) return;
-  const Unit unit = list.units[u];
-  const int count = static_cast<int>(to - from) + 1;
-  const int64_t begin = chunk * MERGE_ELEMENTS;
+  const int64_t from = ranges.first_team(list, u);
+  const int count = static_cast<int>(ranges.last_team(list, u) - from) + 1;
+  if (count == 1) return;
   for (int r = 0; r < unit.rows; ++r) {
-    bool finite;
-    const Row row = make_row(in, list.order[unit.first + r], 0, finite);
-    const auto part_of = [&](int j, int64_t rank) {
+    const int64_t index = list.order[unit.first + r], at = index * in.d + e;
+    const auto part_of = [&](int j, int rank) {
       return (2 * ((from + j) * slices + rank) + (j == 0 ? 1 : 0)) * rows + r;
     };
     double top = -INFINITY;
-    for (int j = threadIdx.x; j < count; j += MERGE_THREADS) {
+    for (int j = tid; j < count; j += MERGE_THREADS) {
       const double other = parts.rows[part_of(j, 0)].log2_weight;
       top = top >= other || other != other ? top : other;
     }
+    double x[2] = {0, 0};
+    if (e < in.d && share == 0)
+      x[0] = load_as<double>(x_of(in, index), at), x[1] = load_as<double>(x_of(in, index), at + 1);
+    const Row row = row_coefficients(in, index);
     const double best = block_max<double>(top, scratch);
-    double share = 0;
+    double share_of_all = 0;
     float lead = 0, scale = 0;
-    for (int j = threadIdx.x; j < count; j += MERGE_THREADS) {
+    for (int j = tid; j < count; j += MERGE_THREADS) {
       const PartRow part = parts.rows[part_of(j, 0)];
       weights[j] = exp2(part.log2_weight - best);
-      share += weights[j] * part.total;
+      share_of_all += weights[j] * part.total;
       lead = fmaxf(lead, static_cast<float>(weights[j]) * part.lead), scale = fmaxf(scale, part.scale);
     }
-    const PartRow all{best, block_sum<double>(share, scratch),
+    const PartRow all{best, block_sum<double>(share_of_all, scratch),
                       static_cast<float>(block_max<double>(lead, scratch)),
                       static_cast<float>(block_max<double>(scale, scratch))};
-    constexpr int WARPS = MERGE_THREADS / 32;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, each = (count + WARPS - 1) / WARPS;
-    const int64_t e = begin + lane;
+    double2 sum = make_double2(0, 0);
     if (e < in.d) {
-      const int64_t rank = e / slice, local = e % slice;
-      double sum = 0;
-#pragma unroll 8
-      for (int j = warp * each; j < min(count, (warp + 1) * each); ++j)
-        sum = fma(weights[j], parts.sums[part_of(j, rank) * slice + local], sum);
-      sums[warp][lane] = sum;
+#pragma unroll 9
+      for (int j = share; j < count; j += SHARES) {
+        const double2 part = *reinterpret_cast<const double2*>(parts.sums + part_of(j, rank) * slice + local);
+        sum.x = fma(weights[j], part.x, sum.x), sum.y = fma(weights[j], part.y, sum.y);
+      }
     }
+    sums[share][pair] = sum;
     __syncthreads();
-    if (warp == 0 && e < in.d) {
-      double sum = 0;
-      for (int w = 0; w < WARPS; ++w) sum += sums[w][lane];
-      const int64_t at = row.index * in.d + e;
-      const double x = load_as<double>(x_of(in, row.index), at);
-      store_as(out_of(in, row.index), at, row.a * x + row.b * (sum / all.total));
+    if (share == 0 && e < in.d) {
+      for (int other = 1; other < SHARES; ++other) sum.x += sums[other][pair].x, sum.y += sums[other][pair].y;
+      const Array out = out_of(in, index);
+      store_as(out, at, row.a * x[0] + row.b * (sum.x / all.total));
+      store_as(out, at + 1, row.a * x[1] + row.b * (sum.y / all.total));
     }
-    if (chunk == 0 && threadIdx.x == 0) finish_row(in, parts, {}, row.index, all, nullptr);
-    __syncthreads();  // weights are read above and overwritten next
+    if (chunk == 0 && tid == 0) finish_row(in, parts, {}, index, all, nullptr);
+    __syncthreads();  // weights and sums are read above and overwritten next
   }
 }
 
@@ -110,7 +120,8 @@ void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t st
 
 void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
                  int64_t slices, int64_t slice, int rows, int64_t teams, cudaStream_t stream) {
-  const int64_t chunks = (in.d + MERGE_ELEMENTS - 1) / MERGE_ELEMENTS;
+  const bool many = teams >= MERGE_MANY * ceil_div(in.n, rows);
+  const int64_t chunks = ceil_div(in.d, merge_elements(many ? MERGE_MANY_SHARES : MERGE_SHARES));
   cudaLaunchAttribute overlaps{};
   overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlaps.val.programmaticStreamSerializationAllowed = 1;
@@ -121,7 +132,9 @@ void merge_parts(const char* op, const Inputs& in, const UnitList& list, const B
   config.stream = stream;
   config.attrs = &overlaps;
   config.numAttrs = 1;
-  check_cuda(op, cudaLaunchKernelEx(&config, merge_kernel, in, list, parts, slices, slice, rows, teams));
+  const auto kernel = many ? merge_kernel<MERGE_MANY_SHARES> : merge_kernel<MERGE_SHARES>;
+  check_cuda(
+      op, cudaLaunchKernelEx(&config, kernel, in, list, parts, static_cast<int>(slices), slice, rows, teams));
 }
 
 int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig_t& config, int size) {

@@ -156,6 +156,7 @@ struct Launch : BulkLaunch {
     layout.team = layout.slices <= BULK_MAX_CLUSTER ? Team::cluster : Team::grid;
     layout.slice = plan.slice;
     layout.stages = plan.stages;
+    layout.in_flight = plan.in_flight;
     layout.vectors = vectors();
     layout.own_list = plan.own_list;
 

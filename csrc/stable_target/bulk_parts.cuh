@@ -111,7 +111,7 @@ struct UnitShare {
   bool last;  // of the team's range
 };
 
-// A team's shares of the units in its range, by whole warps: visit(share).
+// A team's shares of the units in its range, by whole warps: visit(share, ranges).
 template <typename Visit>
 __device__ __forceinline__ void walk_units(const UnitList& list, int64_t teams, int64_t team, int lane,
                                            const Visit& visit) {
@@ -123,8 +123,9 @@ __device__ __forceinline__ void walk_units(const UnitList& list, int64_t teams, 
     if (begin >= high) return;
     const int weight = list.units[number].weight;
     const int64_t from = low <= begin ? 0 : divide(low - begin + weight - 1, weight);
-    const int64_t to = min(divide(high - begin + weight - 1, weight), tiles);
-    if (from < tiles) visit(UnitShare{number, from, to, list.begins[number + 1] >= high});
+    const int64_t to =
+        high >= list.begins[number + 1] ? tiles : min(divide(high - begin + weight - 1, weight), tiles);
+    if (from < tiles) visit(UnitShare{number, from, to, list.begins[number + 1] >= high}, ranges);
   }
 }
 
@@ -283,13 +284,15 @@ struct Announcements {
 };
 
 // The announcer, a warp: tells the producer and the consumers of each segment in the team's range.
-// most_tiles(rows): of a segment.
-template <int TR, int ROWS, typename MostTiles>
+// most_tiles(rows): of a segment. name_row(index, state) is called for each row before the segment is placed,
+// know_row(index, state) before it is told.
+template <int TR, int ROWS, typename MostTiles, typename NameRow, typename KnowRow>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
                                          int64_t teams, int64_t team, Announcements<ROWS>& announced,
-                                         const MostTiles& most_tiles, int lane) {
+                                         const MostTiles& most_tiles, const NameRow& name_row,
+                                         const KnowRow& know_row, int lane) {
   int slot = 0, phase = 1;
-  walk_units(list, teams, team, lane, [&](const UnitShare& share) {
+  walk_units(list, teams, team, lane, [&](const UnitShare& share, const Ranges& ranges) {
     const Unit& unit = list.units[share.number];
     const int rows = unit.rows;
     int64_t tile = share.from;
@@ -312,20 +315,29 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
                           (share.last && tile + count == share.to ? SEGMENT_LAST : 0);
           segment.squares = in.lse.data || unit.group < 0;
           segment.alone = unit.alone, segment.count = rows, segment.order = unit.first;
-          arrive(&announced.placed[slot]);
-          const Ranges ranges(list, teams);
-          segment.from = static_cast<int>(ranges.first_team(list, share.number));
-          segment.to = static_cast<int>(ranges.last_team(list, share.number));
+        }
+        int64_t index = 0;
+        if (lane < rows) {
+          index = list.order[unit.first + lane];
+          name_row(index, segment.rows[lane]);
         }
         __syncwarp();
+        if (lane == 0) {
+          arrive(&announced.placed[slot]);
+          if (share.from == 0 && share.to == unit.tiles) {
+            segment.from = segment.to = static_cast<int>(team);
+          } else {
+            segment.from = static_cast<int>(ranges.first_team(list, share.number));
+            segment.to = static_cast<int>(ranges.last_team(list, share.number));
+          }
+        }
         if (lane < rows) {
-          const int64_t index = list.order[unit.first + lane];
           const bool here = !in.mailboxes || owner_of(in, index) == in.part;
           if (place.vectors && here)  // what the consumers will need, brought near
             prefetch_bulk(
                 static_cast<const char*>(in.x.data) + (index * in.d + place.offset) * size_of(in.x.dtype),
                 place.length * size_of(in.x.dtype));
-          set_row(in, index, segment.rows[lane]);
+          know_row(index, segment.rows[lane]);
         }
         __syncwarp();
         if (lane == 0) arrive(&announced.told[slot]);
@@ -341,6 +353,15 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
     arrive(&announced.placed[slot]);
     arrive(&announced.told[slot]);
   }
+}
+
+template <int TR, int ROWS, typename MostTiles>
+__device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
+                                         int64_t teams, int64_t team, Announcements<ROWS>& announced,
+                                         const MostTiles& most_tiles, int lane) {
+  const auto name_row = [](int64_t, RowState&) {};
+  const auto know_row = [&](int64_t index, RowState& row) { set_row(in, index, row); };
+  announce<TR>(in, list, place, teams, team, announced, most_tiles, name_row, know_row, lane);
 }
 
 // Of the online softmax, the same in all threads that share a row. The largest score, and the integer `top`

@@ -20,12 +20,12 @@ enum class Team : int { cluster, grid };
 
 struct TeamsLayout {
   Team team;
-  int slices;     // blocks per team
-  int64_t slice;  // elements of D per block
-  int stages;
-  bool vectors;     // x, source and out allow 16-byte loads and stores
-  bool own_list;    // each block builds the list of units in its shared memory
-  bool merge_last;  // the last team to finish merges; else merge_kernel
+  int slices;             // blocks per team
+  int64_t slice;          // elements of D per block
+  int stages, in_flight;  // tiles that there is room for; of these, on their way at once
+  bool vectors;           // x, source and out allow 16-byte loads and stores
+  bool own_list;          // each block builds the list of units in its shared memory
+  bool merge_last;        // the last team to finish merges; else merge_kernel
 };
 
 constexpr int TEAMS_LAG = BULK_LAG;
@@ -43,13 +43,15 @@ enum class Mail : int { scores, square, done };
 struct TeamsShared {
   static constexpr int WARPS = GROUPS_CONSUMERS / 32;
   Barrier full[BULK_MAX_STAGES], empty[BULK_MAX_STAGES];
+  Barrier rows_known;                               // see `known`
   Barrier given[TEAMS_SLOTS], mailed[TEAMS_SLOTS];  // shares of the block's warps; of the team's blocks
   alignas(16) double shares[TEAMS_SLOTS][WARPS];    // or two float32
   alignas(16) double mail[TEAMS_SLOTS][BULK_MAX_CLUSTER];
   Mail kinds[TEAMS_SLOTS];
   Announcements<1> announced;
-  double shift;   // |y|^2 / (2 sigma^2) in units of log 2
-  PartRow moved;  // to memory already
+  RowState known[SHORT_LIST_ROWS];  // of the rows, where the list is short
+  double shift;                     // |y|^2 / (2 sigma^2) in units of log 2
+  PartRow moved;                    // to memory already
   int last;
   int doubtful;  // the first of the rows to be settled
 };
@@ -92,6 +94,8 @@ struct Teams {
     const uint64_t once = read_once_policy(), usual = usual_policy();
     const uint32_t bytes = static_cast<uint32_t>(length * sizeof(T));
     int s = 0, phase = 1, slot = 0, slot_phase = 0;
+    // The tile that must have arrived before the next one is on its way.
+    int behind = layout.stages - layout.in_flight, behind_phase = 1;
     for (;;) {
       wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<1>& segment = shared().announced.segments[slot];
@@ -99,8 +103,11 @@ struct Teams {
       const uint64_t policy = segment.alone ? once : usual;
       const T* from = static_cast<const T*>(in.refs.data) + (segment.first + lane) * in.d + offset;
       int left = segment.references;
+#pragma unroll 1
       for (int tiles = segment.tiles; tiles > 0; --tiles, left -= TR, from += TR * in.d) {
         const int many = max(min(left, TR), 0);
+        wait_barrier(&shared().full[behind], behind_phase);
+        if (++behind == layout.stages) behind = 0, behind_phase ^= 1;
         wait_barrier(&shared().empty[s], phase);
         if (lane == 0) arrive_expecting(&shared().full[s], many * bytes);
         __syncwarp();
@@ -231,9 +238,10 @@ struct Teams {
     load_elements<EV, THREADS * EV>(a, index * in.d + offset, element(tid, 0), length, layout.vectors, out);
   }
 
-  // The centre, y = x - alpha c, and where it is wanted |y|^2.
-  __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<1>& segment, int& exchanges,
-                                                int tid) const {
+  // The centre, y = x - alpha c, and where it is wanted |y|^2. What is read is on its way while the announcer
+  // works out what else there is to know of the row.
+  __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<1>& segment, Barrier* told,
+                                                int phase, int& exchanges, int tid) const {
     const RowState& row = segment.rows[0];
     load({row.x, in.x.dtype}, row.index, tid, mine.y);
     const T* const from = static_cast<const T*>(in.refs.data) + segment.centre * in.d + offset;
@@ -243,6 +251,7 @@ struct Teams {
       if (segment.centre >= 0 && element(tid, s) < length)
         mine.c[s] = *reinterpret_cast<const uint4*>(from + element(tid, s));
     }
+    wait_barrier(told, phase);
     const double square = subtract_centre<T>(row, mine.c, segment.squares, mine.y);
     mine.half_alpha = row.half_alpha, mine.scores.rate = row.rate;
     mine.scores.reset(), mine.source = 0;
@@ -385,26 +394,18 @@ struct Teams {
     }
     named_barrier(1, THREADS);
     if (!shared().last) return;
-    const int lane = tid % 32;
-    const PartsTogether together = sum_of_parts(parts, here, end, lane);
-#pragma unroll 1
-    for (int e = 4 * tid; e - 4 * lane < length; e += 4 * THREADS) {
-      double v[4] = {};
-      add_parts(parts, here, end, together, e, e < length, v);
-      if (e < length) store_row(in, here, end, e, 1 / together.all.total, load_x(in, here, row, e), v);
-    }
-    if (tid == 0) finish_row(in, parts, here, end.index, together.all, &shared().doubtful);
+    merge_row<THREADS>(in, parts, here, end, &shared().doubtful, [tid] { return tid; });
   }
 
   __device__ __forceinline__ void consume(int tid) const {
     int s = 0, phase = 0, behind = 0;  // the stages of the next tile to score and to add
     int slot = 0, slot_phase = 0, exchanges = 0;
     for (;;) {
-      wait_barrier(&shared().announced.told[slot], slot_phase);
+      wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<1>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) break;
       Mine mine;
-      begin_segment(mine, segment, exchanges, tid);
+      begin_segment(mine, segment, &shared().announced.told[slot], slot_phase, exchanges, tid);
       const int tiles = segment.tiles, references = segment.references;
 #pragma unroll 1
       for (int i = 0; i < tiles + LAG; ++i) {
@@ -453,35 +454,52 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
   const int tid = threadIdx.x, other = tid - GROUPS_CONSUMERS;
   if (!layout.merge_last) allow_next_launch();
-  if (layout.own_list) read_rows(in, *scratch);
-  if (other == 0) {
+  const bool short_list = layout.own_list && in.n <= SHORT_LIST_ROWS;
+  if (layout.own_list && !short_list) read_rows(in, *scratch);
+  if (short_list && other >= 0 && other < 32) build_short_list<TR, 1>(in, list, other);
+  if (other == 32) {
+#pragma unroll 1
     for (int s = 0; s < layout.stages; ++s) {
       init_barrier(&shared.full[s], 1);
       init_barrier(&shared.empty[s], Kernel::WARPS);
     }
+#pragma unroll 1
     for (int slot = 0; slot < TEAMS_SLOTS; ++slot) {
       init_barrier(&shared.given[slot], Kernel::WARPS);
       init_barrier(&shared.mailed[slot], 1);
     }
+    init_barrier(&shared.rows_known, 32);
     shared.announced.init(Kernel::WARPS);
     shared.doubtful = NO_ROW;
     publish_barriers();
   }
   __syncthreads();
-  if (layout.team == Team::cluster) synchronize_cluster();
+  if (layout.team == Team::cluster) meet_cluster();
   if (!layout.own_list) wait_for_previous_launch();
   if (other >= 0) {
     give_up_registers<TEAMS_OTHER_REGISTERS>();
-    if (layout.own_list) {
-      build_own_list<TR, 1>(in, list, *scratch, other);
-      if (!layout.merge_last && blockIdx.x == 0) leave_list(in, list, shared_list, other, BULK_PRODUCERS);
-    }
+    if (layout.own_list && !short_list) build_own_list<TR, 1>(in, list, *scratch, other);
     if (other < 32) {
       const auto most_tiles = [](int) { return Kernel::SEGMENT_TILES; };
-      announce<TR>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced, most_tiles, other);
+      const auto name_row = [&](int64_t index, RowState& row) {
+        row.index = index, row.x = x_of(in, index).data;
+      };
+      const auto know_row = [&](int64_t index, RowState& row) {
+        if (!short_list) return set_row(in, index, row);
+        wait_barrier(&shared.rows_known, 0);
+        row = shared.known[index];
+      };
+      announce<TR>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced, most_tiles,
+                   name_row, know_row, other);
     } else if (other < 64) {
       kernel.produce(other - 32);
     } else {
+      if (short_list && other < 96) {
+        if (other - 64 < in.n) set_row(in, other - 64, shared.known[other - 64]);
+        arrive(&shared.rows_known);
+      }
+      if (layout.own_list && !layout.merge_last && blockIdx.x == 0 && other >= 96)
+        leave_list(in, list, shared_list, other - 96, 32);
       if (layout.team == Team::cluster) {
         kernel.carry_mail_in_cluster(other / 32 - 2, other % 32);
       } else {
@@ -494,7 +512,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   }
   if (layout.team == Team::cluster) {  // no block leaves while another may write to its shared memory
     __syncwarp();
-    synchronize_cluster();
+    meet_cluster();
   }
 }
 

@@ -321,6 +321,71 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
   named_barrier(NAME, THREADS);
 }
 
+// The same list for SHORT_LIST_ROWS rows at most, by one warp in its registers.
+template <int TILE_REFS, int MOST_ROWS>
+__device__ __forceinline__ void build_short_list(const Inputs& in, const UnitList& list, int lane) {
+  constexpr unsigned ALL = 0xffffffffu;
+  const int n = static_cast<int>(in.n), k = static_cast<int>(in.k);
+  const unsigned earlier = (1u << lane) - 1;
+  const auto warp_sums = [&](int64_t v) {  // inclusive
+#pragma unroll 1
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int64_t other = __shfl_up_sync(ALL, v, offset);
+      if (lane >= offset) v += other;
+    }
+    return v;
+  };
+  int64_t label = lane < n && in.labels ? in.labels[lane] : 0;
+  bool reads = lane < n && row_is_finite(in, lane) && label >= -1 && label < k;
+  int64_t all_tiles = 0, all_references = 0;
+  if (__any_sync(ALL, reads && label < 0)) {
+#pragma unroll 1
+    for (int base = 0; base < k; base += 32) {
+      const int64_t here = base + lane < k ? valid_count(in, base + lane) : 0;
+      const int64_t up_to = warp_sums(ceil_div(here, TILE_REFS));
+      if (base + lane < k) list.group_tiles[base + lane + 1] = all_tiles + up_to;
+      all_tiles += __shfl_sync(ALL, up_to, 31);
+      all_references += __shfl_sync(ALL, warp_sums(here), 31);
+    }
+    if (lane == 0) list.group_tiles[0] = 0;
+  }
+  const int64_t count = !reads ? 0 : label < 0 ? all_references : valid_count(in, label);
+  reads = reads && (in.source.data || count > 0);
+  const int64_t tiles = max(label < 0 ? all_tiles : ceil_div(count, TILE_REFS), int64_t{1});
+
+  const unsigned same = __match_any_sync(ALL, reads ? static_cast<int>(label) : -2);
+  const int all = __popc(same), place = __popc(same & earlier), left = all - place;
+  // Sums over the groups in the order of their first rows: cost, units and rows, three in one.
+  int64_t sum = 0;
+  if (reads && place == 0) {
+    const int whole = all / MOST_ROWS, rest = all % MOST_ROWS;
+    sum = (whole * list.cost(tiles, MOST_ROWS) + (rest > 0 ? list.cost(tiles, rest) : 0)) << 20 |
+          (whole + (rest > 0)) << 10 | all;
+  }
+  const int64_t up_to = warp_sums(sum), total = __shfl_sync(ALL, up_to, 31);
+  const int64_t begin = __shfl_sync(ALL, up_to - sum, __ffs(same) - 1);
+  const bool leads = reads && place % MOST_ROWS == 0;
+  const int rows = min(left, MOST_ROWS), first = static_cast<int>(begin & 1023) + place;
+  const unsigned dead = __ballot_sync(ALL, lane < n && !reads);
+  if (reads) {
+    list.order[first] = lane;
+  } else if (lane < n) {
+    list.order[n - 1 - __popc(dead & earlier)] = lane;
+  }
+  if (leads) {
+    const int number = static_cast<int>(begin >> 10 & 1023) + place / MOST_ROWS;
+    list.units[number] = {label, count, tiles, first, rows, all <= MOST_ROWS, list.weight(rows)};
+    list.begins[number] = (begin >> 20) + place / MOST_ROWS * list.cost(tiles, MOST_ROWS);
+  }
+  const int heaviest = __reduce_max_sync(ALL, leads ? list.weight(rows) : 0);
+  if (lane == 0) {
+    const int units = static_cast<int>(total >> 10 & 1023);
+    list.begins[units] = total >> 20;
+    list.sizes[0] = units, list.sizes[1] = static_cast<int>(total & 1023), list.sizes[2] = heaviest;
+  }
+  __syncwarp();
+}
+
 // Where merge_kernel follows, one block leaves its list in memory.
 __device__ __forceinline__ void leave_list(const Inputs& in, const UnitList& list, const UnitList& to,
                                            int tid, int threads) {
