@@ -141,6 +141,15 @@ __device__ inline void bulk_copy(void* shared, const void* global, uint32_t byte
       "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
 }
 
+// Four bytes to shared memory, without waiting; and until all that this thread has begun are there.
+__device__ inline void copy_async(float* shared, const float* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global)
+               : "memory");
+}
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 // Brings `bytes`, a multiple of 16 from an address aligned to 16 bytes, to the L2.
 __device__ inline void prefetch_bulk(const void* global, uint32_t bytes) {
   SVEL_HOPPER_ASM("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");

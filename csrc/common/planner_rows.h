@@ -11,7 +11,9 @@ constexpr int64_t MANY_ROWS = 256;  // most rows per tile
 constexpr int MANY_THREADS = 384;   // two warpgroups that multiply, one that copies
 constexpr int MANY_STAGES = 4;      // steps of 64 deep tiles in flight,
 constexpr int64_t MANY_STAGE_BYTES = (MANY_TILE + MANY_ROWS) * 128 + 1024;  // of which the last hold c
-constexpr int64_t MANY_SMEM_BYTES = MANY_STAGES * MANY_STAGE_BYTES + 2048;
+constexpr int64_t MANY_EXCHANGE_BYTES =
+    2 * (32 * 68 * 4 + MANY_ROWS * 8 + 64 * 4);  // what two warpgroups store by
+constexpr int64_t MANY_SMEM_BYTES = MANY_STAGES * MANY_STAGE_BYTES + MANY_EXCHANGE_BYTES + 1024;  // aligned
 constexpr int64_t MANY_GROUP = 16;        // references that share one maximum
 constexpr int64_t MANY_SURVIVORS = 256;   // references of a row that are scored one by one; more: all of them
 constexpr int64_t MANY_SEGMENTS = 400;    // most tiles of partial sums

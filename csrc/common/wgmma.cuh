@@ -27,12 +27,18 @@ namespace svel {
       OP(v[107]), OP(v[108]), OP(v[109]), OP(v[110]), OP(v[111]), OP(v[112]), OP(v[113]), OP(v[114]),     \
       OP(v[115]), OP(v[116]), OP(v[117]), OP(v[118]), OP(v[119]), OP(v[120]), OP(v[121]), OP(v[122]),     \
       OP(v[123]), OP(v[124]), OP(v[125]), OP(v[126]), OP(v[127])
+#define SVEL_40(OP, v) \
+  SVEL_32(OP, v), OP(v[32]), OP(v[33]), OP(v[34]), OP(v[35]), OP(v[36]), OP(v[37]), OP(v[38]), OP(v[39])
+#define SVEL_48(OP, v) \
+  SVEL_40(OP, v), OP(v[40]), OP(v[41]), OP(v[42]), OP(v[43]), OP(v[44]), OP(v[45]), OP(v[46]), OP(v[47])
 
 // And their names in a template.
 #define SVEL_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define SVEL_NAMES_32 \
   SVEL_NAMES_16       \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SVEL_NAMES_40 SVEL_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define SVEL_NAMES_48 SVEL_NAMES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define SVEL_NAMES_64                                                                \
   SVEL_NAMES_32                                                                      \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
@@ -92,7 +98,7 @@ SVEL_PRODUCT(16, 32, "%16, %17, %18, %19", "%20", "%21", "%22")
 SVEL_PRODUCT(32, 64, "%32, %33, %34, %35", "%36", "%37", "%38")
 #undef SVEL_PRODUCT
 
-// acc (64 x n) = (ADD ? acc : 0) + a (64 x 16) b^T (n x 16), both in shared memory, for n of 64, 128 and 256;
+// acc (64 x n) = (ADD ? acc : 0) + a (64 x 16) b^T (n x 16), both in shared memory, for n of 64 to 256;
 // COLUMNS: a is given as 16 x 64.
 #define SVEL_PRODUCT(COUNT, N, A, B, ADDS, TRANSPOSES)                                         \
   template <int ADD, int COLUMNS>                                                              \
@@ -106,15 +112,21 @@ SVEL_PRODUCT(32, 64, "%32, %33, %34, %35", "%36", "%37", "%38")
                  : "memory");                                                                  \
   }
 SVEL_PRODUCT(32, 64, "%32", "%33", "%34", "%35")
+SVEL_PRODUCT(40, 80, "%40", "%41", "%42", "%43")
+SVEL_PRODUCT(48, 96, "%48", "%49", "%50", "%51")
 SVEL_PRODUCT(64, 128, "%64", "%65", "%66", "%67")
 SVEL_PRODUCT(128, 256, "%128", "%129", "%130", "%131")
 #undef SVEL_PRODUCT
 #undef SVEL_NAMES_128
 #undef SVEL_NAMES_64
+#undef SVEL_NAMES_48
+#undef SVEL_NAMES_40
 #undef SVEL_NAMES_32
 #undef SVEL_NAMES_16
 #undef SVEL_128
 #undef SVEL_64
+#undef SVEL_48
+#undef SVEL_40
 #undef SVEL_32
 #undef SVEL_16
 

@@ -1,6 +1,7 @@
 // The two matrix products of many_rows.cuh: scores (references x rows, summed over D) and weighted sums (D x
 // rows, summed over references). 2 rows refs d operations each, per half of the second operand. A tile is 128
-// x up to 256, by two warpgroups of 64 x 256. One warp brings stages of 64 deep tiles by tensor copies: 16 KB
+// x up to 256, by two warpgroups of 64 x 256; of sums of at most 128 rows 256 x 128. One warp brings stages
+// of 64 deep tiles by tensor copies: 16 KB
 // + 32 KB, four in flight. Two thread blocks make a cluster: their first operands differ, their second is the
 // same, of which each brings half for both: otherwise the L2 would be as busy as the matrix units.
 //
@@ -34,13 +35,16 @@ static_assert(DEEP_STAGES * DEEP_STAGE_BYTES <= STAGES * STAGE_BYTES);
 struct ScoreArguments {
   CUtensorMap refs;     // (m, d), boxes of 128 x 64
   CUtensorMap queries;  // (rows, d) y_hi or y_lo, boxes of 64 x 64
-  CUtensorMap lows;     // (rows, d) y_lo of early rows, likewise
+  CUtensorMap lows;     // (rows, d) y_lo of early rows, boxes of LOW_BOX x 64
 };
+
+constexpr int LOW_BOX = 16;
 
 struct SumArguments {
   CUtensorMap refs;     // (m, d), boxes of many_sum_refs(exact) x 64
-  CUtensorMap weights;  // (rows, refs) halves, or (rows, 2 refs): of 32 references the upper parts, then the
-                        // lower; boxes of 64 x 64
+  CUtensorMap weights;  // (rows, 2 refs) halves: of 32 references the upper parts, then the
+                        // lower; or (rows, 2 refs): of 64 references, then 64 that are left over. Boxes of
+                        // 64 x 64
 };
 
 // y_hi.d to few digits; to float32's, with y_lo.d for early rows; and y_lo.d added to the latter
@@ -52,23 +56,25 @@ template <auto VALUE>
 using Constant = std::integral_constant<decltype(VALUE), VALUE>;
 
 // visit(width, plain) with both as constants; width of 64, 128 and 256, and plain only as it MAY or MUST be.
+// All of it in line: products under way do not survive a call.
+template <bool PLAIN, typename Visit>
+__device__ __forceinline__ void with_width(int width, const Visit& visit) {
+  if (width == 256) {
+    visit(Constant<256>{}, Constant<PLAIN>{});
+  } else if (width == 128) {
+    visit(Constant<128>{}, Constant<PLAIN>{});
+  } else {
+    visit(Constant<64>{}, Constant<PLAIN>{});
+  }
+}
 template <bool MAY, bool MUST, typename Visit>
 __device__ __forceinline__ void with_constants(int width, bool plain, const Visit& visit) {
-  const auto by_width = [&](auto is_plain) {
-    if (width == 256) {
-      visit(Constant<256>{}, is_plain);
-    } else if (width == 128) {
-      visit(Constant<128>{}, is_plain);
-    } else {
-      visit(Constant<64>{}, is_plain);
-    }
-  };
   if constexpr (MAY == MUST) {
-    by_width(Constant<MUST>{});
+    with_width<MUST>(width, visit);
   } else if (plain) {
-    by_width(Constant<true>{});
+    with_width<true>(width, visit);
   } else {
-    by_width(Constant<false>{});
+    with_width<false>(width, visit);
   }
 }
 
@@ -91,25 +97,39 @@ struct Stage {
   }
 };
 
+// What a warpgroup stores scores by. Of a tile's sums each of its warps has 16 references and all rows; they
+// are stored 32 rows at a time, through shared memory, so that 256 bytes of a row come together: the L2 takes
+// many small writes slowly. So many floats apart, rows that lanes write at once lie in different banks.
+struct Exchange {
+  static constexpr int ROWS = 32, STRIDE = 68;
+  float sums[ROWS * STRIDE];  // of 64 references
+  float2 factors[MANY_ROWS];  // unit; half_alpha or low_centre
+  float above[64];            // |d_j|^2 - mean_norm
+};
+static_assert(MANY_EXCHANGE_BYTES == 2 * sizeof(Exchange));
+
 struct Ring {
   char* memory;  // aligned to 1024 bytes
   Barrier* barriers;
-  int stages, stage_bytes;
+  int stages = STAGES, stage_bytes = STAGE_BYTES, a_bytes = A_BYTES;
   int at = 0;
   uint32_t parity = 0;
 
+  __device__ void deepen() { stages = DEEP_STAGES, stage_bytes = DEEP_STAGE_BYTES; }
   __device__ Stage stage() const {
     char* const base = memory + at * stage_bytes;
-    return {shared_address(base), shared_address(base + A_BYTES), base, base + stage_bytes - 1024,
+    return {shared_address(base), shared_address(base + a_bytes), base, base + stage_bytes - 1024,
             barriers + at,        barriers + STAGES + at};
   }
   __device__ void next() {
     if (++at == stages) at = 0, parity ^= 1;
   }
+  // Of either warpgroup.
+  __device__ Exchange* exchange() const { return reinterpret_cast<Exchange*>(memory + STAGES * STAGE_BYTES); }
 };
 
 // helpers: warps of a block beside those that multiply which release each stage too.
-__device__ Ring make_ring(int helpers, bool deep) {
+__device__ Ring make_ring(int helpers) {
   extern __shared__ char raw[];
   __shared__ Barrier barriers[2 * STAGES];
   const uint32_t misaligned = shared_address(raw) % 1024;
@@ -122,8 +142,7 @@ __device__ Ring make_ring(int helpers, bool deep) {
   }
   __syncthreads();
   synchronize_cluster();
-  return {raw + (misaligned ? 1024 - misaligned : 0), barriers, deep ? DEEP_STAGES : STAGES,
-          deep ? DEEP_STAGE_BYTES : STAGE_BYTES};
+  return {raw + (misaligned ? 1024 - misaligned : 0), barriers};
 }
 
 // Whether any thread of this warpgroup says so.
@@ -182,6 +201,7 @@ __device__ inline void product_of_step(float (&acc)[COUNT], uint64_t a, uint64_t
 // What a warp does while products are under way: nothing, or |r_j|^2 of its 16 references of a stage, which
 // lie as they are in rows of it, in float32 over 512 elements. Lane: 16 bytes of every fourth reference.
 struct Nothing {
+  __device__ void before(const Stage&, int) {}
   template <int PART, int PARTS>
   __device__ void during(const Stage&) {}
   __device__ void after(bool) {}
@@ -193,6 +213,7 @@ struct OwnNorms {
   float part[4] = {0, 0, 0, 0};
   double total = 0;  // of reference 4 i + lane / 8 in the lanes of lane % 8 == i
 
+  __device__ void before(const Stage&, int) {}
   // Of the references of part PART of PARTS.
   template <int PART, int PARTS>
   __device__ void during(const Stage& stage) {
@@ -230,8 +251,8 @@ struct OwnNorms {
 // sums += a b^T for a step, at most 128 rows of b at a time. While one of the two warpgroups adds the other
 // multiplies.
 template <int WIDTH, int GROUPS, int LOW, typename Beside>
-__device__ inline void multiply_shared(const Stage& stage, uint32_t a_offset, bool first,
-                                       float (&sums)[WIDTH / 2], Beside& beside) {
+__device__ __forceinline__ void multiply_shared(const Stage& stage, uint32_t a_offset, bool first,
+                                                float (&sums)[WIDTH / 2], Beside& beside) {
   constexpr int PART = WIDTH < 128 ? WIDTH : 128;
   static_assert(LOW <= PART, "of the first part alone");
   const uint64_t from = rows_of_128_bytes(stage.a + a_offset), with = rows_of_128_bytes(stage.b);
@@ -276,18 +297,23 @@ __device__ inline void accumulate_shared(uint32_t a, uint32_t b, float (&sums)[W
   commit_products();
 }
 
-// All of `steps`. ROUNDED: sums in float32 of what 64 products come to. Else: as the matrix units add.
-template <int WIDTH, int GROUPS, bool ROUNDED, int LOW, typename Beside>
-__device__ inline void multiply_steps(Ring& ring, uint32_t a_offset, int steps, float (&sums)[WIDTH / 2],
-                                      Beside& beside) {
+// All of `steps`, for OPERANDS first operands, a_stride bytes apart. ROUNDED: sums in float32 of what 64
+// products come to. Else: as the matrix units add.
+template <int WIDTH, int GROUPS, bool ROUNDED, int LOW, int OPERANDS, typename Beside>
+__device__ __forceinline__ void multiply_steps(Ring& ring, uint32_t a_offset, uint32_t a_stride, int steps,
+                                               float (&sums)[OPERANDS][WIDTH / 2], Beside& beside) {
   const auto enough = [steps](int step) { return step % 8 == 7 || step + 1 == steps; };
   const bool first_lane = threadIdx.x % 32 == 0;
   if constexpr (ROUNDED) {
     for (int step = 0; step < steps; ++step, ring.next()) {
       const Stage stage = ring.stage();
       wait_barrier(stage.full, ring.parity);
+      beside.before(stage, step);
       // A warpgroup gets ahead of the other by at most the stages of the ring: by less than so many steps.
-      multiply_shared<WIDTH, GROUPS, LOW>(stage, a_offset, step == 0 && steps >= STAGES, sums, beside);
+#pragma unroll
+      for (int i = 0; i < OPERANDS; ++i)
+        multiply_shared<WIDTH, GROUPS, LOW>(stage, a_offset + i * a_stride,
+                                            i == 0 && step == 0 && steps >= STAGES, sums[i], beside);
       beside.after(enough(step));
       if (first_lane) stage.release();
     }
@@ -296,14 +322,18 @@ __device__ inline void multiply_steps(Ring& ring, uint32_t a_offset, int steps, 
     for (int step = 0; step < steps; ++step, ring.next()) {
       const Stage stage = ring.stage();
       wait_barrier(stage.full, ring.parity);
-      accumulate_shared<WIDTH, GROUPS>(stage.a + a_offset, stage.b, sums);
+      beside.before(stage, step);
+#pragma unroll
+      for (int i = 0; i < OPERANDS; ++i)
+        accumulate_shared<WIDTH, GROUPS>(stage.a + a_offset + i * a_stride, stage.b, sums[i]);
       beside.template during<0, 1>(stage);
       beside.after(enough(step));
-      wait_products<1>();
+      wait_products<OPERANDS>();
       if (step > 0 && first_lane) before.release();
       before = stage;
     }
-    wait_products<0>(sums);
+#pragma unroll
+    for (int i = 0; i < OPERANDS; ++i) wait_products<0>(sums[i]);
     if (steps > 0 && first_lane) before.release();
   }
 }
@@ -364,40 +394,20 @@ __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ri
     arrive_expecting(stage.full, A_BYTES + (width + low) * ROW_BYTES + (plain ? 0 : CENTRE));
     const int e = step * DEPTH;
     tensor_copy(stage.a, args.refs, e, static_cast<int>(many.first_ref + ref0), shared_address(stage.full));
-    for (int box = rank; box < (width + low) / 64; box += 2) {
-      const int rows = box * 64 - (box * 64 < width ? 0 : width);
-      tensor_copy_to_all(stage.b + box * BOX_BYTES, box * 64 < width ? args.queries : args.lows, e,
-                         static_cast<int>(row0) + rows, shared_address(stage.full), BOTH);
-    }
+    for (int row = 64 * rank; row < width; row += 128)
+      tensor_copy_to_all(stage.b + row * ROW_BYTES, args.queries, e, static_cast<int>(row0) + row,
+                         shared_address(stage.full), BOTH);
+    for (int row = LOW_BOX * rank; row < low; row += 2 * LOW_BOX)
+      tensor_copy_to_all(stage.b + (width + row) * ROW_BYTES, args.lows, e, static_cast<int>(row0) + row,
+                         shared_address(stage.full), BOTH);
     if (!plain) bulk_copy(stage.centre, centre + step * CENTRE, CENTRE, stage.full, usual_policy());
-  }
-}
-
-// The maxima over the eight lanes of the same lane % 4, of their values v[2 b + p]: this lane gets those of
-// COUNT / 16 blocks b, in v[0] on. Returns the first of the blocks.
-template <int COUNT, int MASK = 16>
-__device__ inline int maxima_over_lanes(float (&v)[COUNT], int lane) {
-  if constexpr (MASK == 2) {
-    return 0;
-  } else {
-    const bool upper = lane & MASK;
-    float half[COUNT / 2];
-#pragma unroll
-    for (int i = 0; i < COUNT / 2; ++i) {
-      const float send = upper ? v[i] : v[i + COUNT / 2], kept = upper ? v[i + COUNT / 2] : v[i];
-      half[i] = fmaxf(kept, __shfl_xor_sync(0xffffffffu, send, MASK));
-    }
-    const int first = maxima_over_lanes<COUNT / 2, MASK / 2>(half, lane);
-#pragma unroll
-    for (int i = 0; i < COUNT / 2; ++i) v[i] = half[i];
-    return first + (upper ? COUNT / 4 : 0);
   }
 }
 
 // y.d of 64 references and WIDTH rows for a warpgroup, d in registers; |d|^2 of references g and g + 8 of 16.
 template <typename T, int WIDTH, Scores KIND, int EARLY>
-__device__ inline void multiply_differences(const Many& many, Ring& ring, int steps, float (&sums)[WIDTH / 2],
-                                            double (&norms)[2]) {
+__device__ __forceinline__ void multiply_differences(const Many& many, Ring& ring, int steps,
+                                                     float (&sums)[WIDTH / 2], double (&norms)[2]) {
   constexpr bool LOW = KIND == Scores::LOW;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int t = lane % 4;
@@ -456,89 +466,119 @@ __device__ inline void multiply_differences(const Many& many, Ring& ring, int st
 
 // PLAIN: references as stored are the first operand. EARLY: rows with y_lo too.
 template <typename T, int WIDTH, Scores KIND, bool PLAIN, int EARLY>
-__device__ inline void score_tile(const Many& many, Ring& ring, int64_t row0, int64_t ref0, int64_t valid,
-                                  int steps) {
+__device__ __forceinline__ void score_tile(const Many& many, Ring& ring, int64_t row0, int64_t ref0,
+                                           int64_t valid, int steps) {
   constexpr bool LOW = KIND == Scores::LOW;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
-  float sums[WIDTH / 2];
+  float all_sums[1][WIDTH / 2], (&sums)[WIDTH / 2] = all_sums[0];
 #pragma unroll
   for (int i = 0; i < WIDTH / 2; ++i) sums[i] = 0;
-  double norms[2] = {0, 0};
-  // This thread's references are ref0 + 64 group + 16 warp + g and the eighth after it; its rows row0 + 8 b +
-  // 2 t and the next.
-  const int64_t ref = ref0 + group * 64 + warp * 16 + g;
-  const bool inside[2] = {ref < valid, ref + 8 < valid};
+  Exchange& exchange = ring.exchange()[group];
+  const auto meet = [group] { named_barrier(1 + group, 128); };
+  meet();  // all are through with what was there for the tile before
+  // Loads that wait behind stores take long: none are left for the end.
+  for (int row = static_cast<int>(threadIdx.x) % 128; row < WIDTH; row += 128) {
+    const ManyFactor* const from = (LOW ? many.dense_factors : many.factors) + row0 + row;
+    copy_async(&exchange.factors[row].x, &from->unit);
+    copy_async(&exchange.factors[row].y, LOW ? &from->low_centre : &from->half_alpha);
+  }
   const bool known = PLAIN && !LOW && many.norms;
-  float above[2] = {0, 0};
-  if (known) {
-    for (int h = 0; h < 2; ++h)
-      if (inside[h]) above[h] = __ldg(many.norms + many.first_ref + ref + 8 * h);
-  }
-  if constexpr (PLAIN) {
-    if constexpr (LOW) {
-      Nothing nothing;
-      multiply_steps<WIDTH, 0, false, 0>(ring, group * BOX_BYTES, steps, sums, nothing);
-    } else {
-      OwnNorms own{!known};
-      multiply_steps<WIDTH, 0, KIND == Scores::EXACT, EARLY>(ring, group * BOX_BYTES, steps, sums, own);
-      norms[0] = own.of(g), norms[1] = own.of(g + 8);
-    }
+  // norm_of: of a reference of the warp's 16; each is two lanes'.
+  const int64_t own_ref = ref0 + group * 64 + warp * 16 + lane % 16;
+  const auto keep_norms = [&](auto norm_of) {
+    if (LOW) return;
+    const double norm = known ? 0 : norm_of(lane % 16);
+    const bool is_valid = own_ref < valid;
+    // NaN counts as more than anything.
+    const int bits = is_valid ? __float_as_int(static_cast<float>(norm)) : 0;
+    const int most = __reduce_max_sync(0xffffffffu, bits);
+    if (!known && row0 == 0 && lane == 0) atomicMax(&many.facts->max_norm, most);
+    exchange.above[warp * 16 + lane % 16] = !known     ? static_cast<float>(norm - many.facts->mean_norm)
+                                            : is_valid ? __ldg(many.norms + many.first_ref + own_ref)
+                                                       : 0.0f;
+  };
+  if constexpr (PLAIN && LOW) {
+    Nothing nothing;
+    multiply_steps<WIDTH, 0, false, 0>(ring, group * BOX_BYTES, 0, steps, all_sums, nothing);
+  } else if constexpr (PLAIN) {
+    OwnNorms own{!known};
+    multiply_steps<WIDTH, 0, KIND == Scores::EXACT, EARLY>(ring, group * BOX_BYTES, 0, steps, all_sums, own);
+    keep_norms([&](int reference) { return own.of(reference); });
   } else {
+    double norms[2];
     multiply_differences<T, WIDTH, KIND, EARLY>(many, ring, steps, sums, norms);
+    keep_norms([&](int reference) {
+      const double low = __shfl_sync(0xffffffffu, norms[0], 4 * (reference % 8)),
+                   high = __shfl_sync(0xffffffffu, norms[1], 4 * (reference % 8));
+      return reference < 8 ? low : high;
+    });
   }
+  wait_copies();
   if (ref0 >= valid) return;  // the second tile of the last pair may have none
+  meet();
 
-  if (!LOW && !known) {
+  // Of 32 rows each warp stores eight, in pairs: this lane scores of references ref to ref + 3, of which so
+  // many are valid.
+  constexpr int PAIRS = Exchange::ROWS / 8, PARTS = WIDTH / Exchange::ROWS;
+  const int quad = lane % 16, own_row = 8 * warp + lane / 16;
+  const int64_t ref = ref0 + group * 64 + 4 * quad, maxima_stride = many.score_stride / MANY_GROUP;
+  const int inside = static_cast<int>(min(valid - ref, int64_t{4}));
+  float* const scores = many.scores + (row0 + own_row) * many.score_stride + ref;
+  float* const maxima = many.maxima + (row0 + own_row) * maxima_stride + ref / MANY_GROUP;
+  const float4 above = LOW ? float4{} : *reinterpret_cast<const float4*>(exchange.above + 4 * quad);
+  const float norm[4] = {above.x, above.y, above.z, above.w};
+  constexpr int AHEAD = 2;
+  static_assert(PARTS >= AHEAD);
+  float4 old[AHEAD + 1][PAIRS];  // LOW: the scores so far, of this part and the next ones
+  const auto load = [&](int part, float4(&to)[PAIRS]) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      above[h] = static_cast<float>(norms[h] - many.facts->mean_norm);
+    for (int i = 0; i < PAIRS; ++i)
+      to[i] = *reinterpret_cast<const float4*>(scores + (Exchange::ROWS * part + 2 * i) * many.score_stride);
+  };
+  if constexpr (LOW) load(0, old[0]), load(1, old[1]);
+#pragma unroll 1  // short code: it is fetched when it is first needed
+  for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+    for (int own = 0; own < PARTS; ++own) {
+      if (own != part) continue;
+#pragma unroll
+      for (int i = 0; i < Exchange::ROWS / 2; ++i)
+        exchange.sums[(i / 4 * 8 + 2 * t + i % 2) * Exchange::STRIDE + 16 * warp + g + i / 2 % 2 * 8] =
+            sums[Exchange::ROWS / 2 * own + i];
     }
-    if (row0 == 0) {  // NaN counts as more than anything
-      const int bits[2] = {__float_as_int(static_cast<float>(norms[0])),
-                           __float_as_int(static_cast<float>(norms[1]))};
-      const int most = __reduce_max_sync(0xffffffffu, max(inside[0] ? bits[0] : 0, inside[1] ? bits[1] : 0));
-      if (lane == 0) atomicMax(&many.facts->max_norm, most);
-    }
-  }
-  float best[WIDTH / 4];
-  const float4* const factors =
-      reinterpret_cast<const float4*>((LOW ? many.dense_factors : many.factors) + row0);
-  float* const scores = many.scores + row0 * many.score_stride + ref;
-  const auto place = [&](int b, int p) { return (8 * b + 2 * t + p) * many.score_stride; };
-  constexpr int BATCH = LOW ? 8 : 2;  // of 4 scores each, which are loaded before any is stored
+    if (LOW && part + AHEAD < PARTS) load(part + AHEAD, old[AHEAD]);
+    meet();
 #pragma unroll
-  for (int b0 = 0; b0 < WIDTH / 8; b0 += BATCH) {
-    float old[BATCH][2][2];
-    if (LOW) {
+    for (int i = 0; i < PAIRS; ++i) {
+      const float4 sum =
+          *reinterpret_cast<const float4*>(exchange.sums + (own_row + 2 * i) * Exchange::STRIDE + 4 * quad);
+      const int row = Exchange::ROWS * part + 2 * i;
+      const float2 factor = exchange.factors[row + own_row];
+      const float four[4] = {sum.x, sum.y, sum.z, sum.w},
+                  before[4] = {old[0][i].x, old[0][i].y, old[0][i].z, old[0][i].w};
+      float value[4];
 #pragma unroll
-      for (int i = 0; i < 4 * BATCH; ++i)
-        old[i / 4][i / 2 % 2][i % 2] = scores[place(b0 + i / 4, i / 2 % 2) + 8 * (i % 2)];
-    }
-#pragma unroll
-    for (int i = 0; i < 2 * BATCH; ++i) {
-      const int b = b0 + i / 2, p = i % 2;
-      const float4 factor = __ldg(factors + 8 * b + 2 * t + p);  // unit, half_alpha, low_centre
-      float value[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float product = sums[4 * b + 2 * h + p] * factor.x;
-        value[h] = !LOW    ? fmaf(-factor.y, above[h], product)
-                   : PLAIN ? old[i / 2][p][h] + (product - factor.z)
-                           : old[i / 2][p][h] + product;
-        if (value[h] != value[h]) value[h] = INFINITY;  // a reference that is not finite: seen by every row
-        if (!inside[h]) value[h] = -INFINITY;
-        scores[place(b, p) + 8 * h] = value[h];
+      for (int k = 0; k < 4; ++k) {
+        const float product = four[k] * factor.x;
+        value[k] = !LOW    ? fmaf(-factor.y, norm[k], product)
+                   : PLAIN ? before[k] + (product - factor.y)
+                           : before[k] + product;
+        if (value[k] != value[k]) value[k] = INFINITY;  // a reference that is not finite: seen by every row
+        if (k >= inside) value[k] = -INFINITY;
       }
-      best[2 * b + p] = fmaxf(value[0], value[1]);
+      float best = fmaxf(fmaxf(value[0], value[1]), fmaxf(value[2], value[3]));
+      best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+      best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+      *reinterpret_cast<float4*>(scores + row * many.score_stride) =
+          make_float4(value[0], value[1], value[2], value[3]);
+      if (quad % 4 == 0) maxima[row * maxima_stride] = best;
     }
-  }
-  const int first = maxima_over_lanes<WIDTH / 4>(best, lane);
-  const int64_t maxima_stride = many.score_stride / MANY_GROUP;
+    meet();  // all have read what comes next in its place
+    if constexpr (LOW) {
 #pragma unroll
-  for (int i = 0; i < WIDTH / 32; ++i) {
-    const int64_t row = row0 + 8 * (first + i / 2) + 2 * t + i % 2;
-    many.maxima[row * maxima_stride + (ref0 + group * 64 + warp * 16) / MANY_GROUP] = best[i];
+      for (int i = 0; i < PAIRS; ++i) old[0][i] = old[1][i], old[1][i] = old[2][i];
+    }
   }
 }
 
@@ -559,51 +599,59 @@ __device__ inline void fetch_scores(const Many& many, Ring& ring, int64_t row0, 
 
 // ---- weighted sums
 
-struct SumTile {  // a part of the references for a tile of rows x D
+struct SumTile {  // a part of the references for a tile of rows x one or two of D
   int64_t row0, e0;
   int begin, end;  // steps of many_sum_refs(exact) references
-  int index;       // in many.partial; -1: beyond D
+  int d_tiles;     // so many: fewer where D ends
+  int index;       // of the first in many.partial
 };
 
-// In pairs of tiles of D, one for each block of a cluster; the narrow row tile last.
+// Tiles of D to a block, for a row tile of this width.
+__host__ __device__ constexpr int sum_d_tiles(int width) {
+  return width <= MANY_ROWS / 2 ? 2 : 1;
+}
+
+// The narrow row tile last.
 struct SumGrid {
   int64_t rows;
   int steps;
   ManySums sums;
 
   __device__ SumGrid(const Many& many, int64_t valid)
-      : rows(many.facts->dense), steps(many_sum_steps(many, valid)), sums(many, rows, steps) {}
+      : rows(many.facts->dense), steps(many_sum_steps(many, valid)), sums(many) {}
   __device__ int full_units() const { return sums.splits * sums.rows.full * sums.pairs; }
-  __device__ int units() const { return full_units() + sums.narrow_splits * sums.pairs; }
+  __device__ int units() const { return full_units() + sums.narrow_splits * sums.fours; }
   __device__ SumTile tile(int unit, int rank) const {
     const bool narrow = unit >= full_units();
     if (narrow) unit -= full_units();
-    const int in_split = (narrow ? 1 : sums.rows.full) * sums.pairs;
-    const int split = unit / in_split,
-              row_tile = narrow ? sums.rows.full : unit / sums.pairs % sums.rows.full;
-    const int splits = sums.splits_of(row_tile), d_tile = unit % sums.pairs * 2 + rank;
+    const int across = narrow ? sums.fours : sums.pairs, each = narrow ? 2 : 1;
+    const int split = unit / across / (narrow ? 1 : sums.rows.full),
+              row_tile = narrow ? sums.rows.full : unit / across % sums.rows.full;
+    const int splits = sums.splits_of(row_tile), d_tile = (unit % across * 2 + rank) * each;
     SumTile tile;
     tile.row0 = row_tile * MANY_ROWS;
     tile.e0 = d_tile * MANY_TILE;
     tile.begin = static_cast<int>(static_cast<int64_t>(steps) * split / splits);
     tile.end = static_cast<int>(static_cast<int64_t>(steps) * (split + 1) / splits);
-    tile.index = d_tile < sums.d_tiles ? sums.index(row_tile, split, d_tile) : -1;
+    tile.d_tiles = min(each, sums.d_tiles - d_tile);
+    tile.index = sums.index(row_tile, split, d_tile);
     return tile;
   }
 };
 
 __device__ inline void copy_sum_tile(const Many& many, const SumArguments& args, Ring& ring,
                                      const SumTile& tile, int width, int rank) {
-  const int refs = many_sum_refs(many.exact);
+  const int refs = many_sum_refs(many.exact), boxes = 2 * sum_d_tiles(width);
+  ring.a_bytes = boxes * refs * ROW_BYTES;
   for (int step = tile.begin; step < tile.end; ++step, ring.next()) {
     const Stage stage = ring.stage();
     wait_barrier(stage.empty, ring.parity ^ 1);
-    arrive_expecting(stage.full, (2 * refs + width) * ROW_BYTES);
-    for (int box = 0; box < 2; ++box)
+    arrive_expecting(stage.full, (boxes * refs + width) * ROW_BYTES);
+    for (int box = 0; box < boxes; ++box)
       tensor_copy(stage.a + box * refs * ROW_BYTES, args.refs, static_cast<int>(tile.e0) + box * 64,
                   static_cast<int>(many.first_ref) + step * refs, shared_address(stage.full));
     for (int box = rank; box < width / 64; box += 2)
-      tensor_copy_to_all(stage.b + box * BOX_BYTES, args.weights, step * DEPTH,
+      tensor_copy_to_all(stage.b + box * BOX_BYTES, args.weights, 2 * refs * step,
                          static_cast<int>(tile.row0) + box * 64, shared_address(stage.full), BOTH);
   }
 }
@@ -640,61 +688,91 @@ __device__ inline bool load_differences(uint32_t tile, int warp, int lane, const
   return inexact;
 }
 
-// PLAIN: references as stored are the first operand, all but those of a step that has invalid ones.
+// Zeros in place of the references from `kept` on of step `step`, before they are multiplied.
+struct ZeroInvalid {
+  int step, kept, refs, d_tiles;
+
+  __device__ void before(const Stage& stage, int at) {
+    if (at != step) return;
+    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
+    for (int tile = 0; tile < d_tiles; ++tile) {
+      char* const rows = stage.memory + (2 * tile + group) * refs * ROW_BYTES;
+      for (int chunk = kept * (ROW_BYTES / 16) + thread; chunk < refs * (ROW_BYTES / 16); chunk += 128)
+        *reinterpret_cast<uint4*>(rows + 16 * chunk) = uint4{};
+    }
+    fence_async();
+    named_barrier(1 + group, 128);
+  }
+  template <int PART, int PARTS>
+  __device__ void during(const Stage&) {}
+  __device__ void after(bool) {}
+};
+
+// PLAIN: references as stored are the first operand.
 template <typename T, int WIDTH, bool EXACT, bool PLAIN>
-__device__ inline void sum_tile(const Inputs& in, const Many& many, Ring& ring, const SumTile& at,
-                                int64_t valid) {
-  constexpr int REFS = many_sum_refs(EXACT);
+__device__ __forceinline__ void sum_tile(const Many& many, Ring& ring, const SumTile& at, int64_t valid) {
+  constexpr int REFS = many_sum_refs(EXACT), TILES = sum_d_tiles(WIDTH);
+  constexpr uint32_t TILE_BYTES = 2 * REFS * ROW_BYTES;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
-  const int64_t e = at.e0 + group * 64 + warp * 16 + g;  // and e + 8
-  const bool centred = EXACT && !PLAIN && many.facts->centred;
-  const float scale = many.facts->scale;
-  float centres[4] = {0, 0, 0,
-                      0};  // of e and e + 8, each for a pair of references, in the form that subtract takes
-  if (PLAIN || at.index < 0) {
-  } else if constexpr (DtypeOf<T>::value == Dtype::f16) {
-    reinterpret_cast<__half2*>(centres)[0] = __half2half2(many.centre_half[e]);
-    reinterpret_cast<__half2*>(centres)[1] = __half2half2(many.centre_half[e + 8]);
-  } else {
-    centres[0] = centres[1] = many.centre_float[e];
-    centres[2] = centres[3] = many.centre_float[e + 8];
-  }
-  const char* const from = reinterpret_cast<const char*>(centres);
-  float sums[WIDTH / 2];
+  const int64_t e = at.e0 + group * 64 + warp * 16 + g;  // and e + 8, and those of the next tile
+  ring.a_bytes = TILES * TILE_BYTES;
+  float sums[TILES][WIDTH / 2];
 #pragma unroll
-  for (int i = 0; i < WIDTH / 2; ++i) sums[i] = 0;
+  for (int i = 0; i < TILES * WIDTH / 2; ++i) sums[i / (WIDTH / 2)][i % (WIDTH / 2)] = 0;
 
-  int step = at.begin;
   if constexpr (PLAIN) {
-    const int whole = static_cast<int>(valid / REFS);
-    const int end = at.end <= whole ? at.end : at.begin > whole ? at.begin : whole;
-    Nothing nothing;
-    multiply_steps<WIDTH, REFS / 16, EXACT, 0>(ring, group * REFS * ROW_BYTES, end - step, sums, nothing);
-    step = end;
-  }
-  for (; step < at.end; ++step, ring.next()) {
-    const Stage stage = ring.stage();
-    wait_barrier(stage.full, ring.parity);
-    const uint32_t tile = stage.a + group * REFS * ROW_BYTES;
-    const int64_t first = static_cast<int64_t>(step) * REFS;
-    uint32_t a[4][4];
-    const bool inexact = load_differences<T, EXACT>(tile, warp, lane, from, scale, first, valid, false, a);
-    multiply<WIDTH, 0>(a, stage.b, sums);
-    if (centred && any_of_warpgroup(inexact)) {
-      load_differences<T, EXACT>(tile, warp, lane, from, scale, first, valid, true, a);
-      multiply<WIDTH, 0>(a, stage.b, sums);
+    ZeroInvalid beside{static_cast<int>(valid / REFS) - at.begin, static_cast<int>(valid % REFS), REFS,
+                       TILES};
+    multiply_steps<WIDTH, REFS / 16, EXACT, 0>(ring, group * REFS * ROW_BYTES, TILE_BYTES, at.end - at.begin,
+                                               sums, beside);
+  } else {
+    const bool centred = EXACT && many.facts->centred;
+    const float scale = many.facts->scale;
+    float centres[TILES][4] = {};  // of e and e + 8, each for a pair of references, as subtract takes them
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      if (i >= at.d_tiles) continue;
+      if constexpr (DtypeOf<T>::value == Dtype::f16) {
+        reinterpret_cast<__half2*>(centres[i])[0] = __half2half2(many.centre_half[e + i * MANY_TILE]);
+        reinterpret_cast<__half2*>(centres[i])[1] = __half2half2(many.centre_half[e + i * MANY_TILE + 8]);
+      } else {
+        centres[i][0] = centres[i][1] = many.centre_float[e + i * MANY_TILE];
+        centres[i][2] = centres[i][3] = many.centre_float[e + i * MANY_TILE + 8];
+      }
     }
-    __syncwarp();
-    if (lane == 0) stage.release();
+    for (int step = at.begin; step < at.end; ++step, ring.next()) {
+      const Stage stage = ring.stage();
+      wait_barrier(stage.full, ring.parity);
+      const int64_t first = static_cast<int64_t>(step) * REFS;
+#pragma unroll
+      for (int i = 0; i < TILES; ++i) {
+        const uint32_t tile = stage.a + group * REFS * ROW_BYTES + i * TILE_BYTES;
+        const char* const from = reinterpret_cast<const char*>(centres[i]);
+        uint32_t a[4][4];
+        const bool inexact =
+            load_differences<T, EXACT>(tile, warp, lane, from, scale, first, valid, false, a);
+        multiply<WIDTH, 0>(a, stage.b, sums[i]);
+        if (centred && any_of_warpgroup(inexact)) {
+          load_differences<T, EXACT>(tile, warp, lane, from, scale, first, valid, true, a);
+          multiply<WIDTH, 0>(a, stage.b, sums[i]);
+        }
+      }
+      __syncwarp();
+      if (lane == 0) stage.release();
+    }
   }
 
-  if (at.index < 0) return;
-  float* const to = many.partial + static_cast<int64_t>(at.index) * (MANY_ROWS * MANY_TILE) + (e - at.e0);
 #pragma unroll
-  for (int i = 0; i < WIDTH / 2; ++i) {
-    const int n = i / 4 * 8 + 2 * t + i % 2, h = i / 2 % 2;
-    to[n * MANY_TILE + 8 * h] = sums[i];
+  for (int i = 0; i < TILES; ++i) {
+    if (i >= at.d_tiles) continue;
+    float* const to =
+        many.partial + (at.index + i) * static_cast<int64_t>(MANY_ROWS * MANY_TILE) + (e - at.e0);
+#pragma unroll
+    for (int k = 0; k < WIDTH / 2; ++k) {
+      const int n = k / 4 * 8 + 2 * t + k % 2, h = k / 2 % 2;
+      to[n * MANY_TILE + 8 * h] = sums[i][k];
+    }
   }
 }
 
@@ -708,28 +786,30 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     score_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Many many,
                  const __grid_constant__ ScoreArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  follow_previous();
   constexpr bool LOW = KIND == Scores::LOW, HALF = DtypeOf<T>::value == Dtype::f16;
+  Ring ring = make_ring(LOW ? 1 : 0);
+  follow_previous();
   const int64_t rows = LOW ? many.facts->dense : many.padded, valid = many_valid(in, many);
-  if (LOW && many.facts->late == 0) return;
+  if (LOW && many.facts->late == 0) return;  // both blocks of the cluster
   const ScoreTiles tiles(static_cast<int>(rows), KIND == Scores::EXACT ? early_rows(many) : 0);
-  const int64_t pairs = (valid + 2 * MANY_TILE - 1) / (2 * MANY_TILE), units = tiles.all() * pairs;
+  const int pairs = static_cast<int>((valid + 2 * MANY_TILE - 1) / (2 * MANY_TILE)),
+            units = tiles.all() * pairs;
   const int steps = static_cast<int>((in.d + DEPTH - 1) / DEPTH);
   const int rank = blockIdx.x % 2;
   const bool plain = HALF && (LOW || !many.facts->centred);
-  Ring ring = make_ring(LOW ? 1 : 0, tiles.deep());
-  const auto ref0_of = [&](int64_t unit) { return (tiles.within(unit, pairs) * 2 + rank) * MANY_TILE; };
+  if (tiles.deep()) ring.deepen();
+  const auto ref0_of = [&](int unit) { return (tiles.within(unit, pairs) * 2 + rank) * MANY_TILE; };
   if (threadIdx.x >= 256) {
     give_up_registers<40>();
     const int warp = static_cast<int>(threadIdx.x) / 32 - 8;
     if (threadIdx.x == 256) {
-      for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
+      for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
         const int tile = tiles.tile(unit, pairs);
         copy_score_tile<T>(many, args, ring, tiles.row0(tile), ref0_of(unit), tiles.width(tile),
                            tiles.low(tile), steps, plain, rank);
       }
     } else if (LOW && warp == 1) {
-      for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
+      for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
         const int tile = tiles.tile(unit, pairs);
         fetch_scores(many, ring, tiles.row0(tile), ref0_of(unit), valid, tiles.width(tile), steps);
       }
@@ -737,7 +817,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     __syncwarp();
   } else {
     take_registers<232>();
-    for (int64_t unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
+    for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
       const int64_t ref0 = ref0_of(unit);
       const int tile = tiles.tile(unit, pairs), row0 = tiles.row0(tile), low = tiles.low(tile);
       with_constants<HALF, HALF && LOW>(tiles.width(tile), plain, [&](auto wide, auto is_plain) {
@@ -750,6 +830,10 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
           constexpr int MOST = WIDTH < 128 ? WIDTH : 128;
           if (low == MOST) return score(Constant<MOST>{});
           if (WIDTH == 256 && low == 64) return score(Constant<64>{});
+          if constexpr (WIDTH == 256 && PLAIN) {
+            if (low == 80) return score(Constant<80>{});
+            if (low == 96) return score(Constant<96>{});
+          }
         }
         score(Constant<0>{});
       });
@@ -764,12 +848,12 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     sum_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Many many,
                const __grid_constant__ SumArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  follow_previous();
   constexpr bool HALF = DtypeOf<T>::value == Dtype::f16;
+  Ring ring = make_ring(0);
+  follow_previous();
   const int64_t valid = many_valid(in, many);
   const SumGrid grid(many, valid);
   const int units = grid.units(), rank = blockIdx.x % 2;
-  Ring ring = make_ring(0, false);
   if (threadIdx.x >= 256) {
     give_up_registers<40>();
     if (threadIdx.x == 256) {
@@ -786,7 +870,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
       const SumTile at = grid.tile(unit, rank);
       const int width = row_tile_width(grid.rows - at.row0);
       with_constants<HALF, false>(width, plain, [&](auto wide, auto is_plain) {
-        sum_tile<T, decltype(wide)::value, EXACT, decltype(is_plain)::value>(in, many, ring, at, valid);
+        sum_tile<T, decltype(wide)::value, EXACT, decltype(is_plain)::value>(many, ring, at, valid);
       });
     }
   }
@@ -812,7 +896,7 @@ void launch_many_score(const char* op, const Inputs& in, const Many& many, bool 
   args.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, static_cast<int>(MANY_TILE));
   args.queries =
       map_rows(op, low ? many.dense_lo : many.hi, Dtype::f16, in.d, many.padded, 2 * many.d_stride, 64);
-  args.lows = map_rows(op, many.lo, Dtype::f16, in.d, many.padded, 2 * many.d_stride, 64);
+  args.lows = map_rows(op, many.lo, Dtype::f16, in.d, many.padded, 2 * many.d_stride, LOW_BOX);
   const bool half = in.refs.dtype == Dtype::f16;
   const auto start = [&](auto* kernel) { launch(op, kernel, in, many, args, stream); };
   if (low) {
@@ -827,8 +911,8 @@ void launch_many_score(const char* op, const Inputs& in, const Many& many, bool 
 void launch_many_sum(const char* op, const Inputs& in, const Many& many, cudaStream_t stream) {
   SumArguments args;
   args.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, many_sum_refs(many.exact));
-  args.weights = map_rows(op, many.scores, Dtype::f16, (many.exact ? 2 : 1) * many.score_stride, many.padded,
-                          4 * many.score_stride, 64);
+  args.weights =
+      map_rows(op, many.scores, Dtype::f16, 2 * many.score_stride, many.padded, 4 * many.score_stride, 64);
   const bool half = in.refs.dtype == Dtype::f16;
   launch(op,
          many.exact ? (half ? sum_kernel<__half, true> : sum_kernel<__nv_bfloat16, true>)

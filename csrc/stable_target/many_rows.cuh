@@ -9,10 +9,9 @@
 //    bound. Rows expected to be dense ("early") get y_lo.d too, y = y_hi + y_lo to 22 bits
 //  * select: rows where at most MANY_SURVIVORS references can still matter keep a list of those
 //  * place: the other rows are dense, and rows of long lists where they fill the last tile up
-//  * gather: what the next steps need of dense rows comes together in the first places, where most of them
-//    are already
-//  * score, dense rows that were not expected: adds y_lo.d
-//  * weights, dense rows: p_j to 22 bits, as two halves, in the place of the scores
+//  * where dense rows were not expected: gather: they come together in the first places, where most of them
+//    are already; score: adds y_lo.d
+//  * weights, dense rows: p_j to 22 bits, as two halves, in those places
 //  * sum, dense rows: sum_j p_j d_j
 //  * merge: dense rows add what the thread blocks of the last step left, the others score and sum the
 //    references of their lists; after the last round, writes the output
@@ -22,6 +21,8 @@
 // 64 products are summed before they join ordinary float32 sums; y_lo.d, which is small, they add up to the
 // end, as they do all sums where results need not be exact.
 #pragma once
+
+#include <climits>
 
 #include "common/hopper.cuh"
 #include "common/planner_rows.h"
@@ -33,21 +34,23 @@ struct ManyFacts {
   float scale, inverse_scale;  // d is multiplied by scale, a power of two, before it becomes a half
   float mean_norm;             // norm0 scale^2
   int centred;                 // c is not zero everywhere
+  int plain;                   // references as stored are operands: float16 and not centred
   int max_norm;                // the bits of max_j |d_j|^2 scale^2, a float32
   int dense;                   // rows that are dense in this round,
   int late;                    // of which so many lack y_lo.d
   int early;                   // rows of the pass expected to be dense, see early_rows
+  int splits, narrow_splits;   // of the sums, see ManySums
 };
 
 struct ManySlot {  // one row of a pass
   Row row;
   double y_square;
   double best;   // largest score so far
-  double total;  // sum of exp(rate (s_j - best)) so far
+  double total;  // sum of exp(rate (s_j - best)) so far: 0 before any
   float own;     // bound of |(y_hi - y).d_j| / |d_j|, with the rounding of the sums,
   float summed;  // and of this alone
   float rate2;   // rate log2(e)
-  float keep;    // factor of the old sums in this round
+  float top;     // largest score of this round, as the weights have it
   int alive;
 };
 
@@ -76,8 +79,8 @@ struct Many {
   int* counts;           // (rows,) of them; more than the list holds: all that may matter
   int* fills;            // (rows,) the same, 0 for lists that must stay ones
   int* places;           // (rows,) among the dense rows; -1: not dense
-  double* totals;        // (rows, WEIGHT_BLOCKS) of the weights of dense rows
-  float* sums;           // (rows, d_stride) sum of p_j d_j scale
+  double* totals;        // (rows, WEIGHT_BLOCKS) of the weights of dense rows in this round
+  float* sums;           // (rows, d_stride) sum of p_j d_j scale, where total > 0
   float* partial;        // (splits, row tiles, d tiles, MANY_ROWS, MANY_TILE)
   int64_t first_row;     // of the pass
   int64_t first_ref;     // of the round
@@ -103,17 +106,24 @@ __device__ inline int many_sum_steps(const Many& many, int64_t valid) {
 }
 
 // How the sums of `tiles` tiles over `steps` steps each are cut, for `blocks` thread blocks: into as many
-// parts as fill whole waves of them best, fewer where it makes no difference.
+// parts as fill whole waves of them best, fewer where it makes no difference. By all lanes of a warp.
 constexpr float PART_STEPS = 0.2f;  // what merging a part of a pair of tiles takes, in steps
-__host__ __device__ inline int many_splits(int tiles, int steps, int blocks, int most) {
-  int best = 1;
-  float best_time = 0;
-  for (int splits = 1; splits * tiles <= most && splits * 16 <= steps + 15; ++splits) {
+__device__ inline int many_splits(int tiles, int steps, int blocks, int most) {
+  const auto time_of = [&](int splits) {
     const int waves = (tiles * splits + blocks - 1) / blocks;
-    const float time = waves * ((steps + splits - 1) / splits + 4.0f) + PART_STEPS * tiles * splits;
-    if (splits == 1 || time < 0.98f * best_time) best = splits, best_time = time;
-  }
-  return best;
+    return waves * ((steps + splits - 1) / splits + 4.0f) + PART_STEPS * tiles * splits;
+  };
+  const int end = min(most / tiles, (steps + 15) / 16), first = 1 + static_cast<int>(threadIdx.x) % 32;
+  float least = INFINITY;
+#pragma unroll 1
+  for (int splits = first; splits <= end; splits += 32) least = fminf(least, time_of(splits));
+  least = __uint_as_float(__reduce_min_sync(0xffffffffu, __float_as_uint(least)));
+  int best = INT_MAX;
+#pragma unroll 1
+  for (int splits = first; splits <= end && best == INT_MAX; splits += 32)
+    if (0.98f * time_of(splits) <= least) best = splits;
+  best = __reduce_min_sync(0xffffffffu, best);
+  return best == INT_MAX ? 1 : best;
 }
 
 // Rows of the tile that `left` rows need, of at most MANY_ROWS; and those of all tiles for `rows`.
@@ -132,6 +142,7 @@ constexpr int EARLY_BESIDE = 128;  // so many at most have both halves in a tile
 __device__ inline int early_rows(const Many& many) {
   const int rows = static_cast<int>(many.padded), early = many.exact ? many.facts->early : 0;
   if (early == 0 || (many.rows > MANY_ROWS && early < many.rows)) return 0;
+  if (many.facts->plain && rows > EARLY_BESIDE && early > 64 && early <= 96) return early <= 80 ? 80 : 96;
   const int each = early > 64 || (rows > 64 && rows <= 128) ? 128 : 64;
   return min((early + each - 1) / each * each, rows);
 }
@@ -149,10 +160,10 @@ struct ScoreTiles {
   }
   __device__ int all() const { return both + full + narrow; }
   // Unit `unit` of all `each` units of every tile: those of the narrow one come last.
-  __device__ int tile(int64_t unit, int64_t each) const {
-    return unit < (both + full) * each ? static_cast<int>(unit % (both + full)) : both + full;
+  __device__ int tile(int unit, int each) const {
+    return unit < (both + full) * each ? unit % (both + full) : both + full;
   }
-  __device__ int64_t within(int64_t unit, int64_t each) const {
+  __device__ int within(int unit, int each) const {
     return unit < (both + full) * each ? unit / (both + full) : unit - (both + full) * each;
   }
   __device__ int row0(int tile) const {
@@ -178,30 +189,35 @@ struct ManyTiles {
     full = static_cast<int>(rows / MANY_ROWS) + (left > MANY_ROWS / 2);
     narrow = left > 0 && left <= MANY_ROWS / 2;
   }
-  __device__ int all() const { return full + narrow; }
-  // Unit `unit` of all `each` units of every tile: first those of the full ones, side by side. Blocks that
-  // take units in turns all get as many narrow ones.
-  __device__ int tile(int64_t unit, int64_t each) const {
-    return unit < full * each ? static_cast<int>(unit % full) : full;
-  }
-  __device__ int64_t within(int64_t unit, int64_t each) const {
-    return unit < full * each ? unit / full : unit - full * each;
-  }
 };
 
-// The sums of the dense rows: D in pairs of tiles, for clusters of two blocks; `splits` parts of the
-// references for each pair of a full row tile, `narrow_splits` for the narrow one. Parts of sums: by split,
-// row tile, tile of D.
+// The sums of the dense rows, by clusters of two blocks: of a full row tile each block has one tile of D, of
+// the narrow one two, so that more comes from each reference at a time. Units of a cluster's tiles of D,
+// `splits` parts of the references for each of a full row tile, `narrow_splits` for the narrow one. Parts of
+// sums: by split, row tile, tile of D.
 struct ManySums {
   ManyTiles rows;
-  int d_tiles, pairs, splits, narrow_splits;
+  int d_tiles, pairs, fours, splits, narrow_splits;
 
-  __device__ ManySums(const Many& many, int64_t dense, int steps) : rows(dense) {
-    d_tiles = static_cast<int>(many.d_stride / MANY_TILE);
-    pairs = (d_tiles + 1) / 2;
-    const int most = static_cast<int>(MANY_SEGMENTS / 2), blocks = many.blocks / 2;
-    splits = rows.full ? many_splits(rows.full * pairs, steps, blocks, most - rows.narrow * pairs) : 0;
-    narrow_splits = rows.narrow ? many_splits(pairs, steps, blocks, most - splits * rows.full * pairs) : 0;
+  __device__ explicit ManySums(const Many& many)
+      : rows(many.facts->dense),
+        d_tiles(static_cast<int>(many.d_stride / MANY_TILE)),
+        pairs((d_tiles + 1) / 2),
+        fours((d_tiles + 3) / 4),
+        splits(many.facts->splits),
+        narrow_splits(many.facts->narrow_splits) {}
+  // `splits` and `narrow_splits` for so many row tiles, by all lanes of a warp.
+  __device__ static int2 choose(const Many& many, int full, int narrow, int steps) {
+    const int d_tiles = static_cast<int>(many.d_stride / MANY_TILE), fours = (d_tiles + 3) / 4;
+    int splits[2], left = static_cast<int>(MANY_SEGMENTS);  // tiles
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int units = k ? narrow * fours : full * ((d_tiles + 1) / 2), each = k ? 4 : 2;
+      const int most = (left - (k ? 0 : 4 * narrow * fours)) / each;
+      splits[k] = units ? many_splits(units, steps, many.blocks / 2, most) : 0;
+      left -= splits[k] * units * each;
+    }
+    return {splits[0], splits[1]};
   }
   __device__ int splits_of(int row_tile) const { return row_tile < rows.full ? splits : narrow_splits; }
   __device__ int index(int row_tile, int split, int d_tile) const {
@@ -211,10 +227,11 @@ struct ManySums {
   __device__ int split_stride(int row_tile) const { return (row_tile < rows.full ? rows.full : 1) * d_tiles; }
 };
 
-// At the start of every kernel of a call but the first, which all begin while the one before ends.
+// At the start of every kernel of a call but the first, which all begin while those before run, where there
+// is room, and end in their order.
 __device__ inline void follow_previous() {
-  wait_for_previous_launch();
   allow_next_launch();
+  wait_for_previous_launch();
 }
 template <typename... Params, typename... Args>
 void launch_following(const char* op, void (*kernel)(Params...), dim3 grid, int threads, int64_t bytes,

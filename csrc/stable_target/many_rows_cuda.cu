@@ -12,7 +12,7 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int WEIGHT_THREADS = 512, SELECT_THREADS = 512;
-constexpr int WEIGHT_BLOCKS = 4;  // of a row, a cluster
+constexpr int WEIGHT_BLOCKS = 4;  // of a row
 constexpr int ORDER_THREADS = 1024;
 constexpr int64_t LISTED_D = 16 * THREADS;  // longer references do not fit the registers
 constexpr int CENTRE_LANES = 8;             // threads per element of D
@@ -191,6 +191,128 @@ __host__ __device__ inline bool are_usual(const Inputs& in) {
   return is_vector(in.x) && is_vector(in.out) && !in.source.data;
 }
 
+// y of a row in two halves, its slot and factors, the part of its source. Y: the type of y, in which it is
+// exact.
+template <typename Y, bool USUAL>
+__device__ __forceinline__ void store_row(const Inputs& in, const Many& many, const Row& row, bool alive,
+                                          int64_t at, const Choice& choice, const float* candidate,
+                                          double spread) {
+  __shared__ double scratch[33];
+  const int tid = threadIdx.x;
+  const int64_t base = row.index * in.d;
+  // y and c of eight elements from e on; zeros beyond D, which is a multiple of 8 here.
+  const auto load_eight = [&](int64_t e, Y(&y)[8], float (&c)[8]) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) y[k] = 0, c[k] = 0;
+    if (e >= in.d) return;
+    if (choice.which) load8<float>({const_cast<float*>(candidate), Dtype::f32}, e, c);
+    if constexpr (USUAL) {
+      const float4* const from =
+          reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + base + e);
+      const float4 low = from[0], high = from[1];
+      const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int k = 0; k < 8; ++k) y[k] = x[k];
+    } else {
+#pragma unroll
+      for (int k = 0; k < 8; ++k) y[k] = static_cast<Y>(load_as<double>(in.x, base + e + k));
+    }
+#pragma unroll
+    for (int k = 0; k < 8; ++k) y[k] = static_cast<Y>(row.sign) * y[k] - static_cast<Y>(row.alpha) * c[k];
+  };
+  double score = 0;
+  int bits = 0;  // of the largest |y|; NaN counts as more than anything
+  if (alive) {
+#pragma unroll 1
+    for (int64_t e = 8 * tid; e < in.d; e += 8 * THREADS) {
+      Y y[8];
+      float c[8];
+      load_eight(e, y, c);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) bits = max(bits, __float_as_int(fabsf(static_cast<float>(y[k]))));
+      if (!USUAL && in.source.data) {
+        float* const sums = many.sums + at * many.d_stride + e;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          const double own = load_as<double>(in.source, base + e + k) - c[k];
+          sums[k] = static_cast<float>(own * choice.scale);
+          score += (y[k] - 0.5 * row.alpha * own) * own;
+        }
+      }
+    }
+  }
+  if (!USUAL) score = block_sum(score, scratch);
+  __shared__ int largest_of[THREADS / 32];
+  bits = __reduce_max_sync(0xffffffffu, bits);
+  if (tid % 32 == 0) largest_of[tid / 32] = bits;
+  __syncthreads();
+  bits = __reduce_max_sync(0xffffffffu, largest_of[tid % (THREADS / 32)]);
+  alive = alive && bits < 0x7f800000 && isfinite(score);
+  // Such that the largest of |y| comes to 2^13 .. 2^14.
+  const int exponent = alive && bits > 0 ? max(-100, min(100, 140 - (bits >> 23))) : 0;
+  double square = 0, rest_square = 0, rest_centre = 0;  // all but the last of y 2^e
+  const Y power = static_cast<Y>(two_to(exponent));
+#pragma unroll 1
+  for (int64_t e = 8 * tid; e < many.d_stride; e += 8 * THREADS) {
+    Y y[8], squares = 0, rest_squares = 0;
+    float c[8];
+    load_eight(e, y, c);
+    __align__(16) __half hi[8], lo[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const Y scaled = alive ? y[k] * power : Y(0);
+      squares += scaled * scaled;
+      hi[k] = __float2half(static_cast<float>(scaled));
+      const float rest = static_cast<float>(scaled - static_cast<Y>(__half2float(hi[k])));
+      rest_squares += static_cast<Y>(rest) * rest;
+      lo[k] = __float2half(rest);
+      if (choice.which) rest_centre += static_cast<double>(__half2float(lo[k])) * c[k];
+    }
+    square += squares, rest_square += rest_squares;
+    *reinterpret_cast<uint4*>(many.hi + at * many.d_stride + e) = *reinterpret_cast<const uint4*>(hi);
+    *reinterpret_cast<uint4*>(many.lo + at * many.d_stride + e) = *reinterpret_cast<const uint4*>(lo);
+  }
+  __shared__ double parts[THREADS / 32][3];
+  square = warp_sum(square), rest_square = warp_sum(rest_square), rest_centre = warp_sum(rest_centre);
+  if (tid % 32 == 0) {
+    double* const to = parts[tid / 32];
+    to[0] = square, to[1] = rest_square, to[2] = rest_centre;
+  }
+  __syncthreads();
+  if (tid != 0) return;
+#pragma unroll 1
+  for (int other = 1; other < THREADS / 32; ++other)
+    square += parts[other][0], rest_square += parts[other][1], rest_centre += parts[other][2];
+  const double inverse = 1.0f / choice.scale, unpower = two_to(-exponent);
+  // Sums: at most 64 truncated products, then float32 sums of one per 64 elements. Not exact: one truncated
+  // sum of 16 products at a time.
+  const double rounding = static_cast<double>(80 + in.d / (many.exact ? 64 : 16)) * 0x1p-23;
+  const double length = sqrtf(static_cast<float>(square)) * unpower;
+  ManySlot slot{};
+  slot.row = row;
+  slot.alive = alive;
+  slot.y_square = square * unpower * unpower;
+  slot.best = -INFINITY;
+  if (alive) {
+    slot.own =
+        static_cast<float>(1.001 * (sqrtf(static_cast<float>(rest_square)) * unpower + rounding * length));
+    slot.summed = static_cast<float>(1.001 * 2 * rounding * length);  // twice as many products
+    if (many.exact && expect_dense(row, spread, static_cast<float>(row.count), many.rows <= MANY_ROWS))
+      atomicMax(&many.facts->early, static_cast<int>(at) + 1);
+    slot.rate2 = static_cast<float>(fmin(row.rate() * LOG2_E, 1e30));
+    if (in.source.data) {
+      slot.best = score + 0.5 * row.alpha * choice.mean_norm * inverse * inverse;
+      slot.total = 1;
+    }
+    many.factors[at] = {static_cast<float>(inverse * unpower),
+                        static_cast<float>(0.5 * row.alpha * inverse * inverse),
+                        static_cast<float>(rest_centre * unpower)};
+  } else {
+    many.factors[at] = {0, 0, 0};
+  }
+  many.slots[at] = slot;
+}
+
 // One block per row of the pass: its slot, y in two halves, |y|^2, the part of its source. USUAL: as above.
 // Kernels of this file are short, so that much of their time is that of code that comes from memory: loops
 // that need not be unrolled are not.
@@ -200,11 +322,34 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
     const float* const x = static_cast<const float*>(in.x.data) + blockIdx.x * in.d;
     for (int64_t e = 32 * threadIdx.x; e < in.d; e += 32 * THREADS) prefetch(x + e);
   }
-  follow_previous();
-  __shared__ double statistics[STATISTICS];
-  __shared__ double scratch[33];
-  __shared__ int int_scratch[33];
+  allow_next_launch();
+  if (many.order) wait_for_previous_launch();
   const int tid = threadIdx.x;
+  const int64_t local = blockIdx.x;
+  int64_t at = local;
+  __shared__ int int_scratch[33];
+  // Its row, and its place by falling time among those of the only pass, if it has not been found before.
+  __shared__ Row row;
+  __shared__ float rates[MANY_PASS_ROWS], own_rate;
+  __shared__ bool has_references;
+  const int64_t listed = local >= many.rows ? 0 : many.order ? 1 : many.rows;
+#pragma unroll 1
+  for (int64_t j = tid; j < listed; j += THREADS) {
+    bool any;
+    const Row of_j = row_of(in, many.order ? many.order[many.first_row + local] : many.first_row + j, any);
+    rates[j] = order_of(of_j, any);
+    if (many.order || j == local) row = of_j, has_references = any, own_rate = rates[j];
+  }
+  __syncthreads();
+  if (!many.order && local < many.rows) {
+    int before = 0;
+#pragma unroll 1
+    for (int64_t j = tid; j < many.rows; j += THREADS)
+      before += rates[j] < own_rate || (rates[j] == own_rate && j < local);
+    at = block_sum<int>(before, int_scratch);
+  }
+  wait_for_previous_launch();
+  __shared__ double statistics[STATISTICS];
   static_assert(THREADS / 32 == STATISTICS, "a warp to each");
   {
     const int k = tid / 32;
@@ -232,12 +377,11 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
       many.facts->inverse_scale = 1.0f / choice.scale;
       many.facts->mean_norm = choice.mean_norm;
       many.facts->centred = choice.which != 0;
+      many.facts->plain = in.refs.dtype == Dtype::f16 && choice.which == 0;
       many.facts->max_norm = 0;
     }
   }
 
-  const int64_t local = blockIdx.x;
-  int64_t at = local;
   if (local >= many.rows) {
 #pragma unroll 1
     for (int64_t e = tid; e < many.d_stride; e += THREADS)
@@ -245,144 +389,12 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
     if (tid == 0) many.slots[at] = ManySlot{}, many.factors[at] = {0, 0, 0};
     return;
   }
-  // Its row, and its place by falling time among those of the only pass, if it has not been found before.
-  __shared__ Row row;
-  __shared__ float rates[MANY_PASS_ROWS], own_rate;
-  __shared__ bool has_references;
-  const int64_t listed = many.order ? 1 : many.rows;
-#pragma unroll 1
-  for (int64_t j = tid; j < listed; j += THREADS) {
-    bool any;
-    const Row of_j = row_of(in, many.order ? many.order[many.first_row + local] : many.first_row + j, any);
-    rates[j] = order_of(of_j, any);
-    if (many.order || j == local) row = of_j, has_references = any, own_rate = rates[j];
-  }
-  __syncthreads();
-  if (!many.order) {
-    int before = 0;
-#pragma unroll 1
-    for (int64_t j = tid; j < many.rows; j += THREADS)
-      before += rates[j] < own_rate || (rates[j] == own_rate && j < local);
-    at = block_sum<int>(before, int_scratch);
-  }
-  bool alive = has_references;
-
-  const int64_t base = row.index * in.d;
-  // y and c of eight elements from e on; zeros beyond D, which is a multiple of 8 here.
-  const auto load_eight = [&](int64_t e, double (&y)[8], float (&c)[8]) {
-#pragma unroll
-    for (int k = 0; k < 8; ++k) y[k] = 0, c[k] = 0;
-    if (e >= in.d) return;
-    if (choice.which) load8<float>({const_cast<float*>(candidate), Dtype::f32}, e, c);
-    if constexpr (USUAL) {
-      const float4* const from =
-          reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + base + e);
-      const float4 low = from[0], high = from[1];
-      const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-      for (int k = 0; k < 8; ++k) y[k] = x[k];
-    } else {
-#pragma unroll
-      for (int k = 0; k < 8; ++k) y[k] = load_as<double>(in.x, base + e + k);
-    }
-#pragma unroll
-    for (int k = 0; k < 8; ++k) y[k] = row.sign * y[k] - row.alpha * c[k];
-  };
-  double square = 0, score = 0;
-  float largest = 0;
-  if (alive) {
-#pragma unroll 1
-    for (int64_t e = 8 * tid; e < in.d; e += 8 * THREADS) {
-      double y[8];
-      float c[8], sums[8] = {};
-      load_eight(e, y, c);
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        square = fma(y[k], y[k], square);
-        largest = fmaxf(largest, fabsf(static_cast<float>(y[k])));
-      }
-      if (!USUAL && in.source.data) {
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          const double own = load_as<double>(in.source, base + e + k) - c[k];
-          sums[k] = static_cast<float>(own * choice.scale);
-          score += (y[k] - 0.5 * row.alpha * own) * own;
-        }
-      }
-      float4* const to = reinterpret_cast<float4*>(many.sums + at * many.d_stride + e);
-      to[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-      to[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
-    }
-  }
-  if (!USUAL) score = block_sum(score, scratch);
-  __shared__ int largest_of[THREADS / 32];
-  const int most = __reduce_max_sync(0xffffffffu, __float_as_int(fminf(largest, FLT_MAX)));
-  if (tid % 32 == 0) largest_of[tid / 32] = most;
-  alive = __syncthreads_and(alive && isfinite(square) && isfinite(score));
-  int bits = 0;
-  for (int other = 0; other < THREADS / 32; ++other) bits = max(bits, largest_of[other]);
-  // Such that the largest of |y| comes to 2^13 .. 2^14.
-  const int exponent = alive && bits > 0 ? max(-100, min(100, 140 - (bits >> 23))) : 0;
-  double rest_square = 0, rest_centre = 0;
-  const double power = two_to(exponent);
-#pragma unroll 1
-  for (int64_t e = 8 * tid; e < many.d_stride; e += 8 * THREADS) {
-    double y[8];
-    float c[8];
-    load_eight(e, y, c);
-    __align__(16) __half hi[8], lo[8];
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      const double scaled = alive ? y[k] * power : 0.0;
-      hi[k] = __float2half(static_cast<float>(scaled));
-      const float rest = static_cast<float>(scaled - static_cast<double>(__half2float(hi[k])));
-      rest_square += static_cast<double>(rest) * rest;
-      lo[k] = __float2half(rest);
-      rest_centre += static_cast<double>(__half2float(lo[k])) * c[k];
-    }
-    *reinterpret_cast<uint4*>(many.hi + at * many.d_stride + e) = *reinterpret_cast<const uint4*>(hi);
-    *reinterpret_cast<uint4*>(many.lo + at * many.d_stride + e) = *reinterpret_cast<const uint4*>(lo);
-  }
-  __shared__ double parts[THREADS / 32][3];
-  square = warp_sum(square), rest_square = warp_sum(rest_square), rest_centre = warp_sum(rest_centre);
-  if (tid % 32 == 0) {
-    double* const to = parts[tid / 32];
-    to[0] = square, to[1] = rest_square, to[2] = rest_centre;
-  }
-  __syncthreads();
-  if (tid != 0) return;
-#pragma unroll 1
-  for (int other = 1; other < THREADS / 32; ++other)
-    square += parts[other][0], rest_square += parts[other][1], rest_centre += parts[other][2];
-  const double inverse = 1.0f / choice.scale, unpower = two_to(-exponent);
-  // Sums: at most 64 truncated products, then float32 sums of one per 64 elements. Not exact: one truncated
-  // sum of 16 products at a time.
-  const double rounding = static_cast<double>(80 + in.d / (many.exact ? 64 : 16)) * 0x1p-23;
-  const double length = sqrtf(static_cast<float>(square * power * power)) * unpower;
-  ManySlot slot{};
-  slot.row = row;
-  slot.alive = alive;
-  slot.y_square = square;
-  slot.best = -INFINITY;
-  if (alive) {
-    slot.own =
-        static_cast<float>(1.001 * (sqrtf(static_cast<float>(rest_square)) * unpower + rounding * length));
-    slot.summed = static_cast<float>(1.001 * 2 * rounding * length);  // twice as many products
-    if (many.exact &&
-        expect_dense(row, statistics[SPREAD], static_cast<float>(row.count), many.rows <= MANY_ROWS))
-      atomicMax(&many.facts->early, static_cast<int>(at) + 1);
-    slot.rate2 = static_cast<float>(fmin(row.rate() * LOG2_E, 1e30));
-    if (in.source.data) {
-      slot.best = score + 0.5 * row.alpha * choice.mean_norm * inverse * inverse;
-      slot.total = 1;
-    }
-    many.factors[at] = {static_cast<float>(inverse * unpower),
-                        static_cast<float>(0.5 * row.alpha * inverse * inverse),
-                        static_cast<float>(rest_centre * unpower)};
+  // Without a centre y is x, which float32 holds: conversions to float64 would take most of the time.
+  if (USUAL && !choice.which && !in.lse.data) {
+    store_row<float, USUAL>(in, many, row, has_references, at, choice, candidate, statistics[SPREAD]);
   } else {
-    many.factors[at] = {0, 0, 0};
+    store_row<double, USUAL>(in, many, row, has_references, at, choice, candidate, statistics[SPREAD]);
   }
-  many.slots[at] = slot;
 }
 
 // A warp per reference: |r_j|^2 - mean_norm, where references are used as they are.
@@ -424,8 +436,9 @@ __global__ void __launch_bounds__(THREADS) norms_kernel(const Inputs in, const M
 
 // Exclusive prefix of v over the block; total: their sum. scratch: a value per warp.
 __device__ int block_prefix(int v, int* scratch, int& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = static_cast<int>(blockDim.x) / 32;
   int sum = v;
+#pragma unroll 1
   for (int offset = 1; offset < 32; offset *= 2) {
     const int other = __shfl_up_sync(0xffffffffu, sum, offset);
     if (lane >= offset) sum += other;
@@ -433,21 +446,33 @@ __device__ int block_prefix(int v, int* scratch, int& total) {
   __syncthreads();
   if (lane == 31) scratch[warp] = sum;
   __syncthreads();
-  int before = 0;
-  total = 0;
-  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) {
-    if (w < warp) before += scratch[w];
-    total += scratch[w];
-  }
-  return before + sum - v;
+  const int of_warp = lane < warps ? scratch[lane] : 0;
+  total = __reduce_add_sync(0xffffffffu, of_warp);
+  return __reduce_add_sync(0xffffffffu, lane < warp ? of_warp : 0) + sum - v;
 }
 
-__device__ float row_maximum(const Many& many, int64_t at, int64_t groups, float* scratch) {
+// Maximum over the block, of values that are no NaN. scratch: a value per warp, not in use.
+__device__ float block_maximum(float v, int* scratch) {
+  const auto ordered = [](int bits) { return bits ^ (bits >> 31 & 0x7fffffff); };  // and back
+  const int lane = threadIdx.x % 32;
+  const int of_warp = __reduce_max_sync(0xffffffffu, ordered(__float_as_int(v)));
+  if (lane == 0) scratch[threadIdx.x / 32] = of_warp;
+  __syncthreads();
+  const int all = lane < static_cast<int>(blockDim.x) / 32 ? scratch[lane] : INT_MIN;
+  return __int_as_float(ordered(__reduce_max_sync(0xffffffffu, all)));
+}
+
+__device__ float row_maximum(const Many& many, int64_t at, int64_t groups, int* scratch) {
   const float* const maxima = many.maxima + at * (many.score_stride / MANY_GROUP);
   float best = -INFINITY;
 #pragma unroll 8
   for (int64_t k = threadIdx.x; k < groups; k += blockDim.x) best = fmaxf(best, maxima[k]);
-  return block_max(best, scratch);
+  return block_maximum(best, scratch);
+}
+
+// What weights of a dense row are relative to: the largest score so far.
+__device__ inline float dense_best(const ManySlot& slot, float top) {
+  return static_cast<float>(fmax(static_cast<double>(top), slot.best));
 }
 
 constexpr int BINS = 64;
@@ -466,247 +491,264 @@ constexpr double FILL_DOUBT = 0.5;
 // Up to HELD_GROUPS maxima are kept at hand.
 constexpr int HELD_GROUPS = 4096;
 __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in, const Many many) {
-  follow_previous();
-  __shared__ float held[HELD_GROUPS], scratch[33];
-  __shared__ int int_scratch[33];
-  __shared__ int bins[BINS], first_left_out;
-  const int64_t at = blockIdx.x, valid = many_valid(in, many);
-  ManySlot& slot = many.slots[at];
-  const bool alive = slot.alive;
-  const int groups = static_cast<int>((valid + MANY_GROUP - 1) / MANY_GROUP);
-  const float* const maxima = many.maxima + at * (many.score_stride / MANY_GROUP);
-  float best = -INFINITY;
+  allow_next_launch();
+  __shared__ float held[HELD_GROUPS];
+  __shared__ int of_warps[SELECT_THREADS / 32], int_scratch[SELECT_THREADS / 32];
+  __shared__ int bins[BINS], first_left_out, list[MANY_SURVIVORS];
+  // First without any references, while they are being scored: that brings the code, which takes longer than
+  // to run it.
+#pragma unroll 1
+  for (int real = 0; real < 2; ++real) {
+    if (real) wait_for_previous_launch();
+    const int64_t at = blockIdx.x, valid = real ? many_valid(in, many) : 0;
+    ManySlot& slot = many.slots[at];
+    const bool alive = slot.alive;
+    const int groups = static_cast<int>((valid + MANY_GROUP - 1) / MANY_GROUP);
+    const float* const maxima = many.maxima + at * (many.score_stride / MANY_GROUP);
+    float best = -INFINITY;
 #pragma unroll 8
-  for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) {
-    const float maximum = maxima[k];
-    best = fmaxf(best, maximum);
-    if (k < HELD_GROUPS) held[k] = maximum;
-  }
-  if (threadIdx.x < BINS) bins[threadIdx.x] = 0;
-  best = block_max(best, scratch);
-  if (!alive || valid == 0 || best == INFINITY) {
-    if (threadIdx.x == 0) {
-      many.counts[at] = many.fills[at] = 0;
-      if (best == INFINITY) slot.alive = 0;
+    for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) {
+      const float maximum = maxima[k];
+      best = fmaxf(best, maximum);
+      if (k < HELD_GROUPS) held[k] = maximum;
     }
-    return;
-  }
-  const Row& row = slot.row;
-  const double norm = static_cast<double>(__int_as_float(many.facts->max_norm)) * many.facts->inverse_scale *
-                      many.facts->inverse_scale;
-  const bool early = at < early_rows(many);
-  const double root = sqrtf(static_cast<float>(norm)) * 1.0001f, of_norms = row.alpha * norm * 0x1p-21;
-  const double bound = (early ? slot.summed : slot.own) * root + of_norms;
-  const double top = fmax(static_cast<double>(best), slot.best);
-  // A reference whose score lies `bits` below the top weighs at most 2^(doubt - bits) of the largest. Groups
-  // by the bits beyond doubt of their best; from which on do all references of such groups weigh little
-  // enough together? Of those of other groups, so many that weigh so little are left out that it comes to the
-  // same.
-  const double rate2 = slot.rate2, doubt = 2 * bound * rate2;
-  const float forgotten =
-      static_cast<float>(many.exact ? FORGOTTEN_LOG2_EXACT : FORGOTTEN_LOG2_FAST) +
-      log2f(static_cast<float>(valid_count(in, 0)) / static_cast<float>(valid));  // in this round
-  const auto bits_of = [&](float score) {
-    return score == -INFINITY
-               ? static_cast<float>(BINS)
-               : fminf(static_cast<float>((top - static_cast<double>(score)) * rate2 - doubt), BINS - 1.0f);
-  };
-#pragma unroll 1
-  for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) {
-    const float bits = bits_of(k < HELD_GROUPS ? held[k] : maxima[k]);
-    if (k < HELD_GROUPS) held[k] = bits;
-    if (bits >= 1 && bits < BINS - 1) atomicAdd(&bins[static_cast<int>(bits)], 1);
-    if (bits == BINS - 1) bins[BINS - 1] = groups;  // they weigh less than any bound, however many
-  }
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    static_assert(BINS == 64, "two to a lane");
-    const int bin = 2 * static_cast<int>(threadIdx.x);
-    const float low = static_cast<float>(bins[bin]) * __int_as_float((127 - bin) << 23),
-                high = static_cast<float>(bins[bin + 1]) * __int_as_float((126 - bin) << 23);
-    float later = low + high;  // of this lane's bins and all after them
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const float other = __shfl_down_sync(0xffffffffu, later, offset);
-      if (threadIdx.x + offset < 32) later += other;
-    }
-    const float enough = exp2f(-forgotten) / (2 * MANY_GROUP);
-    const float after = __shfl_down_sync(0xffffffffu, later, 1), rest = threadIdx.x < 31 ? after : 0.0f;
-    const int first = later <= enough && bin > 0 ? bin : high + rest <= enough ? bin + 1 : BINS;
-    const int least = __reduce_min_sync(0xffffffffu, first);
-    if (threadIdx.x == 0) first_left_out = least;
-  }
-  __syncthreads();
-  const float group_cut = static_cast<float>(first_left_out);
-  const float* const scores = many.scores + at * many.score_stride;
-  // Groups of references one of which matters; more of them than the list holds: it would be too short.
-  const auto is_candidate = [&](int k) {
-    return (k < HELD_GROUPS ? held[k] : bits_of(maxima[k])) < group_cut;
-  };
-  int candidates = 0;
-#pragma unroll 1
-  for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) candidates += is_candidate(k);
-  const int all = block_sum<int>(candidates, int_scratch);
-  int found = all;
-  if (all <= MANY_SURVIVORS) {
-    const double cut_bits = doubt + forgotten + log2f(2.0f * MANY_GROUP * static_cast<float>(max(all, 1)));
-    const float cut = fmaxf(static_cast<float>(top - cut_bits / rate2), -FLT_MAX);
-    const auto matters = [&](int k) {
-      unsigned bits = 0;
-      const float4* const from = reinterpret_cast<const float4*>(scores + k * MANY_GROUP);
-#pragma unroll
-      for (int q = 0; q < MANY_GROUP / 4; ++q) {
-        const float4 v = from[q];
-        const float four[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) bits |= static_cast<unsigned>(four[i] >= cut) << (4 * q + i);
+    if (threadIdx.x < BINS) bins[threadIdx.x] = 0;
+    best = block_maximum(best, of_warps);
+    if (real && (!alive || valid == 0 || best == INFINITY)) {
+      if (threadIdx.x == 0) {
+        many.counts[at] = many.fills[at] = 0;
+        if (best == INFINITY) slot.alive = 0;
       }
-      return bits;
+      return;
+    }
+    const Row& row = slot.row;
+    const double norm = static_cast<double>(__int_as_float(many.facts->max_norm)) *
+                        many.facts->inverse_scale * many.facts->inverse_scale;
+    const bool early = at < early_rows(many);
+    const double root = sqrtf(static_cast<float>(norm)) * 1.0001f, of_norms = row.alpha * norm * 0x1p-21;
+    const double bound = (early ? slot.summed : slot.own) * root + of_norms;
+    const double top = fmax(static_cast<double>(best), slot.best);
+    // A reference whose score lies `bits` below the top weighs at most 2^(doubt - bits) of the largest.
+    // Groups by the bits beyond doubt of their best; from which on do all references of such groups weigh
+    // little enough together? Of those of other groups, so many that weigh so little are left out that it
+    // comes to the same.
+    const double rate2 = slot.rate2, doubt = 2 * bound * rate2;
+    const float forgotten =
+        static_cast<float>(many.exact ? FORGOTTEN_LOG2_EXACT : FORGOTTEN_LOG2_FAST) +
+        log2f(static_cast<float>(valid_count(in, 0)) / static_cast<float>(valid));  // in this round
+    const auto bits_of = [&](float score) {
+      return score == -INFINITY
+                 ? static_cast<float>(BINS)
+                 : fminf(static_cast<float>((top - static_cast<double>(score)) * rate2 - doubt), BINS - 1.0f);
     };
-    int own = 0, place = 0;
 #pragma unroll 1
-    for (bool listing : {false, true}) {
-#pragma unroll 1
-      for (int k = threadIdx.x; candidates && k < groups; k += SELECT_THREADS) {
-        if (!is_candidate(k)) continue;
-        unsigned bits = matters(k);
-        own += __popc(bits);
-        for (; listing && bits && place < MANY_SURVIVORS; bits &= bits - 1)
-          many.survivors[at * MANY_SURVIVORS + place++] = static_cast<int>(k * MANY_GROUP + __ffs(bits) - 1);
-      }
-      if (!listing) place = block_prefix(own, int_scratch, found);
+    for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) {
+      const float bits = bits_of(k < HELD_GROUPS ? held[k] : maxima[k]);
+      if (k < HELD_GROUPS) held[k] = bits;
+      if (bits >= 1 && bits < BINS - 1) atomicAdd(&bins[static_cast<int>(bits)], 1);
+      if (bits == BINS - 1) bins[BINS - 1] = groups;  // they weigh less than any bound, however many
     }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      static_assert(BINS == 64, "two to a lane");
+      const int bin = 2 * static_cast<int>(threadIdx.x);
+      const float low = static_cast<float>(bins[bin]) * __int_as_float((127 - bin) << 23),
+                  high = static_cast<float>(bins[bin + 1]) * __int_as_float((126 - bin) << 23);
+      float later = low + high;  // of this lane's bins and all after them
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const float other = __shfl_down_sync(0xffffffffu, later, offset);
+        if (threadIdx.x + offset < 32) later += other;
+      }
+      const float enough = exp2f(-forgotten) / (2 * MANY_GROUP);
+      const float after = __shfl_down_sync(0xffffffffu, later, 1), rest = threadIdx.x < 31 ? after : 0.0f;
+      const int first = later <= enough && bin > 0 ? bin : high + rest <= enough ? bin + 1 : BINS;
+      const int least = __reduce_min_sync(0xffffffffu, first);
+      if (threadIdx.x == 0) first_left_out = least;
+    }
+    __syncthreads();
+    const float group_cut = static_cast<float>(first_left_out);
+    const float* const scores = many.scores + at * many.score_stride;
+    // Groups of references one of which matters; more of them than the list holds: it would be too short.
+    const auto is_candidate = [&](int k) {
+      return (k < HELD_GROUPS ? held[k] : bits_of(maxima[k])) < group_cut;
+    };
+    int candidates = 0;
+#pragma unroll 1
+    for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) candidates += is_candidate(k);
+    int all;
+    int place = block_prefix(candidates, int_scratch, all);
+    int found = all;
+    if (all <= MANY_SURVIVORS) {
+#pragma unroll 1
+      for (int k = threadIdx.x; candidates && k < groups; k += SELECT_THREADS)
+        if (is_candidate(k)) list[place++] = k, --candidates;
+      __syncthreads();
+      // Two threads to a group, each its half, which are all on their way at once.
+      static_assert(SELECT_THREADS == 2 * MANY_SURVIVORS && MANY_GROUP == 16);
+      const double cut_bits = doubt + forgotten + log2f(2.0f * MANY_GROUP * static_cast<float>(max(all, 1)));
+      const float cut = fmaxf(static_cast<float>(top - cut_bits / rate2), -FLT_MAX);
+      int first = 0;
+      unsigned matter = 0;  // bits of the eight
+      if (static_cast<int>(threadIdx.x) < 2 * all) {
+        first = static_cast<int>(list[threadIdx.x / 2] * MANY_GROUP + threadIdx.x % 2 * 8);
+        const float4* const from = reinterpret_cast<const float4*>(scores + first);
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+          const float4 v = from[q];
+          matter |= (v.x >= cut ? 1u : 0u) << 4 * q | (v.y >= cut ? 2u : 0u) << 4 * q |
+                    (v.z >= cut ? 4u : 0u) << 4 * q | (v.w >= cut ? 8u : 0u) << 4 * q;
+        }
+      }
+      place = block_prefix(__popc(matter), int_scratch, found);
+#pragma unroll 1
+      for (; matter && place < MANY_SURVIVORS; matter &= matter - 1)
+        many.survivors[at * MANY_SURVIVORS + place++] = first + __ffs(matter) - 1;
+    }
+    if (!real || threadIdx.x != 0) continue;
+    slot.top = best;
+    many.counts[at] = found;
+    const bool doubtful = 2 * (slot.own * root + of_norms) * rate2 > FILL_DOUBT;
+    many.fills[at] = found > MANY_SURVIVORS || !doubtful ? found : 0;
   }
-  if (threadIdx.x != 0) return;
-  many.counts[at] = found;
-  const bool doubtful = 2 * (slot.own * root + of_norms) * rate2 > FILL_DOUBT;
-  many.fills[at] = found > MANY_SURVIVORS || !doubtful ? found : 0;
 }
 
 // One block, a thread per slot: which rows are dense, and where. They stay where they are if that is one of
 // the first places; the others take those of rows that are not dense. All with lists longer than a limit are,
 // a limit that takes least time.
 __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, const Many many) {
-  follow_previous();
+  allow_next_launch();
   constexpr int WARPS = PLACE_THREADS / 32;
   __shared__ int of_warps[WARPS], movers[PLACE_THREADS], before_last;
-  const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32, early = early_rows(many);
-  const int count = slot < many.rows ? many.fills[slot] : 0,
-            listed = slot < many.rows ? many.counts[slot] : 0;
-  const float elements = static_cast<float>(many_valid(in, many)) * static_cast<float>(in.d);
-  const auto product = [&](int products, int width) {  // so many with the same references
-    return fmaxf(2.0f * products * width * elements / PRODUCT_RATE, 2.0f * elements / PRODUCT_BANDWIDTH);
-  };
-  // For each limit: rows that are dense, those of them that are late, listed references, most of one row.
-  __shared__ int of_limit[LIMITS][4], best_limit;
-  if (slot < 4 * LIMITS) of_limit[slot / 4][slot % 4] = 0;
-  __syncthreads();
-#pragma unroll 1
-  for (int k = 0; k < LIMITS; ++k) {
-    const bool dense = count > (MANY_SURVIVORS >> k);
-    const int left = dense ? 0 : listed;
-    const int all = __popc(__ballot_sync(0xffffffffu, dense));
-    const int late = __popc(__ballot_sync(0xffffffffu, dense && slot >= early));
-    const int sum = __reduce_add_sync(0xffffffffu, left), most = __reduce_max_sync(0xffffffffu, left);
-    if (lane != 0) continue;
-    if (all) atomicAdd(&of_limit[k][0], all), atomicAdd(&of_limit[k][1], late);
-    if (sum) atomicAdd(&of_limit[k][2], sum), atomicMax(&of_limit[k][3], most);
+  // The parts of the sums, for any number of full row tiles and with a narrow one or without.
+  constexpr int MOST_FULL = static_cast<int>(MANY_PASS_ROWS / MANY_ROWS);
+  __shared__ int2 splits[2 * (MOST_FULL + 1)];
+  if (threadIdx.x / 32 < 2 * (MOST_FULL + 1)) {
+    const int which = threadIdx.x / 32, steps = many_sum_steps(many, many_valid(in, many));
+    splits[which] = ManySums::choose(many, which / 2, which % 2, steps);
   }
-  __syncthreads();
-  if (warp == 0) {
-    const int k = min(lane, LIMITS - 1);
-    float time = fmaxf(2.0f * of_limit[k][2] * in.d / LIST_BANDWIDTH,
-                       of_limit[k][3] * LISTED_SECONDS * (in.d / 3072.0f));
+  // First without any rows, while they are being counted: see select_kernel.
 #pragma unroll 1
-    for (int left = of_limit[k][0]; left > 0; left -= static_cast<int>(MANY_ROWS)) {
-      const int width = row_tile_width(left);
-      time += product(many.exact ? 2 : 1, width) + (many.exact && of_limit[k][1] ? product(1, width) : 0);
+  for (int real = 0; real < 2; ++real) {
+    if (real) wait_for_previous_launch();
+    __syncthreads();
+    const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32, early = early_rows(many);
+    const int count = real && slot < many.rows ? many.fills[slot] : 0,
+              listed = real && slot < many.rows ? many.counts[slot] : 0;
+    const float elements = static_cast<float>(many_valid(in, many)) * static_cast<float>(in.d);
+    const auto product = [&](int products, int width) {  // so many with the same references
+      return fmaxf(2.0f * products * width * elements / PRODUCT_RATE, 2.0f * elements / PRODUCT_BANDWIDTH);
+    };
+    // For each limit: rows that are dense, those of them that are late, listed references, most of one row.
+    __shared__ int of_limit[LIMITS][4], best_limit;
+    if (slot < 4 * LIMITS) of_limit[slot / 4][slot % 4] = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (int k = 0; k < LIMITS; ++k) {
+      const bool dense = count > (MANY_SURVIVORS >> k);
+      const int left = dense ? 0 : listed;
+      const int all = __popc(__ballot_sync(0xffffffffu, dense));
+      const int late = __popc(__ballot_sync(0xffffffffu, dense && slot >= early));
+      const int sum = __reduce_add_sync(0xffffffffu, left), most = __reduce_max_sync(0xffffffffu, left);
+      if (lane != 0) continue;
+      if (all) atomicAdd(&of_limit[k][0], all), atomicAdd(&of_limit[k][1], late);
+      if (sum) atomicAdd(&of_limit[k][2], sum), atomicMax(&of_limit[k][3], most);
     }
-    if ((MANY_SURVIVORS >> k) < (many.exact ? SHORTEST_LIST_EXACT : SHORTEST_LIST_FAST)) time = INFINITY;
-    // Times are positive, so that their order is that of their bits; the longest of equal limits.
-    const unsigned least = __reduce_min_sync(0xffffffffu, __float_as_uint(time));
-    const unsigned which = __ballot_sync(0xffffffffu, __float_as_uint(time) == least);
-    if (lane == 0) best_limit = static_cast<int>(MANY_SURVIVORS) >> (__ffs(which) - 1);
+    __syncthreads();
+    if (warp == 0) {
+      const int k = min(lane, LIMITS - 1);
+      float time = fmaxf(2.0f * of_limit[k][2] * in.d / LIST_BANDWIDTH,
+                         of_limit[k][3] * LISTED_SECONDS * (in.d / 3072.0f));
+#pragma unroll 1
+      for (int left = of_limit[k][0]; left > 0; left -= static_cast<int>(MANY_ROWS)) {
+        const int width = row_tile_width(left);
+        time += product(many.exact ? 2 : 1, width) + (many.exact && of_limit[k][1] ? product(1, width) : 0);
+      }
+      if ((MANY_SURVIVORS >> k) < (many.exact ? SHORTEST_LIST_EXACT : SHORTEST_LIST_FAST)) time = INFINITY;
+      // Times are positive, so that their order is that of their bits; the longest of equal limits.
+      const unsigned least = __reduce_min_sync(0xffffffffu, __float_as_uint(time));
+      const unsigned which = __ballot_sync(0xffffffffu, __float_as_uint(time) == least);
+      if (lane == 0) best_limit = static_cast<int>(MANY_SURVIVORS) >> (__ffs(which) - 1);
+    }
+    __syncthreads();
+    const int limit = best_limit;
+    const bool dense = count > limit;
+    const unsigned in_warp = __ballot_sync(0xffffffffu, dense);
+    if (lane == 0) of_warps[warp] = __popc(in_warp);
+    __syncthreads();
+    int rank = __popc(in_warp & ((1u << lane) - 1)), total = 0;
+    for (int other = 0; other < PLACE_THREADS / 32; ++other) {
+      if (other < warp) rank += of_warps[other];
+      total += of_warps[other];
+    }
+    if (slot == total) before_last = rank;  // dense rows that are in the first places
+    __syncthreads();
+    const int staying = total < PLACE_THREADS ? before_last : total;
+    if (dense && slot >= total) movers[rank - staying] = slot;
+    __syncthreads();
+    const int full = ManyTiles(total).full, narrow = ManyTiles(total).narrow;
+    const int late = __syncthreads_count(dense && slot >= early);
+    if (real && slot < many.rows) many.places[slot] = -1;
+    if (real && slot == 0) {
+      many.facts->dense = total, many.facts->late = many.exact ? late : 0;
+      many.facts->splits = splits[2 * full + narrow].x,
+      many.facts->narrow_splits = splits[2 * full + narrow].y;
+    }
+    __syncthreads();
+    if (slot >= total) continue;
+    const int source = dense ? slot : movers[slot - rank];
+    many.dense_slots[slot] = source;
+    many.places[source] = slot;
+    ManyFactor factor = many.factors[source];
+    if (source < early) factor.low_centre = 0;  // its y_lo is in the scores, and is zeros for what adds it
+    many.dense_factors[slot] = factor;
   }
-  __syncthreads();
-  const int limit = best_limit;
-  const bool dense = count > limit;
-  const unsigned in_warp = __ballot_sync(0xffffffffu, dense);
-  if (lane == 0) of_warps[warp] = __popc(in_warp);
-  __syncthreads();
-  int rank = __popc(in_warp & ((1u << lane) - 1)), total = 0;
-  for (int other = 0; other < PLACE_THREADS / 32; ++other) {
-    if (other < warp) rank += of_warps[other];
-    total += of_warps[other];
-  }
-  if (slot == total) before_last = rank;  // dense rows that are in the first places
-  __syncthreads();
-  const int staying = total < PLACE_THREADS ? before_last : total;
-  if (dense && slot >= total) movers[rank - staying] = slot;
-  __syncthreads();
-  const int late = __syncthreads_count(dense && slot >= early);
-  if (slot < many.rows) many.places[slot] = -1;
-  if (slot == 0) many.facts->dense = total, many.facts->late = many.exact ? late : 0;
-  __syncthreads();
-  if (slot >= total) return;
-  const int source = dense ? slot : movers[slot - rank];
-  many.dense_slots[slot] = source;
-  many.places[source] = slot;
-  ManyFactor factor = many.factors[source];
-  if (source < early) factor.low_centre = 0;  // its y_lo is in the scores, and is zeros for what adds it
-  many.dense_factors[slot] = factor;
 }
 
-// Blocks: GATHER_BLOCKS per place of a dense row.
+// Where late rows come: what the product for them needs.
 __global__ void __launch_bounds__(THREADS) gather_kernel(const Inputs in, const Many many) {
   follow_previous();
-  const int64_t to = blockIdx.x;
-  if (to >= many.facts->dense) return;
-  const int64_t source = many.dense_slots[to];
-  const int thread = blockIdx.y * THREADS + threadIdx.x;
-  const auto copy = [thread](const void* a, void* b, int64_t bytes) {
-    const float4* const __restrict__ old = static_cast<const float4*>(a);
-    float4* const __restrict__ now = static_cast<float4*>(b);
+  if (many.facts->late == 0) return;
+  const int early = early_rows(many), dense = many.facts->dense;
+  const int64_t refs = ceil_div(many_valid(in, many), MANY_TILE) * MANY_TILE;
+  for (int unit = blockIdx.x; unit < dense * GATHER_BLOCKS; unit += gridDim.x) {
+    const int64_t to = unit / GATHER_BLOCKS, source = many.dense_slots[to];
+    const int thread = unit % GATHER_BLOCKS * THREADS + threadIdx.x;
+    const float4* const lows = reinterpret_cast<const float4*>(many.lo + source * many.d_stride);
+    float4* const dense_lows = reinterpret_cast<float4*>(many.dense_lo + to * many.d_stride);
+    for (int64_t k = thread; k < many.d_stride / 8; k += GATHER_BLOCKS * THREADS)
+      dense_lows[k] = source < early ? float4{} : lows[k];  // zeros for those that have them already
+    if (source == to) continue;
+    const float4* const __restrict__ old =
+        reinterpret_cast<const float4*>(many.scores + source * many.score_stride);
+    float4* const __restrict__ now = reinterpret_cast<float4*>(many.scores + to * many.score_stride);
 #pragma unroll 4
-    for (int64_t k = thread; k < bytes / 16; k += GATHER_BLOCKS * THREADS) now[k] = old[k];
-  };
-  if (many.facts->late > 0) {  // zeros for those that have them already
-    if (source >= early_rows(many)) {
-      copy(many.lo + source * many.d_stride, many.dense_lo + to * many.d_stride, 2 * many.d_stride);
-    } else {
-      for (int64_t k = thread; k < many.d_stride / 8; k += GATHER_BLOCKS * THREADS)
-        reinterpret_cast<float4*>(many.dense_lo + to * many.d_stride)[k] = float4{};
-    }
+    for (int64_t k = thread; k < refs / 4; k += GATHER_BLOCKS * THREADS) now[k] = old[k];
   }
-  if (source == to) return;
-  const int64_t refs = ceil_div(many_valid(in, many), MANY_TILE) * MANY_TILE, groups = refs / MANY_GROUP;
-  const int64_t maxima_stride = many.score_stride / MANY_GROUP;
-  copy(many.scores + source * many.score_stride, many.scores + to * many.score_stride, 4 * refs);
-  if (many.facts->late == 0)  // else those of better scores come
-    for (int64_t k = thread; k < groups; k += GATHER_BLOCKS * THREADS)
-      many.maxima[to * maxima_stride + k] = many.maxima[source * maxima_stride + k];
 }
 
-// A cluster of blocks per dense row. exact: of 32 scores s_j, 128 bytes, become 32 weights' upper halves and
-// 32 lower. Else the upper halves alone, side by side from the start of the row. What is written in a round
-// was read before by other threads of the cluster; by those of the warp if exact.
-__global__ void SVEL_CLUSTER(WEIGHT_BLOCKS) __launch_bounds__(WEIGHT_THREADS)
-    weights_kernel(const Inputs in, const Many many) {
+// WEIGHT_BLOCKS blocks per dense row. Of as many scores as a step of the sums takes come, in place of the
+// first of their bytes, the upper halves of weights, and if exact the lower halves after them. What a warp
+// writes it has read before, or lies in a row that is not dense.
+__global__ void __launch_bounds__(WEIGHT_THREADS) weights_kernel(const Inputs in, const Many many) {
   follow_previous();
   constexpr int EACH = 4, STRIDE = 8 * WEIGHT_THREADS * WEIGHT_BLOCKS;  // eights of a thread in a round
-  __shared__ float scratch[33];
+  __shared__ int scratch[WEIGHT_THREADS / 32];
   __shared__ double wide_scratch[33];
   const int64_t at = blockIdx.x / WEIGHT_BLOCKS, valid = many_valid(in, many);
   const int rank = blockIdx.x % WEIGHT_BLOCKS;
   if (at >= many.facts->dense) return;
-  ManySlot& slot = many.slots[many.dense_slots[at]];
-  const float here = row_maximum(many, at, (valid + MANY_GROUP - 1) / MANY_GROUP, scratch);
-  const double before = slot.best;
-  const float best = static_cast<float>(fmax(static_cast<double>(here), before));
-  const float rate2 = slot.rate2;
-  float* const row = many.scores + at * many.score_stride;
+  const bool moved = many.facts->late > 0;  // by gather_kernel, and have better scores
+  const int64_t source = many.dense_slots[at];
+  ManySlot& slot = many.slots[source];
+  const float* const from = many.scores + (moved ? at : source) * many.score_stride;
+  float* const to = many.scores + at * many.score_stride;
+  const float here = moved ? row_maximum(many, at, (valid + MANY_GROUP - 1) / MANY_GROUP, scratch) : slot.top;
+  const float best = dense_best(slot, here), rate2 = slot.rate2;
   double total = 0;
-  const int64_t end = static_cast<int64_t>(many_sum_steps(many, valid)) * many_sum_refs(many.exact);
+  const int refs = many_sum_refs(many.exact);
+  const int64_t end = static_cast<int64_t>(many_sum_steps(many, valid)) * refs;
   const int64_t own = 8 * (static_cast<int64_t>(rank) * WEIGHT_THREADS + threadIdx.x);
+#pragma unroll 1
   for (int64_t j0 = own; j0 - own < end; j0 += EACH * STRIDE) {
     float4 low[EACH], high[EACH];
 #pragma unroll
@@ -714,14 +756,10 @@ __global__ void SVEL_CLUSTER(WEIGHT_BLOCKS) __launch_bounds__(WEIGHT_THREADS)
       const int64_t j = j0 + q * STRIDE;
       low[q] = high[q] = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
       if (j >= valid) continue;
-      low[q] = *reinterpret_cast<const float4*>(row + j),
-      high[q] = *reinterpret_cast<const float4*>(row + j + 4);
+      low[q] = *reinterpret_cast<const float4*>(from + j);
+      high[q] = *reinterpret_cast<const float4*>(from + j + 4);
     }
-    if (many.exact) {
-      __syncwarp();
-    } else {
-      synchronize_cluster();
-    }
+    __syncwarp();
 #pragma unroll
     for (int q = 0; q < EACH; ++q) {
       const int64_t j = j0 + q * STRIDE;
@@ -739,22 +777,15 @@ __global__ void SVEL_CLUSTER(WEIGHT_BLOCKS) __launch_bounds__(WEIGHT_THREADS)
         lower[k] = __float2half(scaled - __half2float(upper[k]));
       }
       total += sum;
-      float* const to = many.exact ? row + j / 32 * 32 + j % 32 / 2 : row + j / 2;
-      *reinterpret_cast<float4*>(to) = *reinterpret_cast<float4*>(upper);
-      if (many.exact) *reinterpret_cast<float4*>(to + 16) = *reinterpret_cast<float4*>(lower);
+      float* const halves = to + j / refs * refs + j % refs / 2;
+      *reinterpret_cast<float4*>(halves) = *reinterpret_cast<float4*>(upper);
+      if (many.exact) *reinterpret_cast<float4*>(halves + 16) = *reinterpret_cast<float4*>(lower);
     }
   }
   total = block_sum(total, wide_scratch);
-  if (threadIdx.x == 0) many.totals[blockIdx.x] = total;
-  synchronize_cluster();
-  if (rank != 0 || threadIdx.x != 0) return;
-  total = 0;
-  for (int other = 0; other < WEIGHT_BLOCKS; ++other) total += __ldcg(many.totals + blockIdx.x + other);
-  const double keep =
-      before == -INFINITY ? 0.0 : exp2(static_cast<double>(rate2) * (before - static_cast<double>(best)));
-  slot.keep = static_cast<float>(keep);
-  slot.total = slot.total * keep + total;
-  slot.best = best;
+  if (threadIdx.x != 0) return;
+  many.totals[blockIdx.x] = total;
+  if (moved && rank == 0) slot.top = here;
 }
 
 constexpr int LISTED = 4;  // references that a block scores and sums at a time,
@@ -953,7 +984,7 @@ __device__ void sum_listed(const Inputs& in, const Many& many, int64_t at, int c
     for (int q = 0; q < 8; ++q) {
       y[v][q] = (__half2float(hi[q]) + __half2float(lo[q])) * factor.unit;
       centre[v][q] = many.centre_float[e + q];
-      sums[v][q] = many.sums[at * many.d_stride + e + q];
+      if (slot.total > 0) sums[v][q] = many.sums[at * many.d_stride + e + q];
     }
   }
   // visit(v, q, difference) of reference k of a buffer
@@ -1053,9 +1084,9 @@ template <typename T, int VECTORS>
 __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, const Many many, bool last) {
   follow_previous();
   __shared__ std::conditional_t<VECTORS == 0, Listed, char> listed;
-  const int64_t at = blockIdx.x, valid = many_valid(in, many);
+  const int64_t at = blockIdx.x;
   ManySlot& slot = many.slots[at];
-  const int dense = many.facts->dense, count = many.counts[at];
+  const int count = many.counts[at];
   const bool alive = slot.alive, is_dense = many.places[at] >= 0, has_list = !is_dense && alive && count > 0;
   if (last && at == 0 && threadIdx.x == 0) many.facts->early = 0;  // of the next pass
   if (!is_dense && alive && count == 0 && !last) return;
@@ -1065,9 +1096,9 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
     if (has_list) return sum_listed<T, VECTORS>(in, many, at, count, last);
   }
   const float scale = many.facts->scale;
-  double keep = slot.keep, total = slot.total, best = slot.best;
+  double keep = 1, total = slot.total, best = slot.best;
+  const bool has_sums = total > 0;  // else nothing has been stored
   if (!is_dense) {
-    keep = 1;
     if constexpr (VECTORS == 0) {
       if (has_list) {
         score_listed<T>(in, many, at, count, listed);
@@ -1078,9 +1109,13 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
   const int place = is_dense ? many.places[at] : 0, row_tile = place / static_cast<int>(MANY_ROWS);
   int splits = 0, index = 0, stride = 0;
   if (is_dense) {
-    const ManySums grid(many, dense, many_sum_steps(many, valid));
+    const ManySums grid(many);
     splits = grid.splits_of(row_tile), index = grid.index(row_tile, 0, 0);
     stride = grid.split_stride(row_tile);
+    best = dense_best(slot, slot.top);
+    keep = slot.best == -INFINITY ? 0.0 : exp2(slot.rate2 * (slot.best - best));
+    total *= keep;
+    for (int part = 0; part < WEIGHT_BLOCKS; ++part) total += many.totals[place * WEIGHT_BLOCKS + part];
   }
   const Row& row = slot.row;
   const double inverse = inverse_total(many, alive, best, total);
@@ -1089,7 +1124,7 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
     float* const sums = many.sums + at * many.d_stride + e;
     double sum[8];
 #pragma unroll
-    for (int k = 0; k < 8; ++k) sum[k] = keep * sums[k];
+    for (int k = 0; k < 8; ++k) sum[k] = has_sums ? keep * sums[k] : 0;
     if (is_dense) {
       const int64_t tile = index + e / MANY_TILE;
       const float* const from =
@@ -1182,8 +1217,10 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
       launch_many_score(op, in, many, false, stream);
       launch(select_kernel, slots, SELECT_THREADS, 0, in, many);
       launch(place_kernel, 1, PLACE_THREADS, 0, in, many);
-      launch(gather_kernel, dim3(slots, GATHER_BLOCKS), THREADS, 0, in, many);
-      if (many.exact) launch_many_score(op, in, many, true, stream);
+      if (many.exact) {
+        launch(gather_kernel, 4 * static_cast<unsigned>(many.blocks), THREADS, 0, in, many);
+        launch_many_score(op, in, many, true, stream);
+      }
       launch(weights_kernel, slots * WEIGHT_BLOCKS, WEIGHT_THREADS, 0, in, many);
       launch_many_sum(op, in, many, stream);
       const bool last = many.first_ref + plan.refs_per_pass >= in.m;

@@ -93,7 +93,7 @@ def test_rows_of_many_survivors_lie_anywhere(rng, n, share, precision):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("noisy", [1, 65, 128, 250])
+@pytest.mark.parametrize("noisy", [1, 65, 90, 128, 250])
 @pytest.mark.parametrize("n", [64, 128, 256, 330])
 def test_some_rows_are_expected_to_be_dense(rng, n, noisy, geometry):
     """Their scores are formed in full at once, in tiles of other shapes; that of others later, if at all."""
