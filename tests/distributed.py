@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import faulthandler
 import functools
+import math
 import multiprocessing
 import os
 import sys
@@ -86,20 +87,22 @@ def start_processes(work: Work, world: int, folder: Path, timeout: float = 60.0,
     return workers
 
 
-def finish_processes(workers: list[Worker], deadline: float) -> list[tuple[int, str]]:
-    """(return code, output) of each; what still runs after `deadline` seconds is killed."""
+def finish_processes(workers: list[Worker], deadline: float, grace: float = math.inf) -> list[tuple[int, str]]:
+    """(return code, output) of each; killed is what still runs after `deadline` seconds, or `grace` after a failure."""
     end = time.monotonic() + deadline
+    while any(worker.process.is_alive() for worker in workers) and time.monotonic() < end:
+        time.sleep(0.02)
+        if any(worker.process.exitcode for worker in workers):
+            end = min(end, time.monotonic() + grace)
     for worker in workers:
-        worker.process.join(max(0.1, end - time.monotonic()))
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+        worker.process.kill()
+        worker.process.join()
     return [(worker.process.exitcode, worker.output()) for worker in workers]
 
 
 def run_processes(work: Work, world: int, folder: Path, deadline: float = 240.0, backend: str = "gloo") -> list[str]:
     """The output of a function that succeeds on every process."""
-    results = finish_processes(start_processes(work, world, folder, backend=backend), deadline)
+    results = finish_processes(start_processes(work, world, folder, backend=backend), deadline, grace=5)
     failed = [f"process {rank}: {code}\n{out[-3000:]}" for rank, (code, out) in enumerate(results) if code]
     assert not failed, "\n".join(failed)
     return [out for _, out in results]

@@ -1,4 +1,4 @@
-// svel::bank_push_ on CUDA: slots first, then the copy. Bytes: the values read and the slots written once;
+// svel::bank_push_ on CUDA: places first, then the copy. Bytes: the values read and the slots written once;
 // finding a row's rank reads the labels of its chunk once per row, from the cache. Pushes go in chunks,
 // in order.
 //
@@ -15,14 +15,15 @@ constexpr const char* OP = "bank_push_";
 constexpr int64_t CHUNK = 4096;
 constexpr int RANK_THREADS = 256;
 constexpr int COPY_THREADS = 256;
-constexpr int64_t COPY_ELEMENTS = int64_t{8} * COPY_THREADS;
+constexpr int COPY_EIGHTS = 2;  // of elements, in flight at once in a thread
+constexpr unsigned COPY_ELEMENTS = COPY_EIGHTS * 8 * COPY_THREADS;
 
 // The pushes of one chunk. Push i takes value i to its label's ring; with all_to_last there are as many
 // again, which take the same values to the last ring.
 struct Push {
   Array refs, values;     // (k, m, d), (rows, d); unused when words are copied
   bool words;             // int64: copied as they are
-  bool vectors;           // 8 elements at a time are aligned
+  bool vectors;           // 8 elements at a time are aligned, and float32 serves
   const int64_t* labels;  // (rows,) in [0, label_groups)
   void* counts;           // (k,)
   void* heads;            // (k,)
@@ -35,7 +36,7 @@ struct Push {
   int64_t local;
   int32_t* local_counts;  // (k,) valid references of this part
   int64_t first, n;       // of the chunk
-  int64_t* slots;         // (n,) slot y m + s of ring y, -1: not written
+  int64_t* places;        // (n,) address of where its value goes, 0: it is not written
   int64_t* pushed;        // (n,) in the last push of each ring: pushes to that ring in the chunk, else 0
 };
 
@@ -73,10 +74,28 @@ __device__ void write_index(void* data, bool wide, int64_t i, int64_t value) {
   }
 }
 
+// Divisions of 64 bits are long code, which takes long to come the first time.
+__device__ int64_t wrap(int64_t value, int64_t m) {  // value >= 0, hardly ever 2 m or more
+  if (value >= m) value -= m;
+  return value < m ? value : value % m;
+}
+
 // A head outside [0, m) wraps: nothing is ever written out of bounds.
 __device__ int64_t read_head(const Push& push, int64_t label) {
-  const int64_t head = read_index(push.heads, push.wide, label) % push.m;
-  return head < 0 ? head + push.m : head;
+  const int64_t head = read_index(push.heads, push.wide, label);
+  if (head >= 0 && head < push.m) return head;
+  return (head % push.m + push.m) % push.m;
+}
+
+// The address of slot s of a ring.
+__device__ int64_t place_of(const Push& push, int64_t ring, int64_t s) {
+  int64_t base = reinterpret_cast<int64_t>(push.refs.data), slot = ring * push.m + s;
+  if (push.peers.parts > 0) {
+    const auto parts = static_cast<unsigned>(push.peers.parts);
+    const auto number = static_cast<unsigned>(s), owner = (number + static_cast<unsigned>(ring)) % parts;
+    base = push.parts_at[owner], slot = ring * push.local + number / parts;
+  }
+  return base + slot * push.d * (push.words ? 8 : size_of(push.refs.dtype));
 }
 
 // Labels of this process to all; then those of all are here, for each block.
@@ -125,69 +144,91 @@ __global__ void __launch_bounds__(RANK_THREADS) rank_kernel(const __grid_constan
     }
     if (lane != 0) continue;
     // A slot that a later push of this chunk takes again is left to that one.
-    push.slots[i] = known && after < push.m ? ring * push.m + (read_head(push, ring) + before) % push.m : -1;
+    push.places[i] =
+        known && after < push.m ? place_of(push, ring, wrap(read_head(push, ring) + before, push.m)) : 0;
     push.pushed[i] = known && after == 0 ? before + 1 : 0;
   }
 }
 
-// 8 elements of value `row` from e on to `to`, where the slot is.
-__device__ void copy(const Push& push, Array to, int64_t slot, int64_t row, int64_t e) {
-  const int64_t from = row * push.d + e, first = slot * push.d + e;
-  if (push.vectors && e + 8 <= push.d) {
-    if (push.values.dtype == Dtype::f64) {
-      double v[8];
-      load8<double>(push.values, from, v);
-      store8<double>(to, first, v);
-    } else {
-      float v[8];
-      load8<float>(push.values, from, v);
-      store8<float>(to, first, v);
-    }
-    return;
-  }
-  for (int j = 0; j < 8 && e + j < push.d; ++j) {
-    if (push.words) {
-      static_cast<int64_t*>(to.data)[first + j] = static_cast<const int64_t*>(push.values.data)[from + j];
-    } else {
-      store_as(to, first + j, load_as<double>(push.values, from + j));
+// What a thread takes of a value from e on, where float32 serves: eights of elements, COPY_THREADS of them
+// apart.
+struct Eights {
+  float v[COPY_EIGHTS][8];
+};
+__device__ int64_t element(int64_t e, int k) {  // the first of eight
+  return e + int64_t{8} * COPY_THREADS * k;
+}
+__device__ void load_eights(const Push& push, int64_t row, int64_t e, Eights& eights) {
+#pragma unroll
+  for (int k = 0; k < COPY_EIGHTS; ++k)
+    if (element(e, k) < push.d) load8<float>(push.values, row * push.d + element(e, k), eights.v[k]);
+}
+__device__ void store_eights(const Push& push, int64_t place, int64_t e, const Eights& eights) {
+#pragma unroll
+  for (int k = 0; k < COPY_EIGHTS; ++k)
+    if (element(e, k) < push.d)
+      store8<float>({reinterpret_cast<void*>(place), push.refs.dtype}, element(e, k), eights.v[k]);
+}
+
+// One by one: words, float64, and what is not aligned.
+__device__ __noinline__ void copy_singly(const Push& push, int64_t place, int64_t row, int64_t e) {
+  const int64_t from = row * push.d;
+  for (int k = 0; k < COPY_EIGHTS; ++k) {
+    for (int64_t i = element(e, k); i < min(element(e, k) + 8, push.d); ++i) {
+      if (push.words) {
+        reinterpret_cast<int64_t*>(place)[i] = static_cast<const int64_t*>(push.values.data)[from + i];
+      } else {
+        store_as({reinterpret_cast<void*>(place), push.refs.dtype}, i,
+                 load_as<double>(push.values, from + i));
+      }
     }
   }
 }
 
-// Grid: slices of d for each push of this process. Heads and counts advance here, after every slot is known:
-// for the pushes of all processes, of which each thread takes those of one.
-__global__ void __launch_bounds__(COPY_THREADS) copy_kernel(const __grid_constant__ Push push) {
-  const int64_t slices = max((push.d + COPY_ELEMENTS - 1) / COPY_ELEMENTS, int64_t{1});
-  const int64_t own = blockIdx.x / slices, slice = blockIdx.x % slices;
-  const int parts = push.peers.parts;
-  const auto number = [&](int q) {  // in the chunk
-    return parts == 0 ? own : own / push.each * push.rows + q * push.each + own % push.each;
-  };
-  const int q = static_cast<int>(threadIdx.x);
-  if (slice == 0 && q < max(parts, 1)) {
-    const int64_t i = number(q), pushed = push.pushed[i];
-    if (pushed > 0) {
-      const int64_t ring = Labels(push).ring(push, push.first + i);
-      const int64_t count = min(read_index(push.counts, push.wide, ring) + pushed, push.m);
-      write_index(push.heads, push.wide, ring, (read_head(push, ring) + pushed) % push.m);
-      write_index(push.counts, push.wide, ring, count);
-      if (parts > 0) {
-        const int64_t first = (push.peers.part - ring % parts + parts) % parts;
-        push.local_counts[ring] = static_cast<int32_t>((count - first + parts - 1) / parts);
-      }
+// Heads and counts of the ring of push i of the chunk, if it is the last of that ring.
+__device__ void advance(const Push& push, int64_t i) {
+  const int64_t pushed = push.pushed[i];
+  if (pushed == 0) return;
+  const int64_t ring = Labels(push).ring(push, push.first + i);
+  const int64_t count = min(read_index(push.counts, push.wide, ring) + pushed, push.m);
+  write_index(push.heads, push.wide, ring, wrap(read_head(push, ring) + pushed, push.m));
+  write_index(push.counts, push.wide, ring, count);
+  if (push.peers.parts > 0) {
+    const auto parts = static_cast<unsigned>(push.peers.parts);
+    const unsigned first = (push.peers.part + parts - static_cast<unsigned>(ring) % parts) % parts;
+    push.local_counts[ring] =
+        static_cast<int32_t>((static_cast<unsigned>(count) + parts - 1 - first) / parts);
+  }
+}
+
+// Slices of d for each push of this process. Heads and counts advance here, after every place is known: for
+// the pushes of all processes, of which each thread takes those of one.
+__global__ void __launch_bounds__(COPY_THREADS, 5) copy_kernel(const __grid_constant__ Push push) {
+  const auto slices = max(static_cast<unsigned>((push.d + COPY_ELEMENTS - 1) / COPY_ELEMENTS), 1u);
+  const auto items = static_cast<unsigned>(push.own) * slices;
+  const int parts = push.peers.parts, q = static_cast<int>(threadIdx.x);
+#pragma unroll 1
+  for (unsigned item = blockIdx.x; item < items; item += gridDim.x) {
+    const unsigned own = item / slices, slice = item % slices;
+    int64_t value = push.first + own, first = 0, i = own;  // i: in the chunk
+    if (value >= push.rows) value -= push.rows;
+    if (parts > 0) {
+      value = own < push.each ? own : own - push.each;
+      first = (own < push.each ? 0 : push.rows) + value, i = first + push.peers.part * push.each;
+    }
+    const int64_t e = int64_t{slice} * COPY_ELEMENTS + int64_t{8} * q;
+    Eights eights;
+    if (push.vectors) load_eights(push, value, e, eights);
+    if (slice == 0 && q < max(parts, 1)) advance(push, parts > 0 ? first + q * push.each : i);
+    const int64_t place = push.places[i];
+    if (place == 0) continue;
+    if (push.vectors) {
+      store_eights(push, place, e, eights);
+    } else {
+      copy_singly(push, place, value, e);
     }
   }
-  const int64_t slot = push.slots[number(push.peers.part)];
-  const int64_t e = slice * COPY_ELEMENTS + static_cast<int64_t>(threadIdx.x) * 8;
-  if (parts == 0) {
-    if (slot >= 0) copy(push, push.refs, slot, (push.first + own) % push.rows, e);
-    return;
-  }
-  if (slot >= 0) {
-    const int64_t ring = slot / push.m, s = slot % push.m;
-    const Array to = {reinterpret_cast<void*>(push.parts_at[(s + ring) % parts]), push.refs.dtype};
-    copy(push, to, ring * push.local + s / parts, own % push.each, e);
-  }
+  if (parts == 0) return;
   __shared__ bool last;
   end_round(push.peers, &last);
 }
@@ -207,23 +248,27 @@ void launch(Push push, const Tensor& refs, const Tensor& counts, const Tensor& h
   push.refs = array_of(refs), push.values = array_of(v);
   push.refs.data = refs.mutable_data_ptr();
   push.words = refs.scalar_type() == ScalarType::Long;
-  push.vectors = !push.words && push.d % 8 == 0 && is_aligned(push.refs.data) && is_aligned(push.values.data);
+  push.vectors = !push.words && push.values.dtype != Dtype::f64 && push.d % 8 == 0 &&
+                 is_aligned(push.refs.data) && is_aligned(push.values.data);
   push.labels = static_cast<const int64_t*>(y.const_data_ptr());
   push.counts = counts.mutable_data_ptr(), push.heads = heads.mutable_data_ptr();
   push.wide = counts.scalar_type() == ScalarType::Long;
   const Tensor workspace = torch::stable::new_empty(y, {2 * chunk}, ScalarType::Long);
-  push.slots = static_cast<int64_t*>(workspace.mutable_data_ptr());
-  push.pushed = push.slots + chunk;
+  push.places = static_cast<int64_t*>(workspace.mutable_data_ptr());
+  push.pushed = push.places + chunk;
   const int64_t slices = std::max<int64_t>(1, (push.d + COPY_ELEMENTS - 1) / COPY_ELEMENTS);
   const cudaStream_t stream = current_stream(refs);
   for (push.first = 0; push.first < n; push.first += chunk) {
     push.n = std::min(chunk, n - push.first);
     push.own = push.peers.parts > 0 ? pushes * push.each : push.n;
-    int64_t rank_blocks = (push.n * 32 + RANK_THREADS - 1) / RANK_THREADS;
-    if (push.peers.parts > 0) rank_blocks = std::min(rank_blocks, most_waiting_blocks(OP, refs));
+    int64_t rank_blocks = (push.n * 32 + RANK_THREADS - 1) / RANK_THREADS, copy_blocks = push.own * slices;
+    if (push.peers.parts > 0) {  // the blocks of both wait
+      rank_blocks = std::min(rank_blocks, most_waiting_blocks(OP, refs));
+      copy_blocks = std::min(copy_blocks, most_waiting_blocks(OP, refs));
+    }
     rank_kernel<<<static_cast<unsigned>(rank_blocks), RANK_THREADS, 0, stream>>>(push);
     check_launch(OP);
-    copy_kernel<<<static_cast<unsigned>(push.own * slices), COPY_THREADS, 0, stream>>>(push);
+    copy_kernel<<<static_cast<unsigned>(copy_blocks), COPY_THREADS, 0, stream>>>(push);
     check_launch(OP);
   }
 }

@@ -56,7 +56,8 @@ void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_
                         const MaybeTensor& sigma, const std::string& path, const MaybeTensor& labels,
                         const MaybeTensor& counts, const std::string& precision, const Tensor& mean,
                         const Tensor& lse, const MaybeTensor& mailboxes, int64_t part, int64_t xs,
-                        int64_t means, int64_t lses);
+                        int64_t means, int64_t lses, const MaybeTensor& own_a, const MaybeTensor& own_b,
+                        const MaybeTensor& own_c, const MaybeTensor& own_x, int64_t words, double seconds);
 
 void bank_push_parts_(const Tensor& refs, const Tensor& counts, const Tensor& heads,
                       const Tensor& local_counts, const Tensor& values, const Tensor& labels,

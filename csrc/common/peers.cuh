@@ -88,13 +88,13 @@ __device__ inline void await_flag(const unsigned* flag, unsigned round, const Pe
   await(there, peers, of);
 }
 
-// Whether all other blocks have come here, and what they wrote to other GPUs is there. The whole block, with
-// `last` in shared memory.
-__device__ inline bool is_last_block(Header* own, bool* last) {
+// Whether all others of so many blocks have come here, and what they wrote to other GPUs is there. The whole
+// block, with `last` in shared memory.
+__device__ inline bool is_last_block(Header* own, unsigned blocks, bool* last) {
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence_system();
-    *last = atomicAdd(&own->blocks, 1) == gridDim.x - 1;
+    *last = atomicAdd(&own->blocks, 1) == blocks - 1;
     if (*last) own->blocks = 0;
     __threadfence();
   }
@@ -106,7 +106,7 @@ __device__ inline bool is_last_block(Header* own, bool* last) {
 // threads of the grid.
 __device__ inline void end_round(const Peers& peers, bool* last) {
   Header* const own = peers.header(peers.part);
-  if (!is_last_block(own, last)) return;
+  if (!is_last_block(own, gridDim.x, last)) return;
   const int q = static_cast<int>(threadIdx.x);
   const unsigned round = own->round + 1;
   if (q < peers.parts) {

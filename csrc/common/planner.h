@@ -14,7 +14,7 @@ struct Problem {
   bool refs_bf16 = false;              // of the two types of two bytes
   bool aligned = true;                 // every reference starts at a multiple of 16 bytes
   bool has_source = false;
-  bool vectors = true;  // x, source and out are float32, aligned to 16 bytes, of this process
+  bool vectors = true;  // x, source and out are float32, aligned to 16 bytes
   bool pool = true;     // the pool kernel may serve: not for rows that it leaves
   int sm_count = 132;
   double bandwidth = 3.35e12;   // of the device's memory, bytes per second as specified

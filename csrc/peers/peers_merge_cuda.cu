@@ -74,12 +74,49 @@ __device__ Four<T> read_four(const Array& a, int64_t at, int64_t left, bool vect
   return four;
 }
 
+// What a slice needs that is here before the parts are: read, and found, while others are waited for.
+template <typename T>
+struct Known {
+  int64_t row, begin;  // this thread's first element
+  int64_t ring;
+  double a = 0, b = 1;  // out = a x + b mean
+  Four<T> x[HALVES] = {};
+};
+
+template <typename T>
+__device__ Known<T> read_known(const Merge& m, int64_t item) {
+  Known<T> known;
+  known.row = item / m.slices, known.begin = item % m.slices * SLICE + int64_t{threadIdx.x} * 4;
+  known.ring = m.rings ? m.rings[known.row] : 0;
+  if (!m.a && !m.t.data) return known;
+#pragma unroll
+  for (int h = 0; h < HALVES; ++h) {
+    const int64_t e = known.begin + h * HALF;
+    if (e < m.d) known.x[h] = read_four<T>(m.x, known.row * m.d + e, m.d - e, m.vectors);
+  }
+  if (m.a) {
+    known.a = m.a[known.row], known.b = m.b[known.row];
+  } else {
+    const double t = clamp_time(load_as<double>(m.t, known.row));
+    const PredictionCoefficients by = prediction_coefficients(m.prediction, path_coefficients(m.path, t));
+    known.a = by.a, known.b = by.b;
+  }
+  return known;
+}
+
+__device__ float exponential(float v) {
+  return expf(v);
+}
+__device__ double exponential(double v) {
+  return exp(v);
+}
+
 // One slice of a row; all threads of the block.
 template <typename T>
-__device__ void merge_slice(const Merge& m, int64_t item, double* shares) {
+__device__ void merge_slice(const Merge& m, const Known<T>& known, double* lses, T* shares) {
   const Peers& peers = m.peers;
   const int q = static_cast<int>(threadIdx.x), parts = peers.parts;
-  const int64_t row = item / m.slices, begin = item % m.slices * SLICE + int64_t{threadIdx.x} * 4;
+  const int64_t row = known.row;
   const auto mailbox = [&](int of) { return peers.mailbox(m.home ? peers.part : of); };
   const auto place = [&](int of) { return (m.home ? of : peers.part) * m.n + row; };
   Four<T> ahead[AHEAD][HALVES];
@@ -89,35 +126,30 @@ __device__ void merge_slice(const Merge& m, int64_t item, double* shares) {
       if (first + i >= parts) continue;
       const T* mean = reinterpret_cast<const T*>(mailbox(first + i) + m.means) + place(first + i) * m.d;
 #pragma unroll
-      for (int h = 0; h < HALVES; ++h)
-        if (begin + h * HALF < m.d) ahead[i][h] = read_four(mean, begin + h * HALF, m.d, m.vectors);
+      for (int h = 0; h < HALVES; ++h) {
+        const int64_t e = known.begin + h * HALF;
+        if (e < m.d) ahead[i][h] = read_four(mean, e, m.d, m.vectors);
+      }
     }
   };
   load(0);
-  const bool factors = m.a || m.t.data;
-  Four<T> x[HALVES] = {}, total[HALVES] = {};
-#pragma unroll
-  for (int h = 0; h < HALVES; ++h) {
-    const int64_t e = begin + h * HALF;
-    if (factors && e < m.d) x[h] = read_four<T>(m.x, row * m.d + e, m.d - e, m.vectors);
-  }
-  const int64_t ring = m.rings ? m.rings[row] : 0;
   const int sets = parts + (m.source_lse != nullptr);
   double lse = -INFINITY;
   if (q < sets) {
     lse = q < parts ? reinterpret_cast<const double*>(mailbox(q) + m.lses)[place(q)] : m.source_lse[row];
-    if (q < parts && isnan(lse) && is_empty(m, q, ring)) lse = -INFINITY;
-    shares[q] = lse;
+    if (q < parts && isnan(lse) && is_empty(m, q, known.ring)) lse = -INFINITY;
+    lses[q] = lse;
   }
   __syncthreads();
-  double top = -INFINITY, sum = 0;
-  for (int i = 0; i < sets; ++i) top = fmax(top, shares[i]);
+  double top = -INFINITY;
+  for (int i = 0; i < sets; ++i) top = fmax(top, lses[i]);
+  if (q < sets) shares[q] = exponential(static_cast<T>(lse - top));
   __syncthreads();
-  if (q < sets) shares[q] = exp(lse - top);
-  __syncthreads();
+  T sum = 0;
   for (int i = 0; i < sets; ++i) sum += shares[i];
-  const auto add = [&](double share, const Four<T>& mean, Four<T>& to) {
-    const T weight = static_cast<T>(share / sum);
+  Four<T> total[HALVES] = {};
+  const auto add = [&](T share, const Four<T>& mean, Four<T>& to) {
+    const T weight = share / sum;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       to.v[j] += weight > 0 ? weight * mean.v[j] : weight;  // an empty part's is NaN
@@ -131,27 +163,15 @@ __device__ void merge_slice(const Merge& m, int64_t item, double* shares) {
       for (int h = 0; h < HALVES; ++h) add(shares[first + i], ahead[i][h], total[h]);
     }
   }
-  const double source_share = m.source_lse ? shares[parts] : 0;
-  __syncthreads();  // the next slice may write shares
-  double a = 0, b = 1;
-  if (m.a) {
-    a = m.a[row], b = m.b[row];
-  } else if (factors) {
-    const double t = clamp_time(load_as<double>(m.t, row));
-    const PredictionCoefficients by = prediction_coefficients(m.prediction, path_coefficients(m.path, t));
-    a = by.a, b = by.b;
-  }
 #pragma unroll
   for (int h = 0; h < HALVES; ++h) {
-    const int64_t e = begin + h * HALF, at = row * m.d + e;
+    const int64_t e = known.begin + h * HALF, at = row * m.d + e;
     if (e >= m.d) continue;
-    if (m.source_lse) add(source_share, read_four<T>(m.source, at, m.d - e, false), total[h]);
-    if (factors) {
+    if (m.source_lse) add(shares[parts], read_four<T>(m.source, at, m.d - e, false), total[h]);
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        total[h].v[j] =
-            static_cast<T>(a * static_cast<double>(x[h].v[j]) + b * static_cast<double>(total[h].v[j]));
-    }
+    for (int j = 0; j < 4; ++j)
+      total[h].v[j] = static_cast<T>(known.a * static_cast<double>(known.x[h].v[j]) +
+                                     known.b * static_cast<double>(total[h].v[j]));
     if (m.vectors && m.out.dtype == Dtype::f32) {
       *reinterpret_cast<float4*>(static_cast<float*>(m.out.data) + at) =
           make_float4(total[h].v[0], total[h].v[1], total[h].v[2], total[h].v[3]);
@@ -164,16 +184,25 @@ __device__ void merge_slice(const Merge& m, int64_t item, double* shares) {
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 4) merge_kernel(const Merge m) {
   const Peers& peers = m.peers;
-  __shared__ double shares[MAX_PEERS + 1];
+  __shared__ double lses[MAX_PEERS + 1];
+  __shared__ T shares[MAX_PEERS + 1];
+  Header* const own = peers.header(peers.part);
   const int q = static_cast<int>(threadIdx.x);
-  if (q < peers.parts) {
-    Header* const own = peers.header(peers.part);
-    const unsigned round = own->round;
-    if (blockIdx.x == 0) raise_flag(&peers.header(q)->done[peers.part], round);
-    await_flag(&own->done[q], round, peers, q);
-  }
+  const unsigned round = own->round;
+  if (blockIdx.x == 0 && q < peers.parts) raise_flag(&peers.header(q)->done[peers.part], round);
+  const int64_t items = m.n * m.slices;
+  int64_t item = blockIdx.x;
+  Known<T> known;
+  if (item < items) known = read_known<T>(m, item);
+  if (q < peers.parts) await_flag(&own->done[q], round, peers, q);
   __syncthreads();
-  for (int64_t item = blockIdx.x; item < m.n * m.slices; item += gridDim.x) merge_slice<T>(m, item, shares);
+#pragma unroll 1
+  while (item < items) {
+    merge_slice<T>(m, known, lses, shares);
+    item += gridDim.x;
+    if (item < items) known = read_known<T>(m, item);
+    __syncthreads();  // what is shared is read
+  }
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <mutex>
 #include <utility>
 
+#include "common/gather.cuh"
 #include "stable_target/bulk_launch.cuh"
 
 namespace svel::cuda {
@@ -15,6 +16,47 @@ __global__ void __launch_bounds__(LIST_THREADS)
   allow_next_launch();
   for (int64_t i = threadIdx.x; i < counts; i += blockDim.x) arrived[i] = 0;
   build_units(in, list, tile_refs, most_rows, keys, scratch);
+}
+
+// A list of up to SHORT_ROWS rows, by one block. With rows of other processes this begins the round: the
+// block hears of them, while others bring the own rows x to where they are read.
+constexpr int SHORT_ROWS = 2048, SHORT_THREADS = 1024;
+using ShortList = ListRows<SHORT_ROWS>;
+
+__global__ void __launch_bounds__(SHORT_THREADS)
+    short_list_kernel(const __grid_constant__ Gather gather, const __grid_constant__ Inputs in,
+                      const UnitList list, int* arrived, int64_t counts, int tile_refs, int most_rows) {
+  extern __shared__ __align__(16) char memory[];
+  ShortList& scratch = *reinterpret_cast<ShortList*>(memory);
+  const Peers& peers = gather.peers;
+  const int tid = static_cast<int>(threadIdx.x);
+  const unsigned copies = gridDim.x - 1;
+  Header* const own = peers.parts > 0 ? peers.header(peers.part) : nullptr;
+  const unsigned round = own ? own->round + 1 : 0;
+  allow_next_launch();
+  if (blockIdx.x > 0) {
+    __shared__ bool last;
+    for (int i = 0; i < gather.tensors; ++i) {
+      if (gather.given[i].stays)
+        put(gather.given[i], peers, int64_t{blockIdx.x - 1} * SHORT_THREADS + tid,
+            int64_t{copies} * SHORT_THREADS);
+    }
+    if (is_last_block(own, copies, &last) && tid < peers.parts)
+      raise_flag(&peers.header(tid)->arrived[peers.part], round);
+    return;
+  }
+  if (own) send_words(gather, round);
+  for (int64_t i = tid; i < counts; i += SHORT_THREADS) arrived[i] = 0;
+  read_groups(in, scratch);
+  if (own) take_words(gather, round);
+  __syncthreads();
+  read_keys(in, scratch);
+  __syncthreads();
+  build_short_list<SHORT_THREADS>(in, list, scratch, tile_refs, most_rows, tid, [] { __syncthreads(); });
+  if (!own) return;
+  if (copies > 0 && tid < peers.parts) await_flag(&own->arrived[tid], round, peers, tid);
+  __syncthreads();
+  if (tid == 0) own->round = round;
 }
 
 // Where each block builds the list, there is still this to do, beside the bulk kernel.
@@ -105,8 +147,28 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
 
 }  // namespace
 
+bool has_short_list(int64_t n, int64_t k, int64_t m) {
+  return n <= SHORT_ROWS && k <= OWN_LIST_GROUPS && m < int64_t{1} << 31;
+}
+
 void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int* arrived, int64_t counts,
                      int tile_refs, int most_rows, cudaStream_t stream) {
+  if (has_short_list(in.n, in.k, in.m)) {
+    Gather gather{};
+    int64_t copies = 0;
+    if (in.gather) {
+      gather = *in.gather;
+      for (int i = 0; i < gather.tensors; ++i) {
+        const Given& g = gather.given[i];
+        if (g.stays) copies = std::clamp<int64_t>(g.bytes / g.unit / (GATHER_UNROLL * SHORT_THREADS), 1, 64);
+      }
+    }
+    check_cuda(op, cudaFuncSetAttribute(short_list_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(sizeof(ShortList))));
+    short_list_kernel<<<static_cast<unsigned>(1 + copies), SHORT_THREADS, sizeof(ShortList), stream>>>(
+        gather, in, list, arrived, counts, tile_refs, most_rows);
+    return check_launch(op);
+  }
   int threads = 128;
   while (threads < LIST_THREADS && threads < in.n) threads *= 2;
   unit_kernel<<<1, threads, 0, stream>>>(in, list, arrived, counts, tile_refs, most_rows);

@@ -216,7 +216,7 @@ struct Products {
     const int my_row = column / 2 % 2, split = column % 2;
     const bool present = my_row < segment.count;
     const RowState& row = segment.rows[present ? my_row : 0];
-    const float* const from = static_cast<const float*>(in.x.data) + row.index * in.d + 8 * t + 2 * part;
+    const float* const from = static_cast<const float*>(row.x) + row.index * in.d + 8 * t + 2 * part;
     float2 x[CHUNKS][2];
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
@@ -485,8 +485,11 @@ struct Products {
     const float deviation = 0x1p-22f * sqrtf(square);
     const double sigma = sqrt(LOG2_E / (2 * row.per_square));
     const double of_noise = row.a * sigma, of_data = fma(row.a, row.alpha, row.b);
+    double size = of_noise * of_noise * d + of_data * of_data * norm;
+    if (in.lse.data)  // the mean may become any prediction: itself, the velocity, the noise
+      size = fmin(norm, sigma * sigma * fmin(d + norm, d / (row.alpha * row.alpha)));
     const double error = fabs(row.b) * deviation / sigma;
-    if (error <= MOST_ERROR * sqrt(of_noise * of_noise * d + of_data * of_data * norm)) return -1;
+    if (error <= MOST_ERROR * sqrt(size)) return -1;
     return 36 + 8 * deviation * row.rate;  // weights below 2^-36, and errors
   }
   static constexpr double MOST_ERROR = 1e-6;
@@ -532,7 +535,7 @@ struct Products {
 #pragma unroll 4
       for (int e = 2 * lane(); e < d; e += 64) {
         const float2 x =
-            *reinterpret_cast<const float2*>(static_cast<const float*>(in.x.data) + row.index * in.d + e);
+            *reinterpret_cast<const float2*>(static_cast<const float*>(row.x) + row.index * in.d + e);
         const double a = __half2float(from[e]), b = __half2float(from[e + 1]);
         share = fma(fma(-0.5 * row.alpha, a, static_cast<double>(row.sign * x.x)), a, share);
         share = fma(fma(-0.5 * row.alpha, b, static_cast<double>(row.sign * x.y)), b, share);
@@ -619,7 +622,7 @@ struct Products {
 #pragma unroll
         for (int i = 0; i < HELD / (4 * THREADS); ++i) {
           const int e = 4 * thread() + i * 4 * THREADS;
-          if (e < d) x[i] = load_four(in, here, in.x, row.index, e);
+          if (e < d) x[i] = load_x(in, here, row, e);
         }
       }
       RowSums sums{-INFINITY, 0, false};

@@ -16,6 +16,8 @@ void replace_doubtful(const char* op, const Inputs& in, const double* doubtful, 
                       const Array& lse, cudaStream_t stream);
 void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_bulk(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
+bool has_short_list(int64_t n, int64_t k,
+                    int64_t m);  // of units, which may be made in the launch of a gather
 void run_stream(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_two_pass(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_tiled(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);

@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include "common/gather.cuh"
 #include "common/ops.h"
 #include "common/tensors.cuh"
 #include "stable_target/launch.cuh"
@@ -62,7 +63,11 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   in.d = product(shape_of(x), 1);
   in.k = labels ? refs.size(0) : 1;
   in.m = refs.size(labels ? 1 : 0);
-  if (in.n == 0) return;
+  const cudaStream_t stream = current_stream(x);
+  if (in.n == 0) {
+    if (in.gather) run_gather(op, *in.gather, x.get_device_index(), stream);
+    return;
+  }
   in.x = array_of(x), in.refs = array_of(refs), in.time_or_alpha = array_of(scalars), in.out = array_of(out);
   if (source) in.source = array_of(*source);
   if (deviations) in.sigma = array_of(*deviations);
@@ -74,10 +79,13 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   }
 
   Problem problem = problem_of(op, x, refs, labels.has_value(), source.has_value(), given.precision);
-  problem.vectors =
-      is_vector(in.x) && is_vector(in.out) && (!source || is_vector(in.source)) && !in.mailboxes;
+  problem.vectors = is_vector(in.x) && is_vector(in.out) && (!source || is_vector(in.source));
   const Plan plan = make_plan(problem);
-  const cudaStream_t stream = current_stream(x);
+  const bool beside_a_list = plan.kernel == "bulk" && !plan.own_list && has_short_list(in.n, in.k, in.m);
+  if (in.gather && !(beside_a_list && in.gather->by_words)) {
+    run_gather(op, *in.gather, x.get_device_index(), stream);
+    in.gather = nullptr;
+  }
   if (plan.kernel != "pool" || plan.fast) {
     const Tensor workspace = torch::stable::new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
     return launch(op, in, plan, workspace.mutable_data_ptr(), nullptr, stream);
@@ -143,7 +151,8 @@ void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_
                         const MaybeTensor& sigma, const std::string& path, const MaybeTensor& labels,
                         const MaybeTensor& counts, const std::string& precision, const Tensor& mean,
                         const Tensor& lse, const MaybeTensor& mailboxes, int64_t part, int64_t xs,
-                        int64_t means, int64_t lses) {
+                        int64_t means, int64_t lses, const MaybeTensor& own_a, const MaybeTensor& own_b,
+                        const MaybeTensor& own_c, const MaybeTensor& own_x, int64_t words, double seconds) {
   const char* const op = "posterior_part";
   check_posterior_part(x, refs, time_or_alpha, sigma ? *sigma : time_or_alpha, labels, counts, precision);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -155,6 +164,11 @@ void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_
     in.mailboxes = static_cast<const int64_t*>(mailboxes->const_data_ptr());
     in.rows_each = x.size(0) / mailboxes->size(0), in.part = static_cast<int>(part);
     in.x_at = xs, in.mean_at = means, in.lse_at = lses;
+  }
+  std::optional<GatherRows> rows;
+  if (own_a) {
+    rows.emplace(peers_of(op, *mailboxes, part, seconds), own_a, own_b, own_c, own_x, true, words);
+    in.gather = &rows->gather;
   }
   run(op, {x, refs, labels, counts, no_source, precision}, in, time_or_alpha, sigma, mean, lse);
 }

@@ -166,47 +166,60 @@ __device__ inline void build_units(const Inputs& in, const UnitList& list, int t
   __syncthreads();
 }
 
-// What build_own_list needs beside the list.
-struct ListScratch {
-  int64_t sums[OWN_LIST_ROWS / 32];    // over the rows of a warp
-  int dead[OWN_LIST_ROWS / 32];        // rows of a warp with nothing to read
-  int keys[OWN_LIST_ROWS];             // group + 1; -1: nothing to read
-  int places[OWN_LIST_ROWS];           // among the rows of the group
-  int alls[OWN_LIST_ROWS];             // rows of the group
-  int counts[OWN_LIST_GROUPS];         // valid references
-  int64_t begins[OWN_LIST_ROWS];       // sums before the row, within its 32 rows
-  uint64_t seen[OWN_LIST_GROUPS + 1];  // how many rows of a group each 32 rows have, a byte for each; later
-                                       // the sums before the group
+// What a short list is made of: up to ROWS rows, a multiple of 256, and OWN_LIST_GROUPS groups.
+template <int ROWS>
+struct ListRows {
+  static constexpr int WARPS = ROWS / 32;
+  int64_t sums[WARPS];          // over the rows of a warp
+  int dead[WARPS];              // rows of a warp with nothing to read
+  int keys[ROWS];               // group + 1; -1: nothing to read
+  int places[ROWS];             // among the rows of the group
+  int alls[ROWS];               // rows of the group
+  int counts[OWN_LIST_GROUPS];  // valid references
+  int64_t begins[ROWS];         // sums before the row, within its 32 rows
+  // How many rows of a group each 32 rows have, a byte for each; later the sums before the group.
+  uint64_t seen[OWN_LIST_GROUPS + 1][ROWS / 256];
 };
+using ListScratch = ListRows<OWN_LIST_ROWS>;
 static_assert(sizeof(ListScratch) <= LIST_SCRATCH_SMEM, "the planner reserves less");
 
 // What is read for the list, all at once, by all threads of the block; synchronize them then.
-__device__ __forceinline__ void read_rows(const Inputs& in, ListScratch& scratch) {
-  const int tid = threadIdx.x, threads = blockDim.x;
-  if (tid < in.n) {
-    const int64_t label = in.labels ? in.labels[tid] : 0;
-    const bool good = row_is_finite(in, tid) && label >= -1 && label < in.k;
-    scratch.keys[tid] = good ? static_cast<int>(label) + 1 : -1;
-  }
+template <int ROWS>
+__device__ __forceinline__ void read_groups(const Inputs& in, ListRows<ROWS>& scratch) {
+  const int words = static_cast<int>(in.n + 255) / 256;
 #pragma unroll 1
-  for (int g = tid; g < in.k; g += threads) {
-    scratch.counts[g] = static_cast<int>(valid_count(in, g));
-    scratch.seen[g] = 0;
+  for (int g = threadIdx.x; g <= in.k; g += blockDim.x) {
+    if (g < in.k) scratch.counts[g] = static_cast<int>(valid_count(in, g));
+#pragma unroll 1
+    for (int w = 0; w < words; ++w) scratch.seen[g][w] = 0;
   }
-  if (tid == 0) scratch.seen[in.k] = 0;
+}
+template <int ROWS>
+__device__ __forceinline__ void read_keys(const Inputs& in, ListRows<ROWS>& scratch) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < in.n; i += blockDim.x) {
+    const int64_t label = in.labels ? in.labels[i] : 0;
+    const bool good = row_is_finite(in, i) && label >= -1 && label < in.k;
+    scratch.keys[i] = good ? static_cast<int>(label) + 1 : -1;
+  }
+}
+__device__ __forceinline__ void read_rows(const Inputs& in, ListScratch& scratch) {
+  read_keys(in, scratch);
+  read_groups(in, scratch);
 }
 
-// The same list for OWN_LIST_ROWS rows and OWN_LIST_GROUPS groups at most, by the BULK_PRODUCERS threads of
-// one warpgroup, `tid` among them. Nothing is sorted, and the code is short: nothing can be read before it is
-// done.
-template <int TILE_REFS, int MOST_ROWS>
-__device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList& list, ListScratch& scratch,
-                                               int tid) {
+// The same list by THREADS threads, `tid` among them, with a barrier of theirs. Nothing is sorted, and the
+// code is short: nothing can be read before it is done.
+template <int THREADS, int ROWS, typename Barrier>
+__device__ __forceinline__ void build_short_list(const Inputs& in, const UnitList& list,
+                                                 ListRows<ROWS>& scratch, int tile_refs, int most_rows,
+                                                 int tid, const Barrier& barrier) {
   constexpr unsigned ALL = 0xffffffffu;
-  constexpr int THREADS = BULK_PRODUCERS, NAME = 15;
+  constexpr int BITS = ROWS < 1024 ? 10 : 12;  // of a number of rows
+  static_assert(ROWS < 1 << BITS && ROWS % 256 == 0, "sums are three in one");
   const int n = static_cast<int>(in.n), k = static_cast<int>(in.k), lane = tid % 32;
   const unsigned earlier_lanes = (1u << lane) - 1;
-  const auto warp_sums = [&](int64_t v) {  // inclusive
+  const auto prefix_sums = [&](int64_t v) {  // inclusive
 #pragma unroll 1
     for (int offset = 1; offset < 32; offset *= 2) {
       const int64_t other = __shfl_up_sync(ALL, v, offset);
@@ -219,6 +232,9 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
 #pragma unroll 1
     for (int i = tid; i - lane < n; i += THREADS) visit(i, i / 32);
   };
+  const auto tiles_of_group = [&](int group) {
+    return static_cast<int>((static_cast<unsigned>(scratch.counts[group]) + tile_refs - 1) / tile_refs);
+  };
 
   int64_t all_tiles = -1, all_references = 0;  // of all groups, where a row of this warp takes them
   rows([&](int i, int warp) {
@@ -228,97 +244,114 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
 #pragma unroll 1
       for (int base = 0; base < k; base += 32) {
         const int64_t here = base + lane < k ? scratch.counts[base + lane] : 0;
-        const int64_t up_to = warp_sums(ceil_div(here, TILE_REFS));
+        const int64_t up_to = prefix_sums(base + lane < k ? tiles_of_group(base + lane) : 0);
         if (base + lane < k) list.group_tiles[base + lane + 1] = all_tiles + up_to;  // the same from all
         all_tiles += __shfl_sync(ALL, up_to, 31);
-        all_references += __shfl_sync(ALL, warp_sums(here), 31);
+        all_references += __shfl_sync(ALL, prefix_sums(here), 31);
       }
       if (lane == 0) list.group_tiles[0] = 0;
     }
     if (key >= 0 && !in.source.data && (key == 0 ? all_references : scratch.counts[key - 1]) == 0) key = -1;
-    scratch.keys[i] = key;
+    if (i < n) scratch.keys[i] = key;
     const unsigned same = __match_any_sync(ALL, key), dead = __ballot_sync(ALL, i < n && key < 0);
     if (key >= 0 && !(same & earlier_lanes))
-      reinterpret_cast<uint8_t*>(scratch.seen + key)[warp] = static_cast<uint8_t>(__popc(same));
+      reinterpret_cast<uint8_t*>(scratch.seen[key])[warp] = static_cast<uint8_t>(__popc(same));
     if (lane == 0) scratch.dead[warp] = __popc(dead);
-    scratch.places[i] = __popc((key >= 0 ? same : dead) & earlier_lanes);
+    if (i < n) scratch.places[i] = __popc((key >= 0 ? same : dead) & earlier_lanes);
   });
   if (tid == 0) list.sizes[2] = 0;
-  named_barrier(NAME, THREADS);
+  barrier();
 
   const int warps = (n + 31) / 32;
   const auto tiles_of = [&](int key) {
-    const int64_t tiles = key == 0 ? all_tiles : ceil_div(scratch.counts[key - 1], TILE_REFS);
+    const int64_t tiles = key == 0 ? all_tiles : tiles_of_group(key - 1);
     return tiles > 0 ? tiles : 1;
   };
   // Sums over the groups in the order of their first rows: cost, units and rows, three in one.
   rows([&](int i, int warp) {
-    const int key = scratch.keys[i];
+    const int key = i < n ? scratch.keys[i] : -1;
     int64_t sum = 0;
     if (key >= 0) {
-      const uint64_t counts = scratch.seen[key];
-      int place = scratch.places[i], all = 0;
+      const uint32_t* const counts = reinterpret_cast<const uint32_t*>(scratch.seen[key]);
+      unsigned place = scratch.places[i], all = 0;
 #pragma unroll 1
-      for (int w = 0; w < warps; ++w) {
-        const int here = static_cast<int>(counts >> 8 * w & 255);
-        all += here;
-        if (w < warp) place += here;
+      for (int w = 0; w < warps; w += 4) {  // four bytes at a time
+        const uint32_t four = counts[w / 4];
+        const int earlier = min(max(warp - w, 0), 4);
+        all = __dp4a(four, 0x01010101u, all);
+        place = __dp4a(four, static_cast<uint32_t>(uint64_t{0x01010101u} << 8 * earlier >> 32), place);
       }
       scratch.places[i] = place, scratch.alls[i] = all;
       if (place == 0) {
-        const int whole = all / MOST_ROWS, rest = all % MOST_ROWS;
+        const int whole = static_cast<int>(all) / most_rows, rest = static_cast<int>(all) % most_rows;
         const int64_t tiles = tiles_of(key);
-        const int64_t cost = whole * list.cost(tiles, MOST_ROWS) + (rest > 0 ? list.cost(tiles, rest) : 0);
-        sum = cost << 20 | (whole + (rest > 0)) << 10 | all;
+        const int64_t cost = whole * list.cost(tiles, most_rows) + (rest > 0 ? list.cost(tiles, rest) : 0);
+        sum = cost << 2 * BITS | (whole + (rest > 0)) << BITS | all;
       }
     }
-    const int64_t up_to = warp_sums(sum);
-    scratch.begins[i] = up_to - sum;
+    const int64_t up_to = prefix_sums(sum);
+    if (i < n) scratch.begins[i] = up_to - sum;
     if (lane == 31) scratch.sums[warp] = up_to;
   });
-  named_barrier(NAME, THREADS);
-  rows([&](int i, int warp) {
-    if (scratch.keys[i] < 0 || scratch.places[i] > 0) return;
-    int64_t begin = scratch.begins[i];
+  barrier();
+  const auto sums_before = [&](int warp) {  // by whole warps
+    int64_t sum = 0;
 #pragma unroll 1
-    for (int w = 0; w < warp; ++w) begin += scratch.sums[w];
-    scratch.seen[scratch.keys[i]] = static_cast<uint64_t>(begin);
-  });
-  named_barrier(NAME, THREADS);
+    for (int w = lane; w < warp; w += 32) sum += scratch.sums[w];
+    return __shfl_sync(ALL, prefix_sums(sum), 31);
+  };
   rows([&](int i, int warp) {
+    const int64_t before = sums_before(warp);
+    if (i < n && scratch.keys[i] >= 0 && scratch.places[i] == 0)
+      scratch.seen[scratch.keys[i]][0] = static_cast<uint64_t>(scratch.begins[i] + before);
+  });
+  barrier();
+  constexpr int MASK = (1 << BITS) - 1;
+  rows([&](int i, int warp) {
+    if (i >= n) return;
     const int key = scratch.keys[i], place = scratch.places[i];
     if (key >= 0) {
-      const int64_t begin = static_cast<int64_t>(scratch.seen[key]);
-      const int first = static_cast<int>(begin & 1023) + place;
+      const int64_t begin = static_cast<int64_t>(scratch.seen[key][0]);
+      const int first = static_cast<int>(begin & MASK) + place;
       list.order[first] = i;
-      if (place % MOST_ROWS == 0) {
-        const int number = static_cast<int>(begin >> 10 & 1023) + place / MOST_ROWS, all = scratch.alls[i];
+      if (place % most_rows == 0) {
+        const int number = static_cast<int>(begin >> BITS & MASK) + place / most_rows, all = scratch.alls[i];
         Unit& unit = list.units[number];
         const int64_t tiles = tiles_of(key);
         unit.group = key - 1, unit.count = key == 0 ? all_references : scratch.counts[key - 1];
         unit.tiles = tiles, unit.first = first;
-        unit.rows = min(all - place, MOST_ROWS), unit.alone = all <= MOST_ROWS;
+        unit.rows = min(all - place, most_rows), unit.alone = all <= most_rows;
         const int weight = list.weight(unit.rows);
         unit.weight = weight;
-        list.begins[number] = (begin >> 20) + place / MOST_ROWS * list.cost(tiles, MOST_ROWS);
+        list.begins[number] = (begin >> 2 * BITS) + place / most_rows * list.cost(tiles, most_rows);
         atomicMax(list.sizes + 2, weight);
       }
-    } else if (i < n) {
+    } else {
       int dead = place;
+#pragma unroll 1
       for (int w = 0; w < warp; ++w) dead += scratch.dead[w];
       list.order[n - 1 - dead] = i;
     }
   });
-  if (tid == 0) {
-    int64_t total = 0;
-    for (int w = 0; w < warps; ++w) total += scratch.sums[w];
-    const int units = static_cast<int>(total >> 10 & 1023);
-    list.begins[units] = total >> 20;
-    list.sizes[0] = units;
-    list.sizes[1] = static_cast<int>(total & 1023);
+  if (tid < 32) {
+    const int64_t total = sums_before(warps);
+    if (lane == 0) {
+      const int units = static_cast<int>(total >> BITS & MASK);
+      list.begins[units] = total >> 2 * BITS;
+      list.sizes[0] = units;
+      list.sizes[1] = static_cast<int>(total & MASK);
+    }
   }
+}
+
+// In each block for itself, by the BULK_PRODUCERS threads of one warpgroup.
+template <int TILE_REFS, int MOST_ROWS>
+__device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList& list, ListScratch& scratch,
+                                               int tid) {
+  const auto barrier = [] { named_barrier(15, BULK_PRODUCERS); };
+  build_short_list<BULK_PRODUCERS>(in, list, scratch, TILE_REFS, MOST_ROWS, tid, barrier);
   fence_async();  // copies will go to where the scratch is
-  named_barrier(NAME, THREADS);
+  barrier();
 }
 
 // The same list for SHORT_LIST_ROWS rows at most, by one warp in its registers.

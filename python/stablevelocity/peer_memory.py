@@ -98,15 +98,13 @@ class Link:
             self._mailboxes[key] = Mailbox(own, self._addresses[own.data_ptr()], views, at)
         return self._mailboxes[key]
 
-    def gather(
-        self, box: Mailbox, *about: Tensor, x: Tensor | None = None, stays: bool = False, words: int | None = None
-    ) -> None:
-        """Rows of every process into the first areas of the mailboxes of all; x, where it `stays`, into the own one.
+    def gather(self, box: Mailbox, *about: Tensor, x: Tensor | None = None, words: int | None = None) -> None:
+        """Rows of every process into the first areas of the mailboxes of all.
 
-        words: where in a mailbox it may go by when it is little, see `peers_gather_`.
+        words: where in a mailbox they may go by when they are little, see `peers_gather_`.
         """
         about = (*about, *[None] * (3 - len(about)))
-        torch.ops.svel.peers_gather_(box.addresses, self.part, self.seconds, *about, x, stays, words)
+        torch.ops.svel.peers_gather_(box.addresses, self.part, self.seconds, *about, x, False, words)
 
     def meet(self) -> None:
         """Kernels of this stream wait here until those of all processes have come so far."""
@@ -247,8 +245,12 @@ def _target(
     labels = asked.pop() if rings is not None else None
     scalars = (*asked, None)[:2]
     home = torch.ops.svel.part_goes_home(xs, refs, labels, precision)
-    link.gather(box, *about, x=None if home and sent else x, stays=home, words=words)
-    to = box.addresses if home else None, link.part, xs_at, means_at, lses_at
+    to = None, link.part, xs_at, means_at, lses_at
+    if home:
+        own = (*about, None, None)[:3]
+        to = box.addresses, *to[1:], *own, None if sent else x, words, link.seconds
+    else:
+        link.gather(box, *about, x=x, words=words)
     torch.ops.svel.posterior_part_out(xs, refs, *scalars, path, labels, local_counts, precision, means, lses, *to)
     lse = None
     if source is not None:  # one part more, of one reference to a row

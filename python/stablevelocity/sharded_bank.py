@@ -240,10 +240,12 @@ class ShardedReferenceBank(ReferenceBank):
         table = self._wait(self._exchange(self.rows[at]))[:, None]
         indices = self._wait(self._exchange(self.row_indices[at])) if indexed else None
         mine = slice(self.part * n, (self.part + 1) * n)
-        valid, ring = slot[mine] >= 0, ring[mine]
+        slot, ring = slot[mine], ring[mine]
         pick = owner[mine] * n + torch.arange(n, device=u.device)
+        # Not (slot >= 0).repeat(P), which torch 2.11's inductor gets wrong on CUDA.
+        counts = torch.zeros(len(table), dtype=torch.int32, device=u.device).scatter_(0, pick, (slot >= 0).int())
         pick = pick.masked_fill((ring < -1) | (ring >= len(self.counts)), len(table))  # NaN, as in the op
-        return table, valid.int().repeat(self.parts), pick, indices
+        return table, counts, pick, indices
 
     # -- targets
 

@@ -40,11 +40,14 @@ define_native(
 # process and leaves what it gives there.
 define_native("part_goes_home(Tensor x, Tensor refs, Tensor? labels, str precision) -> bool")
 # posterior_part of the rows of all processes, as many of each; sigma None: at times on a path. With mailboxes it goes
-# home: x, mean and lse are where they begin in a mailbox. Else it is in mean and lse.
+# home: x, mean and lse are where they begin in a mailbox. Else it is in mean and lse. With own_a, own_b and own_c,
+# scalars of this process's rows, it begins the round itself: it is then a gather, too, that brings those of all to
+# where time_or_alpha, sigma and labels are. own_x: its rows x, if they are not in their place in the own mailbox yet.
 define_native(
     "posterior_part_out(Tensor x, Tensor refs, Tensor time_or_alpha, Tensor? sigma, str path, Tensor? labels, "
     "Tensor? counts, str precision, Tensor(a!) mean, Tensor(b!) lse, Tensor? mailboxes, int part, int xs, int means, "
-    "int lses) -> ()"
+    "int lses, Tensor? own_a=None, Tensor? own_b=None, Tensor? own_c=None, Tensor? own_x=None, int words=0, "
+    "float seconds=0) -> ()"
 )
 # What all parts gave for the own rows, `means` and `lses` bytes into the mailboxes, merged; with a and b (N,) float64,
 # or times t (N,) from which they follow, a x + b mean. home: it is in the own mailbox, else in those of the parts. Ends
