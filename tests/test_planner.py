@@ -82,7 +82,7 @@ def test_blocks_of_the_bulk_kernel_hold_a_sample_between_them(d, refs_dtype, dev
         assert plan["tile_d"] >= slice_  # what the threads of a block hold
         assert slice_ * refs_dtype.itemsize % 16 == 0  # of a copy
         assert plan["stages"] >= 3
-        stage = plan["tile_refs"] // (2 if plan["products"] else 1) * slice_ * refs_dtype.itemsize
+        stage = plan["tile_refs"] * slice_ * refs_dtype.itemsize
         assert plan["stages"] * stage < plan["smem_bytes"] <= limits.smem_limit
         assert plan["threads"] % 32 == 0
         assert 0 < plan["threads"] <= 1024
@@ -181,7 +181,7 @@ def test_what_the_kernel_for_many_rows_leaves_to_others(sizes, other):
 def test_class_banks_of_float16_are_on_the_matrix_units(d, precision):
     plan = info.plan(256, 256, d, 1001, precision=precision, device="h100")
     assert plan["products"]
-    assert plan["stages"] >= 4  # halves of a tile: one is worked on while the next comes
+    assert plan["stages"] >= 3  # one tile is added while another is scored and the next comes
     assert plan["smem_bytes"] <= info.DEVICES["h100"].smem_limit
     others = [
         info.plan(256, 256, d, 1001, refs_dtype=torch.bfloat16, precision=precision, device="h100"),

@@ -55,11 +55,6 @@ __device__ inline uint32_t load_shared(uint32_t shared) {
   return value;
 }
 
-__device__ inline uint2 load_shared_8(uint32_t shared) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared) : "memory");
-  return v;
-}
 __device__ inline uint4 load_shared_16(uint32_t shared) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -67,9 +62,6 @@ __device__ inline uint4 load_shared_16(uint32_t shared) {
                : "r"(shared)
                : "memory");
   return v;
-}
-__device__ inline void store_shared(uint32_t shared, uint2 v) {
-  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared), "r"(v.x), "r"(v.y) : "memory");
 }
 
 using Barrier = uint64_t;  // in shared memory

@@ -117,18 +117,18 @@ bool plan_bulk(const Problem& p, Plan& plan) {
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
     if (slices > p.sm_count) continue;
     plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS && p.m < int64_t{1} << 31;
-    const bool products = tile.tile_refs >= 8;  // its stages are halves of a tile, references apart
+    const bool products = tile.tile_refs >= 8;  // references apart
     const int64_t stage =
-        products ? tile.tile_refs / 2 * products_ref_bytes(held) : tile.tile_refs * slice * p.refs_size;
-    const int64_t fixed = (products      ? products_smem(held, tile.tile_refs)
+        products ? tile.tile_refs * products_ref_bytes(held) : tile.tile_refs * slice * p.refs_size;
+    const int64_t fixed = (products      ? products_smem(tile.tile_refs)
                            : slices == 1 ? BULK_FIXED_SMEM + groups_sums_smem(tile.elements)
                                          : BULK_FIXED_SMEM) +
                           (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
-    const int64_t most_stages = products      ? PRODUCTS_MAX_STAGES
+    const int64_t most_stages = products      ? PRODUCTS_STAGES
                                 : slices == 1 ? GROUPS_MAX_STAGES
                                               : BULK_MAX_STAGES;
     int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
-    if (products && (stages < 4 || !serves_products(p))) continue;
+    if (products && (stages < PRODUCTS_STAGES || !serves_products(p))) continue;
     if (slices == 1 && !products) stages -= stages % (GROUPS_CONSUMERS / tile.group);  // see bulk_groups.cuh
     if (stages < (slices == 1 ? 3 : BULK_LAG + 2)) return false;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
@@ -158,8 +158,9 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.rows_per_pass = p.n;
     plan.refs_per_pass = groups(p) * p.m;
     plan.smem_bytes = fixed + std::max({stages * stage, SETTLE_SMEM, plan.own_list ? LIST_SCRATCH_SMEM : 0});
-    plan.workspace_bytes = unit_list_bytes(p.n, groups(p)) + 8 * p.n * slices + 4096 +
-                           plan.blocks * (plan.tile_rows * (16 * slice + 256) + 8 * slice);
+    const int64_t of_rows = products ? 64 + (p.shared_rows ? 4 * slice : 0) : 8 * slices;
+    plan.workspace_bytes = unit_list_bytes(p.n, groups(p)) + of_rows * p.n + 4096 +
+                           plan.blocks * (plan.tile_rows * ((products ? 4 : 16) * slice + 256) + 8 * slice);
     plan.reason = tile.reason;
     return true;
   }

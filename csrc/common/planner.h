@@ -14,8 +14,9 @@ struct Problem {
   bool refs_bf16 = false;              // of the two types of two bytes
   bool aligned = true;                 // every reference starts at a multiple of 16 bytes
   bool has_source = false;
-  bool vectors = true;  // x, source and out are float32, aligned to 16 bytes
-  bool pool = true;     // the pool kernel may serve: not for rows that it leaves
+  bool vectors = true;       // x, source and out are float32, aligned to 16 bytes
+  bool shared_rows = false;  // with other processes, to which results go
+  bool pool = true;          // the pool kernel may serve: not for rows that it leaves
   int sm_count = 132;
   double bandwidth = 3.35e12;   // of the device's memory, bytes per second as specified
   int64_t smem_limit = 232448;  // bytes of shared memory that a block may ask for
@@ -72,7 +73,7 @@ constexpr int TWO_PASS_TILE_REFS = 16;
 constexpr int64_t BULK_FIXED_SMEM = 8192;
 constexpr int64_t OWN_LIST_ROWS = 256, OWN_LIST_GROUPS = 1024;
 constexpr int64_t SHORT_LIST_ROWS = 32;  // up to here a warp builds it, a row to a lane
-constexpr int64_t UNIT_BYTES = 40;
+constexpr int64_t UNIT_BYTES = 32;
 constexpr int64_t unit_list_bytes(int64_t n, int64_t k) {
   return (n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + 4 * n + 12 + 15) / 16 * 16;
 }
@@ -83,22 +84,18 @@ constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before th
 constexpr int64_t SETTLE_SMEM = 29056;        // the same, after the last ones (bulk_settle.cuh)
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
-constexpr int PRODUCTS_MAX_STAGES = 32, PRODUCTS_ROWS = 2;  // rows of a unit
-// Beside the stages of bulk_products.cuh: sums on their way out, before that the rows as products take them;
-// barriers, shares of scores.
-constexpr int products_sums_smem(int64_t held) {
-  return static_cast<int>(8 * held);
-}
-constexpr int64_t products_smem(int64_t held, int tile_refs) {
-  return 6784 + 1024 * PRODUCTS_ROWS + (160 * PRODUCTS_ROWS + 32) * tile_refs + products_sums_smem(held);
+constexpr int PRODUCTS_STAGES = 3, PRODUCTS_ROWS = 2;  // rows of a unit
+// Beside the stages of bulk_products.cuh: barriers, shares of scores.
+constexpr int64_t products_smem(int tile_refs) {
+  return 6784 + 1024 * PRODUCTS_ROWS + (160 * PRODUCTS_ROWS + 32) * tile_refs;
 }
 // Of a reference there: apart by 16 bytes more than a multiple of 128, so that eight of them meet all banks.
 constexpr int products_ref_bytes(int64_t held) {
   return static_cast<int>(2 * held) + 16;
 }
-// UnitCosts::end. On an H100, of 0 to 96: headline 188 and 186 us, 64 rows 84 and 76, bfloat16 203 and 197,
-// float32 289 and 280.
-constexpr int PRODUCTS_END = 32, GROUPS_END = 64;
+// UnitCosts::end. On an H100, of 0 to 96: bfloat16 203 and 197 us, float32 289 and 280; on the matrix units
+// 2 to 32 make no difference.
+constexpr int PRODUCTS_END = 16, GROUPS_END = 64;
 constexpr int groups_sums_smem(int elements) {  // where groups leave their sums for one another
   return 4 * GROUPS_CONSUMERS * elements;
 }

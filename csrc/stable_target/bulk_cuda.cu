@@ -145,10 +145,155 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   }
 }
 
+constexpr int END_THREADS = 128;
+
+__device__ __noinline__ void settle_at_end(const Inputs& in, int64_t index, SettleAtEnd& shared) {
+  const Settle<__half, EndCrew> settle{in, {static_cast<int>(threadIdx.x)}, shared, nullptr, 0, in.d};
+  settle(index);
+}
+
+// A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
+// take LANES by LANES shares of the parts. A row that its scores may have got wrong the row's first block
+// evaluates again. Grid: rows x chunks of D.
+template <int LANES, int VECTORS>
+__global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
+    end_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
+  constexpr int SHARES = END_THREADS / LANES;
+  extern __shared__ double weights[];  // (blocks,) of the row's other parts
+  __shared__ double scratch[33], sums[SHARES][VECTORS][LANES][4];
+  __shared__ SettleAtEnd settling;
+  const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
+  const int64_t index = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const int lane = threadIdx.x % LANES, share = threadIdx.x / LANES;
+  const float* const x = static_cast<const float*>(x_of(in, index).data) + index * in.d;
+  int64_t at[VECTORS];
+  bool within[VECTORS];
+  float4 mine[VECTORS], first[VECTORS];
+  if (in.mailboxes) wait_for_previous_launch();  // x too comes from others, in a launch before that
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    at[v] = 4 * ((chunk * VECTORS + v) * LANES + lane), within[v] = at[v] < in.d;
+    mine[v] = first[v] = make_float4(0, 0, 0, 0);
+    if (within[v] && share == 0) mine[v] = *reinterpret_cast<const float4*>(x + at[v]);
+  }
+  wait_for_previous_launch();
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    if (within[v] && share == 0)
+      first[v] = __ldcg(reinterpret_cast<const float4*>(parts.firsts + index * in.d + at[v]));
+  }
+  const ProductsRow left = parts.rows[index];
+  const int others = left.to - left.from;  // negative: nothing to read
+  const auto part_of = [&](int j) { return (left.from + 1 + j) * PRODUCTS_ROWS + left.row; };
+  PartRow all = left.own;
+  if (others < 0) all.total = NAN;
+  double by_first = 1, by_source = 0;
+  const float* source = nullptr;
+  if (in.source.data && others >= 0) source = static_cast<const float*>(in.source.data) + index * in.d;
+  if (others > 0 || source) {
+    double top = all.log2_weight;
+    if (source) {  // a part like any other
+      const Row row = row_coefficients(in, index);
+      double score = 0, square = 0;
+      for (int64_t i = threadIdx.x; i < in.d; i += END_THREADS) {
+        const double s = source[i], y = row.sign * x[i];
+        score = fma(fma(-0.5 * row.alpha, s, y), s, score);
+        square = fma(y, y, square);
+      }
+      score = row.rate() * fma(score, 0.0, score);  // what is not finite becomes NaN
+      if (in.lse.data || in.labels[index] < 0) score -= 0.5 * square / (row.sigma * row.sigma);
+      by_source = LOG2_E * block_sum<double>(score, scratch);
+      top = top >= by_source || by_source != by_source ? top : by_source;
+    }
+    for (int j = threadIdx.x; j < others; j += END_THREADS) {
+      const double other = parts.others[part_of(j)].log2_weight;
+      top = top >= other || other != other ? top : other;
+    }
+    all.log2_weight = block_max<double>(top, scratch);
+    double of_others = 0;
+    float lead = 0, scale = 0;
+    for (int j = threadIdx.x; j < others; j += END_THREADS) {
+      const PartRow part = parts.others[part_of(j)];
+      weights[j] = exp2(part.log2_weight - all.log2_weight);
+      of_others = fma(weights[j], part.total, of_others);
+      lead = fmaxf(lead, static_cast<float>(weights[j]) * part.lead), scale = fmaxf(scale, part.scale);
+    }
+    by_first = exp2(left.own.log2_weight - all.log2_weight);
+    by_source = source ? exp2(by_source - all.log2_weight) : 0;
+    all.total = block_sum<double>(of_others, scratch) + fma(by_first, all.total, by_source);
+    lead = fmaxf(block_max<float>(lead, reinterpret_cast<float*>(scratch)), static_cast<float>(by_source));
+    all.lead = fmaxf(lead, static_cast<float>(by_first) * all.lead);
+    all.scale = fmaxf(block_max<float>(scale, reinterpret_cast<float*>(scratch)), all.scale);
+  }
+  if (error_of_row(all.scale, all) > MOST_ERROR_OF_SCORES) {
+    if (chunk == 0) settle_at_end(in, index, settling);
+    return;
+  }
+  const double by = left.b / all.total;
+  const Array out = out_of(in, index);
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    double sum[4] = {by_first * first[v].x, by_first * first[v].y, by_first * first[v].z,
+                     by_first * first[v].w};
+    const auto add = [&](double weight, float4 four) {
+      sum[0] = fma(weight, static_cast<double>(four.x), sum[0]);
+      sum[1] = fma(weight, static_cast<double>(four.y), sum[1]);
+      sum[2] = fma(weight, static_cast<double>(four.z), sum[2]);
+      sum[3] = fma(weight, static_cast<double>(four.w), sum[3]);
+    };
+    if (within[v]) {
+#pragma unroll 4
+      for (int j = share; j < others; j += SHARES)
+        add(weights[j], __ldcg(reinterpret_cast<const float4*>(parts.sums + part_of(j) * in.d + at[v])));
+    }
+    if (SHARES > 1) {
+      for (int k = 0; k < 4; ++k) sums[share][v][lane][k] = sum[k];
+      __syncthreads();
+      for (int k = 0; k < 4; ++k) {
+        for (int other = 1; other < SHARES; ++other) sum[k] += sums[other][v][lane][k];
+      }
+    }
+    if (!within[v] || share > 0) continue;
+    if (source) add(by_source, *reinterpret_cast<const float4*>(source + at[v]));
+    *reinterpret_cast<float4*>(static_cast<float*>(out.data) + index * in.d + at[v]) =
+        make_float4(static_cast<float>(fma(left.a, static_cast<double>(mine[v].x), by * sum[0])),
+                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].y), by * sum[1])),
+                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].z), by * sum[2])),
+                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].w), by * sum[3])));
+  }
+  if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
+}
+
+template <int LANES, int VECTORS>
+bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
+                   cudaStream_t stream) {
+  const int64_t grid = in.n * ceil_div(in.d, 4 * LANES * VECTORS);
+  if (LANES < END_THREADS && grid > 4 * blocks) return false;
+  cudaLaunchAttribute overlaps{};
+  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlaps.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(END_THREADS);
+  config.dynamicSmemBytes = blocks * sizeof(double);
+  config.stream = stream;
+  config.attrs = &overlaps;
+  config.numAttrs = 1;
+  check_cuda(op, cudaLaunchKernelEx(&config, end_kernel<LANES, VECTORS>, in, parts));
+  return true;
+}
+
 }  // namespace
 
 bool has_short_list(int64_t n, int64_t k, int64_t m) {
   return n <= SHORT_ROWS && k <= OWN_LIST_GROUPS && m < int64_t{1} << 31;
+}
+
+// Few rows have many parts each.
+void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
+                  cudaStream_t stream) {
+  launch_end_if<8, 1>(op, in, parts, blocks, stream) || launch_end_if<32, 1>(op, in, parts, blocks, stream) ||
+      launch_end_if<END_THREADS, 2>(op, in, parts, blocks, stream);
 }
 
 void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int* arrived, int64_t counts,

@@ -21,6 +21,10 @@ void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t st
 void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
                  int64_t slices, int64_t slice, int rows, int64_t teams, cudaStream_t stream);
 
+// From what products_kernel has left of the rows to their results.
+void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
+                  cudaStream_t stream);
+
 struct BulkLaunch {
   const char* op;
   const Inputs& in;
@@ -45,9 +49,26 @@ struct Launch : BulkLaunch {
         plan.tile_refs != TR || plan.tile_rows != Kernel::ROWS)
       return false;
     GroupsLayout layout{};
+    layout.stages = plan.stages;
     layout.in_flight = plan.in_flight;
     layout.vectors = vectors();
-    const BulkParts parts = run_in_blocks(groups_kernel<T, GT, Q, TR>, layout, true);
+    layout.own_list = plan.own_list;
+    layout.merge_last = merge_last(plan.blocks, plan.tile_rows);
+
+    Carver carver(workspace);
+    const UnitList list = carve_list(carver);
+    BulkParts parts{};
+    parts.sums = carver.take<double>(2 * plan.blocks * plan.tile_rows * in.d);
+    parts.rows = carver.take<PartRow>(2 * plan.blocks * plan.tile_rows);
+    parts.arrived = carver.take<int>(in.n);
+    place_settling(carver, parts, plan.blocks, 1, in.d, layout.merge_last);
+    if (!layout.own_list) {
+      build_unit_list(op, in, list, parts.arrived, in.n, plan.tile_refs, plan.tile_rows, stream);
+    } else if (layout.merge_last) {
+      zero_arrivals(op, parts.arrived, in.n, stream);
+    }
+    run_in_blocks(groups_kernel<T, GT, Q, TR>, !layout.own_list || layout.merge_last, list, parts, layout);
+    if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, plan.tile_rows, plan.blocks, stream);
     if (parts.errors) settle<T>(parts, plan.blocks);
     return true;
   }
@@ -55,36 +76,33 @@ struct Launch : BulkLaunch {
   template <int CHUNKS>
   bool run_products_if() const {
     using Kernel = Products<CHUNKS>;
-    static_assert(Kernel::BEFORE_LIST <= products_smem(Kernel::HELD, Kernel::TR),
-                  "the planner reserves less");
+    static_assert(Kernel::FIXED_BYTES <= products_smem(Kernel::TR), "the planner reserves less");
     if (in.refs.dtype != Dtype::f16 || !plan.products || plan.tile_d != Kernel::HELD) return false;
-    run_in_blocks(products_kernel<CHUNKS>, ProductsLayout{}, false);
+    Carver carver(workspace);
+    const UnitList list = carve_list(carver);
+    ProductsParts parts{};
+    parts.rows = carver.take<ProductsRow>(in.n);
+    parts.others = carver.take<PartRow>(plan.blocks * PRODUCTS_ROWS);
+    parts.sums = carver.take<float>(plan.blocks * PRODUCTS_ROWS * in.d);
+    parts.reviewed = carver.take<float>(plan.blocks * in.d);
+    parts.firsts = in.mailboxes ? carver.take<float>(in.n * in.d) : static_cast<float*>(in.out.data);
+    if (!plan.own_list) build_unit_list(op, in, list, nullptr, 0, plan.tile_refs, plan.tile_rows, stream);
+    run_in_blocks(products_kernel<CHUNKS>, !plan.own_list, list, parts, ProductsLayout{plan.own_list});
+    end_products(op, in, parts, plan.blocks, stream);
     return true;
   }
 
-  template <typename Layout>
-  BulkParts run_in_blocks(void (*kernel)(Inputs, UnitList, BulkParts, Layout), Layout layout,
-                          bool settles) const {
+  UnitList carve_list(Carver& carver) const {
+    return place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k, plan.costs);
+  }
+
+  // after_ours: what came before on the stream is a kernel of ours, with which this one may overlap.
+  template <typename Parts, typename Layout>
+  void run_in_blocks(void (*kernel)(Inputs, UnitList, Parts, Layout), bool after_ours, const UnitList& list,
+                     const Parts& parts, const Layout& layout) const {
     check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(plan.smem_bytes)));
-    layout.stages = plan.stages;
-    layout.own_list = plan.own_list;
-    layout.merge_last = merge_last(plan.blocks, plan.tile_rows);
-
-    Carver carver(workspace);
-    const UnitList list =
-        place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k, plan.costs);
-    BulkParts parts{};
-    parts.sums = carver.take<double>(2 * plan.blocks * plan.tile_rows * in.d);
-    parts.rows = carver.take<PartRow>(2 * plan.blocks * plan.tile_rows);
-    parts.arrived = carver.take<int>(in.n);
-    if (settles) place_settling(carver, parts, plan.blocks, 1, in.d, layout.merge_last);
-    if (!layout.own_list) {
-      build_unit_list(op, in, list, parts.arrived, in.n, plan.tile_refs, plan.tile_rows, stream);
-    } else if (layout.merge_last) {
-      zero_arrivals(op, parts.arrived, in.n, stream);
-    }
     cudaLaunchAttribute overlaps{};
     overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlaps.val.programmaticStreamSerializationAllowed = 1;
@@ -94,16 +112,13 @@ struct Launch : BulkLaunch {
     config.dynamicSmemBytes = plan.smem_bytes;
     config.stream = stream;
     config.attrs = &overlaps;
-    config.numAttrs = layout.own_list && !layout.merge_last ? 0 : 1;  // whether what came before is ours
+    config.numAttrs = after_ours ? 1 : 0;
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
-    if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, plan.tile_rows, plan.blocks, stream);
-    return parts;
   }
 
-  // What rows in doubt want. Not where their results are with other processes.
+  // What rows in doubt want.
   void place_settling(Carver& carver, BulkParts& parts, int64_t blocks, int64_t slices, int64_t slice,
                       bool merge_last) const {
-    if (in.mailboxes) return;
     parts.rounding = rounding_of_scores(in.d);
     if (merge_last) {
       parts.next = carver.take<int>(slices * in.n);

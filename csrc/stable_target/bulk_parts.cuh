@@ -19,7 +19,7 @@ constexpr int SEGMENT_REFS = 256;  // summed in float32 before they move to floa
 struct alignas(16) PartRow {
   double log2_weight, total;  // sum of the weights
   float lead;                 // the largest of them
-  float scale;                // the largest score, either way, in units of log 2
+  float scale;                // the largest score, either way, or the error of scores, in units of log 2
 };
 
 // Parts of units; slot 2b of block b for a unit that began earlier, 2b + 1 for one that begins here.
@@ -269,7 +269,8 @@ constexpr int SEGMENT_SLOTS = 4;
 
 template <int ROWS>
 struct Announcements {
-  // Of a segment: where its references are; its rows too; all consumers are done with it.
+  // Of a segment: where its references are and which its rows; what is to know of these; all consumers are
+  // done with it.
   Barrier placed[SEGMENT_SLOTS], told[SEGMENT_SLOTS], done[SEGMENT_SLOTS];
   Segment<ROWS> segments[SEGMENT_SLOTS];
 
@@ -319,6 +320,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
         int64_t index = 0;
         if (lane < rows) {
           index = list.order[unit.first + lane];
+          segment.rows[lane].index = index;
           name_row(index, segment.rows[lane]);
         }
         __syncwarp();
@@ -602,13 +604,13 @@ __device__ __forceinline__ void write_lse(const Inputs& in, int64_t index, const
            log(all.total) + LOG_2 * all.log2_weight + 0.5 * static_cast<double>(in.d));
 }
 
-// What the rounding of its scores may do to a row, beside its size, by one standard deviation: weights that
-// are off at random move the mean by that, times the root of the sum of their squares, as far as references
-// are apart, and these are about as far apart as results are large. NaN where the row is.
-__device__ __forceinline__ float error_of_scores(const BulkParts& parts, const PartRow& all) {
+// What the rounding of its scores, `error`, may do to a row, beside its size, by one standard deviation:
+// weights that are off at random move the mean by that, times the root of the sum of their squares, as far as
+// references are apart, and these are about as far apart as results are large. NaN where the row is.
+__device__ __forceinline__ float error_of_row(float error, const PartRow& all) {
   const float lead = __fdividef(all.lead, static_cast<float>(all.total)),
               spread = __fdividef(static_cast<float>(all.total - all.lead), static_cast<float>(all.total));
-  return parts.rounding * all.scale * sqrtf(lead) * spread;
+  return error * sqrtf(lead) * spread;
 }
 constexpr float MOST_ERROR_OF_SCORES = 1.2e-6f;
 constexpr int NO_ROW = -1;
@@ -617,7 +619,7 @@ constexpr int NO_ROW = -1;
 __device__ __forceinline__ void finish_row(const Inputs& in, const BulkParts& parts, const RowPlace& place,
                                            int64_t index, const PartRow& all, int* doubtful) {
   if (in.lse.data && place.rank == 0) write_lse(in, index, all);
-  const float error = error_of_scores(parts, all);
+  const float error = error_of_row(parts.rounding * all.scale, all);
   if (parts.errors && place.rank == 0) parts.errors[index] = error;
   if (parts.next && error > MOST_ERROR_OF_SCORES)
     parts.next[place.rank * in.n + index] = atomicExch(doubtful, static_cast<int>(index));

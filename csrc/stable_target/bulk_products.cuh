@@ -3,8 +3,12 @@
 // by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements. A tile of eight
 // references, or of eight times BLOCKS, is scored by all warps. One more warp adds up their shares of the
 // scores, runs the online softmax and hands weights back, with which they add the tile to the rows, if there
-// is anything to add; meanwhile they score the next tile, where it is there. The list of units, the
-// announcer, the clerk and the parts of units that several blocks share: as in bulk_groups.cuh.
+// is anything to add; meanwhile they score the next tile. The list of units, the
+// announcer and the ranges of the list that blocks have: as in bulk_groups.cuh.
+//
+// At the end of a segment a warp stores its sums as they are and goes on; the one that weighs leaves what
+// they are relative to. Rows' parts are put together, and sources added, in a launch that follows (end_kernel
+// in bulk_cuda.cu): nothing of that delays the reading.
 //
 // |r_j|^2 too is the product of a tile with itself: of sixty-four of them eight are wanted.
 //
@@ -60,26 +64,72 @@ constexpr float SPLIT_SCALE = 2048;
 // Of a thread: all together no more than at the launch, 96 for each.
 constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 64;
 
-struct ProductsLayout {
-  int stages;       // pieces of a tile that there is room for
-  bool own_list;    // each block builds the list of units in its shared memory
-  bool merge_last;  // the last block to finish merges; else merge_kernel
+// What the blocks leave of the rows. A row's sums are in `firsts` from the block where its unit begins, in
+// `sums` from those that follow.
+struct ProductsRow {
+  PartRow own;   // of the first block
+  double a, b;   // out = a x + b mean
+  int from, to;  // blocks that have parts of the row; none where it has nothing to read
+  int row;       // of the unit
 };
+struct ProductsParts {
+  ProductsRow* rows;  // (n,)
+  PartRow* others;    // (blocks, PRODUCTS_ROWS)
+  float* firsts;      // (n, D); the result itself, where it is of this process
+  float* sums;        // (blocks, PRODUCTS_ROWS, D)
+  float* reviewed;    // (blocks, D) of one row, between the threads of a block
+};
+
+struct ProductsLayout {
+  bool own_list;  // each block builds the list of units in its shared memory
+};
+
+// Pieces of references, halves of a tile or 32 KB, that a block has on their way. That many keep memory busy;
+// behind more, rows and sums would wait for longer than the ring lasts.
+constexpr int PRODUCTS_IN_FLIGHT = 2;
+// Bytes of references that a block brings to the L2 while the list is made.
+constexpr int PRODUCTS_EARLY_BYTES = 128 << 10;
+
+// By BULK_PRODUCERS threads: what the block will begin with if all rows have classes of their own, and what
+// some block will read in any case.
+__device__ __forceinline__ void prefetch_references(const Inputs& in, const ListScratch& scratch, int tid) {
+  const int64_t all = in.n * in.m, bytes = in.d * int64_t{sizeof(__half)};
+  const int64_t begin = divide(all * blockIdx.x, gridDim.x), next = divide(all * (blockIdx.x + 1), gridDim.x);
+  const int64_t end = min(next, begin + PRODUCTS_EARLY_BYTES / static_cast<int>(bytes));
+#pragma unroll 1
+  for (int64_t i = begin + tid; i < end; i += BULK_PRODUCERS) {
+    const int64_t row = divide(i, in.m), j = i - row * in.m;
+    const int key = scratch.keys[row];
+    if (key > 0 && j < scratch.counts[key - 1])
+      prefetch_bulk(static_cast<const char*>(in.refs.data) + ((key - 1) * in.m + j) * bytes,
+                    static_cast<uint32_t>(bytes));
+  }
+}
+
+// This block's share of x, to the L2 before references are in the way.
+__device__ __forceinline__ void prefetch_share(const Inputs& in) {
+  const int64_t all = in.n * in.d * int64_t{sizeof(float)};
+  const int64_t each = ceil_div(all, 16 * int64_t{gridDim.x}) * 16, from = each * blockIdx.x;
+  if (from < all)
+    prefetch_bulk(static_cast<const char*>(in.x.data) + from, static_cast<uint32_t>(min(each, all - from)));
+}
 
 // 2^-40: eight references whose weights are all below that, beside the best so far, are not added.
 constexpr float PRODUCTS_NO_WEIGHT = 9.0949470177292824e-13f;
 constexpr int RAISED = 1 << 30;
 
-struct ProductsState {
-  double top;         // weights are 2^(score - top)
-  float total, rest;  // of the weights; the best score is top - rest
+// How a row leaves a segment: what the warps do with its sums.
+struct ProductsEnd {
+  float margin;        // see `doubt`
+  double before, now;  // to multiply by: the part's sums so far, and those of the segment
 };
 
 template <int TR>
 struct ProductsShared {
   static constexpr int ROWS = PRODUCTS_ROWS;
   static constexpr int WARPS = GROUPS_CONSUMERS / 32, PADDED = WARPS + 4;
-  Barrier full[PRODUCTS_MAX_STAGES], empty[PRODUCTS_MAX_STAGES];
+  static constexpr int PIECES = 2;  // of a tile: each arrives for itself
+  Barrier full[PRODUCTS_STAGES][PIECES], empty[PRODUCTS_STAGES];
   Announcements<ROWS> announced;
   // Of a tile; two of each, since a warp adds a tile before it scores the one after the next. All warps have
   // given their shares of the scores; weights are there.
@@ -88,21 +138,17 @@ struct ProductsShared {
   uint32_t weights[2][TR / 8][32];  // as the products take them
   int used[2];                      // bit b: block b has weight; RAISED: `top` has grown
   float scales[2][ROWS];            // what it has done to the sums so far
-  ProductsState states[2][ROWS];    // after this tile
   float offsets[ROWS][WARPS];  // what scores are relative to: a warp's share of that of the first reference
   float x_squares[ROWS][WARPS],
-      r_squares[WARPS];            // of a warp's elements: |x|^2, |r|^2 of the first reference
-  double squares[WARPS];           // shares of what is summed in float64
-  double shifts[ROWS][WARPS];      // |x|^2 / (2 sigma^2) in units of log 2, of a warp's elements
-  float kept[ROWS][SEGMENT_REFS];  // scores of the segment, relative to the first reference's
-  double reviewed[SEGMENT_REFS];   // of those that matter, and which these are
+      r_squares[WARPS];               // of a warp's elements: |x|^2, |r|^2 of the first reference
+  double exact_squares[ROWS][WARPS];  // |x|^2 where all its digits are wanted
+  float kept[ROWS][SEGMENT_REFS];     // scores of the segment, relative to the first reference's
+  double reviewed[SEGMENT_REFS];      // of those that matter, and which these are
   short listed[SEGMENT_REFS];
   int listed_count;
-  PartRow moved[ROWS];  // to memory already
-  int final;
-  Barrier filed, closed;  // a part is in memory; the clerk is done
-  int unmerged;           // rows that the clerk has found to be complete
-  RowEnd rows_left[ROWS];
+  PartRow moved[ROWS];  // of the part, with the segments so far
+  Barrier settled;      // the segment's ends are there
+  ProductsEnd ends[SEGMENT_SLOTS][ROWS];
 };
 
 // CHUNKS of 32 elements for each warp.
@@ -111,18 +157,18 @@ struct Products {
   static constexpr int THREADS = GROUPS_CONSUMERS, WARPS = THREADS / 32;
   static constexpr int ROWS = PRODUCTS_ROWS;
   static constexpr int BLOCKS = 8 / CHUNKS,
-                       TR = 8 * BLOCKS;  // of eight references: a tile has 32,768 elements
-  static constexpr int PIECES = 2, PIECE_REFS = TR / PIECES;
-  static constexpr int HELD = THREADS * CHUNKS;               // most elements of a sample
+                       TR = 8 * BLOCKS;          // of eight references: a tile has 32,768 elements
+  static constexpr int HELD = THREADS * CHUNKS;  // most elements of a sample
   static constexpr int REF_BYTES = products_ref_bytes(HELD);  // in shared memory
+  static constexpr int TILE_BYTES = TR * REF_BYTES;
+  static constexpr int PIECES = ProductsShared<TR>::PIECES, PIECE_REFS = TR / PIECES;
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
   using Shared = ProductsShared<TR>;
   static constexpr int FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
-  static constexpr int BEFORE_LIST = FIXED_BYTES + products_sums_smem(HELD);
 
   const Inputs& in;
   const UnitList& list;
-  const BulkParts& parts;
+  const ProductsParts& parts;
   const ProductsLayout& layout;
   const int staging;  // where the ring begins in shared memory
   const int d = static_cast<int>(in.d);
@@ -132,25 +178,17 @@ struct Products {
     return all;
   }
   __device__ __forceinline__ static Shared& shared() { return *reinterpret_cast<Shared*>(memory()); }
-  // The sums of a row, all of it, on their way out. (D,)
-  __device__ __forceinline__ static float* staged(int row) {
-    return reinterpret_cast<float*>(memory() + FIXED_BYTES) + row * HELD;
-  }
-  // Before that, x as the products take it, of column g where t names the elements: each lane has its own,
-  // which need not stay in registers. (CHUNKS, 32) of two words for each warp.
-  __device__ __forceinline__ static uint32_t split_x() {
-    return shared_address(memory()) + FIXED_BYTES + 8 * (warp() * (CHUNKS * 32) + lane());
-  }
-  __device__ __forceinline__ char* stage(int s) const {
-    return memory() + staging + s * (PIECE_REFS * REF_BYTES);
-  }
+  __device__ __forceinline__ char* stage(int s) const { return memory() + staging + s * TILE_BYTES; }
   __device__ __forceinline__ RowPlace place() const { return {1, 0, ROWS, in.d, 0, d, true}; }
   __device__ __forceinline__ static void barrier() { named_barrier(1, THREADS); }
 
   // The producer, one warp: each lane copies one reference of a piece.
   __device__ __forceinline__ void produce(int lane) const {
     const int ref_bytes = d * static_cast<int>(sizeof(__half));
+    constexpr int RING = PRODUCTS_STAGES * PIECES;
+    Barrier* const all = &shared().full[0][0];
     int s = 0, phase = 1, slot = 0, slot_phase = 0;
+    int earlier = RING - PRODUCTS_IN_FLIGHT, earlier_phase = 1;  // a piece that has to be there first
     for (;;) {
       wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
@@ -160,20 +198,22 @@ struct Products {
           static_cast<const char*>(in.refs.data) + (segment.first + lane) * in.d * sizeof(__half);
       int left = segment.references;
       for (int pieces = segment.tiles * PIECES; pieces > 0; --pieces) {
-        Barrier* const full = &shared().full[s];
         const int many = max(min(left, PIECE_REFS), 0);
-        wait_barrier(&shared().empty[s], phase);
+        if (s % PIECES == 0) wait_barrier(&shared().empty[s / PIECES], phase);
+        wait_barrier(&all[earlier], earlier_phase);
+        if (++earlier == RING) earlier = 0, earlier_phase ^= 1;
         if (lane == 0) {
           if (many > 0) {
-            arrive_expecting(full, many * ref_bytes);
+            arrive_expecting(&all[s], many * ref_bytes);
           } else {
-            arrive(full);
+            arrive(&all[s]);
           }
         }
         __syncwarp();
-        if (lane < many) bulk_copy(stage(s) + lane * REF_BYTES, from, ref_bytes, full, policy);
+        if (lane < many)
+          bulk_copy(stage(0) + (s * PIECE_REFS + lane) * REF_BYTES, from, ref_bytes, &all[s], policy);
         from += static_cast<int64_t>(PIECE_REFS) * ref_bytes, left -= PIECE_REFS;
-        if (++s == layout.stages) s = 0, phase ^= 1;
+        if (++s == RING) s = 0, phase ^= 1;
       }
       __syncwarp();
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
@@ -186,6 +226,7 @@ struct Products {
   // = 4 part + 2 row + split.
   struct Mine {
     float sum[CHUNKS][4];  // of the column's row, elements g, g + 8, g + 16, g + 24 of a chunk; t: see column
+    uint2 x[CHUNKS];       // of the column's row and part, split
     float unscale, half_alpha, offset;  // of row t & 1: 1 / what x was multiplied by
   };
 
@@ -201,22 +242,15 @@ struct Products {
   // of each of two references read from all banks at once.
   __device__ __forceinline__ static int stored(int logical) { return (logical & 1) << 2 | logical >> 1; }
 
-  // Where a reference of the tile that begins at stage s is; those beyond the tile's `many` are the first.
-  __device__ __forceinline__ uint32_t reference(int s, int index, int many) const {
-    index = index < many ? index : 0;
-    int at = s + static_cast<int>(static_cast<unsigned>(index) / PIECE_REFS);
-    if (at >= layout.stages) at -= layout.stages;
-    return shared_address(memory()) + staging + at * (PIECE_REFS * REF_BYTES) +
-           (index & (PIECE_REFS - 1)) * REF_BYTES;
-  }
-
   // x of the rows of the unit, split.
-  __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<ROWS>& segment) const {
+  __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<ROWS>& segment, int slot,
+                                                int slot_phase) const {
     const int column = lane() >> 2, t = lane() & 3, part = column >> 2;
     const int my_row = column / 2 % 2, split = column % 2;
     const bool present = my_row < segment.count;
-    const RowState& row = segment.rows[present ? my_row : 0];
-    const float* const from = static_cast<const float*>(row.x) + row.index * in.d + 8 * t + 2 * part;
+    const int64_t index = segment.rows[present ? my_row : 0].index;
+    const float* const from =
+        static_cast<const float*>(x_of(in, index).data) + index * in.d + 8 * t + 2 * part;
     float2 x[CHUNKS][2];
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
@@ -254,11 +288,11 @@ struct Products {
       }
 #pragma unroll
       for (int hop : {1, 2, 16}) exact += __shfl_xor_sync(0xffffffffu, exact, hop);
-      if (leads) shared().shifts[my_row][warp()] = row.per_square * exact;
+      if (leads) shared().exact_squares[my_row][warp()] = exact;
     }
     // The largest to below 2^15.
     const int exponent = largest > 0 && largest < INFINITY ? ilogbf(largest) : 0;
-    const float scale = row.sign * ldexpf(1.0f, min(max(14 - exponent, -100), 100));
+    const float scale = ldexpf(1.0f, min(max(14 - exponent, -100), 100));
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
       uint32_t words[2];
@@ -268,13 +302,15 @@ struct Products {
         if (split == 1) a -= __half2float(__float2half_rn(a)), b -= __half2float(__float2half_rn(b));
         words[h] = pair_of(__float2half_rn(a), __float2half_rn(b));
       }
-      store_shared(split_x() + 256 * q, make_uint2(words[0], words[1]));
+      mine.x[q] = make_uint2(words[0], words[1]);
 #pragma unroll
       for (int k = 0; k < 4; ++k) mine.sum[q][k] = 0;
     }
+    wait_barrier(&shared().announced.told[slot], slot_phase);
     // Of the rows whose scores this lane will have.
-    mine.unscale = __shfl_sync(0xffffffffu, fabsf(1 / scale), (lane() & 1) << 3);
-    mine.half_alpha = segment.rows[min(lane() & 1, segment.count - 1)].half_alpha;
+    const RowState& row = segment.rows[min(lane() & 1, segment.count - 1)];
+    mine.unscale = row.sign * __shfl_sync(0xffffffffu, 1 / scale, (lane() & 1) << 3);
+    mine.half_alpha = row.half_alpha;
   }
 
   // Shares of the scores of eight references, to shared memory.
@@ -289,9 +325,9 @@ struct Products {
 #pragma unroll
       for (int q = from; q < from + CHAIN; ++q) {
         const uint4 raw = load_shared_16(refs + WARPS * 64 * q);
-        multiply_16(product, raw, load_shared_8(split_x() + 256 * q));
-        multiply_8(first_part, raw.x, raw.y, raw.x), multiply_8(second_part, raw.x, raw.y, raw.y);
-        multiply_8(first_part, raw.z, raw.w, raw.z), multiply_8(second_part, raw.z, raw.w, raw.w);
+        multiply_16(product, raw, mine.x[q]);
+        multiply_16(first_part, raw, make_uint2(raw.x, raw.z));
+        multiply_16(second_part, raw, make_uint2(raw.y, raw.w));
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) dots[k] += product[k];
@@ -368,14 +404,14 @@ struct Products {
           used |= 1 << b;
           my.total += hand_out(weight, parity, b, lane);
         }
-        if (lane % 8 == 0 && lane < 8 * ROWS) shared().states[parity][my_row] = {my.top, my.total, my.rest};
         if (lane == 0) shared().used[parity] = used;
         __syncwarp();
         if (lane == 0) arrive(&shared().weighed[parity]);
         parity ^= 1;
       }
+      settle(segment, slot, my_row, present, my);
       __syncwarp();
-      if (lane == 0) arrive(&shared().announced.done[slot]);
+      if (lane == 0) arrive(&shared().settled), arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
   }
@@ -415,18 +451,16 @@ struct Products {
     }
   }
 
-  // A tile of `many` references that begins at stage s.
-  __device__ __forceinline__ void score_tile(Mine& mine, int s, int many, int rows, int parity,
+  // A tile; refs: see `consume`.
+  __device__ __forceinline__ void score_tile(Mine& mine, uint32_t refs, int rows, int parity,
                                              bool first) const {
-    const int g = lane() >> 2, t = lane() & 3;
-#pragma unroll 1
+#pragma unroll
     for (int block = 0; block < BLOCKS; ++block)
-      score_block(mine, reference(s, 8 * block + stored(g), many) + 64 * warp() + 16 * t, block, parity,
-                  first, rows);
+      score_block(mine, refs + block * 8 * REF_BYTES, block, parity, first, rows);
     __syncwarp();
-    if (lane() == 0) arrive(&shared().given[parity]);
   }
-  __device__ __forceinline__ void add_tile(Mine& mine, int s, int many, int parity) const {
+  // Of the tile `many` references count; what is beyond them has not come from memory.
+  __device__ __forceinline__ void add_tile(Mine& mine, uint32_t refs, int many, int parity) const {
     const int used = shared().used[parity];
     if (used & RAISED) {
       const float scale = shared().scales[parity][lane() & 1];
@@ -439,75 +473,85 @@ struct Products {
     if (!(used & ~RAISED)) return;
 #pragma unroll 1
     for (int block = 0; block < BLOCKS; ++block) {
-      if (used >> block & 1)
-        add_block(mine, reference(s, 8 * block + stored(lane() & 7), many) + 64 * warp() + 16 * (lane() >> 3),
-                  shared().weights[parity][block][lane()]);
+      if (!(used >> block & 1)) continue;
+      const int index = 8 * block + stored(lane() & 7);
+      add_block(mine, refs + (index < many ? block * 8 * REF_BYTES : -stored(lane() & 7) * REF_BYTES),
+                shared().weights[parity][block][lane()]);
     }
   }
-
-  __device__ __forceinline__ void release(int s) const {  // the pieces of a tile
-    __syncwarp();
-    if (lane() < PIECES) {
-      int at = s + lane();
-      if (at >= layout.stages) at -= layout.stages;
-      arrive(&shared().empty[at]);
-    }
-  }
-
-  __device__ __forceinline__ double sum_over_block(double share) const {
-    share = warp_sum(share);
-    barrier();  // what was there before is read
-    if (lane() == 0) shared().squares[warp()] = share;
-    barrier();
-    double all = 0;
-#pragma unroll 1
-    for (int w = 0; w < WARPS; ++w) all += shared().squares[w];
-    return all;
-  }
-
-  // What one row has at the end of a segment: weights are 2^(score - top); `staged` has the weighted sums of
-  // the references, or where the row was reviewed of their differences from the segment's first.
-  struct RowSums {
-    double top, total;
-    bool reviewed;
-  };
 
   // How far below the best score, in units of log 2, references have to be evaluated again; negative: none
   // has. A score is wrong by 2^-22 |x_i r_i| for each element, at random, and by the rounding of a warp's
-  // share of it. That matters where several references have weight, here or in other blocks, which are then
-  // about sigma / alpha apart: what it makes of the mean, beside the result's size.
-  __device__ __forceinline__ float doubt(const RowState& row, int my_row) const {
-    const int w = lane() % WARPS;
-    const float x = shared().x_squares[my_row][w], r = shared().r_squares[w],
-                half = 0.25f * row.half_alpha * r;
-    const float square = 0.5f * warp_sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS))));
-    const float norm = 0.5f * warp_sum(r);  // two lanes for each warp
-    const float deviation = 0x1p-22f * sqrtf(square);
-    const double sigma = sqrt(LOG2_E / (2 * row.per_square));
-    const double of_noise = row.a * sigma, of_data = fma(row.a, row.alpha, row.b);
-    double size = of_noise * of_noise * d + of_data * of_data * norm;
+  // share of it: `error`, in units of log 2. That matters where several references have weight, here or in
+  // other blocks, which are then, as a rule, about sigma / alpha apart (end_kernel sees to the exceptions):
+  // what it makes of the mean, beside the result's size. x, r: of the warp whose shares this lane has; lanes
+  // of a row are together in `sum`.
+  template <typename Sum>
+  __device__ __forceinline__ float doubt(const RowState& row, float x, float r, const Sum& sum,
+                                         float& error) const {
+    const float half = 0.25f * row.half_alpha * r;
+    const float square = sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS)))), norm = sum(r);
+    const double per_variance = 2 / LOG2_E * row.per_square;  // 1 / sigma^2
+    const double of_data = fma(row.a, row.alpha, row.b), of_result = row.b * per_variance;
+    const double wrong = of_result * of_result * (0x1p-44 * square);
+    double most = fma(of_data * of_data * per_variance, norm, row.a * row.a * d);
     if (in.lse.data)  // the mean may become any prediction: itself, the velocity, the noise
-      size = fmin(norm, sigma * sigma * fmin(d + norm, d / (row.alpha * row.alpha)));
-    const double error = fabs(row.b) * deviation / sigma;
-    if (error <= MOST_ERROR * sqrt(size)) return -1;
-    return 36 + 8 * deviation * row.rate;  // weights below 2^-36, and errors
+      most = fmin(per_variance * norm, fmin(d + norm, d / (row.alpha * row.alpha)));
+    error = 0x1p-22f * sqrtf(square) * row.rate;
+    if (wrong <= MOST_ERROR * MOST_ERROR * most) return -1;
+    return 36 + 8 * error;  // weights below 2^-36, and errors
   }
   static constexpr double MOST_ERROR = 1e-6;
 
-  // Four elements of the segment's first reference from e on, in float32.
-  __device__ __forceinline__ float4 load_first(const Segment<ROWS>& segment, int e) const {
-    const __half* const from = static_cast<const __half*>(in.refs.data) + segment.first * in.d + e;
-    return make_float4(__half2float(from[0]), __half2float(from[1]), __half2float(from[2]),
-                       __half2float(from[3]));
+  // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
+  __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
+                                         const RowScores& my) const {
+    const auto sum = [](auto v) {  // over the lanes of a row
+#pragma unroll
+      for (int hop : {1, 2, 4, 16}) v += __shfl_xor_sync(0xffffffffu, v, hop);
+      return v;
+    };
+    const int w = (lane() & 7) + (lane() & 16) / 2;
+    static_assert(ROWS == 2 && WARPS == 16, "a lane for each row and warp");
+    const RowState& row = segment.rows[present ? my_row : 0];
+    const double offset = sum(static_cast<double>(shared().offsets[my_row][w]));
+    const double shift = segment.squares ? row.per_square * sum(shared().exact_squares[my_row][w]) : 0;
+    float error = 0;
+    const float margin = doubt(row, shared().x_squares[my_row][w], shared().r_squares[w], sum, error);
+    if (!present || (lane() & ~8) != 0) return;
+    shared().ends[slot][my_row].margin = segment.references > 0 ? margin : -1;
+    const double top = segment.references > 0 ? fma(row.exact_rate(), offset, my.top) - shift : -INFINITY;
+    if (margin < 0 || segment.references == 0) join(segment, slot, my_row, {top, my.total, my.lead(), error});
   }
 
-  // The row once more, from memory and with all digits: the references that may have weight.
-  __device__ __forceinline__ RowSums review(const Segment<ROWS>& segment, int my_row, float margin) const {
+  // What a row has at the end of a segment to what it has of its part so far, one thread: in shared memory,
+  // or where the part ends in memory.
+  __device__ __forceinline__ void join(const Segment<ROWS>& segment, int slot, int my_row,
+                                       PartRow own) const {
+    const RowState& row = segment.rows[my_row];
+    ProductsEnd& end = shared().ends[slot][my_row];
+    end.before = 0, end.now = 1;
+    if (!(segment.flags & SEGMENT_PART_BEGIN)) {
+      const Joined joined = svel::cuda::join(shared().moved[my_row], own);
+      own = joined.all, end.before = joined.by_first, end.now = joined.by_second;
+    }
+    if (!(segment.flags & SEGMENT_PART_END)) {
+      shared().moved[my_row] = own;
+    } else if (segment.flags & SEGMENT_UNIT_BEGIN) {
+      parts.rows[row.index] = {own, row.a, row.b, segment.from, segment.to, my_row};
+    } else {
+      parts.others[blockIdx.x * ROWS + my_row] = own;
+    }
+  }
+
+  // The row once more, from memory and with all digits: the references that may have weight. Its sums to
+  // parts.reviewed; of what weights is returned.
+  __device__ __forceinline__ PartRow review(const Segment<ROWS>& segment, int my_row, float margin) const {
     const RowState& row = segment.rows[my_row];
     const __half* const refs = static_cast<const __half*>(in.refs.data) + segment.first * in.d;
     double* const scores = shared().reviewed;
     const double rate = row.exact_rate();
-    barrier();  // what is staged is overwritten
+    barrier();  // what was reviewed before is read
     if (warp() == 0) {
       const float* const kept = shared().kept[my_row];
       float best = -INFINITY;
@@ -547,234 +591,160 @@ struct Products {
     double best = -INFINITY, total = 0;
 #pragma unroll 1
     for (int j = 0; j < references; ++j) best = scores[j] > best ? scores[j] : best;
-    const double top = ceil(best);
     barrier();
 #pragma unroll 1
-    for (int j = thread(); j < references; j += THREADS) scores[j] = power(scores[j] - top);
+    for (int j = thread(); j < references; j += THREADS) scores[j] = power(scores[j] - best);
     barrier();
 #pragma unroll 1
     for (int j = 0; j < references; ++j) total += scores[j];
 #pragma unroll 1
     for (int e = 4 * thread(); e < d; e += 4 * THREADS) {
-      const float4 c = load_first(segment, e);
-      const float centre[4] = {c.x, c.y, c.z, c.w};
       double sums[4] = {};
 #pragma unroll 1
       for (int j = 0; j < references; ++j) {
         const __half* const from = refs + int64_t{shared().listed[j]} * d + e;
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-          sums[k] = fma(scores[j], static_cast<double>(__half2float(from[k]) - centre[k]), sums[k]);
+          sums[k] = fma(scores[j], static_cast<double>(__half2float(from[k])), sums[k]);
       }
-      *reinterpret_cast<float4*>(staged(my_row) + e) =
-          make_float4(static_cast<float>(sums[0]), static_cast<float>(sums[1]), static_cast<float>(sums[2]),
-                      static_cast<float>(sums[3]));
+      __stcg(reinterpret_cast<float4*>(parts.reviewed + blockIdx.x * in.d + e),
+             make_float4(static_cast<float>(sums[0]), static_cast<float>(sums[1]),
+                         static_cast<float>(sums[2]), static_cast<float>(sums[3])));
     }
-    return {top, total, true};
+    barrier();
+    return {best, total, 1, 0};
   }
 
-  // The rows' sums from the warps' registers.
-  __device__ __forceinline__ void stage_sums(const Mine& mine, int rows) const {
+  // A segment's sums from the warps' registers to memory, where they join those of the part so far: to the
+  // row's result where the unit begins, which `end_kernel` completes, else to the block's place for others.
+  __device__ __forceinline__ void end_segment(Mine& mine, const Segment<ROWS>& segment, int slot) const {
     const int g = lane() >> 2, t = lane() & 3;
+    bool reviewed = false;
+#pragma unroll 1
+    for (int r = 0; r < segment.count; ++r) {
+      const float margin = shared().ends[slot][r].margin;
+      if (margin < 0) continue;
+      const PartRow own = review(segment, r, margin);
+      if (thread() == 0) {
+        double shift = 0;
+        for (int w = 0; w < WARPS && segment.squares; ++w)
+          shift += segment.rows[r].per_square * shared().exact_squares[r][w];
+        join(segment, slot, r, {own.log2_weight - shift, own.total, own.lead, own.scale});
+      }
+      if (t == r) {
+#pragma unroll
+        for (int q = 0; q < CHUNKS; ++q) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const int e = 32 * chunk(q) + 8 * k + g;
+            if (e < d) mine.sum[q][k] = __ldcg(parts.reviewed + blockIdx.x * in.d + e);
+          }
+        }
+      }
+      reviewed = true;
+    }
+    if (reviewed) barrier();  // the rows' ends are there
+    if (t >= segment.count) return;
+    float* const to = (segment.flags & SEGMENT_UNIT_BEGIN ? parts.firsts + segment.rows[t].index * in.d
+                                                          : parts.sums + (blockIdx.x * ROWS + t) * in.d) +
+                      g;
+    const bool joins = !(segment.flags & SEGMENT_PART_BEGIN);
+    if (joins) {
+      const float before = static_cast<float>(shared().ends[slot][t].before),
+                  now = static_cast<float>(shared().ends[slot][t].now);
+#pragma unroll
+      for (int q = 0; q < CHUNKS; ++q) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const int e = 32 * chunk(q) + 8 * k;
+          if (e < d) mine.sum[q][k] = fmaf(before, __ldcg(to + e), now * mine.sum[q][k]);
+        }
+      }
+    }
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const int e = 32 * chunk(q) + 8 * k + g;
-        if (t < rows && e < d) staged(t)[e] = mine.sum[q][k];
+        const int e = 32 * chunk(q) + 8 * k;
+        if (e < d) __stcg(to + e, mine.sum[q][k]);
       }
     }
   }
 
-  // The weight of the row's own source, relative to `sums.top`, which grows where it has to.
-  __device__ __forceinline__ double weigh_own_source(const RowState& row, RowSums& sums,
-                                                     double& scale) const {
-    double share = 0;
-#pragma unroll 1
-    for (int e = 4 * thread(); e < d; e += 4 * THREADS) {
-      const float4 x = load_four(in, place(), in.x, row.index, e);
-      const float4 source = load_four(in, place(), in.source, row.index, e);
-      const float signed_x[4] = {row.sign * x.x, row.sign * x.y, row.sign * x.z, row.sign * x.w};
-      const float values[4] = {source.x, source.y, source.z, source.w};
-      share += score_source(row, signed_x, values);
-    }
-    const double bound = sum_over_block(share) * row.exact_rate();
-    if (bound > sums.top) {
-      scale = power(sums.top - bound);
-      sums.top = bound, sums.total *= scale;
-    }
-    return power(bound - sums.top);
-  }
-
-  // A segment's sums, `last` of the parity of its last tile, to the rows' results or to their parts in
-  // memory.
-  __device__ __forceinline__ void end_segment(const Mine& mine, const Segment<ROWS>& segment,
-                                              int last) const {
-    const int flags = segment.flags, others = segment.to - segment.from;
-    const RowPlace here = place();
-    const bool whole = flags & SEGMENT_PART_END && others == 0;
-    stage_sums(mine, segment.count);
-#pragma unroll 1
-    for (int r = 0; r < segment.count; ++r) {
-      const RowState& row = segment.rows[r];
-      float4 x[HELD / (4 * THREADS)];
-      if (whole) {  // on their way meanwhile
-#pragma unroll
-        for (int i = 0; i < HELD / (4 * THREADS); ++i) {
-          const int e = 4 * thread() + i * 4 * THREADS;
-          if (e < d) x[i] = load_x(in, here, row, e);
-        }
-      }
-      RowSums sums{-INFINITY, 0, false};
-      if (segment.references > 0) {
-        const ProductsState state = shared().states[last][r];
-        const float margin = doubt(row, r);
-        if (margin >= 0) {
-          sums = review(segment, r, margin);
-        } else {
-          const double offset = 0.5 * warp_sum(static_cast<double>(shared().offsets[r][lane() % WARPS]));
-          sums.top = fma(row.exact_rate(), offset, state.top), sums.total = state.total;
-        }
-      }
-      double source = 0, shift = 0;
-      double scale = 1;
-      if (in.source.data && flags & SEGMENT_UNIT_END) source = weigh_own_source(row, sums, scale);
-      if (segment.squares) shift = 0.5 * warp_sum(shared().shifts[r][lane() % WARPS]);
-      const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, r);
-      double* const to = parts.sums + part * d;
-      RowEnd end{row.index,  row.out, r,     segment.from,
-                 segment.to, row.a,   row.b, {sums.top - shift, sums.total + source}};
-      double by = 1, before = 0;
-      if (!(flags & SEGMENT_PART_BEGIN)) {
-        const PartRow moved = shared().moved[r];
-        const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
-        before = power(moved.log2_weight - most), by = power(now - most);
-        end.own = {most, fma(before, moved.total, by * end.own.total)};
-      }
-      const double mean_by = 1 / end.own.total, centred = sums.reviewed ? by * sums.total : 0;
-      const double scaled = by * scale;
-      barrier();
-#pragma unroll
-      for (int i = 0; i < HELD / (4 * THREADS); ++i) {
-        const int e = 4 * thread() + i * 4 * THREADS;
-        if (e >= d) continue;
-        const float4 sum = *reinterpret_cast<const float4*>(staged(r) + e);
-        double v[4] = {scaled * sum.x, scaled * sum.y, scaled * sum.z, scaled * sum.w};
-        if (sums.reviewed) {
-          const float4 c = load_first(segment, e);
-          v[0] = fma(centred, c.x, v[0]), v[1] = fma(centred, c.y, v[1]);
-          v[2] = fma(centred, c.z, v[2]), v[3] = fma(centred, c.w, v[3]);
-        }
-        add_source(in, here, row.index, e, by * source, v);
-        if (!(flags & SEGMENT_PART_BEGIN)) add_sums(to + e, before, v);
-        if (whole) {
-          store_row(in, here, end, e, mean_by, x[i], v);
-        } else {
-          store_sums(to + e, v);
-        }
-      }
-      if (thread() == 0 && flags & SEGMENT_PART_END && !whole) parts.rows[part] = end.own;
-      barrier();
-      if (thread() == 0) shared().moved[r] = end.own;
-      if (whole && in.lse.data && thread() == 0) write_lse(in, end.index, end.own);
-      if (whole || !(flags & SEGMENT_PART_END) || is_filed(segment) || !layout.merge_last) continue;
-      if (thread() == 0) shared().final = count_part(parts, segment, r);
-      barrier();
-      if (shared().final) merge(end);
-    }
-    if (is_filed(segment)) {
-      __syncwarp();
-      if (lane() == 0) arrive(&shared().filed);
-    }
-  }
-
-  // The row's result from its parts.
-  __device__ __forceinline__ void merge(const RowEnd& end) const {
-    merge_row<THREADS>(in, parts, place(), end, nullptr, [] { return thread(); });
-  }
-
-  // Of the ring: the stage where a tile begins, and the parity of its phase.
+  // Of the ring: a stage, where it is from the first, and the parity of its phase.
   struct Place {
-    int stage, phase;
+    int stage = 0, offset = 0, phase = 0;
+
+    __device__ __forceinline__ void advance() {
+      ++stage, offset += TILE_BYTES;
+      if (stage == PRODUCTS_STAGES) stage = offset = 0, phase ^= 1;
+    }
   };
-  __device__ __forceinline__ void advance(Place& at) const {
-    at.stage += PIECES;
-    if (at.stage >= layout.stages) at.stage -= layout.stages, at.phase ^= 1;
-  }
-  // Of the last piece of a tile; copies arrive in their order, or nearly.
-  __device__ __forceinline__ bool is_there(const Place& at) const {
-    const int s = at.stage + PIECES - 1;
-    const bool wraps = s >= layout.stages;
-    return has_passed(&shared().full[wraps ? s - layout.stages : s], wraps ? at.phase ^ 1 : at.phase);
-  }
+
   __device__ __forceinline__ void await(const Place& at) const {
 #pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece) {
-      const int s = at.stage + piece;
-      const bool wraps = s >= layout.stages;
-      wait_barrier(&shared().full[wraps ? s - layout.stages : s], wraps ? at.phase ^ 1 : at.phase);
-    }
+    for (int piece = 0; piece < PIECES; ++piece) wait_barrier(&shared().full[at.stage][piece], at.phase);
   }
 
   __device__ __forceinline__ void consume() const {
-    Place scored{0, 0}, added{0, 0};
-    int slot = 0, slot_phase = 0, parity = 0,
-        phases = 0;  // parity: of the next tile to add; phases: a bit each
+    // Where this lane reads of a tile: for scores, 16 bytes of each chunk; for sums, see load_transposed.
+    const uint32_t ring = shared_address(stage(0)) + 64 * warp();
+    const uint32_t to_scores = ring + stored(lane() >> 2) * REF_BYTES + 16 * (lane() & 3);
+    const uint32_t to_sums = ring + stored(lane() & 7) * REF_BYTES + 16 * (lane() >> 3);
+    Place scored, added;
+    int slot = 0, slot_phase = 0, settled = 0;
+    int scores = 0, weights = 0;  // tiles so far, of which two are told apart
     for (;;) {
-      wait_barrier(&shared().announced.told[slot], slot_phase);
+      wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) break;
       const int rows = segment.count, references = segment.references;
       Mine mine;
-      begin_segment(mine, segment);
-      if (references > 0) {
-        int to_score = references, to_add = references;  // references left
+      begin_segment(mine, segment, slot, slot_phase);
+      int to_score = references, to_add = references;  // references left
 #pragma unroll 1
-        while (to_add > 0) {
-          const int ahead = to_add - to_score;  // at most two tiles
-          bool score = to_score > 0 && ahead < 2 * TR;
-          if (score && ahead > 0) score = __all_sync(0xffffffffu, is_there(scored));
-          if (score) {
-            await(scored);
-            score_tile(mine, scored.stage, min(to_score, TR), rows, parity ^ (ahead > 0),
-                       to_score == references);
-            advance(scored);
-            to_score -= TR;
-          } else {
-            wait_barrier(&shared().weighed[parity], phases >> parity & 1);
-            phases ^= 1 << parity;
-            add_tile(mine, added.stage, min(to_add, TR), parity);
-            release(added.stage);
-            advance(added);
-            to_add -= TR;
-            parity ^= 1;
-          }
+      while (to_add > 0) {  // scores are a tile ahead
+        const int ahead = to_add - to_score;
+        if (to_score > 0 && (ahead == 0 || ahead == TR)) {
+          await(scored);
+          score_tile(mine, to_scores + scored.offset, rows, scores & 1, to_score == references);
+          if (lane() == 0) arrive(&shared().given[scores & 1]);
+          scored.advance(), ++scores;
+          to_score -= TR;
+        } else {
+          wait_barrier(&shared().weighed[weights & 1], weights >> 1 & 1);
+          add_tile(mine, to_sums + added.offset, min(to_add, TR), weights & 1);
+          __syncwarp();
+          if (lane() == 0) arrive(&shared().empty[added.stage]);
+          added.advance(), ++weights;
+          to_add -= TR;
         }
-      } else {  // a tile that holds none
-        await(scored);
-        release(scored.stage);
-        advance(scored), advance(added);
       }
-      end_segment(mine, segment, parity ^ 1);
+      if (references == 0) {  // a tile that holds none
+        await(scored);
+        __syncwarp();
+        if (lane() == 0) arrive(&shared().empty[added.stage]);
+        scored.advance(), added.advance();
+      }
+      wait_barrier(&shared().settled, settled);
+      settled ^= 1;
+      end_segment(mine, segment, slot);
       __syncwarp();
       if (lane() == 0) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
-    wait_barrier(&shared().closed, 0);
-#pragma unroll 1
-    for (int i = 0; i < shared().unmerged; ++i) merge(shared().rows_left[i]);
-    write_dead_rows(in, list, parts, place(), gridDim.x, blockIdx.x, thread(), THREADS);
   }
 };
 
 template <int CHUNKS>
 __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     products_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
-                    const __grid_constant__ BulkParts parts, const __grid_constant__ ProductsLayout layout) {
+                    const __grid_constant__ ProductsParts parts,
+                    const __grid_constant__ ProductsLayout layout) {
   using Kernel = Products<CHUNKS>;
   typename Kernel::Shared& shared = Kernel::shared();
   UnitList list = shared_list;
-  int staging = Kernel::BEFORE_LIST;
+  int staging = Kernel::FIXED_BYTES;
   if (layout.own_list) {
     list = place_unit_list(Kernel::memory() + staging, in.n, in.k, shared_list.costs);
     staging += static_cast<int>(bulk_list_smem(in.n, in.k));
@@ -782,23 +752,23 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   const Kernel kernel{in, list, parts, layout, staging};
   const int tid = threadIdx.x - GROUPS_CONSUMERS, lane = threadIdx.x % 32;
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
-  if (!layout.merge_last) allow_next_launch();
+  allow_next_launch();
   if (layout.own_list) read_rows(in, *scratch);
+  if (layout.own_list && !in.mailboxes && tid == 96) prefetch_share(in);
   if (tid == 0) {
 #pragma unroll 1
-    for (int s = 0; s < layout.stages; ++s) {
-      init_barrier(&shared.full[s], 1);
+    for (int s = 0; s < PRODUCTS_STAGES; ++s) {
+#pragma unroll
+      for (int piece = 0; piece < Kernel::PIECES; ++piece) init_barrier(&shared.full[s][piece], 1);
       init_barrier(&shared.empty[s], Kernel::WARPS);
     }
-    shared.announced.init(Kernel::WARPS + 2);
+    shared.announced.init(Kernel::WARPS + 1);
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
       init_barrier(&shared.given[i], Kernel::WARPS);
       init_barrier(&shared.weighed[i], 1);
     }
-    init_barrier(&shared.filed, Kernel::WARPS);
-    init_barrier(&shared.closed, 1);
-    shared.unmerged = 0;
+    init_barrier(&shared.settled, 1);
     publish_barriers();
   }
   __syncthreads();
@@ -808,6 +778,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   } else {
     give_up_registers<PRODUCTS_PRODUCER_REGISTERS>();
     if (layout.own_list) {
+      prefetch_references(in, *scratch, tid);
       build_own_list<Kernel::TR, Kernel::ROWS>(in, list, *scratch, tid);
     } else {
       wait_for_previous_launch();
@@ -815,7 +786,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     const int ref_bytes = kernel.d * static_cast<int>(sizeof(__half));
     if (kernel.d < Kernel::HELD) {  // elements beyond the sample, which no copy writes
 #pragma unroll 1
-      for (int i = tid; i < layout.stages * Kernel::PIECE_REFS; i += BULK_PRODUCERS) {
+      for (int i = tid; i < PRODUCTS_STAGES * Kernel::TR; i += BULK_PRODUCERS) {
         char* const row = kernel.stage(0) + i * Kernel::REF_BYTES;
         for (int b = ref_bytes; b < Kernel::HELD * static_cast<int>(sizeof(__half)); b += 16)
           *reinterpret_cast<uint4*>(row + b) = uint4{0, 0, 0, 0};
@@ -831,9 +802,9 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     } else if (tid < 96) {
       kernel.weigh(lane);
     } else {
-      if (layout.own_list && !layout.merge_last && blockIdx.x == 0)
-        leave_list(in, list, shared_list, lane, 32);
-      if (tid == 96) keep_files(parts, layout.merge_last, shared);
+      const int64_t lanes = 32 * gridDim.x;
+      for (int64_t i = list.sizes[1] + 32 * blockIdx.x + lane; i < in.n; i += lanes)
+        parts.rows[list.order[i]] = {{}, 0, 0, 0, -1, 0};  // nothing to read
     }
   }
 }

@@ -29,7 +29,7 @@ struct SettleShared {
 
 // All consumers of a block of bulk_groups.cuh or bulk_teams.cuh.
 struct BlockCrew {
-  static constexpr int THREADS = GROUPS_CONSUMERS, BLOCKS = 1, REFS = 1024, rank = 0;
+  static constexpr int THREADS = GROUPS_CONSUMERS, BLOCKS = 1, REFS = 1024, HELD = 0, rank = 0;
   int tid;
   __device__ __forceinline__ void wait() const { named_barrier(1, THREADS); }
   __device__ __forceinline__ void wait_for_all() const { wait(); }
@@ -38,7 +38,7 @@ struct BlockCrew {
 
 // A cluster of blocks.
 struct ClusterCrew {
-  static constexpr int THREADS = 256, BLOCKS = 8, REFS = 256;
+  static constexpr int THREADS = 256, BLOCKS = 8, REFS = 256, HELD = 0;
   int tid, rank;
   __device__ __forceinline__ void wait() const { __syncthreads(); }
   __device__ __forceinline__ void wait_for_all() const { synchronize_cluster(); }
@@ -47,6 +47,16 @@ struct ClusterCrew {
   }
 };
 
+// A block of a kernel that finishes rows, of up to 4,096 elements.
+struct EndCrew {
+  static constexpr int THREADS = 128, BLOCKS = 1, REFS = 256, HELD = 32, rank = 0;
+  int tid;
+  __device__ __forceinline__ void wait() const { __syncthreads(); }
+  __device__ __forceinline__ void wait_for_all() const { wait(); }
+  __device__ __forceinline__ double score(const double* scores, int j) const { return scores[j]; }
+};
+
+using SettleAtEnd = SettleShared<EndCrew::BLOCKS, EndCrew::THREADS, EndCrew::REFS>;
 using SettleInBlock = SettleShared<BlockCrew::BLOCKS, BlockCrew::THREADS, BlockCrew::REFS>;
 using SettleInCluster = SettleShared<ClusterCrew::BLOCKS, ClusterCrew::THREADS, ClusterCrew::REFS>;
 static_assert(sizeof(SettleInBlock) <= SETTLE_SMEM, "the planner reserves less");
@@ -59,7 +69,7 @@ struct Settle {
   const Inputs& in;
   const Crew crew;
   SettleShared<Crew::BLOCKS, THREADS, OWN>& shared;
-  double* const sums;       // (high - low,)
+  double* const sums;       // (high - low,), where a thread does not hold its own
   const int64_t low, high;  // of the elements of the result, those that this block writes
   const int tid = crew.tid, lane = crew.tid % 32, warp = crew.tid / 32;
   const T* const refs = static_cast<const T*>(in.refs.data);
@@ -92,18 +102,18 @@ struct Settle {
   // Scores of COUNT references from `at` on, of which none is beyond `last`, by a warp, in units of log 2:
   // -|x - alpha r|^2 / (2 sigma^2).
   template <int COUNT>
-  __device__ __forceinline__ void score(const Row& row, int64_t at, int64_t last,
+  __device__ __forceinline__ void score(const Row& row, const Array& of_row, int64_t at, int64_t last,
                                         double (&scores)[COUNT]) const {
-    const bool vectors = is_vector(in.x) && in.d % 4 == 0;
+    const bool vectors = is_vector(of_row) && in.d % 4 == 0;
     const int64_t base = row.index * in.d;
     const T* from[COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) scores[i] = 0, from[i] = refs + min(at + i, last) * in.d;
 #pragma unroll 2
     for (int64_t e = 4 * lane; e < in.d; e += 128) {
-      const float4 x = vectors
-                           ? *reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + base + e)
-                           : load_four(in.x, base + e, base + in.d);
+      const float4 x =
+          vectors ? *reinterpret_cast<const float4*>(static_cast<const float*>(of_row.data) + base + e)
+                  : load_four(of_row, base + e, base + in.d);
       float4 r[COUNT];
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) r[i] = load(from[i] + e);
@@ -122,11 +132,11 @@ struct Settle {
   }
 
   // That of the row's own source, in all blocks.
-  __device__ __forceinline__ double score_of_source(const Row& row) const {
+  __device__ __forceinline__ double score_of_source(const Row& row, const Array& x) const {
     double square = 0;
 #pragma unroll 1
     for (int64_t e = tid; e < in.d; e += THREADS) {
-      const double gap = row.sign * load_as<double>(in.x, row.index * in.d + e) -
+      const double gap = row.sign * load_as<double>(x, row.index * in.d + e) -
                          row.alpha * load_as<double>(in.source, row.index * in.d + e);
       square = fma(gap, gap, square);
     }
@@ -136,14 +146,33 @@ struct Settle {
   // A row once more.
   __device__ void operator()(int64_t index) const {
     const Row row = row_coefficients(in, index);
+    const Array x = x_of(in, index), out = out_of(in, index);
     const int64_t group = in.labels ? in.labels[index] : 0;
     const int64_t first = group < 0 ? 0 : group * in.m,
                   all = group < 0 ? in.k * in.m : valid_count(in, group);
+    double held[Crew::HELD > 0 ? Crew::HELD : 1];
+    const auto add_earlier = [&](int64_t e, double by, double (&v)[4]) {
+      if constexpr (Crew::HELD > 0) {
+        const int at = static_cast<int>(e - low) / (4 * THREADS) * 4;
+        for (int k = 0; k < 4; ++k) v[k] = fma(by, held[at + k], v[k]);
+      } else {
+        add_sums(sums + (e - low), by, v);
+      }
+    };
+    const auto keep_sums = [&](int64_t e, const double (&v)[4]) {
+      if constexpr (Crew::HELD > 0) {
+        const int at = static_cast<int>(e - low) / (4 * THREADS) * 4;
+        for (int k = 0; k < 4; ++k) held[at + k] = v[k];
+      } else {
+        store_sums(sums + (e - low), v);
+      }
+    };
     // Where elements are few, several threads take the same ones of other references.
     const int lanes = static_cast<int>(min((high - low + 3) / 4, int64_t{THREADS}));
-    const int shares = lanes > 0 ? THREADS / lanes : 1, share = lanes > 0 ? tid / lanes : 0;
+    const int shares = lanes > 0 && Crew::HELD == 0 ? THREADS / lanes : 1,
+              share = lanes > 0 ? tid / lanes : 0;
     double best = -INFINITY, total = 0, own = 0;  // own: the weight of the source
-    if (in.source.data) best = score_of_source(row), total = own = 1;
+    if (in.source.data) best = score_of_source(row, x), total = own = 1;
 #pragma unroll 1
     for (int64_t begin = 0; begin < all; begin += REFS) {
       const int64_t mine = begin + crew.rank * OWN;
@@ -151,7 +180,7 @@ struct Settle {
 #pragma unroll 1
       for (int j = AT_ONCE * warp; j < OWN; j += AT_ONCE * WARPS) {
         double scores[AT_ONCE] = {};
-        if (mine + j < all) score(row, first + mine + j, first + all - 1, scores);
+        if (mine + j < all) score(row, x, first + mine + j, first + all - 1, scores);
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
           const int64_t at = mine + j + i;
@@ -190,7 +219,7 @@ struct Settle {
 #pragma unroll 1
       for (int64_t e = low + 4 * (tid % lanes); e < high; e += 4 * lanes) {
         double v[4] = {};
-        if (begin > 0 && share == 0) add_sums(sums + (e - low), keep, v);
+        if (begin > 0 && share == 0) add_earlier(e, keep, v);
 #pragma unroll 4
         for (int h = share; h < shared.count; h += shares) {
           const int j = shared.heavy[h];
@@ -202,7 +231,7 @@ struct Settle {
           v[3] = fma(weight, static_cast<double>(r.w), v[3]);
         }
         if (shares == 1) {
-          store_sums(sums + (e - low), v);
+          keep_sums(e, v);
         } else {  // once
 #pragma unroll
           for (int k = 0; k < 4; ++k) shared.shares[tid][k] = v[k];
@@ -222,12 +251,12 @@ struct Settle {
 #pragma unroll 1
     for (int64_t e = low + 4 * tid; e < high; e += 4 * THREADS) {
       double v[4] = {};
-      if (all > 0) add_sums(sums + (e - low), 1, v);
+      if (all > 0) add_earlier(e, 1, v);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int64_t at = index * in.d + e + k;
         if (own != 0) v[k] = fma(own, load_as<double>(in.source, at), v[k]);
-        store_as(in.out, at, fma(row.a, load_as<double>(in.x, at), row.b / total * v[k]));
+        store_as(out, at, fma(row.a, load_as<double>(x, at), row.b / total * v[k]));
       }
     }
     if (in.lse.data && low == 0 && tid == 0) write_lse(in, index, {best, total, 0, 0});

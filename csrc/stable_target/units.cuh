@@ -15,9 +15,9 @@ struct Unit {
   int64_t count;  // valid references
   int64_t tiles;  // of its references; at least one, which holds none where a row has only its own source
   int first;      // of its rows, in UnitList::order
-  int rows;
-  int alone;   // no other unit has this group
-  int weight;  // what a tile costs
+  uint8_t rows;
+  bool alone;       // no other unit has this group
+  uint16_t weight;  // what a tile costs
 };
 
 struct UnitList {
@@ -407,7 +407,13 @@ __device__ __forceinline__ void build_short_list(const Inputs& in, const UnitLis
   }
   if (leads) {
     const int number = static_cast<int>(begin >> 10 & 1023) + place / MOST_ROWS;
-    list.units[number] = {label, count, tiles, first, rows, all <= MOST_ROWS, list.weight(rows)};
+    list.units[number] = {label,
+                          count,
+                          tiles,
+                          first,
+                          static_cast<uint8_t>(rows),
+                          all <= MOST_ROWS,
+                          static_cast<uint16_t>(list.weight(rows))};
     list.begins[number] = (begin >> 20) + place / MOST_ROWS * list.cost(tiles, MOST_ROWS);
   }
   const int heaviest = __reduce_max_sync(ALL, leads ? list.weight(rows) : 0);
