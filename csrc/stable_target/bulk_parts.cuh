@@ -606,10 +606,14 @@ __device__ __forceinline__ void write_lse(const Inputs& in, int64_t index, const
 
 // What the rounding of its scores, `error`, may do to a row, beside its size, by one standard deviation:
 // weights that are off at random move the mean by that, times the root of the sum of their squares, as far as
-// references are apart, and these are about as far apart as results are large. NaN where the row is.
+// references are apart, and these are about as far apart as results are large. NaN where the row is. A
+// reference that is there several times, as at an epoch's end, has equal scores and no error: the weights are
+// a multiple of one. Scores that are equal by chance are as rare as their error is small.
 __device__ __forceinline__ float error_of_row(float error, const PartRow& all) {
   const float lead = __fdividef(all.lead, static_cast<float>(all.total)),
               spread = __fdividef(static_cast<float>(all.total - all.lead), static_cast<float>(all.total));
+  const float times = __fdividef(static_cast<float>(all.total), all.lead);
+  if (error < 0.01f && times < 64 && fabsf(times - rintf(times)) < 1e-5f * times) return 0;
   return error * sqrtf(lead) * spread;
 }
 constexpr float MOST_ERROR_OF_SCORES = 1.2e-6f;

@@ -239,11 +239,12 @@ struct Settle {
       }
       if (shares > 1) {
         crew.wait();
-        if (tid < 4 * lanes && low + tid < high) {
+#pragma unroll 1
+        for (int i = tid; i < 4 * lanes && low + i < high; i += THREADS) {
           double sum = 0;
 #pragma unroll 4
-          for (int s = 0; s < shares; ++s) sum += shared.shares[s * lanes + tid / 4][tid % 4];
-          __stcg(sums + tid, sum);
+          for (int s = 0; s < shares; ++s) sum += shared.shares[s * lanes + i / 4][i % 4];
+          __stcg(sums + i, sum);
         }
       }
       crew.wait_for_all();  // all have read the scores
