@@ -168,7 +168,7 @@ struct Settle {
       }
     };
     // Where elements are few, several threads take the same ones of other references.
-    const int lanes = static_cast<int>(min((high - low + 3) / 4, int64_t{THREADS}));
+    const int lanes = static_cast<int>(min(max((high - low + 3) / 4, int64_t{1}), int64_t{THREADS}));
     const int shares = lanes > 0 && Crew::HELD == 0 ? THREADS / lanes : 1,
               share = lanes > 0 ? tid / lanes : 0;
     double best = -INFINITY, total = 0, own = 0;  // own: the weight of the source
