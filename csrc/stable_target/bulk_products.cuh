@@ -3,8 +3,8 @@
 // by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements. A tile of eight
 // references, or of eight times BLOCKS, is scored by all warps. One more warp adds up their shares of the
 // scores, runs the online softmax and hands weights back, with which they add the tile to the rows, if there
-// is anything to add; meanwhile they score the next tile. The list of units, the
-// announcer and the ranges of the list that blocks have: as in bulk_groups.cuh.
+// is anything to add; meanwhile they score the next tile. The list of units, the announcer and the ranges of
+// the list that blocks have: as in bulk_groups.cuh.
 //
 // At the end of a segment a warp stores its sums as they are and goes on; the one that weighs leaves what
 // they are relative to. Rows' parts are put together, and sources added, in a launch that follows (end_kernel
