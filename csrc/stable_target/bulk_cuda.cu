@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   constexpr int ELEMENTS = merge_elements(SHARES), PAIRS = ELEMENTS / 2;
   __shared__ double2 sums[SHARES][PAIRS];
   const int tid = threadIdx.x, share = tid / PAIRS, pair = tid % PAIRS;
-  const int chunks = static_cast<int>((in.d + ELEMENTS - 1) / ELEMENTS);
+  const int chunks = static_cast<int>(ceil_div(in.d, ELEMENTS));
   const int u = static_cast<int>(blockIdx.x) / chunks, chunk = static_cast<int>(blockIdx.x) % chunks;
   const int64_t e = chunk * ELEMENTS + 2 * pair;
   const int rank = static_cast<int>(e / slice), local = static_cast<int>(e - rank * slice);
@@ -135,8 +135,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
       store_as(out, at, row.a * x[0] + row.b * (sum.x / total));
       store_as(out, at + 1, row.a * x[1] + row.b * (sum.y / total));
     }
-    if (in.lse.data && chunk == 0 && tid == 0)
-      store_as(lse_of(in, index), index, log(total) + LOG_2 * best + 0.5 * static_cast<double>(in.d));
+    if (in.lse.data && chunk == 0 && tid == 0) write_lse(in, index, {best, total});
     __syncthreads();  // weights and sums are read above and overwritten next
   }
 }
@@ -237,8 +236,7 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
                     static_cast<float>(fma(left.a, static_cast<double>(mine[v].z), by * sum[2])),
                     static_cast<float>(fma(left.a, static_cast<double>(mine[v].w), by * sum[3])));
   }
-  if (in.lse.data && chunk == 0 && threadIdx.x == 0)
-    store_as(in.lse, index, log(total) + LOG_2 * best + 0.5 * static_cast<double>(in.d));
+  if (in.lse.data && chunk == 0 && threadIdx.x == 0) store_as(in.lse, index, lse_of_row(in, {best, total}));
 }
 
 template <int LANES, int VECTORS>
@@ -246,17 +244,8 @@ bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts,
                    cudaStream_t stream) {
   const int64_t grid = in.n * ceil_div(in.d, 4 * LANES * VECTORS);
   if (LANES < END_THREADS && grid > 4 * blocks) return false;
-  cudaLaunchAttribute overlaps{};
-  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlaps.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(END_THREADS);
-  config.dynamicSmemBytes = blocks * sizeof(double);
-  config.stream = stream;
-  config.attrs = &overlaps;
-  config.numAttrs = 1;
-  check_cuda(op, cudaLaunchKernelEx(&config, end_kernel<LANES, VECTORS>, in, parts));
+  launch_following(op, true, end_kernel<LANES, VECTORS>, dim3(static_cast<unsigned>(grid)), END_THREADS,
+                   blocks * sizeof(double), stream, in, parts);
   return true;
 }
 
@@ -306,19 +295,10 @@ void merge_parts(const char* op, const Inputs& in, const UnitList& list, const B
                  int64_t slices, int64_t slice, int rows, int64_t teams, cudaStream_t stream) {
   const bool many = teams >= MERGE_MANY * ceil_div(in.n, rows);
   const int64_t chunks = ceil_div(in.d, merge_elements(many ? MERGE_MANY_SHARES : MERGE_SHARES));
-  cudaLaunchAttribute overlaps{};
-  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlaps.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(in.n * chunks));
-  config.blockDim = dim3(MERGE_THREADS);
-  config.dynamicSmemBytes = teams * sizeof(double);
-  config.stream = stream;
-  config.attrs = &overlaps;
-  config.numAttrs = 1;
   const auto kernel = many ? merge_kernel<MERGE_MANY_SHARES> : merge_kernel<MERGE_SHARES>;
-  check_cuda(
-      op, cudaLaunchKernelEx(&config, kernel, in, list, parts, static_cast<int>(slices), slice, rows, teams));
+  launch_following(op, true, kernel, dim3(static_cast<unsigned>(in.n * chunks)), MERGE_THREADS,
+                   teams * sizeof(double), stream, in, list, parts, static_cast<int>(slices), slice, rows,
+                   teams);
 }
 
 int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig_t& config, int size) {

@@ -99,17 +99,8 @@ struct Launch : BulkLaunch {
     check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(plan.smem_bytes)));
-    cudaLaunchAttribute overlaps{};
-    overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlaps.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
-    config.blockDim = dim3(GROUPS_CONSUMERS + BULK_PRODUCERS);
-    config.dynamicSmemBytes = plan.smem_bytes;
-    config.stream = stream;
-    config.attrs = &overlaps;
-    config.numAttrs = after_ours ? 1 : 0;
-    check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
+    launch_following(op, after_ours, kernel, dim3(static_cast<unsigned>(plan.blocks)),
+                     GROUPS_CONSUMERS + BULK_PRODUCERS, plan.smem_bytes, stream, in, list, parts, layout);
   }
 
   bool vectors() const {
@@ -166,8 +157,7 @@ struct Launch : BulkLaunch {
 
     const int64_t blocks = teams * layout.slices, counts = in.n * layout.slices;
     Carver carver(workspace);
-    const UnitList list =
-        place_unit_list(carver.take<char>(unit_list_bytes(in.n, in.k)), in.n, in.k, plan.costs);
+    const UnitList list = carve_list(carver);
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * blocks * layout.slice);
     parts.rows = carver.take<PartRow>(2 * blocks);

@@ -556,9 +556,11 @@ __device__ __forceinline__ void store_row(const Inputs& in, const RowPlace& plac
 }
 
 // Plus D/2, which depends on the row alone: typical values stay small, and float32 keeps their digits.
+__device__ __forceinline__ double lse_of_row(const Inputs& in, const PartRow& all) {
+  return log(all.total) + LOG_2 * all.log2_weight + 0.5 * static_cast<double>(in.d);
+}
 __device__ __forceinline__ void write_lse(const Inputs& in, int64_t index, const PartRow& all) {
-  store_as(lse_of(in, index), index,
-           log(all.total) + LOG_2 * all.log2_weight + 0.5 * static_cast<double>(in.d));
+  store_as(lse_of(in, index), index, lse_of_row(in, all));
 }
 
 // Whether it was the last of the row's parts.

@@ -885,7 +885,7 @@ void launch(const char* op, Kernel* kernel, const Inputs& in, const Many& many, 
             cudaStream_t stream) {
   check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(MANY_SMEM_BYTES)));
-  launch_following(op, kernel, dim3(static_cast<unsigned>(many.blocks / 2 * 2)), MANY_THREADS,
+  launch_following(op, true, kernel, dim3(static_cast<unsigned>(many.blocks / 2 * 2)), MANY_THREADS,
                    MANY_SMEM_BYTES, stream, in, many, args);
 }
 

@@ -233,21 +233,6 @@ __device__ inline void follow_previous() {
   allow_next_launch();
   wait_for_previous_launch();
 }
-template <typename... Params, typename... Args>
-void launch_following(const char* op, void (*kernel)(Params...), dim3 grid, int threads, int64_t bytes,
-                      cudaStream_t stream, const Args&... args) {
-  cudaLaunchAttribute overlaps{};
-  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlaps.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  config.attrs = &overlaps;
-  config.numAttrs = 1;
-  check_cuda(op, cudaLaunchKernelEx(&config, kernel, args...));
-}
 
 void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream);
 void launch_many_sum(const char* op, const Inputs& in, const Many& many, cudaStream_t stream);

@@ -1195,7 +1195,7 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
   const int merge_bytes = in.d > LISTED_D ? 0 : static_cast<int>(LISTS * LISTED * 2 * in.d);
   check_cuda(op, cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, merge_bytes));
   const auto launch = [&](auto* kernel, dim3 grid, int threads, int64_t bytes, const auto&... more) {
-    launch_following(op, kernel, grid, threads, bytes, stream, more...);
+    launch_following(op, true, kernel, grid, threads, bytes, stream, more...);
   };
   if (many.order) {
     const int bytes = static_cast<int>(in.n * sizeof(float));

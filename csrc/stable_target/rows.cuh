@@ -30,8 +30,7 @@ struct Inputs {                     // all arrays contiguous on the device
   const int64_t* mailboxes = nullptr;
   int64_t rows_each = 0, x_at = 0, mean_at = 0, lse_at = 0;  // bytes into each
   int part = 0;
-  const Gather* gather =
-      nullptr;  // of the host: begins the round, in the launch that makes the list of units
+  const Gather* gather = nullptr;  // on the host: what begins the round, beside the list of units
 };
 
 __device__ inline int64_t owner_of(const Inputs& in, int64_t index) {

@@ -695,14 +695,9 @@ bool launch_if(const char* op, const Inputs& in, const Plan& plan, const Round& 
   check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM));
   kernel<<<grid, 32 * WARPS, SMEM, stream>>>(in, round);
   check_launch(op);
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks(MERGE_ROWS), static_cast<unsigned>(in.d));
-  config.blockDim = dim3(MERGE_ROWS * MERGE_SHARES);
-  config.stream = stream, config.attrs = &early, config.numAttrs = plan.early_merge ? 1 : 0;
-  check_cuda(op, cudaLaunchKernelEx(&config, merge_kernel<D>, in, round));
+  launch_following(op, plan.early_merge, merge_kernel<D>,
+                   dim3(blocks(MERGE_ROWS), static_cast<unsigned>(in.d)), MERGE_ROWS * MERGE_SHARES, 0,
+                   stream, in, round);
   return true;
 }
 

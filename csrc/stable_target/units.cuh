@@ -208,6 +208,34 @@ __device__ __forceinline__ void read_rows(const Inputs& in, ListScratch& scratch
   read_groups(in, scratch);
 }
 
+// Inclusive, over the lanes of a warp. A loop: code that runs once takes longer to come than to run.
+__device__ __forceinline__ int64_t prefix_sums(int64_t v, int lane) {
+#pragma unroll 1
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int64_t other = __shfl_up_sync(0xffffffffu, v, offset);
+    if (lane >= offset) v += other;
+  }
+  return v;
+}
+
+// By a warp: UnitList::group_tiles of all k groups; their tiles and references are added to what is given.
+// Several warps may do it, who write the same.
+template <typename Count, typename Tiles>
+__device__ __forceinline__ void scan_groups_in_warp(const UnitList& list, int k, int lane,
+                                                    const Count& count_of, const Tiles& tiles_of,
+                                                    int64_t& all_tiles, int64_t& all_references) {
+#pragma unroll 1
+  for (int base = 0; base < k; base += 32) {
+    const int group = base + lane;
+    const int64_t here = group < k ? count_of(group) : 0;
+    const int64_t up_to = prefix_sums(tiles_of(here), lane);
+    if (group < k) list.group_tiles[group + 1] = all_tiles + up_to;
+    all_tiles += __shfl_sync(0xffffffffu, up_to, 31);
+    all_references += __shfl_sync(0xffffffffu, prefix_sums(here, lane), 31);
+  }
+  if (lane == 0) list.group_tiles[0] = 0;
+}
+
 // The same list by THREADS threads, `tid` among them, with a barrier of theirs. Nothing is sorted, and the
 // code is short: nothing can be read before it is done.
 template <int THREADS, int ROWS, typename Barrier>
@@ -219,21 +247,13 @@ __device__ __forceinline__ void build_short_list(const Inputs& in, const UnitLis
   static_assert(ROWS < 1 << BITS && ROWS % 256 == 0, "sums are three in one");
   const int n = static_cast<int>(in.n), k = static_cast<int>(in.k), lane = tid % 32;
   const unsigned earlier_lanes = (1u << lane) - 1;
-  const auto prefix_sums = [&](int64_t v) {  // inclusive
-#pragma unroll 1
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int64_t other = __shfl_up_sync(ALL, v, offset);
-      if (lane >= offset) v += other;
-    }
-    return v;
-  };
   // All rows, 32 of them side by side in a warp.
   const auto rows = [&](const auto& visit) {
 #pragma unroll 1
     for (int i = tid; i - lane < n; i += THREADS) visit(i, i / 32);
   };
-  const auto tiles_of_group = [&](int group) {
-    return static_cast<int>((static_cast<unsigned>(scratch.counts[group]) + tile_refs - 1) / tile_refs);
+  const auto tiles_of_references = [&](int64_t count) {  // fewer than 2^31: no division of 64 bits
+    return static_cast<int>((static_cast<unsigned>(count) + tile_refs - 1) / tile_refs);
   };
 
   int64_t all_tiles = -1, all_references = 0;  // of all groups, where a row of this warp takes them
@@ -241,15 +261,9 @@ __device__ __forceinline__ void build_short_list(const Inputs& in, const UnitLis
     int key = i < n ? scratch.keys[i] : -1;
     if (__any_sync(ALL, key == 0) && all_tiles < 0) {
       all_tiles = 0;
-#pragma unroll 1
-      for (int base = 0; base < k; base += 32) {
-        const int64_t here = base + lane < k ? scratch.counts[base + lane] : 0;
-        const int64_t up_to = prefix_sums(base + lane < k ? tiles_of_group(base + lane) : 0);
-        if (base + lane < k) list.group_tiles[base + lane + 1] = all_tiles + up_to;  // the same from all
-        all_tiles += __shfl_sync(ALL, up_to, 31);
-        all_references += __shfl_sync(ALL, prefix_sums(here), 31);
-      }
-      if (lane == 0) list.group_tiles[0] = 0;
+      scan_groups_in_warp(
+          list, k, lane, [&](int group) { return scratch.counts[group]; }, tiles_of_references, all_tiles,
+          all_references);
     }
     if (key >= 0 && !in.source.data && (key == 0 ? all_references : scratch.counts[key - 1]) == 0) key = -1;
     if (i < n) scratch.keys[i] = key;
@@ -264,7 +278,7 @@ __device__ __forceinline__ void build_short_list(const Inputs& in, const UnitLis
 
   const int warps = (n + 31) / 32;
   const auto tiles_of = [&](int key) {
-    const int64_t tiles = key == 0 ? all_tiles : tiles_of_group(key - 1);
+    const int64_t tiles = key == 0 ? all_tiles : tiles_of_references(scratch.counts[key - 1]);
     return tiles > 0 ? tiles : 1;
   };
   // Sums over the groups in the order of their first rows: cost, units and rows, three in one.
@@ -289,7 +303,7 @@ __device__ __forceinline__ void build_short_list(const Inputs& in, const UnitLis
         sum = cost << 2 * BITS | (whole + (rest > 0)) << BITS | all;
       }
     }
-    const int64_t up_to = prefix_sums(sum);
+    const int64_t up_to = prefix_sums(sum, lane);
     if (i < n) scratch.begins[i] = up_to - sum;
     if (lane == 31) scratch.sums[warp] = up_to;
   });
@@ -298,7 +312,7 @@ __device__ __forceinline__ void build_short_list(const Inputs& in, const UnitLis
     int64_t sum = 0;
 #pragma unroll 1
     for (int w = lane; w < warp; w += 32) sum += scratch.sums[w];
-    return __shfl_sync(ALL, prefix_sums(sum), 31);
+    return __shfl_sync(ALL, prefix_sums(sum, lane), 31);
   };
   rows([&](int i, int warp) {
     const int64_t before = sums_before(warp);
@@ -360,27 +374,13 @@ __device__ __forceinline__ void build_list_in_warp(const Inputs& in, const UnitL
   constexpr unsigned ALL = 0xffffffffu;
   const int n = static_cast<int>(in.n), k = static_cast<int>(in.k);
   const unsigned earlier = (1u << lane) - 1;
-  const auto warp_sums = [&](int64_t v) {  // inclusive
-#pragma unroll 1
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int64_t other = __shfl_up_sync(ALL, v, offset);
-      if (lane >= offset) v += other;
-    }
-    return v;
-  };
   int64_t label = lane < n && in.labels ? in.labels[lane] : 0;
   bool reads = lane < n && row_is_finite(in, lane) && label >= -1 && label < k;
   int64_t all_tiles = 0, all_references = 0;
   if (__any_sync(ALL, reads && label < 0)) {
-#pragma unroll 1
-    for (int base = 0; base < k; base += 32) {
-      const int64_t here = base + lane < k ? valid_count(in, base + lane) : 0;
-      const int64_t up_to = warp_sums(ceil_div(here, TILE_REFS));
-      if (base + lane < k) list.group_tiles[base + lane + 1] = all_tiles + up_to;
-      all_tiles += __shfl_sync(ALL, up_to, 31);
-      all_references += __shfl_sync(ALL, warp_sums(here), 31);
-    }
-    if (lane == 0) list.group_tiles[0] = 0;
+    scan_groups_in_warp(
+        list, k, lane, [&](int group) { return valid_count(in, group); },
+        [](int64_t count) { return ceil_div(count, TILE_REFS); }, all_tiles, all_references);
   }
   const int64_t count = !reads ? 0 : label < 0 ? all_references : valid_count(in, label);
   reads = reads && (in.source.data || count > 0);
@@ -395,7 +395,7 @@ __device__ __forceinline__ void build_list_in_warp(const Inputs& in, const UnitL
     sum = (whole * list.cost(tiles, MOST_ROWS) + (rest > 0 ? list.cost(tiles, rest) : 0)) << 20 |
           (whole + (rest > 0)) << 10 | all;
   }
-  const int64_t up_to = warp_sums(sum), total = __shfl_sync(ALL, up_to, 31);
+  const int64_t up_to = prefix_sums(sum, lane), total = __shfl_sync(ALL, up_to, 31);
   const int64_t begin = __shfl_sync(ALL, up_to - sum, __ffs(same) - 1);
   const bool leads = reads && place % MOST_ROWS == 0;
   const int rows = min(left, MOST_ROWS), first = static_cast<int>(begin & 1023) + place;
