@@ -43,6 +43,13 @@ __device__ inline uint32_t peer_address(uint32_t shared, int rank) {
   return out;
 }
 
+// Between barriers of the cluster.
+__device__ inline double load_from_peer(uint32_t from) {
+  double v = 0;
+  SVEL_HOPPER_ASM("ld.shared::cluster.f64 %0, [%1];" : "=d"(v) : "r"(from) : "memory");
+  return v;
+}
+
 // Values to an address of the cluster; their bytes arrive on `barrier`, in the same block.
 __device__ inline void send(uint32_t to, uint32_t barrier, float a) {
   SVEL_HOPPER_ASM("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to),

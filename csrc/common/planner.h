@@ -14,8 +14,9 @@ struct Problem {
   bool refs_bf16 = false;              // of the two types of two bytes
   bool aligned = true;                 // every reference starts at a multiple of 16 bytes
   bool has_source = false;
-  bool vectors = true;  // x, source and out are float32, aligned to 16 bytes, of this process
-  bool pool = true;     // the pool kernel may serve: not for rows that it leaves
+  bool vectors = true;       // x, source and out are float32, aligned to 16 bytes
+  bool shared_rows = false;  // with other processes, to which results go
+  bool pool = true;          // the pool kernel may serve: not for rows that it leaves
   int sm_count = 132;
   double bandwidth = 3.35e12;   // of the device's memory, bytes per second as specified
   int64_t smem_limit = 232448;  // bytes of shared memory that a block may ask for
@@ -80,6 +81,7 @@ constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
   return (unit_list_bytes(n, k) + 127) / 128 * 128;
 }
 constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before the first copies
+constexpr int64_t SETTLE_SMEM = 29056;        // the same, after the last ones (bulk_settle.cuh)
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
 constexpr int PRODUCTS_STAGES = 3, PRODUCTS_ROWS = 2;  // rows of a unit

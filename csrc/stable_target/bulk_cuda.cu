@@ -90,6 +90,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   const int u = static_cast<int>(blockIdx.x) / chunks, chunk = static_cast<int>(blockIdx.x) % chunks;
   const int64_t e = chunk * ELEMENTS + 2 * pair;
   const int rank = static_cast<int>(e / slice), local = static_cast<int>(e - rank * slice);
+  allow_next_launch();
   wait_for_previous_launch();
   const Unit unit = list.units[u];
   if (u >= list.sizes[0]) return;
@@ -112,13 +113,17 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
       x[0] = load_as<double>(x_of(in, index), at), x[1] = load_as<double>(x_of(in, index), at + 1);
     const Row row = row_coefficients(in, index);
     const double best = block_max<double>(top, scratch);
-    double all = 0;
+    double share_of_all = 0;
+    float lead = 0, scale = 0;
     for (int j = tid; j < count; j += MERGE_THREADS) {
       const PartRow part = parts.rows[part_of(j, 0)];
       weights[j] = exp2(part.log2_weight - best);
-      all += weights[j] * part.total;
+      share_of_all += weights[j] * part.total;
+      lead = fmaxf(lead, static_cast<float>(weights[j]) * part.lead), scale = fmaxf(scale, part.scale);
     }
-    const double total = block_sum<double>(all, scratch);
+    const PartRow all{best, block_sum<double>(share_of_all, scratch),
+                      static_cast<float>(block_max<double>(lead, scratch)),
+                      static_cast<float>(block_max<double>(scale, scratch))};
     double2 sum = make_double2(0, 0);
     if (e < in.d) {
 #pragma unroll 9
@@ -132,29 +137,35 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
     if (share == 0 && e < in.d) {
       for (int other = 1; other < SHARES; ++other) sum.x += sums[other][pair].x, sum.y += sums[other][pair].y;
       const Array out = out_of(in, index);
-      store_as(out, at, row.a * x[0] + row.b * (sum.x / total));
-      store_as(out, at + 1, row.a * x[1] + row.b * (sum.y / total));
+      store_as(out, at, row.a * x[0] + row.b * (sum.x / all.total));
+      store_as(out, at + 1, row.a * x[1] + row.b * (sum.y / all.total));
     }
-    if (in.lse.data && chunk == 0 && tid == 0) write_lse(in, index, {best, total});
+    if (chunk == 0 && tid == 0) finish_row(in, parts, {}, index, all, nullptr);
     __syncthreads();  // weights and sums are read above and overwritten next
   }
 }
 
 constexpr int END_THREADS = 128;
 
+__device__ __noinline__ void settle_at_end(const Inputs& in, int64_t index, SettleAtEnd& shared) {
+  const Settle<__half, EndCrew> settle{in, {static_cast<int>(threadIdx.x)}, shared, nullptr, 0, in.d};
+  settle(index);
+}
+
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
-// take LANES by LANES shares of the parts. Grid: rows x chunks of D.
+// take LANES by LANES shares of the parts. A row that its scores may have got wrong the row's first block
+// evaluates again. Grid: rows x chunks of D.
 template <int LANES, int VECTORS>
 __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
-    end_kernel(const Inputs in, const ProductsParts parts) {
+    end_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
   constexpr int SHARES = END_THREADS / LANES;
   extern __shared__ double weights[];  // (blocks,) of the row's other parts
   __shared__ double scratch[33], sums[SHARES][VECTORS][LANES][4];
+  __shared__ SettleAtEnd settling;
   const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
   const int64_t index = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const int lane = threadIdx.x % LANES, share = threadIdx.x / LANES;
-  const float* const x = static_cast<const float*>(in.x.data) + index * in.d;
-  float* const out = static_cast<float*>(in.out.data) + index * in.d;
+  const float* const x = static_cast<const float*>(in.x.data) + index * in.d;  // parts give means: a = 0
   int64_t at[VECTORS];
   bool within[VECTORS];
   float4 mine[VECTORS], first[VECTORS];
@@ -162,21 +173,24 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
   for (int v = 0; v < VECTORS; ++v) {
     at[v] = 4 * ((chunk * VECTORS + v) * LANES + lane), within[v] = at[v] < in.d;
     mine[v] = first[v] = make_float4(0, 0, 0, 0);
-    if (within[v] && share == 0) mine[v] = *reinterpret_cast<const float4*>(x + at[v]);
+    if (within[v] && share == 0 && !in.mailboxes) mine[v] = *reinterpret_cast<const float4*>(x + at[v]);
   }
   wait_for_previous_launch();
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    if (within[v] && share == 0) first[v] = __ldcg(reinterpret_cast<const float4*>(out + at[v]));
+    if (within[v] && share == 0)
+      first[v] = __ldcg(reinterpret_cast<const float4*>(parts.firsts + index * in.d + at[v]));
   }
   const ProductsRow left = parts.rows[index];
   const int others = left.to - left.from;  // negative: nothing to read
   const auto part_of = [&](int j) { return (left.from + 1 + j) * PRODUCTS_ROWS + left.row; };
-  double total = others < 0 ? NAN : left.own.total, best = left.own.log2_weight, by_first = 1, by_source = 0;
+  PartRow all = left.own;
+  if (others < 0) all.total = NAN;
+  double by_first = 1, by_source = 0;
   const float* source = nullptr;
   if (in.source.data && others >= 0) source = static_cast<const float*>(in.source.data) + index * in.d;
   if (others > 0 || source) {
-    double top = best;
+    double top = all.log2_weight;
     if (source) {  // a part like any other
       const Row row = row_coefficients(in, index);
       double score = 0, square = 0;
@@ -194,18 +208,28 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
       const double other = parts.others[part_of(j)].log2_weight;
       top = top >= other || other != other ? top : other;
     }
-    best = block_max<double>(top, scratch);
+    all.log2_weight = block_max<double>(top, scratch);
     double of_others = 0;
+    float lead = 0, scale = 0;
     for (int j = threadIdx.x; j < others; j += END_THREADS) {
       const PartRow part = parts.others[part_of(j)];
-      weights[j] = exp2(part.log2_weight - best);
+      weights[j] = exp2(part.log2_weight - all.log2_weight);
       of_others = fma(weights[j], part.total, of_others);
+      lead = fmaxf(lead, static_cast<float>(weights[j]) * part.lead), scale = fmaxf(scale, part.scale);
     }
-    by_first = exp2(left.own.log2_weight - best);
-    by_source = source ? exp2(by_source - best) : 0;
-    total = block_sum<double>(of_others, scratch) + fma(by_first, total, by_source);
+    by_first = exp2(left.own.log2_weight - all.log2_weight);
+    by_source = source ? exp2(by_source - all.log2_weight) : 0;
+    all.total = block_sum<double>(of_others, scratch) + fma(by_first, all.total, by_source);
+    lead = fmaxf(block_max<float>(lead, reinterpret_cast<float*>(scratch)), static_cast<float>(by_source));
+    all.lead = fmaxf(lead, static_cast<float>(by_first) * all.lead);
+    all.scale = fmaxf(block_max<float>(scale, reinterpret_cast<float*>(scratch)), all.scale);
   }
-  const double by = left.b / total;
+  if (error_of_row(all.scale, all) > MOST_ERROR_OF_SCORES) {
+    if (chunk == 0) settle_at_end(in, index, settling);
+    return;
+  }
+  const double by = left.b / all.total;
+  const Array out = out_of(in, index);
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     double sum[4] = {by_first * first[v].x, by_first * first[v].y, by_first * first[v].z,
@@ -230,13 +254,13 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     }
     if (!within[v] || share > 0) continue;
     if (source) add(by_source, *reinterpret_cast<const float4*>(source + at[v]));
-    *reinterpret_cast<float4*>(out + at[v]) =
+    *reinterpret_cast<float4*>(static_cast<float*>(out.data) + index * in.d + at[v]) =
         make_float4(static_cast<float>(fma(left.a, static_cast<double>(mine[v].x), by * sum[0])),
                     static_cast<float>(fma(left.a, static_cast<double>(mine[v].y), by * sum[1])),
                     static_cast<float>(fma(left.a, static_cast<double>(mine[v].z), by * sum[2])),
                     static_cast<float>(fma(left.a, static_cast<double>(mine[v].w), by * sum[3])));
   }
-  if (in.lse.data && chunk == 0 && threadIdx.x == 0) store_as(in.lse, index, lse_of_row(in, {best, total}));
+  if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
 }
 
 template <int LANES, int VECTORS>

@@ -20,7 +20,8 @@
 // Weights are 2^(s_j - top) with `top` an integer no smaller than all scores of the group so far (in units of
 // log 2): when it grows, sums are multiplied by a power of two, which rounds nothing. At the end of a segment
 // the groups of a row add their sums in float64: so the number of references does not matter. |y|^2, in
-// float64 too, tells how classes compare, for rows that take all of them and for lse.
+// float64 too, tells how classes compare, for rows that take all of them and for lse. Where the rounding of
+// scores may show in a row, it is evaluated again (bulk_settle.cuh).
 //
 // Where a unit lies in one block, that is the row's result. Else it is a part in memory, and the last block
 // to finish merges the parts, always in their order: results do not depend on who comes last. merge_kernel
@@ -36,7 +37,7 @@
 // rows' groups have met at the end. Groups beyond the unit's rows pass through its tiles for that reason.
 #pragma once
 
-#include "stable_target/bulk_parts.cuh"
+#include "stable_target/bulk_settle.cuh"
 
 namespace svel::cuda {
 
@@ -52,8 +53,9 @@ struct GroupsLayout {
 };
 
 struct GroupState {
-  double top;   // weights are 2^(score - top)
-  float total;  // of the weights
+  double top;         // weights are 2^(score - top)
+  float total;        // of the weights
+  float lead, worst;  // the largest of them; the largest score, either way
 };
 
 template <int G, int WARPS, int TR, int ROWS>
@@ -71,6 +73,7 @@ struct GroupsShared {
   Barrier filed, closed;  // a part is in memory; the clerk is done
   int unmerged;           // rows that the clerk has found to be complete
   RowEnd rows_left[ROWS];
+  int doubtful;  // the first of the rows to be settled
 };
 
 // T: of the references. A group of GT threads owns Q elements of D each. TR: references per tile, which a
@@ -357,7 +360,9 @@ struct Groups {
       for (int q = 0; q < Q; q += 4)
         *reinterpret_cast<float4*>(to + element(q / EV) + q % EV) =
             make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
-      if (thread() == 0) shared().states[group()] = {mine.scores.top, mine.scores.total};
+      if (thread() == 0)
+        shared().states[group()] = {mine.scores.top, mine.scores.total, mine.scores.lead(),
+                                    mine.scores.worst};
     } else if (flags & SEGMENT_PART_END && others == 0) {  // on their way meanwhile
 #pragma unroll
       for (int q = 0; q < Q; q += 4) {
@@ -380,20 +385,29 @@ struct Groups {
     const float scale = power_of_two(mine.scores.top - best);
     double total = static_cast<double>(scale) * static_cast<double>(mine.scores.total);
     double source = static_cast<double>(scale) * static_cast<double>(mine.source);
+    float lead = scale * fmaxf(mine.scores.lead(), mine.source), worst = mine.scores.worst;
 #pragma unroll 1
-    for (int g = group() + 1; g < group() + used; ++g)
-      total = fma(static_cast<double>(power_of_two(shared().states[g].top - best)),
-                  static_cast<double>(shared().states[g].total), total);
+    for (int g = group() + 1; g < group() + used; ++g) {
+      const GroupState& other = shared().states[g];
+      const float by = power_of_two(other.top - best);
+      total = fma(static_cast<double>(by), static_cast<double>(other.total), total);
+      lead = fmaxf(lead, by * other.lead), worst = fmaxf(worst, other.worst);
+    }
     const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, my_row);
     double* const sums = parts.sums + part * d;
-    RowEnd end{row.index,  row.out, my_row, segment.from,
-               segment.to, row.a,   row.b,  {best - shared().shifts[group()][thread() / 32], total + source}};
+    RowEnd end{
+        row.index,
+        row.out,
+        my_row,
+        segment.from,
+        segment.to,
+        row.a,
+        row.b,
+        {best - shared().shifts[group()][thread() / 32], total + source, lead, worst * mine.scores.rate}};
     double by = 1, before = 0;
     if (!(flags & SEGMENT_PART_BEGIN)) {
-      const PartRow moved = shared().moved[group()][thread() / 32];
-      const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
-      before = power(moved.log2_weight - most), by = power(now - most);
-      end.own = {most, fma(before, moved.total, by * end.own.total)};
+      const Joined joined = join(shared().moved[group()][thread() / 32], end.own);
+      end.own = joined.all, before = joined.by_first, by = joined.by_second;
     }
     __syncwarp();
     if (lane == 0) shared().moved[group()][thread() / 32] = end.own;
@@ -431,7 +445,7 @@ struct Groups {
       for (int g = group() + 1; g < group() + groups; ++g) arrive(&shared().taken[g]);
     }
     if (final) {
-      if (in.lse.data && thread() == 0) write_lse(in, end.index, end.own);
+      if (thread() == 0) finish_row(in, parts, here, end.index, end.own, &shared().doubtful);
       return;
     }
     if (!(flags & SEGMENT_PART_END)) return;
@@ -452,7 +466,7 @@ struct Groups {
 
   // The row's result from its parts, by one group.
   __device__ __forceinline__ void merge(const RowEnd& end) const {
-    merge_row<GT>(in, parts, place(), end, [] { return thread(); });
+    merge_row<GT>(in, parts, place(), end, &shared().doubtful, [] { return thread(); });
   }
 
   __device__ __forceinline__ void consume() const {
@@ -503,7 +517,11 @@ struct Groups {
     for (int i = 0; i < shared().unmerged; ++i) {
       if (group() == 0) merge(shared().rows_left[i]);
     }
-    write_dead_rows(in, list, place(), gridDim.x, blockIdx.x, group() * GT + thread(), GROUPS_CONSUMERS);
+    const int tid = group() * GT + thread();
+    write_dead_rows(in, list, parts, place(), gridDim.x, blockIdx.x, tid, GROUPS_CONSUMERS);
+    named_barrier(1, GROUPS_CONSUMERS);
+    if (shared().doubtful != NO_ROW)
+      settle_rows<T>(in, parts, place(), shared().doubtful, memory() + staging, tid);
   }
 };
 
@@ -534,6 +552,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     init_barrier(&shared.filed, Kernel::ALL_WARPS);
     init_barrier(&shared.closed, 1);
     shared.unmerged = 0;
+    shared.doubtful = NO_ROW;
 #pragma unroll 1
     for (int g = 0; g < Kernel::G; ++g) init_barrier(&shared.taken[g], Kernel::WARPS);
     publish_barriers();

@@ -4,6 +4,7 @@
 
 #include "stable_target/bulk_groups.cuh"
 #include "stable_target/bulk_products.cuh"
+#include "stable_target/bulk_settle.cuh"
 #include "stable_target/bulk_teams.cuh"
 #include "stable_target/launch.cuh"
 
@@ -60,6 +61,7 @@ struct Launch : BulkLaunch {
     parts.sums = carver.take<double>(2 * plan.blocks * plan.tile_rows * in.d);
     parts.rows = carver.take<PartRow>(2 * plan.blocks * plan.tile_rows);
     parts.arrived = carver.take<int>(in.n);
+    place_settling(carver, parts, plan.blocks, 1, in.d, layout.merge_last);
     if (!layout.own_list) {
       build_unit_list(op, in, list, parts.arrived, in.n, plan.tile_refs, plan.tile_rows, stream);
     } else if (layout.merge_last) {
@@ -67,6 +69,7 @@ struct Launch : BulkLaunch {
     }
     run_in_blocks(groups_kernel<T, GT, Q, TR>, !layout.own_list || layout.merge_last, list, parts, layout);
     if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, plan.tile_rows, plan.blocks, stream);
+    if (parts.errors) settle<T>(parts, plan.blocks);
     return true;
   }
 
@@ -82,6 +85,7 @@ struct Launch : BulkLaunch {
     parts.others = carver.take<PartRow>(plan.blocks * PRODUCTS_ROWS);
     parts.sums = carver.take<float>(plan.blocks * PRODUCTS_ROWS * in.d);
     parts.reviewed = carver.take<float>(plan.blocks * in.d);
+    parts.firsts = in.mailboxes ? carver.take<float>(in.n * in.d) : static_cast<float*>(in.out.data);
     if (!plan.own_list) build_unit_list(op, in, list, nullptr, 0, plan.tile_refs, plan.tile_rows, stream);
     run_in_blocks(products_kernel<CHUNKS>, !plan.own_list, list, parts, ProductsLayout{plan.own_list});
     end_products(op, in, parts, plan.blocks, stream);
@@ -101,6 +105,36 @@ struct Launch : BulkLaunch {
                                         static_cast<int>(plan.smem_bytes)));
     launch_following(op, after_ours, kernel, dim3(static_cast<unsigned>(plan.blocks)),
                      GROUPS_CONSUMERS + BULK_PRODUCERS, plan.smem_bytes, stream, in, list, parts, layout);
+  }
+
+  // What rows in doubt want.
+  void place_settling(Carver& carver, BulkParts& parts, int64_t blocks, int64_t slices, int64_t slice,
+                      bool merge_last) const {
+    parts.rounding = rounding_of_scores(in.d);
+    if (merge_last) {
+      parts.next = carver.take<int>(slices * in.n);
+    } else {
+      parts.errors = carver.take<float>(in.n);
+    }
+    parts.settled = carver.take<double>(blocks * slice);
+  }
+
+  // A launch of its own for them, behind the parts' merge; `samples`: that `settled` has room for.
+  template <typename T>
+  void settle(const BulkParts& parts, int64_t samples) const {
+    constexpr int64_t MOST_CLUSTERS = 16;  // on 132 multiprocessors
+    const int64_t clusters = std::min(std::min(MOST_CLUSTERS, samples), in.n);
+    cudaLaunchAttribute overlaps{};
+    overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlaps.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(clusters * ClusterCrew::BLOCKS));
+    config.blockDim = dim3(ClusterCrew::THREADS);
+    config.stream = stream;
+    config.attrs = &overlaps;
+    config.numAttrs = 1;
+    check_cuda(op, cudaLaunchKernelEx(&config, settle_kernel<T>, in, const_cast<const float*>(parts.errors),
+                                      parts.settled));
   }
 
   bool vectors() const {
@@ -164,6 +198,7 @@ struct Launch : BulkLaunch {
     const int64_t letters = layout.team == Team::grid ? blocks * TEAMS_SLOTS * TEAMS_LETTERS : 0;
     parts.mail = carver.take<uint2>(letters);
     parts.arrived = carver.take<int>(counts);
+    place_settling(carver, parts, blocks, layout.slices, layout.slice, layout.merge_last);
     if (layout.team == Team::grid)
       check_cuda(op, cudaMemsetAsync(parts.mail, 0, letters * sizeof(uint2) + counts * sizeof(int), stream));
     if (!layout.own_list) {
@@ -173,6 +208,7 @@ struct Launch : BulkLaunch {
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
     if (!layout.merge_last) merge_parts(op, in, list, parts, layout.slices, layout.slice, 1, teams, stream);
+    if (parts.errors) settle<T>(parts, teams);
     return true;
   }
 };

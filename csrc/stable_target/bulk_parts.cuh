@@ -2,6 +2,8 @@
 // have of the list of units, and the parts that they leave in memory.
 #pragma once
 
+#include <cmath>
+
 #include "common/hopper.cuh"
 #include "common/planner.h"
 #include "stable_target/units.cuh"
@@ -14,8 +16,10 @@ constexpr float NO_WEIGHT = 8.8817841970012523e-16f;
 constexpr int SEGMENT_REFS = 256;  // summed in float32 before they move to float64
 
 // A team's share of a unit, for one row: weights are 2^log2_weight times what the sums hold.
-struct PartRow {
+struct alignas(16) PartRow {
   double log2_weight, total;  // sum of the weights
+  float lead;                 // the largest of them
+  float scale;                // the largest score, either way, or the error of scores, in units of log 2
 };
 
 // Parts of units; slot 2b of block b for a unit that began earlier, 2b + 1 for one that begins here.
@@ -24,7 +28,19 @@ struct BulkParts {
   PartRow* rows;  // (2 blocks, rows)
   int* arrived;   // zero at first. (n, slices) teams that have left their part of a row of `order`
   uint2* mail;  // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
+  // Of finished rows, which of them are to be settled (bulk_settle.cuh): all errors, or a list of those that
+  // each block has found. One of the two, or none.
+  float* errors;    // (n,)
+  int* next;        // (slices, n) what follows a row in its block's list
+  double* settled;  // room for sums: (blocks, slice) or (clusters, d)
+  float rounding;   // of a score, see rounding_of_scores
 };
+
+// How far a score may be off, of the largest one: sums of 16 terms are rounded one by one, and then their
+// sums.
+inline float rounding_of_scores(int64_t d) {
+  return static_cast<float>(5e-8 * std::sqrt(0.3 + 205.0 / static_cast<double>(d)));
+}
 
 __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {  // neither is negative
   if ((a | b) >> 32 != 0) return a / b;
@@ -354,9 +370,12 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
 // as base rate + rest; rate in units of log 2; the sum of the weights 2^(score - top).
 struct RowScores {
   float rate, base, rest, total;
+  float worst;  // the largest score, either way
   double top;
 
-  __device__ __forceinline__ void reset() { base = top = -INFINITY, rest = 0, total = 0; }
+  __device__ __forceinline__ void reset() { base = top = -INFINITY, rest = total = worst = 0; }
+  // The weight of the largest score.
+  __device__ __forceinline__ float lead() const { return base > -INFINITY ? power_of_two(-rest) : 0.0f; }
 };
 
 // From scores to weights, of which the first `many` count, and the sums relative to the same `top`. Whether
@@ -367,7 +386,7 @@ __device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&sc
   float best = -INFINITY;
 #pragma unroll
   for (int j = 0; j < COUNT; ++j) {
-    if (j < many) best = fmaxf(best, scores[j]);
+    if (j < many) best = fmaxf(best, scores[j]), my.worst = fmaxf(my.worst, fabsf(scores[j]));
   }
   if (best > my.base) {  // rarely, after the first tiles
     const double bound = static_cast<double>(best) * my.rate, top = fmax(ceil(bound), my.top);
@@ -398,6 +417,7 @@ __device__ __forceinline__ float weigh_source(RowScores& my, double score, doubl
   if (bound > my.top) {
     const double top = ceil(bound);
     const float scale = power_of_two(my.top - top);
+    my.rest += static_cast<float>(fmin(top - my.top, 1e6));
     my.top = top;
     my.total *= scale;
 #pragma unroll
@@ -423,6 +443,21 @@ __device__ __forceinline__ double score_source(const RowState& row, const float 
 // 2^exponent. Not in line: code that has to come from memory first costs more than the call.
 __device__ __noinline__ static double power(double exponent) {
   return exp2(exponent);
+}
+
+// Two parts of a row, or of a team's share of it, together; what the sums of each are multiplied by.
+struct Joined {
+  PartRow all;
+  double by_first, by_second;
+};
+__device__ __forceinline__ Joined join(const PartRow& first, const PartRow& second) {
+  const double most = first.log2_weight >= second.log2_weight ? first.log2_weight : second.log2_weight;
+  const double a = power(first.log2_weight - most), b = power(second.log2_weight - most);
+  return {{most, fma(a, first.total, b * second.total),
+           fmaxf(static_cast<float>(a) * first.lead, static_cast<float>(b) * second.lead),
+           fmaxf(first.scale, second.scale)},
+          a,
+          b};
 }
 
 struct RowEnd {
@@ -452,10 +487,11 @@ struct PartsTogether {
 };
 __device__ __forceinline__ PartRow part_row(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
                                             int64_t team) {
-  if (team > end.to) return {-INFINITY, 0};
-  const double2 row =
-      __ldcg(reinterpret_cast<const double2*>(parts.rows + place.part_of(team, team == end.from, end.row)));
-  return {row.x, row.y};
+  if (team > end.to) return {-INFINITY, 0, 0, 0};
+  const PartRow* const row = parts.rows + place.part_of(team, team == end.from, end.row);
+  const double2 weights = __ldcg(reinterpret_cast<const double2*>(&row->log2_weight));
+  const float2 others = __ldcg(reinterpret_cast<const float2*>(&row->lead));
+  return {weights.x, weights.y, others.x, others.y};
 }
 __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, const RowPlace& place,
                                                       const RowEnd& end, int lane) {
@@ -469,14 +505,21 @@ __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, co
   for (int hop = 16; hop > 0; hop /= 2) best = greater(best, __shfl_xor_sync(0xffffffffu, best, hop));
   const double weight = power(mine.log2_weight - best);
   double total = weight * mine.total;
+  float lead = static_cast<float>(weight) * mine.lead, scale = mine.scale;
 #pragma unroll 1
   for (int64_t team = end.from + 32 + lane; team <= end.to; team += 32) {
     const PartRow other = part_row(parts, place, end, team);
-    total = fma(power(other.log2_weight - best), other.total, total);
+    const double by = power(other.log2_weight - best);
+    total = fma(by, other.total, total);
+    lead = fmaxf(lead, static_cast<float>(by) * other.lead), scale = fmaxf(scale, other.scale);
   }
 #pragma unroll 1
-  for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(0xffffffffu, total, hop);
-  return {{best, total}, weight};
+  for (int hop = 16; hop > 0; hop /= 2) {
+    total += __shfl_xor_sync(0xffffffffu, total, hop);
+    lead = fmaxf(lead, __shfl_xor_sync(0xffffffffu, lead, hop));
+    scale = fmaxf(scale, __shfl_xor_sync(0xffffffffu, scale, hop));
+  }
+  return {{best, total, lead, scale}, weight};
 }
 
 // Their sums for four elements of the slice from e on, where e is `within`.
@@ -563,6 +606,31 @@ __device__ __forceinline__ void write_lse(const Inputs& in, int64_t index, const
   store_as(lse_of(in, index), index, lse_of_row(in, all));
 }
 
+// What the rounding of its scores, `error`, may do to a row, beside its size, by one standard deviation:
+// weights that are off at random move the mean by that, times the root of the sum of their squares, as far as
+// references are apart, and these are about as far apart as results are large. NaN where the row is. A
+// reference that is there several times, as at an epoch's end, has equal scores and no error: the weights are
+// a multiple of one. Scores that are equal by chance are as rare as their error is small.
+__device__ __forceinline__ float error_of_row(float error, const PartRow& all) {
+  const float lead = __fdividef(all.lead, static_cast<float>(all.total)),
+              spread = __fdividef(static_cast<float>(all.total - all.lead), static_cast<float>(all.total));
+  const float times = __fdividef(static_cast<float>(all.total), all.lead);
+  if (error < 0.01f && times < 64 && fabsf(times - rintf(times)) < 1e-5f * times) return 0;
+  return error * sqrtf(lead) * spread;
+}
+constexpr float MOST_ERROR_OF_SCORES = 1.2e-6f;
+constexpr int NO_ROW = -1;
+
+// What one thread does about a finished row. `doubtful`: the first of the block's list.
+__device__ __forceinline__ void finish_row(const Inputs& in, const BulkParts& parts, const RowPlace& place,
+                                           int64_t index, const PartRow& all, int* doubtful) {
+  if (in.lse.data && place.rank == 0) write_lse(in, index, all);
+  const float error = error_of_row(parts.rounding * all.scale, all);
+  if (parts.errors && place.rank == 0) parts.errors[index] = error;
+  if (parts.next && error > MOST_ERROR_OF_SCORES)
+    parts.next[place.rank * in.n + index] = atomicExch(doubtful, static_cast<int>(index));
+}
+
 // Whether it was the last of the row's parts.
 template <int ROWS>
 __device__ __forceinline__ bool count_part(const BulkParts& parts, const Segment<ROWS>& segment, int my_row) {
@@ -578,7 +646,7 @@ __device__ __forceinline__ bool is_filed(const Segment<ROWS>& segment) {
 // The row's result from its parts, all of them in memory, by THREADS threads, thread() of them.
 template <int THREADS, typename Thread>
 __device__ __forceinline__ void merge_row(const Inputs& in, const BulkParts& parts, const RowPlace& place,
-                                          const RowEnd& end, const Thread& thread) {
+                                          const RowEnd& end, int* doubtful, const Thread& thread) {
   const int lane = thread() % 32;
   const PartsTogether together = sum_of_parts(parts, place, end, lane);
   const double mean_by = 1 / together.all.total;
@@ -590,7 +658,7 @@ __device__ __forceinline__ void merge_row(const Inputs& in, const BulkParts& par
     add_parts(parts, place, end, together, e, e < place.length, v);
     if (e < place.length) store_row(in, place, end, e, mean_by, x, v);
   }
-  if (in.lse.data && place.rank == 0 && thread() == 0) write_lse(in, end.index, together.all);
+  if (thread() == 0) finish_row(in, parts, place, end.index, together.all, doubtful);
 }
 
 // The clerk of a block that holds whole samples, one thread: counts the part of a unit that began in an
@@ -620,13 +688,16 @@ __device__ __forceinline__ void keep_files(const BulkParts& parts, bool merge_la
 }
 
 // Rows with nothing to read become NaN; by `threads` threads of each block.
-__device__ __forceinline__ void write_dead_rows(const Inputs& in, const UnitList& list, const RowPlace& place,
-                                                int64_t teams, int64_t team, int tid, int threads) {
+__device__ __forceinline__ void write_dead_rows(const Inputs& in, const UnitList& list,
+                                                const BulkParts& parts, const RowPlace& place, int64_t teams,
+                                                int64_t team, int tid, int threads) {
   for (int64_t i = list.sizes[1] + team; i < in.n; i += teams) {
     const int64_t index = list.order[i], base = index * in.d + place.offset;
     for (int e = 4 * tid; e < place.length; e += 4 * threads)
       store_four(out_of(in, index), base + e, base + place.length, make_float4(NAN, NAN, NAN, NAN));
-    if (in.lse.data && place.rank == 0 && tid == 0) store_as(lse_of(in, index), index, NAN);
+    if (place.rank > 0 || tid > 0) continue;
+    if (in.lse.data) store_as(lse_of(in, index), index, NAN);
+    if (parts.errors) parts.errors[index] = 0;
   }
 }
 

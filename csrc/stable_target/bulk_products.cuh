@@ -64,8 +64,8 @@ constexpr float SPLIT_SCALE = 2048;
 // Of a thread: all together no more than at the launch, 96 for each.
 constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 64;
 
-// What the blocks leave of the rows. A row's sums are with its result in the block where its unit begins, in
-// `sums` in those that follow.
+// What the blocks leave of the rows. A row's sums are in `firsts` from the block where its unit begins, in
+// `sums` from those that follow.
 struct ProductsRow {
   PartRow own;   // of the first block
   double a, b;   // out = a x + b mean
@@ -75,6 +75,7 @@ struct ProductsRow {
 struct ProductsParts {
   ProductsRow* rows;  // (n,)
   PartRow* others;    // (blocks, PRODUCTS_ROWS)
+  float* firsts;      // (n, D); the result itself, where it is of this process
   float* sums;        // (blocks, PRODUCTS_ROWS, D)
   float* reviewed;    // (blocks, D) of one row, between the threads of a block
 };
@@ -247,8 +248,9 @@ struct Products {
     const int column = lane() >> 2, t = lane() & 3, part = column >> 2;
     const int my_row = column / 2 % 2, split = column % 2;
     const bool present = my_row < segment.count;
-    const float* const from = static_cast<const float*>(in.x.data) +
-                              segment.rows[present ? my_row : 0].index * in.d + 8 * t + 2 * part;
+    const int64_t index = segment.rows[present ? my_row : 0].index;
+    const float* const from =
+        static_cast<const float*>(x_of(in, index).data) + index * in.d + 8 * t + 2 * part;
     float2 x[CHUNKS][2];
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
@@ -480,21 +482,24 @@ struct Products {
 
   // How far below the best score, in units of log 2, references have to be evaluated again; negative: none
   // has. A score is wrong by 2^-22 |x_i r_i| for each element, at random, and by the rounding of a warp's
-  // share of it. That matters where several references have weight, here or in other blocks, which are then
-  // about sigma / alpha apart: what it makes of the mean, beside the result's size. x, r: of the warp whose
-  // shares this lane has; lanes of a row are together in `sum`.
+  // share of it: `error`, in units of log 2. That matters where several references have weight, here or in
+  // other blocks, which are then, as a rule, about sigma / alpha apart (end_kernel sees to the exceptions):
+  // what it makes of the mean, beside the result's size. x, r: of the warp whose shares this lane has; lanes
+  // of a row are together in `sum`.
   template <typename Sum>
-  __device__ __forceinline__ float doubt(const RowState& row, float x, float r, const Sum& sum) const {
+  __device__ __forceinline__ float doubt(const RowState& row, float x, float r, const Sum& sum,
+                                         float& error) const {
     const float half = 0.25f * row.half_alpha * r;
     const float square = sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS)))), norm = sum(r);
     const double per_variance = 2 / LOG2_E * row.per_square;  // 1 / sigma^2
-    const double of_data = fma(row.a, row.alpha, row.b), error = row.b * per_variance;
-    const double wrong = error * error * (0x1p-44 * square);
+    const double of_data = fma(row.a, row.alpha, row.b), of_result = row.b * per_variance;
+    const double wrong = of_result * of_result * (0x1p-44 * square);
     double most = fma(of_data * of_data * per_variance, norm, row.a * row.a * d);
     if (in.lse.data)  // the mean may become any prediction: itself, the velocity, the noise
       most = fmin(per_variance * norm, fmin(d + norm, d / (row.alpha * row.alpha)));
+    error = 0x1p-22f * sqrtf(square) * row.rate;
     if (wrong <= MOST_ERROR * MOST_ERROR * most) return -1;
-    return 36 + 8 * 0x1p-22f * sqrtf(square) * row.rate;  // weights below 2^-36, and errors
+    return 36 + 8 * error;  // weights below 2^-36, and errors
   }
   static constexpr double MOST_ERROR = 1e-6;
 
@@ -511,11 +516,12 @@ struct Products {
     const RowState& row = segment.rows[present ? my_row : 0];
     const double offset = sum(static_cast<double>(shared().offsets[my_row][w]));
     const double shift = segment.squares ? row.per_square * sum(shared().exact_squares[my_row][w]) : 0;
-    const float margin = doubt(row, shared().x_squares[my_row][w], shared().r_squares[w], sum);
+    float error = 0;
+    const float margin = doubt(row, shared().x_squares[my_row][w], shared().r_squares[w], sum, error);
     if (!present || (lane() & ~8) != 0) return;
     shared().ends[slot][my_row].margin = segment.references > 0 ? margin : -1;
     const double top = segment.references > 0 ? fma(row.exact_rate(), offset, my.top) - shift : -INFINITY;
-    if (margin < 0 || segment.references == 0) join(segment, slot, my_row, {top, my.total});
+    if (margin < 0 || segment.references == 0) join(segment, slot, my_row, {top, my.total, my.lead(), error});
   }
 
   // What a row has at the end of a segment to what it has of its part so far, one thread: in shared memory,
@@ -526,10 +532,8 @@ struct Products {
     ProductsEnd& end = shared().ends[slot][my_row];
     end.before = 0, end.now = 1;
     if (!(segment.flags & SEGMENT_PART_BEGIN)) {
-      const PartRow moved = shared().moved[my_row];
-      const double most = moved.log2_weight >= own.log2_weight ? moved.log2_weight : own.log2_weight;
-      end.before = power(moved.log2_weight - most), end.now = power(own.log2_weight - most);
-      own = {most, fma(end.before, moved.total, end.now * own.total)};
+      const Joined joined = svel::cuda::join(shared().moved[my_row], own);
+      own = joined.all, end.before = joined.by_first, end.now = joined.by_second;
     }
     if (!(segment.flags & SEGMENT_PART_END)) {
       shared().moved[my_row] = own;
@@ -608,7 +612,7 @@ struct Products {
                          static_cast<float>(sums[2]), static_cast<float>(sums[3])));
     }
     barrier();
-    return {best, total};
+    return {best, total, 1, 0};
   }
 
   // A segment's sums from the warps' registers to memory, where they join those of the part so far: to the
@@ -625,7 +629,7 @@ struct Products {
         double shift = 0;
         for (int w = 0; w < WARPS && segment.squares; ++w)
           shift += segment.rows[r].per_square * shared().exact_squares[r][w];
-        join(segment, slot, r, {own.log2_weight - shift, own.total});
+        join(segment, slot, r, {own.log2_weight - shift, own.total, own.lead, own.scale});
       }
       if (t == r) {
 #pragma unroll
@@ -641,10 +645,9 @@ struct Products {
     }
     if (reviewed) barrier();  // the rows' ends are there
     if (t >= segment.count) return;
-    float* const to =
-        (segment.flags & SEGMENT_UNIT_BEGIN ? static_cast<float*>(in.out.data) + segment.rows[t].index * in.d
-                                            : parts.sums + (blockIdx.x * ROWS + t) * in.d) +
-        g;
+    float* const to = (segment.flags & SEGMENT_UNIT_BEGIN ? parts.firsts + segment.rows[t].index * in.d
+                                                          : parts.sums + (blockIdx.x * ROWS + t) * in.d) +
+                      g;
     const bool joins = !(segment.flags & SEGMENT_PART_BEGIN);
     if (joins) {
       const float before = static_cast<float>(shared().ends[slot][t].before),
@@ -751,7 +754,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
   allow_next_launch();
   if (layout.own_list) read_rows(in, *scratch);
-  if (layout.own_list && tid == 96) prefetch_share(in);
+  if (layout.own_list && !in.mailboxes && tid == 96) prefetch_share(in);
   if (tid == 0) {
 #pragma unroll 1
     for (int s = 0; s < PRODUCTS_STAGES; ++s) {

@@ -12,7 +12,7 @@
 #pragma once
 
 #include "common/cluster.cuh"
-#include "stable_target/bulk_parts.cuh"
+#include "stable_target/bulk_settle.cuh"
 
 namespace svel::cuda {
 
@@ -53,6 +53,7 @@ struct TeamsShared {
   double shift;                    // |y|^2 / (2 sigma^2) in units of log 2
   PartRow moved;                   // to memory already
   int last;
+  int doubtful;  // the first of the rows to be settled
 };
 
 // T: of the references. Each of the consumers owns Q elements of the slice. TR: references per tile.
@@ -352,12 +353,11 @@ struct Teams {
     named_barrier(1, THREADS);  // `shift` and `moved` are written
     double by = 1, before = 0;
     end.own = {mine.scores.top - shared().shift,
-               static_cast<double>(mine.scores.total) + static_cast<double>(mine.source)};
+               static_cast<double>(mine.scores.total) + static_cast<double>(mine.source),
+               fmaxf(mine.scores.lead(), mine.source), mine.scores.worst * mine.scores.rate};
     if (!(flags & SEGMENT_PART_BEGIN)) {
-      const PartRow moved = shared().moved;
-      const double now = end.own.log2_weight, most = moved.log2_weight >= now ? moved.log2_weight : now;
-      before = power(moved.log2_weight - most), by = power(now - most);
-      end.own = {most, fma(before, moved.total, by * end.own.total)};
+      const Joined joined = join(shared().moved, end.own);
+      end.own = joined.all, before = joined.by_first, by = joined.by_second;
     }
     const double weighted = by * mine.scores.total, source = by * mine.source, mean_by = 1 / end.own.total;
     double* const sums = parts.sums + part * layout.slice;
@@ -385,7 +385,7 @@ struct Teams {
     if (ends && !whole && tid == 0) parts.rows[part] = end.own;
     named_barrier(1, THREADS);
     if (tid == 0) shared().moved = end.own;
-    if (whole && in.lse.data && rank == 0 && tid == 0) write_lse(in, end.index, end.own);
+    if (whole && tid == 0) finish_row(in, parts, here, end.index, end.own, &shared().doubtful);
     if (!ends || whole || !layout.merge_last) return;
     if (tid == 0) {
       wait_for_previous_launch();  // which sets the counts to zero
@@ -394,7 +394,7 @@ struct Teams {
     }
     named_barrier(1, THREADS);
     if (!shared().last) return;
-    merge_row<THREADS>(in, parts, here, end, [tid] { return tid; });
+    merge_row<THREADS>(in, parts, here, end, &shared().doubtful, [tid] { return tid; });
   }
 
   __device__ __forceinline__ void consume(int tid) const {
@@ -431,7 +431,10 @@ struct Teams {
     }
 #pragma unroll 1
     for (int i = 0; i < TEAMS_MAILERS; ++i) give(exchanges + i, Mail::done, 0.0, tid);
-    write_dead_rows(in, list, place(), teams, team, tid, THREADS);
+    write_dead_rows(in, list, parts, place(), teams, team, tid, THREADS);
+    named_barrier(1, THREADS);
+    if (shared().doubtful != NO_ROW)
+      settle_rows<T>(in, parts, place(), shared().doubtful, memory() + staging, tid);
   }
 };
 
@@ -451,9 +454,9 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
   const int tid = threadIdx.x, other = tid - GROUPS_CONSUMERS;
   if (!layout.merge_last) allow_next_launch();
-  const bool list_by_warp = layout.own_list && in.n <= WARP_LIST_ROWS;
-  if (layout.own_list && !list_by_warp) read_rows(in, *scratch);
-  if (list_by_warp && other >= 0 && other < 32) build_list_in_warp<TR, 1>(in, list, other);
+  const bool short_list = layout.own_list && in.n <= WARP_LIST_ROWS;
+  if (layout.own_list && !short_list) read_rows(in, *scratch);
+  if (short_list && other >= 0 && other < 32) build_list_in_warp<TR, 1>(in, list, other);
   if (other == 32) {
 #pragma unroll 1
     for (int s = 0; s < layout.stages; ++s) {
@@ -467,6 +470,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     }
     init_barrier(&shared.rows_known, 32);
     shared.announced.init(Kernel::WARPS);
+    shared.doubtful = NO_ROW;
     publish_barriers();
   }
   __syncthreads();
@@ -474,14 +478,14 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   if (!layout.own_list) wait_for_previous_launch();
   if (other >= 0) {
     give_up_registers<TEAMS_OTHER_REGISTERS>();
-    if (layout.own_list && !list_by_warp) build_own_list<TR, 1>(in, list, *scratch, other);
+    if (layout.own_list && !short_list) build_own_list<TR, 1>(in, list, *scratch, other);
     if (other < 32) {
       const auto most_tiles = [](int) { return Kernel::SEGMENT_TILES; };
       const auto name_row = [&](int64_t index, RowState& row) {
         row.index = index, row.x = x_of(in, index).data;
       };
       const auto know_row = [&](int64_t index, RowState& row) {
-        if (!list_by_warp) return set_row(in, index, row);
+        if (!short_list) return set_row(in, index, row);
         wait_barrier(&shared.rows_known, 0);
         row = shared.known[index];
       };
@@ -490,7 +494,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     } else if (other < 64) {
       kernel.produce(other - 32);
     } else {
-      if (list_by_warp && other < 96) {
+      if (short_list && other < 96) {
         if (other - 64 < in.n) set_row(in, other - 64, shared.known[other - 64]);
         arrive(&shared.rows_known);
       }

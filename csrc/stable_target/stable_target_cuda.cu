@@ -79,8 +79,8 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   }
 
   Problem problem = problem_of(op, x, refs, labels.has_value(), source.has_value(), given.precision);
-  problem.vectors =
-      is_vector(in.x) && is_vector(in.out) && (!source || is_vector(in.source)) && !in.mailboxes;
+  problem.vectors = is_vector(in.x) && is_vector(in.out) && (!source || is_vector(in.source));
+  problem.shared_rows = in.mailboxes != nullptr;
   const Plan plan = make_plan(problem);
   const bool beside_a_list = plan.kernel == "bulk" && !plan.own_list && has_short_list(in.n, in.k, in.m);
   if (in.gather && !(beside_a_list && in.gather->by_words)) {

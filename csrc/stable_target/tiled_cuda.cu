@@ -2,7 +2,8 @@
 // m d in float32 (67 TFLOP/s on Hopper), so bound by arithmetic from about 16 rows on; bytes: each round
 // reads its references once per 64 rows, mostly from the L2. A round covers plan.rows_per_pass x
 // plan.refs_per_pass scores; rounds over the references continue an online softmax. Sums run over at most
-// FLUSH terms before they join a second register.
+// FLUSH terms before they join a second register. Where scores may still be off by what shows, those of the
+// largest weights are computed again in float64.
 #include "stable_target/launch.cuh"
 
 namespace svel::cuda {
@@ -14,18 +15,20 @@ constexpr int PAD = 4;
 constexpr int THREADS = 256;
 constexpr int FLUSH = 256;
 constexpr int CENTRE_REFS = 64;  // references whose mean is the centre
+constexpr int NEAR = 64;         // of so many weights that are nearly the largest, errors average out
 
 struct Round {
   int64_t first_row, rows;  // of the work list; its order is that of x, since there are no labels
   int64_t first_ref, refs;  // refs: a multiple of TILE at most plan.refs_per_pass; may pass the valid ones
   int64_t score_stride;
-  float* centre;  // (d,)
-  float* norms;   // (refs,) |r_j - c|^2
-  float* scores;  // (rows, score_stride): scores, then weights
-  double* sums;   // (rows, d) sum of p_j (r_j - c)
-  float* best;    // (rows,) largest score so far
-  float* keep;    // (rows,) factor of the old sums in this round
-  double* total;  // (rows,)
+  float* centre;   // (d,)
+  float* norms;    // (refs,) |r_j - c|^2
+  float* scores;   // (rows, score_stride): scores, then weights
+  double* sums;    // (rows, d) sum of p_j (r_j - c)
+  double* best;    // (rows,) largest score so far
+  float* keep;     // (rows,) factor of the old sums in this round
+  double* total;   // (rows,)
+  float* squares;  // (rows,) |y|^2
 };
 
 __device__ bool has_tiles(const WorkList& work, int64_t i) {
@@ -47,7 +50,7 @@ __global__ void __launch_bounds__(THREADS)
   __shared__ double scratch[33];
   const int64_t local = blockIdx.x;
   const Row row = work.rows[round.first_row + local];
-  double score = 0;
+  double score = 0, square = 0;
   for (int64_t e = threadIdx.x; e < in.d; e += THREADS) {
     const int64_t at = row.index * in.d + e;
     const double c = round.centre[e];
@@ -55,10 +58,13 @@ __global__ void __launch_bounds__(THREADS)
     const double y = row.sign * load_as<double>(in.x, at) - row.alpha * c;
     round.sums[local * in.d + e] = own;
     score += (y - 0.5 * row.alpha * own) * own;
+    square += y * y;
   }
   if (in.source.data) score = block_sum<double>(score, scratch);
+  square = block_sum<double>(square, scratch);
   if (threadIdx.x != 0) return;
-  round.best[local] = in.source.data ? static_cast<float>(score) : -INFINITY;
+  round.squares[local] = static_cast<float>(square);
+  round.best[local] = in.source.data ? score : -INFINITY;
   round.total[local] = !in.source.data ? 0.0 : isfinite(score) ? 1.0 : NAN;
 }
 
@@ -174,6 +180,17 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
+// What a score may be off by, beside its weight: float32 sums of up to FLUSH terms of y.d, which add up to a
+// part of the whole and go their own ways by |y| |d|.
+__device__ float score_error(const Row& row, float best, float norm, float square, int64_t d) {
+  constexpr float UNIT = 6e-8f;
+  const float of_norm = static_cast<float>(0.5 * row.alpha) * norm, product = best + of_norm,
+              length = static_cast<float>(d < FLUSH ? d : FLUSH), all = static_cast<float>(d);
+  const float errors = (0.053f * length * length * product * product + 0.16f * length * square * norm) / all +
+                       0.3f * (best * best + of_norm * of_norm);
+  return UNIT * static_cast<float>(row.rate()) * sqrtf(errors);
+}
+
 // Scores to weights, and the factor of what was summed before. One block per row.
 __global__ void __launch_bounds__(THREADS)
     weight_kernel(const Inputs in, const WorkList work, const Round round) {
@@ -187,23 +204,65 @@ __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) round.keep[local] = 1;
     return;
   }
-  const double rate = work.rows[i].rate();
-  const float before = round.best[local];
+  __shared__ int near[NEAR], found;
+  __shared__ double exact[NEAR];
+  const Row row = work.rows[i];
+  const double rate = row.rate(), before = round.best[local];
   double best = before;
   for (int64_t j = threadIdx.x; j < valid; j += THREADS) best = fmax(best, static_cast<double>(scores[j]));
+  if (threadIdx.x == 0) found = 0;
   best = block_max<double>(best, scratch);
-  const float log2_rate = static_cast<float>(rate * LOG2_E), now = static_cast<float>(best);
+  const float log2_rate = static_cast<float>(rate * LOG2_E);
+
+  const double norm =
+      block_sum<double>(round.norms[threadIdx.x < valid ? threadIdx.x : 0], scratch) / THREADS;
+  const float ratio =
+      score_error(row, static_cast<float>(best), static_cast<float>(norm), round.squares[local], in.d) /
+      5e-7f;
+  const float lowest = static_cast<float>(best) - 2 * log2f(ratio) / log2_rate;
+  int count = 0;
+  if (ratio > 1) {  // the errors of smaller weights do not show
+    for (int64_t j = threadIdx.x; j < valid; j += THREADS) {
+      if (!(scores[j] >= lowest)) continue;
+      const int at = atomicAdd(&found, 1);
+      if (at < NEAR) near[at] = static_cast<int>(j);
+    }
+    __syncthreads();
+    count = found <= NEAR ? found : 0;
+    const int lane = threadIdx.x % 32;
+    for (int k = threadIdx.x / 32; k < count; k += THREADS / 32) {
+      const int64_t ref = (round.first_ref + near[k]) * in.d;
+      double score = 0;
+      for (int64_t e = lane; e < in.d; e += 32) {
+        const double c = round.centre[e], d = load_as<double>(in.refs, ref + e) - c;
+        const double y = row.sign * load_as<double>(in.x, row.index * in.d + e) - row.alpha * c;
+        score = fma(fma(-0.5 * row.alpha, d, y), d, score);
+      }
+      score = warp_sum(score);
+      if (lane == 0) exact[k] = score;
+    }
+    __syncthreads();
+    if (count > 0) best = before;
+    for (int k = 0; k < count; ++k) best = fmax(best, exact[k]);
+  }
+  const float now = static_cast<float>(best);
   double total = 0;
   for (int64_t j = threadIdx.x; j < round.refs; j += THREADS) {
-    const float p = j < valid ? exp2f((scores[j] - now) * log2_rate) : 0.0f;
+    float gap = j < valid ? scores[j] - now : 0.0f;
+    if (count > 0 && j < valid && scores[j] >= lowest) {
+      for (int k = 0; k < count; ++k) {
+        if (near[k] == j) gap = static_cast<float>(exact[k] - best);
+      }
+    }
+    const float p = j < valid ? exp2f(gap * log2_rate) : 0.0f;
     scores[j] = p;
     total += p;
   }
   total = block_sum<double>(total, scratch);
   if (threadIdx.x != 0) return;
-  const float keep = before == -INFINITY ? 0.0f : exp2f((before - now) * log2_rate);
+  const float keep = before == -INFINITY ? 0.0f : exp2f(static_cast<float>((before - best) * rate * LOG2_E));
   round.keep[local] = keep;
-  round.best[local] = now;
+  round.best[local] = best;
   round.total[local] = round.total[local] * keep + total;
 }
 
@@ -285,7 +344,8 @@ void run(const char* op, const Inputs& in, const Plan& plan, void* workspace, cu
   round.norms = carver.take<float>(plan.refs_per_pass);
   round.scores = carver.take<float>(plan.rows_per_pass * plan.refs_per_pass);
   round.sums = carver.take<double>(plan.rows_per_pass * in.d);
-  round.best = carver.take<float>(plan.rows_per_pass);
+  round.best = carver.take<double>(plan.rows_per_pass);
+  round.squares = carver.take<float>(plan.rows_per_pass);
   round.keep = carver.take<float>(plan.rows_per_pass);
   round.total = carver.take<double>(plan.rows_per_pass);
   const auto blocks = [](int64_t count, int64_t each) {

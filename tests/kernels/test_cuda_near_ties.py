@@ -1,0 +1,158 @@
+"""Rows between two references, or among many, far from a class's first one: float32 scores cannot weigh them."""
+
+import pytest
+import torch
+from cuda_cases import GEOMETRIES, check_pool, make_pool
+from kernel_cases import between
+from torch import Tensor
+
+import stablevelocity_kernels as svel
+from stablevelocity_kernels import reference
+from stablevelocity_kernels.paths import path_coefficients
+from stablevelocity_kernels.testing import TOLERANCE, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(svel.backends().get("CUDA") != "native", reason="the compiled CUDA kernels do not serve"),
+]
+TIMES = (0.05, 0.2, 0.35, 0.5)
+# Samples in 32 to 512 threads of a block, and over several blocks.
+SIZES = [128, 1000, 1032, 4096, 8192, 16_384, 65_536]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+LIMIT = TOLERANCE[torch.float32, "exact"]
+
+
+def worst_row(out: Tensor, expected: Tensor) -> float:
+    return float(((out.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+def make_ties(n: int, k: int, m: int, d: int, dtype=torch.float16, path: str = "linear", seed: int = 0):
+    """x, refs, t, labels, and the references a and b that each row is between."""
+    torch.manual_seed(seed)
+    refs = torch.randn(k, m, d, device="cuda").to(dtype)
+    t = torch.tensor(TIMES, device="cuda")[torch.arange(n, device="cuda") % len(TIMES)]
+    labels = torch.randint(k, (n,), device="cuda")
+    first = torch.randint(m, (n,), device="cuda")
+    second = (first + torch.randint(1, m, (n,), device="cuda")) % m
+    at = path_coefficients(path, t.double())
+    alpha, sigma = at.alpha[:, None], at.sigma[:, None]
+    a, b = refs[labels, first], refs[labels, second]
+    return between(a, b, alpha, sigma), refs, t, labels, a, b
+
+
+def check(x, refs, t, labels=None, source=None, counts=None, **options) -> None:
+    out = svel.stable_target(x, refs, t, labels, counts, source, **options)
+    wide = None if source is None else source.double()
+    expected = reference.stable_target(x.double(), refs, t, labels, counts, wide, **options)
+    error = worst_row(out, expected)
+    assert error <= LIMIT, f"a row is off by {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", SIZES)
+def test_classes(d, dtype):
+    n, m = (8, 64) if d > 16_384 else (24, 256)
+    x, refs, t, labels, *_ = make_ties(n, 5, m, d, dtype)
+    check(x, refs, t, labels)
+
+
+@pytest.mark.parametrize("n", [1, 3, 40, 256])
+def test_rows_that_share_a_class(n):
+    """One to four rows take a class together; two rows of 256 take it in several parts."""
+    x, refs, t, labels, *_ = make_ties(n, 3, 700, 1024)
+    check(x, refs, t, labels)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", ["velocity", "x0"])
+def test_predictions(path, prediction):
+    x, refs, t, labels, *_ = make_ties(24, 5, 256, 2048, path=path)
+    check(x, refs, t, labels, path=path, prediction=prediction)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d"),
+    [(1, 5000, 128), (3, 9001, 1024), (64, 20_011, 128), (3200, 5000, 128), (8, 3000, 4096), (2, 300, 65_536)],
+)
+def test_pools(n, m, d):
+    """The two references lie in parts of different blocks."""
+    x, refs, t, *_ = make_ties(n, 1, m, d, torch.bfloat16)
+    check(x, refs[0], t)
+
+
+@pytest.mark.parametrize("d", [128, 1024, 4096, 65_536])
+def test_all_classes(d):
+    """Rows of the null label take every class, each with its own centre."""
+    x, refs, t, labels, a, b = make_ties(8, 6, 40, d)
+    shuffled = torch.randperm(len(x), device="cuda")
+    alpha, sigma = (1 - t[:, None]).double(), t[:, None].double()
+    x = between(a, a[shuffled].where((shuffled != torch.arange(len(x), device="cuda"))[:, None], b), alpha, sigma)
+    labels[::2] = -1
+    check(x, refs, t, torch.full_like(labels, -1))
+    check(between(a, b, alpha, sigma), refs, t, labels)
+
+
+@pytest.mark.parametrize("d", [128, 1024, 4096, 65_536])
+def test_the_source(d):
+    """A row between its own source and a reference, or between two references beside a far source."""
+    x, refs, t, labels, a, _ = make_ties(8 if d > 4096 else 24, 4, 100, d)
+    source = torch.randn_like(x)
+    alpha, sigma = (1 - t[:, None]).double(), t[:, None].double()
+    x[::2] = between(source, a.float(), alpha, sigma)[::2]
+    check(x, refs, t, labels, source)
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0])
+@pytest.mark.parametrize("d", [128, 1024, 4096, 65_536])
+def test_a_cluster_far_from_the_first_reference(d, spread):
+    """Weights spread over all references of a class but its first, which the scores are relative to."""
+    torch.manual_seed(1)
+    n, m = (4, 64) if d > 4096 else (16, 600)
+    t = torch.tensor(TIMES, device="cuda")[torch.arange(n, device="cuda") % len(TIMES)]
+    labels = torch.arange(n, device="cuda") % 4
+    refs = torch.randn(4, 1, d, device="cuda") + spread * t[:4, None, None] / d**0.5 * torch.randn(
+        4, m, d, device="cuda"
+    )
+    refs[:, 0] = torch.randn(4, d, device="cuda")
+    refs = refs.to(torch.float16)
+    picked = refs[labels, torch.randint(1, m, (n,), device="cuda")].float()
+    x = (1 - t[:, None]) * picked + t[:, None] * torch.randn_like(picked)
+    check(x, refs, t, labels)
+    check(x, refs, t, labels, prediction="x0", counts=torch.full((4,), m - 7, device="cuda"))
+
+
+def test_mean_and_lse():
+    x, refs, t, labels, *_ = make_ties(24, 5, 256, 1024)
+    labels[5] = -1
+    mean, lse = svel.posterior_mean(x, refs, 1 - t, t, labels)
+    wide = (1 - t).double(), t.double()
+    expected, expected_lse = reference.posterior_mean(x.double(), refs, *wide, labels)
+    assert worst_row(mean, expected) <= LIMIT
+    scale = x.double().square().sum(1) / (2 * t.double().square())
+    assert ((lse.double() - expected_lse).abs() <= LIMIT * scale).all()
+
+
+def test_repeats_bit_for_bit():
+    x, refs, t, labels, *_ = make_ties(40, 3, 700, 1024)
+    first = svel.stable_target(x, refs, t, labels)
+    for _ in range(5):
+        assert torch.equal(svel.stable_target(x, refs, t, labels), first)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(("n", "m", "d"), [(64, 131_101, 128), (20, 40_000, 512), (5, 4000, 4096)])
+def test_pools_of_near_references(rng, n, m, d, geometry):
+    """Many parts of many near ties, at small times."""
+    check_pool(*make_pool(n, m, d, geometry, rng, times=(0.05, 0.1, 0.2, 0.35), dtype=torch.bfloat16), path="cosine")
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("d", [128, 1000, 4096])
+def test_classes_of_near_references(rng, d, geometry):
+    x, refs, t = make_pool(48, 300, d, geometry, rng, times=(0.05, 0.1, 0.2, 0.35))
+    bank = torch.stack([refs.flip(0), refs])
+    labels = torch.ones(len(x), dtype=torch.int64, device="cuda")
+    out = svel.stable_target(x, bank, t, labels)
+    expected = reference.stable_target(x.double(), refs, t)
+    for time in t.unique():
+        assert relative_error(out[t == time], expected[t == time]) <= LIMIT
