@@ -130,7 +130,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS && p.m < int64_t{1} << 31;
     const int64_t stage =
         products ? tile.tile_refs * products_ref_bytes(held) : tile.tile_refs * slice * p.refs_size;
-    const int64_t fixed = (products      ? products_smem(tile.tile_refs, slices > 1)
+    const int64_t fixed = (products      ? products_smem(tile.tile_refs, slices)
                            : slices == 1 ? BULK_FIXED_SMEM + groups_sums_smem(tile.elements)
                                          : BULK_FIXED_SMEM) +
                           (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);

@@ -76,7 +76,9 @@ struct Launch : BulkLaunch {
   template <int CHUNKS, bool CLUSTERED>
   bool run_products_if() const {
     using Kernel = Products<CHUNKS, CLUSTERED>;
-    static_assert(Kernel::FIXED_BYTES <= products_smem(Kernel::TR, CLUSTERED), "the planner reserves less");
+    constexpr int LEAST = CLUSTERED ? 2 : 1;
+    static_assert(Kernel::fixed_bytes(LEAST) <= products_smem(Kernel::TR, LEAST),
+                  "the planner reserves less");
     if (in.refs.dtype != Dtype::f16 || !plan.products || plan.tile_d != Kernel::HELD ||
         (plan.slices > 1) != CLUSTERED)
       return false;
@@ -98,7 +100,7 @@ struct Launch : BulkLaunch {
     } else {
       run_in_blocks(kernel, !plan.own_list, list, parts, layout);
     }
-    end_products(op, in, parts, teams, stream);
+    end_products(op, in, parts, plan.blocks, stream);
     return true;
   }
 

@@ -13,10 +13,10 @@
 // |r_j|^2 too is the product of a tile with itself: of sixty-four of them eight are wanted.
 //
 // Longer samples have a cluster of blocks (CLUSTERED), each with a slice of x, of the references and of the
-// sums. All blocks walk the same range of the list. The one warp of a block that weighs sends the block's
-// share of a tile's scores to all blocks and adds up what they have sent, in the same order everywhere: so
-// all blocks have the same weights, to the last bit, and take the same decisions. Scores are a tile ahead of
-// sums, which covers the way.
+// sums. All blocks walk the same range of the list. One more warp, the mailer, sends the block's
+// share of a tile's scores to all blocks, and the one that weighs adds up what they have sent, in the same
+// order everywhere: so all blocks have the same weights, to the last bit, and take the same decisions. Scores
+// are a tile ahead of sums, which covers the way.
 //
 // Rounding. Scores are s_j = rate (x.r_j - alpha/2 |r_j|^2), so that
 //   -|x - alpha r_j|^2 / (2 sigma^2) = s_j - |x|^2 / (2 sigma^2).
@@ -145,16 +145,23 @@ struct ProductsFigures {
   float square, norm;           // see `doubt`
 };
 
-// What the blocks of a cluster tell each other; two of each, for tiles and for segments in turn. A block is
-// at most one ahead of another: it has had the other's share of the last one.
+// What a block of a cluster tells the others. A letter has memory of its own until that of four tiles later:
+// a block scores tile i + 4 when it has the weights of tile i + 2, to which all blocks have given their shares,
+// each when it had weighed tile i. Figures are of a segment, until that of two segments later: a block begins
+// segment s + 2 when it has weighed all of segment s + 1, to which all have given their shares, each when it
+// had ended segment s.
+constexpr int PRODUCTS_LETTERS = 4;
+template <int BLOCKS>
+struct ProductsLetters {
+  alignas(16) float scores[PRODUCTS_LETTERS][BLOCKS][8 * PRODUCTS_ROWS];
+  ProductsFigures figures[2][PRODUCTS_ROWS];
+};
 template <int BLOCKS>
 struct ProductsMail {
-  static constexpr int SCORES = 8 * PRODUCTS_ROWS;
-  Barrier arrived[2];
+  Barrier arrived[PRODUCTS_LETTERS];
   Barrier met[2];  // see `meet`
   int meetings;
-  alignas(16) float scores[2][PRODUCTS_MOST_BLOCKS][BLOCKS][SCORES];
-  ProductsFigures figures[2][PRODUCTS_MOST_BLOCKS][PRODUCTS_ROWS];
+  ProductsLetters<BLOCKS> from[PRODUCTS_MOST_BLOCKS];  // so many as the cluster has
 };
 struct ProductsNoMail {};
 
@@ -183,7 +190,7 @@ struct ProductsShared {
   PartRow moved[ROWS];  // of the part, with the segments so far
   Barrier settled;      // the segment's ends are there
   ProductsEnd ends[SEGMENT_SLOTS][ROWS];
-  std::conditional_t<CLUSTERED, ProductsMail<TR / 8>, ProductsNoMail> mail;
+  std::conditional_t<CLUSTERED, ProductsMail<TR / 8>, ProductsNoMail> mail;  // the last: its end is cut off
 };
 
 // CHUNKS of 32 elements for each warp.
@@ -199,7 +206,10 @@ struct Products {
   static constexpr int PIECES = ProductsShared<TR, CLUSTERED>::PIECES, PIECE_REFS = TR / PIECES;
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
   using Shared = ProductsShared<TR, CLUSTERED>;
-  static constexpr int FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
+  __host__ __device__ static constexpr int fixed_bytes(int slices) {
+    const int absent = CLUSTERED ? PRODUCTS_MOST_BLOCKS - slices : 0;
+    return (static_cast<int>(sizeof(Shared) - absent * sizeof(ProductsLetters<BLOCKS>)) + 127) / 128 * 128;
+  }
 
   const Inputs& in;
   const UnitList& list;
@@ -391,13 +401,104 @@ struct Products {
     if (t < rows) shared().scores[parity][t][8 * block + g][warp()] = share - mine.offset;
   }
 
-  // The softmax, one warp. Lanes: row lane / 8 and reference lane % 8 of a block, with several lanes for
-  // each, which add up some warps' shares.
-  __device__ __forceinline__ void weigh(int lane) const {
+  // The scores of a tile, by one warp, from the shares of the block's warps. Lanes: row lane / 8 and
+  // reference lane % 8 of eight, with several lanes for each, which add up some warps' shares.
+  __device__ __forceinline__ void add_shares(int parity, int lane, float (&scores)[BLOCKS]) const {
     constexpr int LANES = 4 / ROWS, EACH = WARPS / LANES;
     const int my_row = lane / 8 % ROWS, n = lane % 8, lanes_part = lane / 8 / ROWS;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      const float* const from = &shared().scores[parity][my_row][8 * b + n][lanes_part * EACH];
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < EACH; w += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(from + w);
+        sum += (four.x + four.y) + (four.z + four.w);
+      }
+#pragma unroll
+      for (int hop = 8 * ROWS; hop < 32; hop *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, hop);
+      scores[b] = sum;
+    }
+  }
+
+  // The mailer of a block of a cluster, one warp: sends the block's shares of the scores, and with the first
+  // ones of a segment its figures, to all blocks.
+  __device__ __forceinline__ void carry_mail(int lane) const {
+    const int my_row = lane / 8 % ROWS;
+    int slot = 0, slot_phase = 0, parity = 0, phases = 0, letter = 0, told = 0;
+    for (;;) {
+      wait_barrier(&shared().announced.told[slot], slot_phase);
+      const Segment<ROWS>& segment = shared().announced.segments[slot];
+      if (segment.flags & SEGMENT_LIST_DONE) return;
+      const int references = segment.references;
+#pragma unroll 1
+      for (int left = references; left > 0; left -= TR) {
+        wait_barrier(&shared().given[parity], phases >> parity & 1);
+        phases ^= 1 << parity, parity ^= 1;
+        float scores[BLOCKS];
+        add_shares(parity ^ 1, lane, scores);
+        send_scores(scores, letter, lane);
+        if (left == references) send_figures(segment, my_row, letter, told, lane);
+        letter = (letter + 1) % PRODUCTS_LETTERS;
+      }
+      if (references > 0) told ^= 1;
+      __syncwarp();
+      if (lane == 0) arrive(&shared().announced.done[slot]);
+      if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
+    }
+  }
+  // Lane 4 p + q sends four of them to block p.
+  __device__ __forceinline__ void send_scores(const float (&scores)[BLOCKS], int letter, int lane) const {
+    const int from = lane % 4 * 4;
+    const uint32_t arrived = shared_address(&shared().mail.arrived[letter]);
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      uint4 four;
+      four.x = __float_as_uint(__shfl_sync(0xffffffffu, scores[b], from));
+      four.y = __float_as_uint(__shfl_sync(0xffffffffu, scores[b], from + 1));
+      four.z = __float_as_uint(__shfl_sync(0xffffffffu, scores[b], from + 2));
+      four.w = __float_as_uint(__shfl_sync(0xffffffffu, scores[b], from + 3));
+      const uint32_t to = shared_address(&shared().mail.from[rank].scores[letter][b][from]);
+#pragma unroll 1
+      for (int peer = lane / 4; peer < slices; peer += 8)
+        send(peer_address(to, peer), peer_address(arrived, peer), four);
+    }
+  }
+  // The lanes of a row, each to a block.
+  __device__ __forceinline__ void send_figures(const Segment<ROWS>& segment, int my_row, int letter, int told,
+                                               int lane) const {
+    const ProductsFigures own = figures_of_block(segment, my_row, my_row < segment.count);
+    const ProductsFigures& to = shared().mail.from[rank].figures[told][my_row];
+    const uint32_t arrived = shared_address(&shared().mail.arrived[letter]);
+#pragma unroll 1
+    for (int peer = lane % 8 + lane / 16 * 8; peer < slices; peer += 16) {
+      const uint32_t its = peer_address(arrived, peer);
+      send(peer_address(shared_address(&to.offset), peer), its, own.offset);
+      send(peer_address(shared_address(&to.exact_square), peer), its, own.exact_square);
+      send(peer_address(shared_address(&to.square), peer), its, own.square, own.norm);
+    }
+  }
+  // What all have sent, added up.
+  __device__ __forceinline__ void take_scores(float (&scores)[BLOCKS], bool first, int letter, int phase,
+                                              int lane) const {
+    const auto& mail = shared().mail;
+    const int bytes = TR * ROWS * static_cast<int>(sizeof(float)) +
+                      (first ? ROWS * static_cast<int>(sizeof(ProductsFigures)) : 0);
+    if (lane == 0) arrive_expecting(&shared().mail.arrived[letter], slices * bytes);
+    wait_barrier(&shared().mail.arrived[letter], phase);
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      scores[b] = 0;
+#pragma unroll 2
+      for (int p = 0; p < slices; ++p) scores[b] += mail.from[p].scores[letter][b][lane % (8 * ROWS)];
+    }
+  }
+
+  // The softmax, one warp. Lanes: as in `add_shares`.
+  __device__ __forceinline__ void weigh(int lane) const {
+    const int my_row = lane / 8 % ROWS, n = lane % 8;
     int slot = 0, slot_phase = 0, parity = 0, phases = 0;
-    int told = 0;  // parity of the segments that have references
+    int letter = 0, letter_phase = 0, told = 0;  // told: parity of the segments that have references
     for (;;) {
       wait_barrier(&shared().announced.told[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
@@ -408,29 +509,15 @@ struct Products {
       my.reset();
 #pragma unroll 1
       for (int left = segment.references; left > 0; left -= TR) {
-        wait_barrier(&shared().given[parity], phases >> parity & 1);
         float scores[BLOCKS], best = -INFINITY;
-#pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) {
-          const float* const from = &shared().scores[parity][my_row][8 * b + n][lanes_part * EACH];
-          float sum = 0;
-#pragma unroll
-          for (int w = 0; w < EACH; w += 4) {
-            const float4 four = *reinterpret_cast<const float4*>(from + w);
-            sum += (four.x + four.y) + (four.z + four.w);
-          }
-#pragma unroll
-          for (int hop = 8 * ROWS; hop < 32; hop *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, hop);
-          scores[b] = sum;
-        }
         if constexpr (CLUSTERED) {
-          const bool first = left == segment.references;
-          const int figures = first ? static_cast<int>(sizeof(ProductsFigures)) * ROWS : 0;
-          if (lane == 0) arrive_expecting(&shared().mail.arrived[parity], slices * (TR * ROWS * 4 + figures));
-          if (first) send_figures(segment, my_row, present, parity, told, lane);
-          exchange(scores, parity, phases >> parity & 1, lane);
+          take_scores(scores, left == segment.references, letter, letter_phase, lane);
+          if (++letter == PRODUCTS_LETTERS) letter = 0, letter_phase ^= 1;
+        } else {
+          wait_barrier(&shared().given[parity], phases >> parity & 1);
+          phases ^= 1 << parity;
+          add_shares(parity, lane, scores);
         }
-        phases ^= 1 << parity;
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) {
           const float sum = scores[b];
@@ -470,48 +557,6 @@ struct Products {
       __syncwarp();
       if (lane == 0) arrive(&shared().settled), arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
-    }
-  }
-
-  // From this block's shares of a tile's scores to the cluster's sums. Lanes: as in `weigh`; lane 4 p + q
-  // sends four of them to block p.
-  __device__ __forceinline__ void exchange(float (&scores)[BLOCKS], int parity, int phase, int lane) const {
-    auto& mail = shared().mail;
-    const int from = lane % 4 * 4;
-    const uint32_t arrived = shared_address(&mail.arrived[parity]);
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      uint4 four;
-      four.x = __float_as_uint(__shfl_sync(0xffffffffu, scores[b], from));
-      four.y = __float_as_uint(__shfl_sync(0xffffffffu, scores[b], from + 1));
-      four.z = __float_as_uint(__shfl_sync(0xffffffffu, scores[b], from + 2));
-      four.w = __float_as_uint(__shfl_sync(0xffffffffu, scores[b], from + 3));
-      const uint32_t to = shared_address(&mail.scores[parity][rank][b][from]);
-#pragma unroll 1
-      for (int peer = lane / 4; peer < slices; peer += 8)
-        send(peer_address(to, peer), peer_address(arrived, peer), four);
-    }
-    wait_barrier(&mail.arrived[parity], phase);
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      scores[b] = 0;
-#pragma unroll 2
-      for (int p = 0; p < slices; ++p) scores[b] += mail.scores[parity][p][b][lane % (8 * ROWS)];
-    }
-  }
-  // The lanes of a row send its figures, each to a block.
-  __device__ __forceinline__ void send_figures(const Segment<ROWS>& segment, int my_row, bool present,
-                                               int parity, int told, int lane) const {
-    auto& mail = shared().mail;
-    const ProductsFigures own = figures_of_block(segment, my_row, present);
-    const ProductsFigures& to = mail.figures[told][rank][my_row];
-    const uint32_t arrived = shared_address(&mail.arrived[parity]);
-#pragma unroll 1
-    for (int peer = lane % 8 + lane / 16 * 8; peer < slices; peer += 16) {
-      const uint32_t its = peer_address(arrived, peer);
-      send(peer_address(shared_address(&to.offset), peer), its, own.offset);
-      send(peer_address(shared_address(&to.exact_square), peer), its, own.exact_square);
-      send(peer_address(shared_address(&to.square), peer), its, own.square, own.norm);
     }
   }
 
@@ -625,7 +670,7 @@ struct Products {
     if constexpr (CLUSTERED) {
 #pragma unroll 1
       for (int p = 0; p < slices; ++p) {
-        const ProductsFigures& one = shared().mail.figures[told][p][my_row];
+        const ProductsFigures& one = shared().mail.from[p].figures[told][my_row];
         all.offset += one.offset, all.exact_square += one.exact_square;
         all.square += one.square, all.norm += one.norm;
       }
@@ -889,7 +934,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   using Kernel = Products<CHUNKS, CLUSTERED>;
   typename Kernel::Shared& shared = Kernel::shared();
   UnitList list = shared_list;
-  int staging = Kernel::FIXED_BYTES;
+  int staging = Kernel::fixed_bytes(layout.slices);
   if (layout.own_list) {
     list = place_unit_list(Kernel::memory() + staging, in.n, in.k, shared_list.costs);
     staging += static_cast<int>(bulk_list_smem(in.n, in.k));
@@ -907,7 +952,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       for (int piece = 0; piece < Kernel::PIECES; ++piece) init_barrier(&shared.full[s][piece], 1);
       init_barrier(&shared.empty[s], Kernel::WARPS);
     }
-    shared.announced.init(Kernel::WARPS + 1);
+    shared.announced.init(Kernel::WARPS + (CLUSTERED ? 2 : 1));
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
       init_barrier(&shared.given[i], Kernel::WARPS);
@@ -916,10 +961,9 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     init_barrier(&shared.settled, 1);
     if constexpr (CLUSTERED) {
 #pragma unroll 1
-      for (int i = 0; i < 2; ++i) {
-        init_barrier(&shared.mail.arrived[i], 1);
-        init_barrier(&shared.mail.met[i], kernel.slices);
-      }
+      for (int i = 0; i < PRODUCTS_LETTERS; ++i) init_barrier(&shared.mail.arrived[i], 1);
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) init_barrier(&shared.mail.met[i], kernel.slices);
       shared.mail.meetings = 0;
     }
     publish_barriers();
@@ -959,6 +1003,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       const int64_t lanes = 32 * gridDim.x;
       for (int64_t i = list.sizes[1] + 32 * blockIdx.x + lane; i < in.n; i += lanes)
         parts.rows[list.order[i]] = {{}, 0, 0, 0, -1, 0};  // nothing to read
+      if constexpr (CLUSTERED) kernel.carry_mail(lane);
     }
   }
   if constexpr (CLUSTERED) {  // no block leaves while another may write to its shared memory
