@@ -177,7 +177,7 @@ def test_what_the_kernel_for_many_rows_leaves_to_others(sizes, other):
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
-@pytest.mark.parametrize("d", [1032, 2048, 2056, 4096])
+@pytest.mark.parametrize("d", [1032, 2048, 2056, 4096, 4104, 8192, 16_384])
 def test_class_banks_of_float16_are_on_the_matrix_units(d, precision):
     plan = info.plan(256, 256, d, 1001, precision=precision, device="h100")
     assert plan["products"]

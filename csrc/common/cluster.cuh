@@ -76,6 +76,21 @@ __device__ inline void arrive_in_cluster(uint32_t barrier) {
   SVEL_HOPPER_ASM("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The same, and what this thread has seen written so far is seen by whoever waits as below.
+__device__ inline void arrive_released(uint32_t barrier) {
+  SVEL_HOPPER_ASM("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void wait_barrier_acquired(uint32_t barrier, uint32_t parity) {
+  SVEL_HOPPER_ASM(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(barrier),
+      "r"(parity) : "memory");
+}
+
 // The map's box at (row, column) of a matrix; what lies outside becomes zero.
 __device__ inline void tensor_copy(uint32_t shared, const CUtensorMap& map, int column, int row,
                                    uint32_t barrier) {

@@ -56,6 +56,8 @@ constexpr BulkTile BULK_TILES[] = {
     {0, 64, 16, 2, 1024, "D <= 1,024: eight groups of two warps"},
     {2, 512, 4, 16, 2048, "fast, D <= 2,048: matrix units, tiles of sixteen references"},
     {2, 512, 8, 8, 4096, "fast, D <= 4,096: matrix units, tiles of eight references"},
+    {2, 512, 8, 8, 65536,
+     "fast, D <= 65,536: matrix units, clusters of blocks with up to 4,096 elements each"},
     {0, 128, 16, 2, 2048, "D <= 2,048: four groups of four warps"},
     {0, 256, 16, 2, 4096, "D <= 4,096: two groups of eight warps, tiles of two references in registers"},
     {2, 512, 16, 2, 8192, "D <= 8,192: one group of sixteen warps"},
@@ -101,6 +103,13 @@ int64_t best_slices(int64_t least, int64_t sm_count) {
   return best;
 }
 
+// Blocks of a cluster: of two, four and eight of them the most fit on the device's multiprocessors.
+int64_t products_slices(int64_t least) {
+  int64_t slices = 1;
+  while (slices < least) slices *= 2;
+  return slices;
+}
+
 // Measured on an H100, 256 rows x 1,001 classes x 256 x 4,096: 173 us, where groups of warps take 207, with
 // one label for all rows 95 and 151, with a label for each 205 and 211. In an earlier form bfloat16 took 223
 // and 220, one row beside a pool of 50,000 181 and 166. Parts of rows of other processes are not stored yet.
@@ -113,14 +122,15 @@ bool plan_bulk(const Problem& p, Plan& plan) {
   for (const BulkTile& tile : BULK_TILES) {
     if ((tile.refs_size != 0 && tile.refs_size != p.refs_size) || p.d > tile.most_d) continue;
     const int64_t held = int64_t{tile.group} * tile.elements;
-    const int64_t slices = best_slices(ceil_div(p.d, held), p.sm_count),
+    const bool products = tile.tile_refs >= 8;  // references apart
+    const int64_t least = ceil_div(p.d, held),
+                  slices = products ? products_slices(least) : best_slices(least, p.sm_count),
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
     if (slices > p.sm_count) continue;
     plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS && p.m < int64_t{1} << 31;
-    const bool products = tile.tile_refs >= 8;  // references apart
     const int64_t stage =
         products ? tile.tile_refs * products_ref_bytes(held) : tile.tile_refs * slice * p.refs_size;
-    const int64_t fixed = (products      ? products_smem(tile.tile_refs)
+    const int64_t fixed = (products      ? products_smem(tile.tile_refs, slices)
                            : slices == 1 ? BULK_FIXED_SMEM + groups_sums_smem(tile.elements)
                                          : BULK_FIXED_SMEM) +
                           (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
@@ -130,7 +140,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
     if (products && (stages < PRODUCTS_STAGES || !serves_products(p))) continue;
     if (slices == 1 && !products) stages -= stages % (GROUPS_CONSUMERS / tile.group);  // see bulk_groups.cuh
-    if (stages < (slices == 1 ? 3 : BULK_LAG + 2)) return false;
+    if (stages < (slices == 1 || products ? 3 : BULK_LAG + 2)) return false;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
     const int64_t teams = std::max<int64_t>(1, std::min(p.sm_count / slices, units));
     plan.kernel = "bulk";
@@ -158,7 +168,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.rows_per_pass = p.n;
     plan.refs_per_pass = groups(p) * p.m;
     plan.smem_bytes = fixed + std::max({stages * stage, SETTLE_SMEM, plan.own_list ? LIST_SCRATCH_SMEM : 0});
-    const int64_t of_rows = products ? 64 + (p.shared_rows ? 4 * slice : 0) : 8 * slices;
+    const int64_t of_rows = products ? 64 + (p.shared_rows ? 4 * p.d : 0) : 8 * slices;
     plan.workspace_bytes = unit_list_bytes(p.n, groups(p)) + of_rows * p.n + 4096 +
                            plan.blocks * (plan.tile_rows * ((products ? 4 : 16) * slice + 256) + 8 * slice);
     plan.reason = tile.reason;

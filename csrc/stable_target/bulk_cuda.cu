@@ -147,14 +147,19 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
 
 constexpr int END_THREADS = 128;
 
-__device__ __noinline__ void settle_at_end(const Inputs& in, int64_t index, SettleAtEnd& shared) {
-  const Settle<__half, EndCrew> settle{in, {static_cast<int>(threadIdx.x)}, shared, nullptr, 0, in.d};
+// Of a row the elements that the chunk-th of its blocks can hold.
+__device__ __noinline__ void settle_at_end(const Inputs& in, int64_t index, int64_t chunk,
+                                           SettleAtEnd& shared) {
+  constexpr int MOST = EndCrew::THREADS * EndCrew::HELD;
+  const int64_t low = chunk * MOST, high = min(low + MOST, in.d);
+  if (low >= high) return;
+  const Settle<__half, EndCrew> settle{in, {static_cast<int>(threadIdx.x)}, shared, nullptr, low, high};
   settle(index);
 }
 
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
 // take LANES by LANES shares of the parts. A row that its scores may have got wrong the row's first block
-// evaluates again. Grid: rows x chunks of D.
+// evaluates again, several where it is long. Grid: rows x chunks of D.
 template <int LANES, int VECTORS>
 __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     end_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
@@ -225,7 +230,7 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     all.scale = fmaxf(block_max<float>(scale, reinterpret_cast<float*>(scratch)), all.scale);
   }
   if (error_of_row(all.scale, all) > MOST_ERROR_OF_SCORES) {
-    if (chunk == 0) settle_at_end(in, index, settling);
+    settle_at_end(in, index, chunk, settling);
     return;
   }
   const double by = left.b / all.total;

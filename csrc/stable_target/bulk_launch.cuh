@@ -73,23 +73,74 @@ struct Launch : BulkLaunch {
     return true;
   }
 
-  template <int CHUNKS>
+  template <int CHUNKS, bool CLUSTERED>
   bool run_products_if() const {
-    using Kernel = Products<CHUNKS>;
-    static_assert(Kernel::FIXED_BYTES <= products_smem(Kernel::TR), "the planner reserves less");
-    if (in.refs.dtype != Dtype::f16 || !plan.products || plan.tile_d != Kernel::HELD) return false;
+    using Kernel = Products<CHUNKS, CLUSTERED>;
+    constexpr int LEAST = CLUSTERED ? 2 : 1;
+    static_assert(Kernel::fixed_bytes(LEAST) <= products_smem(Kernel::TR, LEAST),
+                  "the planner reserves less");
+    if (in.refs.dtype != Dtype::f16 || !plan.products || plan.tile_d != Kernel::HELD ||
+        (plan.slices > 1) != CLUSTERED)
+      return false;
+    const auto kernel = products_kernel<CHUNKS, CLUSTERED>;
+    int64_t teams = plan.blocks / plan.slices;
+    if (CLUSTERED) teams = std::min<int64_t>(teams, resident_teams(kernel));
     Carver carver(workspace);
     const UnitList list = carve_list(carver);
     ProductsParts parts{};
     parts.rows = carver.take<ProductsRow>(in.n);
-    parts.others = carver.take<PartRow>(plan.blocks * PRODUCTS_ROWS);
-    parts.sums = carver.take<float>(plan.blocks * PRODUCTS_ROWS * in.d);
-    parts.reviewed = carver.take<float>(plan.blocks * in.d);
+    parts.others = carver.take<PartRow>(teams * PRODUCTS_ROWS);
+    parts.sums = carver.take<float>(teams * PRODUCTS_ROWS * in.d);
+    parts.reviewed = carver.take<float>(teams * in.d);
     parts.firsts = in.mailboxes ? carver.take<float>(in.n * in.d) : static_cast<float*>(in.out.data);
     if (!plan.own_list) build_unit_list(op, in, list, nullptr, 0, plan.tile_refs, plan.tile_rows, stream);
-    run_in_blocks(products_kernel<CHUNKS>, !plan.own_list, list, parts, ProductsLayout{plan.own_list});
+    const ProductsLayout layout{plan.own_list, static_cast<int>(plan.slices), static_cast<int>(plan.slice)};
+    if (CLUSTERED) {
+      run_in_clusters(kernel, teams, !plan.own_list, list, parts, layout);
+    } else {
+      run_in_blocks(kernel, !plan.own_list, list, parts, layout);
+    }
     end_products(op, in, parts, plan.blocks, stream);
     return true;
+  }
+
+  template <typename Kernel>
+  cudaLaunchConfig_t clusters(Kernel kernel, int64_t teams, cudaLaunchAttribute (&attributes)[2]) const {
+    check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(plan.smem_bytes)));
+    if (plan.slices > BULK_MAX_CLUSTER)
+      check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                          cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(plan.slices), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(teams * plan.slices));
+    config.blockDim = dim3(GROUPS_CONSUMERS + BULK_PRODUCERS);
+    config.dynamicSmemBytes = plan.smem_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 1;
+    return config;
+  }
+  template <typename Kernel>
+  int resident_teams(Kernel kernel) const {
+    cudaLaunchAttribute attributes[2] = {};
+    const cudaLaunchConfig_t config = clusters(kernel, 1, attributes);
+    return resident_clusters(op, reinterpret_cast<const void*>(kernel), config,
+                             static_cast<int>(plan.slices));
+  }
+  template <typename Parts, typename Layout>
+  void run_in_clusters(void (*kernel)(Inputs, UnitList, Parts, Layout), int64_t teams, bool after_ours,
+                       const UnitList& list, const Parts& parts, const Layout& layout) const {
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t config = clusters(kernel, teams, attributes);
+    if (after_ours) {
+      attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[1].val.programmaticStreamSerializationAllowed = 1;
+      config.numAttrs = 2;
+    }
+    check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
   }
 
   UnitList carve_list(Carver& carver) const {
@@ -221,7 +272,8 @@ bool launch_tiles(const BulkLaunch& launch) {
                         at.run_groups_if<T, 128, 16, 2>() || at.run_groups_if<T, 256, 16, 2>();
   if (launched) return true;
   if constexpr (DtypeOf<T>::value == Dtype::f16) {
-    if (at.run_products_if<4>() || at.run_products_if<8>()) return true;
+    if (at.run_products_if<4, false>() || at.run_products_if<8, false>() || at.run_products_if<8, true>())
+      return true;
   }
   if constexpr (sizeof(T) == 2) {
     return at.run_groups_if<T, 512, 16, 2>() || at.run_teams_if<T, 16, 2>() || at.run_teams_if<T, 32, 1>();

@@ -12,6 +12,12 @@
 //
 // |r_j|^2 too is the product of a tile with itself: of sixty-four of them eight are wanted.
 //
+// Longer samples have a cluster of blocks (CLUSTERED), each with a slice of x, of the references and of the
+// sums. All blocks walk the same range of the list. One more warp, the mailer, sends the block's
+// share of a tile's scores to all blocks, and the one that weighs adds up what they have sent, in the same
+// order everywhere: so all blocks have the same weights, to the last bit, and take the same decisions. Scores
+// are a tile ahead of sums, which covers the way.
+//
 // Rounding. Scores are s_j = rate (x.r_j - alpha/2 |r_j|^2), so that
 //   -|x - alpha r_j|^2 / (2 sigma^2) = s_j - |x|^2 / (2 sigma^2).
 // References are exact in the matrix units, x is the sum of two values of float16, and so are weights.
@@ -23,6 +29,9 @@
 // (`review`): one or a few, where references are far apart beside the noise, as they are at small t.
 #pragma once
 
+#include <type_traits>
+
+#include "common/cluster.cuh"
 #include "stable_target/bulk_parts.cuh"
 
 namespace svel::cuda {
@@ -64,8 +73,8 @@ constexpr float SPLIT_SCALE = 2048;
 // Of a thread: all together no more than at the launch, 96 for each.
 constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 64;
 
-// What the blocks leave of the rows. A row's sums are in `firsts` from the block where its unit begins, in
-// `sums` from those that follow.
+// What the blocks, or clusters of them, leave of the rows. A row's sums are in `firsts` from the block where
+// its unit begins, in `sums` from those that follow.
 struct ProductsRow {
   PartRow own;   // of the first block
   double a, b;   // out = a x + b mean
@@ -82,6 +91,8 @@ struct ProductsParts {
 
 struct ProductsLayout {
   bool own_list;  // each block builds the list of units in its shared memory
+  int slices;     // blocks that share a sample, and
+  int slice;      // elements of it for each
 };
 
 // Pieces of references, halves of a tile or 32 KB, that a block has on their way. That many keep memory busy;
@@ -92,16 +103,19 @@ constexpr int PRODUCTS_EARLY_BYTES = 128 << 10;
 
 // By BULK_PRODUCERS threads: what the block will begin with if all rows have classes of their own, and what
 // some block will read in any case.
-__device__ __forceinline__ void prefetch_references(const Inputs& in, const ListScratch& scratch, int tid) {
-  const int64_t all = in.n * in.m, bytes = in.d * int64_t{sizeof(__half)};
-  const int64_t begin = divide(all * blockIdx.x, gridDim.x), next = divide(all * (blockIdx.x + 1), gridDim.x);
-  const int64_t end = min(next, begin + PRODUCTS_EARLY_BYTES / static_cast<int>(bytes));
+__device__ __forceinline__ void prefetch_references(const Inputs& in, const ListScratch& scratch,
+                                                    const RowPlace& place, int teams, int team, int tid) {
+  const int64_t all = in.n * in.m;
+  const int bytes = place.length * static_cast<int>(sizeof(__half));
+  const int64_t begin = divide(all * team, teams), next = divide(all * (team + 1), teams);
+  const int64_t end = min(next, begin + PRODUCTS_EARLY_BYTES / bytes);
 #pragma unroll 1
   for (int64_t i = begin + tid; i < end; i += BULK_PRODUCERS) {
     const int64_t row = divide(i, in.m), j = i - row * in.m;
     const int key = scratch.keys[row];
     if (key > 0 && j < scratch.counts[key - 1])
-      prefetch_bulk(static_cast<const char*>(in.refs.data) + ((key - 1) * in.m + j) * bytes,
+      prefetch_bulk(static_cast<const char*>(in.refs.data) +
+                        (((key - 1) * in.m + j) * in.d + place.offset) * static_cast<int>(sizeof(__half)),
                     static_cast<uint32_t>(bytes));
   }
 }
@@ -122,9 +136,36 @@ constexpr int RAISED = 1 << 30;
 struct ProductsEnd {
   float margin;        // see `doubt`
   double before, now;  // to multiply by: the part's sums so far, and those of the segment
+  double shift;        // |x|^2 / (2 sigma^2) in units of log 2, where it is wanted
 };
 
-template <int TR>
+// What a block's elements of x and of the segment's first reference, r, make together.
+struct ProductsFigures {
+  double offset, exact_square;  // of the scores; |x|^2
+  float square, norm;           // see `doubt`
+};
+
+// What a block of a cluster tells the others. A letter has memory of its own until that of four tiles later:
+// a block scores tile i + 4 when it has the weights of tile i + 2, to which all blocks have given their shares,
+// each when it had weighed tile i. Figures are of a segment, until that of two segments later: a block begins
+// segment s + 2 when it has weighed all of segment s + 1, to which all have given their shares, each when it
+// had ended segment s.
+constexpr int PRODUCTS_LETTERS = 4;
+template <int BLOCKS>
+struct ProductsLetters {
+  alignas(16) float scores[PRODUCTS_LETTERS][BLOCKS][8 * PRODUCTS_ROWS];
+  ProductsFigures figures[2][PRODUCTS_ROWS];
+};
+template <int BLOCKS>
+struct ProductsMail {
+  Barrier arrived[PRODUCTS_LETTERS];
+  Barrier met[2];  // see `meet`
+  int meetings;
+  ProductsLetters<BLOCKS> from[PRODUCTS_MOST_BLOCKS];  // so many as the cluster has
+};
+struct ProductsNoMail {};
+
+template <int TR, bool CLUSTERED>
 struct ProductsShared {
   static constexpr int ROWS = PRODUCTS_ROWS;
   static constexpr int WARPS = GROUPS_CONSUMERS / 32, PADDED = WARPS + 4;
@@ -149,29 +190,39 @@ struct ProductsShared {
   PartRow moved[ROWS];  // of the part, with the segments so far
   Barrier settled;      // the segment's ends are there
   ProductsEnd ends[SEGMENT_SLOTS][ROWS];
+  std::conditional_t<CLUSTERED, ProductsMail<TR / 8>, ProductsNoMail> mail;  // the last: its end is cut off
 };
 
 // CHUNKS of 32 elements for each warp.
-template <int CHUNKS>
+template <int CHUNKS, bool CLUSTERED>
 struct Products {
   static constexpr int THREADS = GROUPS_CONSUMERS, WARPS = THREADS / 32;
   static constexpr int ROWS = PRODUCTS_ROWS;
   static constexpr int BLOCKS = 8 / CHUNKS,
                        TR = 8 * BLOCKS;          // of eight references: a tile has 32,768 elements
-  static constexpr int HELD = THREADS * CHUNKS;  // most elements of a sample
+  static constexpr int HELD = THREADS * CHUNKS;  // most elements of a block
   static constexpr int REF_BYTES = products_ref_bytes(HELD);  // in shared memory
   static constexpr int TILE_BYTES = TR * REF_BYTES;
-  static constexpr int PIECES = ProductsShared<TR>::PIECES, PIECE_REFS = TR / PIECES;
+  static constexpr int PIECES = ProductsShared<TR, CLUSTERED>::PIECES, PIECE_REFS = TR / PIECES;
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
-  using Shared = ProductsShared<TR>;
-  static constexpr int FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
+  using Shared = ProductsShared<TR, CLUSTERED>;
+  __host__ __device__ static constexpr int fixed_bytes(int slices) {
+    const int absent = CLUSTERED ? PRODUCTS_MOST_BLOCKS - slices : 0;
+    return (static_cast<int>(sizeof(Shared) - absent * sizeof(ProductsLetters<BLOCKS>)) + 127) / 128 * 128;
+  }
 
   const Inputs& in;
   const UnitList& list;
   const ProductsParts& parts;
   const ProductsLayout& layout;
   const int staging;  // where the ring begins in shared memory
+  const int slices = CLUSTERED ? layout.slices : 1;
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  const int team = CLUSTERED ? block / slices : block, teams = CLUSTERED ? blocks / slices : blocks;
+  const int rank = CLUSTERED ? block % slices : 0;
   const int d = static_cast<int>(in.d);
+  const int offset = CLUSTERED ? rank * layout.slice : 0;  // of this block's slice in D
+  const int length = CLUSTERED ? min(layout.slice, d - offset) : d;
 
   __device__ __forceinline__ static char* memory() {
     extern __shared__ __align__(128) char all[];
@@ -179,12 +230,14 @@ struct Products {
   }
   __device__ __forceinline__ static Shared& shared() { return *reinterpret_cast<Shared*>(memory()); }
   __device__ __forceinline__ char* stage(int s) const { return memory() + staging + s * TILE_BYTES; }
-  __device__ __forceinline__ RowPlace place() const { return {1, 0, ROWS, in.d, 0, d, true}; }
+  __device__ __forceinline__ RowPlace place() const {
+    return {slices, rank, ROWS, CLUSTERED ? layout.slice : in.d, offset, length, true};
+  }
   __device__ __forceinline__ static void barrier() { named_barrier(1, THREADS); }
 
   // The producer, one warp: each lane copies one reference of a piece.
   __device__ __forceinline__ void produce(int lane) const {
-    const int ref_bytes = d * static_cast<int>(sizeof(__half));
+    const int ref_bytes = length * static_cast<int>(sizeof(__half));
     constexpr int RING = PRODUCTS_STAGES * PIECES;
     Barrier* const all = &shared().full[0][0];
     int s = 0, phase = 1, slot = 0, slot_phase = 0;
@@ -195,7 +248,7 @@ struct Products {
       if (segment.flags & SEGMENT_LIST_DONE) return;
       const uint64_t policy = segment.alone ? read_once_policy() : usual_policy();
       const char* from =
-          static_cast<const char*>(in.refs.data) + (segment.first + lane) * in.d * sizeof(__half);
+          static_cast<const char*>(in.refs.data) + ((segment.first + lane) * in.d + offset) * sizeof(__half);
       int left = segment.references;
       for (int pieces = segment.tiles * PIECES; pieces > 0; --pieces) {
         const int many = max(min(left, PIECE_REFS), 0);
@@ -212,7 +265,7 @@ struct Products {
         __syncwarp();
         if (lane < many)
           bulk_copy(stage(0) + (s * PIECE_REFS + lane) * REF_BYTES, from, ref_bytes, &all[s], policy);
-        from += static_cast<int64_t>(PIECE_REFS) * ref_bytes, left -= PIECE_REFS;
+        from += int64_t{PIECE_REFS} * d * static_cast<int>(sizeof(__half)), left -= PIECE_REFS;
         if (++s == RING) s = 0, phase ^= 1;
       }
       __syncwarp();
@@ -250,12 +303,12 @@ struct Products {
     const bool present = my_row < segment.count;
     const int64_t index = segment.rows[present ? my_row : 0].index;
     const float* const from =
-        static_cast<const float*>(x_of(in, index).data) + index * in.d + 8 * t + 2 * part;
+        static_cast<const float*>(x_of(in, index).data) + index * in.d + offset + 8 * t + 2 * part;
     float2 x[CHUNKS][2];
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
       const int first = 32 * chunk(q);
-      const bool within = present && first + 8 * t < d;
+      const bool within = present && first + 8 * t < length;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         x[q][h] = within ? *reinterpret_cast<const float2*>(from + first + 4 * h) : make_float2(0, 0);
@@ -348,12 +401,104 @@ struct Products {
     if (t < rows) shared().scores[parity][t][8 * block + g][warp()] = share - mine.offset;
   }
 
-  // The softmax, one warp. Lanes: row lane / 8 and reference lane % 8 of a block, with several lanes for
-  // each, which add up some warps' shares.
-  __device__ __forceinline__ void weigh(int lane) const {
+  // The scores of a tile, by one warp, from the shares of the block's warps. Lanes: row lane / 8 and
+  // reference lane % 8 of eight, with several lanes for each, which add up some warps' shares.
+  __device__ __forceinline__ void add_shares(int parity, int lane, float (&scores)[BLOCKS]) const {
     constexpr int LANES = 4 / ROWS, EACH = WARPS / LANES;
     const int my_row = lane / 8 % ROWS, n = lane % 8, lanes_part = lane / 8 / ROWS;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      const float* const from = &shared().scores[parity][my_row][8 * b + n][lanes_part * EACH];
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < EACH; w += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(from + w);
+        sum += (four.x + four.y) + (four.z + four.w);
+      }
+#pragma unroll
+      for (int hop = 8 * ROWS; hop < 32; hop *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, hop);
+      scores[b] = sum;
+    }
+  }
+
+  // The mailer of a block of a cluster, one warp: sends the block's shares of the scores, and with the first
+  // ones of a segment its figures, to all blocks.
+  __device__ __forceinline__ void carry_mail(int lane) const {
+    const int my_row = lane / 8 % ROWS;
+    int slot = 0, slot_phase = 0, parity = 0, phases = 0, letter = 0, told = 0;
+    for (;;) {
+      wait_barrier(&shared().announced.told[slot], slot_phase);
+      const Segment<ROWS>& segment = shared().announced.segments[slot];
+      if (segment.flags & SEGMENT_LIST_DONE) return;
+      const int references = segment.references;
+#pragma unroll 1
+      for (int left = references; left > 0; left -= TR) {
+        wait_barrier(&shared().given[parity], phases >> parity & 1);
+        phases ^= 1 << parity, parity ^= 1;
+        float scores[BLOCKS];
+        add_shares(parity ^ 1, lane, scores);
+        send_scores(scores, letter, lane);
+        if (left == references) send_figures(segment, my_row, letter, told, lane);
+        letter = (letter + 1) % PRODUCTS_LETTERS;
+      }
+      if (references > 0) told ^= 1;
+      __syncwarp();
+      if (lane == 0) arrive(&shared().announced.done[slot]);
+      if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
+    }
+  }
+  // Lane 4 p + q sends four of them to block p.
+  __device__ __forceinline__ void send_scores(const float (&scores)[BLOCKS], int letter, int lane) const {
+    const int from = lane % 4 * 4;
+    const uint32_t arrived = shared_address(&shared().mail.arrived[letter]);
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      uint4 four;
+      four.x = __float_as_uint(__shfl_sync(0xffffffffu, scores[b], from));
+      four.y = __float_as_uint(__shfl_sync(0xffffffffu, scores[b], from + 1));
+      four.z = __float_as_uint(__shfl_sync(0xffffffffu, scores[b], from + 2));
+      four.w = __float_as_uint(__shfl_sync(0xffffffffu, scores[b], from + 3));
+      const uint32_t to = shared_address(&shared().mail.from[rank].scores[letter][b][from]);
+#pragma unroll 1
+      for (int peer = lane / 4; peer < slices; peer += 8)
+        send(peer_address(to, peer), peer_address(arrived, peer), four);
+    }
+  }
+  // The lanes of a row, each to a block.
+  __device__ __forceinline__ void send_figures(const Segment<ROWS>& segment, int my_row, int letter, int told,
+                                               int lane) const {
+    const ProductsFigures own = figures_of_block(segment, my_row, my_row < segment.count);
+    const ProductsFigures& to = shared().mail.from[rank].figures[told][my_row];
+    const uint32_t arrived = shared_address(&shared().mail.arrived[letter]);
+#pragma unroll 1
+    for (int peer = lane % 8 + lane / 16 * 8; peer < slices; peer += 16) {
+      const uint32_t its = peer_address(arrived, peer);
+      send(peer_address(shared_address(&to.offset), peer), its, own.offset);
+      send(peer_address(shared_address(&to.exact_square), peer), its, own.exact_square);
+      send(peer_address(shared_address(&to.square), peer), its, own.square, own.norm);
+    }
+  }
+  // What all have sent, added up.
+  __device__ __forceinline__ void take_scores(float (&scores)[BLOCKS], bool first, int letter, int phase,
+                                              int lane) const {
+    const auto& mail = shared().mail;
+    const int bytes = TR * ROWS * static_cast<int>(sizeof(float)) +
+                      (first ? ROWS * static_cast<int>(sizeof(ProductsFigures)) : 0);
+    if (lane == 0) arrive_expecting(&shared().mail.arrived[letter], slices * bytes);
+    wait_barrier(&shared().mail.arrived[letter], phase);
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      scores[b] = 0;
+#pragma unroll 2
+      for (int p = 0; p < slices; ++p) scores[b] += mail.from[p].scores[letter][b][lane % (8 * ROWS)];
+    }
+  }
+
+  // The softmax, one warp. Lanes: as in `add_shares`.
+  __device__ __forceinline__ void weigh(int lane) const {
+    const int my_row = lane / 8 % ROWS, n = lane % 8;
     int slot = 0, slot_phase = 0, parity = 0, phases = 0;
+    int letter = 0, letter_phase = 0, told = 0;  // told: parity of the segments that have references
     for (;;) {
       wait_barrier(&shared().announced.told[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
@@ -364,20 +509,18 @@ struct Products {
       my.reset();
 #pragma unroll 1
       for (int left = segment.references; left > 0; left -= TR) {
-        wait_barrier(&shared().given[parity], phases >> parity & 1);
-        phases ^= 1 << parity;
         float scores[BLOCKS], best = -INFINITY;
+        if constexpr (CLUSTERED) {
+          take_scores(scores, left == segment.references, letter, letter_phase, lane);
+          if (++letter == PRODUCTS_LETTERS) letter = 0, letter_phase ^= 1;
+        } else {
+          wait_barrier(&shared().given[parity], phases >> parity & 1);
+          phases ^= 1 << parity;
+          add_shares(parity, lane, scores);
+        }
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) {
-          const float* const from = &shared().scores[parity][my_row][8 * b + n][lanes_part * EACH];
-          float sum = 0;
-#pragma unroll
-          for (int w = 0; w < EACH; w += 4) {
-            const float4 four = *reinterpret_cast<const float4*>(from + w);
-            sum += (four.x + four.y) + (four.z + four.w);
-          }
-#pragma unroll
-          for (int hop = 8 * ROWS; hop < 32; hop *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, hop);
+          const float sum = scores[b];
           scores[b] = present && 8 * b + stored(n) < left ? sum : -INFINITY;
           if (lane < 8 * ROWS && 8 * b + stored(n) < left)
             shared().kept[my_row][segment.references - left + 8 * b + stored(n)] = scores[b];
@@ -409,7 +552,8 @@ struct Products {
         if (lane == 0) arrive(&shared().weighed[parity]);
         parity ^= 1;
       }
-      settle(segment, slot, my_row, present, my);
+      settle(segment, slot, my_row, present, my, told);
+      if (segment.references > 0) told ^= 1;
       __syncwarp();
       if (lane == 0) arrive(&shared().settled), arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
@@ -480,17 +624,32 @@ struct Products {
     }
   }
 
+  // Of a row, in all its lanes; lanes as in `weigh`, the warps' shares to a lane each.
+  __device__ __forceinline__ ProductsFigures figures_of_block(const Segment<ROWS>& segment, int my_row,
+                                                              bool present) const {
+    static_assert(ROWS == 2 && WARPS == 16, "a lane for each row and warp");
+    const auto sum = [](auto v) {  // over the lanes of a row
+#pragma unroll
+      for (int hop : {1, 2, 4, 16}) v += __shfl_xor_sync(0xffffffffu, v, hop);
+      return v;
+    };
+    const int w = (lane() & 7) + (lane() & 16) / 2;
+    const float x = shared().x_squares[my_row][w], r = shared().r_squares[w];
+    const float half = 0.25f * segment.rows[present ? my_row : 0].half_alpha * r;
+    ProductsFigures own;
+    own.offset = sum(static_cast<double>(shared().offsets[my_row][w]));
+    own.exact_square = segment.squares ? sum(shared().exact_squares[my_row][w]) : 0;
+    own.square = sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS)))), own.norm = sum(r);
+    return own;
+  }
+
   // How far below the best score, in units of log 2, references have to be evaluated again; negative: none
   // has. A score is wrong by 2^-22 |x_i r_i| for each element, at random, and by the rounding of a warp's
   // share of it: `error`, in units of log 2. That matters where several references have weight, here or in
   // other blocks, which are then, as a rule, about sigma / alpha apart (end_kernel sees to the exceptions):
-  // what it makes of the mean, beside the result's size. x, r: of the warp whose shares this lane has; lanes
-  // of a row are together in `sum`.
-  template <typename Sum>
-  __device__ __forceinline__ float doubt(const RowState& row, float x, float r, const Sum& sum,
-                                         float& error) const {
-    const float half = 0.25f * row.half_alpha * r;
-    const float square = sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS)))), norm = sum(r);
+  // what it makes of the mean, beside the result's size. Of all warps: `square` of the products of their
+  // |x| and |r| and of their share of alpha/2 |r|^2, `norm` = |r|^2.
+  __device__ __forceinline__ float doubt(const RowState& row, float square, float norm, float& error) const {
     const double per_variance = 2 / LOG2_E * row.per_square;  // 1 / sigma^2
     const double of_data = fma(row.a, row.alpha, row.b), of_result = row.b * per_variance;
     const double wrong = of_result * of_result * (0x1p-44 * square);
@@ -505,22 +664,26 @@ struct Products {
 
   // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
   __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
-                                         const RowScores& my) const {
-    const auto sum = [](auto v) {  // over the lanes of a row
-#pragma unroll
-      for (int hop : {1, 2, 4, 16}) v += __shfl_xor_sync(0xffffffffu, v, hop);
-      return v;
-    };
-    const int w = (lane() & 7) + (lane() & 16) / 2;
-    static_assert(ROWS == 2 && WARPS == 16, "a lane for each row and warp");
+                                         const RowScores& my, int told) const {
     const RowState& row = segment.rows[present ? my_row : 0];
-    const double offset = sum(static_cast<double>(shared().offsets[my_row][w]));
-    const double shift = segment.squares ? row.per_square * sum(shared().exact_squares[my_row][w]) : 0;
+    ProductsFigures all{};
+    if constexpr (CLUSTERED) {
+#pragma unroll 1
+      for (int p = 0; p < slices; ++p) {
+        const ProductsFigures& one = shared().mail.from[p].figures[told][my_row];
+        all.offset += one.offset, all.exact_square += one.exact_square;
+        all.square += one.square, all.norm += one.norm;
+      }
+    } else {
+      all = figures_of_block(segment, my_row, present);
+    }
+    const double shift = row.per_square * all.exact_square;
     float error = 0;
-    const float margin = doubt(row, shared().x_squares[my_row][w], shared().r_squares[w], sum, error);
+    const float margin = doubt(row, all.square, all.norm, error);
     if (!present || (lane() & ~8) != 0) return;
-    shared().ends[slot][my_row].margin = segment.references > 0 ? margin : -1;
-    const double top = segment.references > 0 ? fma(row.exact_rate(), offset, my.top) - shift : -INFINITY;
+    ProductsEnd& end = shared().ends[slot][my_row];
+    end.margin = segment.references > 0 ? margin : -1, end.shift = shift;
+    const double top = segment.references > 0 ? fma(row.exact_rate(), all.offset, my.top) - shift : -INFINITY;
     if (margin < 0 || segment.references == 0) join(segment, slot, my_row, {top, my.total, my.lead(), error});
   }
 
@@ -537,18 +700,41 @@ struct Products {
     }
     if (!(segment.flags & SEGMENT_PART_END)) {
       shared().moved[my_row] = own;
+    } else if (rank > 0) {  // the first block of a cluster does it for all
     } else if (segment.flags & SEGMENT_UNIT_BEGIN) {
       parts.rows[row.index] = {own, row.a, row.b, segment.from, segment.to, my_row};
     } else {
-      parts.others[blockIdx.x * ROWS + my_row] = own;
+      parts.others[team * ROWS + my_row] = own;
     }
+  }
+
+  // All consumers of a cluster, the blocks' shared memory included; `turn` 0 and 1 alternate, so that who
+  // goes ahead is not taken for another.
+  __device__ __forceinline__ void meet(int turn) const {
+    auto& mail = shared().mail;
+    barrier();
+    if (thread() < slices) arrive_released(peer_address(shared_address(&mail.met[turn]), thread()));
+    wait_barrier_acquired(shared_address(&mail.met[turn]), mail.meetings & 1);
+  }
+  // From this block's shares of `count` scores to the cluster's sums.
+  __device__ __forceinline__ void add_up_in_cluster(double* scores, int count) const {
+    meet(0);
+    const int j = thread();
+    double all = 0;
+#pragma unroll 1
+    for (int p = 0; p < slices && j < count; ++p)
+      all += load_from_peer(peer_address(shared_address(scores + j), p));
+    meet(1);
+    if (j < count) scores[j] = all;
+    if (j == 0) ++shared().mail.meetings;
+    barrier();
   }
 
   // The row once more, from memory and with all digits: the references that may have weight. Its sums to
   // parts.reviewed; of what weights is returned.
   __device__ __forceinline__ PartRow review(const Segment<ROWS>& segment, int my_row, float margin) const {
     const RowState& row = segment.rows[my_row];
-    const __half* const refs = static_cast<const __half*>(in.refs.data) + segment.first * in.d;
+    const __half* const refs = static_cast<const __half*>(in.refs.data) + segment.first * in.d + offset;
     double* const scores = shared().reviewed;
     const double rate = row.exact_rate();
     barrier();  // what was reviewed before is read
@@ -577,9 +763,9 @@ struct Products {
       const __half* const from = refs + int64_t{shared().listed[i]} * d;
       double share = 0;
 #pragma unroll 4
-      for (int e = 2 * lane(); e < d; e += 64) {
-        const float2 x =
-            *reinterpret_cast<const float2*>(static_cast<const float*>(row.x) + row.index * in.d + e);
+      for (int e = 2 * lane(); e < length; e += 64) {
+        const float2 x = *reinterpret_cast<const float2*>(static_cast<const float*>(row.x) +
+                                                          row.index * in.d + offset + e);
         const double a = __half2float(from[e]), b = __half2float(from[e + 1]);
         share = fma(fma(-0.5 * row.alpha, a, static_cast<double>(row.sign * x.x)), a, share);
         share = fma(fma(-0.5 * row.alpha, b, static_cast<double>(row.sign * x.y)), b, share);
@@ -587,7 +773,11 @@ struct Products {
       share = warp_sum(share);
       if (lane() == 0) scores[i] = share * rate;
     }
-    barrier();
+    if constexpr (CLUSTERED) {
+      add_up_in_cluster(scores, references);
+    } else {
+      barrier();
+    }
     double best = -INFINITY, total = 0;
 #pragma unroll 1
     for (int j = 0; j < references; ++j) best = scores[j] > best ? scores[j] : best;
@@ -598,7 +788,7 @@ struct Products {
 #pragma unroll 1
     for (int j = 0; j < references; ++j) total += scores[j];
 #pragma unroll 1
-    for (int e = 4 * thread(); e < d; e += 4 * THREADS) {
+    for (int e = 4 * thread(); e < length; e += 4 * THREADS) {
       double sums[4] = {};
 #pragma unroll 1
       for (int j = 0; j < references; ++j) {
@@ -607,13 +797,15 @@ struct Products {
         for (int k = 0; k < 4; ++k)
           sums[k] = fma(scores[j], static_cast<double>(__half2float(from[k])), sums[k]);
       }
-      __stcg(reinterpret_cast<float4*>(parts.reviewed + blockIdx.x * in.d + e),
+      __stcg(reinterpret_cast<float4*>(reviewed_sums() + e),
              make_float4(static_cast<float>(sums[0]), static_cast<float>(sums[1]),
                          static_cast<float>(sums[2]), static_cast<float>(sums[3])));
     }
     barrier();
     return {best, total, 1, 0};
   }
+
+  __device__ __forceinline__ float* reviewed_sums() const { return parts.reviewed + team * in.d + offset; }
 
   // A segment's sums from the warps' registers to memory, where they join those of the part so far: to the
   // row's result where the unit begins, which `end_kernel` completes, else to the block's place for others.
@@ -626,9 +818,7 @@ struct Products {
       if (margin < 0) continue;
       const PartRow own = review(segment, r, margin);
       if (thread() == 0) {
-        double shift = 0;
-        for (int w = 0; w < WARPS && segment.squares; ++w)
-          shift += segment.rows[r].per_square * shared().exact_squares[r][w];
+        const double shift = shared().ends[slot][r].shift;
         join(segment, slot, r, {own.log2_weight - shift, own.total, own.lead, own.scale});
       }
       if (t == r) {
@@ -637,7 +827,7 @@ struct Products {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             const int e = 32 * chunk(q) + 8 * k + g;
-            if (e < d) mine.sum[q][k] = __ldcg(parts.reviewed + blockIdx.x * in.d + e);
+            if (e < length) mine.sum[q][k] = __ldcg(reviewed_sums() + e);
           }
         }
       }
@@ -646,8 +836,8 @@ struct Products {
     if (reviewed) barrier();  // the rows' ends are there
     if (t >= segment.count) return;
     float* const to = (segment.flags & SEGMENT_UNIT_BEGIN ? parts.firsts + segment.rows[t].index * in.d
-                                                          : parts.sums + (blockIdx.x * ROWS + t) * in.d) +
-                      g;
+                                                          : parts.sums + (team * ROWS + t) * in.d) +
+                      offset + g;
     const bool joins = !(segment.flags & SEGMENT_PART_BEGIN);
     if (joins) {
       const float before = static_cast<float>(shared().ends[slot][t].before),
@@ -657,7 +847,7 @@ struct Products {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const int e = 32 * chunk(q) + 8 * k;
-          if (e < d) mine.sum[q][k] = fmaf(before, __ldcg(to + e), now * mine.sum[q][k]);
+          if (e < length) mine.sum[q][k] = fmaf(before, __ldcg(to + e), now * mine.sum[q][k]);
         }
       }
     }
@@ -666,7 +856,7 @@ struct Products {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int e = 32 * chunk(q) + 8 * k;
-        if (e < d) __stcg(to + e, mine.sum[q][k]);
+        if (e < length) __stcg(to + e, mine.sum[q][k]);
       }
     }
   }
@@ -736,15 +926,15 @@ struct Products {
   }
 };
 
-template <int CHUNKS>
+template <int CHUNKS, bool CLUSTERED>
 __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     products_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
                     const __grid_constant__ ProductsParts parts,
                     const __grid_constant__ ProductsLayout layout) {
-  using Kernel = Products<CHUNKS>;
+  using Kernel = Products<CHUNKS, CLUSTERED>;
   typename Kernel::Shared& shared = Kernel::shared();
   UnitList list = shared_list;
-  int staging = Kernel::FIXED_BYTES;
+  int staging = Kernel::fixed_bytes(layout.slices);
   if (layout.own_list) {
     list = place_unit_list(Kernel::memory() + staging, in.n, in.k, shared_list.costs);
     staging += static_cast<int>(bulk_list_smem(in.n, in.k));
@@ -762,29 +952,37 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       for (int piece = 0; piece < Kernel::PIECES; ++piece) init_barrier(&shared.full[s][piece], 1);
       init_barrier(&shared.empty[s], Kernel::WARPS);
     }
-    shared.announced.init(Kernel::WARPS + 1);
+    shared.announced.init(Kernel::WARPS + (CLUSTERED ? 2 : 1));
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
       init_barrier(&shared.given[i], Kernel::WARPS);
       init_barrier(&shared.weighed[i], 1);
     }
     init_barrier(&shared.settled, 1);
+    if constexpr (CLUSTERED) {
+#pragma unroll 1
+      for (int i = 0; i < PRODUCTS_LETTERS; ++i) init_barrier(&shared.mail.arrived[i], 1);
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) init_barrier(&shared.mail.met[i], kernel.slices);
+      shared.mail.meetings = 0;
+    }
     publish_barriers();
   }
   __syncthreads();
+  if constexpr (CLUSTERED) meet_cluster();
   if (tid < 0) {
     take_registers<PRODUCTS_CONSUMER_REGISTERS>();
     kernel.consume();
   } else {
     give_up_registers<PRODUCTS_PRODUCER_REGISTERS>();
     if (layout.own_list) {
-      prefetch_references(in, *scratch, tid);
+      prefetch_references(in, *scratch, kernel.place(), kernel.teams, kernel.team, tid);
       build_own_list<Kernel::TR, Kernel::ROWS>(in, list, *scratch, tid);
     } else {
       wait_for_previous_launch();
     }
-    const int ref_bytes = kernel.d * static_cast<int>(sizeof(__half));
-    if (kernel.d < Kernel::HELD) {  // elements beyond the sample, which no copy writes
+    const int ref_bytes = kernel.length * static_cast<int>(sizeof(__half));
+    if (kernel.length < Kernel::HELD) {  // elements beyond the sample, which no copy writes
 #pragma unroll 1
       for (int i = tid; i < PRODUCTS_STAGES * Kernel::TR; i += BULK_PRODUCERS) {
         char* const row = kernel.stage(0) + i * Kernel::REF_BYTES;
@@ -795,7 +993,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     }
     if (tid < 32) {
       const auto most_tiles = [](int) { return Kernel::SEGMENT_TILES; };
-      announce<Kernel::TR>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, most_tiles,
+      announce<Kernel::TR>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced, most_tiles,
                            lane);
     } else if (tid < 64) {
       kernel.produce(lane);
@@ -805,7 +1003,12 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       const int64_t lanes = 32 * gridDim.x;
       for (int64_t i = list.sizes[1] + 32 * blockIdx.x + lane; i < in.n; i += lanes)
         parts.rows[list.order[i]] = {{}, 0, 0, 0, -1, 0};  // nothing to read
+      if constexpr (CLUSTERED) kernel.carry_mail(lane);
     }
+  }
+  if constexpr (CLUSTERED) {  // no block leaves while another may write to its shared memory
+    __syncwarp();
+    meet_cluster();
   }
 }
 

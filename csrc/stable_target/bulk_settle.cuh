@@ -47,7 +47,7 @@ struct ClusterCrew {
   }
 };
 
-// A block of a kernel that finishes rows, of up to 4,096 elements.
+// A block of a kernel that finishes rows, for up to 4,096 elements of the result.
 struct EndCrew {
   static constexpr int THREADS = 128, BLOCKS = 1, REFS = 256, HELD = 32, rank = 0;
   int tid;

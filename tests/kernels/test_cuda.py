@@ -29,10 +29,10 @@ pytestmark = [
 EXACT = TOLERANCE[torch.float32, "exact"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 WITHIN_A_BLOCK = [12, 16, 24, 784, 1024, 1032, 2048, 2056, 3080, 4096]
-OVER_BLOCKS = [4100, 4104, 8192, 20_000, 32_768, 32_776, 40_000, 65_536, 65_544, 131_072]
+OVER_BLOCKS = [4100, 4104, 8192, 12_288, 16_384, 16_392, 20_000, 32_768, 32_776, 40_000, 65_536, 65_544, 131_072]
 # A size for each form of the bulk kernels: groups in a block of one, two, four, eight and sixteen warps, clusters of
 # two and of more, all over the grid.
-FORMS = [16, 1000, 1032, 4096, 8192, 8200, 40_000, 65_544]
+FORMS = [16, 1000, 1032, 4096, 8192, 8200, 16_392, 40_000, 65_544]
 
 
 def on_gpu(*tensors):
@@ -118,7 +118,21 @@ def test_class_banks(rng, d, dtype):
 @pytest.mark.parametrize("source", [False, True])
 @pytest.mark.parametrize("geometry", ["gaussian", "manifold", "shifted"])
 @pytest.mark.parametrize(
-    ("n", "m", "d"), [(9, 37, 1032), (300, 21, 2048), (3, 3000, 2056), (9, 5, 3080), (300, 37, 4096)]
+    ("n", "m", "d"),
+    [
+        (9, 37, 1032),
+        (300, 21, 2048),
+        (3, 3000, 2056),
+        (9, 5, 3080),
+        (300, 37, 4096),
+        (9, 37, 4104),
+        (300, 21, 8192),
+        (3, 3000, 8200),
+        (9, 5, 12_288),
+        (60, 37, 16_384),
+        (5, 300, 16_392),
+        (3, 70, 65_536),
+    ],
 )
 def test_class_banks_on_the_matrix_units(rng, n, m, d, geometry, source, precision):
     x, refs, t, labels, counts = make_bank(n, 4, m, d, torch.float16, rng, geometry)
