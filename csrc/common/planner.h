@@ -84,7 +84,11 @@ constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before th
 constexpr int64_t SETTLE_SMEM = 29056;        // the same, after the last ones (bulk_settle.cuh)
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
-constexpr int PRODUCTS_STAGES = 3, PRODUCTS_ROWS = 2;  // rows of a unit
+constexpr int PRODUCTS_ROWS = 2;  // of a unit
+// Tiles in the ring, of so many KB: 192 KB together.
+constexpr int products_stages(int kilobytes) {
+  return 192 / kilobytes;
+}
 // Beside the stages of bulk_products.cuh: barriers, shares of scores.
 constexpr int64_t products_smem(int tile_refs) {
   return 6784 + 1024 * PRODUCTS_ROWS + (160 * PRODUCTS_ROWS + 32) * tile_refs;

@@ -73,11 +73,13 @@ struct Launch : BulkLaunch {
     return true;
   }
 
-  template <int CHUNKS>
+  template <typename T, int CHUNKS, int BLOCKS>
   bool run_products_if() const {
-    using Kernel = Products<CHUNKS>;
+    using Kernel = Products<T, CHUNKS, BLOCKS>;
     static_assert(Kernel::FIXED_BYTES <= products_smem(Kernel::TR), "the planner reserves less");
-    if (in.refs.dtype != Dtype::f16 || !plan.products || plan.tile_d != Kernel::HELD) return false;
+    if (in.refs.dtype != DtypeOf<T>::value || !plan.products || plan.tile_d != Kernel::HELD ||
+        plan.tile_refs != Kernel::TR)
+      return false;
     Carver carver(workspace);
     const UnitList list = carve_list(carver);
     ProductsParts parts{};
@@ -87,7 +89,8 @@ struct Launch : BulkLaunch {
     parts.reviewed = carver.take<float>(plan.blocks * in.d);
     parts.firsts = in.mailboxes ? carver.take<float>(in.n * in.d) : static_cast<float*>(in.out.data);
     if (!plan.own_list) build_unit_list(op, in, list, nullptr, 0, plan.tile_refs, plan.tile_rows, stream);
-    run_in_blocks(products_kernel<CHUNKS>, !plan.own_list, list, parts, ProductsLayout{plan.own_list});
+    run_in_blocks(products_kernel<T, CHUNKS, BLOCKS>, !plan.own_list, list, parts,
+                  ProductsLayout{plan.own_list});
     end_products(op, in, parts, plan.blocks, stream);
     return true;
   }
@@ -220,10 +223,9 @@ bool launch_tiles(const BulkLaunch& launch) {
   const bool launched = at.run_groups_if<T, 32, 16, 2>() || at.run_groups_if<T, 64, 16, 2>() ||
                         at.run_groups_if<T, 128, 16, 2>() || at.run_groups_if<T, 256, 16, 2>();
   if (launched) return true;
-  if constexpr (DtypeOf<T>::value == Dtype::f16) {
-    if (at.run_products_if<4>() || at.run_products_if<8>()) return true;
-  }
   if constexpr (sizeof(T) == 2) {
+    if (at.run_products_if<T, 2, 2>() || at.run_products_if<T, 4, 2>() || at.run_products_if<T, 8, 1>())
+      return true;
     return at.run_groups_if<T, 512, 16, 2>() || at.run_teams_if<T, 16, 2>() || at.run_teams_if<T, 32, 1>();
   } else {
     return at.run_groups_if<T, 512, 16, 1>() || at.run_teams_if<T, 16, 1>();
