@@ -144,8 +144,8 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.products = products;
     plan.costs.two = std::max(TILE_WEIGHT, static_cast<int>(TILE_WEIGHT * 2 * arithmetic / memory + 0.5));
     plan.costs.four = std::max(TILE_WEIGHT, static_cast<int>(TILE_WEIGHT * 4 * arithmetic / memory + 0.5));
-    if (slices == 1) plan.costs.end = GROUPS_END;
-    if (products) plan.costs = {TILE_WEIGHT, TILE_WEIGHT, PRODUCTS_END};
+    if (slices == 1) plan.costs.row = GROUPS_ROW;
+    if (products) plan.costs = {TILE_WEIGHT, TILE_WEIGHT, PRODUCTS_ROW, PRODUCTS_UNIT};
     plan.tile_rows = products      ? PRODUCTS_ROWS
                      : slices == 1 ? std::min(GROUPS_CONSUMERS / tile.group, GROUPS_MOST_ROWS)
                                    : 1;

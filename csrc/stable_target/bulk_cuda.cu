@@ -185,6 +185,12 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
   const ProductsRow left = parts.rows[index];
   const int others = left.to - left.from;  // negative: nothing to read
   const auto part_of = [&](int j) { return (left.from + 1 + j) * PRODUCTS_ROWS + left.row; };
+  const auto load_other = [&](int j) {
+    const PartRow* const from = parts.others + part_of(j);
+    const double2 weights = __ldcg(reinterpret_cast<const double2*>(&from->log2_weight));
+    const float2 rest = __ldcg(reinterpret_cast<const float2*>(&from->lead));
+    return PartRow{weights.x, weights.y, rest.x, rest.y};
+  };
   const auto load_sums = [&](int j, int v) {
     return __ldcg(reinterpret_cast<const float4*>(parts.sums + part_of(j) * in.d + at[v]));
   };
@@ -207,7 +213,7 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     if (part < 0) {
       mine = left.own;
     } else if (part < others) {
-      mine = parts.others[part_of(part)];
+      mine = load_other(part);
     }
     const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
     double top = mine.log2_weight;
@@ -226,7 +232,7 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     }
 #pragma unroll 1
     for (int j = NEAR + 1 + part; j < others; j += 32)
-      top = greater(top, parts.others[part_of(j)].log2_weight);
+      top = greater(top, load_other(j).log2_weight);
 #pragma unroll 1
     for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(0xffffffffu, top, hop));
     weight = power(mine.log2_weight - top);
@@ -239,7 +245,7 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     all = weighed(weight, mine);
 #pragma unroll 1
     for (int j = NEAR + 1 + part; j < others; j += 32) {
-      const PartRow far = parts.others[part_of(j)];
+      const PartRow far = load_other(j);
       weights[j] = power(far.log2_weight - top);
       all = together(all, weighed(weights[j], far));
     }

@@ -546,7 +546,7 @@ struct Products {
   }
 
   // How far below the best score, in units of log 2, references have to be evaluated again; negative: none
-  // has. A score is wrong by 2^-22 |x_i r_i| for each element, at random, and by the rounding of a warp's
+  // has. A score is wrong by SCORE_ERROR |x_i r_i| for each element, at random, and by the rounding of a warp's
   // share of it: `error`, in units of log 2. That matters where several references have weight, here or in
   // other blocks, which are then, as a rule, about sigma / alpha apart (end_kernel sees to the exceptions):
   // what it makes of the mean, beside the result's size. x, r: of the warp whose shares this lane has; lanes
@@ -558,15 +558,15 @@ struct Products {
     const float square = sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS)))), norm = sum(r);
     const double per_variance = 2 / LOG2_E * row.per_square;  // 1 / sigma^2
     const double of_data = fma(row.a, row.alpha, row.b), of_result = row.b * per_variance;
-    const double wrong = of_result * of_result * (0x1p-44 * square);
+    const double wrong = of_result * of_result * (SCORE_ERROR * SCORE_ERROR * square);
     double most = fma(of_data * of_data * per_variance, norm, row.a * row.a * d);
     if (in.lse.data)  // the mean may become any prediction: itself, the velocity, the noise
       most = fmin(per_variance * norm, fmin(d + norm, d / (row.alpha * row.alpha)));
-    error = 0x1p-22f * sqrtf(square) * row.rate;
+    error = static_cast<float>(SCORE_ERROR) * sqrtf(square) * row.rate;
     if (wrong <= MOST_ERROR * MOST_ERROR * most) return -1;
     return 36 + 8 * error;  // weights below 2^-36, and errors
   }
-  static constexpr double MOST_ERROR = 1e-6;
+  static constexpr double MOST_ERROR = 1e-6, SCORE_ERROR = CHUNKS < 4 ? 0x1p-21 : 0x1p-22;
 
   // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
   __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
