@@ -176,17 +176,20 @@ def test_what_the_kernel_for_many_rows_leaves_to_others(sizes, other):
     assert info.plan(*sizes, **{**H100, **other})["kernel"] != "many_rows"
 
 
-@pytest.mark.parametrize("precision", ["exact", "fast"])
-@pytest.mark.parametrize("d", [1032, 2048, 2056, 4096, 4104, 8192, 16_384])
-def test_class_banks_of_float16_are_on_the_matrix_units(d, precision):
-    plan = info.plan(256, 256, d, 1001, precision=precision, device="h100")
-    assert plan["products"]
-    assert plan["stages"] >= 3  # one tile is added while another is scored and the next comes
-    assert plan["smem_bytes"] <= info.DEVICES["h100"].smem_limit
+@pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d", [520, 1024, 1032, 2048, 2056, 4096, 4104, 8192, 16_384])
+def test_class_banks_of_two_bytes_are_on_the_matrix_units(d, refs_dtype):
+    sizes, options = (256, 256, d), {"refs_dtype": refs_dtype, "device": "h100"}
+    for precision in ("exact", "fast"):
+        plan = info.plan(*sizes, 1001, precision=precision, **options)
+        assert plan["products"]
+        assert plan["stages"] >= 3  # one tile is added while another is scored and the next comes
+        assert plan["smem_bytes"] <= info.DEVICES["h100"].smem_limit
     others = [
-        info.plan(256, 256, d, 1001, refs_dtype=torch.bfloat16, precision=precision, device="h100"),
-        info.plan(1, 256, d, precision=precision, device="h100"),
-        info.plan(256, 256, d, 1001, precision=precision, device="a100"),
+        info.plan(*sizes, 1001, refs_dtype=torch.float32, device="h100"),
+        info.plan(1, 256, d, **options),
+        info.plan(*sizes, 1001, refs_dtype=refs_dtype, device="a100"),
+        info.plan(256, 256, 512, 1001, **options),
     ]
     assert not any(plan["products"] for plan in others)
 

@@ -53,6 +53,7 @@ struct BulkTile {
 
 constexpr BulkTile BULK_TILES[] = {
     {0, 32, 16, 2, 512, "D <= 512: sixteen groups of one warp"},
+    {2, 512, 2, 16, 1024, "fast, D <= 1,024: matrix units, tiles of sixteen references"},
     {0, 64, 16, 2, 1024, "D <= 1,024: eight groups of two warps"},
     {2, 512, 4, 16, 2048, "fast, D <= 2,048: matrix units, tiles of sixteen references"},
     {2, 512, 8, 8, 4096, "fast, D <= 4,096: matrix units, tiles of eight references"},
@@ -112,9 +113,9 @@ int64_t products_slices(int64_t least) {
 
 // Measured on an H100, 256 rows x 1,001 classes x 256 x 4,096: 173 us, where groups of warps take 207, with
 // one label for all rows 95 and 151, with a label for each 205 and 211. In an earlier form bfloat16 took 223
-// and 220, one row beside a pool of 50,000 181 and 166. Parts of rows of other processes are not stored yet.
+// and 220, one row beside a pool of 50,000 181 and 166.
 bool serves_products(const Problem& p) {
-  return p.has_labels && !p.refs_bf16 && p.vectors;
+  return p.has_labels && p.vectors;
 }
 
 bool plan_bulk(const Problem& p, Plan& plan) {
@@ -134,11 +135,11 @@ bool plan_bulk(const Problem& p, Plan& plan) {
                            : slices == 1 ? BULK_FIXED_SMEM + groups_sums_smem(tile.elements)
                                          : BULK_FIXED_SMEM) +
                           (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
-    const int64_t most_stages = products      ? PRODUCTS_STAGES
+    const int64_t most_stages = products      ? products_stages(tile.tile_refs * tile.elements)
                                 : slices == 1 ? GROUPS_MAX_STAGES
                                               : BULK_MAX_STAGES;
     int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
-    if (products && (stages < PRODUCTS_STAGES || !serves_products(p))) continue;
+    if (products && (stages < most_stages || !serves_products(p))) continue;
     if (slices == 1 && !products) stages -= stages % (GROUPS_CONSUMERS / tile.group);  // see bulk_groups.cuh
     if (stages < (slices == 1 || products ? 3 : BULK_LAG + 2)) return false;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
@@ -153,8 +154,8 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.products = products;
     plan.costs.two = std::max(TILE_WEIGHT, static_cast<int>(TILE_WEIGHT * 2 * arithmetic / memory + 0.5));
     plan.costs.four = std::max(TILE_WEIGHT, static_cast<int>(TILE_WEIGHT * 4 * arithmetic / memory + 0.5));
-    if (slices == 1) plan.costs.end = GROUPS_END;
-    if (products) plan.costs = {TILE_WEIGHT, TILE_WEIGHT, PRODUCTS_END};
+    if (slices == 1) plan.costs.row = GROUPS_ROW;
+    if (products) plan.costs = {TILE_WEIGHT, TILE_WEIGHT, PRODUCTS_ROW, PRODUCTS_UNIT};
     plan.tile_rows = products      ? PRODUCTS_ROWS
                      : slices == 1 ? std::min(GROUPS_CONSUMERS / tile.group, GROUPS_MOST_ROWS)
                                    : 1;

@@ -25,11 +25,11 @@ struct Problem {
   std::string precision = "exact";
 };
 
-// What units of class banks cost: a tile with one row TILE_WEIGHT, with two rows and with more; the end of a
-// unit, for each of its rows.
+// What units of class banks cost: a tile with one row TILE_WEIGHT, with two rows and with more; the change to
+// another unit, and for each of its rows.
 constexpr int TILE_WEIGHT = 8;
 struct UnitCosts {
-  int two = 0, four = 0, end = 0;
+  int two = 0, four = 0, row = 0, unit = 0;
 };
 
 struct Plan {
@@ -84,8 +84,12 @@ constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before th
 constexpr int64_t SETTLE_SMEM = 29056;        // the same, after the last ones (bulk_settle.cuh)
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
-constexpr int PRODUCTS_STAGES = 3, PRODUCTS_ROWS = 2;  // rows of a unit
-constexpr int PRODUCTS_MOST_BLOCKS = 16;               // that share a sample
+constexpr int PRODUCTS_ROWS = 2;          // of a unit
+constexpr int PRODUCTS_MOST_BLOCKS = 16;  // that share a sample
+// Tiles in the ring, of so many KB: 192 KB together.
+constexpr int products_stages(int kilobytes) {
+  return 192 / kilobytes;
+}
 // Beside the stages of bulk_products.cuh: barriers, shares of scores.
 constexpr int64_t products_smem(int tile_refs, int64_t slices) {
   return 6784 + 1024 * PRODUCTS_ROWS + (160 * PRODUCTS_ROWS + 32) * tile_refs +
@@ -95,9 +99,10 @@ constexpr int64_t products_smem(int tile_refs, int64_t slices) {
 constexpr int products_ref_bytes(int64_t held) {
   return static_cast<int>(2 * held) + 16;
 }
-// UnitCosts::end. On an H100, of 0 to 96: bfloat16 203 and 197 us, float32 289 and 280; on the matrix units
-// 2 to 32 make no difference.
-constexpr int PRODUCTS_END = 16, GROUPS_END = 64;
+// UnitCosts. By groups on an H100, of 0 to 96 for a row: bfloat16 203 and 197 us, float32 289 and 280. On the
+// matrix units of an H200 a block of 256 x 4,096 needs 1.3 us for a tile and 3 to 4 for a change, be it of
+// one row or two.
+constexpr int GROUPS_ROW = 64, PRODUCTS_ROW = 4, PRODUCTS_UNIT = 18;
 constexpr int groups_sums_smem(int elements) {  // where groups leave their sums for one another
   return 4 * GROUPS_CONSUMERS * elements;
 }

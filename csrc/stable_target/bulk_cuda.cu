@@ -148,12 +148,13 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
 constexpr int END_THREADS = 128;
 
 // Of a row the elements that the chunk-th of its blocks can hold.
+template <typename T>
 __device__ __noinline__ void settle_at_end(const Inputs& in, int64_t index, int64_t chunk,
                                            SettleAtEnd& shared) {
   constexpr int MOST = EndCrew::THREADS * EndCrew::HELD;
   const int64_t low = chunk * MOST, high = min(low + MOST, in.d);
   if (low >= high) return;
-  const Settle<__half, EndCrew> settle{in, {static_cast<int>(threadIdx.x)}, shared, nullptr, low, high};
+  const Settle<T, EndCrew> settle{in, {static_cast<int>(threadIdx.x)}, shared, nullptr, low, high};
   settle(index);
 }
 
@@ -189,13 +190,38 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
   const ProductsRow left = parts.rows[index];
   const int others = left.to - left.from;  // negative: nothing to read
   const auto part_of = [&](int j) { return (left.from + 1 + j) * PRODUCTS_ROWS + left.row; };
+  const auto load_other = [&](int j) {
+    const PartRow* const from = parts.others + part_of(j);
+    const double2 weights = __ldcg(reinterpret_cast<const double2*>(&from->log2_weight));
+    const float2 rest = __ldcg(reinterpret_cast<const float2*>(&from->lead));
+    return PartRow{weights.x, weights.y, rest.x, rest.y};
+  };
+  const auto load_sums = [&](int j, int v) {
+    return __ldcg(reinterpret_cast<const float4*>(parts.sums + part_of(j) * in.d + at[v]));
+  };
+  float4 early[VECTORS];  // of the first part that this thread adds: its weight takes a while
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    early[v] = make_float4(0, 0, 0, 0);
+    if (within[v] && share < others) early[v] = load_sums(share, v);
+  }
+  // Each warp weighs the parts, the first and up to 31 others by a lane for each.
+  const int part = threadIdx.x % 32 - 1;
+  constexpr int NEAR = 31;
   PartRow all = left.own;
   if (others < 0) all.total = NAN;
-  double by_first = 1, by_source = 0;
+  double weight = 1, by_source = 0;
   const float* source = nullptr;
   if (in.source.data && others >= 0) source = static_cast<const float*>(in.source.data) + index * in.d;
   if (others > 0 || source) {
-    double top = all.log2_weight;
+    PartRow mine{-INFINITY, 0, 0, 0};
+    if (part < 0) {
+      mine = left.own;
+    } else if (part < others) {
+      mine = load_other(part);
+    }
+    const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
+    double top = mine.log2_weight;
     if (source) {  // a part like any other
       const Row row = row_coefficients(in, index);
       double score = 0, square = 0;
@@ -207,30 +233,47 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
       score = row.rate() * fma(score, 0.0, score);  // what is not finite becomes NaN
       if (in.lse.data || in.labels[index] < 0) score -= 0.5 * square / (row.sigma * row.sigma);
       by_source = LOG2_E * block_sum<double>(score, scratch);
-      top = top >= by_source || by_source != by_source ? top : by_source;
+      top = greater(top, by_source);
     }
-    for (int j = threadIdx.x; j < others; j += END_THREADS) {
-      const double other = parts.others[part_of(j)].log2_weight;
-      top = top >= other || other != other ? top : other;
+#pragma unroll 1
+    for (int j = NEAR + 1 + part; j < others; j += 32) top = greater(top, load_other(j).log2_weight);
+#pragma unroll 1
+    for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(0xffffffffu, top, hop));
+    weight = power(mine.log2_weight - top);
+    const auto weighed = [](double by, const PartRow& row) {
+      return PartRow{0, by * row.total, static_cast<float>(by) * row.lead, row.scale};
+    };
+    const auto together = [](const PartRow& a, const PartRow& b) {
+      return PartRow{0, a.total + b.total, fmaxf(a.lead, b.lead), fmaxf(a.scale, b.scale)};
+    };
+    all = weighed(weight, mine);
+#pragma unroll 1
+    for (int j = NEAR + 1 + part; j < others; j += 32) {
+      const PartRow far = load_other(j);
+      weights[j] = power(far.log2_weight - top);
+      all = together(all, weighed(weights[j], far));
     }
-    all.log2_weight = block_max<double>(top, scratch);
-    double of_others = 0;
-    float lead = 0, scale = 0;
-    for (int j = threadIdx.x; j < others; j += END_THREADS) {
-      const PartRow part = parts.others[part_of(j)];
-      weights[j] = exp2(part.log2_weight - all.log2_weight);
-      of_others = fma(weights[j], part.total, of_others);
-      lead = fmaxf(lead, static_cast<float>(weights[j]) * part.lead), scale = fmaxf(scale, part.scale);
+#pragma unroll 1
+    for (int hop = 16; hop > 0; hop /= 2) {
+      all = together(
+          all, {0, __shfl_xor_sync(0xffffffffu, all.total, hop), __shfl_xor_sync(0xffffffffu, all.lead, hop),
+                __shfl_xor_sync(0xffffffffu, all.scale, hop)});
     }
-    by_first = exp2(left.own.log2_weight - all.log2_weight);
-    by_source = source ? exp2(by_source - all.log2_weight) : 0;
-    all.total = block_sum<double>(of_others, scratch) + fma(by_first, all.total, by_source);
-    lead = fmaxf(block_max<float>(lead, reinterpret_cast<float*>(scratch)), static_cast<float>(by_source));
-    all.lead = fmaxf(lead, static_cast<float>(by_first) * all.lead);
-    all.scale = fmaxf(block_max<float>(scale, reinterpret_cast<float*>(scratch)), all.scale);
+    all.log2_weight = top;
+    if (source) {
+      by_source = power(by_source - top);
+      all = together(all, {0, by_source, static_cast<float>(by_source), 0});
+      all.log2_weight = top;
+    }
   }
+  const double by_first = __shfl_sync(0xffffffffu, weight, 0);
+  if (others > NEAR) __syncthreads();
   if (error_of_row(all.scale, all) > MOST_ERROR_OF_SCORES) {
-    settle_at_end(in, index, chunk, settling);
+    if (in.refs.dtype == Dtype::f16) {
+      settle_at_end<__half>(in, index, chunk, settling);
+    } else {
+      settle_at_end<__nv_bfloat16>(in, index, chunk, settling);
+    }
     return;
   }
   const double by = left.b / all.total;
@@ -245,10 +288,11 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
       sum[2] = fma(weight, static_cast<double>(four.z), sum[2]);
       sum[3] = fma(weight, static_cast<double>(four.w), sum[3]);
     };
-    if (within[v]) {
 #pragma unroll 4
-      for (int j = share; j < others; j += SHARES)
-        add(weights[j], __ldcg(reinterpret_cast<const float4*>(parts.sums + part_of(j) * in.d + at[v])));
+    for (int first = 0; first < others; first += SHARES) {
+      const int j = first + share;
+      const double near = __shfl_sync(0xffffffffu, weight, min(j, NEAR - 1) + 1);
+      if (within[v] && j < others) add(j < NEAR ? near : weights[j], first == 0 ? early[v] : load_sums(j, v));
     }
     if (SHARES > 1) {
       for (int k = 0; k < 4; ++k) sums[share][v][lane][k] = sum[k];

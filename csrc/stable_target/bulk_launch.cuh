@@ -73,16 +73,16 @@ struct Launch : BulkLaunch {
     return true;
   }
 
-  template <int CHUNKS, bool CLUSTERED>
+  template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED>
   bool run_products_if() const {
-    using Kernel = Products<CHUNKS, CLUSTERED>;
+    using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED>;
     constexpr int LEAST = CLUSTERED ? 2 : 1;
     static_assert(Kernel::fixed_bytes(LEAST) <= products_smem(Kernel::TR, LEAST),
                   "the planner reserves less");
-    if (in.refs.dtype != Dtype::f16 || !plan.products || plan.tile_d != Kernel::HELD ||
-        (plan.slices > 1) != CLUSTERED)
+    if (in.refs.dtype != DtypeOf<T>::value || !plan.products || plan.tile_d != Kernel::HELD ||
+        plan.tile_refs != Kernel::TR || (plan.slices > 1) != CLUSTERED)
       return false;
-    const auto kernel = products_kernel<CHUNKS, CLUSTERED>;
+    const auto kernel = products_kernel<T, CHUNKS, BLOCKS, CLUSTERED>;
     int64_t teams = plan.blocks / plan.slices;
     if (CLUSTERED) teams = std::min<int64_t>(teams, resident_teams(kernel));
     Carver carver(workspace);
@@ -271,11 +271,10 @@ bool launch_tiles(const BulkLaunch& launch) {
   const bool launched = at.run_groups_if<T, 32, 16, 2>() || at.run_groups_if<T, 64, 16, 2>() ||
                         at.run_groups_if<T, 128, 16, 2>() || at.run_groups_if<T, 256, 16, 2>();
   if (launched) return true;
-  if constexpr (DtypeOf<T>::value == Dtype::f16) {
-    if (at.run_products_if<4, false>() || at.run_products_if<8, false>() || at.run_products_if<8, true>())
-      return true;
-  }
   if constexpr (sizeof(T) == 2) {
+    if (at.run_products_if<T, 2, 2, false>() || at.run_products_if<T, 4, 2, false>() ||
+        at.run_products_if<T, 8, 1, false>() || at.run_products_if<T, 8, 1, true>())
+      return true;
     return at.run_groups_if<T, 512, 16, 2>() || at.run_teams_if<T, 16, 2>() || at.run_teams_if<T, 32, 1>();
   } else {
     return at.run_groups_if<T, 512, 16, 1>() || at.run_teams_if<T, 16, 1>();

@@ -42,18 +42,31 @@ namespace svel::cuda {
 #define SVEL_PRODUCT_ASM(...)
 #endif
 
-// acc += a b, 16 x 8 over 16, or over 8, of float16.
+// acc += a b, 16 x 8 over 16, or over 8, of T.
+#define SVEL_MULTIPLY_16(acc, a, b, TYPE)                                                                 \
+  SVEL_PRODUCT_ASM("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                 \
+                   ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" : "+f"(acc[0]), \
+                   "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w),     \
+                   "r"(b.x), "r"(b.y))
+#define SVEL_MULTIPLY_8(acc, a0, a1, b, TYPE)                                                 \
+  SVEL_PRODUCT_ASM("mma.sync.aligned.m16n8k8.row.col.f32." TYPE "." TYPE                      \
+                   ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" : "+f"(acc[0]), \
+                   "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a0), "r"(a1), "r"(b))
+template <typename T>
 __device__ __forceinline__ void multiply_16(float (&acc)[4], const uint4& a, const uint2& b) {
-  SVEL_PRODUCT_ASM(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};" : "+f"(acc[0]),
-      "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+  if constexpr (std::is_same_v<T, __half>) {
+    SVEL_MULTIPLY_16(acc, a, b, "f16");
+  } else {
+    SVEL_MULTIPLY_16(acc, a, b, "bf16");
+  }
 }
+template <typename T>
 __device__ __forceinline__ void multiply_8(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  SVEL_PRODUCT_ASM(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(acc[0]),
-      "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]) : "r"(a0), "r"(a1), "r"(b));
+  if constexpr (std::is_same_v<T, __half>) {
+    SVEL_MULTIPLY_8(acc, a0, a1, b, "f16");
+  } else {
+    SVEL_MULTIPLY_8(acc, a0, a1, b, "bf16");
+  }
 }
 // Four 8 x 8 matrices, transposed: each lane names a row of 16 bytes.
 __device__ __forceinline__ uint4 load_transposed(uint32_t row) {
@@ -63,12 +76,34 @@ __device__ __forceinline__ uint4 load_transposed(uint32_t row) {
   return v;
 }
 
-__device__ __forceinline__ uint32_t pair_of(__half a, __half b) {
-  return static_cast<uint32_t>(__half_as_ushort(a)) | static_cast<uint32_t>(__half_as_ushort(b)) << 16;
+template <typename T>
+__device__ __forceinline__ uint32_t pair_of(T a, T b) {
+  static_assert(sizeof(T) == 2);
+  return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&a)) |
+         static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&b)) << 16;
 }
 
-// Of the two values of a weight the second is kept larger by this.
-constexpr float SPLIT_SCALE = 2048;
+// A float32 as the sum of values of T: part `split`, where each is the nearest to what earlier ones have
+// left. PARTS of them have its digits. Of float16 the second part of a weight is kept larger, since it has
+// less range.
+template <typename T>
+struct Split;
+template <>
+struct Split<__half> {
+  static constexpr int PARTS = 2;
+  static constexpr float SCALE = 2048;  // of the second part of a weight
+  __device__ __forceinline__ static __half nearest(float v) { return __float2half_rn(v); }
+};
+template <>
+struct Split<__nv_bfloat16> {
+  static constexpr int PARTS = 3;
+  static constexpr float SCALE = 1;
+  __device__ __forceinline__ static __nv_bfloat16 nearest(float v) { return __float2bfloat16_rn(v); }
+};
+template <typename T>
+__device__ __forceinline__ float rest_of(float v) {
+  return v - to_float(Split<T>::nearest(v));
+}
 
 // Of a thread: all together no more than at the launch, 96 for each.
 constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 64;
@@ -95,28 +130,29 @@ struct ProductsLayout {
   int slice;      // elements of it for each
 };
 
-// Pieces of references, halves of a tile or 32 KB, that a block has on their way. That many keep memory busy;
-// behind more, rows and sums would wait for longer than the ring lasts.
-constexpr int PRODUCTS_IN_FLIGHT = 2;
+// Bytes of references that a block has on their way, in pieces, which are halves of a tile. That many keep
+// memory busy; behind more, rows and sums would wait for longer than the ring lasts.
+constexpr int PRODUCTS_IN_FLIGHT = 64 << 10;
 // Bytes of references that a block brings to the L2 while the list is made.
 constexpr int PRODUCTS_EARLY_BYTES = 128 << 10;
 
-// By BULK_PRODUCERS threads: what the block will begin with if all rows have classes of their own, and what
-// some block will read in any case.
+// By BULK_PRODUCERS threads of the consumers, while others make the list, from what that is made of or, for
+// who comes late, from anything: what the block will begin with if all rows have classes of their own, and
+// what some block will read in any case.
 __device__ __forceinline__ void prefetch_references(const Inputs& in, const ListScratch& scratch,
                                                     const RowPlace& place, int teams, int team, int tid) {
   const int64_t all = in.n * in.m;
-  const int bytes = place.length * static_cast<int>(sizeof(__half));
+  const int each = size_of(in.refs.dtype), bytes = place.length * each;
   const int64_t begin = divide(all * team, teams), next = divide(all * (team + 1), teams);
   const int64_t end = min(next, begin + PRODUCTS_EARLY_BYTES / bytes);
 #pragma unroll 1
   for (int64_t i = begin + tid; i < end; i += BULK_PRODUCERS) {
     const int64_t row = divide(i, in.m), j = i - row * in.m;
     const int key = scratch.keys[row];
-    if (key > 0 && j < scratch.counts[key - 1])
-      prefetch_bulk(static_cast<const char*>(in.refs.data) +
-                        (((key - 1) * in.m + j) * in.d + place.offset) * static_cast<int>(sizeof(__half)),
-                    static_cast<uint32_t>(bytes));
+    if (key > 0 && key <= in.k && j < scratch.counts[key - 1])
+      prefetch_bulk(
+          static_cast<const char*>(in.refs.data) + (((key - 1) * in.m + j) * in.d + place.offset) * each,
+          static_cast<uint32_t>(bytes));
   }
 }
 
@@ -146,10 +182,10 @@ struct ProductsFigures {
 };
 
 // What a block of a cluster tells the others. A letter has memory of its own until that of four tiles later:
-// a block scores tile i + 4 when it has the weights of tile i + 2, to which all blocks have given their shares,
-// each when it had weighed tile i. Figures are of a segment, until that of two segments later: a block begins
-// segment s + 2 when it has weighed all of segment s + 1, to which all have given their shares, each when it
-// had ended segment s.
+// a block scores tile i + 4 when it has the weights of tile i + 2, to which all blocks have given their
+// shares, each when it had weighed tile i. Figures are of a segment, until that of two segments later: a
+// block begins segment s + 2 when it has weighed all of segment s + 1, to which all have given their shares,
+// each when it had ended segment s.
 constexpr int PRODUCTS_LETTERS = 4;
 template <int BLOCKS>
 struct ProductsLetters {
@@ -165,12 +201,12 @@ struct ProductsMail {
 };
 struct ProductsNoMail {};
 
-template <int TR, bool CLUSTERED>
+template <int TR, int STAGES, bool CLUSTERED>
 struct ProductsShared {
   static constexpr int ROWS = PRODUCTS_ROWS;
   static constexpr int WARPS = GROUPS_CONSUMERS / 32, PADDED = WARPS + 4;
   static constexpr int PIECES = 2;  // of a tile: each arrives for itself
-  Barrier full[PRODUCTS_STAGES][PIECES], empty[PRODUCTS_STAGES];
+  Barrier full[STAGES][PIECES], empty[STAGES];
   Announcements<ROWS> announced;
   // Of a tile; two of each, since a warp adds a tile before it scores the one after the next. All warps have
   // given their shares of the scores; weights are there.
@@ -193,19 +229,20 @@ struct ProductsShared {
   std::conditional_t<CLUSTERED, ProductsMail<TR / 8>, ProductsNoMail> mail;  // the last: its end is cut off
 };
 
-// CHUNKS of 32 elements for each warp.
-template <int CHUNKS, bool CLUSTERED>
+// CHUNKS of 32 elements for each warp. A tile is BLOCKS of eight references of type T.
+template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED>
 struct Products {
   static constexpr int THREADS = GROUPS_CONSUMERS, WARPS = THREADS / 32;
-  static constexpr int ROWS = PRODUCTS_ROWS;
-  static constexpr int BLOCKS = 8 / CHUNKS,
-                       TR = 8 * BLOCKS;          // of eight references: a tile has 32,768 elements
-  static constexpr int HELD = THREADS * CHUNKS;  // most elements of a block
+  static constexpr int ROWS = PRODUCTS_ROWS, TR = 8 * BLOCKS;
+  static constexpr bool THIRD = Split<T>::PARTS == 3;
+  static constexpr int STAGES = products_stages(CHUNKS * TR);
+  static constexpr int HELD = THREADS * CHUNKS;               // most elements of a block
   static constexpr int REF_BYTES = products_ref_bytes(HELD);  // in shared memory
   static constexpr int TILE_BYTES = TR * REF_BYTES;
-  static constexpr int PIECES = ProductsShared<TR, CLUSTERED>::PIECES, PIECE_REFS = TR / PIECES;
+  using Shared = ProductsShared<TR, STAGES, CLUSTERED>;
+  static constexpr int PIECES = Shared::PIECES, PIECE_REFS = TR / PIECES;
+  static constexpr int IN_FLIGHT = PRODUCTS_IN_FLIGHT / (PIECE_REFS * REF_BYTES / 1024 * 1024);
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
-  using Shared = ProductsShared<TR, CLUSTERED>;
   __host__ __device__ static constexpr int fixed_bytes(int slices) {
     const int absent = CLUSTERED ? PRODUCTS_MOST_BLOCKS - slices : 0;
     return (static_cast<int>(sizeof(Shared) - absent * sizeof(ProductsLetters<BLOCKS>)) + 127) / 128 * 128;
@@ -237,18 +274,18 @@ struct Products {
 
   // The producer, one warp: each lane copies one reference of a piece.
   __device__ __forceinline__ void produce(int lane) const {
-    const int ref_bytes = length * static_cast<int>(sizeof(__half));
-    constexpr int RING = PRODUCTS_STAGES * PIECES;
+    const int ref_bytes = length * static_cast<int>(sizeof(T));
+    constexpr int RING = STAGES * PIECES;
     Barrier* const all = &shared().full[0][0];
     int s = 0, phase = 1, slot = 0, slot_phase = 0;
-    int earlier = RING - PRODUCTS_IN_FLIGHT, earlier_phase = 1;  // a piece that has to be there first
+    int earlier = RING - IN_FLIGHT, earlier_phase = 1;  // a piece that has to be there first
     for (;;) {
       wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) return;
       const uint64_t policy = segment.alone ? read_once_policy() : usual_policy();
       const char* from =
-          static_cast<const char*>(in.refs.data) + ((segment.first + lane) * in.d + offset) * sizeof(__half);
+          static_cast<const char*>(in.refs.data) + ((segment.first + lane) * in.d + offset) * sizeof(T);
       int left = segment.references;
       for (int pieces = segment.tiles * PIECES; pieces > 0; --pieces) {
         const int many = max(min(left, PIECE_REFS), 0);
@@ -265,7 +302,7 @@ struct Products {
         __syncwarp();
         if (lane < many)
           bulk_copy(stage(0) + (s * PIECE_REFS + lane) * REF_BYTES, from, ref_bytes, &all[s], policy);
-        from += int64_t{PIECE_REFS} * d * static_cast<int>(sizeof(__half)), left -= PIECE_REFS;
+        from += int64_t{PIECE_REFS} * d * static_cast<int>(sizeof(T)), left -= PIECE_REFS;
         if (++s == RING) s = 0, phase ^= 1;
       }
       __syncwarp();
@@ -280,6 +317,8 @@ struct Products {
   struct Mine {
     float sum[CHUNKS][4];  // of the column's row, elements g, g + 8, g + 16, g + 24 of a chunk; t: see column
     uint2 x[CHUNKS];       // of the column's row and part, split
+    // Third parts: in columns of the first part those of the first of two chunks, else those of the second.
+    uint2 third[THIRD ? CHUNKS / 2 : 1];
     float unscale, half_alpha, offset;  // of row t & 1: 1 / what x was multiplied by
   };
 
@@ -343,21 +382,36 @@ struct Products {
       for (int hop : {1, 2, 16}) exact += __shfl_xor_sync(0xffffffffu, exact, hop);
       if (leads) shared().exact_squares[my_row][warp()] = exact;
     }
-    // The largest to below 2^15.
-    const int exponent = largest > 0 && largest < INFINITY ? ilogbf(largest) : 0;
-    const float scale = ldexpf(1.0f, min(max(14 - exponent, -100), 100));
+    float scale = 1;  // the largest to below 2^15
+    if constexpr (!THIRD) {
+      const int exponent = largest > 0 && largest < INFINITY ? ilogbf(largest) : 0;
+      scale = ldexpf(1.0f, min(max(14 - exponent, -100), 100));
+    }
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
       uint32_t words[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float a = x[q][h].x * scale, b = x[q][h].y * scale;
-        if (split == 1) a -= __half2float(__float2half_rn(a)), b -= __half2float(__float2half_rn(b));
-        words[h] = pair_of(__float2half_rn(a), __float2half_rn(b));
+        if (split == 1) a = rest_of<T>(a), b = rest_of<T>(b);
+        words[h] = pair_of(Split<T>::nearest(a), Split<T>::nearest(b));
       }
       mine.x[q] = make_uint2(words[0], words[1]);
 #pragma unroll
       for (int k = 0; k < 4; ++k) mine.sum[q][k] = 0;
+    }
+    if constexpr (THIRD) {
+#pragma unroll
+      for (int q = 0; q < CHUNKS; q += 2) {
+        uint32_t words[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float2 v = split == 0 ? x[q][h] : x[q + 1][h];
+          words[h] = pair_of(Split<T>::nearest(rest_of<T>(rest_of<T>(v.x))),
+                             Split<T>::nearest(rest_of<T>(rest_of<T>(v.y))));
+        }
+        mine.third[q / 2] = make_uint2(words[0], words[1]);
+      }
     }
     wait_barrier(&shared().announced.told[slot], slot_phase);
     // Of the rows whose scores this lane will have.
@@ -370,7 +424,8 @@ struct Products {
   __device__ __forceinline__ void score_block(Mine& mine, uint32_t refs, int block, int parity, bool first,
                                               int rows) const {
     const int g = lane() >> 2, t = lane() & 3;
-    float norms[2] = {}, dots[4] = {};
+    float norms[2] = {}, dots[4] = {},
+          thirds[2][4] = {};  // thirds: of the first and the second of two chunks
     constexpr int CHAIN = CHUNKS < 4 ? CHUNKS : 4;
 #pragma unroll
     for (int from = 0; from < CHUNKS; from += CHAIN) {
@@ -378,9 +433,10 @@ struct Products {
 #pragma unroll
       for (int q = from; q < from + CHAIN; ++q) {
         const uint4 raw = load_shared_16(refs + WARPS * 64 * q);
-        multiply_16(product, raw, mine.x[q]);
-        multiply_16(first_part, raw, make_uint2(raw.x, raw.z));
-        multiply_16(second_part, raw, make_uint2(raw.y, raw.w));
+        multiply_16<T>(product, raw, mine.x[q]);
+        if constexpr (THIRD) multiply_16<T>(thirds[q % 2], raw, mine.third[q / 2]);
+        multiply_16<T>(first_part, raw, make_uint2(raw.x, raw.z));
+        multiply_16<T>(second_part, raw, make_uint2(raw.y, raw.w));
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) dots[k] += product[k];
@@ -391,6 +447,7 @@ struct Products {
     // or of the references, where it wants that of reference g itself.
     const float norm = __shfl_sync(0xffffffffu, g & 1 ? norms[1] : norms[0], (lane() & ~3) | g >> 1);
     float dot = t < 2 ? dots[0] + dots[1] : dots[2] + dots[3];
+    if constexpr (THIRD) dot += t < 2 ? thirds[0][0] + thirds[1][1] : thirds[0][2] + thirds[1][3];
     dot += __shfl_xor_sync(0xffffffffu, dot, 2);
     const float share = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
     if (first && block == 0) {
@@ -560,23 +617,30 @@ struct Products {
     }
   }
 
-  // A weight as the sum of two values of float16: what the products see. Value `split` of them.
-  __device__ __forceinline__ static __half split_weight(float weight, int split) {
-    const __half high = __float2half_rn(weight);
-    return split == 0 ? high : __float2half_rn((weight - __half2float(high)) * SPLIT_SCALE);
+  // Part `split` of a weight, as the products see it.
+  __device__ __forceinline__ static T split_weight(float weight, int split) {
+    if (split == 1) weight = rest_of<T>(weight) * Split<T>::SCALE;
+    if (THIRD && split == 2) weight = rest_of<T>(rest_of<T>(weight));
+    return Split<T>::nearest(weight);
   }
 
-  // The weights of a block for the products; returns their sum over the row's eight references.
+  // The weights of a block for the products; returns their sum over the row's eight references. Of the
+  // products, lane t of four has two parts of a row, or if there are three, of two lanes the second has the
+  // third.
+  static constexpr int COLUMNS = THIRD ? 4 : 2;  // of a row
+  __device__ __forceinline__ static int row_of_sums(int t) { return 2 * t / COLUMNS % ROWS; }
   __device__ __forceinline__ float hand_out(float weight, int parity, int block, int lane) const {
-    const int g = lane / 4, t = lane % 4, row = g / 2 % 2, split = g % 2;
+    const int g = lane / 4, t = lane % 4, row = g / COLUMNS % ROWS, split = g % COLUMNS;
     float seen =
-        fmaf(__half2float(split_weight(weight, 1)), 1 / SPLIT_SCALE, __half2float(split_weight(weight, 0)));
+        fmaf(to_float(split_weight(weight, 1)), 1 / Split<T>::SCALE, to_float(split_weight(weight, 0)));
+    if constexpr (THIRD) seen += to_float(split_weight(weight, 2));
 #pragma unroll
     for (int hop = 4; hop > 0; hop /= 2) seen += __shfl_xor_sync(0xffffffffu, seen, hop);
     const float a = __shfl_sync(0xffffffffu, weight, 8 * row + 2 * t);
     const float b = __shfl_sync(0xffffffffu, weight, 8 * row + 2 * t + 1);
-    shared().weights[parity][block][lane] =
-        g < 4 ? pair_of(split_weight(a, split), split_weight(b, split)) : 0;
+    shared().weights[parity][block][lane] = g < ROWS * COLUMNS && split < Split<T>::PARTS
+                                                ? pair_of(split_weight(a, split), split_weight(b, split))
+                                                : 0;
     return seen;
   }
 
@@ -586,12 +650,12 @@ struct Products {
       if (q % 2 == 0) __syncwarp();  // no more loads in flight than there are registers for
       const uint4 four = load_transposed(refs + WARPS * 64 * q);
       float low[4] = {}, high[4] = {};
-      multiply_8(low, four.x, four.y, weights);
-      multiply_8(high, four.z, four.w, weights);
-      mine.sum[q][0] = fmaf(low[1], 1 / SPLIT_SCALE, mine.sum[q][0]) + low[0];
-      mine.sum[q][1] = fmaf(low[3], 1 / SPLIT_SCALE, mine.sum[q][1]) + low[2];
-      mine.sum[q][2] = fmaf(high[1], 1 / SPLIT_SCALE, mine.sum[q][2]) + high[0];
-      mine.sum[q][3] = fmaf(high[3], 1 / SPLIT_SCALE, mine.sum[q][3]) + high[2];
+      multiply_8<T>(low, four.x, four.y, weights);
+      multiply_8<T>(high, four.z, four.w, weights);
+      mine.sum[q][0] = fmaf(low[1], 1 / Split<T>::SCALE, mine.sum[q][0]) + low[0];
+      mine.sum[q][1] = fmaf(low[3], 1 / Split<T>::SCALE, mine.sum[q][1]) + low[2];
+      mine.sum[q][2] = fmaf(high[1], 1 / Split<T>::SCALE, mine.sum[q][2]) + high[0];
+      mine.sum[q][3] = fmaf(high[3], 1 / Split<T>::SCALE, mine.sum[q][3]) + high[2];
     }
   }
 
@@ -607,7 +671,7 @@ struct Products {
   __device__ __forceinline__ void add_tile(Mine& mine, uint32_t refs, int many, int parity) const {
     const int used = shared().used[parity];
     if (used & RAISED) {
-      const float scale = shared().scales[parity][lane() & 1];
+      const float scale = shared().scales[parity][row_of_sums(lane() & 3)];
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
 #pragma unroll
@@ -644,23 +708,23 @@ struct Products {
   }
 
   // How far below the best score, in units of log 2, references have to be evaluated again; negative: none
-  // has. A score is wrong by 2^-22 |x_i r_i| for each element, at random, and by the rounding of a warp's
-  // share of it: `error`, in units of log 2. That matters where several references have weight, here or in
-  // other blocks, which are then, as a rule, about sigma / alpha apart (end_kernel sees to the exceptions):
-  // what it makes of the mean, beside the result's size. Of all warps: `square` of the products of their
-  // |x| and |r| and of their share of alpha/2 |r|^2, `norm` = |r|^2.
+  // has. A score is wrong by SCORE_ERROR |x_i r_i| for each element, at random, and by the rounding of a
+  // warp's share of it: `error`, in units of log 2. That matters where several references have weight, here
+  // or in other blocks, which are then, as a rule, about sigma / alpha apart (end_kernel sees to the
+  // exceptions): what it makes of the mean, beside the result's size. Of all warps: `square` of the products
+  // of their |x| and |r| and of their share of alpha/2 |r|^2, `norm` = |r|^2.
   __device__ __forceinline__ float doubt(const RowState& row, float square, float norm, float& error) const {
     const double per_variance = 2 / LOG2_E * row.per_square;  // 1 / sigma^2
     const double of_data = fma(row.a, row.alpha, row.b), of_result = row.b * per_variance;
-    const double wrong = of_result * of_result * (0x1p-44 * square);
+    const double wrong = of_result * of_result * (SCORE_ERROR * SCORE_ERROR * square);
     double most = fma(of_data * of_data * per_variance, norm, row.a * row.a * d);
     if (in.lse.data)  // the mean may become any prediction: itself, the velocity, the noise
       most = fmin(per_variance * norm, fmin(d + norm, d / (row.alpha * row.alpha)));
-    error = 0x1p-22f * sqrtf(square) * row.rate;
+    error = static_cast<float>(SCORE_ERROR) * sqrtf(square) * row.rate;
     if (wrong <= MOST_ERROR * MOST_ERROR * most) return -1;
     return 36 + 8 * error;  // weights below 2^-36, and errors
   }
-  static constexpr double MOST_ERROR = 1e-6;
+  static constexpr double MOST_ERROR = 1e-6, SCORE_ERROR = CHUNKS < 4 ? 0x1p-21 : 0x1p-22;
 
   // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
   __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
@@ -734,7 +798,7 @@ struct Products {
   // parts.reviewed; of what weights is returned.
   __device__ __forceinline__ PartRow review(const Segment<ROWS>& segment, int my_row, float margin) const {
     const RowState& row = segment.rows[my_row];
-    const __half* const refs = static_cast<const __half*>(in.refs.data) + segment.first * in.d + offset;
+    const T* const refs = static_cast<const T*>(in.refs.data) + segment.first * in.d + offset;
     double* const scores = shared().reviewed;
     const double rate = row.exact_rate();
     barrier();  // what was reviewed before is read
@@ -760,13 +824,13 @@ struct Products {
     const int references = shared().listed_count;
 #pragma unroll 1
     for (int i = warp(); i < references; i += WARPS) {
-      const __half* const from = refs + int64_t{shared().listed[i]} * d;
+      const T* const from = refs + int64_t{shared().listed[i]} * d;
       double share = 0;
 #pragma unroll 4
       for (int e = 2 * lane(); e < length; e += 64) {
         const float2 x = *reinterpret_cast<const float2*>(static_cast<const float*>(row.x) +
                                                           row.index * in.d + offset + e);
-        const double a = __half2float(from[e]), b = __half2float(from[e + 1]);
+        const double a = to_float(from[e]), b = to_float(from[e + 1]);
         share = fma(fma(-0.5 * row.alpha, a, static_cast<double>(row.sign * x.x)), a, share);
         share = fma(fma(-0.5 * row.alpha, b, static_cast<double>(row.sign * x.y)), b, share);
       }
@@ -792,10 +856,9 @@ struct Products {
       double sums[4] = {};
 #pragma unroll 1
       for (int j = 0; j < references; ++j) {
-        const __half* const from = refs + int64_t{shared().listed[j]} * d + e;
+        const T* const from = refs + int64_t{shared().listed[j]} * d + e;
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
-          sums[k] = fma(scores[j], static_cast<double>(__half2float(from[k])), sums[k]);
+        for (int k = 0; k < 4; ++k) sums[k] = fma(scores[j], static_cast<double>(to_float(from[k])), sums[k]);
       }
       __stcg(reinterpret_cast<float4*>(reviewed_sums() + e),
              make_float4(static_cast<float>(sums[0]), static_cast<float>(sums[1]),
@@ -810,8 +873,15 @@ struct Products {
   // A segment's sums from the warps' registers to memory, where they join those of the part so far: to the
   // row's result where the unit begins, which `end_kernel` completes, else to the block's place for others.
   __device__ __forceinline__ void end_segment(Mine& mine, const Segment<ROWS>& segment, int slot) const {
-    const int g = lane() >> 2, t = lane() & 3;
+    const int g = lane() >> 2, my_row = THIRD ? (lane() & 3) >> 1 : lane() & 3;
     bool reviewed = false;
+    if constexpr (THIRD) {  // of two lanes each has parts of the weights
+#pragma unroll
+      for (int q = 0; q < CHUNKS; ++q) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) mine.sum[q][k] += __shfl_xor_sync(0xffffffffu, mine.sum[q][k], 1);
+      }
+    }
 #pragma unroll 1
     for (int r = 0; r < segment.count; ++r) {
       const float margin = shared().ends[slot][r].margin;
@@ -821,7 +891,7 @@ struct Products {
         const double shift = shared().ends[slot][r].shift;
         join(segment, slot, r, {own.log2_weight - shift, own.total, own.lead, own.scale});
       }
-      if (t == r) {
+      if (my_row == r) {
 #pragma unroll
         for (int q = 0; q < CHUNKS; ++q) {
 #pragma unroll
@@ -834,14 +904,14 @@ struct Products {
       reviewed = true;
     }
     if (reviewed) barrier();  // the rows' ends are there
-    if (t >= segment.count) return;
-    float* const to = (segment.flags & SEGMENT_UNIT_BEGIN ? parts.firsts + segment.rows[t].index * in.d
-                                                          : parts.sums + (team * ROWS + t) * in.d) +
+    if (my_row >= segment.count || (THIRD && lane() & 1)) return;
+    float* const to = (segment.flags & SEGMENT_UNIT_BEGIN ? parts.firsts + segment.rows[my_row].index * in.d
+                                                          : parts.sums + (team * ROWS + my_row) * in.d) +
                       offset + g;
     const bool joins = !(segment.flags & SEGMENT_PART_BEGIN);
     if (joins) {
-      const float before = static_cast<float>(shared().ends[slot][t].before),
-                  now = static_cast<float>(shared().ends[slot][t].now);
+      const float before = static_cast<float>(shared().ends[slot][my_row].before),
+                  now = static_cast<float>(shared().ends[slot][my_row].now);
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
 #pragma unroll
@@ -867,7 +937,7 @@ struct Products {
 
     __device__ __forceinline__ void advance() {
       ++stage, offset += TILE_BYTES;
-      if (stage == PRODUCTS_STAGES) stage = offset = 0, phase ^= 1;
+      if (stage == STAGES) stage = offset = 0, phase ^= 1;
     }
   };
 
@@ -926,12 +996,12 @@ struct Products {
   }
 };
 
-template <int CHUNKS, bool CLUSTERED>
+template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED>
 __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     products_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
                     const __grid_constant__ ProductsParts parts,
                     const __grid_constant__ ProductsLayout layout) {
-  using Kernel = Products<CHUNKS, CLUSTERED>;
+  using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED>;
   typename Kernel::Shared& shared = Kernel::shared();
   UnitList list = shared_list;
   int staging = Kernel::fixed_bytes(layout.slices);
@@ -947,7 +1017,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   if (layout.own_list && !in.mailboxes && tid == 96) prefetch_share(in);
   if (tid == 0) {
 #pragma unroll 1
-    for (int s = 0; s < PRODUCTS_STAGES; ++s) {
+    for (int s = 0; s < Kernel::STAGES; ++s) {
 #pragma unroll
       for (int piece = 0; piece < Kernel::PIECES; ++piece) init_barrier(&shared.full[s][piece], 1);
       init_barrier(&shared.empty[s], Kernel::WARPS);
@@ -972,21 +1042,22 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   if constexpr (CLUSTERED) meet_cluster();
   if (tid < 0) {
     take_registers<PRODUCTS_CONSUMER_REGISTERS>();
+    if (layout.own_list && threadIdx.x < BULK_PRODUCERS)
+      prefetch_references(in, *scratch, kernel.place(), kernel.teams, kernel.team, threadIdx.x);
     kernel.consume();
   } else {
     give_up_registers<PRODUCTS_PRODUCER_REGISTERS>();
     if (layout.own_list) {
-      prefetch_references(in, *scratch, kernel.place(), kernel.teams, kernel.team, tid);
       build_own_list<Kernel::TR, Kernel::ROWS>(in, list, *scratch, tid);
     } else {
       wait_for_previous_launch();
     }
-    const int ref_bytes = kernel.length * static_cast<int>(sizeof(__half));
+    const int ref_bytes = kernel.length * static_cast<int>(sizeof(T));
     if (kernel.length < Kernel::HELD) {  // elements beyond the sample, which no copy writes
 #pragma unroll 1
-      for (int i = tid; i < PRODUCTS_STAGES * Kernel::TR; i += BULK_PRODUCERS) {
+      for (int i = tid; i < Kernel::STAGES * Kernel::TR; i += BULK_PRODUCERS) {
         char* const row = kernel.stage(0) + i * Kernel::REF_BYTES;
-        for (int b = ref_bytes; b < Kernel::HELD * static_cast<int>(sizeof(__half)); b += 16)
+        for (int b = ref_bytes; b < Kernel::HELD * static_cast<int>(sizeof(T)); b += 16)
           *reinterpret_cast<uint4*>(row + b) = uint4{0, 0, 0, 0};
       }
       named_barrier(15, BULK_PRODUCERS);

@@ -32,7 +32,9 @@ struct UnitList {
     return rows == 1 ? TILE_WEIGHT : rows == 2 ? costs.two : costs.four;
   }
   // Of a unit: its tiles, and after them its end.
-  __device__ int64_t cost(int64_t tiles, int rows) const { return tiles * weight(rows) + rows * costs.end; }
+  __device__ int64_t cost(int64_t tiles, int rows) const {
+    return tiles * weight(rows) + rows * costs.row + costs.unit;
+  }
 };
 
 static_assert(sizeof(Unit) == UNIT_BYTES, "the planner counts so many");
