@@ -98,8 +98,8 @@ constexpr int products_ref_bytes(int64_t held) {
   return static_cast<int>(2 * held) + 16;
 }
 // UnitCosts. By groups on an H100, of 0 to 96 for a row: bfloat16 203 and 197 us, float32 289 and 280. On the
-// matrix units of an H200 a block of 256 x 4,096 needs 1.3 us for a tile and 3 to 4 for a change, be it of one
-// row or two.
+// matrix units of an H200 a block of 256 x 4,096 needs 1.3 us for a tile and 3 to 4 for a change, be it of
+// one row or two.
 constexpr int GROUPS_ROW = 64, PRODUCTS_ROW = 4, PRODUCTS_UNIT = 18;
 constexpr int groups_sums_smem(int elements) {  // where groups leave their sums for one another
   return 4 * GROUPS_CONSUMERS * elements;
