@@ -231,8 +231,7 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
       top = greater(top, by_source);
     }
 #pragma unroll 1
-    for (int j = NEAR + 1 + part; j < others; j += 32)
-      top = greater(top, load_other(j).log2_weight);
+    for (int j = NEAR + 1 + part; j < others; j += 32) top = greater(top, load_other(j).log2_weight);
 #pragma unroll 1
     for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(0xffffffffu, top, hop));
     weight = power(mine.log2_weight - top);

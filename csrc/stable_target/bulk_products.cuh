@@ -546,11 +546,11 @@ struct Products {
   }
 
   // How far below the best score, in units of log 2, references have to be evaluated again; negative: none
-  // has. A score is wrong by SCORE_ERROR |x_i r_i| for each element, at random, and by the rounding of a warp's
-  // share of it: `error`, in units of log 2. That matters where several references have weight, here or in
-  // other blocks, which are then, as a rule, about sigma / alpha apart (end_kernel sees to the exceptions):
-  // what it makes of the mean, beside the result's size. x, r: of the warp whose shares this lane has; lanes
-  // of a row are together in `sum`.
+  // has. A score is wrong by SCORE_ERROR |x_i r_i| for each element, at random, and by the rounding of a
+  // warp's share of it: `error`, in units of log 2. That matters where several references have weight, here
+  // or in other blocks, which are then, as a rule, about sigma / alpha apart (end_kernel sees to the
+  // exceptions): what it makes of the mean, beside the result's size. x, r: of the warp whose shares this
+  // lane has; lanes of a row are together in `sum`.
   template <typename Sum>
   __device__ __forceinline__ float doubt(const RowState& row, float x, float r, const Sum& sum,
                                          float& error) const {
