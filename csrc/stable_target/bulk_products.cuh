@@ -1,10 +1,10 @@
-// One pass over the references of class banks on Hopper's matrix units, for references in float16. A
-// multiprocessor has one thread block: one warp, the producer, brings references into a ring in shared memory
-// by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements. A tile of eight
-// references, or of eight times BLOCKS, is scored by all warps. One more warp adds up their shares of the
-// scores, runs the online softmax and hands weights back, with which they add the tile to the rows, if there
-// is anything to add; meanwhile they score the next tile. The list of units, the announcer and the ranges of
-// the list that blocks have: as in bulk_groups.cuh.
+// One pass over the references of class banks on Hopper's matrix units, for references in float16 or
+// bfloat16. A multiprocessor has one thread block: one warp, the producer, brings references into a ring in
+// shared memory by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements. A tile
+// of eight references, or of eight times BLOCKS, is scored by all warps. One more warp adds up their shares
+// of the scores, runs the online softmax and hands weights back, with which they add the tile to the rows, if
+// there is anything to add; meanwhile they score the next tile. The list of units, the announcer and the
+// ranges of the list that blocks have: as in bulk_groups.cuh.
 //
 // At the end of a segment a warp stores its sums as they are and goes on; the one that weighs leaves what
 // they are relative to. Rows' parts are put together, and sources added, in a launch that follows (end_kernel
@@ -20,9 +20,9 @@
 //
 // Rounding. Scores are s_j = rate (x.r_j - alpha/2 |r_j|^2), so that
 //   -|x - alpha r_j|^2 / (2 sigma^2) = s_j - |x|^2 / (2 sigma^2).
-// References are exact in the matrix units, x is the sum of two values of float16, and so are weights.
-// The sums of the matrix units, which round towards zero, are over 64 elements or 8 references. Weights are
-// 2^(s_j - top) with an integer `top` that is no smaller than any score.
+// References are exact in the matrix units; x is the sum of two values of float16 or of three of bfloat16,
+// and so are weights. The sums of the matrix units, which round towards zero, are over 64 elements or 8
+// references. Weights are 2^(s_j - top) with an integer `top` that is no smaller than any score.
 //
 // That has the digits of float32 for values as large as x and r_j. Where that may show in a row, by an
 // estimate at the end of a segment, the references that may have weight are evaluated again, in float64
