@@ -146,10 +146,10 @@ struct ProductsFigures {
 };
 
 // What a block of a cluster tells the others. A letter has memory of its own until that of four tiles later:
-// a block scores tile i + 4 when it has the weights of tile i + 2, to which all blocks have given their shares,
-// each when it had weighed tile i. Figures are of a segment, until that of two segments later: a block begins
-// segment s + 2 when it has weighed all of segment s + 1, to which all have given their shares, each when it
-// had ended segment s.
+// a block scores tile i + 4 when it has the weights of tile i + 2, to which all blocks have given their
+// shares, each when it had weighed tile i. Figures are of a segment, until that of two segments later: a
+// block begins segment s + 2 when it has weighed all of segment s + 1, to which all have given their shares,
+// each when it had ended segment s.
 constexpr int PRODUCTS_LETTERS = 4;
 template <int BLOCKS>
 struct ProductsLetters {
