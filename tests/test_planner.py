@@ -194,6 +194,20 @@ def test_class_banks_of_two_bytes_are_on_the_matrix_units(d, refs_dtype):
     assert not any(plan["products"] for plan in others)
 
 
+@pytest.mark.parametrize("device", ["h100", "h200"])
+@pytest.mark.parametrize(("n", "d", "blocks"), [(256, 8192, 2), (256, 16_384, 4), (256, 32_768, 8), (8, 65_536, 16)])
+def test_samples_of_more_elements_than_a_block_holds_have_clusters(n, d, blocks, device):
+    plan = info.plan(n, 256, d, 101, device=device)
+    assert plan["products"]
+    assert (plan["slices"], plan["slice"]) == (blocks, 4096)
+
+
+def test_what_the_clusters_leave_to_others():
+    """Many rows of the longest samples, and what is longer yet."""
+    assert not info.plan(9, 256, 65_536, 101, device="h100")["products"]
+    assert not info.plan(8, 256, 65_544, 101, device="h100")["products"]
+
+
 @pytest.mark.parametrize(("m", "rows"), [(20_000, 1024), (50_000, 512), (200_000, 1024)])
 def test_a_pass_of_many_rows_holds_all_scores_if_half_the_rows_can(m, rows):
     plan = info.plan(4096, m, 4096, **H100)

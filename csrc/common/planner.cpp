@@ -43,7 +43,8 @@ constexpr int MAX_STAGES = 4;
 // Tiles of the bulk kernels (Hopper), tried in order: the first that holds D is taken. Up to 8,192 elements
 // a block holds a sample, `group` threads with `elements` each, in as many groups as its 512 threads make
 // (bulk_groups.cuh); up to four rows of one class share a pass. Longer samples are cut into slices over a
-// team of blocks (bulk_teams.cuh): a cluster of up to eight, else blocks all over the grid.
+// team of blocks (bulk_teams.cuh): a cluster of up to eight, else blocks all over the grid. On the matrix
+// units (bulk_products.cuh) a block has up to 4,096 elements, longer samples a cluster, two rows a pass.
 struct BulkTile {
   int refs_size;
   int group, elements, tile_refs;
@@ -104,7 +105,8 @@ int64_t best_slices(int64_t least, int64_t sm_count) {
   return best;
 }
 
-// Blocks of a cluster: of two, four and eight of them the most fit on the device's multiprocessors.
+// Blocks of a cluster on the matrix units: what was measured; three and five would leave fewer
+// multiprocessors idle where they suffice.
 int64_t products_slices(int64_t least) {
   int64_t slices = 1;
   while (slices < least) slices *= 2;
@@ -113,9 +115,16 @@ int64_t products_slices(int64_t least) {
 
 // Measured on an H100, 256 rows x 1,001 classes x 256 x 4,096: 173 us, where groups of warps take 207, with
 // one label for all rows 95 and 151, with a label for each 205 and 211; on an H200 with bfloat16 138 and 174,
-// with D 1,024 57 and 84. In an earlier form one row beside a pool of 50,000 took 181 and 166.
-bool serves_products(const Problem& p) {
-  return p.has_labels && p.vectors;
+// with D 1,024 57 and 84. In an earlier form one row beside a pool of 50,000 took 181 and 166. On an H200,
+// with clusters: D 4,104 188 us by them, 317 by groups, 8,192 243 and 329, 16,384 448 and 616 (teams), 32,768
+// 245 and 381; one row of 8,192 31 and 42, eight of 32,768 62 and 85; of 65,536 one 39 and 49, four 67 and
+// 81, but eight 107 and 107. Clusters of sixteen are not of a size that every device has room for. Sums of
+// other processes' rows have to have room.
+bool serves_products(const Problem& p, int64_t slices) {
+  constexpr int64_t FEW_ROWS = 8, MOST_SUMS = WORKSPACE_LIMIT / 2;
+  if (!p.has_labels || !p.vectors) return false;
+  if (slices > BULK_MAX_CLUSTER && (p.n > FEW_ROWS || p.sm_count < 132)) return false;
+  return !p.shared_rows || 4 * p.n * p.d <= MOST_SUMS;
 }
 
 bool plan_bulk(const Problem& p, Plan& plan) {
@@ -139,7 +148,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
                                 : slices == 1 ? GROUPS_MAX_STAGES
                                               : BULK_MAX_STAGES;
     int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
-    if (products && (stages < most_stages || !serves_products(p))) continue;
+    if (products && (stages < most_stages || !serves_products(p, slices))) continue;
     if (slices == 1 && !products) stages -= stages % (GROUPS_CONSUMERS / tile.group);  // see bulk_groups.cuh
     if (stages < (slices == 1 || products ? 3 : BULK_LAG + 2)) return false;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));

@@ -100,7 +100,7 @@ struct Launch : BulkLaunch {
     } else {
       run_in_blocks(kernel, !plan.own_list, list, parts, layout);
     }
-    end_products(op, in, parts, plan.blocks, stream);
+    end_products(op, in, parts, teams, stream);
     return true;
   }
 
