@@ -127,7 +127,7 @@ __device__ inline int many_splits(int tiles, int steps, int blocks, int most) {
 }
 
 // Rows of the tile that `left` rows need, of at most MANY_ROWS; and those of all tiles for `rows`.
-__device__ inline int row_tile_width(int64_t left) {
+__host__ __device__ inline int row_tile_width(int64_t left) {
   return left <= 64 ? 64 : left <= 128 ? 128 : 256;
 }
 __device__ inline int64_t row_tile_ends(int64_t rows) {
@@ -139,12 +139,15 @@ __device__ inline int64_t row_tile_ends(int64_t rows) {
 // fill tiles. Where a pass has more than one tile and not all are expected, none: the dense rows of a mixture
 // would nearly all pass through the product for late rows too, in whose tiles they are.
 constexpr int EARLY_BESIDE = 128;  // so many at most have both halves in a tile of MANY_ROWS
-__device__ inline int early_rows(const Many& many) {
-  const int rows = static_cast<int>(many.padded), early = many.exact ? many.facts->early : 0;
+__device__ inline int early_rows(const Many& many, const ManyFacts& facts) {
+  const int rows = static_cast<int>(many.padded), early = many.exact ? facts.early : 0;
   if (early == 0 || (many.rows > MANY_ROWS && early < many.rows)) return 0;
-  if (many.facts->plain && rows > EARLY_BESIDE && early > 64 && early <= 96) return early <= 80 ? 80 : 96;
+  if (facts.plain && rows > EARLY_BESIDE && early > 64 && early <= 96) return early <= 80 ? 80 : 96;
   const int each = early > 64 || (rows > 64 && rows <= 128) ? 128 : 64;
   return min((early + each - 1) / each * each, rows);
+}
+__device__ inline int early_rows(const Many& many) {
+  return early_rows(many, *many.facts);
 }
 
 // Row tiles of the scores: where many rows are early, theirs have both halves of up to 128 rows; then those
