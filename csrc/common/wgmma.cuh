@@ -78,7 +78,7 @@ __device__ inline void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// acc (64 x n) = (ADD ? acc : 0) + a (64 x 16, registers) b^T (n x 16, shared memory), for n of 32 to 256;
+// acc (64 x n) = (ADD ? acc : 0) + a (64 x 16, registers) b^T (n x 16, shared memory), for n of 32 and 64;
 // COLUMNS: b is given as 16 x n. Warp w of the group holds rows 16 w to 16 w + 15 of a and acc; with g = lane
 // / 4 and t = lane % 4: a[0] (g, 2 t and 2 t + 1), a[1] (g + 8, same), a[2] (g, 2 t + 8 and 2 t + 9), a[3] (g
 // + 8, same); acc[4 i + 2 h + p] is element (g + 8 h, 8 i + 2 t + p). The last arguments: the names of what
@@ -96,10 +96,6 @@ __device__ inline void wait_products() {
   }
 SVEL_PRODUCT(16, 32, "%16, %17, %18, %19", "%20", "%21", "%22")
 SVEL_PRODUCT(32, 64, "%32, %33, %34, %35", "%36", "%37", "%38")
-SVEL_PRODUCT(40, 80, "%40, %41, %42, %43", "%44", "%45", "%46")
-SVEL_PRODUCT(48, 96, "%48, %49, %50, %51", "%52", "%53", "%54")
-SVEL_PRODUCT(64, 128, "%64, %65, %66, %67", "%68", "%69", "%70")
-SVEL_PRODUCT(128, 256, "%128, %129, %130, %131", "%132", "%133", "%134")
 #undef SVEL_PRODUCT
 
 // acc (64 x n) = (ADD ? acc : 0) + a (64 x 16) b^T (n x 16), both in shared memory, for n of 64 to 256;

@@ -5,11 +5,10 @@
 // + 32 KB, four in flight. Two thread blocks make a cluster: their first operands differ, their second is the
 // same, of which each brings half for both: otherwise the L2 would be as busy as the matrix units.
 //
-// The first operand is the references, as stored: of the sums from shared memory, of the scores through
-// registers, from which |r_j|^2 is formed while products are under way. 128 sums and 64 accumulators a
-// thread, of sums that the matrix units only begin; where these finish them, 128. Where the references have a
-// centre, or are bfloat16, the first operand passes through registers: there the centre is subtracted, and
-// |d_j|^2 formed on the way.
+// The first operand is the references, as stored and from shared memory: 128 sums and 64 accumulators a
+// thread, of sums that the matrix units only begin; where these finish them, 128. |r_j|^2 is known, or formed
+// while products are under way. Where the references have a centre, or are bfloat16, the first operand passes
+// through registers: there the centre is subtracted, and |d_j|^2 formed on the way.
 #include <type_traits>
 
 #include "common/cluster.cuh"
@@ -56,13 +55,11 @@ enum class Scores { FAST, EXACT, LOW };
 template <auto VALUE>
 using Constant = std::integral_constant<decltype(VALUE), VALUE>;
 
-// visit(width, plain) with both as constants; width of 64, 128 and 256, of 256 alone where all are WIDE, and
-// plain only as it MAY or MUST be. All of it in line: products under way do not survive a call.
-template <bool PLAIN, bool WIDE, typename Visit>
+// visit(width, plain) with both as constants; width of 64, 128 and 256, and plain only as it MAY or MUST be.
+// All of it in line: products under way do not survive a call.
+template <bool PLAIN, typename Visit>
 __device__ __forceinline__ void with_width(int width, const Visit& visit) {
-  if constexpr (WIDE) {
-    visit(Constant<256>{}, Constant<PLAIN>{});
-  } else if (width == 256) {
+  if (width == 256) {
     visit(Constant<256>{}, Constant<PLAIN>{});
   } else if (width == 128) {
     visit(Constant<128>{}, Constant<PLAIN>{});
@@ -70,14 +67,14 @@ __device__ __forceinline__ void with_width(int width, const Visit& visit) {
     visit(Constant<64>{}, Constant<PLAIN>{});
   }
 }
-template <bool MAY, bool MUST, bool WIDE, typename Visit>
+template <bool MAY, bool MUST, typename Visit>
 __device__ __forceinline__ void with_constants(int width, bool plain, const Visit& visit) {
   if constexpr (MAY == MUST) {
-    with_width<MUST, WIDE>(width, visit);
+    with_width<MUST>(width, visit);
   } else if (plain) {
-    with_width<true, WIDE>(width, visit);
+    with_width<true>(width, visit);
   } else {
-    with_width<false, WIDE>(width, visit);
+    with_width<false>(width, visit);
   }
 }
 
@@ -189,15 +186,6 @@ __device__ inline void multiply(const uint32_t (&a)[4][4], uint32_t b, float (&s
   }
 }
 
-// Around the first products of a tile: the second warpgroup starts when the first is through with its own,
-// and stays behind.
-__device__ inline void await_turn(bool first) {
-  if (first && threadIdx.x >= 128) named_barrier(TURN_BARRIER, 256);
-}
-__device__ inline void end_turn(bool first) {
-  if (first && threadIdx.x < 128) named_barrier_arrive(TURN_BARRIER, 256);
-}
-
 // One of the four products of a step, both operands from shared memory: the k-th 16 of its 64 halves. GROUPS:
 // of 16 references, which the first operand has in its rows, as often as needed; 0: it has them in its
 // columns.
@@ -210,31 +198,90 @@ __device__ inline void product_of_step(float (&acc)[COUNT], uint64_t a, uint64_t
   }
 }
 
-// What is done to a stage before it is multiplied: nothing, see ZeroInvalid.
+// What a warp does while products are under way: nothing, or |r_j|^2 of its 16 references of a stage, which
+// lie as they are in rows of it, in float32 over 512 elements. Lane: 16 bytes of every fourth reference.
 struct Nothing {
   __device__ void before(const Stage&, int) {}
+  template <int PART, int PARTS>
+  __device__ void during(const Stage&) {}
+  __device__ void after(bool) {}
+};
+
+struct OwnNorms {
+  bool wanted;
+  int lane = threadIdx.x % 32;
+  float part[4] = {0, 0, 0, 0};
+  double total = 0;  // of reference 4 i + lane / 8 in the lanes of lane % 8 == i
+
+  __device__ void before(const Stage&, int) {}
+  // Of the references of part PART of PARTS.
+  template <int PART, int PARTS>
+  __device__ void during(const Stage& stage) {
+    if (!wanted) return;
+    const int first = threadIdx.x / 32 * 16 + lane / 8, chunk = lane % 8;
+#pragma unroll
+    for (int i = 4 * PART / PARTS; i < 4 * (PART + 1) / PARTS; ++i) {
+      const int row = first + 4 * i;
+      const uint4 v =
+          *reinterpret_cast<const uint4*>(stage.memory + row * ROW_BYTES + ((chunk ^ (row & 7)) << 4));
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(words + k));
+        part[i] = fmaf(pair.x, pair.x, part[i]), part[i] = fmaf(pair.y, pair.y, part[i]);
+      }
+    }
+  }
+  __device__ void after(bool enough) {
+    if (!wanted) return;
+    __syncwarp();  // all have read what one of them gives back
+    if (!enough) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      for (int offset = 1; offset < 8; offset *= 2) part[i] += __shfl_xor_sync(0xffffffffu, part[i], offset);
+      if (lane % 8 == i) total += part[i];
+      part[i] = 0;
+    }
+  }
+  __device__ double of(int reference) const {  // of those 16
+    return __shfl_sync(0xffffffffu, total, 8 * (reference % 4) + reference / 4);
+  }
 };
 
 // sums += a b^T for a step, at most 128 rows of b at a time. While one of the two warpgroups adds the other
 // multiplies.
-template <int WIDTH, int GROUPS>
+template <int WIDTH, int GROUPS, int LOW, typename Beside>
 __device__ __forceinline__ void multiply_shared(const Stage& stage, uint32_t a_offset, bool first,
-                                                float (&sums)[WIDTH / 2]) {
+                                                float (&sums)[WIDTH / 2], Beside& beside) {
   constexpr int PART = WIDTH < 128 ? WIDTH : 128;
+  static_assert(LOW <= PART, "of the first part alone");
   const uint64_t from = rows_of_128_bytes(stage.a + a_offset), with = rows_of_128_bytes(stage.b);
 #pragma unroll
   for (int part = 0; part < WIDTH / PART; ++part) {
     float acc[PART / 2];
     const uint64_t rows = with + part * (PART * ROW_BYTES >> 4);
-    await_turn(part == 0 && first);
+    // The second warpgroup starts when the first is through with its first products, and stays behind.
+    if (part == 0 && first && threadIdx.x >= 128) named_barrier(TURN_BARRIER, 256);
     start_products();
     product_of_step<0, GROUPS>(acc, from, rows, 0);
     product_of_step<1, GROUPS>(acc, from, rows, 1);
     product_of_step<1, GROUPS>(acc, from, rows, 2);
     product_of_step<1, GROUPS>(acc, from, rows, 3);
+    if constexpr (LOW > 0) {
+      if (part == 0) {
+        float (&low)[LOW / 2] = reinterpret_cast<float (&)[LOW / 2]>(acc);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) product_of_step<1, GROUPS>(low, from, with + (WIDTH * ROW_BYTES >> 4), k);
+      }
+    }
     commit_products();
+    if (part == 0) {
+      beside.template during<0, WIDTH / PART>(stage);
+    } else {
+      beside.template during<WIDTH / PART - 1, WIDTH / PART>(stage);
+    }
     wait_products<0>(acc);
-    end_turn(part == 0 && first);
+    if (part == 0 && first && threadIdx.x < 128) named_barrier_arrive(TURN_BARRIER, 256);
 #pragma unroll
     for (int i = 0; i < PART / 2; ++i) sums[part * (PART / 2) + i] += acc[i];
   }
@@ -252,9 +299,10 @@ __device__ inline void accumulate_shared(uint32_t a, uint32_t b, float (&sums)[W
 
 // All of `steps`, for OPERANDS first operands, a_stride bytes apart. ROUNDED: sums in float32 of what 64
 // products come to. Else: as the matrix units add.
-template <int WIDTH, int GROUPS, bool ROUNDED, int OPERANDS, typename Beside>
+template <int WIDTH, int GROUPS, bool ROUNDED, int LOW, int OPERANDS, typename Beside>
 __device__ __forceinline__ void multiply_steps(Ring& ring, uint32_t a_offset, uint32_t a_stride, int steps,
                                                float (&sums)[OPERANDS][WIDTH / 2], Beside& beside) {
+  const auto enough = [steps](int step) { return step % 8 == 7 || step + 1 == steps; };
   const bool first_lane = threadIdx.x % 32 == 0;
   if constexpr (ROUNDED) {
     for (int step = 0; step < steps; ++step, ring.next()) {
@@ -264,8 +312,9 @@ __device__ __forceinline__ void multiply_steps(Ring& ring, uint32_t a_offset, ui
       // A warpgroup gets ahead of the other by at most the stages of the ring: by less than so many steps.
 #pragma unroll
       for (int i = 0; i < OPERANDS; ++i)
-        multiply_shared<WIDTH, GROUPS>(stage, a_offset + i * a_stride, i == 0 && step == 0 && steps >= STAGES,
-                                       sums[i]);
+        multiply_shared<WIDTH, GROUPS, LOW>(stage, a_offset + i * a_stride,
+                                            i == 0 && step == 0 && steps >= STAGES, sums[i], beside);
+      beside.after(enough(step));
       if (first_lane) stage.release();
     }
   } else {
@@ -280,109 +329,13 @@ __device__ __forceinline__ void multiply_steps(Ring& ring, uint32_t a_offset, ui
       wait_products<OPERANDS>();
       if (step > 0 && first_lane) before.release();
       before = stage;
+      // After a stage has been given back, which loads wait for.
+      beside.template during<0, 1>(stage);
+      beside.after(enough(step));
     }
 #pragma unroll
     for (int i = 0; i < OPERANDS; ++i) wait_products<0>(sums[i]);
     if (steps > 0 && first_lane) before.release();
-  }
-}
-
-// |r_j|^2 of references g and g + 8 of a warp's 16, formed while the products of what it has in registers are
-// under way: in float32 over 8 steps.
-struct OwnNorms {
-  bool wanted;
-  float part[2] = {0, 0};
-  double total[2] = {0, 0};
-
-  // Of part PART of PARTS of a step.
-  template <int PART, int PARTS>
-  __device__ void add(const uint32_t (&a)[4][4]) {
-    if (!wanted) return;
-#pragma unroll
-    for (int i = 16 * PART / PARTS; i < 16 * (PART + 1) / PARTS; ++i) {
-      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&a[i / 4][i % 4]));
-      part[i % 2] = fmaf(pair.x, pair.x, fmaf(pair.y, pair.y, part[i % 2]));
-    }
-  }
-  __device__ void end_step(bool enough) {
-    if (!enough) return;
-    total[0] += part[0], total[1] += part[1];
-    part[0] = part[1] = 0;
-  }
-};
-
-// The 16 references of this warp of a stage, with which its warpgroup multiplies from registers: read from
-// shared memory, which is as busy as the matrix units, once for their products and norms.
-__device__ inline void load_references(uint32_t tile, uint32_t (&a)[4][4]) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) load_matrices(chunk_address(tile, row, 2 * k + lane / 16), a[k]);
-}
-
-// sums += a b^T as multiply_shared does it. LOW: of the first so many rows of b the lower halves follow it.
-template <int WIDTH, int LOW>
-__device__ __forceinline__ void multiply_rounded(const uint32_t (&a)[4][4], uint32_t b, bool first,
-                                                 float (&sums)[WIDTH / 2], OwnNorms& norms) {
-  constexpr int PART = WIDTH < 128 ? WIDTH : 128, PARTS = WIDTH / PART;
-  static_assert(LOW <= PART, "of the first part alone");
-  const uint64_t with = rows_of_128_bytes(b);
-#pragma unroll
-  for (int part = 0; part < PARTS; ++part) {
-    float acc[PART / 2];
-    const uint64_t rows = with + part * (PART * ROW_BYTES >> 4);
-    await_turn(part == 0 && first);
-    start_products();
-    product<0>(acc, a[0], rows);
-#pragma unroll
-    for (int k = 1; k < 4; ++k) product<1>(acc, a[k], rows + 2 * k);
-    if constexpr (LOW > 0) {
-      if (part == 0) {
-        float (&low)[LOW / 2] = reinterpret_cast<float (&)[LOW / 2]>(acc);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) product<1>(low, a[k], with + (WIDTH * ROW_BYTES >> 4) + 2 * k);
-      }
-    }
-    commit_products();
-    if (part == 0) {
-      norms.add<0, PARTS>(a);
-    } else {
-      norms.add<PARTS - 1, PARTS>(a);
-    }
-    wait_products<0>(acc);
-    end_turn(part == 0 && first);
-#pragma unroll
-    for (int i = 0; i < PART / 2; ++i) sums[part * (PART / 2) + i] += acc[i];
-  }
-}
-
-// y.d of 64 references as they are, and WIDTH rows, for a warpgroup. While it reads references and adds, the
-// other one multiplies.
-template <int WIDTH, bool ROUNDED, int LOW>
-__device__ __forceinline__ void multiply_references(Ring& ring, int steps, float (&sums)[WIDTH / 2],
-                                                    OwnNorms& norms) {
-  const uint32_t group = threadIdx.x / 128 * BOX_BYTES;
-  for (int step = 0; step < steps; ++step, ring.next()) {
-    const Stage stage = ring.stage();
-    wait_barrier(stage.full, ring.parity);
-    uint32_t a[4][4];
-    load_references(stage.a + group, a);
-    const bool first = step == 0 && steps >= STAGES;
-    if constexpr (ROUNDED) {
-      multiply_rounded<WIDTH, LOW>(a, stage.b, first, sums, norms);
-    } else {
-      const uint64_t rows = rows_of_128_bytes(stage.b);
-      await_turn(first);
-      start_products();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) product<1>(sums, a[k], rows + 2 * k);
-      commit_products();
-      norms.add<0, 1>(a);
-      wait_products<0>(sums);
-      end_turn(first);
-    }
-    norms.end_step(step % 8 == 7 || step + 1 == steps);
-    __syncwarp();  // all have read what one of them gives back
-    if (threadIdx.x % 32 == 0) stage.release();
   }
 }
 
@@ -429,6 +382,16 @@ __device__ inline Difference subtract(uint32_t raw, const char* centre, int pair
 
 // ---- scores
 
+// tensor_copy of what is read once: it leaves the L2 first.
+__device__ inline void tensor_copy_once(uint32_t shared, const CUtensorMap& map, int column, int row,
+                                        uint32_t barrier) {
+  SVEL_HOPPER_ASM(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(barrier),
+      "l"(read_once_policy()) : "memory");
+}
+
 template <typename T>
 __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ring& ring, int64_t row0,
                                 int64_t ref0, int width, int low, int steps, bool plain, int rank) {
@@ -436,12 +399,18 @@ __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ri
   const char* const centre = DtypeOf<T>::value == Dtype::f16
                                  ? reinterpret_cast<const char*>(many.centre_half)
                                  : reinterpret_cast<const char*>(many.centre_float);
+  const bool alone = many.rows <= MANY_ROWS;  // no other row tile wants these references
   for (int step = 0; step < steps; ++step, ring.next()) {
     const Stage stage = ring.stage();
     wait_barrier(stage.empty, ring.parity ^ 1);
     arrive_expecting(stage.full, A_BYTES + (width + low) * ROW_BYTES + (plain ? 0 : CENTRE));
     const int e = step * DEPTH;
-    tensor_copy(stage.a, args.refs, e, static_cast<int>(many.first_ref + ref0), shared_address(stage.full));
+    const int ref = static_cast<int>(many.first_ref + ref0);
+    if (alone) {  // scores, which are read again, stay in the L2
+      tensor_copy_once(stage.a, args.refs, e, ref, shared_address(stage.full));
+    } else {
+      tensor_copy(stage.a, args.refs, e, ref, shared_address(stage.full));
+    }
     for (int row = 64 * rank; row < width; row += 128)
       tensor_copy_to_all(stage.b + row * ROW_BYTES, args.queries, e, static_cast<int>(row0) + row,
                          shared_address(stage.full), BOTH);
@@ -452,8 +421,7 @@ __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ri
   }
 }
 
-// y.d of 64 references and WIDTH rows for a warpgroup, d in registers; this lane's share of |d|^2 of
-// references g and g + 8 of its warp's 16.
+// y.d of 64 references and WIDTH rows for a warpgroup, d in registers; |d|^2 of references g and g + 8 of 16.
 template <typename T, int WIDTH, Scores KIND, int EARLY>
 __device__ __forceinline__ void multiply_differences(const Many& many, Ring& ring, int steps,
                                                      float (&sums)[WIDTH / 2], double (&norms)[2]) {
@@ -506,6 +474,11 @@ __device__ __forceinline__ void multiply_differences(const Many& many, Ring& rin
     __syncwarp();
     if (lane == 0) stage.release();
   }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    norms[h] += __shfl_xor_sync(0xffffffffu, norms[h], 1);
+    norms[h] += __shfl_xor_sync(0xffffffffu, norms[h], 2);
+  }
 }
 
 // PLAIN: references as stored are the first operand. EARLY: rows with y_lo too.
@@ -528,27 +501,11 @@ __device__ __forceinline__ void score_tile(const Many& many, Ring& ring, int64_t
     copy_async(&exchange.factors[row].y, LOW ? &from->low_centre : &from->half_alpha);
   }
   const bool known = PLAIN && !LOW && many.norms;
-  double norms[2] = {0, 0};
-  if constexpr (PLAIN && LOW) {
-    Nothing nothing;
-    multiply_steps<WIDTH, 0, false>(ring, group * BOX_BYTES, 0, steps, all_sums, nothing);
-  } else if constexpr (PLAIN) {
-    OwnNorms own{!known};
-    multiply_references<WIDTH, KIND == Scores::EXACT, EARLY>(ring, steps, sums, own);
-    norms[0] = own.total[0], norms[1] = own.total[1];
-  } else {
-    multiply_differences<T, WIDTH, KIND, EARLY>(many, ring, steps, sums, norms);
-  }
-  if constexpr (!LOW) {  // of the warp's 16 references: each is two lanes'
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      norms[h] += __shfl_xor_sync(0xffffffffu, norms[h], 1);
-      norms[h] += __shfl_xor_sync(0xffffffffu, norms[h], 2);
-    }
-    const double lower = __shfl_sync(0xffffffffu, norms[0], 4 * (lane % 8)),
-                 upper = __shfl_sync(0xffffffffu, norms[1], 4 * (lane % 8)),
-                 norm = lane % 16 < 8 ? lower : upper;
-    const int64_t own_ref = ref0 + group * 64 + warp * 16 + lane % 16;
+  // norm_of: of a reference of the warp's 16; each is two lanes'.
+  const int64_t own_ref = ref0 + group * 64 + warp * 16 + lane % 16;
+  const auto keep_norms = [&](auto norm_of) {
+    if (LOW) return;
+    const double norm = known ? 0 : norm_of(lane % 16);
     const bool is_valid = own_ref < valid;
     // NaN counts as more than anything.
     const int bits = is_valid ? __float_as_int(static_cast<float>(norm)) : 0;
@@ -557,6 +514,22 @@ __device__ __forceinline__ void score_tile(const Many& many, Ring& ring, int64_t
     exchange.above[warp * 16 + lane % 16] = !known     ? static_cast<float>(norm - many.facts->mean_norm)
                                             : is_valid ? __ldg(many.norms + many.first_ref + own_ref)
                                                        : 0.0f;
+  };
+  if constexpr (PLAIN && LOW) {
+    Nothing nothing;
+    multiply_steps<WIDTH, 0, false, 0>(ring, group * BOX_BYTES, 0, steps, all_sums, nothing);
+  } else if constexpr (PLAIN) {
+    OwnNorms own{!known};
+    multiply_steps<WIDTH, 0, KIND == Scores::EXACT, EARLY>(ring, group * BOX_BYTES, 0, steps, all_sums, own);
+    keep_norms([&](int reference) { return own.of(reference); });
+  } else {
+    double norms[2];
+    multiply_differences<T, WIDTH, KIND, EARLY>(many, ring, steps, sums, norms);
+    keep_norms([&](int reference) {
+      const double low = __shfl_sync(0xffffffffu, norms[0], 4 * (reference % 8)),
+                   high = __shfl_sync(0xffffffffu, norms[1], 4 * (reference % 8));
+      return reference < 8 ? low : high;
+    });
   }
   wait_copies();
   if (ref0 >= valid) return;  // the second tile of the last pair may have none
@@ -645,7 +618,6 @@ __device__ inline void fetch_scores(const Many& many, Ring& ring, int64_t row0, 
 
 struct SumTile {  // a part of the references for a tile of rows x one or two of D
   int64_t row0, e0;
-  int rows;
   int begin, end;  // steps of many_sum_refs(exact) references
   int d_tiles;     // so many: fewer where D ends
   int index;       // of the first in many.partial
@@ -675,7 +647,6 @@ struct SumGrid {
     const int splits = sums.splits_of(row_tile), d_tile = (unit % across * 2 + rank) * each;
     SumTile tile;
     tile.row0 = row_tile * MANY_ROWS;
-    tile.rows = static_cast<int>(min(rows - tile.row0, MANY_ROWS));
     tile.e0 = d_tile * MANY_TILE;
     tile.begin = static_cast<int>(static_cast<int64_t>(steps) * split / splits);
     tile.end = static_cast<int>(static_cast<int64_t>(steps) * (split + 1) / splits);
@@ -749,6 +720,9 @@ struct ZeroInvalid {
     fence_async();
     named_barrier(1 + group, 128);
   }
+  template <int PART, int PARTS>
+  __device__ void during(const Stage&) {}
+  __device__ void after(bool) {}
 };
 
 // PLAIN: references as stored are the first operand.
@@ -767,8 +741,8 @@ __device__ __forceinline__ void sum_tile(const Many& many, Ring& ring, const Sum
   if constexpr (PLAIN) {
     ZeroInvalid beside{static_cast<int>(valid / REFS) - at.begin, static_cast<int>(valid % REFS), REFS,
                        TILES};
-    multiply_steps<WIDTH, REFS / 16, EXACT>(ring, group * REFS * ROW_BYTES, TILE_BYTES, at.end - at.begin,
-                                            sums, beside);
+    multiply_steps<WIDTH, REFS / 16, EXACT, 0>(ring, group * REFS * ROW_BYTES, TILE_BYTES, at.end - at.begin,
+                                               sums, beside);
   } else {
     const bool centred = EXACT && many.facts->centred;
     const float scale = many.facts->scale;
@@ -813,7 +787,6 @@ __device__ __forceinline__ void sum_tile(const Many& many, Ring& ring, const Sum
         many.partial + (at.index + i) * static_cast<int64_t>(MANY_ROWS * MANY_TILE) + (e - at.e0);
 #pragma unroll
     for (int k = 0; k < WIDTH / 2; ++k) {
-      if (k / 4 * 8 >= at.rows) continue;  // nobody's
       const int n = k / 4 * 8 + 2 * t + k % 2, h = k / 2 % 2;
       to[n * MANY_TILE + 8 * h] = sums[i][k];
     }
@@ -824,9 +797,8 @@ __device__ __forceinline__ void sum_tile(const Many& many, Ring& ring, const Sum
 
 // ---- kernels
 
-// Grid: clusters of two blocks, each a tile of references against the same rows. WIDE: all tiles are of
-// MANY_ROWS; a kernel that holds no other is quicker.
-template <typename T, Scores KIND, bool WIDE = false>
+// Grid: clusters of two blocks, each a tile of references against the same rows.
+template <typename T, Scores KIND>
 __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     score_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Many many,
                  const __grid_constant__ ScoreArguments args) {
@@ -865,7 +837,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
       const int64_t ref0 = ref0_of(unit);
       const int tile = tiles.tile(unit, pairs), row0 = tiles.row0(tile), low = tiles.low(tile);
-      with_constants<HALF, HALF && LOW, WIDE>(tiles.width(tile), plain, [&](auto wide, auto is_plain) {
+      with_constants<HALF, HALF && LOW>(tiles.width(tile), plain, [&](auto wide, auto is_plain) {
         constexpr int WIDTH = decltype(wide)::value;
         constexpr bool PLAIN = decltype(is_plain)::value;
         const auto score = [&](auto early) {
@@ -914,7 +886,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
       const SumTile at = grid.tile(unit, rank);
       const int width = row_tile_width(grid.rows - at.row0);
-      with_constants<HALF, false, false>(width, plain, [&](auto wide, auto is_plain) {
+      with_constants<HALF, false>(width, plain, [&](auto wide, auto is_plain) {
         sum_tile<T, decltype(wide)::value, EXACT, decltype(is_plain)::value>(many, ring, at, valid);
       });
     }
@@ -948,8 +920,6 @@ void launch_many_score(const char* op, const Inputs& in, const Many& many, bool 
     start(half ? score_kernel<__half, Scores::LOW> : score_kernel<__nv_bfloat16, Scores::LOW>);
   } else if (many.exact) {
     start(half ? score_kernel<__half, Scores::EXACT> : score_kernel<__nv_bfloat16, Scores::EXACT>);
-  } else if (row_tile_width((many.padded - 1) % MANY_ROWS + 1) == MANY_ROWS) {
-    start(half ? score_kernel<__half, Scores::FAST, true> : score_kernel<__nv_bfloat16, Scores::FAST, true>);
   } else {
     start(half ? score_kernel<__half, Scores::FAST> : score_kernel<__nv_bfloat16, Scores::FAST>);
   }

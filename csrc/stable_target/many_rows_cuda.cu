@@ -486,6 +486,8 @@ constexpr float LISTED_SECONDS = 0.15e-6f;
 // are large for their digits.
 constexpr int SHORTEST_LIST_EXACT = 64, SHORTEST_LIST_FAST = 16, LIMITS = 5;
 constexpr double FILL_DOUBT = 0.5;
+// From so much doubt on scores of y_hi and y_lo may be too far off as well: by some 1e-4 in log weight.
+constexpr double REVIEW_DOUBT = 0.25;
 
 __device__ inline double largest_norm(const ManyFacts& facts) {  // |d_j|^2
   return static_cast<double>(__int_as_float(facts.max_norm)) * facts.inverse_scale * facts.inverse_scale;
@@ -629,7 +631,9 @@ __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in,
     if (!real || threadIdx.x != 0) continue;
     many.slots[at].top = best;
     many.counts[at] = found;
-    many.fills[at] = found > MANY_SURVIVORS || doubt_of(slot, facts) <= FILL_DOUBT ? found : 0;
+    const double doubt_of_hi = doubt_of(slot, facts);
+    many.fills[at] = found > MANY_SURVIVORS || doubt_of_hi <= FILL_DOUBT ? found : 0;
+    many.doubtful[at] = many.exact && doubt_of_hi > REVIEW_DOUBT;
   }
 }
 
@@ -653,8 +657,9 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
     if (real) wait_for_previous_launch();
     __syncthreads();
     const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32, early = early_rows(many);
-    const int count = real && slot < many.rows ? many.fills[slot] : 0,
-              listed = real && slot < many.rows ? many.counts[slot] : 0;
+    const bool is_row = real && slot < many.rows;
+    const int count = is_row ? many.fills[slot] : 0, listed = is_row ? many.counts[slot] : 0;
+    const bool doubtful = is_row && many.doubtful[slot];
     const float elements = static_cast<float>(many_valid(in, many)) * static_cast<float>(in.d);
     const auto product = [&](int products, int width) {  // so many with the same references
       return fmaxf(2.0f * products * width * elements / PRODUCT_RATE, 2.0f * elements / PRODUCT_BANDWIDTH);
@@ -708,9 +713,12 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
     __syncthreads();
     const int full = ManyTiles(total).full, narrow = ManyTiles(total).narrow;
     const int late = __syncthreads_count(dense && slot >= early);
-    if (real && slot < many.rows) many.places[slot] = -1;
+    const int reviewed = __syncthreads_count(dense && doubtful);
+    if (is_row) many.places[slot] = -1;
+    if (is_row && dense) many.counts[slot] = 0;  // references beside the sums, see review_kernel
     if (real && slot == 0) {
       many.facts->dense = total, many.facts->late = many.exact ? late : 0;
+      many.facts->reviewed = reviewed;
       many.facts->splits = splits[2 * full + narrow].x,
       many.facts->narrow_splits = splits[2 * full + narrow].y;
     }
@@ -749,41 +757,52 @@ __global__ void __launch_bounds__(THREADS) gather_kernel(const Inputs in, const 
 
 // One block per dense row. Where its scores are large for their digits, as of smooth images near one another
 // and far from the centre, even those of y_hi and y_lo may be off by a hundredth in log weight. Then the
-// references of most weight become the row's list, to be scored one by one, and weigh nothing in its sums: all
-// within REVIEW_BITS of the largest weight, or as many as the list holds. What others are off by averages out.
+// references of most weight become the row's list, to be scored one by one, and weigh nothing in its sums:
+// all within REVIEW_BITS of the largest weight, or as many as the list holds. What others are off by averages
+// out.
 constexpr int REVIEW_BITS = 8, REVIEW_BINS = 64;
-constexpr double REVIEW_DOUBT = 0.25;
 __global__ void __launch_bounds__(SELECT_THREADS) review_kernel(const Inputs in, const Many many) {
   follow_previous();
-  __shared__ int bins[REVIEW_BINS], of_warps[SELECT_THREADS / 32], int_scratch[SELECT_THREADS / 32], kept;
-  const ManyFacts facts = *many.facts;
-  const int64_t at = blockIdx.x;
-  if (at >= facts.dense) return;
+  if (many.facts->reviewed == 0) return;
+  constexpr int EACH = 4, SCORES = static_cast<int>(MANY_SURVIVORS);
+  __shared__ int bins[REVIEW_BINS], of_warps[SELECT_THREADS / 32], found[SCORES], kept, count;
+  const int64_t at = blockIdx.x, valid = many_valid(in, many);
+  if (at >= many.facts->dense) return;
   const int64_t source = many.dense_slots[at];
-  const ManySlot slot = many.slots[source];
-  if (doubt_of(slot, facts) <= REVIEW_DOUBT) {
-    if (threadIdx.x == 0) many.counts[source] = 0;
-    return;
-  }
-  const int64_t row = facts.late > 0 ? at : source, valid = many_valid(in, many);
-  const int groups = static_cast<int>((valid + MANY_GROUP - 1) / MANY_GROUP);
-  const float* const maxima = many.maxima + row * (many.score_stride / MANY_GROUP);
+  if (!many.doubtful[source]) return;
+  const ManySlot& slot = many.slots[source];
+  const int64_t row = many.facts->late > 0 ? at : source;
   float* const scores = many.scores + row * many.score_stride;
   if (threadIdx.x < REVIEW_BINS) bins[threadIdx.x] = 0;
-  const float best = dense_best(slot, row_maximum(many, row, groups, of_warps));
-  // visit(j, bin) of all within REVIEW_BITS
+  if (threadIdx.x == 0) count = 0;
+  const float rate2 = slot.rate2;
+  const float best =
+      dense_best(slot, row_maximum(many, row, (valid + MANY_GROUP - 1) / MANY_GROUP, of_warps));
+  __syncthreads();
+  // visit(j, bin) of all within REVIEW_BITS; EACH times four scores of a thread are on their way at once.
   const auto each = [&](const auto& visit) {
 #pragma unroll 1
-    for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) {
-      if (!((best - maxima[k]) * slot.rate2 < REVIEW_BITS)) continue;
-#pragma unroll 4
-      for (int j = k * static_cast<int>(MANY_GROUP); j < (k + 1) * static_cast<int>(MANY_GROUP); ++j) {
-        const float bits = (best - scores[j]) * slot.rate2;
-        if (bits < REVIEW_BITS) visit(j, static_cast<int>(bits * (REVIEW_BINS / REVIEW_BITS)));
+    for (int64_t first = 4 * threadIdx.x; first < valid; first += 4 * EACH * SELECT_THREADS) {
+      float4 four[EACH];
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const int64_t j = first + 4 * i * SELECT_THREADS;
+        four[i] = j < valid ? *reinterpret_cast<const float4*>(scores + j)
+                            : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+      }
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const float values[4] = {four[i].x, four[i].y, four[i].z, four[i].w};
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float bits = (best - values[k]) * rate2;
+          if (bits < REVIEW_BITS)
+            visit(static_cast<int>(first) + 4 * i * SELECT_THREADS + k,
+                  static_cast<int>(bits * (REVIEW_BINS / REVIEW_BITS)));
+        }
       }
     }
   };
-  __syncthreads();
   each([&](int, int bin) { atomicAdd(&bins[bin], 1); });
   __syncthreads();
   if (threadIdx.x < 32) {
@@ -794,18 +813,22 @@ __global__ void __launch_bounds__(SELECT_THREADS) review_kernel(const Inputs in,
       const int other = __shfl_up_sync(0xffffffffu, until, offset);
       if (lane >= offset) until += other;
     }
-    const int whole = (until - both + low <= MANY_SURVIVORS) + (until <= MANY_SURVIVORS);
+    const int whole = (until - both + low <= SCORES) + (until <= SCORES);
     const int all = __reduce_add_sync(0xffffffffu, whole);
     if (lane == 0) kept = all;
   }
   __syncthreads();
-  int own = 0, count;
-  each([&](int, int bin) { own += bin < kept; });
-  int place = block_prefix(own, int_scratch, count);
-  int* const list = many.survivors + source * MANY_SURVIVORS;
   each([&](int j, int bin) {
-    if (bin < kept) list[place++] = j, scores[j] = -INFINITY;
+    if (bin < kept) found[atomicAdd(&count, 1)] = j, scores[j] = -INFINITY;
   });
+  __syncthreads();
+  // In the order of the references, so that results do not depend on which came first.
+  if (static_cast<int>(threadIdx.x) < count) {
+    const int own = found[threadIdx.x];
+    int place = 0;
+    for (int i = 0; i < count; ++i) place += found[i] < own;
+    many.survivors[source * MANY_SURVIVORS + place] = own;
+  }
   if (threadIdx.x == 0) many.counts[source] = count;
 }
 
@@ -1162,45 +1185,18 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
   }
 }
 
-// Of a dense row, eight elements that the sums' `splits` parts have left, `stride` elements apart: so many at
-// once are on their way.
-constexpr int PARTS_AHEAD = 6;
-__device__ inline void add_parts(const float* from, int splits, int64_t stride, double (&sums)[8]) {
-#pragma unroll 1
-  for (int first = 0; first < splits; first += PARTS_AHEAD) {
-    float4 low[PARTS_AHEAD], high[PARTS_AHEAD];
-#pragma unroll
-    for (int k = 0; k < PARTS_AHEAD; ++k) {
-      low[k] = high[k] = float4{};
-      if (first + k >= splits) continue;
-      const float4* const eight = reinterpret_cast<const float4*>(from + (first + k) * stride);
-      low[k] = eight[0], high[k] = eight[1];
-    }
-#pragma unroll
-    for (int k = 0; k < PARTS_AHEAD; ++k) {
-      sums[0] += low[k].x, sums[1] += low[k].y, sums[2] += low[k].z, sums[3] += low[k].w;
-      sums[4] += high[k].x, sums[5] += high[k].y, sums[6] += high[k].z, sums[7] += high[k].w;
-    }
-  }
-}
-
-// The sums of a slot after this round, or the output after the last. Grid: slots, and after the last round
-// parts of D: lists have the first one's block alone. VECTORS: as above; 0: any number of elements.
+// One block per slot: the sums after this round, or the output after the last. VECTORS: as above; 0: any
+// number of elements.
 template <typename T, int VECTORS>
 __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, const Many many, bool last) {
-  const int64_t at = blockIdx.x;
-  const int first_e = 8 * (static_cast<int>(blockIdx.y) * THREADS + static_cast<int>(threadIdx.x));
-  if (last && are_usual(in) && first_e % 32 == 0 && first_e < in.d)  // x itself waits for nothing
-    prefetch(static_cast<const float*>(in.x.data) + (many.first_row + at) * in.d + first_e);
   follow_previous();
   __shared__ std::conditional_t<VECTORS == 0, Listed, char> listed;
+  const int64_t at = blockIdx.x;
   ManySlot& slot = many.slots[at];
-  const int place = many.places[at];
+  const int place = many.places[at], count = many.counts[at];
   const bool alive = slot.alive, is_dense = place >= 0;
-  const int count = is_dense && !many.exact ? 0 : many.counts[at];  // see review_kernel
   const bool has_list = alive && count > 0;
-  if (has_list && blockIdx.y > 0) return;
-  if (last && at == 0 && first_e == 0) many.facts->early = 0;  // of the next pass
+  if (last && at == 0 && threadIdx.x == 0) many.facts->early = 0;  // of the next pass
   if (!is_dense && alive && count == 0 && !last) return;
   if (has_list && !is_dense && count == 1 && last && slot.total == 0 && !in.lse.data && are_usual(in))
     return store_reference<T>(in, slot.row, many.first_ref + many.survivors[at * MANY_SURVIVORS]);
@@ -1228,7 +1224,14 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
     const float* const from =
         many.partial + (tile * MANY_ROWS + place % MANY_ROWS) * MANY_TILE + e % MANY_TILE;
     double parts[8] = {};
-    add_parts(from, splits, static_cast<int64_t>(stride) * (MANY_ROWS * MANY_TILE), parts);
+#pragma unroll 4
+    for (int split = 0; split < splits; ++split) {
+      const float4* const eight =
+          reinterpret_cast<const float4*>(from + split * stride * (MANY_ROWS * MANY_TILE));
+      const float4 low = eight[0], high = eight[1];
+      parts[0] += low.x, parts[1] += low.y, parts[2] += low.z, parts[3] += low.w;
+      parts[4] += high.x, parts[5] += high.y, parts[6] += high.z, parts[7] += high.w;
+    }
 #pragma unroll
     for (int k = 0; k < 8; ++k) sum[k] += parts[k] / WEIGHT_SCALE;
   };
@@ -1241,8 +1244,7 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
   const Row& row = slot.row;
   const double inverse = inverse_total(many, alive, best, total);
 
-  const int64_t e_stride = 8 * THREADS * (has_list ? 1 : static_cast<int64_t>(gridDim.y));
-  for (int64_t e = first_e; e < in.d; e += e_stride) {
+  for (int64_t e = 8 * threadIdx.x; e < in.d; e += 8 * THREADS) {
     float* const sums = many.sums + at * many.d_stride + e;
     double sum[8];
     begin_sums(e, sum);
@@ -1273,7 +1275,7 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
     store_mean(in, many, row, e, inverse, sum);
   }
   __syncthreads();  // all have read the slot
-  if (first_e != 0) return;
+  if (threadIdx.x != 0) return;
   if (!last) {
     slot.total = total, slot.best = best;
   } else {
@@ -1335,8 +1337,7 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
       launch(weights_kernel, slots * WEIGHT_BLOCKS, WEIGHT_THREADS, 0, in, many);
       launch_many_sum(op, in, many, stream);
       const bool last = many.first_ref + plan.refs_per_pass >= in.m;
-      const unsigned parts = last ? static_cast<unsigned>(ceil_div(in.d, 8 * THREADS)) : 1;
-      launch(merge, dim3(slots, parts), THREADS, merge_bytes, in, many, last);
+      launch(merge, slots, THREADS, merge_bytes, in, many, last);
     }
   }
 }
@@ -1372,8 +1373,9 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   many.counts = rows.take<int>(plan.rows_per_pass);
   many.places = rows.take<int>(plan.rows_per_pass);
   many.fills = rows.take<int>(plan.rows_per_pass);
+  many.doubtful = rows.take<int>(plan.rows_per_pass);
   many.totals = rows.take<double>(plan.rows_per_pass * WEIGHT_BLOCKS);
-  static_assert(2 * sizeof(ManyFactor) + sizeof(ManySlot) + 4 * sizeof(int) +
+  static_assert(2 * sizeof(ManyFactor) + sizeof(ManySlot) + 5 * sizeof(int) +
                     WEIGHT_BLOCKS * sizeof(double) <=
                 MANY_ROW_BYTES);
   many.hi = reinterpret_cast<__half*>(take(layout.queries));
