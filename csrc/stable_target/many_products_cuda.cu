@@ -326,11 +326,12 @@ __device__ __forceinline__ void multiply_steps(Ring& ring, uint32_t a_offset, ui
 #pragma unroll
       for (int i = 0; i < OPERANDS; ++i)
         accumulate_shared<WIDTH, GROUPS>(stage.a + a_offset + i * a_stride, stage.b, sums[i]);
-      beside.template during<0, 1>(stage);
-      beside.after(enough(step));
       wait_products<OPERANDS>();
       if (step > 0 && first_lane) before.release();
       before = stage;
+      // After a stage has been given back, which loads wait for.
+      beside.template during<0, 1>(stage);
+      beside.after(enough(step));
     }
 #pragma unroll
     for (int i = 0; i < OPERANDS; ++i) wait_products<0>(sums[i]);
@@ -381,6 +382,16 @@ __device__ inline Difference subtract(uint32_t raw, const char* centre, int pair
 
 // ---- scores
 
+// tensor_copy of what is read once: it leaves the L2 first.
+__device__ inline void tensor_copy_once(uint32_t shared, const CUtensorMap& map, int column, int row,
+                                        uint32_t barrier) {
+  SVEL_HOPPER_ASM(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(column), "r"(row), "r"(barrier),
+      "l"(read_once_policy()) : "memory");
+}
+
 template <typename T>
 __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ring& ring, int64_t row0,
                                 int64_t ref0, int width, int low, int steps, bool plain, int rank) {
@@ -388,12 +399,18 @@ __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ri
   const char* const centre = DtypeOf<T>::value == Dtype::f16
                                  ? reinterpret_cast<const char*>(many.centre_half)
                                  : reinterpret_cast<const char*>(many.centre_float);
+  const bool alone = many.rows <= MANY_ROWS;  // no other row tile wants these references
   for (int step = 0; step < steps; ++step, ring.next()) {
     const Stage stage = ring.stage();
     wait_barrier(stage.empty, ring.parity ^ 1);
     arrive_expecting(stage.full, A_BYTES + (width + low) * ROW_BYTES + (plain ? 0 : CENTRE));
     const int e = step * DEPTH;
-    tensor_copy(stage.a, args.refs, e, static_cast<int>(many.first_ref + ref0), shared_address(stage.full));
+    const int ref = static_cast<int>(many.first_ref + ref0);
+    if (alone) {  // scores, which are read again, stay in the L2
+      tensor_copy_once(stage.a, args.refs, e, ref, shared_address(stage.full));
+    } else {
+      tensor_copy(stage.a, args.refs, e, ref, shared_address(stage.full));
+    }
     for (int row = 64 * rank; row < width; row += 128)
       tensor_copy_to_all(stage.b + row * ROW_BYTES, args.queries, e, static_cast<int>(row0) + row,
                          shared_address(stage.full), BOTH);

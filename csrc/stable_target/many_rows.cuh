@@ -11,10 +11,11 @@
 //  * place: the other rows are dense, and rows of long lists where they fill the last tile up
 //  * where dense rows were not expected: gather: they come together in the first places, where most of them
 //    are already; score: adds y_lo.d
+//  * review: of dense rows whose scores are large for their digits, those of most weight go to a list
 //  * weights, dense rows: p_j to 22 bits, as two halves, in those places
 //  * sum, dense rows: sum_j p_j d_j
-//  * merge: dense rows add what the thread blocks of the last step left, the others score and sum the
-//    references of their lists; after the last round, writes the output
+//  * merge: dense rows add what the thread blocks of the last step left; references of lists are scored and
+//    summed; after the last round, writes the output
 //
 // Exact arithmetic: references are exact in halves, and so is d_j for a c of few digits wherever r_j is near
 // c; where it is not, the remainder is multiplied too. The matrix units truncate what they add up, so at most
@@ -39,6 +40,7 @@ struct ManyFacts {
   int dense;                   // rows that are dense in this round,
   int late;                    // of which so many lack y_lo.d
   int early;                   // rows of the pass expected to be dense, see early_rows
+  int reviewed;                // dense rows of this round whose scores are large for their digits
   int splits, narrow_splits;   // of the sums, see ManySums
 };
 
@@ -78,6 +80,7 @@ struct Many {
   int* survivors;        // (rows, MANY_SURVIVORS)
   int* counts;           // (rows,) of them; more than the list holds: all that may matter
   int* fills;            // (rows,) the same, 0 for lists that must stay ones
+  int* doubtful;         // (rows,) whether a dense row's scores want a review
   int* places;           // (rows,) among the dense rows; -1: not dense
   double* totals;        // (rows, WEIGHT_BLOCKS) of the weights of dense rows in this round
   float* sums;           // (rows, d_stride) sum of p_j d_j scale, where total > 0
@@ -139,12 +142,15 @@ __device__ inline int64_t row_tile_ends(int64_t rows) {
 // fill tiles. Where a pass has more than one tile and not all are expected, none: the dense rows of a mixture
 // would nearly all pass through the product for late rows too, in whose tiles they are.
 constexpr int EARLY_BESIDE = 128;  // so many at most have both halves in a tile of MANY_ROWS
-__device__ inline int early_rows(const Many& many) {
-  const int rows = static_cast<int>(many.padded), early = many.exact ? many.facts->early : 0;
+__device__ inline int early_rows(const Many& many, const ManyFacts& facts) {
+  const int rows = static_cast<int>(many.padded), early = many.exact ? facts.early : 0;
   if (early == 0 || (many.rows > MANY_ROWS && early < many.rows)) return 0;
-  if (many.facts->plain && rows > EARLY_BESIDE && early > 64 && early <= 96) return early <= 80 ? 80 : 96;
+  if (facts.plain && rows > EARLY_BESIDE && early > 64 && early <= 96) return early <= 80 ? 80 : 96;
   const int each = early > 64 || (rows > 64 && rows <= 128) ? 128 : 64;
   return min((early + each - 1) / each * each, rows);
+}
+__device__ inline int early_rows(const Many& many) {
+  return early_rows(many, *many.facts);
 }
 
 // Row tiles of the scores: where many rows are early, theirs have both halves of up to 128 rows; then those

@@ -486,13 +486,26 @@ constexpr float LISTED_SECONDS = 0.15e-6f;
 // are large for their digits.
 constexpr int SHORTEST_LIST_EXACT = 64, SHORTEST_LIST_FAST = 16, LIMITS = 5;
 constexpr double FILL_DOUBT = 0.5;
+// From so much doubt on scores of y_hi and y_lo may be too far off as well: by some 1e-4 in log weight.
+constexpr double REVIEW_DOUBT = 0.25;
+
+__device__ inline double largest_norm(const ManyFacts& facts) {  // |d_j|^2
+  return static_cast<double>(__int_as_float(facts.max_norm)) * facts.inverse_scale * facts.inverse_scale;
+}
+// Bound of the error of a row's scores; own: of y.d_j, over |d_j|.
+__device__ inline double bound_of(const ManySlot& slot, double norm, float own) {
+  return own * (sqrtf(static_cast<float>(norm)) * 1.0001f) + slot.row.alpha * norm * 0x1p-21;
+}
+// What those of y_hi alone leave in doubt, in bits of weight: much where scores are large for their digits.
+__device__ inline double doubt_of(const ManySlot& slot, const ManyFacts& facts) {
+  return 2 * bound_of(slot, largest_norm(facts), slot.own) * slot.rate2;
+}
 
 // One block per slot: lists the references whose weight can matter, or gives up at more than MANY_SURVIVORS.
-// Up to HELD_GROUPS maxima are kept at hand.
-constexpr int HELD_GROUPS = 4096;
+// A thread keeps HELD maxima of groups at hand, every SELECT_THREADS-th; those beyond are read again.
+constexpr int HELD = 8;
 __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in, const Many many) {
   allow_next_launch();
-  __shared__ float held[HELD_GROUPS];
   __shared__ int of_warps[SELECT_THREADS / 32], int_scratch[SELECT_THREADS / 32];
   __shared__ int bins[BINS], first_left_out, list[MANY_SURVIVORS];
   // First without any references, while they are being scored: that brings the code, which takes longer than
@@ -501,30 +514,36 @@ __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in,
   for (int real = 0; real < 2; ++real) {
     if (real) wait_for_previous_launch();
     const int64_t at = blockIdx.x, valid = real ? many_valid(in, many) : 0;
-    ManySlot& slot = many.slots[at];
-    const bool alive = slot.alive;
     const int groups = static_cast<int>((valid + MANY_GROUP - 1) / MANY_GROUP);
     const float* const maxima = many.maxima + at * (many.score_stride / MANY_GROUP);
-    float best = -INFINITY;
-#pragma unroll 8
-    for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) {
-      const float maximum = maxima[k];
-      best = fmaxf(best, maximum);
-      if (k < HELD_GROUPS) held[k] = maximum;
+    // What is read here is on its way at once.
+    const ManySlot slot = many.slots[at];
+    const ManyFacts facts = *many.facts;
+    float held[HELD];  // maxima, then bits
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+      const int k = threadIdx.x + i * SELECT_THREADS;
+      held[i] = k < groups ? maxima[k] : -INFINITY;
     }
+    const int first_beyond = threadIdx.x + HELD * SELECT_THREADS;
+    float best = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) best = fmaxf(best, held[i]);
+#pragma unroll 1
+    for (int k = first_beyond; k < groups; k += SELECT_THREADS) best = fmaxf(best, maxima[k]);
     if (threadIdx.x < BINS) bins[threadIdx.x] = 0;
     best = block_maximum(best, of_warps);
-    if (real && (!alive || valid == 0 || best == INFINITY)) {
+    if (real && (!slot.alive || valid == 0 || best == INFINITY)) {
       if (threadIdx.x == 0) {
         many.counts[at] = many.fills[at] = 0;
-        if (best == INFINITY) slot.alive = 0;
+        if (best == INFINITY) many.slots[at].alive = 0;
       }
       return;
     }
     const Row& row = slot.row;
-    const double norm = static_cast<double>(__int_as_float(many.facts->max_norm)) *
-                        many.facts->inverse_scale * many.facts->inverse_scale;
-    const bool early = at < early_rows(many);
+    const double norm =
+        static_cast<double>(__int_as_float(facts.max_norm)) * facts.inverse_scale * facts.inverse_scale;
+    const bool early = at < early_rows(many, facts);
     const double root = sqrtf(static_cast<float>(norm)) * 1.0001f, of_norms = row.alpha * norm * 0x1p-21;
     const double bound = (early ? slot.summed : slot.own) * root + of_norms;
     const double top = fmax(static_cast<double>(best), slot.best);
@@ -541,13 +560,14 @@ __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in,
                  ? static_cast<float>(BINS)
                  : fminf(static_cast<float>((top - static_cast<double>(score)) * rate2 - doubt), BINS - 1.0f);
     };
-#pragma unroll 1
-    for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) {
-      const float bits = bits_of(k < HELD_GROUPS ? held[k] : maxima[k]);
-      if (k < HELD_GROUPS) held[k] = bits;
+    const auto count_bits = [&](float bits) {
       if (bits >= 1 && bits < BINS - 1) atomicAdd(&bins[static_cast<int>(bits)], 1);
       if (bits == BINS - 1) bins[BINS - 1] = groups;  // they weigh less than any bound, however many
-    }
+    };
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) count_bits(held[i] = bits_of(held[i]));
+#pragma unroll 1
+    for (int k = first_beyond; k < groups; k += SELECT_THREADS) count_bits(bits_of(maxima[k]));
     __syncthreads();
     if (threadIdx.x < 32) {
       static_assert(BINS == 64, "two to a lane");
@@ -569,18 +589,22 @@ __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in,
     const float group_cut = static_cast<float>(first_left_out);
     const float* const scores = many.scores + at * many.score_stride;
     // Groups of references one of which matters; more of them than the list holds: it would be too short.
-    const auto is_candidate = [&](int k) {
-      return (k < HELD_GROUPS ? held[k] : bits_of(maxima[k])) < group_cut;
-    };
+    const auto is_candidate = [&](int k) { return bits_of(maxima[k]) < group_cut; };
     int candidates = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) candidates += held[i] < group_cut;
 #pragma unroll 1
-    for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) candidates += is_candidate(k);
+    for (int k = first_beyond; k < groups; k += SELECT_THREADS) candidates += is_candidate(k);
     int all;
     int place = block_prefix(candidates, int_scratch, all);
     int found = all;
     if (all <= MANY_SURVIVORS) {
+#pragma unroll
+      for (int i = 0; i < HELD; ++i)
+        if (held[i] < group_cut)
+          list[place++] = static_cast<int>(threadIdx.x) + i * SELECT_THREADS, --candidates;
 #pragma unroll 1
-      for (int k = threadIdx.x; candidates && k < groups; k += SELECT_THREADS)
+      for (int k = first_beyond; candidates && k < groups; k += SELECT_THREADS)
         if (is_candidate(k)) list[place++] = k, --candidates;
       __syncthreads();
       // Two threads to a group, each its half, which are all on their way at once.
@@ -605,10 +629,11 @@ __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in,
         many.survivors[at * MANY_SURVIVORS + place++] = first + __ffs(matter) - 1;
     }
     if (!real || threadIdx.x != 0) continue;
-    slot.top = best;
+    many.slots[at].top = best;
     many.counts[at] = found;
-    const bool doubtful = 2 * (slot.own * root + of_norms) * rate2 > FILL_DOUBT;
-    many.fills[at] = found > MANY_SURVIVORS || !doubtful ? found : 0;
+    const double doubt_of_hi = doubt_of(slot, facts);
+    many.fills[at] = found > MANY_SURVIVORS || doubt_of_hi <= FILL_DOUBT ? found : 0;
+    many.doubtful[at] = many.exact && doubt_of_hi > REVIEW_DOUBT;
   }
 }
 
@@ -632,8 +657,9 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
     if (real) wait_for_previous_launch();
     __syncthreads();
     const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32, early = early_rows(many);
-    const int count = real && slot < many.rows ? many.fills[slot] : 0,
-              listed = real && slot < many.rows ? many.counts[slot] : 0;
+    const bool is_row = real && slot < many.rows;
+    const int count = is_row ? many.fills[slot] : 0, listed = is_row ? many.counts[slot] : 0;
+    const bool doubtful = is_row && many.doubtful[slot];
     const float elements = static_cast<float>(many_valid(in, many)) * static_cast<float>(in.d);
     const auto product = [&](int products, int width) {  // so many with the same references
       return fmaxf(2.0f * products * width * elements / PRODUCT_RATE, 2.0f * elements / PRODUCT_BANDWIDTH);
@@ -687,9 +713,12 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
     __syncthreads();
     const int full = ManyTiles(total).full, narrow = ManyTiles(total).narrow;
     const int late = __syncthreads_count(dense && slot >= early);
-    if (real && slot < many.rows) many.places[slot] = -1;
+    const int reviewed = __syncthreads_count(dense && doubtful);
+    if (is_row) many.places[slot] = -1;
+    if (is_row && dense) many.counts[slot] = 0;  // references beside the sums, see review_kernel
     if (real && slot == 0) {
       many.facts->dense = total, many.facts->late = many.exact ? late : 0;
+      many.facts->reviewed = reviewed;
       many.facts->splits = splits[2 * full + narrow].x,
       many.facts->narrow_splits = splits[2 * full + narrow].y;
     }
@@ -724,6 +753,83 @@ __global__ void __launch_bounds__(THREADS) gather_kernel(const Inputs in, const 
 #pragma unroll 4
     for (int64_t k = thread; k < refs / 4; k += GATHER_BLOCKS * THREADS) now[k] = old[k];
   }
+}
+
+// One block per dense row. Where its scores are large for their digits, as of smooth images near one another
+// and far from the centre, even those of y_hi and y_lo may be off by a hundredth in log weight. Then the
+// references of most weight become the row's list, to be scored one by one, and weigh nothing in its sums:
+// all within REVIEW_BITS of the largest weight, or as many as the list holds. What others are off by averages
+// out.
+constexpr int REVIEW_BITS = 8, REVIEW_BINS = 64;
+__global__ void __launch_bounds__(SELECT_THREADS) review_kernel(const Inputs in, const Many many) {
+  follow_previous();
+  if (many.facts->reviewed == 0) return;
+  constexpr int EACH = 4, SCORES = static_cast<int>(MANY_SURVIVORS);
+  __shared__ int bins[REVIEW_BINS], of_warps[SELECT_THREADS / 32], found[SCORES], kept, count;
+  const int64_t at = blockIdx.x, valid = many_valid(in, many);
+  if (at >= many.facts->dense) return;
+  const int64_t source = many.dense_slots[at];
+  if (!many.doubtful[source]) return;
+  const ManySlot& slot = many.slots[source];
+  const int64_t row = many.facts->late > 0 ? at : source;
+  float* const scores = many.scores + row * many.score_stride;
+  if (threadIdx.x < REVIEW_BINS) bins[threadIdx.x] = 0;
+  if (threadIdx.x == 0) count = 0;
+  const float rate2 = slot.rate2;
+  const float best =
+      dense_best(slot, row_maximum(many, row, (valid + MANY_GROUP - 1) / MANY_GROUP, of_warps));
+  __syncthreads();
+  // visit(j, bin) of all within REVIEW_BITS; EACH times four scores of a thread are on their way at once.
+  const auto each = [&](const auto& visit) {
+#pragma unroll 1
+    for (int64_t first = 4 * threadIdx.x; first < valid; first += 4 * EACH * SELECT_THREADS) {
+      float4 four[EACH];
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const int64_t j = first + 4 * i * SELECT_THREADS;
+        four[i] = j < valid ? *reinterpret_cast<const float4*>(scores + j)
+                            : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+      }
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const float values[4] = {four[i].x, four[i].y, four[i].z, four[i].w};
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float bits = (best - values[k]) * rate2;
+          if (bits < REVIEW_BITS)
+            visit(static_cast<int>(first) + 4 * i * SELECT_THREADS + k,
+                  static_cast<int>(bits * (REVIEW_BINS / REVIEW_BITS)));
+        }
+      }
+    }
+  };
+  each([&](int, int bin) { atomicAdd(&bins[bin], 1); });
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    static_assert(REVIEW_BINS == 64, "two to a lane");
+    const int lane = threadIdx.x, low = bins[2 * lane], both = low + bins[2 * lane + 1];
+    int until = both;  // in this lane's bins and all before
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, until, offset);
+      if (lane >= offset) until += other;
+    }
+    const int whole = (until - both + low <= SCORES) + (until <= SCORES);
+    const int all = __reduce_add_sync(0xffffffffu, whole);
+    if (lane == 0) kept = all;
+  }
+  __syncthreads();
+  each([&](int j, int bin) {
+    if (bin < kept) found[atomicAdd(&count, 1)] = j, scores[j] = -INFINITY;
+  });
+  __syncthreads();
+  // In the order of the references, so that results do not depend on which came first.
+  if (static_cast<int>(threadIdx.x) < count) {
+    const int own = found[threadIdx.x];
+    int place = 0;
+    for (int i = 0; i < count; ++i) place += found[i] < own;
+    many.survivors[source * MANY_SURVIVORS + place] = own;
+  }
+  if (threadIdx.x == 0) many.counts[source] = count;
 }
 
 // WEIGHT_BLOCKS blocks per dense row. Of as many scores as a step of the sums takes come, in place of the
@@ -820,9 +926,10 @@ __device__ void load_differences(const Inputs& in, const Many& many, int64_t ref
   for (int k = 0; k < 8; ++k) d[k] = fmaf(to_float(values[k]), scale, -c[k]);
 }
 
-// Scores and weights of a row's listed references; updates best and total.
+// Scores and weights of a row's listed references; best and total with those before.
 template <typename T>
-__device__ void score_listed(const Inputs& in, const Many& many, int64_t at, int count, Listed& listed) {
+__device__ void score_listed(const Inputs& in, const Many& many, int64_t at, int count, double best_before,
+                             double total_before, Listed& listed) {
   const ManySlot& slot = many.slots[at];
   const ManyFactor factor = many.factors[at];
   const float scale = many.facts->scale;
@@ -852,7 +959,7 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, int
     }
   }
   __syncthreads();
-  double best = slot.best;
+  double best = best_before;
   for (int k = threadIdx.x; k < count; k += THREADS) best = fmax(best, listed.score[k]);
   best = block_max(best, listed.scratch);
   const double rate2 = slot.rate2;
@@ -864,8 +971,8 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, int
   }
   total = block_sum(total, listed.scratch);
   if (threadIdx.x == 0) {
-    listed.keep = slot.best == -INFINITY ? 0.0 : exp2(rate2 * (slot.best - best));
-    listed.total = slot.total * listed.keep + total;
+    listed.keep = best_before == -INFINITY ? 0.0 : exp2(rate2 * (best_before - best));
+    listed.total = total_before * listed.keep + total;
     listed.best = best;
   }
   __syncthreads();
@@ -936,9 +1043,10 @@ __device__ void store_lse(const Inputs& in, const Many& many, const ManySlot& sl
 
 // A row with a list: scores and sums its references, up to 2,048 VECTORS elements, from shared memory. Each
 // is read once, LISTED at a time while as many or twice as many are on their way; sums are relative to the
-// best score so far.
-template <typename T, int VECTORS>
-__device__ void sum_listed(const Inputs& in, const Many& many, int64_t at, int count, bool last) {
+// best score so far. Before: `best`, `total` and begin(e, sums), eight sums from e on.
+template <typename T, int VECTORS, typename Begin>
+__device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, int64_t at, int count,
+                                           bool last, double best, double total, const Begin& begin) {
   extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times
   __shared__ Barrier barriers[LISTS];
   __shared__ double parts[THREADS / 32][LISTED];
@@ -984,8 +1092,8 @@ __device__ void sum_listed(const Inputs& in, const Many& many, int64_t at, int c
     for (int q = 0; q < 8; ++q) {
       y[v][q] = (__half2float(hi[q]) + __half2float(lo[q])) * factor.unit;
       centre[v][q] = many.centre_float[e + q];
-      if (slot.total > 0) sums[v][q] = many.sums[at * many.d_stride + e + q];
     }
+    begin(e, sums[v]);
   }
   // visit(v, q, difference) of reference k of a buffer
   const auto differences = [&](int buffer, int k, auto visit) {
@@ -1006,7 +1114,6 @@ __device__ void sum_listed(const Inputs& in, const Many& many, int64_t at, int c
       for (int q = 0; q < 8; ++q) sums[v][q] += part[v][q], part[v][q] = 0;
   };
 
-  double best = slot.best, total = slot.total;
   for (int first = 0; first < count; first += LISTED) {
     const int turn = first / LISTED, buffer = turn % LISTS, some = min(LISTED, count - first);
     const int ahead = first + (LISTS - 1) * LISTED;  // where the turn before was
@@ -1086,30 +1193,20 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
   __shared__ std::conditional_t<VECTORS == 0, Listed, char> listed;
   const int64_t at = blockIdx.x;
   ManySlot& slot = many.slots[at];
-  const int count = many.counts[at];
-  const bool alive = slot.alive, is_dense = many.places[at] >= 0, has_list = !is_dense && alive && count > 0;
+  const int place = many.places[at], count = many.counts[at];
+  const bool alive = slot.alive, is_dense = place >= 0;
+  const bool has_list = alive && count > 0;
   if (last && at == 0 && threadIdx.x == 0) many.facts->early = 0;  // of the next pass
   if (!is_dense && alive && count == 0 && !last) return;
-  if (has_list && count == 1 && last && slot.total == 0 && !in.lse.data && are_usual(in))
+  if (has_list && !is_dense && count == 1 && last && slot.total == 0 && !in.lse.data && are_usual(in))
     return store_reference<T>(in, slot.row, many.first_ref + many.survivors[at * MANY_SURVIVORS]);
-  if constexpr (VECTORS > 0) {
-    if (has_list) return sum_listed<T, VECTORS>(in, many, at, count, last);
-  }
   const float scale = many.facts->scale;
   double keep = 1, total = slot.total, best = slot.best;
   const bool has_sums = total > 0;  // else nothing has been stored
-  if (!is_dense) {
-    if constexpr (VECTORS == 0) {
-      if (has_list) {
-        score_listed<T>(in, many, at, count, listed);
-        keep = listed.keep, total = listed.total, best = listed.best;
-      }
-    }
-  }
-  const int place = is_dense ? many.places[at] : 0, row_tile = place / static_cast<int>(MANY_ROWS);
   int splits = 0, index = 0, stride = 0;
   if (is_dense) {
     const ManySums grid(many);
+    const int row_tile = place / static_cast<int>(MANY_ROWS);
     splits = grid.splits_of(row_tile), index = grid.index(row_tile, 0, 0);
     stride = grid.split_stride(row_tile);
     best = dense_best(slot, slot.top);
@@ -1117,30 +1214,45 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
     total *= keep;
     for (int part = 0; part < WEIGHT_BLOCKS; ++part) total += many.totals[place * WEIGHT_BLOCKS + part];
   }
+  // Eight sums from e on, but for the list.
+  const auto begin_sums = [&](int64_t e, double (&sum)[8]) {
+    const float* const sums = many.sums + at * many.d_stride + e;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) sum[k] = has_sums ? keep * sums[k] : 0;
+    if (!is_dense) return;
+    const int64_t tile = index + e / MANY_TILE;
+    const float* const from =
+        many.partial + (tile * MANY_ROWS + place % MANY_ROWS) * MANY_TILE + e % MANY_TILE;
+    double parts[8] = {};
+#pragma unroll 4
+    for (int split = 0; split < splits; ++split) {
+      const float4* const eight =
+          reinterpret_cast<const float4*>(from + split * stride * (MANY_ROWS * MANY_TILE));
+      const float4 low = eight[0], high = eight[1];
+      parts[0] += low.x, parts[1] += low.y, parts[2] += low.z, parts[3] += low.w;
+      parts[4] += high.x, parts[5] += high.y, parts[6] += high.z, parts[7] += high.w;
+    }
+#pragma unroll
+    for (int k = 0; k < 8; ++k) sum[k] += parts[k] / WEIGHT_SCALE;
+  };
+  if constexpr (VECTORS > 0) {
+    if (has_list) return sum_listed<T, VECTORS>(in, many, at, count, last, best, total, begin_sums);
+  } else if (has_list) {
+    score_listed<T>(in, many, at, count, best, total, listed);
+    total = listed.total, best = listed.best;
+  }
   const Row& row = slot.row;
   const double inverse = inverse_total(many, alive, best, total);
 
   for (int64_t e = 8 * threadIdx.x; e < in.d; e += 8 * THREADS) {
     float* const sums = many.sums + at * many.d_stride + e;
     double sum[8];
+    begin_sums(e, sum);
+    if constexpr (VECTORS == 0) {
+      if (has_list) {
 #pragma unroll
-    for (int k = 0; k < 8; ++k) sum[k] = has_sums ? keep * sums[k] : 0;
-    if (is_dense) {
-      const int64_t tile = index + e / MANY_TILE;
-      const float* const from =
-          many.partial + (tile * MANY_ROWS + place % MANY_ROWS) * MANY_TILE + e % MANY_TILE;
-      double parts[8] = {};
-#pragma unroll 4
-      for (int split = 0; split < splits; ++split) {
-        const float4* const eight =
-            reinterpret_cast<const float4*>(from + split * stride * (MANY_ROWS * MANY_TILE));
-        const float4 low = eight[0], high = eight[1];
-        parts[0] += low.x, parts[1] += low.y, parts[2] += low.z, parts[3] += low.w;
-        parts[4] += high.x, parts[5] += high.y, parts[6] += high.z, parts[7] += high.w;
+        for (int k = 0; k < 8; ++k) sum[k] *= listed.keep;
       }
-#pragma unroll
-      for (int k = 0; k < 8; ++k) sum[k] += parts[k] / WEIGHT_SCALE;
-    } else if constexpr (VECTORS == 0) {
       for (int first = 0; has_list && first < count; first += 16) {
         float part[8] = {};
 #pragma unroll 4
@@ -1220,6 +1332,7 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
       if (many.exact) {
         launch(gather_kernel, 4 * static_cast<unsigned>(many.blocks), THREADS, 0, in, many);
         launch_many_score(op, in, many, true, stream);
+        launch(review_kernel, slots, SELECT_THREADS, 0, in, many);
       }
       launch(weights_kernel, slots * WEIGHT_BLOCKS, WEIGHT_THREADS, 0, in, many);
       launch_many_sum(op, in, many, stream);
@@ -1260,8 +1373,9 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   many.counts = rows.take<int>(plan.rows_per_pass);
   many.places = rows.take<int>(plan.rows_per_pass);
   many.fills = rows.take<int>(plan.rows_per_pass);
+  many.doubtful = rows.take<int>(plan.rows_per_pass);
   many.totals = rows.take<double>(plan.rows_per_pass * WEIGHT_BLOCKS);
-  static_assert(2 * sizeof(ManyFactor) + sizeof(ManySlot) + 4 * sizeof(int) +
+  static_assert(2 * sizeof(ManyFactor) + sizeof(ManySlot) + 5 * sizeof(int) +
                     WEIGHT_BLOCKS * sizeof(double) <=
                 MANY_ROW_BYTES);
   many.hi = reinterpret_cast<__half*>(take(layout.queries));
