@@ -43,8 +43,11 @@ constexpr int MAX_STAGES = 4;
 // Tiles of the bulk kernels (Hopper), tried in order: the first that holds D is taken. Up to 8,192 elements
 // a block holds a sample, `group` threads with `elements` each, in as many groups as its 512 threads make
 // (bulk_groups.cuh); up to four rows of one class share a pass. Longer samples are cut into slices over a
-// team of blocks (bulk_teams.cuh): a cluster of up to eight, else blocks all over the grid. On the matrix
-// units (bulk_products.cuh) a block has up to 4,096 elements, longer samples a cluster, two rows a pass.
+// team of blocks (bulk_teams.cuh): a cluster of up to eight, else blocks all over the grid. Of 65,536
+// elements a cluster of eight is not the best: 15 of them fit, rows are cut into parts, and their merge is
+// the end of all. Measured on an H200, 8 x 16 x 256 x 65,536: 110 us, with 8 teams of 16 blocks over the
+// grid 86. On the matrix units (bulk_products.cuh) a block has up to 4,096 elements, longer samples a
+// cluster, two rows a pass.
 struct BulkTile {
   int refs_size;
   int group, elements, tile_refs;
@@ -58,14 +61,18 @@ constexpr BulkTile BULK_TILES[] = {
     {0, 64, 16, 2, 1024, "D <= 1,024: eight groups of two warps"},
     {2, 512, 4, 16, 2048, "fast, D <= 2,048: matrix units, tiles of sixteen references"},
     {2, 512, 8, 8, 4096, "fast, D <= 4,096: matrix units, tiles of eight references"},
-    {2, 512, 8, 8, 65536,
-     "fast, D <= 65,536: matrix units, clusters of blocks with up to 4,096 elements each"},
+    {2, 512, 8, 8, 32768,
+     "fast, D <= 32,768: matrix units, clusters of blocks with up to 4,096 elements each"},
     {0, 128, 16, 2, 2048, "D <= 2,048: four groups of four warps"},
     {0, 256, 16, 2, 4096, "D <= 4,096: two groups of eight warps, tiles of two references in registers"},
     {2, 512, 16, 2, 8192, "D <= 8,192: one group of sixteen warps"},
     {4, 512, 16, 1, 8192, "D <= 8,192: one group of sixteen warps, one reference at a time"},
+    {2, 512, 16, 2, 32768, "D <= 32,768: a cluster of up to four blocks, up to 8,192 elements each"},
+    {2, 512, 8, 4, 65536, "D <= 65,536: a team of blocks all over the grid, up to 4,096 elements each"},
     {2, 512, 16, 2, 1 << 20, "D <= 1,048,576: a team of blocks, up to 8,192 elements each"},
     {2, 512, 32, 1, 1 << 21, "D <= 2,097,152: a team of blocks, up to 16,384 elements each"},
+    {4, 512, 16, 1, 32768, "D <= 32,768: a cluster of up to four blocks, up to 8,192 elements each"},
+    {4, 512, 8, 2, 65536, "D <= 65,536: a team of blocks all over the grid, up to 4,096 elements each"},
     {4, 512, 16, 1, 1 << 20, "D <= 1,048,576: a team of blocks, up to 8,192 elements each"},
 };
 
@@ -117,14 +124,11 @@ int64_t products_slices(int64_t least) {
 // one label for all rows 95 and 151, with a label for each 205 and 211; on an H200 with bfloat16 138 and 174,
 // with D 1,024 57 and 84. In an earlier form one row beside a pool of 50,000 took 181 and 166. On an H200,
 // with clusters: D 4,104 188 us by them, 317 by groups, 8,192 243 and 329, 16,384 448 and 616 (teams), 32,768
-// 245 and 381; one row of 8,192 31 and 42, eight of 32,768 62 and 85; of 65,536 one 39 and 49, four 67 and
-// 81, but eight 107 and 107. Clusters of sixteen are not of a size that every device has room for. Sums of
-// other processes' rows have to have room.
-bool serves_products(const Problem& p, int64_t slices) {
-  constexpr int64_t FEW_ROWS = 8, MOST_SUMS = WORKSPACE_LIMIT / 2;
-  if (!p.has_labels || !p.vectors) return false;
-  if (slices > BULK_MAX_CLUSTER && (p.n > FEW_ROWS || p.sm_count < 132)) return false;
-  return !p.shared_rows || 4 * p.n * p.d <= MOST_SUMS;
+// 245 and 381; one row of 8,192 31 and 42, eight of 32,768 62 and 85. Of 65,536, in clusters of sixteen,
+// eight rows took 107, by teams 86. Sums of other processes' rows have to have room.
+bool serves_products(const Problem& p) {
+  constexpr int64_t MOST_SUMS = WORKSPACE_LIMIT / 2;
+  return p.has_labels && p.vectors && (!p.shared_rows || 4 * p.n * p.d <= MOST_SUMS);
 }
 
 bool plan_bulk(const Problem& p, Plan& plan) {
@@ -136,7 +140,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     const int64_t least = ceil_div(p.d, held),
                   slices = products ? products_slices(least) : best_slices(least, p.sm_count),
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
-    if (slices > p.sm_count) continue;
+    if (slices > std::min(p.sm_count, BULK_MOST_SLICES)) continue;
     plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS && p.m < int64_t{1} << 31;
     const int64_t stage =
         products ? tile.tile_refs * products_ref_bytes(held) : tile.tile_refs * slice * p.refs_size;
@@ -148,7 +152,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
                                 : slices == 1 ? GROUPS_MAX_STAGES
                                               : BULK_MAX_STAGES;
     int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
-    if (products && (stages < most_stages || !serves_products(p, slices))) continue;
+    if (products && (stages < most_stages || !serves_products(p))) continue;
     if (slices == 1 && !products) stages -= stages % (GROUPS_CONSUMERS / tile.group);  // see bulk_groups.cuh
     if (stages < (slices == 1 || products ? 3 : BULK_LAG + 2)) return false;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
@@ -171,6 +175,9 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.tile_refs = tile.tile_refs;
     plan.tile_d = held;
     plan.stages = static_cast<int>(stages);
+    plan.lag = slices <= BULK_MAX_CLUSTER
+                   ? BULK_LAG
+                   : static_cast<int>(std::clamp<int64_t>(stages - 3, BULK_LAG, BULK_MOST_LAG));
     plan.slices = slices;
     plan.slice = slice;
     plan.blocks = teams * slices;
@@ -180,7 +187,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.smem_bytes = fixed + std::max({stages * stage, SETTLE_SMEM, plan.own_list ? LIST_SCRATCH_SMEM : 0});
     const int64_t of_rows = products ? 64 + (p.shared_rows ? 4 * p.d : 0) : 8 * slices;
     plan.workspace_bytes = unit_list_bytes(p.n, groups(p)) + of_rows * p.n + 4096 +
-                           plan.blocks * (plan.tile_rows * ((products ? 4 : 16) * slice + 256) + 8 * slice);
+                           plan.blocks * (plan.tile_rows * ((products ? 4 : 16) * slice + 512) + 8 * slice);
     plan.reason = tile.reason;
     return true;
   }

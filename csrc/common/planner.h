@@ -59,6 +59,7 @@ struct Plan {
   bool early_merge = false;  // small, 9 <= D <= 16: the merge starts beside the kernel that it waits for
   bool products = false;     // bulk: on the matrix units, see bulk_products.cuh
   int in_flight = 0;         // bulk: tiles on their way at once
+  int lag = 0;               // bulk: tiles that a team scores ahead of those that it adds
   UnitCosts costs;           // bulk
 };
 
@@ -85,7 +86,7 @@ constexpr int64_t SETTLE_SMEM = 29056;        // the same, after the last ones (
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
 constexpr int PRODUCTS_ROWS = 2;          // of a unit
-constexpr int PRODUCTS_MOST_BLOCKS = 16;  // that share a sample
+constexpr int PRODUCTS_MOST_BLOCKS = 8;  // that share a sample
 // Tiles in the ring, of so many KB: 192 KB together.
 constexpr int products_stages(int kilobytes) {
   return 192 / kilobytes;
@@ -108,8 +109,10 @@ constexpr int groups_sums_smem(int elements) {  // where groups leave their sums
 }
 constexpr int BULK_PRODUCERS = 128;  // threads beside the consumers: registers are dealt to 128 at a time
 constexpr int BULK_MAX_STAGES = 8;
-constexpr int BULK_LAG = 3;          // tiles that a team of blocks scores ahead of those that it adds
+// Tiles that a team of blocks scores ahead of those that it adds, at least and at most.
+constexpr int BULK_LAG = 3, BULK_MOST_LAG = 4;
 constexpr int BULK_MAX_CLUSTER = 8;  // above that a team of blocks spans the grid
+constexpr int BULK_MOST_SLICES = 160;
 
 // Of a block of `warps` of the kernel for 9 <= D <= 16, D rounded up to d: for each reference the parts of
 // its factors and of its columns, and itself; for each row its sums.

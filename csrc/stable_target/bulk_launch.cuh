@@ -109,9 +109,6 @@ struct Launch : BulkLaunch {
     check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(plan.smem_bytes)));
-    if (plan.slices > BULK_MAX_CLUSTER)
-      check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                          cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim = {static_cast<unsigned>(plan.slices), 1, 1};
     cudaLaunchConfig_t config{};
@@ -202,7 +199,7 @@ struct Launch : BulkLaunch {
     using Kernel = Teams<T, Q, TR>;
     static_assert(Kernel::FIXED_BYTES <= BULK_FIXED_SMEM, "the planner reserves less");
     if (in.refs.dtype != DtypeOf<T>::value || plan.slices == 1 || plan.tile_d != Kernel::THREADS * Q ||
-        plan.tile_refs != TR)
+        plan.tile_refs != TR || (plan.slices <= BULK_MAX_CLUSTER && !Kernel::CLUSTERS))
       return false;
     const auto kernel = teams_kernel<T, Q, TR>;
     const void* const entry = reinterpret_cast<const void*>(kernel);
@@ -214,6 +211,7 @@ struct Launch : BulkLaunch {
     layout.slice = plan.slice;
     layout.stages = plan.stages;
     layout.in_flight = plan.in_flight;
+    layout.lag = plan.lag;
     layout.vectors = vectors();
     layout.own_list = plan.own_list;
 
@@ -235,7 +233,7 @@ struct Launch : BulkLaunch {
     if (layout.team == Team::grid) {  // its blocks wait for one another: all run at once or none
       attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
       attributes[config.numAttrs++].val.cooperative = 1;
-    } else if (!layout.own_list || layout.merge_last) {  // what came before is ours
+    } else if (!layout.own_list || layout.merge_last) {  // what comes before is ours
       attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
@@ -246,16 +244,17 @@ struct Launch : BulkLaunch {
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * blocks * layout.slice);
     parts.rows = carver.take<PartRow>(2 * blocks);
-    const int64_t letters = layout.team == Team::grid ? blocks * TEAMS_SLOTS * TEAMS_LETTERS : 0;
+    const int64_t letters =
+        layout.team == Team::grid ? blocks * TEAMS_SLOTS * TEAMS_LETTERS * Kernel::WORDS : 0;
     parts.mail = carver.take<uint2>(letters);
     parts.arrived = carver.take<int>(counts);
+    int* const first = reinterpret_cast<int*>(parts.mail);  // of what is zero when the kernel begins
+    const int64_t count = parts.arrived + counts - first;
     place_settling(carver, parts, blocks, layout.slices, layout.slice, layout.merge_last);
-    if (layout.team == Team::grid)
-      check_cuda(op, cudaMemsetAsync(parts.mail, 0, letters * sizeof(uint2) + counts * sizeof(int), stream));
     if (!layout.own_list) {
-      build_unit_list(op, in, list, parts.arrived, counts, TR, 1, stream);
-    } else if (layout.merge_last && layout.team == Team::cluster) {
-      zero_arrivals(op, parts.arrived, counts, stream);
+      build_unit_list(op, in, list, first, count, TR, 1, stream);
+    } else if (layout.merge_last || layout.team == Team::grid) {
+      zero_arrivals(op, first, count, stream);
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
     if (!layout.merge_last) merge_parts(op, in, list, parts, layout.slices, layout.slice, 1, teams, stream);
@@ -275,9 +274,10 @@ bool launch_tiles(const BulkLaunch& launch) {
     if (at.run_products_if<T, 2, 2, false>() || at.run_products_if<T, 4, 2, false>() ||
         at.run_products_if<T, 8, 1, false>() || at.run_products_if<T, 8, 1, true>())
       return true;
-    return at.run_groups_if<T, 512, 16, 2>() || at.run_teams_if<T, 16, 2>() || at.run_teams_if<T, 32, 1>();
+    return at.run_groups_if<T, 512, 16, 2>() || at.run_teams_if<T, 8, 4>() || at.run_teams_if<T, 16, 2>() ||
+           at.run_teams_if<T, 32, 1>();
   } else {
-    return at.run_groups_if<T, 512, 16, 1>() || at.run_teams_if<T, 16, 1>();
+    return at.run_groups_if<T, 512, 16, 1>() || at.run_teams_if<T, 8, 2>() || at.run_teams_if<T, 16, 1>();
   }
 }
 

@@ -23,30 +23,39 @@ struct TeamsLayout {
   int slices;             // blocks per team
   int64_t slice;          // elements of D per block
   int stages, in_flight;  // tiles that there is room for; of these, on their way at once
+  int lag;                // tiles that are scored ahead of those that are added
   bool vectors;           // x, source and out allow 16-byte loads and stores
   bool own_list;          // each block builds the list of units in its shared memory
   bool merge_last;        // the last team to finish merges; else merge_kernel
 };
 
-constexpr int TEAMS_LAG = BULK_LAG;
-// Exchanges that have memory of their own: that of exchange e is used again by e + 8. A block sends that only
-// when its warps have had the answers to e + 8 - LAG - 1, to which all blocks' warps must have given their
-// share, each after it had read the answers up to e + 8 - 2 LAG - 2.
-constexpr int TEAMS_SLOTS = 8;
-static_assert(TEAMS_SLOTS >= 2 * TEAMS_LAG + 2, "see above");
+// Exchanges that have memory of their own: that of exchange e is used again by e + SLOTS. A block sends that
+// only when its warps have had the answers to e + SLOTS - lag - 1, to which all blocks' warps must have given
+// their share, each after it had read the answers up to e + SLOTS - 2 lag - 2.
+constexpr int TEAMS_SLOTS = 10;
+static_assert(TEAMS_SLOTS >= 2 * BULK_MOST_LAG + 2, "see above");
 constexpr int TEAMS_MAILERS = 2;
-constexpr int TEAMS_LETTERS = 2;  // of a block for an exchange: two float32, or the halves of a float64
-constexpr int TEAMS_CONSUMER_REGISTERS = 112, TEAMS_OTHER_REGISTERS = 32;
+constexpr int TEAMS_LETTERS = 2;  // for a word of an exchange
+// The mailers of a team all over the grid want more than 32, to have all letters on their way at once; more
+// than 16 elements leave them none.
+constexpr int teams_consumer_registers(int elements) {
+  return elements <= 16 ? 104 : 112;
+}
+constexpr int teams_other_registers(int elements) {
+  return elements <= 16 ? 64 : 32;
+}
 
 enum class Mail : int { scores, square, done };
 
+// WORDS of 8 bytes are exchanged at a time: two float32 each, or the first a float64.
+template <int WORDS>
 struct TeamsShared {
   static constexpr int WARPS = GROUPS_CONSUMERS / 32;
   Barrier full[BULK_MAX_STAGES], empty[BULK_MAX_STAGES];
   Barrier rows_known;                               // see `known`
   Barrier given[TEAMS_SLOTS], mailed[TEAMS_SLOTS];  // shares of the block's warps; of the team's blocks
-  alignas(16) double shares[TEAMS_SLOTS][WARPS];    // or two float32
-  alignas(16) double mail[TEAMS_SLOTS][BULK_MAX_CLUSTER];
+  alignas(16) double shares[TEAMS_SLOTS][WARPS][WORDS];
+  alignas(16) double mail[TEAMS_SLOTS][WORDS == 1 ? BULK_MAX_CLUSTER : 1][WORDS];
   Mail kinds[TEAMS_SLOTS];
   Announcements<1> announced;
   RowState known[WARP_LIST_ROWS];  // of the rows, where the list is short
@@ -60,9 +69,11 @@ struct TeamsShared {
 template <typename T, int Q, int TR>
 struct Teams {
   static constexpr int THREADS = GROUPS_CONSUMERS, EV = 16 / static_cast<int>(sizeof(T)), SLOTS = Q / EV;
-  static constexpr int WARPS = THREADS / 32, LAG = TEAMS_LAG, SEGMENT_TILES = SEGMENT_REFS / TR;
-  static_assert(TR <= 2, "an exchange carries two scores");
-  static constexpr int64_t FIXED_BYTES = (sizeof(TeamsShared) + 127) / 128 * 128;
+  static constexpr int WARPS = THREADS / 32, SEGMENT_TILES = SEGMENT_REFS / TR;
+  static constexpr int WORDS = TR <= 2 ? 1 : TR / 2;
+  static constexpr bool CLUSTERS = WORDS == 1;  // teams may be clusters
+  using Shared = TeamsShared<WORDS>;
+  static constexpr int64_t FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
 
   const Inputs& in;
   const UnitList& list;
@@ -78,9 +89,7 @@ struct Teams {
     extern __shared__ __align__(128) char all[];
     return all;
   }
-  __device__ __forceinline__ static TeamsShared& shared() {
-    return *reinterpret_cast<TeamsShared*>(memory());
-  }
+  __device__ __forceinline__ static Shared& shared() { return *reinterpret_cast<Shared*>(memory()); }
   __device__ __forceinline__ T* stage(int s) const {  // (TR, slice)
     const int bytes = TR * static_cast<int>(layout.slice * sizeof(T));
     return reinterpret_cast<T*>(memory() + (staging + s * bytes));
@@ -119,9 +128,10 @@ struct Teams {
     }
   }
 
-  // The mailers: exchanges `number`, number + TEAMS_MAILERS, ... until the consumers are done.
+  // The mailers: exchanges `number`, number + TEAMS_MAILERS, ... until the consumers are done. Lane l has
+  // word l % WORDS.
   __device__ __forceinline__ double share_of_block(int slot, Mail kind, int lane) const {
-    return sum(lane < WARPS ? shared().shares[slot][lane] : 0.0, kind);
+    return sum(lane < WARPS * WORDS ? shared().shares[slot][lane / WORDS][lane % WORDS] : 0.0, kind);
   }
 
   __device__ __forceinline__ void carry_mail_in_cluster(int number, int lane) const {
@@ -138,10 +148,34 @@ struct Teams {
     }
   }
 
+  // The team's letters of an exchange, those that fall to this lane: all on their way at once. Whether they
+  // are there, and their sum.
+  template <int EACH>
+  __device__ __forceinline__ bool read_mail(const uint2* from, unsigned tag, Mail kind, int lane,
+                                            double& all) const {
+    const int words = layout.slices * WORDS;
+    uint4 letters[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int word = i * 32 + lane;
+      letters[i] = uint4{0, tag, 0, tag};
+      if (word < words) letters[i] = read_letters(from + word * TEAMS_LETTERS);
+    }
+    bool there = true;
+    all = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      there = there && letters[i].y == tag && letters[i].w == tag;
+      all = plus(all, __hiloint2double(static_cast<int>(letters[i].z), static_cast<int>(letters[i].x)), kind);
+    }
+    return __all_sync(0xffffffffu, there);
+  }
+
   // Posts as soon as there is something to post, and awaits the team's letters meanwhile.
+  template <int EACH>
   __device__ __forceinline__ void carry_mail_in_grid(int number, int lane) const {
     const auto box = [&](int slot) {
-      return parts.mail + (int64_t{team} * TEAMS_SLOTS + slot) * layout.slices * TEAMS_LETTERS;
+      return parts.mail + (int64_t{team} * TEAMS_SLOTS + slot) * layout.slices * (TEAMS_LETTERS * WORDS);
     };
     int posted = number;  // the next one to post
     for (bool done = false;;) {
@@ -151,9 +185,10 @@ struct Teams {
         done = kind == Mail::done;
         if (!done) {
           const double share = share_of_block(slot, kind, lane);
-          if (lane < TEAMS_LETTERS)
-            post_letter(box(slot) + rank * TEAMS_LETTERS + lane,
-                        make_uint2(lane == 0 ? __double2loint(share) : __double2hiint(share), posted + 1));
+          const int half = lane / WORDS;
+          if (half < TEAMS_LETTERS)
+            post_letter(box(slot) + (rank * WORDS + lane % WORDS) * TEAMS_LETTERS + half,
+                        make_uint2(half == 0 ? __double2loint(share) : __double2hiint(share), posted + 1));
           posted += TEAMS_MAILERS;
         }
       }
@@ -163,23 +198,25 @@ struct Teams {
       }
       slot = number % TEAMS_SLOTS;
       const Mail kind = shared().kinds[slot];
-      const uint2* const letters_from = box(slot);
-      const unsigned tag = static_cast<unsigned>(number) + 1;
-      double all = 0;
-      bool there = true;
-#pragma unroll 4
-      for (int peer = lane; peer < layout.slices; peer += 32) {
-        const uint4 letters = read_letters(letters_from + peer * TEAMS_LETTERS);
-        there = there && letters.y == tag && letters.w == tag;
-        all = plus(all, __hiloint2double(static_cast<int>(letters.z), static_cast<int>(letters.x)), kind);
-      }
-      if (!__all_sync(0xffffffffu, there)) continue;
+      double all;
+      if (!read_mail<EACH>(box(slot), static_cast<unsigned>(number) + 1, kind, lane, all)) continue;
       all = sum(all, kind);
-      if (lane == 0) {
-        shared().mail[slot][0] = all;
-        arrive(&shared().mailed[slot]);
-      }
+      if (lane < WORDS) shared().mail[slot][0][lane] = all;
+      __syncwarp();
+      if (lane == 0) arrive(&shared().mailed[slot]);
       number += TEAMS_MAILERS;
+    }
+  }
+
+  __device__ __forceinline__ void carry_mail(int number, int lane) const {
+    if (CLUSTERS && layout.team == Team::cluster) {
+      if constexpr (CLUSTERS) carry_mail_in_cluster(number, lane);
+    } else if (layout.slices * WORDS <= 32) {
+      carry_mail_in_grid<1>(number, lane);
+    } else if (layout.slices * WORDS <= 64) {
+      carry_mail_in_grid<2>(number, lane);
+    } else {
+      carry_mail_in_grid<5>(number, lane);
     }
   }
 
@@ -188,8 +225,9 @@ struct Teams {
     if (kind == Mail::square) return a + b;
     return pair(low(a) + low(b), high(a) + high(b));
   }
+  // Over the lanes that have the same word.
   __device__ __forceinline__ static double sum(double v, Mail kind) {
-    for (int hop = 16; hop > 0; hop /= 2) v = plus(v, __shfl_xor_sync(0xffffffffu, v, hop), kind);
+    for (int hop = 16; hop >= WORDS; hop /= 2) v = plus(v, __shfl_xor_sync(0xffffffffu, v, hop), kind);
     return v;
   }
   __device__ __forceinline__ static float low(double v) { return __int_as_float(__double2loint(v)); }
@@ -210,28 +248,52 @@ struct Teams {
 
   __device__ __forceinline__ static int element(int tid, int slot) { return (slot * THREADS + tid) * EV; }
 
-  // This warp's share of exchange `number`, the same in all lanes.
-  __device__ __forceinline__ void give(int number, Mail kind, double share, int tid) const {
+  // This warp's share of exchange `number` is written.
+  __device__ __forceinline__ void give(int number, Mail kind, int tid) const {
     const int slot = number % TEAMS_SLOTS;
-    if (tid % 32 == 0) {
-      shared().shares[slot][tid / 32] = share;
-      if (tid == 0) shared().kinds[slot] = kind;
-      arrive(&shared().given[slot]);
-    }
+    __syncwarp();
+    if (tid == 0) shared().kinds[slot] = kind;
+    if (tid % 32 == 0) arrive(&shared().given[slot]);
   }
-  // The team's answer.
-  __device__ __forceinline__ double take(int number, Mail kind) const {
-    const int slot = number % TEAMS_SLOTS;
-    wait_barrier(&shared().mailed[slot], number / TEAMS_SLOTS & 1);
-    if (layout.team == Team::grid) return shared().mail[slot][0];
-    double all = shared().mail[slot][0], others[BULK_MAX_CLUSTER];
+  __device__ __forceinline__ void give_square(int number, double share, int tid) const {
+    double (&shares)[WORDS] = shared().shares[number % TEAMS_SLOTS][tid / 32];
+    share = warp_sum(share);
+    if (tid % 32 < WORDS) shares[tid % 32] = tid % 32 == 0 ? share : 0.0;
+    give(number, Mail::square, tid);
+  }
+  __device__ __forceinline__ void give_scores(int number, float (&scores)[TR], int tid) const {
+    const int lane = tid % 32;
+    const float sum = warp_sums<TR>(scores, lane);
+    double (&shares)[WORDS] = shared().shares[number % TEAMS_SLOTS][tid / 32];
+    if constexpr (TR == 1) {
+      if (lane == 0) shares[0] = pair(sum, 0);
+    } else if (lane % (32 / TR) == 0) {
+      reinterpret_cast<float*>(shares)[lane / (32 / TR)] = sum;
+    }
+    give(number, Mail::scores, tid);
+  }
+  // The team's answer, one word of it.
+  __device__ __forceinline__ void await(int number) const {
+    wait_barrier(&shared().mailed[number % TEAMS_SLOTS], number / TEAMS_SLOTS & 1);
+  }
+  __device__ __forceinline__ double take(int number, Mail kind, int word = 0) const {
+    const auto& mail = shared().mail[number % TEAMS_SLOTS];
+    double all = mail[0][word];
+    if constexpr (CLUSTERS) {
+      if (layout.team == Team::grid) return all;
+      double others[BULK_MAX_CLUSTER];
 #pragma unroll
-    for (int peer = 1; peer < BULK_MAX_CLUSTER; ++peer) others[peer] = shared().mail[slot][peer];
+      for (int peer = 1; peer < BULK_MAX_CLUSTER; ++peer) others[peer] = mail[peer][word];
 #pragma unroll
-    for (int peer = 1; peer < BULK_MAX_CLUSTER; ++peer) {
-      if (peer < layout.slices) all = plus(all, others[peer], kind);
+      for (int peer = 1; peer < BULK_MAX_CLUSTER; ++peer) {
+        if (peer < layout.slices) all = plus(all, others[peer], kind);
+      }
     }
     return all;
+  }
+  __device__ __forceinline__ double take_square(int number) const {
+    await(number);
+    return take(number, Mail::square);
   }
 
   __device__ __forceinline__ void load(const Array& a, int64_t index, int tid, float (&out)[Q]) const {
@@ -259,8 +321,8 @@ struct Teams {
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     double shift = 0;
     if (segment.squares) {
-      give(exchanges, Mail::square, warp_sum(square), tid);
-      shift = row.per_square * take(exchanges, Mail::square);
+      give_square(exchanges, square, tid);
+      shift = row.per_square * take_square(exchanges);
       ++exchanges;
     }
     if (tid == 0) shared().shift = shift;
@@ -271,8 +333,10 @@ struct Teams {
   template <typename Visit>
   __device__ __forceinline__ void read_tile(const Mine& mine, int at, int many, int tid,
                                             const Visit& visit) const {
-    const T* const refs = stage(at) + tid * EV;
-    const T* const second = refs + (many > 1 ? static_cast<int>(layout.slice) : 0);
+    const T* from[TR];
+#pragma unroll
+    for (int j = 0; j < TR; ++j)
+      from[j] = stage(at) + tid * EV + (j < many ? j * static_cast<int>(layout.slice) : 0);
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       uint4 packed = mine.c[s];
@@ -284,7 +348,7 @@ struct Teams {
 #pragma unroll
       for (int j = 0; j < TR; ++j) {
         uint4 raw{0, 0, 0, 0};
-        if (within) raw = *reinterpret_cast<const uint4*>((j == 0 ? refs : second) + s * THREADS * EV);
+        if (within) raw = *reinterpret_cast<const uint4*>(from[j] + s * THREADS * EV);
         float difference[EV];
         unpack<T, EV>(raw, difference);
 #pragma unroll
@@ -304,18 +368,19 @@ struct Teams {
       }
     });
 #pragma unroll
-    for (int j = 0; j < TR; ++j) {
-      scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
-      scores[j] = warp_sum(scores[j]);
-    }
-    give(number, Mail::scores, pair(scores[0], TR > 1 ? scores[TR - 1] : 0.0f), tid);
+    for (int j = 0; j < TR; ++j) scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
+    give_scores(number, scores, tid);
   }
 
   __device__ __forceinline__ void add_tile(Mine& mine, int at, int many, int number, int tid) const {
-    const double answer = take(number, Mail::scores);
+    await(number);
     float weights[TR];
-    weights[0] = low(answer);
-    if constexpr (TR > 1) weights[1] = high(answer);
+#pragma unroll
+    for (int word = 0; word < WORDS; ++word) {
+      const double answer = take(number, Mail::scores, word);
+      weights[2 * word] = low(answer);
+      if constexpr (TR > 1) weights[2 * word + 1] = high(answer);
+    }
     if (!weigh_scores(mine.scores, many, weights, mine.sum)) return;
     read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
 #pragma unroll
@@ -336,8 +401,8 @@ struct Teams {
 #pragma unroll
       for (int k = 0; k < EV; ++k) difference[s * EV + k] -= c[k];
     }
-    give(exchanges, Mail::square, warp_sum(score_source(row, mine.y, difference)), tid);
-    const double score = take(exchanges, Mail::square);
+    give_square(exchanges, score_source(row, mine.y, difference), tid);
+    const double score = take_square(exchanges);
     ++exchanges;
     mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
   }
@@ -408,14 +473,14 @@ struct Teams {
       begin_segment(mine, segment, &shared().announced.told[slot], slot_phase, exchanges, tid);
       const int tiles = segment.tiles, references = segment.references;
 #pragma unroll 1
-      for (int i = 0; i < tiles + LAG; ++i) {
+      for (int i = 0; i < tiles + layout.lag; ++i) {
         if (i < tiles) {
           wait_barrier(&shared().full[s], phase);
           if (references > 0) score_tile(mine, s, references - i * TR, exchanges + i, tid);
           if (++s == layout.stages) s = 0, phase ^= 1;
         }
-        if (i >= LAG) {
-          if (references > 0) add_tile(mine, behind, references - (i - LAG) * TR, exchanges + i - LAG, tid);
+        if (const int added = i - layout.lag; added >= 0) {
+          if (references > 0) add_tile(mine, behind, references - added * TR, exchanges + added, tid);
           __syncwarp();
           if (tid % 32 == 0) arrive(&shared().empty[behind]);
           if (++behind == layout.stages) behind = 0;
@@ -430,7 +495,7 @@ struct Teams {
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
 #pragma unroll 1
-    for (int i = 0; i < TEAMS_MAILERS; ++i) give(exchanges + i, Mail::done, 0.0, tid);
+    for (int i = 0; i < TEAMS_MAILERS; ++i) give(exchanges + i, Mail::done, tid);
     write_dead_rows(in, list, parts, place(), teams, team, tid, THREADS);
     named_barrier(1, THREADS);
     if (shared().doubtful != NO_ROW)
@@ -443,7 +508,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     teams_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
                  const __grid_constant__ BulkParts parts, const __grid_constant__ TeamsLayout layout) {
   using Kernel = Teams<T, Q, TR>;
-  TeamsShared& shared = Kernel::shared();
+  typename Kernel::Shared& shared = Kernel::shared();
   UnitList list = shared_list;
   int staging = static_cast<int>(Kernel::FIXED_BYTES);
   if (layout.own_list) {
@@ -477,7 +542,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   if (layout.team == Team::cluster) meet_cluster();
   if (!layout.own_list) wait_for_previous_launch();
   if (other >= 0) {
-    give_up_registers<TEAMS_OTHER_REGISTERS>();
+    give_up_registers<teams_other_registers(Q)>();
     if (layout.own_list && !short_list) build_own_list<TR, 1>(in, list, *scratch, other);
     if (other < 32) {
       const auto most_tiles = [](int) { return Kernel::SEGMENT_TILES; };
@@ -500,14 +565,10 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       }
       if (layout.own_list && !layout.merge_last && blockIdx.x == 0 && other >= 96)
         leave_list(in, list, shared_list, other - 96, 32);
-      if (layout.team == Team::cluster) {
-        kernel.carry_mail_in_cluster(other / 32 - 2, other % 32);
-      } else {
-        kernel.carry_mail_in_grid(other / 32 - 2, other % 32);
-      }
+      kernel.carry_mail(other / 32 - 2, other % 32);
     }
   } else {
-    take_registers<TEAMS_CONSUMER_REGISTERS>();
+    take_registers<teams_consumer_registers(Q)>();
     kernel.consume(tid);
   }
   if (layout.team == Team::cluster) {  // no block leaves while another may write to its shared memory
