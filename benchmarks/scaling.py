@@ -97,14 +97,14 @@ def exchanged(gpus: int, rows: int, d: int, stored: int = 2) -> dict[str, int]:
 def through_memory(gpus: int, rows: int, d: int, stored: int = 2) -> dict[str, int]:
     """The same through the memory of GPUs of one host: what a GPU writes to others, or they read from it.
 
-    The least: the kernel of class banks reads an x_t anew in every group of threads that evaluates the row.
+    The least: the kernel of class banks reads an x_t anew in every block that has a part of the row.
     """
     others = gpus - 1
     return {
         # labels to all; a row to its slot in its own ring and in the last one, of which 1 / P are here
         "push": others * rows * 8 + 2 * others * rows * stored * d // gpus,
         "draw": others * rows * stored * d // gpus,
-        "target": others * rows * (8 * d + 20),  # x_t, time and ring; means and lse
+        "target": others * rows * (8 * d + 88),  # x_t, words of time and ring; means, words that tell of four pieces
     }
 
 

@@ -56,6 +56,7 @@ def _main(work: Work, rank: int, world: int, folder: str, log: str, timeout: flo
     torch.set_num_threads(1)
     try:
         if backend == "nccl":
+            os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] = "250"  # its watchdog waits four times that
             torch.cuda.set_device(rank)
         dist.init_process_group(
             backend,

@@ -2,6 +2,7 @@
 // written once. Every block finds the slot of its row itself; only a row with label -1 reads all counts.
 #include "common/ops.h"
 #include "common/path.h"
+#include "common/peers.cuh"
 #include "common/tensors.cuh"
 
 namespace svel::cuda {
@@ -22,8 +23,9 @@ struct Draw {
   bool vectors;           // 8 elements at a time are aligned
   int64_t k, m, d, slices;
   // In parts, see bank_draw_parts: slot s of ring y is with part (s + y) mod parts, as its slot s div parts.
-  const int64_t* parts_at;  // (parts,) where each keeps its (k, local, d); null: refs holds everything
-  int64_t parts, local;
+  Addresses parts_at;  // where each keeps its (k, local, d)
+  unsigned parts;      // 0: refs holds everything
+  int64_t local;
   Array also;  // (n, d) float32 that takes x_t too, or null
   Path path;
   double t_min;
@@ -43,10 +45,15 @@ __device__ int64_t pick(double u, int64_t count) {
   return number >= static_cast<double>(count) ? count - 1 : static_cast<int64_t>(number);
 }
 
-// The slot among the valid references of all groups, -1 if there is none; the whole block, the same in every
-// thread. Each round cuts the groups that are left among the threads and keeps the part that holds the
-// number.
-__device__ int64_t slot_of_all(const Draw& draw, double u) {
+struct Slot {
+  int64_t group, number;  // among its group's; negative: there is none
+
+  __device__ int64_t of_all(const Draw& draw) const { return number < 0 ? -1 : group * draw.m + number; }
+};
+
+// That among the valid references of all groups; the whole block, the same in every thread. Each round cuts
+// the groups that are left among the threads and keeps the part that holds the number.
+__device__ Slot slot_of_all(const Draw& draw, double u) {
   __shared__ int64_t sums[WARPS], found[3];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int64_t low = 0, high = draw.k, before = 0, number = -1;  // before: references of the groups below low
@@ -69,7 +76,7 @@ __device__ int64_t slot_of_all(const Draw& draw, double u) {
       total += sums[w];
     }
     if (number < 0) {
-      if (total == 0) return -1;
+      if (total == 0) return {0, -1};
       number = pick(u, total);
     }
     const int64_t first = before + upto - own;
@@ -79,12 +86,12 @@ __device__ int64_t slot_of_all(const Draw& draw, double u) {
     __syncthreads();
     low = found[0], high = found[1], before = found[2];
   } while (high - low > 1);
-  return low * draw.m + number - before;
+  return {low, number - before};
 }
 
 // Grid: slices of d for each row. W: float, or double for float64 references.
 template <typename W>
-__global__ void __launch_bounds__(THREADS) draw_kernel(const Draw draw) {
+__global__ void __launch_bounds__(THREADS) draw_kernel(const __grid_constant__ Draw draw) {
   __shared__ PathCoefficients shared;
   const int64_t row = blockIdx.x / draw.slices, slice = blockIdx.x % draw.slices;
   const int64_t e = slice * SLICE + static_cast<int64_t>(threadIdx.x) * 8, at = row * draw.d + e;
@@ -95,13 +102,14 @@ __global__ void __launch_bounds__(THREADS) draw_kernel(const Draw draw) {
   const int64_t label = draw.labels ? draw.labels[row] : 0;
   const bool known = label >= -1 && label < draw.k;
   const double u = load_as<double>(draw.u, row);
-  int64_t slot = -1;
+  Slot at_slot{label, -1};
   if (label == -1) {
-    slot = slot_of_all(draw, u);
+    at_slot = slot_of_all(draw, u);
   } else if (known) {
     const int64_t count = valid_count(draw, label);
-    if (count > 0) slot = label * draw.m + pick(u, count);
+    if (count > 0) at_slot.number = pick(u, count);
   }
+  const int64_t slot = at_slot.of_all(draw);
   if (threadIdx.x == 0) {
     if (slice == 0) draw.slots[row] = slot;
     if (noisy) {
@@ -117,10 +125,10 @@ __global__ void __launch_bounds__(THREADS) draw_kernel(const Draw draw) {
   const bool own = slot < 0 && known && draw.fallback.data;
   Array from = own ? draw.fallback : draw.refs;
   int64_t first = own ? at : slot * draw.d + e;
-  if (draw.parts_at && slot >= 0) {
-    const int64_t y = slot / draw.m, s = slot % draw.m;
-    from.data = reinterpret_cast<void*>(draw.parts_at[(s + y) % draw.parts]);
-    first = (y * draw.local + s / draw.parts) * draw.d + e;
+  if (draw.parts && slot >= 0) {
+    const auto s = static_cast<unsigned>(at_slot.number), y = static_cast<unsigned>(at_slot.group);
+    from.data = draw.parts_at[(s + y) % draw.parts];
+    first = (at_slot.group * draw.local + s / draw.parts) * draw.d + e;
   }
   const W alpha = noisy ? static_cast<W>(shared.alpha) : W(0),
           sigma = noisy ? static_cast<W>(shared.sigma) : W(0);
@@ -209,8 +217,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(
     const MaybeTensor& labels, const MaybeTensor& fallback, const MaybeTensor& noise, const MaybeTensor& t,
     const std::string& path, double t_min, const MaybeTensor& also) {
   Draw draw{};
-  draw.m = capacity, draw.parts = parts_at.size(0);
-  draw.parts_at = static_cast<const int64_t*>(parts_at.const_data_ptr());
+  draw.m = capacity, draw.parts = static_cast<unsigned>(parts_at.size(0));
+  draw.parts_at = addresses_of("bank_draw_parts", "parts_at", parts_at);
   if (t) draw.also = array_of(also);
   return launch(draw, refs, counts, u, labels, fallback, noise, t, path, t_min);
 }

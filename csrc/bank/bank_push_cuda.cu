@@ -2,8 +2,9 @@
 // finding a row's rank reads the labels of its chunk once per row, from the cache. Pushes go in chunks,
 // in order.
 //
-// svel::bank_push_parts_: the same for a bank in parts. Labels go to all processes, each finds the slots of
-// all rows, and each row goes straight to where its slot is. All in one chunk: who pushed what is one order.
+// svel::bank_push_parts_: the same for a bank in parts, in one launch. Labels go to all processes, each finds
+// the slots of all rows, and each row goes straight to where its slot is. All in one chunk: who pushed what
+// is one order.
 #include "common/ops.h"
 #include "common/peers.cuh"
 #include "common/tensors.cuh"
@@ -17,6 +18,7 @@ constexpr int RANK_THREADS = 256;
 constexpr int COPY_THREADS = 256;
 constexpr int COPY_EIGHTS = 2;  // of elements, in flight at once in a thread
 constexpr unsigned COPY_ELEMENTS = COPY_EIGHTS * 8 * COPY_THREADS;
+constexpr int HELD_LABELS = 4096;  // in shared memory
 
 // The pushes of one chunk. Push i takes value i to its label's ring; with all_to_last there are as many
 // again, which take the same values to the last ring.
@@ -29,10 +31,11 @@ struct Push {
   void* heads;            // (k,)
   bool wide;              // counts and heads are int64, else int32
   int64_t rows, label_groups, k, m, d;
-  int64_t each, own;  // rows of this process; pushes of these in the chunk
+  int64_t each;     // rows of this process
+  unsigned slices;  // of d
   // In parts: slot s of ring y is with part (s + y) mod parts, as its slot s div parts.
-  Peers peers;              // parts = 0: there are none, and refs holds everything
-  const int64_t* parts_at;  // (parts,) where each keeps its (k, local, d)
+  Peers peers;         // parts = 0: there are none, and refs holds everything
+  Addresses parts_at;  // where each keeps its (k, local, d)
   int64_t local;
   int32_t* local_counts;  // (k,) valid references of this part
   int64_t first, n;       // of the chunk
@@ -42,19 +45,18 @@ struct Push {
 
 // In parts a label travels in one word with the round that it belongs to: it is here when its round is. Two
 // areas of (rows,) words take turns, since others may still read what came before.
-__device__ uint64_t* words_in(const Push& push, int part) {
-  const unsigned round = push.peers.header(push.peers.part)->round + 1;
+__device__ uint64_t* words_in(const Push& push, int part, unsigned round) {
   return reinterpret_cast<uint64_t*>(push.peers.mailbox(part) + HEADER_BYTES) + round % 2 * push.rows;
 }
 
 // Of all rows, when they are here.
 struct Labels {
   const int64_t* given;
-  const uint64_t* words;  // in parts
+  const uint64_t* words = nullptr;  // in parts, as they came
+  const int32_t* held = nullptr;    // the same in shared memory, where there is room
 
-  __device__ explicit Labels(const Push& push)
-      : given(push.labels), words(push.peers.parts > 0 ? words_in(push, push.peers.part) : nullptr) {}
   __device__ int64_t operator[](int64_t i) const {
+    if (held) return held[i];
     return words ? static_cast<int32_t>(static_cast<uint32_t>(words[i])) : given[i];
   }
   __device__ int64_t ring(const Push& push, int64_t i) const {
@@ -87,66 +89,63 @@ __device__ int64_t read_head(const Push& push, int64_t label) {
   return (head % push.m + push.m) % push.m;
 }
 
+__device__ void prefetch_ring(const Push& push, int64_t ring) {
+  if (ring < 0 || ring >= push.k) return;
+  const int64_t at = ring * (push.wide ? 8 : 4);
+  prefetch(static_cast<const char*>(push.heads) + at);
+  prefetch(static_cast<const char*>(push.counts) + at);
+}
+
 // The address of slot s of a ring.
 __device__ int64_t place_of(const Push& push, int64_t ring, int64_t s) {
   int64_t base = reinterpret_cast<int64_t>(push.refs.data), slot = ring * push.m + s;
   if (push.peers.parts > 0) {
     const auto parts = static_cast<unsigned>(push.peers.parts);
     const auto number = static_cast<unsigned>(s), owner = (number + static_cast<unsigned>(ring)) % parts;
-    base = push.parts_at[owner], slot = ring * push.local + number / parts;
+    base = push.parts_at.at[owner], slot = ring * push.local + number / parts;
   }
   return base + slot * push.d * (push.words ? 8 : size_of(push.refs.dtype));
 }
 
-// Labels of this process to all; then those of all are here, for each block.
-__device__ void exchange_labels(const Push& push) {
-  const Peers& peers = push.peers;
-  const unsigned round = peers.header(peers.part)->round + 1;
-  if (blockIdx.x == 0) {
-    for (int64_t i = threadIdx.x; i < push.each; i += blockDim.x) {
-      const int64_t label = push.labels[i];
-      const auto known = static_cast<uint32_t>(label >= 0 && label < push.label_groups ? label : -1);
-      for (int to = 0; to < peers.parts; ++to)
-        store_word(words_in(push, to) + peers.part * push.each + i, uint64_t{round} << 32 | known);
-    }
-  }
-  const uint64_t* const words = words_in(push, peers.part);
-  for (int64_t i = threadIdx.x; i < push.rows; i += blockDim.x)
-    await([&] { return static_cast<unsigned>(load_word(words + i) >> 32) == round; }, peers,
-          static_cast<int>(i / push.each));
-  __syncthreads();
-}
+// Of a push among those of the chunk: how many to the same ring are before it, and how many follow it.
+struct Rank {
+  int64_t ring;
+  bool known;
+  int before, after;
 
-// One warp per push: its rank among those to the same ring, and how many follow it.
-__global__ void __launch_bounds__(RANK_THREADS) rank_kernel(const __grid_constant__ Push push) {
-  if (push.peers.parts > 0) exchange_labels(push);
-  const Labels labels(push);
-  const int lane = threadIdx.x % 32;
+  // The address of where its value goes; 0: a later push of the chunk takes that slot again.
+  __device__ int64_t place(const Push& push) const {
+    if (!known || after >= push.m) return 0;
+    return place_of(push, ring, wrap(read_head(push, ring) + before, push.m));
+  }
+  // In the last push to its ring all pushes to it, else 0.
+  __device__ int64_t pushed() const { return known && after == 0 ? before + 1 : 0; }
+};
+
+// By a warp.
+__device__ Rank rank_of(const Push& push, const Labels& labels, int64_t i, int lane) {
   const int64_t labelled =
       min(max(push.rows - push.first, int64_t{0}), push.n);  // the others go to the last ring
+  const int64_t ring = labels.ring(push, push.first + i);
+  if (i >= labelled) return {ring, true, static_cast<int>(i - labelled), static_cast<int>(push.n - 1 - i)};
+  if (ring < 0 || ring >= push.label_groups) return {ring, false, 0, 0};
+  int before = 0, after = 0;
+  for (int64_t j = lane; j < labelled; j += 32) {
+    const bool same = labels[push.first + j] == ring;
+    before += same && j < i;
+    after += same && j > i;
+  }
+  return {ring, true, __reduce_add_sync(0xffffffffu, before), __reduce_add_sync(0xffffffffu, after)};
+}
+
+// One warp per push.
+__global__ void __launch_bounds__(RANK_THREADS) rank_kernel(const __grid_constant__ Push push) {
+  const int lane = threadIdx.x % 32;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * RANK_THREADS / 32;
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * RANK_THREADS + threadIdx.x) / 32; i < push.n;
        i += warps) {
-    const int64_t ring = labels.ring(push, push.first + i);
-    const bool known = i >= labelled || (ring >= 0 && ring < push.label_groups);
-    int before = 0, after = 0;
-    if (i >= labelled) {
-      before = static_cast<int>(i - labelled);
-      after = static_cast<int>(push.n - 1 - i);
-    } else if (known) {
-      for (int64_t j = lane; j < labelled; j += 32) {
-        const bool same = labels[push.first + j] == ring;
-        before += same && j < i;
-        after += same && j > i;
-      }
-      before = __reduce_add_sync(0xffffffffu, before);
-      after = __reduce_add_sync(0xffffffffu, after);
-    }
-    if (lane != 0) continue;
-    // A slot that a later push of this chunk takes again is left to that one.
-    push.places[i] =
-        known && after < push.m ? place_of(push, ring, wrap(read_head(push, ring) + before, push.m)) : 0;
-    push.pushed[i] = known && after == 0 ? before + 1 : 0;
+    const Rank rank = rank_of(push, Labels{push.labels}, i, lane);
+    if (lane == 0) push.places[i] = rank.place(push), push.pushed[i] = rank.pushed();
   }
 }
 
@@ -185,11 +184,21 @@ __device__ __noinline__ void copy_singly(const Push& push, int64_t place, int64_
   }
 }
 
+// Slice `slice` of the value of `row` to its place; eights: what load_eights has given.
+__device__ void store_value(const Push& push, int64_t place, int64_t row, int64_t e, const Eights& eights) {
+  if (place == 0) return;
+  if (push.vectors) {
+    store_eights(push, place, e, eights);
+  } else {
+    copy_singly(push, place, row, e);
+  }
+}
+
 // Heads and counts of the ring of push i of the chunk, if it is the last of that ring.
-__device__ void advance(const Push& push, int64_t i) {
-  const int64_t pushed = push.pushed[i];
+__device__ void advance(const Push& push, const Labels& labels, int64_t i) {
+  const int64_t pushed = __ldcg(push.pushed + i);
   if (pushed == 0) return;
-  const int64_t ring = Labels(push).ring(push, push.first + i);
+  const int64_t ring = labels.ring(push, push.first + i);
   const int64_t count = min(read_index(push.counts, push.wide, ring) + pushed, push.m);
   write_index(push.heads, push.wide, ring, wrap(read_head(push, ring) + pushed, push.m));
   write_index(push.counts, push.wide, ring, count);
@@ -201,36 +210,85 @@ __device__ void advance(const Push& push, int64_t i) {
   }
 }
 
-// Slices of d for each push of this process. Heads and counts advance here, after every place is known: for
-// the pushes of all processes, of which each thread takes those of one.
+// Slices of d for each push of the chunk. Heads and counts advance here, after every place is known.
 __global__ void __launch_bounds__(COPY_THREADS, 5) copy_kernel(const __grid_constant__ Push push) {
-  const auto slices = max(static_cast<unsigned>((push.d + COPY_ELEMENTS - 1) / COPY_ELEMENTS), 1u);
-  const auto items = static_cast<unsigned>(push.own) * slices;
-  const int parts = push.peers.parts, q = static_cast<int>(threadIdx.x);
+  const unsigned i = blockIdx.x / push.slices, slice = blockIdx.x % push.slices;
+  const int64_t value = push.first + i < push.rows ? push.first + i : push.first + i - push.rows;
+  const int64_t e = int64_t{slice} * COPY_ELEMENTS + int64_t{8} * threadIdx.x;
+  Eights eights;
+  if (push.vectors) load_eights(push, value, e, eights);
+  if (slice == 0 && threadIdx.x == 0) advance(push, Labels{push.labels}, i);
+  store_value(push, push.places[i], value, e, eights);
+}
+
+// In parts: labels of this process to all; then those of all are here, for each block.
+__device__ void exchange_labels(const Push& push, unsigned round, int32_t* held) {
+  const Peers& peers = push.peers;
+  if (blockIdx.x == 0) {
+    for (int64_t i = threadIdx.x; i < push.each; i += blockDim.x) {
+      const int64_t label = push.labels[i];
+      const auto known = static_cast<uint32_t>(label >= 0 && label < push.label_groups ? label : -1);
+      for (int to = 0; to < peers.parts; ++to)
+        store_word(words_in(push, to, round) + peers.part * push.each + i, uint64_t{round} << 32 | known);
+    }
+  }
+  const uint64_t* const words = words_in(push, peers.part, round);
+  for (int64_t i = threadIdx.x; i < push.rows; i += blockDim.x) {
+    uint64_t word;
+    await(
+        [&] {
+          word = load_word(words + i);
+          return static_cast<unsigned>(word >> 32) == round;
+        },
+        peers, static_cast<int>(static_cast<unsigned>(i) / static_cast<unsigned>(push.each)));
+    if (i < HELD_LABELS) held[i] = static_cast<int32_t>(static_cast<uint32_t>(word));
+  }
+  __syncthreads();
+}
+
+// In parts, one launch. Slices of d of each row of this process, to its slots; values come to registers while
+// the labels of all travel. Each block finds the places of its row, and what its pushes and those of the rows
+// of other processes with the same number do to a ring; the last block moves heads and counts on, while the
+// others' rows arrive.
+__global__ void __launch_bounds__(COPY_THREADS, 4) parts_kernel(const __grid_constant__ Push push) {
+  __shared__ int32_t held[HELD_LABELS];
+  __shared__ int64_t places[2];  // in the row's ring and in the last one
+  __shared__ bool last;
+  const Peers& peers = push.peers;
+  Header* const own = peers.header(peers.part);
+  const unsigned round = own->round + 1, items = static_cast<unsigned>(push.each) * push.slices;
+  const int q = static_cast<int>(threadIdx.x), lane = q % 32, parts = peers.parts;
+  const int pushes = push.n > push.rows ? 2 : 1;
+  const Labels labels{nullptr, words_in(push, peers.part, round), push.rows <= HELD_LABELS ? held : nullptr};
 #pragma unroll 1
   for (unsigned item = blockIdx.x; item < items; item += gridDim.x) {
-    const unsigned own = item / slices, slice = item % slices;
-    int64_t value = push.first + own, first = 0, i = own;  // i: in the chunk
-    if (value >= push.rows) value -= push.rows;
-    if (parts > 0) {
-      value = own < push.each ? own : own - push.each;
-      first = (own < push.each ? 0 : push.rows) + value, i = first + push.peers.part * push.each;
-    }
+    const unsigned value = item / push.slices, slice = item % push.slices;
     const int64_t e = int64_t{slice} * COPY_ELEMENTS + int64_t{8} * q;
     Eights eights;
     if (push.vectors) load_eights(push, value, e, eights);
-    if (slice == 0 && q < max(parts, 1)) advance(push, parts > 0 ? first + q * push.each : i);
-    const int64_t place = push.places[i];
-    if (place == 0) continue;
-    if (push.vectors) {
-      store_eights(push, place, e, eights);
-    } else {
-      copy_singly(push, place, value, e);
+    if (item == blockIdx.x) {
+      if (q < pushes) prefetch_ring(push, q == 0 ? push.labels[value] : push.k - 1);
+      exchange_labels(push, round, held);
     }
+#pragma unroll 1
+    for (int task = q / 32; task < pushes * parts; task += COPY_THREADS / 32) {
+      const int kind = task / parts, of = task % parts;
+      if (slice > 0 && of != peers.part) continue;
+      const int64_t i = kind * push.rows + of * push.each + value;
+      const Rank rank = rank_of(push, labels, i, lane);
+      if (lane == 0 && slice == 0) push.pushed[i] = rank.pushed();
+      if (lane == 0 && of == peers.part) places[kind] = rank.place(push);
+    }
+    __syncthreads();
+    for (int kind = 0; kind < pushes; ++kind) store_value(push, places[kind], value, e, eights);
+    __syncthreads();  // the places are read
   }
-  if (parts == 0) return;
-  __shared__ bool last;
-  end_round(push.peers, &last);
+  if (!last_block_raises(&Header::done, round, peers, gridDim.x, &last)) return;
+#pragma unroll 4
+  for (int64_t i = q; i < push.n; i += COPY_THREADS) advance(push, labels, i);
+  if (q < parts) await_flag(&own->done[q], round, peers, q);
+  __syncthreads();
+  if (q == 0) own->round = round;
 }
 
 // push has what belongs to parts.
@@ -256,19 +314,20 @@ void launch(Push push, const Tensor& refs, const Tensor& counts, const Tensor& h
   const Tensor workspace = torch::stable::new_empty(y, {2 * chunk}, ScalarType::Long);
   push.places = static_cast<int64_t*>(workspace.mutable_data_ptr());
   push.pushed = push.places + chunk;
-  const int64_t slices = std::max<int64_t>(1, (push.d + COPY_ELEMENTS - 1) / COPY_ELEMENTS);
+  push.slices = static_cast<unsigned>(std::max<int64_t>(1, (push.d + COPY_ELEMENTS - 1) / COPY_ELEMENTS));
   const cudaStream_t stream = current_stream(refs);
+  if (push.peers.parts > 0) {
+    push.n = n;
+    const int64_t blocks = std::min(push.each * push.slices, most_waiting_blocks(OP, refs));
+    parts_kernel<<<static_cast<unsigned>(blocks), COPY_THREADS, 0, stream>>>(push);
+    return check_launch(OP);
+  }
   for (push.first = 0; push.first < n; push.first += chunk) {
     push.n = std::min(chunk, n - push.first);
-    push.own = push.peers.parts > 0 ? pushes * push.each : push.n;
-    int64_t rank_blocks = (push.n * 32 + RANK_THREADS - 1) / RANK_THREADS, copy_blocks = push.own * slices;
-    if (push.peers.parts > 0) {  // the blocks of both wait
-      rank_blocks = std::min(rank_blocks, most_waiting_blocks(OP, refs));
-      copy_blocks = std::min(copy_blocks, most_waiting_blocks(OP, refs));
-    }
+    const int64_t rank_blocks = (push.n * 32 + RANK_THREADS - 1) / RANK_THREADS;
     rank_kernel<<<static_cast<unsigned>(rank_blocks), RANK_THREADS, 0, stream>>>(push);
     check_launch(OP);
-    copy_kernel<<<static_cast<unsigned>(copy_blocks), COPY_THREADS, 0, stream>>>(push);
+    copy_kernel<<<static_cast<unsigned>(push.n * push.slices), COPY_THREADS, 0, stream>>>(push);
     check_launch(OP);
   }
 }
@@ -286,7 +345,7 @@ void bank_push_parts_(const Tensor& refs, const Tensor& counts, const Tensor& he
                       int64_t part, double seconds) {
   Push push{};
   push.peers = peers_of("bank_push_parts_", mailboxes, part, seconds);
-  push.parts_at = static_cast<const int64_t*>(parts_at.const_data_ptr());
+  push.parts_at = addresses_of("bank_push_parts_", "parts_at", parts_at);
   push.local_counts = static_cast<int32_t*>(local_counts.mutable_data_ptr());
   launch(push, refs, counts, heads, values, labels, all_to_last, capacity);
 }

@@ -47,6 +47,11 @@ void run_gather(const char* op, const Gather& gather, int device, cudaStream_t s
 // then.
 __device__ inline void send_words(const Gather& gather, unsigned round) {
   const Peers& peers = gather.peers;
+#pragma unroll 1
+  for (int i = 0; i < gather.tensors; ++i) {  // one after the other they would come one after the other
+    const int64_t at = int64_t{threadIdx.x} * 128;
+    if (!gather.given[i].stays && at < gather.given[i].bytes) prefetch(gather.given[i].from + at);
+  }
   int before = 0;
 #pragma unroll 1
   for (int i = 0; i < gather.tensors; ++i) {

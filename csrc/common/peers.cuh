@@ -9,15 +9,16 @@
 // again.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 
+#include "common/addresses.cuh"
 #include "common/ops.h"
 #include "common/tensors.cuh"
 
 namespace svel::cuda {
 
-constexpr int MAX_PEERS = 32;
 constexpr int64_t HEADER_BYTES = 512;
 
 struct Header {
@@ -28,20 +29,31 @@ struct Header {
 };
 static_assert(sizeof(Header) <= HEADER_BYTES);
 
-struct Peers {
-  const int64_t* mailboxes;  // (parts,) addresses, the own one among them
+struct Waiting {
   int part, parts;
   uint64_t patience;  // nanoseconds; a process that waits longer ends the kernel with an error
+};
 
-  __device__ char* mailbox(int q) const { return reinterpret_cast<char*>(mailboxes[q]); }
+struct Peers : Waiting {
+  Addresses mailboxes;  // the own one among them
+
+  __device__ char* mailbox(int q) const { return mailboxes[q]; }
   __device__ Header* header(int q) const { return reinterpret_cast<Header*>(mailbox(q)); }
 };
 
+// Of a tensor (parts,) int64 on the CPU.
+inline Addresses addresses_of(const char* op, const char* name, const Tensor& given) {
+  if (given.is_cuda()) fail(op, name, "addresses on the CPU", "on a GPU");
+  const int64_t parts = given.size(0);
+  if (parts > MAX_PEERS) fail(op, name, "at most " + std::to_string(MAX_PEERS), std::to_string(parts));
+  Addresses addresses{};
+  std::copy_n(static_cast<const int64_t*>(given.const_data_ptr()), parts, addresses.at);
+  return addresses;
+}
+
 inline Peers peers_of(const char* op, const Tensor& mailboxes, int64_t part, double seconds) {
-  if (mailboxes.size(0) > MAX_PEERS)
-    fail(op, "mailboxes", "at most " + std::to_string(MAX_PEERS), std::to_string(mailboxes.size(0)));
-  return {static_cast<const int64_t*>(mailboxes.const_data_ptr()), static_cast<int>(part),
-          static_cast<int>(mailboxes.size(0)), static_cast<uint64_t>(seconds * 1e9)};
+  return {{static_cast<int>(part), static_cast<int>(mailboxes.size(0)), static_cast<uint64_t>(seconds * 1e9)},
+          addresses_of(op, "mailboxes", mailboxes)};
 }
 
 __device__ inline uint64_t nanoseconds() {
@@ -53,6 +65,10 @@ __device__ inline uint64_t nanoseconds() {
 // What this thread has seen written, by itself or others, is visible to the GPU that reads the flag.
 __device__ inline void raise_flag(unsigned* flag, unsigned round) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(round) : "memory");
+}
+// The same behind a fence.
+__device__ inline void store_flag(unsigned* flag, unsigned round) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(round) : "memory");
 }
 
 // A word that is itself the flag.
@@ -67,54 +83,68 @@ __device__ inline uint64_t load_word(const uint64_t* from) {
 
 // Until it is `there`, which process `of` sees to.
 template <typename There>
-__device__ inline void await(const There& there, const Peers& peers, int of) {
+__device__ inline void await(const There& there, const Waiting& waiting, int of) {
   const uint64_t begin = nanoseconds();
   while (!there()) {
-    if (nanoseconds() - begin > peers.patience) {
+    if (nanoseconds() - begin > waiting.patience) {
       printf(
           "ShardedReferenceBank: expected all %d processes of the group to take part in a step; process %d "
           "waited for process %d, which has ended, or did not answer within the group's timeout\n",
-          peers.parts, peers.part, of);
+          waiting.parts, waiting.part, of);
       __trap();
     }
   }
 }
-__device__ inline void await_flag(const unsigned* flag, unsigned round, const Peers& peers, int of) {
+__device__ inline void await_flag(const unsigned* flag, unsigned round, const Waiting& waiting, int of) {
   const auto there = [&] {
     unsigned seen;
     asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
     return static_cast<int>(seen - round) >= 0;
   };
-  await(there, peers, of);
+  await(there, waiting, of);
 }
 
-// Whether all others of so many blocks have come here, and what they wrote to other GPUs is there. The whole
-// block, with `last` in shared memory.
-__device__ inline bool is_last_block(Header* own, unsigned blocks, bool* last) {
+// A piece of a row's result by one part, told to the process whose row it is when it is there: the row's
+// log-sum-exp in two words, each with the number of the round. No other flag, so rows can be merged while
+// others are under way. `at`: bytes into a mailbox, with room for ROW_PIECES of each of all processes' rows.
+constexpr int ROW_PIECES = 4;
+__device__ inline uint64_t* words_of_piece(char* mailbox, int64_t at, int64_t part, int64_t rows_each,
+                                           int64_t row, int64_t piece) {
+  return reinterpret_cast<uint64_t*>(mailbox + at) + 2 * ((part * rows_each + row) * ROW_PIECES + piece);
+}
+__device__ inline void tell(uint64_t* words, unsigned round, double lse) {
+  const uint64_t by = uint64_t{round} << 32, bits = static_cast<uint64_t>(__double_as_longlong(lse));
+  store_word(words, by | bits >> 32);
+  store_word(words + 1, by | (bits & 0xffffffffu));
+}
+__device__ inline double hear(const uint64_t* words, unsigned round, const Waiting& waiting, int of) {
+  uint64_t high, low;
+  await(
+      [&] {
+        high = load_word(words), low = load_word(words + 1);
+        return static_cast<unsigned>(high >> 32) == round && static_cast<unsigned>(low >> 32) == round;
+      },
+      waiting, of);
+  return __longlong_as_double(static_cast<int64_t>(high << 32 | (low & 0xffffffffu)));
+}
+
+// Whether this is the last of so many blocks to come here; it tells all processes, by a flag of their
+// headers, that what the blocks wrote is there. The whole block, with `last` in shared memory.
+__device__ inline bool last_block_raises(unsigned (Header::*flags)[MAX_PEERS], unsigned round,
+                                         const Peers& peers, unsigned blocks, bool* last) {
   __syncthreads();
   if (threadIdx.x == 0) {
+    Header* const own = peers.header(peers.part);
     __threadfence_system();
     *last = atomicAdd(&own->blocks, 1) == blocks - 1;
-    if (*last) own->blocks = 0;
-    __threadfence();
+    if (*last) {
+      own->blocks = 0;
+      __threadfence_system();
+      for (int q = 0; q < peers.parts; ++q) store_flag((peers.header(q)->*flags) + peers.part, round);
+    }
   }
   __syncthreads();
   return *last;
-}
-
-// The last block of a round tells the others what is over here, waits for theirs, and moves the round on. All
-// threads of the grid.
-__device__ inline void end_round(const Peers& peers, bool* last) {
-  Header* const own = peers.header(peers.part);
-  if (!is_last_block(own, gridDim.x, last)) return;
-  const int q = static_cast<int>(threadIdx.x);
-  const unsigned round = own->round + 1;
-  if (q < peers.parts) {
-    raise_flag(&peers.header(q)->done[peers.part], round);
-    await_flag(&own->done[q], round, peers, q);
-  }
-  __syncthreads();
-  if (q == 0) own->round = round;
 }
 
 // Of a kernel all of whose blocks wait: up to 1,024 threads on a multiprocessor, which leaves room there for

@@ -103,7 +103,7 @@ int64_t best_slices(int64_t least, int64_t sm_count) {
 
 // Measured on an H100, 256 rows x 1,001 classes x 256 x 4,096: 173 us, where groups of warps take 207, with
 // one label for all rows 95 and 151, with a label for each 205 and 211. In an earlier form bfloat16 took 223
-// and 220, one row beside a pool of 50,000 181 and 166. Parts of rows of other processes are not stored yet.
+// and 220, one row beside a pool of 50,000 181 and 166.
 bool serves_products(const Problem& p) {
   return p.has_labels && !p.refs_bf16 && p.vectors;
 }

@@ -17,11 +17,8 @@ __global__ void __launch_bounds__(THREADS) gather_kernel(const __grid_constant__
   for (int i = 0; i < gather.tensors; ++i)
     put(gather.given[i], peers, static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x,
         static_cast<int64_t>(gridDim.x) * THREADS);
-  if (!is_last_block(own, gridDim.x, &last)) return;
-  if (q < peers.parts) {
-    raise_flag(&peers.header(q)->arrived[peers.part], round);
-    await_flag(&own->arrived[q], round, peers, q);
-  }
+  if (!last_block_raises(&Header::arrived, round, peers, gridDim.x, &last)) return;
+  if (q < peers.parts) await_flag(&own->arrived[q], round, peers, q);
   __syncthreads();
   if (threadIdx.x == 0) own->round = round;
 }
@@ -83,14 +80,14 @@ void run_gather(const char* op, const Gather& gather, int device, cudaStream_t s
   check_launch(op);
 }
 
-void peers_gather_(const Tensor& mailboxes, int64_t part, double seconds, const MaybeTensor& a,
-                   const MaybeTensor& b, const MaybeTensor& c, const MaybeTensor& x, bool stays,
-                   std::optional<int64_t> words) {
+void peers_gather_(const Tensor& own, const Tensor& mailboxes, int64_t part, double seconds,
+                   const MaybeTensor& a, const MaybeTensor& b, const MaybeTensor& c, const MaybeTensor& x,
+                   bool stays, std::optional<int64_t> words) {
   const char* const op = "peers_gather_";
-  const int device = mailboxes.get_device_index();
+  const int device = own.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const GatherRows rows(peers_of(op, mailboxes, part, seconds), a, b, c, x, stays, words);
-  run_gather(op, rows.gather, device, current_stream(mailboxes));
+  run_gather(op, rows.gather, device, current_stream(own));
 }
 
 }  // namespace svel::cuda

@@ -41,8 +41,7 @@ __global__ void __launch_bounds__(SHORT_THREADS)
         put(gather.given[i], peers, int64_t{blockIdx.x - 1} * SHORT_THREADS + tid,
             int64_t{copies} * SHORT_THREADS);
     }
-    if (is_last_block(own, copies, &last) && tid < peers.parts)
-      raise_flag(&peers.header(tid)->arrived[peers.part], round);
+    last_block_raises(&Header::arrived, round, peers, copies, &last);
     return;
   }
   if (own) send_words(gather, round);
@@ -152,30 +151,146 @@ __device__ __noinline__ void settle_at_end(const Inputs& in, int64_t index, Sett
   settle(index);
 }
 
+// Where a thread works in a row: VECTORS times four elements, 4 LANES apart.
+template <int LANES, int VECTORS>
+struct EndPiece {
+  int64_t at[VECTORS];
+  bool within[VECTORS];
+
+  __device__ __forceinline__ EndPiece(const Inputs& in, int64_t chunk, int lane) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v)
+      at[v] = 4 * ((chunk * VECTORS + v) * LANES + lane), within[v] = at[v] < in.d;
+  }
+};
+
+// Tells the process whose row it is of so many pieces, from the first on, that are there. All threads.
+__device__ __forceinline__ void tell_home(const Inputs& in, int64_t index, int64_t first, int64_t pieces,
+                                          unsigned round, double lse) {
+  __syncthreads();
+  if (threadIdx.x >= pieces) return;
+  const int64_t owner = owner_of(in, index), row = index - owner * in.rows_each;
+  __threadfence_system();
+  tell(words_of_piece(in.mailboxes[owner], in.ends_at, in.part, in.rows_each, row, first + threadIdx.x),
+       round, lse);
+}
+
+// A piece of a row of this process, of which this part has the mean and lse: with those of the others, when
+// they are there. All threads.
+template <typename Piece, int VECTORS>
+__device__ __forceinline__ void merge_at_home(const Inputs& in, int64_t index, int64_t chunk,
+                                              const Piece& piece, unsigned round, double lse,
+                                              const float4 (&mean)[VECTORS], double* lses) {
+  const int q = static_cast<int>(threadIdx.x);
+  const int64_t row = index - in.part * in.rows_each;
+  char* const mailbox = in.mailboxes[in.part];
+  float4 x[VECTORS];
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    x[v] = make_float4(0, 0, 0, 0);
+    if (piece.within[v] && !in.merged_mean)
+      x[v] =
+          *reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + index * in.d + piece.at[v]);
+  }
+  PredictionCoefficients by{0, 1};
+  if (in.merged_a) {
+    by = {in.merged_a[row], in.merged_b[row]};
+  } else if (!in.merged_mean) {
+    const double t = clamp_time(load_as<double>(in.time_or_alpha, index));
+    by = prediction_coefficients(in.merged_prediction, path_coefficients(in.path, t));
+  }
+  if (q == in.part) {
+    lses[q] = lse;
+  } else if (q < in.parts) {
+    const uint64_t* words = words_of_piece(mailbox, in.ends_at, q, in.rows_each, row, chunk);
+    lses[q] = hear(words, round, {in.part, in.parts, in.patience}, q);
+  }
+  __syncthreads();
+  double top = -INFINITY;
+  for (int i = 0; i < in.parts; ++i) top = fmax(top, lses[i]);
+  float all = 0;
+  for (int i = 0; i < in.parts; ++i) all += expf(static_cast<float>(lses[i] - top));
+  float4 sum[VECTORS] = {};
+#pragma unroll 1
+  for (int i = 0; i < in.parts; ++i) {
+    const float weight = expf(static_cast<float>(lses[i] - top)) / all;
+    const float* const from =
+        reinterpret_cast<const float*>(mailbox + in.mean_at) + (i * in.rows_each + row) * in.d;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (!piece.within[v]) continue;
+      const float4 m = i == in.part ? mean[v] : __ldcg(reinterpret_cast<const float4*>(from + piece.at[v]));
+      const auto add = [&](float& to, float value) {
+        to += weight > 0 ? weight * value : weight;  // an empty part's is NaN
+      };
+      add(sum[v].x, m.x), add(sum[v].y, m.y), add(sum[v].z, m.z), add(sum[v].w, m.w);
+    }
+  }
+  const auto result = [&](float x, float mean) {
+    return static_cast<float>(by.a * static_cast<double>(x) + by.b * static_cast<double>(mean));
+  };
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    if (piece.within[v])
+      *reinterpret_cast<float4*>(in.merged + row * in.d + piece.at[v]) =
+          make_float4(result(x[v].x, sum[v].x), result(x[v].y, sum[v].y), result(x[v].z, sum[v].z),
+                      result(x[v].w, sum[v].w));
+  }
+}
+
+// A row that has been settled goes where it belongs, by this block alone.
+template <int LANES, int VECTORS>
+__device__ __noinline__ void end_settled(const Inputs& in, int64_t index, int64_t chunks, unsigned round,
+                                         double* lses) {
+  __syncthreads();
+  const double lse = load_as<double>(lse_of(in, index), index);
+  if (is_of_another(in, index)) return tell_home(in, index, 0, chunks, round, lse);
+#pragma unroll 1
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const EndPiece<LANES, VECTORS> piece(in, chunk, static_cast<int>(threadIdx.x));
+    float4 mean[VECTORS] = {};
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (piece.within[v])
+        mean[v] = __ldcg(reinterpret_cast<const float4*>(static_cast<const float*>(out_of(in, index).data) +
+                                                         index * in.d + piece.at[v]));
+    }
+    merge_at_home(in, index, chunk, piece, round, lse, mean, lses);
+    __syncthreads();  // what is shared is read
+  }
+}
+
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
 // take LANES by LANES shares of the parts. A row that its scores may have got wrong the row's first block
-// evaluates again. Grid: rows x chunks of D.
-template <int LANES, int VECTORS>
+// evaluates again. MERGES: the results of the rows of this process are of the parts of all; those of the
+// others come first, for which these wait. Grid: rows x chunks of D.
+template <int LANES, int VECTORS, bool MERGES>
 __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     end_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
   constexpr int SHARES = END_THREADS / LANES;
+  static_assert(!MERGES || SHARES == 1, "a thread has all of its elements");
   extern __shared__ double weights[];  // (blocks,) of the row's other parts
-  __shared__ double scratch[33], sums[SHARES][VECTORS][LANES][4];
+  __shared__ double scratch[33], sums[SHARES][VECTORS][LANES][4], lses[MERGES ? MAX_PEERS : 1];
   __shared__ SettleAtEnd settling;
-  const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
-  const int64_t index = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS), chunk = blockIdx.x % chunks;
+  int64_t index = blockIdx.x / chunks;
+  if (MERGES) {
+    index += (in.part + 1) * in.rows_each;
+    if (index >= in.n) index -= in.n;
+  }
   const int lane = threadIdx.x % LANES, share = threadIdx.x / LANES;
   const float* const x = static_cast<const float*>(in.x.data) + index * in.d;  // parts give means: a = 0
-  int64_t at[VECTORS];
-  bool within[VECTORS];
+  const EndPiece<LANES, VECTORS> piece(in, chunk, lane);
+  const auto& at = piece.at;
+  const auto& within = piece.within;
   float4 mine[VECTORS], first[VECTORS];
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    at[v] = 4 * ((chunk * VECTORS + v) * LANES + lane), within[v] = at[v] < in.d;
     mine[v] = first[v] = make_float4(0, 0, 0, 0);
-    if (within[v] && share == 0 && !in.mailboxes) mine[v] = *reinterpret_cast<const float4*>(x + at[v]);
+    if (within[v] && share == 0 && !in.parts) mine[v] = *reinterpret_cast<const float4*>(x + at[v]);
   }
   wait_for_previous_launch();
+  const unsigned round = MERGES ? reinterpret_cast<const Header*>(in.mailboxes[in.part])->round : 0;
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     if (within[v] && share == 0)
@@ -183,6 +298,8 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
   }
   const ProductsRow left = parts.rows[index];
   const int others = left.to - left.from;  // negative: nothing to read
+  const bool sent = is_sent(in, index, others);
+  if (sent && chunk > 0) return;
   const auto part_of = [&](int j) { return (left.from + 1 + j) * PRODUCTS_ROWS + left.row; };
   PartRow all = left.own;
   if (others < 0) all.total = NAN;
@@ -225,8 +342,15 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     all.scale = fmaxf(block_max<float>(scale, reinterpret_cast<float*>(scratch)), all.scale);
   }
   if (error_of_row(all.scale, all) > MOST_ERROR_OF_SCORES) {
-    if (chunk == 0) settle_at_end(in, index, settling);
+    if (chunk > 0) return;
+    settle_at_end(in, index, settling);
+    if constexpr (MERGES) end_settled<LANES, VECTORS>(in, index, chunks, round, lses);
     return;
+  }
+  double lse = 0;
+  if constexpr (MERGES) {
+    lse = others < 0 && row_has_group(in, index) ? -INFINITY : lse_of_row(in, all);
+    if (sent) return tell_home(in, index, 0, chunks, round, lse);
   }
   const double by = left.b / all.total;
   const Array out = out_of(in, index);
@@ -254,22 +378,30 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     }
     if (!within[v] || share > 0) continue;
     if (source) add(by_source, *reinterpret_cast<const float4*>(source + at[v]));
-    *reinterpret_cast<float4*>(static_cast<float*>(out.data) + index * in.d + at[v]) =
-        make_float4(static_cast<float>(fma(left.a, static_cast<double>(mine[v].x), by * sum[0])),
-                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].y), by * sum[1])),
-                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].z), by * sum[2])),
-                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].w), by * sum[3])));
+    mine[v] = make_float4(static_cast<float>(fma(left.a, static_cast<double>(mine[v].x), by * sum[0])),
+                          static_cast<float>(fma(left.a, static_cast<double>(mine[v].y), by * sum[1])),
+                          static_cast<float>(fma(left.a, static_cast<double>(mine[v].z), by * sum[2])),
+                          static_cast<float>(fma(left.a, static_cast<double>(mine[v].w), by * sum[3])));
+    if (MERGES && !is_of_another(in, index)) continue;
+    *reinterpret_cast<float4*>(static_cast<float*>(out.data) + index * in.d + at[v]) = mine[v];
   }
-  if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
+  if constexpr (MERGES) {
+    if (is_of_another(in, index)) return tell_home(in, index, chunk, 1, round, lse);
+    merge_at_home(in, index, chunk, piece, round, lse, mine, lses);
+  } else {
+    if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
+  }
 }
 
 template <int LANES, int VECTORS>
 bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                    cudaStream_t stream) {
   const int64_t grid = in.n * ceil_div(in.d, 4 * LANES * VECTORS);
-  if (LANES < END_THREADS && grid > 4 * blocks) return false;
-  launch_following(op, true, end_kernel<LANES, VECTORS>, dim3(static_cast<unsigned>(grid)), END_THREADS,
-                   blocks * sizeof(double), stream, in, parts);
+  if (LANES < END_THREADS && (grid > 4 * blocks || in.merged)) return false;
+  launch_following(
+      op, true,
+      in.merged ? end_kernel<LANES, VECTORS, LANES == END_THREADS> : end_kernel<LANES, VECTORS, false>,
+      dim3(static_cast<unsigned>(grid)), END_THREADS, blocks * sizeof(double), stream, in, parts);
   return true;
 }
 
@@ -282,6 +414,8 @@ bool has_short_list(int64_t n, int64_t k, int64_t m) {
 // Few rows have many parts each.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                   cudaStream_t stream) {
+  if (in.merged && ceil_div(in.d, 8 * END_THREADS) > ROW_PIECES)
+    throw std::runtime_error(std::string("svel::") + op + ": rows of more pieces than there are words for");
   launch_end_if<8, 1>(op, in, parts, blocks, stream) || launch_end_if<32, 1>(op, in, parts, blocks, stream) ||
       launch_end_if<END_THREADS, 2>(op, in, parts, blocks, stream);
 }

@@ -85,7 +85,7 @@ struct Launch : BulkLaunch {
     parts.others = carver.take<PartRow>(plan.blocks * PRODUCTS_ROWS);
     parts.sums = carver.take<float>(plan.blocks * PRODUCTS_ROWS * in.d);
     parts.reviewed = carver.take<float>(plan.blocks * in.d);
-    parts.firsts = in.mailboxes ? carver.take<float>(in.n * in.d) : static_cast<float*>(in.out.data);
+    parts.firsts = in.parts ? carver.take<float>(in.n * in.d) : static_cast<float*>(in.out.data);
     if (!plan.own_list) build_unit_list(op, in, list, nullptr, 0, plan.tile_refs, plan.tile_rows, stream);
     run_in_blocks(products_kernel<CHUNKS>, !plan.own_list, list, parts, ProductsLayout{plan.own_list});
     end_products(op, in, parts, plan.blocks, stream);

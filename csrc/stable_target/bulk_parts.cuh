@@ -334,7 +334,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
           }
         }
         if (lane < rows) {
-          const bool here = !in.mailboxes || owner_of(in, index) == in.part;
+          const bool here = !is_of_another(in, index);
           if (place.vectors && here)  // what the consumers will need, brought near
             prefetch_bulk(
                 static_cast<const char*>(in.x.data) + (index * in.d + place.offset) * size_of(in.x.dtype),

@@ -80,6 +80,12 @@ struct ProductsParts {
   float* reviewed;    // (blocks, D) of one row, between the threads of a block
 };
 
+// Whether the row of a unit that has `others` parts beside its first, all of them of one process, is
+// another's: its mean is then sent by the block that ends it, while the others work.
+__device__ __forceinline__ bool is_sent(const Inputs& in, int64_t index, int others) {
+  return others == 0 && is_of_another(in, index);
+}
+
 struct ProductsLayout {
   bool own_list;  // each block builds the list of units in its shared memory
 };
@@ -90,20 +96,34 @@ constexpr int PRODUCTS_IN_FLIGHT = 2;
 // Bytes of references that a block brings to the L2 while the list is made.
 constexpr int PRODUCTS_EARLY_BYTES = 128 << 10;
 
-// By BULK_PRODUCERS threads: what the block will begin with if all rows have classes of their own, and what
-// some block will read in any case.
-__device__ __forceinline__ void prefetch_references(const Inputs& in, const ListScratch& scratch, int tid) {
-  const int64_t all = in.n * in.m, bytes = in.d * int64_t{sizeof(__half)};
+// By BULK_PRODUCERS threads: what the block will begin with if all `rows` have classes of their own, and what
+// some block will read in any case. group_of(row): its class, or -1; count_of(group): valid references.
+template <typename GroupOf, typename CountOf>
+__device__ __forceinline__ void prefetch_references(const Inputs& in, int64_t rows, const GroupOf& group_of,
+                                                    const CountOf& count_of, int tid) {
+  const int64_t all = rows * in.m, bytes = in.d * int64_t{sizeof(__half)};
   const int64_t begin = divide(all * blockIdx.x, gridDim.x), next = divide(all * (blockIdx.x + 1), gridDim.x);
   const int64_t end = min(next, begin + PRODUCTS_EARLY_BYTES / static_cast<int>(bytes));
 #pragma unroll 1
   for (int64_t i = begin + tid; i < end; i += BULK_PRODUCERS) {
-    const int64_t row = divide(i, in.m), j = i - row * in.m;
-    const int key = scratch.keys[row];
-    if (key > 0 && j < scratch.counts[key - 1])
-      prefetch_bulk(static_cast<const char*>(in.refs.data) + ((key - 1) * in.m + j) * bytes,
+    const int64_t row = divide(i, in.m), j = i - row * in.m, group = group_of(row);
+    if (group >= 0 && j < count_of(group))
+      prefetch_bulk(static_cast<const char*>(in.refs.data) + (group * in.m + j) * bytes,
                     static_cast<uint32_t>(bytes));
   }
+}
+__device__ __forceinline__ void prefetch_references(const Inputs& in, const ListScratch& scratch, int tid) {
+  prefetch_references(
+      in, in.n, [&](int64_t row) { return int64_t{scratch.keys[row]} - 1; },
+      [&](int64_t group) { return scratch.counts[group]; }, tid);
+}
+// Where the list comes from another launch, which hears of the rows of other processes meanwhile.
+__device__ __forceinline__ void prefetch_of_own_rows(const Inputs& in, int tid) {
+  const auto group_of = [&](int64_t row) {
+    const int64_t label = in.own_labels[row];
+    return label < in.k ? label : -1;
+  };
+  prefetch_references(in, in.rows_each, group_of, [&](int64_t group) { return valid_count(in, group); }, tid);
 }
 
 // This block's share of x, to the L2 before references are in the way.
@@ -539,6 +559,7 @@ struct Products {
       shared().moved[my_row] = own;
     } else if (segment.flags & SEGMENT_UNIT_BEGIN) {
       parts.rows[row.index] = {own, row.a, row.b, segment.from, segment.to, my_row};
+      if (is_sent(in, row.index, segment.to - segment.from)) end.before /= own.total, end.now /= own.total;
     } else {
       parts.others[blockIdx.x * ROWS + my_row] = own;
     }
@@ -645,19 +666,25 @@ struct Products {
     }
     if (reviewed) barrier();  // the rows' ends are there
     if (t >= segment.count) return;
-    float* const to = (segment.flags & SEGMENT_UNIT_BEGIN ? parts.firsts + segment.rows[t].index * in.d
-                                                          : parts.sums + (blockIdx.x * ROWS + t) * in.d) +
-                      g;
+    const RowState& row = segment.rows[t];
+    float* const held = (segment.flags & SEGMENT_UNIT_BEGIN ? parts.firsts + row.index * in.d
+                                                            : parts.sums + (blockIdx.x * ROWS + t) * in.d) +
+                        g;
     const bool joins = !(segment.flags & SEGMENT_PART_BEGIN);
-    if (joins) {
-      const float before = static_cast<float>(shared().ends[slot][t].before),
-                  now = static_cast<float>(shared().ends[slot][t].now);
+    const bool sent = segment.flags & SEGMENT_PART_END && is_sent(in, row.index, segment.to - segment.from);
+    float* const to = sent ? static_cast<float*>(row.out) + row.index * in.d + g : held;
+    if (joins || sent) {
+      const double by = shared().ends[slot][t].now;
+      const float before = joins ? static_cast<float>(shared().ends[slot][t].before) : 0,
+                  now = static_cast<float>(by), rest = static_cast<float>(by - now);
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const int e = 32 * chunk(q) + 8 * k;
-          if (e < d) mine.sum[q][k] = fmaf(before, __ldcg(to + e), now * mine.sum[q][k]);
+          if (e >= d) continue;
+          const float earlier = joins ? before * __ldcg(held + e) : 0;
+          mine.sum[q][k] = fmaf(now, mine.sum[q][k], fmaf(rest, mine.sum[q][k], earlier));
         }
       }
     }
@@ -754,7 +781,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
   allow_next_launch();
   if (layout.own_list) read_rows(in, *scratch);
-  if (layout.own_list && !in.mailboxes && tid == 96) prefetch_share(in);
+  if (layout.own_list && !in.parts && tid == 96) prefetch_share(in);
   if (tid == 0) {
 #pragma unroll 1
     for (int s = 0; s < PRODUCTS_STAGES; ++s) {
@@ -781,6 +808,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       prefetch_references(in, *scratch, tid);
       build_own_list<Kernel::TR, Kernel::ROWS>(in, list, *scratch, tid);
     } else {
+      if (in.own_labels) prefetch_of_own_rows(in, tid);
       wait_for_previous_launch();
     }
     const int ref_bytes = kernel.d * static_cast<int>(sizeof(__half));

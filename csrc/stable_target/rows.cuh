@@ -3,6 +3,7 @@
 // by the host.
 #pragma once
 
+#include "common/addresses.cuh"
 #include "common/device.cuh"
 #include "common/path.h"
 
@@ -26,27 +27,39 @@ struct Inputs {                     // all arrays contiguous on the device
   Array out;  // (n, d): a x + b mean
   Array lse;  // (n,) or null
   // Rows of several processes, rows_each of each (csrc/peers): x is read where it is, in the mailbox of the
-  // process whose row it is, and results go there, to the rows of this process. Null: they do not.
-  const int64_t* mailboxes = nullptr;
+  // process whose row it is, and results go there, to the rows of this process.
+  Addresses mailboxes{};
+  int part = 0, parts = 0;  // 0: of this process alone, and nothing goes anywhere
   int64_t rows_each = 0, x_at = 0, mean_at = 0, lse_at = 0;  // bytes into each
-  int part = 0;
-  const Gather* gather = nullptr;  // on the host: what begins the round, beside the list of units
+  // The results of the rows of this process, (rows_each, d) float32: a x + b mean of all parts. ends_at:
+  // likewise, where one tells the other of rows (see tell); no other launch merges them.
+  float* merged = nullptr;
+  int64_t ends_at = 0;
+  const double *merged_a = nullptr, *merged_b = nullptr;  // (rows_each,); null: those of `prediction`, or
+  bool merged_mean = false;                               // the mean itself
+  Prediction merged_prediction = Prediction::x0;
+  uint64_t patience = 0;                // of Peers
+  const int64_t* own_labels = nullptr;  // (rows_each,) of this process, there before `labels`; or null
+  const Gather* gather = nullptr;       // on the host: what begins the round, beside the list of units
 };
 
 __device__ inline int64_t owner_of(const Inputs& in, int64_t index) {
   return static_cast<uint32_t>(index) / static_cast<uint32_t>(in.rows_each);
 }
+__device__ inline bool is_of_another(const Inputs& in, int64_t index) {
+  return in.parts && owner_of(in, index) != in.part;
+}
 // x as it is for the row at `index`: elements are counted alike.
 __device__ inline Array x_of(const Inputs& in, int64_t index) {
-  if (!in.mailboxes) return in.x;
-  return {reinterpret_cast<char*>(in.mailboxes[owner_of(in, index)]) + in.x_at, in.x.dtype};
+  if (!in.parts) return in.x;
+  return {in.mailboxes[owner_of(in, index)] + in.x_at, in.x.dtype};
 }
 
 // `to`, an array of one value or d of each row, likewise.
 __device__ inline Array results_of(const Inputs& in, const Array& to, int64_t at, int64_t d, int64_t index) {
-  if (!in.mailboxes) return to;
+  if (!in.parts) return to;
   const int64_t owner = owner_of(in, index), shift = (in.part - owner) * in.rows_each * d * size_of(to.dtype);
-  return {reinterpret_cast<char*>(in.mailboxes[owner]) + at + shift, to.dtype};
+  return {in.mailboxes[owner] + at + shift, to.dtype};
 }
 __device__ inline Array out_of(const Inputs& in, int64_t index) {
   return results_of(in, in.out, in.mean_at, in.d, index);

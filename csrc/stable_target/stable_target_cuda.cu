@@ -80,8 +80,10 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
 
   Problem problem = problem_of(op, x, refs, labels.has_value(), source.has_value(), given.precision);
   problem.vectors = is_vector(in.x) && is_vector(in.out) && (!source || is_vector(in.source));
-  problem.shared_rows = in.mailboxes != nullptr;
+  problem.shared_rows = in.parts > 0;
   const Plan plan = make_plan(problem);
+  if (in.merged && !plan.products)
+    fail(op, "merged", "None for rows that another kernel evaluates", "a tensor");
   const bool beside_a_list = plan.kernel == "bulk" && !plan.own_list && has_short_list(in.n, in.k, in.m);
   if (in.gather && !(beside_a_list && in.gather->by_words)) {
     run_gather(op, *in.gather, x.get_device_index(), stream);
@@ -142,10 +144,12 @@ std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, c
                       ScalarType::Double);
 }
 
-bool part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
-                    const std::string& precision) {
-  return make_plan(problem_of("posterior_part", x, refs, labels.has_value(), false, precision)).kernel ==
-         "bulk";
+int64_t part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
+                       const std::string& precision) {
+  Problem problem = problem_of("posterior_part", x, refs, labels.has_value(), false, precision);
+  problem.vectors = is_vector(array_of(x)), problem.shared_rows = true;  // like x its results
+  const Plan plan = make_plan(problem);
+  return plan.kernel != "bulk" ? 0 : plan.products ? 2 : 1;
 }
 
 void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_or_alpha,
@@ -153,23 +157,34 @@ void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_
                         const MaybeTensor& counts, const std::string& precision, const Tensor& mean,
                         const Tensor& lse, const MaybeTensor& mailboxes, int64_t part, int64_t xs,
                         int64_t means, int64_t lses, const MaybeTensor& own_a, const MaybeTensor& own_b,
-                        const MaybeTensor& own_c, const MaybeTensor& own_x, int64_t words, double seconds) {
+                        const MaybeTensor& own_c, const MaybeTensor& own_x, int64_t words, double seconds,
+                        int64_t ends, const MaybeTensor& merged, const MaybeTensor& a, const MaybeTensor& b,
+                        const std::string& prediction) {
   const char* const op = "posterior_part";
   check_posterior_part(x, refs, time_or_alpha, sigma ? *sigma : time_or_alpha, labels, counts, precision);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const MaybeTensor no_source;
+  const MaybeTensor no_source, first = packed(a), second = packed(b);
   Inputs in;
   in.from_time = !sigma;
   if (in.from_time) in.path = path_of(path);
   if (mailboxes) {
-    in.mailboxes = static_cast<const int64_t*>(mailboxes->const_data_ptr());
-    in.rows_each = x.size(0) / mailboxes->size(0), in.part = static_cast<int>(part);
+    in.mailboxes = addresses_of(op, "mailboxes", *mailboxes);
+    in.part = static_cast<int>(part), in.parts = static_cast<int>(mailboxes->size(0));
+    in.rows_each = x.size(0) / in.parts;
     in.x_at = xs, in.mean_at = means, in.lse_at = lses;
   }
   std::optional<GatherRows> rows;
   if (own_a) {
     rows.emplace(peers_of(op, *mailboxes, part, seconds), own_a, own_b, own_c, own_x, true, words);
     in.gather = &rows->gather;
+    if (labels) in.own_labels = static_cast<const int64_t*>(rows->kept[sigma ? 2 : 1].const_data_ptr());
+  }
+  if (merged) {
+    in.merged = static_cast<float*>(merged->mutable_data_ptr()), in.ends_at = ends;
+    in.merged_mean = !in.from_time && !a;
+    if (a) in.merged_a = first->const_data_ptr<double>(), in.merged_b = second->const_data_ptr<double>();
+    in.merged_prediction = prediction_of(prediction);
+    in.patience = peers_of(op, *mailboxes, part, seconds).patience;
   }
   run(op, {x, refs, labels, counts, no_source, precision}, in, time_or_alpha, sigma, mean, lse);
 }

@@ -33,6 +33,7 @@ from torch import Tensor
 from stablevelocity_kernels import backends, clamp_time, path_coefficients, peers, posterior_part
 
 _NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+_MERGE_AS_THEY_COME = True  # where a kernel can; else a launch of its own merges all rows, when all are there
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Mailbox:
     """What one kind of exchange needs: a header, then its areas."""
 
     memory: Tensor  # the own one
-    addresses: Tensor  # (P,) int64, of those of all processes
+    addresses: Tensor  # (P,) int64 on the CPU, of those of all processes
     areas: list[Tensor]
     at: list[int]  # where they begin, in bytes
 
@@ -65,7 +66,7 @@ class Link:
         own = symmetric.empty(shape, dtype=dtype, device=self.device)
         with _without_multicast():
             handle = symmetric.rendezvous(own, self.group)
-        self._addresses[own.data_ptr()] = torch.tensor(handle.buffer_ptrs, device=self.device)
+        self._addresses[own.data_ptr()] = torch.tensor(handle.buffer_ptrs)
         return own.zero_()
 
     def serve(self, rows: Tensor, indices: Tensor | None, rings: tuple[int, int]) -> None:
@@ -104,7 +105,7 @@ class Link:
         words: where in a mailbox they may go by when they are little, see `peers_gather_`.
         """
         about = (*about, *[None] * (3 - len(about)))
-        torch.ops.svel.peers_gather_(box.addresses, self.part, self.seconds, *about, x, False, words)
+        torch.ops.svel.peers_gather_(box.memory, box.addresses, self.part, self.seconds, *about, x, False, words)
 
     def meet(self) -> None:
         """Kernels of this stream wait here until those of all processes have come so far."""
@@ -196,7 +197,7 @@ def _draw(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, i
     own, at = served[0]
     if send and t is not None and own.dtype != torch.float64:  # x_t is float32: it is what the target will be given
         scalars = [t.dtype] if labels is None else [t.dtype, torch.int64]
-        xs = _target_box(link, (len(u), *own.shape[2:]), torch.float32, scalars).areas[-4]
+        xs = _target_box(link, (len(u), *own.shape[2:]), torch.float32, scalars).areas[len(scalars)]
         also = xs[link.part * len(u) :][: len(u)]
     draw, about = torch.ops.svel.bank_draw_parts, (counts, u, labels)
     x0, slot, x_t, t_set = draw(at, capacity, own, *about, fallback, noise, t, path, t_min, also)
@@ -222,13 +223,13 @@ def _draw_fake(order, counts, u, labels, fallback, noise, t, path, t_min, capaci
 
 
 def _target_box(link: Link, x: tuple[int, ...], dtype: torch.dtype, scalars: list[torch.dtype]) -> Mailbox:
-    """Of a target of rows of shape x here: scalars and x; mean and lse over the part; words for the scalars."""
+    """Of a target of rows of shape x here: scalars and x; mean and lse over the part; words for scalars, for ends."""
     n = link.parts * x[0]
     rows, mean = (n, *x[1:]), torch.float64 if dtype == torch.float64 else torch.float32
     words = n * sum(-(-scalar.itemsize // 4) for scalar in scalars)
     given = [((n,), scalar) for scalar in scalars]
     results = (rows, mean), ((n,), torch.float64)
-    return link.mailbox("target", *given, (rows, dtype), *results, ((words,), torch.int64))
+    return link.mailbox("target", *given, (rows, dtype), *results, ((words,), torch.int64), ((8 * n,), torch.int64))
 
 
 def _target(
@@ -239,19 +240,25 @@ def _target(
     if any(given.shape != x.shape[:1] for given in about):
         raise ValueError(f"t, labels: expected shape (N,) = ({len(x)},), got {[tuple(given.shape) for given in about]}")
     box = _target_box(link, tuple(x.shape), x.dtype, [given.dtype for given in about])
-    *asked, xs, means, lses, _ = box.areas
-    *_, xs_at, means_at, lses_at, words = box.at
+    *asked, xs, means, lses, _, _ = box.areas
+    *_, xs_at, means_at, lses_at, words, ends = box.at
     refs = link.served[0][0] if rings is not None else link.served[0][0][0]
     labels = asked.pop() if rings is not None else None
     scalars = (*asked, None)[:2]
     home = torch.ops.svel.part_goes_home(xs, refs, labels, precision)
     to = None, link.part, xs_at, means_at, lses_at
+    merged = None
     if home:
         own = (*about, None, None)[:3]
         to = box.addresses, *to[1:], *own, None if sent else x, words, link.seconds
     else:
         link.gather(box, *about, x=x, words=words)
+    if home == 2 and source is None and _MERGE_AS_THEY_COME:
+        merged = torch.empty_like(x, memory_format=torch.contiguous_format)
+        to = *to, ends, merged, a, b, prediction
     torch.ops.svel.posterior_part_out(xs, refs, *scalars, path, labels, local_counts, precision, means, lses, *to)
+    if merged is not None:
+        return merged
     lse = None
     if source is not None:  # one part more, of one reference to a row
         alpha = time_or_alpha
@@ -260,7 +267,7 @@ def _target(
         each = torch.arange(len(x), device=x.device)
         lse = posterior_part(x, source[:, None], alpha, sigma, each)[1]
     on = time_or_alpha if path else None, path, prediction
-    us, parts = (box.addresses, link.part, link.seconds), (means_at, lses_at, home)
+    us, parts = (box.addresses, link.part, link.seconds), (means_at, lses_at, home > 0)
     return torch.ops.svel.peers_merge(*us, *parts, x, counts, rings, a, b, *on, source, lse)
 
 

@@ -60,8 +60,9 @@ class ShardedReferenceBank(ReferenceBank):
     and `load_state_dict` among them, and the first call with so many rows is outside of graph capture.
 
     A process that ends takes the others out of their next collective with an error: at once under gloo, after the
-    group's timeout under NCCL (`init_process_group(timeout=...)`) and through memory, where the kernel that waited says
-    for whom and ends the process's use of the device. Numbers of rows are compared on the host, in the
+    group's timeout under NCCL (`init_process_group(timeout=...)`), whose watchdog then waits for a minute, for traces
+    that others write (four times TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC), and after it through memory, where the kernel
+    that waited says for whom and ends the process's use of the device. Numbers of rows are compared on the host, in the
     first call and where they change, outside of torch.compile.
 
     Args:

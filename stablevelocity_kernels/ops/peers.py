@@ -1,10 +1,10 @@
 """Ops of a bank in parts whose processes reach one another's memory: one host, GPUs that are peers.
 
-They exist in the compiled CUDA library alone, take addresses in place of the memory of other processes, and wait on the
-device for what these do: every process calls them in the same order. `stablevelocity.ShardedReferenceBank` is how they
-are meant to be used. A mailbox is memory of one process that all read and write: zero at first, a header of
-`HEADER_BYTES`, and then what is exchanged, each tensor at a multiple of 256 bytes and by rank. Waiting ends with an
-error after `seconds`.
+They exist in the compiled CUDA library alone, take addresses (P,) int64 on the CPU in place of the memory of all
+processes, and wait on the device for what these do: every process calls them in the same order.
+`stablevelocity.ShardedReferenceBank` is how they are meant to be used. A mailbox is memory of one process that all read
+and write: zero at first, a header of `HEADER_BYTES`, and then what is exchanged, each tensor at a multiple of 256 bytes
+and by rank. Waiting ends with an error after `seconds`.
 """
 
 from __future__ import annotations
@@ -28,26 +28,30 @@ define_native(
     "Tensor? fallback, Tensor? noise, Tensor? t, str path, float t_min, Tensor(a!)? also) -> "
     "(Tensor x0, Tensor slot, Tensor x_t, Tensor t_set)"
 )
-# Up to four tensors of rows of every process, one after the other in all mailboxes (P,); with `stays`, x in the own
-# one alone. Begins a round, and is over when all have come; without a tensor it is a meeting. It overwrites what the
-# round before brought, which a merge has ended. Where it is little, each 32 bits travel with the number of the round in
-# a word that is its own flag, by way of `words`: bytes into a mailbox, 8 for each 32 bits of all processes.
+# Up to four tensors of rows of every process, one after the other in all mailboxes (P,), of which `own` is the own one;
+# with `stays`, x in that alone. Begins a round, and is over when all have come; without a tensor it is a meeting. It
+# overwrites what the round before brought, which a merge has ended. Where it is little, each 32 bits travel with the
+# number of the round in a word that is its own flag, by way of `words`: bytes into a mailbox, 8 for each 32 bits of all
+# processes.
 define_native(
-    "peers_gather_(Tensor mailboxes, int part, float seconds, Tensor? a, Tensor? b, Tensor? c, Tensor? x, "
-    "bool stays, int? words) -> ()"
+    "peers_gather_(Tensor(a!) own, Tensor mailboxes, int part, float seconds, Tensor? a, Tensor? b, Tensor? c, "
+    "Tensor? x, bool stays, int? words) -> ()"
 )
 # Whether posterior_part of these rows of all processes is a kernel that reads each row x from the mailbox of its
-# process and leaves what it gives there.
-define_native("part_goes_home(Tensor x, Tensor refs, Tensor? labels, str precision) -> bool")
+# process and leaves what it gives there: 0 or 1; 2: and can merge what all parts give.
+define_native("part_goes_home(Tensor x, Tensor refs, Tensor? labels, str precision) -> int")
 # posterior_part of the rows of all processes, as many of each; sigma None: at times on a path. With mailboxes it goes
 # home: x, mean and lse are where they begin in a mailbox. Else it is in mean and lse. With own_a, own_b and own_c,
 # scalars of this process's rows, it begins the round itself: it is then a gather, too, that brings those of all to
 # where time_or_alpha, sigma and labels are. own_x: its rows x, if they are not in their place in the own mailbox yet.
+# merged: what all parts give for the own rows, with a and b, or at times on a path the prediction, or the mean; it is
+# then over when those of all processes are, and ends the round. ends: where in a mailbox they tell one another of rows,
+# 64 bytes for each of all processes.
 define_native(
     "posterior_part_out(Tensor x, Tensor refs, Tensor time_or_alpha, Tensor? sigma, str path, Tensor? labels, "
     "Tensor? counts, str precision, Tensor(a!) mean, Tensor(b!) lse, Tensor? mailboxes, int part, int xs, int means, "
     "int lses, Tensor? own_a=None, Tensor? own_b=None, Tensor? own_c=None, Tensor? own_x=None, int words=0, "
-    "float seconds=0) -> ()"
+    "float seconds=0, int ends=0, Tensor(c!)? merged=None, Tensor? a=None, Tensor? b=None, str prediction='x0') -> ()"
 )
 # What all parts gave for the own rows, `means` and `lses` bytes into the mailboxes, merged; with a and b (N,) float64,
 # or times t (N,) from which they follow, a x + b mean. home: it is in the own mailbox, else in those of the parts. Ends

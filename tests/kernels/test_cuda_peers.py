@@ -1,5 +1,7 @@
 """Ops of a bank in parts that reach one another's memory: the parts here are on streams of one GPU."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -41,15 +43,15 @@ def _loaded():
         refs = torch.zeros(1, 1, 8, dtype=dtype, device="cuda")
         at = addresses_of([refs])
         svel.bank_push_parts_(refs, *counts, rows, labels, False, 1, at, address, 0, PATIENCE)
-        svel.peers_gather_(address, 0, PATIENCE, labels, labels.half(), labels.float(), rows, False, None)
-        svel.peers_gather_(address, 0, PATIENCE, labels, None, None, None, False, 2048)
+        svel.peers_gather_(box, address, 0, PATIENCE, labels, labels.half(), labels.float(), rows, False, None)
+        svel.peers_gather_(box, address, 0, PATIENCE, labels, None, None, None, False, 2048)
         about = rows.to(dtype), counts[0], None, None, None, None, "", "x0", None, None
         svel.peers_merge(address, 0, PATIENCE, 512, 1024, True, *about)
     torch.cuda.synchronize()
 
 
 def addresses_of(tensors):
-    return torch.tensor([own.data_ptr() for own in tensors], device="cuda")
+    return torch.tensor([own.data_ptr() for own in tensors])
 
 
 def all_parts(call):
@@ -74,7 +76,8 @@ def make_rings(dtype, d, seed=0):
         for _ in range(PARTS)
     ]
     at = addresses_of(own[0] for own in parts)
-    for rows in (4, 1, 30, 0, 7, 64):  # of each part; 64: more than the rings hold
+    # Of each part. 40: more than the rings hold, and few enough that blocks of all parts wait side by side on one GPU.
+    for rows in (4, 1, 30, 0, 7, 40):
         values = torch.randn(PARTS, rows, d, device="cuda", generator=rng)
         labels = torch.randint(-1, RINGS - 2, (PARTS, rows), device="cuda", generator=rng)  # ring 3 stays empty
         bank_push_(*whole, values.flatten(0, 1), labels.flatten(), all_to_last=True)
@@ -136,7 +139,7 @@ def test_a_gather_brings_the_rows_of_all_in_every_round(rows, stays):
         sent = [[given[part] * scale for given in (words, halves, x)] for part in range(PARTS)]
         all_parts(
             lambda part, sent=sent: svel.peers_gather_(
-                addresses, part, PATIENCE, sent[part][0], sent[part][1], None, sent[part][2], stays, None
+                boxes[part], addresses, part, PATIENCE, *sent[part][:2], None, sent[part][2], stays, None
             )
         )
         for part, box in enumerate(boxes):
@@ -158,7 +161,11 @@ def test_little_goes_by_words(rows):
     for scale in (1, 2, 3):
         words = torch.randint(2**40, (PARTS, rows), device="cuda") * scale
         sent = [(own, torch.randn(rows, device="cuda"), own.double().sqrt()) for own in words]
-        all_parts(lambda part, sent=sent: svel.peers_gather_(addresses, part, PATIENCE, *sent[part], None, False, end))
+        all_parts(
+            lambda part, sent=sent: svel.peers_gather_(
+                boxes[part], addresses, part, PATIENCE, *sent[part], None, False, end
+            )
+        )
         for box in boxes:
             at = 512
             for i in range(3):
@@ -172,7 +179,7 @@ def test_little_goes_by_words(rows):
 @pytest.mark.parametrize("with_source", [False, True])
 @pytest.mark.parametrize("path", ["linear", "cosine", ""])
 def test_merged_parts_are_the_whole(d, dtype, with_source, path):
-    """Rows of empty rings and with NaN among them; for times on a path, and for alpha and sigma."""
+    """Rows of empty rings and with NaN among them; for times on a path and for alpha and sigma; at once and by row."""
     (refs, counts, _), parts, _ = make_rings(torch.float16, d)
     n = 8
     rng = torch.Generator("cuda").manual_seed(2)
@@ -184,20 +191,26 @@ def test_merged_parts_are_the_whole(d, dtype, with_source, path):
     alpha, sigma = at.alpha, at.sigma
     row_bytes = PARTS * n * d * dtype.itemsize
     xs, means, lses = 512, 512 + -(-row_bytes // 256) * 256, 512 + 2 * (-(-row_bytes // 256) * 256)
-    boxes, addresses = mailboxes(lses + PARTS * n * 8)
+    ends = lses + PARTS * n * 8
+    boxes, addresses = mailboxes(ends + PARTS * n * 64)
     home = svel.part_goes_home(x, parts[0][0], labels, "exact")
-    assert home == (d >= 40 and dtype == torch.float32)  # the kernel that reads from the other processes
+    # The kernels that read from the other processes, and the one that merges, too.
+    assert home == (d >= 40 and dtype == torch.float32) * (2 if d == 4096 else 1)
     for part, box in enumerate(boxes):  # each x where its process is, and nowhere else
         box[xs : xs + row_bytes].view(dtype).fill_(torch.nan)
         rows = slice(part * n, (part + 1) * n)
         box[xs : xs + row_bytes].view(dtype).view(PARTS * n, d)[rows] = x[rows]
-    for part, (box, (own, _, _, local_counts)) in enumerate(zip(boxes, parts, strict=True)):
+
+    def evaluate(part, *merging):
+        box, (own, _, _, local_counts) = boxes[part], parts[part]
         here = box[xs : xs + row_bytes].view(dtype).view(PARTS * n, d) if home else x
         mean = box[means : means + row_bytes].view(dtype).view(PARTS * n, d)
-        lse = box[lses:].view(torch.float64)
+        lse = box[lses:ends].view(torch.float64)
         scalars = (t, None, path) if path else (alpha, sigma, path)
         about = labels, local_counts, "exact", mean, lse
-        svel.posterior_part_out(here, own, *scalars, *about, addresses if home else None, part, xs, means, lses)
+        to = addresses if home else None, part, xs, means, lses
+        svel.posterior_part_out(here, own, *scalars, *about, *to, None, None, None, None, 0, PATIENCE, ends, *merging)
+
     source = torch.randn(PARTS * n, d, device="cuda", generator=rng).to(dtype) if with_source else None
     whole = posterior_part(x, refs, alpha, sigma, labels, counts)
     expected = whole[0]
@@ -208,19 +221,26 @@ def test_merged_parts_are_the_whole(d, dtype, with_source, path):
         expected = torch.where(share[0] > 0, expected, 0) * share[0] + share[1] * source
     own_lse = own[1] if with_source else None
     a, b = prediction_coefficients("velocity", at)
-    for mean_alone in (False, True):
-        if path and mean_alone:
+    for mean_alone, at_once in itertools.product((False, True), (False, True)):
+        if (path and mean_alone) or (at_once and (home < 2 or with_source)):
             continue
-        all_parts(lambda part: svel.peers_gather_(addresses, part, PATIENCE, None, None, None, None, False, None))
+        all_parts(lambda part: svel.peers_gather_(boxes[part], addresses, part, PATIENCE, *[None] * 4, False, None))
 
-        def merged(part, mean_alone=mean_alone):
+        def merged(part, mean_alone=mean_alone, at_once=at_once):
             mine = slice(part * n, (part + 1) * n)
             factors = (None, None) if path or mean_alone else (a[mine], b[mine])
+            if at_once:
+                out = torch.empty_like(x[mine])
+                evaluate(part, out, *factors, "velocity")
+                return out
             own = [None if given is None else given[mine] for given in (source, own_lse)]
             on = t[mine] if path else None, path, "velocity"
             about = x[mine], counts, labels[mine], *factors, *on, *own
-            return svel.peers_merge(addresses, part, PATIENCE, means, lses, home, *about)
+            return svel.peers_merge(addresses, part, PATIENCE, means, lses, home > 0, *about)
 
+        if not at_once:
+            for part in range(PARTS):
+                evaluate(part)
         out = torch.cat(all_parts(merged))
         wanted = expected if mean_alone else a[:, None] * x + b[:, None] * expected
         assert out.dtype == dtype
