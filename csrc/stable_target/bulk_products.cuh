@@ -8,7 +8,8 @@
 //
 // At the end of a segment a warp stores its sums as they are and goes on; the one that weighs leaves what
 // they are relative to. Rows' parts are put together, and sources added, in a launch that follows (end_kernel
-// in bulk_cuda.cu): nothing of that delays the reading.
+// in bulk_cuda.cu): nothing of that delays the reading. Only the mean of another process's row that a block
+// has alone is sent at once: all of them at the end would wait for the link.
 //
 // |r_j|^2 too is the product of a tile with itself: of sixty-four of them eight are wanted.
 //
