@@ -29,7 +29,7 @@ struct SettleShared {
 
 // All consumers of a block of bulk_groups.cuh or bulk_teams.cuh.
 struct BlockCrew {
-  static constexpr int THREADS = GROUPS_CONSUMERS, BLOCKS = 1, REFS = 1024, HELD = 0, rank = 0;
+  static constexpr int THREADS = GROUPS_CONSUMERS, BLOCKS = 1, REFS = 1024, rank = 0;
   int tid;
   __device__ __forceinline__ void wait() const { named_barrier(1, THREADS); }
   __device__ __forceinline__ void wait_for_all() const { wait(); }
@@ -38,7 +38,7 @@ struct BlockCrew {
 
 // A cluster of blocks.
 struct ClusterCrew {
-  static constexpr int THREADS = 256, BLOCKS = 8, REFS = 256, HELD = 0;
+  static constexpr int THREADS = 256, BLOCKS = 8, REFS = 256;
   int tid, rank;
   __device__ __forceinline__ void wait() const { __syncthreads(); }
   __device__ __forceinline__ void wait_for_all() const { synchronize_cluster(); }
@@ -47,16 +47,6 @@ struct ClusterCrew {
   }
 };
 
-// A block of a kernel that finishes rows, for up to 4,096 elements of the result.
-struct EndCrew {
-  static constexpr int THREADS = 128, BLOCKS = 1, REFS = 256, HELD = 32, rank = 0;
-  int tid;
-  __device__ __forceinline__ void wait() const { __syncthreads(); }
-  __device__ __forceinline__ void wait_for_all() const { wait(); }
-  __device__ __forceinline__ double score(const double* scores, int j) const { return scores[j]; }
-};
-
-using SettleAtEnd = SettleShared<EndCrew::BLOCKS, EndCrew::THREADS, EndCrew::REFS>;
 using SettleInBlock = SettleShared<BlockCrew::BLOCKS, BlockCrew::THREADS, BlockCrew::REFS>;
 using SettleInCluster = SettleShared<ClusterCrew::BLOCKS, ClusterCrew::THREADS, ClusterCrew::REFS>;
 static_assert(sizeof(SettleInBlock) <= SETTLE_SMEM, "the planner reserves less");
@@ -150,28 +140,10 @@ struct Settle {
     const int64_t group = in.labels ? in.labels[index] : 0;
     const int64_t first = group < 0 ? 0 : group * in.m,
                   all = group < 0 ? in.k * in.m : valid_count(in, group);
-    double held[Crew::HELD > 0 ? Crew::HELD : 1];
-    const auto add_earlier = [&](int64_t e, double by, double (&v)[4]) {
-      if constexpr (Crew::HELD > 0) {
-        const int at = static_cast<int>(e - low) / (4 * THREADS) * 4;
-        for (int k = 0; k < 4; ++k) v[k] = fma(by, held[at + k], v[k]);
-      } else {
-        add_sums(sums + (e - low), by, v);
-      }
-    };
-    const auto keep_sums = [&](int64_t e, const double (&v)[4]) {
-      if constexpr (Crew::HELD > 0) {
-        const int at = static_cast<int>(e - low) / (4 * THREADS) * 4;
-        for (int k = 0; k < 4; ++k) held[at + k] = v[k];
-      } else {
-        store_sums(sums + (e - low), v);
-      }
-    };
     // Where elements are few, several threads take the same ones of other references.
     const int lanes = static_cast<int>(min(max((high - low + 3) / 4, int64_t{1}), int64_t{THREADS}));
-    const int shares = lanes > 0 && Crew::HELD == 0 ? THREADS / lanes : 1,
-              share = lanes > 0 ? tid / lanes : 0;
-    double best = -INFINITY, total = 0, own = 0;  // own: the weight of the source
+    const int shares = THREADS / lanes, share = tid / lanes;  // threads beyond the last share are idle
+    double best = -INFINITY, total = 0, own = 0;              // own: the weight of the source
     if (in.source.data) best = score_of_source(row, x), total = own = 1;
 #pragma unroll 1
     for (int64_t begin = 0; begin < all; begin += REFS) {
@@ -196,12 +168,13 @@ struct Settle {
         most = fmax(most, shared.weights[j]);
       }
       most = over_block(most, [](double a, double b) { return fmax(a, b); });
+      const double finite = most > -INFINITY ? most : 0;  // no references so far
 #pragma unroll 1
       for (int j = tid; j < REFS; j += THREADS) {
-        shared.weights[j] = power(shared.weights[j] - most);
+        shared.weights[j] = power(shared.weights[j] - finite);
         added += shared.weights[j];
       }
-      const double keep = power(best - most);
+      const double keep = power(best - finite);
       added = sum_over_block(added);
       best = most, own *= keep, total = fma(keep, total, added);
       if (warp == 0) {
@@ -217,9 +190,9 @@ struct Settle {
       }
       crew.wait();
 #pragma unroll 1
-      for (int64_t e = low + 4 * (tid % lanes); e < high; e += 4 * lanes) {
+      for (int64_t e = low + 4 * (tid % lanes); e < high && share < shares; e += 4 * lanes) {
         double v[4] = {};
-        if (begin > 0 && share == 0) add_earlier(e, keep, v);
+        if (begin > 0 && share == 0) add_sums(sums + (e - low), keep, v);
 #pragma unroll 4
         for (int h = share; h < shared.count; h += shares) {
           const int j = shared.heavy[h];
@@ -231,7 +204,7 @@ struct Settle {
           v[3] = fma(weight, static_cast<double>(r.w), v[3]);
         }
         if (shares == 1) {
-          keep_sums(e, v);
+          store_sums(sums + (e - low), v);
         } else {  // once
 #pragma unroll
           for (int k = 0; k < 4; ++k) shared.shares[tid][k] = v[k];
@@ -252,7 +225,7 @@ struct Settle {
 #pragma unroll 1
     for (int64_t e = low + 4 * tid; e < high; e += 4 * THREADS) {
       double v[4] = {};
-      if (all > 0) add_earlier(e, 1, v);
+      if (all > 0) add_sums(sums + (e - low), 1, v);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int64_t at = index * in.d + e + k;
