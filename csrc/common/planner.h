@@ -80,8 +80,20 @@ constexpr int64_t unit_list_bytes(int64_t n, int64_t k) {
 constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
   return (unit_list_bytes(n, k) + 127) / 128 * 128;
 }
+// Scores that the bulk kernel keeps (KeptScores), in float32: of each row, and of each class where there is
+// room for rows that take all of them.
+constexpr int64_t MOST_KEPT_SCORES = int64_t{1} << 25;
+struct KeptLayout {
+  int64_t row, of_class;
+};
+constexpr KeptLayout kept_layout(int64_t n, int64_t k, int64_t m) {
+  const int64_t each = (m + 3) / 4 * 4;
+  if (n * k * each <= MOST_KEPT_SCORES) return {k * each, each};
+  if (n * each <= MOST_KEPT_SCORES) return {each, 0};
+  return {0, 0};
+}
 constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before the first copies
-constexpr int64_t SETTLE_SMEM = 29056;        // the same, after the last ones (bulk_settle.cuh)
+constexpr int64_t SETTLE_SMEM = 30208;        // the same, after the last ones (bulk_settle.cuh)
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
 constexpr int PRODUCTS_STAGES = 3, PRODUCTS_ROWS = 2;  // rows of a unit

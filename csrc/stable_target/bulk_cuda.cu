@@ -74,6 +74,15 @@ constexpr int merge_elements(int shares) {  // of D per block
   return 2 * MERGE_THREADS / shares;
 }
 
+// What the threads have added each for itself, relative to the same. scratch: for each warp, once.
+__device__ void collect_over_block(PartRow& all, PartRow* scratch) {
+  all.collect_over_warp();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = all;
+  __syncthreads();
+  all = scratch[0];
+  for (int w = 1; w < static_cast<int>(blockDim.x) / 32; ++w) all.add(scratch[w], 1);
+}
+
 // Merges the parts of one unit over a few elements of D, two to each thread; SHARES threads of the same two
 // take turns at the parts. Grid: units (at most n) x parts of D.
 template <int SHARES>
@@ -83,6 +92,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
                  const int rows, const int64_t teams) {
   extern __shared__ double weights[];  // (teams of the unit,)
   __shared__ double scratch[33];
+  __shared__ PartRow collected[MERGE_THREADS / 32];
   constexpr int ELEMENTS = merge_elements(SHARES), PAIRS = ELEMENTS / 2;
   __shared__ double2 sums[SHARES][PAIRS];
   const int tid = threadIdx.x, share = tid / PAIRS, pair = tid % PAIRS;
@@ -113,17 +123,13 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
       x[0] = load_as<double>(x_of(in, index), at), x[1] = load_as<double>(x_of(in, index), at + 1);
     const Row row = row_coefficients(in, index);
     const double best = block_max<double>(top, scratch);
-    double share_of_all = 0;
-    float lead = 0, scale = 0;
+    PartRow all{best};
     for (int j = tid; j < count; j += MERGE_THREADS) {
       const PartRow part = parts.rows[part_of(j, 0)];
       weights[j] = exp2(part.log2_weight - best);
-      share_of_all += weights[j] * part.total;
-      lead = fmaxf(lead, static_cast<float>(weights[j]) * part.lead), scale = fmaxf(scale, part.scale);
+      all.add(part, weights[j]);
     }
-    const PartRow all{best, block_sum<double>(share_of_all, scratch),
-                      static_cast<float>(block_max<double>(lead, scratch)),
-                      static_cast<float>(block_max<double>(scale, scratch))};
+    collect_over_block(all, collected);
     double2 sum = make_double2(0, 0);
     if (e < in.d) {
 #pragma unroll 9
@@ -147,14 +153,22 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
 
 constexpr int END_THREADS = 128;
 
-__device__ __noinline__ void settle_at_end(const Inputs& in, int64_t index, SettleAtEnd& shared) {
+// A row of which this block has ended elements [low, high), one of `chunks` blocks: the last of them decides.
+__device__ __noinline__ void settle_at_end(const Inputs& in, const ProductsParts& parts, int64_t index,
+                                           const RowDoubt& doubt, int64_t chunk, int64_t chunks, int64_t low,
+                                           int64_t high, SettleAtEnd& shared) {
   const Settle<__half, EndCrew> settle{in, {static_cast<int>(threadIdx.x)}, shared, nullptr, 0, in.d};
-  settle(index);
+  __syncthreads();  // the elements are written
+  const Row row = row_coefficients(in, index);
+  Gap gap = settle.gap(row, low, high, -1);
+  if (!settle.is_last(parts.gaps + index * chunks, &parts.rows[index].measured, chunk, chunks, gap)) return;
+  float error;
+  if (error_of_row(in, row, doubt, gap, 0, &error) > MOST_ERROR_OF_ROW) settle(index, parts.kept, error);
 }
 
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
-// take LANES by LANES shares of the parts. A row that its scores may have got wrong the row's first block
-// evaluates again. Grid: rows x chunks of D.
+// take LANES by LANES shares of the parts. A row that its scores may have got wrong the last of the row's
+// blocks evaluates again. Grid: rows x chunks of D.
 template <int LANES, int VECTORS>
 __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     end_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
@@ -162,6 +176,7 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
   extern __shared__ double weights[];  // (blocks,) of the row's other parts
   __shared__ double scratch[33], sums[SHARES][VECTORS][LANES][4];
   __shared__ SettleAtEnd settling;
+  __shared__ PartRow collected[END_THREADS / 32];
   const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
   const int64_t index = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const int lane = threadIdx.x % LANES, share = threadIdx.x / LANES;
@@ -209,25 +224,25 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
       top = top >= other || other != other ? top : other;
     }
     all.log2_weight = block_max<double>(top, scratch);
-    double of_others = 0;
-    float lead = 0, scale = 0;
+    all.total = 0, all.lead = all.scale = all.log = 0;
     for (int j = threadIdx.x; j < others; j += END_THREADS) {
       const PartRow part = parts.others[part_of(j)];
       weights[j] = exp2(part.log2_weight - all.log2_weight);
-      of_others = fma(weights[j], part.total, of_others);
-      lead = fmaxf(lead, static_cast<float>(weights[j]) * part.lead), scale = fmaxf(scale, part.scale);
+      all.add(part, weights[j]);
     }
     by_first = exp2(left.own.log2_weight - all.log2_weight);
-    by_source = source ? exp2(by_source - all.log2_weight) : 0;
-    all.total = block_sum<double>(of_others, scratch) + fma(by_first, all.total, by_source);
-    lead = fmaxf(block_max<float>(lead, reinterpret_cast<float*>(scratch)), static_cast<float>(by_source));
-    all.lead = fmaxf(lead, static_cast<float>(by_first) * all.lead);
-    all.scale = fmaxf(block_max<float>(scale, reinterpret_cast<float*>(scratch)), all.scale);
+    collect_over_block(all, collected);
+    all.add(left.own, by_first);
+    if (source) {
+      all.add({by_source, 1, 1}, exp2(by_source - all.log2_weight));
+      by_source = exp2(by_source - all.log2_weight);
+    }
   }
-  if (error_of_row(all.scale, all) > MOST_ERROR_OF_SCORES) {
-    if (chunk == 0) settle_at_end(in, index, settling);
-    return;
-  }
+  const RowDoubt doubt = doubt_of_row(all);
+  // As far as can be told at once: references are as far apart as results are large, or sigma / alpha.
+  const bool doubtful =
+      (doubt.spreads() && doubt.scale * fmaxf(1, static_cast<float>(fabs(left.b))) > 3e-7f) ||
+      (in.lse.data && doubt.scale > 1e-6f * sqrtf(static_cast<float>(in.d)));
   const double by = left.b / all.total;
   const Array out = out_of(in, index);
 #pragma unroll
@@ -261,13 +276,23 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
                     static_cast<float>(fma(left.a, static_cast<double>(mine[v].w), by * sum[3])));
   }
   if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
+  if (doubtful) {
+    const int64_t low = 4 * LANES * VECTORS * chunk, high = min(low + 4 * LANES * VECTORS, in.d);
+    settle_at_end(in, parts, index, doubt, chunk, chunks, low, high, settling);
+  }
 }
+
+// Of a grid where each has few elements.
+constexpr int64_t most_end_blocks(int64_t blocks) {
+  return 4 * blocks;
+}
+constexpr int END_VECTORS = 2;  // of a grid for many rows
 
 template <int LANES, int VECTORS>
 bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                    cudaStream_t stream) {
   const int64_t grid = in.n * ceil_div(in.d, 4 * LANES * VECTORS);
-  if (LANES < END_THREADS && grid > 4 * blocks) return false;
+  if (LANES < END_THREADS && grid > most_end_blocks(blocks)) return false;
   launch_following(op, true, end_kernel<LANES, VECTORS>, dim3(static_cast<unsigned>(grid)), END_THREADS,
                    blocks * sizeof(double), stream, in, parts);
   return true;
@@ -279,11 +304,15 @@ bool has_short_list(int64_t n, int64_t k, int64_t m) {
   return n <= SHORT_ROWS && k <= OWN_LIST_GROUPS && m < int64_t{1} << 31;
 }
 
+int64_t most_gaps(const Inputs& in, int64_t blocks) {
+  return std::max(most_end_blocks(blocks), in.n * ceil_div(in.d, 4 * END_THREADS * END_VECTORS));
+}
+
 // Few rows have many parts each.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                   cudaStream_t stream) {
   launch_end_if<8, 1>(op, in, parts, blocks, stream) || launch_end_if<32, 1>(op, in, parts, blocks, stream) ||
-      launch_end_if<END_THREADS, 2>(op, in, parts, blocks, stream);
+      launch_end_if<END_THREADS, END_VECTORS>(op, in, parts, blocks, stream);
 }
 
 void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int* arrived, int64_t counts,

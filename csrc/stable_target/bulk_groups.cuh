@@ -52,12 +52,6 @@ struct GroupsLayout {
   bool merge_last;        // the last block to finish merges; else merge_kernel
 };
 
-struct GroupState {
-  double top;         // weights are 2^(score - top)
-  float total;        // of the weights
-  float lead, worst;  // the largest of them; the largest score, either way
-};
-
 template <int G, int WARPS, int TR, int ROWS>
 struct GroupsShared {
   Barrier full[GROUPS_MAX_STAGES], empty[GROUPS_MAX_STAGES];
@@ -65,7 +59,7 @@ struct GroupsShared {
   // Two of each: a warp is at most one exchange ahead of another that still reads.
   alignas(16) float scores[2][G][TR][WARPS < 4 ? 4 : WARPS];
   double squares[G][WARPS];  // shares of what is summed in float64
-  GroupState states[G];
+  PartRow states[G];
   double shifts[G][WARPS];  // |y|^2 / (2 sigma^2) in units of log 2; each warp has its own
   PartRow moved[G][WARPS];  // to memory already, too
   int final[G];
@@ -228,6 +222,14 @@ struct Groups {
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     if (squares) square = row.per_square * sum_over_group(square);
     if (thread() % 32 == 0) shared().shifts[group()][thread() / 32] = square;
+    if (segment.kept >= 0) {  // of this group's tiles
+      const int groups = groups_of_a_row(segment.count), turn = group() % groups;
+      clear_scores<TR>(kept_scores(segment, my_row), segment.tiles, turn + thread() * groups, GT * groups);
+      group_barrier();
+    }
+  }
+  __device__ __forceinline__ float* kept_scores(const Segment<ROWS>& segment, int my_row) const {
+    return parts.kept.at + segment.rows[my_row].index * parts.kept.row + segment.kept;
   }
 
   __device__ __forceinline__ double sum_over_group(double share) const {
@@ -306,9 +308,10 @@ struct Groups {
     if (thread() % 32 == 0) arrive(&shared().empty[s]);
   }
 
-  // One tile of `many` references, at stage s.
-  __device__ __forceinline__ void take_tile(Mine& mine, int s, int many, int& parity) const {
-    float norm[TR] = {}, scores[TR] = {}, difference[TR][Q];
+  // One tile, at stage s: the first of the `many` last references of the segment.
+  __device__ __forceinline__ void take_tile(Mine& mine, const Segment<ROWS>& segment, int s, int many,
+                                            int& parity) const {
+    float norm[TR] = {}, scores[TR] = {}, exponents[TR], difference[TR][Q];
     read_tile(mine, s, many, difference);
     release(s);
 #pragma unroll
@@ -322,7 +325,12 @@ struct Groups {
 #pragma unroll
     for (int j = 0; j < TR; ++j) scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
     exchange<TR>(parity, scores);
-    if (!weigh_scores(mine.scores, many, scores, mine.sum)) return;
+    if (!weigh_scores(mine.scores, many, scores, exponents, mine.sum)) return;
+    if (thread() == 0 && segment.kept >= 0) {
+      const int my_row = group() / groups_of_a_row(segment.count);
+      keep_scores(kept_scores(segment, my_row) + (segment.references - many), mine.scores,
+                  shared().shifts[group()][0], many, exponents);
+    }
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
 #pragma unroll
@@ -360,9 +368,7 @@ struct Groups {
       for (int q = 0; q < Q; q += 4)
         *reinterpret_cast<float4*>(to + element(q / EV) + q % EV) =
             make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
-      if (thread() == 0)
-        shared().states[group()] = {mine.scores.top, mine.scores.total, mine.scores.lead(),
-                                    mine.scores.worst};
+      if (thread() == 0) shared().states[group()] = mine.scores.part(0);
     } else if (flags & SEGMENT_PART_END && others == 0) {  // on their way meanwhile
 #pragma unroll
       for (int q = 0; q < Q; q += 4) {
@@ -379,31 +385,20 @@ struct Groups {
     double best = mine.scores.top;
 #pragma unroll 1
     for (int g = group() + 1; g < group() + used; ++g) {
-      const double top = shared().states[g].top;
+      const double top = shared().states[g].log2_weight;
       best = best >= top || top != top ? best : top;
     }
     const float scale = power_of_two(mine.scores.top - best);
-    double total = static_cast<double>(scale) * static_cast<double>(mine.scores.total);
-    double source = static_cast<double>(scale) * static_cast<double>(mine.source);
-    float lead = scale * fmaxf(mine.scores.lead(), mine.source), worst = mine.scores.worst;
+    PartRow own{best};
+    own.add(mine.scores.part(mine.source), scale);
 #pragma unroll 1
-    for (int g = group() + 1; g < group() + used; ++g) {
-      const GroupState& other = shared().states[g];
-      const float by = power_of_two(other.top - best);
-      total = fma(static_cast<double>(by), static_cast<double>(other.total), total);
-      lead = fmaxf(lead, by * other.lead), worst = fmaxf(worst, other.worst);
-    }
+    for (int g = group() + 1; g < group() + used; ++g)
+      own.add(shared().states[g], power_of_two(shared().states[g].log2_weight - best));
+    const double total = own.total, source = static_cast<double>(scale) * static_cast<double>(mine.source);
+    own.total += source, own.log2_weight -= shared().shifts[group()][thread() / 32];
     const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, my_row);
     double* const sums = parts.sums + part * d;
-    RowEnd end{
-        row.index,
-        row.out,
-        my_row,
-        segment.from,
-        segment.to,
-        row.a,
-        row.b,
-        {best - shared().shifts[group()][thread() / 32], total + source, lead, worst * mine.scores.rate}};
+    RowEnd end{row.index, row.out, my_row, segment.from, segment.to, row.a, row.b, own};
     double by = 1, before = 0;
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const Joined joined = join(shared().moved[group()][thread() / 32], end.own);
@@ -423,7 +418,7 @@ struct Groups {
                    total * static_cast<double>(mine.c[q + k]));
 #pragma unroll 1
       for (int g = group() + 1; g < group() + used; ++g) {
-        const double other = power_of_two(shared().states[g].top - best);
+        const double other = power_of_two(shared().states[g].log2_weight - best);
         const float4 theirs = *reinterpret_cast<const float4*>(sums_of(g) + e);
         w[0] = fma(other, static_cast<double>(theirs.x), w[0]);
         w[1] = fma(other, static_cast<double>(theirs.y), w[1]);
@@ -488,7 +483,7 @@ struct Groups {
         for (int tiles = segment.tiles - turn; tiles > 0; tiles -= groups) {
           wait_barrier(&shared().full[here.stage], here.phase);
           if (left > 0) {
-            take_tile(mine, here.stage, left, parity);
+            take_tile(mine, segment, here.stage, left, parity);
           } else {
             release(here.stage);
           }
@@ -570,7 +565,8 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     }
     if (tid < 32) {
       const auto most_tiles = [](int rows) { return Kernel::SEGMENT_TILES * Kernel::groups_of_a_row(rows); };
-      announce<TR>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, most_tiles, tid);
+      announce<TR>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, parts.kept, most_tiles,
+                   tid);
     } else if (tid == 32) {
       kernel.produce();
     } else if (tid >= 96) {

@@ -21,6 +21,8 @@ void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t st
 void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
                  int64_t slices, int64_t slice, int rows, int64_t teams, cudaStream_t stream);
 
+// Of rows that end_products divides among blocks.
+int64_t most_gaps(const Inputs& in, int64_t blocks);
 // From what products_kernel has left of the rows to their results.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                   cudaStream_t stream);
@@ -69,7 +71,7 @@ struct Launch : BulkLaunch {
     }
     run_in_blocks(groups_kernel<T, GT, Q, TR>, !layout.own_list || layout.merge_last, list, parts, layout);
     if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, plan.tile_rows, plan.blocks, stream);
-    if (parts.errors) settle<T>(parts, plan.blocks);
+    if (!parts.next) settle<T>(parts, plan.blocks);
     return true;
   }
 
@@ -84,7 +86,8 @@ struct Launch : BulkLaunch {
     parts.rows = carver.take<ProductsRow>(in.n);
     parts.others = carver.take<PartRow>(plan.blocks * PRODUCTS_ROWS);
     parts.sums = carver.take<float>(plan.blocks * PRODUCTS_ROWS * in.d);
-    parts.reviewed = carver.take<float>(plan.blocks * in.d);
+    parts.gaps = carver.take<Gap>(most_gaps(in, plan.blocks));
+    parts.kept = keep_scores(carver);
     parts.firsts = in.mailboxes ? carver.take<float>(in.n * in.d) : static_cast<float*>(in.out.data);
     if (!plan.own_list) build_unit_list(op, in, list, nullptr, 0, plan.tile_refs, plan.tile_rows, stream);
     run_in_blocks(products_kernel<CHUNKS>, !plan.own_list, list, parts, ProductsLayout{plan.own_list});
@@ -107,16 +110,25 @@ struct Launch : BulkLaunch {
                      GROUPS_CONSUMERS + BULK_PRODUCERS, plan.smem_bytes, stream, in, list, parts, layout);
   }
 
+  KeptScores keep_scores(Carver& carver) const {
+    const KeptLayout kept = kept_layout(in.n, in.k, in.m);
+    if (kept.row == 0) return {};
+    return {carver.take<float>(in.n * kept.row), kept.row, kept.of_class};
+  }
+
   // What rows in doubt want.
   void place_settling(Carver& carver, BulkParts& parts, int64_t blocks, int64_t slices, int64_t slice,
                       bool merge_last) const {
     parts.rounding = rounding_of_scores(in.d);
-    if (merge_last) {
-      parts.next = carver.take<int>(slices * in.n);
+    parts.kept = keep_scores(carver);
+    parts.doubts = carver.take<RowDoubt>(in.n);
+    if (merge_last) parts.next = carver.take<int>(slices * in.n);
+    if (merge_last && slices > 1) {
+      parts.gaps = carver.take<Gap>(slices * in.n);
+      parts.settled = carver.take<double>(in.n * in.d);
     } else {
-      parts.errors = carver.take<float>(in.n);
+      parts.settled = carver.take<double>(blocks * slice);
     }
-    parts.settled = carver.take<double>(blocks * slice);
   }
 
   // A launch of its own for them, behind the parts' merge; `samples`: that `settled` has room for.
@@ -133,8 +145,7 @@ struct Launch : BulkLaunch {
     config.stream = stream;
     config.attrs = &overlaps;
     config.numAttrs = 1;
-    check_cuda(op, cudaLaunchKernelEx(&config, settle_kernel<T>, in, const_cast<const float*>(parts.errors),
-                                      parts.settled));
+    check_cuda(op, cudaLaunchKernelEx(&config, settle_kernel<T>, in, parts));
   }
 
   bool vectors() const {
@@ -189,7 +200,7 @@ struct Launch : BulkLaunch {
       attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
 
-    const int64_t blocks = teams * layout.slices, counts = in.n * layout.slices;
+    const int64_t blocks = teams * layout.slices, counts = in.n * (layout.slices + 1);
     Carver carver(workspace);
     const UnitList list = carve_list(carver);
     BulkParts parts{};
@@ -198,6 +209,7 @@ struct Launch : BulkLaunch {
     const int64_t letters = layout.team == Team::grid ? blocks * TEAMS_SLOTS * TEAMS_LETTERS : 0;
     parts.mail = carver.take<uint2>(letters);
     parts.arrived = carver.take<int>(counts);
+    parts.measured = parts.arrived + in.n * layout.slices;
     place_settling(carver, parts, blocks, layout.slices, layout.slice, layout.merge_last);
     if (layout.team == Team::grid)
       check_cuda(op, cudaMemsetAsync(parts.mail, 0, letters * sizeof(uint2) + counts * sizeof(int), stream));
@@ -208,7 +220,7 @@ struct Launch : BulkLaunch {
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
     if (!layout.merge_last) merge_parts(op, in, list, parts, layout.slices, layout.slice, 1, teams, stream);
-    if (parts.errors) settle<T>(parts, teams);
+    if (!parts.next) settle<T>(parts, teams);
     return true;
   }
 };

@@ -20,6 +20,59 @@ struct alignas(16) PartRow {
   double log2_weight, total;  // sum of the weights
   float lead;                 // the largest of them
   float scale;                // the largest score, either way, or the error of scores, in units of log 2
+  float log;                  // sum of the weights times their logarithms to base 2
+
+  // Another part; `by`: 2^(its log2_weight - this one's).
+  __device__ __forceinline__ void add(const PartRow& part, double by) {
+    const float by_float = static_cast<float>(by);
+    total = fma(by, part.total, total);
+    lead = fmaxf(lead, by_float * part.lead), scale = fmaxf(scale, part.scale);
+    if (by_float > 0)
+      log += by_float * fmaf(static_cast<float>(part.log2_weight - log2_weight),
+                             static_cast<float>(part.total), part.log);
+  }
+  // Those that the lanes of a warp have added each for itself.
+  __device__ __forceinline__ void collect_over_warp() {
+#pragma unroll 1
+    for (int hop = 16; hop > 0; hop /= 2) {
+      total += __shfl_xor_sync(0xffffffffu, total, hop), log += __shfl_xor_sync(0xffffffffu, log, hop);
+      lead = fmaxf(lead, __shfl_xor_sync(0xffffffffu, lead, hop));
+      scale = fmaxf(scale, __shfl_xor_sync(0xffffffffu, scale, hop));
+    }
+  }
+};
+
+// Of a finished row, what its weights leave open (bulk_settle.cuh). In units of log 2.
+struct alignas(16) RowDoubt {
+  double score;  // the weighted mean of the scores
+  float scale;   // see PartRow
+  float lead;    // the share of the largest weight
+
+  // Whether another reference has weight.
+  __device__ bool spreads() const { return 1 - lead > 2.4e-7f; }
+};
+__device__ __forceinline__ RowDoubt doubt_of_row(const PartRow& all) {
+  const float total = static_cast<float>(all.total);
+  return {all.log2_weight + all.log / total, all.scale, all.lead / total};
+}
+
+// Sums over elements of a row, squares of: what is left of x beside the mean, x - alpha m; y; the mean from
+// the centre; the mean; the result.
+struct alignas(16) Gap {
+  static constexpr int SUMS = 5;
+  double of[SUMS];
+};
+
+// Scores of the references of rows, in units of log 2: those that had weight when their turn came, and lower
+// ones or -infinity for the others. So that the few of weight need not be looked for.
+struct KeptScores {
+  float* at;         // null: not kept
+  int64_t row;       // floats of each row
+  int64_t of_class;  // of each class, for rows that take all of them; 0: theirs are not kept
+
+  __device__ __forceinline__ float* of(int64_t index, int64_t group) const {
+    return at && (group >= 0 || of_class > 0) ? at + index * row : nullptr;
+  }
 };
 
 // Parts of units; slot 2b of block b for a unit that began earlier, 2b + 1 for one that begins here.
@@ -28,11 +81,14 @@ struct BulkParts {
   PartRow* rows;  // (2 blocks, rows)
   int* arrived;   // zero at first. (n, slices) teams that have left their part of a row of `order`
   uint2* mail;  // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
-  // Of finished rows, which of them are to be settled (bulk_settle.cuh): all errors, or a list of those that
-  // each block has found. One of the two, or none.
-  float* errors;    // (n,)
-  int* next;        // (slices, n) what follows a row in its block's list
-  double* settled;  // room for sums: (blocks, slice) or (clusters, d)
+  // Of finished rows, which may have to be settled (bulk_settle.cuh): those whose weights are spread, in a
+  // list of each block, or in settle_kernel.
+  RowDoubt* doubts;  // (n,)
+  int* next;         // (slices, n) what follows a row in its block's list; null: settle_kernel
+  Gap* gaps;         // (n, slices)
+  int* measured;     // (n,) slices that have left theirs; zero at first
+  KeptScores kept;
+  double* settled;  // room for sums, (d,) for each block or cluster, or row where there are slices
   float rounding;   // of a score, see rounding_of_scores
 };
 
@@ -262,6 +318,7 @@ struct Segment {
   int alone;           // no other unit has the class
   int count, order;    // rows of the unit; the first one's place in UnitList::order
   int from, to;        // teams that have parts of the unit
+  int64_t kept;        // where in KeptScores the scores of a row begin; -1: they are not kept
   RowState rows[ROWS];
 };
 
@@ -290,8 +347,8 @@ struct Announcements {
 template <int TR, int ROWS, typename MostTiles, typename NameRow, typename KnowRow>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
                                          int64_t teams, int64_t team, Announcements<ROWS>& announced,
-                                         const MostTiles& most_tiles, const NameRow& name_row,
-                                         const KnowRow& know_row, int lane) {
+                                         const KeptScores& kept, const MostTiles& most_tiles,
+                                         const NameRow& name_row, const KnowRow& know_row, int lane) {
   int slot = 0, phase = 1;
   walk_units(list, teams, team, lane, [&](const UnitShare& share, const Ranges& ranges) {
     const Unit& unit = list.units[share.number];
@@ -315,6 +372,9 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
                           (tile + count == unit.tiles ? SEGMENT_UNIT_END : 0) |
                           (share.last && tile + count == share.to ? SEGMENT_LAST : 0);
           segment.squares = in.lse.data || unit.group < 0;
+          segment.kept = -1;
+          if (kept.of(0, unit.group))
+            segment.kept = before + (unit.group < 0 ? divide(tiles.first, in.m) * kept.of_class : 0);
           segment.alone = unit.alone, segment.count = rows, segment.order = unit.first;
         }
         int64_t index = 0;
@@ -360,10 +420,10 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
 template <int TR, int ROWS, typename MostTiles>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
                                          int64_t teams, int64_t team, Announcements<ROWS>& announced,
-                                         const MostTiles& most_tiles, int lane) {
+                                         const KeptScores& kept, const MostTiles& most_tiles, int lane) {
   const auto name_row = [](int64_t, RowState&) {};
   const auto know_row = [&](int64_t index, RowState& row) { set_row(in, index, row); };
-  announce<TR>(in, list, place, teams, team, announced, most_tiles, name_row, know_row, lane);
+  announce<TR>(in, list, place, teams, team, announced, kept, most_tiles, name_row, know_row, lane);
 }
 
 // Of the online softmax, the same in all threads that share a row. The largest score, and the integer `top`
@@ -371,42 +431,74 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
 struct RowScores {
   float rate, base, rest, total;
   float worst;  // the largest score, either way
+  float log;    // the sum of the weights times their logarithms
   double top;
 
-  __device__ __forceinline__ void reset() { base = top = -INFINITY, rest = total = worst = 0; }
+  __device__ __forceinline__ void reset() { base = top = -INFINITY, rest = total = worst = log = 0; }
+  // To a higher `top`; returns what the sums are to be multiplied by.
+  __device__ __forceinline__ float raise(double higher) {
+    const float by = power_of_two(top - higher);
+    log = by * fmaf(-static_cast<float>(fmin(higher - top, 1e6)), total, log);
+    total *= by, top = higher;
+    return by;
+  }
   // The weight of the largest score.
   __device__ __forceinline__ float lead() const { return base > -INFINITY ? power_of_two(-rest) : 0.0f; }
+  // source: the weight of the row's own, which is in no sum yet.
+  __device__ __forceinline__ PartRow part(float source) const {
+    return {top, total, fmaxf(lead(), source), worst * rate, log};
+  }
 };
 
-// From scores to weights, of which the first `many` count, and the sums relative to the same `top`. Whether
-// there is anything to add.
+// From scores to weights, of which the first `many` count, their logarithms, and the sums relative to the
+// same `top`. Whether there is anything to add.
 template <int COUNT, int Q>
 __device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&scores)[COUNT],
-                                             float (&sum)[Q]) {
+                                             float (&exponents)[COUNT], float (&sum)[Q]) {
   float best = -INFINITY;
 #pragma unroll
   for (int j = 0; j < COUNT; ++j) {
-    if (j < many) best = fmaxf(best, scores[j]), my.worst = fmaxf(my.worst, fabsf(scores[j]));
+    if (j < many) best = fmaxf(best, scores[j]);
+    my.worst = fmaxf(my.worst, fabsf(scores[j]));  // beyond `many`: of the first, or 0
   }
   if (best > my.base) {  // rarely, after the first tiles
     const double bound = static_cast<double>(best) * my.rate, top = fmax(ceil(bound), my.top);
-    const float scale = power_of_two(my.top - top);
+    const float scale = my.raise(top);
     my.base = best;
     my.rest = static_cast<float>(top - bound);
-    my.top = top;
-    my.total *= scale;
 #pragma unroll
     for (int q = 0; q < Q; ++q) sum[q] *= scale;
   }
   bool any = false;
 #pragma unroll
   for (int j = 0; j < COUNT; ++j) {
-    const float exponent = fmaf(scores[j] - my.base, my.rate, -my.rest);
-    scores[j] = j < many ? power_of_two(exponent) : 0.0f;
+    exponents[j] = fmaf(scores[j] - my.base, my.rate, -my.rest);
+    scores[j] = j < many ? power_of_two(exponents[j]) : 0.0f;
     my.total += scores[j];
     any = any || !(scores[j] < NO_WEIGHT);
   }
-  return any;
+  if (!any) return false;
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) my.log = fmaf(scores[j], exponents[j], my.log);
+  return true;
+}
+
+// Room for the scores of a segment's references: none has weight yet. By threads `first`, first + step and so
+// on of as many as there are tiles, or more.
+template <int TR>
+__device__ __forceinline__ void clear_scores(float* kept, int tiles, int first, int step) {
+  for (int i = first; i < tiles; i += step) {
+#pragma unroll
+    for (int j = 0; j < TR; ++j) kept[i * TR + j] = -INFINITY;
+  }
+}
+// Those of a tile, by one thread. shift: of the row, see RowState.
+template <int COUNT>
+__device__ __forceinline__ void keep_scores(float* kept, const RowScores& my, double shift, int many,
+                                            const float (&exponents)[COUNT]) {
+  const float top = static_cast<float>(my.top - shift);
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) kept[j] = j < many ? top + exponents[j] : -INFINITY;
 }
 
 // The same for a row's own source, which comes last and may be far from all references: its score is in
@@ -416,14 +508,14 @@ __device__ __forceinline__ float weigh_source(RowScores& my, double score, doubl
   const double bound = score * rate;
   if (bound > my.top) {
     const double top = ceil(bound);
-    const float scale = power_of_two(my.top - top);
     my.rest += static_cast<float>(fmin(top - my.top, 1e6));
-    my.top = top;
-    my.total *= scale;
+    const float scale = my.raise(top);
 #pragma unroll
     for (int q = 0; q < Q; ++q) sum[q] *= scale;
   }
-  return power_of_two(static_cast<float>(bound - my.top));
+  const float exponent = static_cast<float>(bound - my.top), weight = power_of_two(exponent);
+  my.log = fmaf(weight, fmaxf(exponent, -1e6f), my.log);
+  return weight;
 }
 
 // This thread's share of the source's score; `difference`: of the source from the centre. What is not finite
@@ -452,12 +544,10 @@ struct Joined {
 };
 __device__ __forceinline__ Joined join(const PartRow& first, const PartRow& second) {
   const double most = first.log2_weight >= second.log2_weight ? first.log2_weight : second.log2_weight;
-  const double a = power(first.log2_weight - most), b = power(second.log2_weight - most);
-  return {{most, fma(a, first.total, b * second.total),
-           fmaxf(static_cast<float>(a) * first.lead, static_cast<float>(b) * second.lead),
-           fmaxf(first.scale, second.scale)},
-          a,
-          b};
+  Joined joined{{most}, power(first.log2_weight - most), power(second.log2_weight - most)};
+  joined.all.add(first, joined.by_first);
+  joined.all.add(second, joined.by_second);
+  return joined;
 }
 
 struct RowEnd {
@@ -487,11 +577,11 @@ struct PartsTogether {
 };
 __device__ __forceinline__ PartRow part_row(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
                                             int64_t team) {
-  if (team > end.to) return {-INFINITY, 0, 0, 0};
+  if (team > end.to) return {-INFINITY};
   const PartRow* const row = parts.rows + place.part_of(team, team == end.from, end.row);
   const double2 weights = __ldcg(reinterpret_cast<const double2*>(&row->log2_weight));
-  const float2 others = __ldcg(reinterpret_cast<const float2*>(&row->lead));
-  return {weights.x, weights.y, others.x, others.y};
+  const float4 others = __ldcg(reinterpret_cast<const float4*>(&row->lead));
+  return {weights.x, weights.y, others.x, others.y, others.z};
 }
 __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, const RowPlace& place,
                                                       const RowEnd& end, int lane) {
@@ -503,23 +593,15 @@ __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, co
     best = greater(best, part_row(parts, place, end, team).log2_weight);
 #pragma unroll 1
   for (int hop = 16; hop > 0; hop /= 2) best = greater(best, __shfl_xor_sync(0xffffffffu, best, hop));
-  const double weight = power(mine.log2_weight - best);
-  double total = weight * mine.total;
-  float lead = static_cast<float>(weight) * mine.lead, scale = mine.scale;
+  PartsTogether together{{best}, power(mine.log2_weight - best)};
+  together.all.add(mine, together.weight);
 #pragma unroll 1
   for (int64_t team = end.from + 32 + lane; team <= end.to; team += 32) {
     const PartRow other = part_row(parts, place, end, team);
-    const double by = power(other.log2_weight - best);
-    total = fma(by, other.total, total);
-    lead = fmaxf(lead, static_cast<float>(by) * other.lead), scale = fmaxf(scale, other.scale);
+    together.all.add(other, power(other.log2_weight - best));
   }
-#pragma unroll 1
-  for (int hop = 16; hop > 0; hop /= 2) {
-    total += __shfl_xor_sync(0xffffffffu, total, hop);
-    lead = fmaxf(lead, __shfl_xor_sync(0xffffffffu, lead, hop));
-    scale = fmaxf(scale, __shfl_xor_sync(0xffffffffu, scale, hop));
-  }
-  return {{best, total, lead, scale}, weight};
+  together.all.collect_over_warp();
+  return together;
 }
 
 // Their sums for four elements of the slice from e on, where e is `within`.
@@ -606,28 +688,15 @@ __device__ __forceinline__ void write_lse(const Inputs& in, int64_t index, const
   store_as(lse_of(in, index), index, lse_of_row(in, all));
 }
 
-// What the rounding of its scores, `error`, may do to a row, beside its size, by one standard deviation:
-// weights that are off at random move the mean by that, times the root of the sum of their squares, as far as
-// references are apart, and these are about as far apart as results are large. NaN where the row is. A
-// reference that is there several times, as at an epoch's end, has equal scores and no error: the weights are
-// a multiple of one. Scores that are equal by chance are as rare as their error is small.
-__device__ __forceinline__ float error_of_row(float error, const PartRow& all) {
-  const float lead = __fdividef(all.lead, static_cast<float>(all.total)),
-              spread = __fdividef(static_cast<float>(all.total - all.lead), static_cast<float>(all.total));
-  const float times = __fdividef(static_cast<float>(all.total), all.lead);
-  if (error < 0.01f && times < 64 && fabsf(times - rintf(times)) < 1e-5f * times) return 0;
-  return error * sqrtf(lead) * spread;
-}
-constexpr float MOST_ERROR_OF_SCORES = 1.2e-6f;
 constexpr int NO_ROW = -1;
 
 // What one thread does about a finished row. `doubtful`: the first of the block's list.
 __device__ __forceinline__ void finish_row(const Inputs& in, const BulkParts& parts, const RowPlace& place,
                                            int64_t index, const PartRow& all, int* doubtful) {
   if (in.lse.data && place.rank == 0) write_lse(in, index, all);
-  const float error = error_of_row(parts.rounding * all.scale, all);
-  if (parts.errors && place.rank == 0) parts.errors[index] = error;
-  if (parts.next && error > MOST_ERROR_OF_SCORES)
+  const RowDoubt doubt = doubt_of_row(all);
+  if (place.rank == 0 || doubt.spreads()) parts.doubts[index] = doubt;
+  if (parts.next && doubt.spreads())
     parts.next[place.rank * in.n + index] = atomicExch(doubtful, static_cast<int>(index));
 }
 
@@ -697,7 +766,7 @@ __device__ __forceinline__ void write_dead_rows(const Inputs& in, const UnitList
       store_four(out_of(in, index), base + e, base + place.length, make_float4(NAN, NAN, NAN, NAN));
     if (place.rank > 0 || tid > 0) continue;
     if (in.lse.data) store_as(lse_of(in, index), index, NAN);
-    if (parts.errors) parts.errors[index] = 0;
+    parts.doubts[index] = {0, 0, 1};
   }
 }
 

@@ -1,11 +1,13 @@
-// What the float32 scores of bulk_groups.cuh and bulk_teams.cuh cannot tell. A score y.d - alpha/2 |d|^2 is
-// off by the rounding of its sums, which is much where it is large: for rows at a small t. The usual row
-// there has one reference with all the weight, and any score will do. But the weights of a row that lies
-// between references are a guess. Whoever finishes a row knows what that may do to its result
-// (error_of_scores), and rows where it would show are evaluated again, in float64. Few calls have any, so
-// this is made to cost nothing else: where a block has finished rows, it takes them when it has done all the
-// rest, by code that is not in the way of the other; where they were finished all over the grid, a kernel
-// behind that one does, with a cluster of blocks for each.
+// What the scores of bulk_groups.cuh, bulk_teams.cuh and bulk_products.cuh cannot tell. A score is off by the
+// rounding of its sums, which is much where it is large: for rows at a small t. The usual row there has one
+// reference with all the weight, and any score will do. But the weights of a row that lies between references
+// are a guess. So rows of which more than one reference has weight are measured when they are finished (Gap):
+// how far the references of weight are apart, which for repeated ones is not at all, and what their errors do
+// to the result, beside its size (error_of_row). Rows where that would show are evaluated again, in float64.
+//
+// Few calls have any, so this is made to cost nothing else: where a block has finished rows, it takes them
+// when it has done all the rest, by code that is not in the way of the other; where they were finished all
+// over the grid, a kernel behind that one does, with a cluster of blocks for each.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -13,16 +15,62 @@
 
 namespace svel::cuda {
 
-constexpr double NO_WEIGHT_AT_ALL = 0x1p-60;  // beside the best so far
+constexpr double NO_WEIGHT_AT_ALL = 0x1p-40;  // beside the best so far
+// A reference is scored exactly that is so close to the best, in units of log 2, beside the errors: so many
+// standard deviations of scores that were kept, or those of distances in float32, beside their size.
+constexpr double ROUGH_MARGIN = 41, ROUGH_ERROR = 4e-6;
+constexpr float KEPT_ERRORS = 8, MOST_KEPT_ERROR = 1;  // beyond that others may have had weight
+// One standard deviation, of a row's relative error.
+constexpr float MOST_ERROR_OF_ROW = 6e-7f, MOST_ERROR_OF_SHORT_ROW = 1e-4f;
 
-// REFS: of each of so many blocks at a time.
-template <int BLOCKS, int THREADS, int REFS>
+// A part of a set whose other parts are with other processes has an lse, and references of theirs that may
+// tie with its own; so where all is on the matrix units, whose rows have rounding 0.
+__device__ __forceinline__ bool has_rivals(const Inputs& in, float rounding) {
+  return in.lse.data && rounding == 0;
+}
+
+// What the rounding of scores does to a row's result, relative to its size, by one standard deviation:
+// weights that are off at random, by `error` each, move the mean by that times the root of the sum of w^2
+// |r - mean|^2. The score of the mean exceeds the mean of the scores by alpha^2 / (2 sigma^2) times the sum
+// of w |r - mean|^2, the `apart`; which is exact but for the error of scores. `rounding` of a score is
+// relative to what its terms add up to: as much as the largest score has, or a reference of weight. `result`:
+// the error of scores.
+__device__ inline float error_of_row(const Inputs& in, const Row& row, const RowDoubt& doubt, const Gap& gap,
+                                     float rounding, float* result) {
+  *result = 0;
+  if (row.alpha == 0) return 0;
+  const bool absolute = in.lse.data || (in.labels && in.labels[row.index] < 0);
+  const double unit = LOG2_E / (2 * row.sigma * row.sigma);
+  const double above = unit * ((absolute ? 0 : gap.of[1]) - gap.of[0]) - doubt.score;
+  const float apart = fmaxf(static_cast<float>(above), 0), others = 1 - doubt.lead;
+  const float scale =
+      doubt.scale + static_cast<float>(unit * row.alpha * row.alpha * gap.of[2]) + apart / others;
+  const float error = rounding > 0 ? rounding * scale : doubt.scale;
+  *result = error;
+  const float ratio = static_cast<float>(row.sigma / row.alpha), log_2 = static_cast<float>(LOG_2);
+  const float spread = has_rivals(in, rounding) ? fmaxf(apart, 1) * fmaxf(fminf(doubt.lead, others), 0.25f)
+                                                : (apart + error) * fminf(doubt.lead, others);
+  const float mean_error = error * log_2 * ratio * sqrtf(2 * log_2 * spread);
+  if (!in.lse.data)
+    return fabsf(static_cast<float>(row.b)) * mean_error * rsqrtf(static_cast<float>(gap.of[4]));
+  // The mean may become any prediction: itself, the noise, the velocity.
+  const float mean = static_cast<float>(gap.of[3]), rest = static_cast<float>(gap.of[0]);
+  const float sigma = static_cast<float>(row.sigma), alpha = static_cast<float>(row.alpha);
+  return mean_error * rsqrtf(fminf(mean, fminf(rest / (alpha * alpha), fmaf(sigma * sigma, mean, rest))));
+}
+
+__device__ inline float most_error(const Inputs& in) {
+  return in.out.dtype == Dtype::f32 ? MOST_ERROR_OF_ROW : MOST_ERROR_OF_SHORT_ROW;
+}
+
+// REFS: of each of so many blocks at a time. HELD: elements that each thread holds itself.
+template <int BLOCKS, int THREADS, int REFS, int HELD>
 struct SettleShared {
   double own[BLOCKS > 1 ? REFS : 1];  // scores of this block's references
   double weights[BLOCKS * REFS];      // of all of them: scores, then weights
   int heavy[BLOCKS * REFS], count;
-  double scratch[32];
-  double shares[THREADS][4];  // of sums, where there are more threads than elements
+  double scratch[Gap::SUMS][THREADS / 32];
+  double shares[HELD > 0 ? 1 : THREADS][4];  // of sums, where there are more threads than elements
 
   __device__ __forceinline__ double* scores() { return BLOCKS > 1 ? own : weights; }
 };
@@ -47,18 +95,21 @@ struct ClusterCrew {
   }
 };
 
-// A block of a kernel that finishes rows, of up to 4,096 elements.
+// A block of a kernel that finishes rows, of up to 4,096 elements, with little shared memory: so it fits
+// beside those of the kernel before.
 struct EndCrew {
-  static constexpr int THREADS = 128, BLOCKS = 1, REFS = 256, HELD = 32, rank = 0;
+  static constexpr int THREADS = 128, BLOCKS = 1, REFS = 64, HELD = 32, rank = 0;
   int tid;
   __device__ __forceinline__ void wait() const { __syncthreads(); }
   __device__ __forceinline__ void wait_for_all() const { wait(); }
   __device__ __forceinline__ double score(const double* scores, int j) const { return scores[j]; }
 };
 
-using SettleAtEnd = SettleShared<EndCrew::BLOCKS, EndCrew::THREADS, EndCrew::REFS>;
-using SettleInBlock = SettleShared<BlockCrew::BLOCKS, BlockCrew::THREADS, BlockCrew::REFS>;
-using SettleInCluster = SettleShared<ClusterCrew::BLOCKS, ClusterCrew::THREADS, ClusterCrew::REFS>;
+template <typename Crew>
+using SettleSharedOf = SettleShared<Crew::BLOCKS, Crew::THREADS, Crew::REFS, Crew::HELD>;
+using SettleAtEnd = SettleSharedOf<EndCrew>;
+using SettleInBlock = SettleSharedOf<BlockCrew>;
+using SettleInCluster = SettleSharedOf<ClusterCrew>;
 static_assert(sizeof(SettleInBlock) <= SETTLE_SMEM, "the planner reserves less");
 
 template <typename T, typename Crew>
@@ -68,7 +119,7 @@ struct Settle {
 
   const Inputs& in;
   const Crew crew;
-  SettleShared<Crew::BLOCKS, THREADS, OWN>& shared;
+  SettleSharedOf<Crew>& shared;
   double* const sums;       // (high - low,), where a thread does not hold its own
   const int64_t low, high;  // of the elements of the result, those that this block writes
   const int tid = crew.tid, lane = crew.tid % 32, warp = crew.tid / 32;
@@ -79,12 +130,23 @@ struct Settle {
 #pragma unroll 1
     for (int hop = 16; hop > 0; hop /= 2) v = add(v, __shfl_xor_sync(0xffffffffu, v, hop));
     crew.wait();
-    if (lane == 0) shared.scratch[warp] = v;
+    if (lane == 0) shared.scratch[0][warp] = v;
     crew.wait();
-    double all = shared.scratch[0];
+    double all = shared.scratch[0][0];
 #pragma unroll 1
-    for (int w = 1; w < WARPS; ++w) all = add(all, shared.scratch[w]);
+    for (int w = 1; w < WARPS; ++w) all = add(all, shared.scratch[0][w]);
     return all;
+  }
+  __device__ __forceinline__ void sum_over_block(Gap& gap) const {
+    crew.wait();
+#pragma unroll
+    for (int k = 0; k < Gap::SUMS; ++k) {
+      gap.of[k] = warp_sum(gap.of[k]);
+      if (lane == 0) shared.scratch[k][warp] = gap.of[k];
+    }
+    crew.wait();
+#pragma unroll
+    for (int k = 0; k < Gap::SUMS; ++k) gap.of[k] = warp_sum(lane < WARPS ? shared.scratch[k][lane] : 0);
   }
   __device__ __forceinline__ double sum_over_block(double v) const {
     return over_block(v, [](double a, double b) { return a + b; });
@@ -99,36 +161,87 @@ struct Settle {
     return make_float4(to_float(four.v[0]), to_float(four.v[1]), to_float(four.v[2]), to_float(four.v[3]));
   }
 
+  // Four elements of a, x or result, from e on; D is a multiple of four.
+  __device__ __forceinline__ float4 load_of(const Array& a, int64_t index, int64_t e) const {
+    const int64_t at = index * in.d + e;
+    if (is_vector(a)) return *reinterpret_cast<const float4*>(static_cast<const float*>(a.data) + at);
+    return load_four(a, at, index * in.d + in.d);
+  }
+
+  // Over elements [from, to) of a row that is finished there. centre: of the scores, among all references;
+  // -1: the origin. In all threads.
+  __device__ __forceinline__ Gap gap(const Row& row, int64_t from, int64_t to, int64_t centre) const {
+    const Array x = x_of(in, row.index), out = out_of(in, row.index);
+    const double by = row.b != 0 ? 1 / row.b : 0;
+    Gap gap{};
+#pragma unroll 2
+    for (int64_t e = from + 4 * tid; e < to; e += 4 * THREADS) {
+      const float4 of_x = load_of(x, row.index, e), result = load_of(out, row.index, e);
+      const float4 of_c = centre >= 0 ? load(refs + centre * in.d + e) : make_float4(0, 0, 0, 0);
+      const auto add = [&](double x, double result, double c) {
+        const double mean = by * fma(-row.a, x, result);
+        const double rest = fma(-row.alpha, mean, row.sign * x), y = fma(-row.alpha, c, row.sign * x);
+        gap.of[0] = fma(rest, rest, gap.of[0]), gap.of[1] = fma(y, y, gap.of[1]);
+        gap.of[2] = fma(mean - c, mean - c, gap.of[2]), gap.of[3] = fma(mean, mean, gap.of[3]);
+        gap.of[4] = fma(result, result, gap.of[4]);
+      };
+      add(of_x.x, result.x, of_c.x), add(of_x.y, result.y, of_c.y);
+      add(of_x.z, result.z, of_c.z), add(of_x.w, result.w, of_c.w);
+    }
+    sum_over_block(gap);
+    return gap;
+  }
+
+  // Whether this is the last of `slices` blocks to leave its part of a row's gap, which is then all of it.
+  __device__ __forceinline__ bool is_last(Gap* gaps, int* measured, int64_t slice, int64_t slices,
+                                          Gap& gap) const {
+    if (slices == 1) return true;
+    if (tid == 0) {
+      gaps[slice] = gap;
+      shared.count = add_arrival(measured) == slices - 1;
+    }
+    crew.wait();
+    if (!shared.count) return false;
+    gap = {};
+    for (int64_t other = tid; other < slices; other += THREADS) {
+#pragma unroll
+      for (int k = 0; k < Gap::SUMS; ++k) gap.of[k] += __ldcg(&gaps[other].of[k]);
+    }
+    sum_over_block(gap);
+    return true;
+  }
+
   // Scores of COUNT references from `at` on, of which none is beyond `last`, by a warp, in units of log 2:
-  // -|x - alpha r|^2 / (2 sigma^2).
-  template <int COUNT>
-  __device__ __forceinline__ void score(const Row& row, const Array& of_row, int64_t at, int64_t last,
+  // -|x - alpha r|^2 / (2 sigma^2). W: float32, which knows so many digits of distances, or float64.
+  template <typename W, int COUNT>
+  __device__ __forceinline__ void score(const Row& row, const Array& x, int64_t at, int64_t last,
                                         double (&scores)[COUNT]) const {
-    const bool vectors = is_vector(of_row) && in.d % 4 == 0;
-    const int64_t base = row.index * in.d;
+    const W sign = static_cast<W>(row.sign), high = static_cast<W>(row.alpha),
+            rest = static_cast<W>(row.alpha - high);
+    W sums[COUNT] = {};
     const T* from[COUNT];
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) scores[i] = 0, from[i] = refs + min(at + i, last) * in.d;
+    for (int i = 0; i < COUNT; ++i) from[i] = refs + min(at + i, last) * in.d;
 #pragma unroll 2
     for (int64_t e = 4 * lane; e < in.d; e += 128) {
-      const float4 x =
-          vectors ? *reinterpret_cast<const float4*>(static_cast<const float*>(of_row.data) + base + e)
-                  : load_four(of_row, base + e, base + in.d);
+      const float4 of_x = load_of(x, row.index, e);
       float4 r[COUNT];
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) r[i] = load(from[i] + e);
-      const auto add = [&](float x, float r, double& score) {
-        const double gap = fma(-row.alpha, static_cast<double>(r), row.sign * static_cast<double>(x));
-        score = fma(gap, gap, score);
+      const auto add = [&](W x, W r, W& sum) {
+        W gap = fma(-high, r, sign * x);
+        if (sizeof(W) == sizeof(float)) gap = fma(-rest, r, gap);
+        sum = fma(gap, gap, sum);
       };
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) {
-        add(x.x, r[i].x, scores[i]), add(x.y, r[i].y, scores[i]);
-        add(x.z, r[i].z, scores[i]), add(x.w, r[i].w, scores[i]);
+        add(of_x.x, r[i].x, sums[i]), add(of_x.y, r[i].y, sums[i]);
+        add(of_x.z, r[i].z, sums[i]), add(of_x.w, r[i].w, sums[i]);
       }
     }
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) scores[i] = -LOG2_E / (2 * row.sigma * row.sigma) * warp_sum(scores[i]);
+    for (int i = 0; i < COUNT; ++i)
+      scores[i] = -LOG2_E / (2 * row.sigma * row.sigma) * warp_sum(static_cast<double>(sums[i]));
   }
 
   // That of the row's own source, in all blocks.
@@ -143,13 +256,20 @@ struct Settle {
     return -LOG2_E / (2 * row.sigma * row.sigma) * sum_over_block(square);
   }
 
-  // A row once more.
-  __device__ void operator()(int64_t index) const {
+  // A row once more. kept: of its scores, off by `error`; null: none are.
+  __device__ void operator()(int64_t index, const KeptScores& of_rows, float error) const {
     const Row row = row_coefficients(in, index);
     const Array x = x_of(in, index), out = out_of(in, index);
     const int64_t group = in.labels ? in.labels[index] : 0;
     const int64_t first = group < 0 ? 0 : group * in.m,
                   all = group < 0 ? in.k * in.m : valid_count(in, group);
+    const float* const kept_scores = error <= MOST_KEPT_ERROR ? of_rows.of(index, group) : nullptr;
+    const auto is_valid = [&](int64_t at) {
+      return at < all && (group >= 0 || at % in.m < valid_count(in, at / in.m));
+    };
+    const auto kept_score = [&](int64_t at) {
+      return static_cast<double>(kept_scores[group < 0 ? at / in.m * of_rows.of_class + at % in.m : at]);
+    };
     double held[Crew::HELD > 0 ? Crew::HELD : 1];
     const auto add_earlier = [&](int64_t e, double by, double (&v)[4]) {
       if constexpr (Crew::HELD > 0) {
@@ -172,30 +292,62 @@ struct Settle {
     const int shares = lanes > 0 && Crew::HELD == 0 ? THREADS / lanes : 1,
               share = lanes > 0 ? tid / lanes : 0;
     double best = -INFINITY, total = 0, own = 0;  // own: the weight of the source
+    bool kept = false;                            // there are sums
     if (in.source.data) best = score_of_source(row, x), total = own = 1;
+    double best_kept = -INFINITY;
+    if (kept_scores) {
+#pragma unroll 4
+      for (int64_t at = tid; at < all; at += THREADS)
+        if (is_valid(at)) best_kept = fmax(best_kept, kept_score(at));
+      best_kept = over_block(best_kept, [](double a, double b) { return fmax(a, b); });
+      best_kept -= ROUGH_MARGIN + KEPT_ERRORS * error;
+    }
 #pragma unroll 1
     for (int64_t begin = 0; begin < all; begin += REFS) {
       const int64_t mine = begin + crew.rank * OWN;
       constexpr int AT_ONCE = 4;
+      double* const scores = shared.scores();
+      double rough = kept_scores ? best_kept : best;
 #pragma unroll 1
-      for (int j = AT_ONCE * warp; j < OWN; j += AT_ONCE * WARPS) {
-        double scores[AT_ONCE] = {};
-        if (mine + j < all) score(row, x, first + mine + j, first + all - 1, scores);
+      for (int j = tid; kept_scores && j < OWN; j += THREADS)
+        scores[j] = is_valid(mine + j) ? kept_score(mine + j) : -INFINITY;
+      if (kept_scores) crew.wait();
+#pragma unroll 1
+      for (int j = AT_ONCE * warp; !kept_scores && j < OWN; j += AT_ONCE * WARPS) {
+        double some[AT_ONCE] = {};
+        if (mine + j < all) score<float>(row, x, first + mine + j, first + all - 1, some);
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-          const int64_t at = mine + j + i;
-          const bool valid = at < all && (group >= 0 || at % in.m < valid_count(in, at / in.m));
-          if (lane == 0) shared.scores()[j + i] = valid ? scores[i] : -INFINITY;
+          if (!is_valid(mine + j + i)) some[i] = -INFINITY;
+          rough = fmax(rough, some[i]);
+          if (lane == 0) scores[j + i] = some[i];
         }
       }
+      if (!kept_scores) {
+        rough = over_block(rough, [](double a, double b) { return fmax(a, b); });
+        rough = fma(1 + ROUGH_ERROR, rough, -ROUGH_MARGIN);  // no score is positive
+      }
+#pragma unroll 1
+      for (int j = warp; j < OWN; j += WARPS) {
+        double exact[1] = {-INFINITY};
+        if (scores[j] > -INFINITY && !(scores[j] < rough))  // NaN too
+          score<double>(row, x, first + mine + j, first + mine + j, exact);
+        __syncwarp();
+        if (lane == 0) scores[j] = exact[0];
+      }
       crew.wait_for_all();
-      double most = best, added = 0;
+      double most = -INFINITY, added = 0;
 #pragma unroll 1
       for (int j = tid; j < REFS; j += THREADS) {
         shared.weights[j] = crew.score(shared.scores(), j);
         most = fmax(most, shared.weights[j]);
       }
       most = over_block(most, [](double a, double b) { return fmax(a, b); });
+      if (most == -INFINITY) {  // none that matters
+        crew.wait_for_all();
+        continue;
+      }
+      most = fmax(most, best);
 #pragma unroll 1
       for (int j = tid; j < REFS; j += THREADS) {
         shared.weights[j] = power(shared.weights[j] - most);
@@ -218,8 +370,9 @@ struct Settle {
       crew.wait();
 #pragma unroll 1
       for (int64_t e = low + 4 * (tid % lanes); e < high; e += 4 * lanes) {
+        if (share >= shares) break;  // threads beyond the last share
         double v[4] = {};
-        if (begin > 0 && share == 0) add_earlier(e, keep, v);
+        if (kept && shares == 1) add_earlier(e, keep, v);
 #pragma unroll 4
         for (int h = share; h < shared.count; h += shares) {
           const int j = shared.heavy[h];
@@ -234,7 +387,7 @@ struct Settle {
           keep_sums(e, v);
         } else {  // once
 #pragma unroll
-          for (int k = 0; k < 4; ++k) shared.shares[tid][k] = v[k];
+          for (int k = 0; k < 4; ++k) shared.shares[Crew::HELD > 0 ? 0 : tid][k] = v[k];
         }
       }
       if (shares > 1) {
@@ -244,15 +397,17 @@ struct Settle {
           double sum = 0;
 #pragma unroll 4
           for (int s = 0; s < shares; ++s) sum += shared.shares[s * lanes + i / 4][i % 4];
+          if (kept) sum = fma(keep, __ldcg(sums + i), sum);
           __stcg(sums + i, sum);
         }
       }
+      kept = true;
       crew.wait_for_all();  // all have read the scores
     }
 #pragma unroll 1
     for (int64_t e = low + 4 * tid; e < high; e += 4 * THREADS) {
       double v[4] = {};
-      if (all > 0) add_earlier(e, 1, v);
+      if (kept) add_earlier(e, 1, v);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int64_t at = index * in.d + e + k;
@@ -260,47 +415,80 @@ struct Settle {
         store_as(out, at, fma(row.a, load_as<double>(x, at), row.b / total * v[k]));
       }
     }
-    if (in.lse.data && low == 0 && tid == 0) write_lse(in, index, {best, total, 0, 0});
+    if (in.lse.data && low == 0 && tid == 0) write_lse(in, index, {best, total});
   }
 };
 
-// The rows of a block's list, by all its consumers; of the elements those of its slice. memory: of the ring,
-// to which nothing is on its way any more.
+// The class's first reference, which the scores are relative to; of those of several classes each to its own.
+__device__ __forceinline__ int64_t centre_of(const Inputs& in, int64_t index) {
+  const int64_t group = in.labels ? in.labels[index] : 0;
+  return group < 0 ? -1 : group * in.m;
+}
+
+// The rows of a block's list, by all its consumers. memory: of the ring, to which nothing is on its way any
+// more.
 template <typename T>
 __device__ __noinline__ void settle_rows(const Inputs& in, const BulkParts& parts, const RowPlace& place,
                                          int first, char* memory, int tid) {
-  const Settle<T, BlockCrew> settle{in,
-                                    {tid},
-                                    *reinterpret_cast<SettleInBlock*>(memory),
-                                    parts.settled + blockIdx.x * place.slice,
-                                    place.offset,
-                                    place.offset + place.length};
-  for (int index = first; index != NO_ROW; index = parts.next[place.rank * in.n + index]) settle(index);
+  const bool sliced = place.slices > 1;
+  if (sliced) wait_for_previous_launch();  // which sets counts to zero
+  for (int index = first; index != NO_ROW; index = parts.next[place.rank * in.n + index]) {
+    const Settle<T, BlockCrew> settle{in,
+                                      {tid},
+                                      *reinterpret_cast<SettleInBlock*>(memory),
+                                      parts.settled + (sliced ? int64_t{index} : int64_t{blockIdx.x}) * in.d,
+                                      0,
+                                      in.d};
+    const Row row = row_coefficients(in, index);
+    Gap gap = settle.gap(row, place.offset, place.offset + place.length, centre_of(in, index));
+    if (!settle.is_last(parts.gaps + index * place.slices, parts.measured + index, place.rank, place.slices,
+                        gap))
+      continue;
+    float error;
+    if (error_of_row(in, row, parts.doubts[index], gap, parts.rounding, &error) > most_error(in))
+      settle(index, parts.kept, error);
+  }
 }
 
-// Behind the others: the rows whose `errors` (n,) say so, one after the other by every so many clusters.
-// sums: (clusters, d).
+// Behind the others: rows whose weights are spread, one after the other by every so many clusters.
 template <typename T>
 __global__ void __launch_bounds__(ClusterCrew::THREADS) SVEL_CLUSTER(ClusterCrew::BLOCKS)
-    settle_kernel(const __grid_constant__ Inputs in, const float* errors, double* sums) {
+    settle_kernel(const __grid_constant__ Inputs in, const __grid_constant__ BulkParts parts) {
   __shared__ SettleInCluster shared;
-  __shared__ float noted[ClusterCrew::THREADS];
+  __shared__ bool noted[ClusterCrew::THREADS];
+  __shared__ double sums_of_gap[Gap::SUMS];
   constexpr int THREADS = ClusterCrew::THREADS, BLOCKS = ClusterCrew::BLOCKS;
   const int64_t clusters = gridDim.x / BLOCKS, cluster = blockIdx.x / BLOCKS;
   const int tid = threadIdx.x;
   const int rank = blockIdx.x % BLOCKS;
   const int64_t slice = ((in.d + BLOCKS - 1) / BLOCKS + 3) / 4 * 4, low = min(rank * slice, in.d);
-  const Settle<T, ClusterCrew> settle{in,  {tid, rank},           shared, sums + cluster * in.d + low,
-                                      low, min(low + slice, in.d)};
+  const Settle<T, ClusterCrew> settle{
+      in, {tid, rank}, shared, parts.settled + cluster * in.d + low, low, min(low + slice, in.d)};
   wait_for_previous_launch();
   for (int64_t begin = cluster; begin < in.n; begin += clusters * THREADS) {
     const int64_t mine = begin + clusters * tid;
-    const float error = mine < in.n ? errors[mine] : 0;
-    if (!__syncthreads_or(error > MOST_ERROR_OF_SCORES)) continue;  // the same in all blocks
-    noted[tid] = error;
+    const bool spreads = mine < in.n && parts.doubts[mine].spreads();
+    if (!__syncthreads_or(spreads)) continue;  // the same in all blocks
+    noted[tid] = spreads;
     __syncthreads();
     for (int i = 0; i < THREADS && begin + clusters * i < in.n; ++i) {
-      if (noted[i] > MOST_ERROR_OF_SCORES) settle(begin + clusters * i);
+      if (!noted[i]) continue;
+      const int64_t index = begin + clusters * i;
+      const Row row = row_coefficients(in, index);
+      Gap gap = settle.gap(row, settle.low, settle.high, centre_of(in, index));
+      if (tid == 0) {
+        for (int k = 0; k < Gap::SUMS; ++k) sums_of_gap[k] = gap.of[k];
+      }
+      synchronize_cluster();
+      gap = {};
+      for (int k = 0; k < Gap::SUMS; ++k) {
+        for (int other = 0; other < BLOCKS; ++other)
+          gap.of[k] += load_from_peer(peer_address(shared_address(&sums_of_gap[k]), other));
+      }
+      synchronize_cluster();
+      float error;
+      if (error_of_row(in, row, parts.doubts[index], gap, parts.rounding, &error) > most_error(in))
+        settle(index, parts.kept, error);
     }
     __syncthreads();
   }

@@ -264,6 +264,11 @@ struct Teams {
       ++exchanges;
     }
     if (tid == 0) shared().shift = shift;
+    if (segment.kept >= 0 && rank == 0) clear_scores<TR>(kept_scores(segment), segment.tiles, tid, THREADS);
+  }
+
+  __device__ __forceinline__ float* kept_scores(const Segment<1>& segment) const {
+    return parts.kept.at + segment.rows[0].index * parts.kept.row + segment.kept;
   }
 
   // The d_j of 16 bytes of each reference of a tile, one after the other: visit(s, j, d). Beyond D they are
@@ -311,12 +316,17 @@ struct Teams {
     give(number, Mail::scores, pair(scores[0], TR > 1 ? scores[TR - 1] : 0.0f), tid);
   }
 
-  __device__ __forceinline__ void add_tile(Mine& mine, int at, int many, int number, int tid) const {
+  // The first of the `many` last references of the segment.
+  __device__ __forceinline__ void add_tile(Mine& mine, const Segment<1>& segment, int at, int many,
+                                           int number, int tid) const {
     const double answer = take(number, Mail::scores);
-    float weights[TR];
+    float weights[TR], exponents[TR];
     weights[0] = low(answer);
     if constexpr (TR > 1) weights[1] = high(answer);
-    if (!weigh_scores(mine.scores, many, weights, mine.sum)) return;
+    if (!weigh_scores(mine.scores, many, weights, exponents, mine.sum)) return;
+    if (tid == 0 && segment.kept >= 0 && rank == 0)
+      keep_scores(kept_scores(segment) + (segment.references - many), mine.scores, shared().shift, many,
+                  exponents);
     read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
 #pragma unroll
       for (int k = 0; k < EV; ++k)
@@ -352,9 +362,8 @@ struct Teams {
     const int64_t part = here.part_of(team, flags & SEGMENT_UNIT_BEGIN, 0);
     named_barrier(1, THREADS);  // `shift` and `moved` are written
     double by = 1, before = 0;
-    end.own = {mine.scores.top - shared().shift,
-               static_cast<double>(mine.scores.total) + static_cast<double>(mine.source),
-               fmaxf(mine.scores.lead(), mine.source), mine.scores.worst * mine.scores.rate};
+    end.own = mine.scores.part(mine.source);
+    end.own.log2_weight -= shared().shift, end.own.total += mine.source;
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const Joined joined = join(shared().moved, end.own);
       end.own = joined.all, before = joined.by_first, by = joined.by_second;
@@ -415,7 +424,8 @@ struct Teams {
           if (++s == layout.stages) s = 0, phase ^= 1;
         }
         if (i >= LAG) {
-          if (references > 0) add_tile(mine, behind, references - (i - LAG) * TR, exchanges + i - LAG, tid);
+          if (references > 0)
+            add_tile(mine, segment, behind, references - (i - LAG) * TR, exchanges + i - LAG, tid);
           __syncwarp();
           if (tid % 32 == 0) arrive(&shared().empty[behind]);
           if (++behind == layout.stages) behind = 0;
@@ -489,8 +499,8 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
         wait_barrier(&shared.rows_known, 0);
         row = shared.known[index];
       };
-      announce<TR>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced, most_tiles,
-                   name_row, know_row, other);
+      announce<TR>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced, parts.kept,
+                   most_tiles, name_row, know_row, other);
     } else if (other < 64) {
       kernel.produce(other - 32);
     } else {

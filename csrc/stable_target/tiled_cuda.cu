@@ -206,12 +206,16 @@ __global__ void __launch_bounds__(THREADS)
   }
   __shared__ int near[NEAR], found;
   __shared__ double exact[NEAR];
+  __shared__ float largest[33];
   const Row row = work.rows[i];
   const double rate = row.rate(), before = round.best[local];
-  double best = before;
-  for (int64_t j = threadIdx.x; j < valid; j += THREADS) best = fmax(best, static_cast<double>(scores[j]));
+  float first = -INFINITY, second = -INFINITY;  // the largest two of this thread
+  for (int64_t j = threadIdx.x; j < valid; j += THREADS) {
+    const float score = scores[j];
+    second = fmaxf(second, fminf(first, score)), first = fmaxf(first, score);
+  }
   if (threadIdx.x == 0) found = 0;
-  best = block_max<double>(best, scratch);
+  double best = fmax(before, static_cast<double>(block_max<float>(first, largest)));
   const float log2_rate = static_cast<float>(rate * LOG2_E);
 
   const double norm =
@@ -221,8 +225,10 @@ __global__ void __launch_bounds__(THREADS)
       5e-7f;
   const float lowest = static_cast<float>(best) - 2 * log2f(ratio) / log2_rate;
   int count = 0;
-  if (ratio > 1) {  // the errors of smaller weights do not show
-    for (int64_t j = threadIdx.x; j < valid; j += THREADS) {
+  // The errors of smaller weights do not show, nor those of one that has no other beside it.
+  const int near_ones = __syncthreads_count(first >= lowest) + __syncthreads_count(second >= lowest);
+  if (ratio > 1 && near_ones + (before >= lowest) > 1) {
+    for (int64_t j = threadIdx.x; first >= lowest && j < valid; j += THREADS) {
       if (!(scores[j] >= lowest)) continue;
       const int at = atomicAdd(&found, 1);
       if (at < NEAR) near[at] = static_cast<int>(j);
@@ -248,8 +254,9 @@ __global__ void __launch_bounds__(THREADS)
   const float now = static_cast<float>(best);
   double total = 0;
   for (int64_t j = threadIdx.x; j < round.refs; j += THREADS) {
-    float gap = j < valid ? scores[j] - now : 0.0f;
-    if (count > 0 && j < valid && scores[j] >= lowest) {
+    const float score = j < valid ? scores[j] : 0.0f;
+    float gap = score - now;
+    if (count > 0 && score >= lowest) {
       for (int k = 0; k < count; ++k) {
         if (near[k] == j) gap = static_cast<float>(exact[k] - best);
       }

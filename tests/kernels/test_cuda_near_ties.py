@@ -26,18 +26,35 @@ def worst_row(out: Tensor, expected: Tensor) -> float:
     return float(((out.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
 
-def make_ties(n: int, k: int, m: int, d: int, dtype=torch.float16, path: str = "linear", seed: int = 0):
-    """x, refs, t, labels, and the references a and b that each row is between."""
+def make_ties(
+    n: int,
+    k: int,
+    m: int,
+    d: int,
+    dtype=torch.float16,
+    path: str = "linear",
+    seed: int = 0,
+    copies: int = 1,
+    favour: float = 0.0,
+):
+    """x, refs, t, labels, and the references a and b that each row is between; of b's logit `favour` is taken. Every
+    reference is there `copies` times."""
     torch.manual_seed(seed)
-    refs = torch.randn(k, m, d, device="cuda").to(dtype)
+    refs = torch.randn(k, m // copies, d, device="cuda").to(dtype)
     t = torch.tensor(TIMES, device="cuda")[torch.arange(n, device="cuda") % len(TIMES)]
     labels = torch.randint(k, (n,), device="cuda")
-    first = torch.randint(m, (n,), device="cuda")
-    second = (first + torch.randint(1, m, (n,), device="cuda")) % m
+    first = torch.randint(m // copies, (n,), device="cuda")
+    second = (first + torch.randint(1, m // copies, (n,), device="cuda")) % (m // copies)
     at = path_coefficients(path, t.double())
     alpha, sigma = at.alpha[:, None], at.sigma[:, None]
     a, b = refs[labels, first], refs[labels, second]
-    return between(a, b, alpha, sigma), refs, t, labels, a, b
+    x = between(a, b, alpha, sigma)
+    if favour:
+        gap = (a - b).double()
+        x = (x.double() + favour * sigma**2 / alpha * gap / gap.square().sum(1, keepdim=True)).float()
+    if copies > 1:
+        refs = refs.repeat(1, copies, 1)[:, torch.randperm(m // copies * copies, device="cuda")].contiguous()
+    return x, refs, t, labels, a, b
 
 
 def check(x, refs, t, labels=None, source=None, counts=None, **options) -> None:
@@ -119,6 +136,61 @@ def test_a_cluster_far_from_the_first_reference(d, spread):
     x = (1 - t[:, None]) * picked + t[:, None] * torch.randn_like(picked)
     check(x, refs, t, labels)
     check(x, refs, t, labels, prediction="x0", counts=torch.full((4,), m - 7, device="cuda"))
+
+
+def draws(refs: Tensor, labels: Tensor, t: Tensor) -> Tensor:
+    x0 = refs[labels, torch.randint(refs.shape[1], (len(t),), device="cuda")].float()
+    return (1 - t[:, None]) * x0 + t[:, None] * torch.randn_like(x0)
+
+
+@pytest.mark.parametrize("copies", [2, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", SIZES)
+def test_repeated_references(d, dtype, copies):
+    """As at an epoch's end: equal references have no error, near ties beside them have."""
+    n, m = (8, 64) if d > 16_384 else (24, 256)
+    x, refs, t, labels, *_ = make_ties(n, 5, m, d, dtype, copies=copies)
+    check(x, refs, t, labels)
+    for time in (0.1, 0.3, 0.6, 0.9, 0.99):
+        t = torch.full_like(t, time)
+        check(draws(refs, labels, t), refs, t, labels)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d"), [(1, 5000, 128), (64, 20_000, 128), (3200, 5000, 128), (8, 3000, 4096), (2, 304, 65_536)]
+)
+def test_repeated_references_of_a_pool(n, m, d):
+    x, refs, t, labels, *_ = make_ties(n, 1, m, d, copies=8)
+    check(x, refs[0], t)
+    t = torch.linspace(0.05, 0.99, n, device="cuda")
+    check(draws(refs, labels, t), refs[0], t)
+
+
+@pytest.mark.parametrize("d", [128, 1024, 4096, 65_536])
+def test_references_repeated_in_other_classes(d):
+    x, refs, t, labels, *_ = make_ties(8, 3, 40, d, copies=4)
+    everywhere = torch.full_like(labels, -1)
+    both = torch.cat([refs, refs.flip(1)])
+    check(x, both, t, everywhere)
+    counts = torch.tensor([0, 40, 40, 40, 0, 0], device="cuda")
+    labels = labels.clamp(min=1)
+    check(draws(refs, labels, t), both, t, everywhere, counts=counts)
+
+
+@pytest.mark.parametrize("m", [2, 3, 5])
+@pytest.mark.parametrize("d", [128, 1024, 4096, 65_536])
+def test_few_references(d, m):
+    """Rows between the first of a class, which scores are relative to, and another."""
+    x, refs, t, labels, *_ = make_ties(16, 8, m, d)
+    check(x, refs, t, labels)
+
+
+@pytest.mark.parametrize("copies", [1, 8])
+@pytest.mark.parametrize("favour", [3.0, 8.0, 12.0])
+@pytest.mark.parametrize("d", [128, 1024, 4096, 16_384])
+def test_a_far_reference_of_little_weight(d, favour, copies):
+    x, refs, t, labels, *_ = make_ties(24, 3, 128, d, copies=copies, favour=favour)
+    check(x, refs, t, labels)
 
 
 def test_mean_and_lse():
