@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import peers
 import pytest
 import torch
 
 import stablevelocity_kernels as svel
 from stablevelocity_kernels import reference
-from stablevelocity_kernels.testing import TOLERANCE, make_noisy, make_references
+from stablevelocity_kernels.testing import TOLERANCE, make_noisy, make_references, photograph_pieces
 
 # (rows, classes, references per class, D): the training step of the published configuration, and a CPU-sized one
 CLASS_BANKS = {
@@ -201,16 +203,29 @@ def test_pool(measure, device, name, precision):
     _measure_pool(measure, name, x, pool, t, precision, options)
 
 
+# (rows, references, D) of each kind of data
+ONE_TIME = {
+    "pool": ("gaussian", 256, 50_000, 3072),
+    "pool_many": ("gaussian", 4096, 50_000, 4096),
+    "photographs": ("photographs", 256, 50_000, 3072),
+    "photographs_many": ("photographs", 4096, 50_000, 3072),
+}
+
+
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("time", TIMES)
-@pytest.mark.parametrize("name", ["pool", "pool_many"])
+@pytest.mark.parametrize("name", ONE_TIME)
 def test_pool_at_one_time(measure, device, name, time, precision):
     """All rows at one time: how long depends on how many references of a row can matter."""
     if device.type != "cuda":
         pytest.skip("the kernel of these cases is a GPU's")
-    n, m, d, dtype = POOLS["cuda"][name]
+    data, n, m, d = ONE_TIME[name]
     rng = torch.Generator().manual_seed(0)
-    pool = torch.randn(m, d, device=device, dtype=dtype)
+    if data == "gaussian":
+        pool = torch.randn(m, d, device=device, dtype=torch.float16)
+    else:
+        pytest.importorskip("sklearn", exc_type=ImportError)
+        pool = photograph_pieces(m, math.isqrt(d // 3), rng).to(device, torch.float16)
     t = torch.full((n,), time)
     x = make_noisy(pool[torch.randint(m, (n,), generator=rng).to(device)].cpu(), t, rng).to(device)
     t = t.to(device)

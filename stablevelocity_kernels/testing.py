@@ -48,6 +48,28 @@ def make_references(count: int, d: int, geometry: str, generator: torch.Generato
     return points + (10.0 * torch.randn(1, d, generator=generator) if geometry == "shifted" else 0.5)
 
 
+def photograph_pieces(count: int, side: int, generator: torch.Generator) -> Tensor:
+    """(count, 3 side side) float32 in [-1, 1]: squares of two photographs, at different places, half of them mirrored.
+
+    What images have and the made-up references lack: smooth pieces by the hundred that are close to one another, and
+    most of the variance in few directions. The photographs are scikit-learn's.
+    """
+    from sklearn.datasets import load_sample_images
+
+    photographs = load_sample_images().images
+    pieces = []
+    for i, photograph in enumerate(photographs):
+        windows = (
+            torch.tensor(photograph).unfold(0, side, 1).unfold(1, side, 1)
+        )  # (down, across, 3, side, side), a view
+        share = count * (i + 1) // len(photographs) - count * i // len(photographs)
+        places = torch.randperm(windows.shape[0] * windows.shape[1], generator=generator)[:share]
+        taken = windows[places // windows.shape[1], places % windows.shape[1]].float() / 127.5 - 1
+        taken[::2] = taken[::2].flip(-1)
+        pieces.append(taken.flatten(1))
+    return torch.cat(pieces)[torch.randperm(count, generator=generator)]
+
+
 def make_noisy(picked: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
     """x_t = (1 - t) x_0 + t eps for rows x_0 = picked (n, d) and t (n,), on the CPU."""
     return (1 - t[:, None]) * picked.float() + t[:, None] * torch.randn(picked.shape, generator=generator)

@@ -66,6 +66,14 @@ def _compensated(total, lost, value):
 
 
 @triton.jit
+def _sum_of_terms(terms, ROWS: tl.constexpr, TERMS: tl.constexpr):
+    """(ROWS, TERMS) -> (ROWS,) float64. Runs of a few terms are added in the dtype they have, which averages out."""
+    RUN: tl.constexpr = 16 if TERMS > 16 else TERMS
+    runs = tl.sum(tl.reshape(terms, (ROWS, TERMS // RUN, RUN)), axis=2)
+    return tl.sum(runs.to(tl.float64), axis=1)
+
+
+@triton.jit
 def _valid(at, inside, counts_ptr, capacity, HAS_COUNTS: tl.constexpr):
     """Which flattened reference indices `at` lie in their group's count."""
     if HAS_COUNTS:
@@ -197,7 +205,7 @@ def _single_pass(
         seen = live[:, None] & in_d[None, :]
         r = tl.load(refs_ptr + at[:, None] * d + cols[None, :], mask=seen, other=0.0).to(WORK)
         diff = tl.where(seen, r - centre[None, :], 0.0)
-        s = to_logit * tl.sum(diff * (y[None, :] - half_alpha * diff), axis=1).to(tl.float64)
+        s = to_logit * _sum_of_terms(diff * (y[None, :] - half_alpha * diff), BLOCK_M, BLOCK_D)
         s = tl.where(live, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=0))
         finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -349,7 +357,7 @@ def _scores(
             r = tl.load(refs_ptr + at[:, None] * d + cols[None, :], mask=seen, other=0.0).to(WORK)
             diff = tl.where(seen, r - centre[None, :], 0.0)
             acc += diff * (y[None, :] - half_alpha * diff)
-        s = tl.where(live, to_logit * tl.sum(acc, axis=1).to(tl.float64), float("-inf"))
+        s = tl.where(live, to_logit * _sum_of_terms(acc, BLOCK_M, BLOCK_D), float("-inf"))
         tl.store(score_ptr + v + tl.arange(0, BLOCK_M), s, mask=in_split)
     if HAS_SOURCE:  # noqa: SIM102, the outer one is decided when the kernel is compiled
         if split == 0:

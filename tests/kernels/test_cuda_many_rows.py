@@ -12,6 +12,7 @@ from cuda_cases import (
     invalidate,
     kernels_run,
     make_large_pool,
+    make_photograph_pool,
     make_pool,
     make_pool_of_size,
     nothing_waits,
@@ -59,6 +60,13 @@ def check(x, refs, t, counts=None, source=None, precision="exact", **options):
 @pytest.mark.parametrize(("n", "m", "d"), SHAPES)
 def test_shapes(rng, n, m, d, geometry, dtype, precision):
     check(*make_pool(n, m, d, geometry, rng, dtype=dtype), precision=precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m", "side"), [(66, 20_000, 32), (300, 5003, 16)])
+def test_photographs(rng, n, m, side, dtype, precision):
+    check(*make_photograph_pool(n, m, side, rng, dtype), precision=precision)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

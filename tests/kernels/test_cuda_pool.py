@@ -13,6 +13,7 @@ from cuda_cases import (
     invalidate,
     kernels_run,
     make_large_pool,
+    make_photograph_pool,
     make_pool,
     make_pool_of_size,
     nothing_waits,
@@ -61,6 +62,12 @@ def check(x, refs, t, counts=None, precision="fast", **options):
 @pytest.mark.parametrize(("n", "m", "d"), SHAPES)
 def test_shapes(rng, n, m, d, geometry, precision):
     check(*make_pool(n, m, d, geometry, rng), precision=precision)
+
+
+@PRECISIONS
+@pytest.mark.parametrize(("n", "m", "side"), [(26, 40_000, 32), (6, 9001, 16)])
+def test_photographs(rng, n, m, side, precision):
+    check(*make_photograph_pool(n, m, side, rng), precision=precision)
 
 
 def test_the_kernel_serves(rng):

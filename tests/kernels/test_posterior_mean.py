@@ -4,7 +4,17 @@ import math
 
 import pytest
 import torch
-from kernel_cases import SET_PATTERNS, direct_mean, largest_logit, make_problem, make_sets, offset_by_one, with_gaps
+from kernel_cases import (
+    ALL_T,
+    SET_PATTERNS,
+    Problem,
+    direct_mean,
+    largest_logit,
+    make_problem,
+    make_sets,
+    offset_by_one,
+    with_gaps,
+)
 
 from stablevelocity_kernels.testing import (
     GEOMETRIES,
@@ -12,6 +22,7 @@ from stablevelocity_kernels.testing import (
     assert_close,
     make_noisy,
     make_references,
+    photograph_pieces,
     relative_error,
 )
 
@@ -54,6 +65,17 @@ def test_contract_at_large_d(implementation, rng, d, geometry):
 
 def test_contract_at_the_largest_d(torch_op, rng):
     check_contract(torch_op.op("posterior_mean"), make_problem(2**21, 4, "shifted", rng, times=(0.2, 0.999), each=1))
+
+
+@pytest.mark.parametrize("side", [5, 16, 32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_contract_on_photographs(implementation, rng, dtype, side):
+    pytest.importorskip("sklearn", exc_type=ImportError)
+    m, side, each = (30, side // 2, 1) if implementation.interpreted else (1000, side, 2)
+    refs = photograph_pieces(m, side, rng).to(dtype)
+    t = torch.tensor(ALL_T).repeat_interleave(each)
+    x = make_noisy(refs[torch.randint(m, (len(t),), generator=rng)], t, rng)
+    check_contract(implementation.op("posterior_mean"), Problem(x, refs, t, each))
 
 
 @pytest.mark.parametrize("m", [1, 2, 5, 64, 257, 2000])
