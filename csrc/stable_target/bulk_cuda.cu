@@ -107,7 +107,21 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   const Ranges ranges(list, teams);
   const int64_t from = ranges.first_team(list, u);
   const int count = static_cast<int>(ranges.last_team(list, u) - from) + 1;
-  if (count == 1) return;
+  __shared__ SettleInMerge settling;
+  const auto settle = [&](int64_t index, const RowDoubt& doubt, const GapSums* gap) {
+    if (!parts.kept.at || !is_doubtful(in, parts, doubt)) return;
+    const auto merged = in.refs.dtype == Dtype::f16    ? settle_merged<__half>
+                        : in.refs.dtype == Dtype::bf16 ? settle_merged<__nv_bfloat16>
+                                                       : settle_merged<float>;
+    merged(in, parts, index, doubt, chunk, chunks, gap, settling);
+  };
+  if (count == 1) {  // in one block
+    for (int r = 0; r < unit.rows && chunk == 0; ++r) {
+      const int64_t index = list.order[unit.first + r];
+      settle(index, parts.doubts[index], nullptr);
+    }
+    return;
+  }
   for (int r = 0; r < unit.rows; ++r) {
     const int64_t index = list.order[unit.first + r], at = index * in.d + e;
     const auto part_of = [&](int j, int rank) {
@@ -140,30 +154,42 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
     }
     sums[share][pair] = sum;
     __syncthreads();
+    const RowDoubt doubt = doubt_of_row(coefficients_of(row), all);
+    GapSums gap;
     if (share == 0 && e < in.d) {
       for (int other = 1; other < SHARES; ++other) sum.x += sums[other][pair].x, sum.y += sums[other][pair].y;
       const Array out = out_of(in, index);
-      store_as(out, at, row.a * x[0] + row.b * (sum.x / all.total));
-      store_as(out, at + 1, row.a * x[1] + row.b * (sum.y / all.total));
+      const int64_t centre = centre_of(in, index);
+      const double means[2] = {sum.x / all.total, sum.y / all.total};
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const double result = row.a * x[k] + row.b * means[k];
+        store_as(out, at + k, result);
+        if (doubt.spreads())
+          gap.add(doubt, x[k], means[k], static_cast<float>(result),
+                  centre >= 0 ? load_as<float>(in.refs, centre * in.d + e + k) : 0.0f);
+      }
     }
-    if (chunk == 0 && tid == 0) finish_row(in, parts, {}, index, all, nullptr);
+    if (chunk == 0 && tid == 0) finish_row(in, parts, {}, index, doubt, all, nullptr);
     __syncthreads();  // weights and sums are read above and overwritten next
+    settle(index, doubt, &gap);
   }
 }
 
 constexpr int END_THREADS = 128;
 
-// A row of which this block has ended elements [low, high), one of `chunks` blocks: the last of them decides.
+// A row of which this block, one of `chunks`, has ended some elements, with a part of its gap in each thread:
+// the last of the blocks decides.
 __device__ __noinline__ void settle_at_end(const Inputs& in, const ProductsParts& parts, int64_t index,
-                                           const RowDoubt& doubt, int64_t chunk, int64_t chunks, int64_t low,
-                                           int64_t high, SettleAtEnd& shared) {
+                                           const RowDoubt& doubt, int64_t chunk, int64_t chunks,
+                                           const GapSums& sums, SettleAtEnd& shared) {
   const Settle<__half, EndCrew> settle{in, {static_cast<int>(threadIdx.x)}, shared, nullptr, 0, in.d};
-  __syncthreads();  // the elements are written
-  const Row row = row_coefficients(in, index);
-  Gap gap = settle.gap(row, low, high, -1);
+  Gap gap = sums.gap();
+  settle.sum_over_block(gap);
   if (!settle.is_last(parts.gaps + index * chunks, &parts.rows[index].measured, chunk, chunks, gap)) return;
   float error;
-  if (error_of_row(in, row, doubt, gap, 0, &error) > MOST_ERROR_OF_ROW) settle(index, parts.kept, error);
+  const bool absolute = in.lse.data || in.labels[index] < 0;
+  if (may_be_wrong(in, doubt, gap, absolute, 0, error)) settle(index, parts.kept, error);
 }
 
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
@@ -238,12 +264,11 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
       by_source = exp2(by_source - all.log2_weight);
     }
   }
-  const RowDoubt doubt = doubt_of_row(all);
-  // As far as can be told at once: references are as far apart as results are large, or sigma / alpha.
-  const bool doubtful =
-      (doubt.spreads() && doubt.scale * fmaxf(1, static_cast<float>(fabs(left.b))) > 3e-7f) ||
-      (in.lse.data && doubt.scale > 1e-6f * sqrtf(static_cast<float>(in.d)));
-  const double by = left.b / all.total;
+  const RowDoubt doubt = doubt_of_row(left.of, all);
+  const bool doubtful = doubt.may_show(in, doubt.scale) ||
+                        (in.lse.data && doubt.scale > 1e-6f * sqrtf(static_cast<float>(in.d)));
+  const double mean_by = 1 / all.total, by = left.of.b * mean_by;
+  GapSums gap;
   const Array out = out_of(in, index);
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
@@ -269,17 +294,23 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     }
     if (!within[v] || share > 0) continue;
     if (source) add(by_source, *reinterpret_cast<const float4*>(source + at[v]));
-    *reinterpret_cast<float4*>(static_cast<float*>(out.data) + index * in.d + at[v]) =
-        make_float4(static_cast<float>(fma(left.a, static_cast<double>(mine[v].x), by * sum[0])),
-                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].y), by * sum[1])),
-                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].z), by * sum[2])),
-                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].w), by * sum[3])));
+    const float4 result =
+        make_float4(static_cast<float>(fma(left.of.a, static_cast<double>(mine[v].x), by * sum[0])),
+                    static_cast<float>(fma(left.of.a, static_cast<double>(mine[v].y), by * sum[1])),
+                    static_cast<float>(fma(left.of.a, static_cast<double>(mine[v].z), by * sum[2])),
+                    static_cast<float>(fma(left.of.a, static_cast<double>(mine[v].w), by * sum[3])));
+    *reinterpret_cast<float4*>(static_cast<float*>(out.data) + index * in.d + at[v]) = result;
+    if (!doubtful) continue;
+    if (in.mailboxes)
+      mine[v] = *reinterpret_cast<const float4*>(static_cast<const float*>(x_of(in, index).data) +
+                                                 index * in.d + at[v]);
+    gap.add(left.of, mine[v].x, mean_by * sum[0], result.x, 0);
+    gap.add(left.of, mine[v].y, mean_by * sum[1], result.y, 0);
+    gap.add(left.of, mine[v].z, mean_by * sum[2], result.z, 0);
+    gap.add(left.of, mine[v].w, mean_by * sum[3], result.w, 0);
   }
   if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
-  if (doubtful) {
-    const int64_t low = 4 * LANES * VECTORS * chunk, high = min(low + 4 * LANES * VECTORS, in.d);
-    settle_at_end(in, parts, index, doubt, chunk, chunks, low, high, settling);
-  }
+  if (doubtful) settle_at_end(in, parts, index, doubt, chunk, chunks, gap, settling);
 }
 
 // Of a grid where each has few elements.
@@ -342,6 +373,10 @@ void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int
 void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t stream) {
   zero_kernel<<<1, 256, 0, stream>>>(arrived, counts);
   check_launch(op);
+}
+
+int64_t most_merge_blocks(int64_t d) {
+  return ceil_div(d, merge_elements(MERGE_MANY_SHARES));
 }
 
 void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,

@@ -398,7 +398,7 @@ struct Groups {
     own.total += source, own.log2_weight -= shared().shifts[group()][thread() / 32];
     const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, my_row);
     double* const sums = parts.sums + part * d;
-    RowEnd end{row.index, row.out, my_row, segment.from, segment.to, row.a, row.b, own};
+    RowEnd end{row.index, row.out, my_row, segment.from, segment.to, row.coefficients(), own};
     double by = 1, before = 0;
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const Joined joined = join(shared().moved[group()][thread() / 32], end.own);
@@ -440,7 +440,7 @@ struct Groups {
       for (int g = group() + 1; g < group() + groups; ++g) arrive(&shared().taken[g]);
     }
     if (final) {
-      if (thread() == 0) finish_row(in, parts, here, end.index, end.own, &shared().doubtful);
+      if (thread() == 0) finish_row(in, parts, here, end.index, end.of, end.own, &shared().doubtful);
       return;
     }
     if (!(flags & SEGMENT_PART_END)) return;
@@ -571,7 +571,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       kernel.produce();
     } else if (tid >= 96) {
       if (layout.own_list && !layout.merge_last && blockIdx.x == 0)
-        leave_list(in, list, shared_list, tid - 96, 32);
+        leave_list(in, list, shared_list, tid - 96, 32), clear_measured(in, parts, tid - 96);
       if (tid == 96) keep_files(parts, layout.merge_last, shared);
     }
   }

@@ -18,6 +18,7 @@ void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int
 void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t stream);
 
 // Merges the parts of all units that several teams have shared, of `rows` rows each at most.
+int64_t most_merge_blocks(int64_t d);  // of a row
 void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
                  int64_t slices, int64_t slice, int rows, int64_t teams, cudaStream_t stream);
 
@@ -62,16 +63,17 @@ struct Launch : BulkLaunch {
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * plan.blocks * plan.tile_rows * in.d);
     parts.rows = carver.take<PartRow>(2 * plan.blocks * plan.tile_rows);
-    parts.arrived = carver.take<int>(in.n);
+    parts.arrived = carver.take<int>(2 * in.n);
+    parts.measured = parts.arrived + in.n;
     place_settling(carver, parts, plan.blocks, 1, in.d, layout.merge_last);
     if (!layout.own_list) {
-      build_unit_list(op, in, list, parts.arrived, in.n, plan.tile_refs, plan.tile_rows, stream);
+      build_unit_list(op, in, list, parts.arrived, 2 * in.n, plan.tile_refs, plan.tile_rows, stream);
     } else if (layout.merge_last) {
       zero_arrivals(op, parts.arrived, in.n, stream);
     }
     run_in_blocks(groups_kernel<T, GT, Q, TR>, !layout.own_list || layout.merge_last, list, parts, layout);
     if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, plan.tile_rows, plan.blocks, stream);
-    if (!parts.next) settle<T>(parts, plan.blocks);
+    if (!parts.next && !parts.kept.at) settle<T>(parts, plan.blocks);
     return true;
   }
 
@@ -127,6 +129,7 @@ struct Launch : BulkLaunch {
       parts.gaps = carver.take<Gap>(slices * in.n);
       parts.settled = carver.take<double>(in.n * in.d);
     } else {
+      if (!merge_last) parts.gaps = carver.take<Gap>(in.n * most_merge_blocks(in.d));
       parts.settled = carver.take<double>(blocks * slice);
     }
   }
@@ -220,7 +223,7 @@ struct Launch : BulkLaunch {
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
     if (!layout.merge_last) merge_parts(op, in, list, parts, layout.slices, layout.slice, 1, teams, stream);
-    if (!parts.next) settle<T>(parts, teams);
+    if (!parts.next && !parts.kept.at) settle<T>(parts, teams);
     return true;
   }
 };

@@ -42,18 +42,50 @@ struct alignas(16) PartRow {
   }
 };
 
+// One standard deviation, of a row's relative error, beyond which it is evaluated again.
+constexpr float MOST_ERROR_OF_ROW = 7e-7f, MOST_ERROR_OF_SHORT_ROW = 1e-4f;
+__device__ __forceinline__ float most_error(const Inputs& in) {
+  return in.out.dtype == Dtype::f32 ? MOST_ERROR_OF_ROW : MOST_ERROR_OF_SHORT_ROW;
+}
+
+// out = a x + b mean, and see RowState.
+struct Coefficients {
+  double a, b, alpha, per_square;
+  float sign;
+};
+
 // Of a finished row, what its weights leave open (bulk_settle.cuh). In units of log 2.
-struct alignas(16) RowDoubt {
-  double score;  // the weighted mean of the scores
+struct alignas(16) RowDoubt : Coefficients {
   float scale;   // see PartRow
   float lead;    // the share of the largest weight
+  double score;  // the weighted mean of the scores
 
   // Whether another reference has weight.
   __device__ bool spreads() const { return 1 - lead > 2.4e-7f; }
+  // How far apart the references of weight may be, as alpha^2 / (2 sigma^2) times a distance squared: as
+  // those of unit variance are.
+  __device__ float usual_distance(int64_t d) const {
+    return static_cast<float>(2 * per_square * alpha * alpha * static_cast<double>(d));
+  }
+  // Whether scores that are off by `error` may show in the row, as far as can be told without a look at it:
+  // bulk_settle.cuh has the formula.
+  __device__ bool may_show(const Inputs& in, float error) const {
+    if (!spreads()) return false;
+    const float d = static_cast<float>(in.d), of_x = static_cast<float>(a), of_mean = static_cast<float>(b);
+    const float alpha_here = static_cast<float>(alpha),
+                unit = static_cast<float>(per_square) * alpha_here * alpha_here;
+    const float variance = __fdividef(0.72f, static_cast<float>(per_square)),
+                of_data = fmaf(of_x, alpha_here, of_mean);
+    const float size = in.lse.data ? fminf(0.25f, __fdividef(variance, alpha_here * alpha_here))
+                                   : fmaf(of_x * of_x, variance, 0.25f * of_data * of_data);
+    const float moves =
+        0.48f * error * error * of_mean * of_mean * fmaxf(scale, 2 * unit * d) * fminf(lead, 1 - lead);
+    return moves > most_error(in) * most_error(in) * unit * size * d;
+  }
 };
-__device__ __forceinline__ RowDoubt doubt_of_row(const PartRow& all) {
+__device__ __forceinline__ RowDoubt doubt_of_row(const Coefficients& row, const PartRow& all) {
   const float total = static_cast<float>(all.total);
-  return {all.log2_weight + all.log / total, all.scale, all.lead / total};
+  return {row, all.scale, all.lead / total, all.log2_weight + all.log / total};
 }
 
 // Sums over elements of a row, squares of: what is left of x beside the mean, x - alpha m; y; the mean from
@@ -61,6 +93,22 @@ __device__ __forceinline__ RowDoubt doubt_of_row(const PartRow& all) {
 struct alignas(16) Gap {
   static constexpr int SUMS = 5;
   double of[SUMS];
+};
+// Of a thread.
+struct GapSums {
+  double rest = 0, y = 0;
+  float from_centre = 0, mean = 0, result = 0;
+
+  __device__ __forceinline__ void add(const Coefficients& row, double of_x, double of_mean, float of_result,
+                                      float c) {
+    const double x = row.sign * of_x, left = fma(-row.alpha, of_mean, x),
+                 of_y = fma(-row.alpha, static_cast<double>(c), x);
+    const float here = static_cast<float>(of_mean);
+    rest = fma(left, left, rest), y = fma(of_y, of_y, y);
+    from_centre = fmaf(here - c, here - c, from_centre), mean = fmaf(here, here, mean);
+    result = fmaf(of_result, of_result, result);
+  }
+  __device__ __forceinline__ Gap gap() const { return {{rest, y, from_centre, mean, result}}; }
 };
 
 // Scores of the references of rows, in units of log 2: those that had weight when their turn came, and lower
@@ -81,12 +129,12 @@ struct BulkParts {
   PartRow* rows;  // (2 blocks, rows)
   int* arrived;   // zero at first. (n, slices) teams that have left their part of a row of `order`
   uint2* mail;  // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
-  // Of finished rows, which may have to be settled (bulk_settle.cuh): those whose weights are spread, in a
-  // list of each block, or in settle_kernel.
+  // Of finished rows, which may have to be settled (bulk_settle.cuh): in a list of each block, or all of
+  // them, by merge_kernel where scores are kept, else by settle_kernel.
   RowDoubt* doubts;  // (n,)
-  int* next;         // (slices, n) what follows a row in its block's list; null: settle_kernel
-  Gap* gaps;         // (n, slices)
-  int* measured;     // (n,) slices that have left theirs; zero at first
+  int* next;         // (slices, n) what follows a row in its block's list; null: there is none
+  Gap* gaps;         // (n, slices), or of as many blocks as merge a row
+  int* measured;     // (n,) of those that have left theirs; zero at first
   KeptScores kept;
   double* settled;  // room for sums, (d,) for each block or cluster, or row where there are slices
   float rounding;   // of a score, see rounding_of_scores
@@ -211,7 +259,12 @@ struct RowState {
   float rate;                                      // log2(e) alpha / sigma^2
 
   __device__ double exact_rate() const { return 2 * alpha * per_square; }
+  __device__ Coefficients coefficients() const { return {a, b, alpha, per_square, sign}; }
 };
+
+__device__ __forceinline__ Coefficients coefficients_of(const Row& row) {
+  return {row.a, row.b, row.alpha, LOG2_E / (2 * row.sigma * row.sigma), static_cast<float>(row.sign)};
+}
 
 __device__ __forceinline__ void set_row(const Inputs& in, int64_t index, RowState& row) {
   const Row at = row_coefficients(in, index);
@@ -555,8 +608,8 @@ struct RowEnd {
   void* out;
   int row;           // of the unit
   int64_t from, to;  // teams that have parts of the unit
-  double a, b;       // out = a x + b mean
-  PartRow own;       // what this team has
+  Coefficients of;
+  PartRow own;  // what this team has
 };
 
 __device__ __forceinline__ void store_sums(double* to, const double (&v)[4]) {
@@ -568,6 +621,11 @@ __device__ __forceinline__ void add_sums(const double* from, double weight, doub
   const double2 high = __ldcg(reinterpret_cast<const double2*>(from) + 1);
   v[0] = fma(weight, low.x, v[0]), v[1] = fma(weight, low.y, v[1]);
   v[2] = fma(weight, high.x, v[2]), v[3] = fma(weight, high.y, v[3]);
+}
+
+// With a list of units that merge_kernel will read: no block of that has left a gap.
+__device__ __forceinline__ void clear_measured(const Inputs& in, const BulkParts& parts, int lane) {
+  for (int64_t i = lane; i < in.n; i += 32) parts.measured[i] = 0;
 }
 
 // The row's parts together, always in the same order: who comes last makes no difference. By whole warps.
@@ -667,11 +725,11 @@ __device__ __forceinline__ void add_source(const Inputs& in, const RowPlace& pla
 __device__ __forceinline__ void store_row(const Inputs& in, const RowPlace& place, const RowEnd& end, int e,
                                           double by, float4 x, const double (&v)[4]) {
   const int64_t base = end.index * in.d + place.offset;
-  by *= end.b;
-  x.x = static_cast<float>(fma(end.a, static_cast<double>(x.x), by * v[0]));
-  x.y = static_cast<float>(fma(end.a, static_cast<double>(x.y), by * v[1]));
-  x.z = static_cast<float>(fma(end.a, static_cast<double>(x.z), by * v[2]));
-  x.w = static_cast<float>(fma(end.a, static_cast<double>(x.w), by * v[3]));
+  by *= end.of.b;
+  x.x = static_cast<float>(fma(end.of.a, static_cast<double>(x.x), by * v[0]));
+  x.y = static_cast<float>(fma(end.of.a, static_cast<double>(x.y), by * v[1]));
+  x.z = static_cast<float>(fma(end.of.a, static_cast<double>(x.z), by * v[2]));
+  x.w = static_cast<float>(fma(end.of.a, static_cast<double>(x.w), by * v[3]));
   const Array out = {end.out, in.out.dtype};
   if (out.dtype == Dtype::f32 && place.vectors) {
     *reinterpret_cast<float4*>(static_cast<float*>(out.data) + base + e) = x;
@@ -690,14 +748,22 @@ __device__ __forceinline__ void write_lse(const Inputs& in, int64_t index, const
 
 constexpr int NO_ROW = -1;
 
+__device__ __forceinline__ bool is_doubtful(const Inputs& in, const BulkParts& parts, const RowDoubt& doubt) {
+  return doubt.may_show(in, parts.rounding * fmaxf(doubt.scale, doubt.usual_distance(in.d)));
+}
+
 // What one thread does about a finished row. `doubtful`: the first of the block's list.
 __device__ __forceinline__ void finish_row(const Inputs& in, const BulkParts& parts, const RowPlace& place,
-                                           int64_t index, const PartRow& all, int* doubtful) {
+                                           int64_t index, const Coefficients& row, const PartRow& all,
+                                           int* doubtful) {
   if (in.lse.data && place.rank == 0) write_lse(in, index, all);
-  const RowDoubt doubt = doubt_of_row(all);
-  if (place.rank == 0 || doubt.spreads()) parts.doubts[index] = doubt;
-  if (parts.next && doubt.spreads())
+  const RowDoubt doubt = doubt_of_row(row, all);
+  if (!parts.next) {
+    if (place.rank == 0) parts.doubts[index] = doubt;
+  } else if (is_doubtful(in, parts, doubt)) {
+    parts.doubts[index] = doubt;
     parts.next[place.rank * in.n + index] = atomicExch(doubtful, static_cast<int>(index));
+  }
 }
 
 // Whether it was the last of the row's parts.
@@ -723,11 +789,11 @@ __device__ __forceinline__ void merge_row(const Inputs& in, const BulkParts& par
   for (int e = 4 * thread(); e - 4 * lane < place.length; e += 4 * THREADS) {
     double v[4] = {};
     float4 x = make_float4(0, 0, 0, 0);
-    if (e < place.length && end.a != 0) x = load_four(in, place, x_of(in, end.index), end.index, e);
+    if (e < place.length && end.of.a != 0) x = load_four(in, place, x_of(in, end.index), end.index, e);
     add_parts(parts, place, end, together, e, e < place.length, v);
     if (e < place.length) store_row(in, place, end, e, mean_by, x, v);
   }
-  if (thread() == 0) finish_row(in, parts, place, end.index, together.all, doubtful);
+  if (thread() == 0) finish_row(in, parts, place, end.index, end.of, together.all, doubtful);
 }
 
 // The clerk of a block that holds whole samples, one thread: counts the part of a unit that began in an
@@ -746,8 +812,8 @@ __device__ __forceinline__ void keep_files(const BulkParts& parts, bool merge_la
       for (int r = 0; merge_last && r < segment.count; ++r) {
         if (!count_part(parts, segment, r)) continue;
         const RowState& row = segment.rows[r];
-        shared.rows_left[shared.unmerged++] = {row.index,  row.out, r,     segment.from,
-                                               segment.to, row.a,   row.b, {}};
+        shared.rows_left[shared.unmerged++] = {row.index,          row.out, r, segment.from, segment.to,
+                                               row.coefficients(), {}};
       }
     }
     arrive(&shared.announced.done[slot]);
@@ -766,7 +832,7 @@ __device__ __forceinline__ void write_dead_rows(const Inputs& in, const UnitList
       store_four(out_of(in, index), base + e, base + place.length, make_float4(NAN, NAN, NAN, NAN));
     if (place.rank > 0 || tid > 0) continue;
     if (in.lse.data) store_as(lse_of(in, index), index, NAN);
-    parts.doubts[index] = {0, 0, 1};
+    if (!parts.next) parts.doubts[index].lead = 1;
   }
 }
 

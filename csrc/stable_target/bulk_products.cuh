@@ -66,8 +66,8 @@ constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 6
 // What the blocks leave of the rows. A row's sums are in `firsts` from the block where its unit begins, in
 // `sums` from those that follow.
 struct ProductsRow {
-  PartRow own;   // of the first block
-  double a, b;   // out = a x + b mean
+  PartRow own;  // of the first block
+  Coefficients of;
   int from, to;  // blocks that have parts of the row; none where it has nothing to read
   int row;       // of the unit
   int measured;  // see `gaps`
@@ -535,7 +535,7 @@ struct Products {
     if (!(segment.flags & SEGMENT_PART_END)) {
       shared().moved[my_row] = own;
     } else if (segment.flags & SEGMENT_UNIT_BEGIN) {
-      parts.rows[row.index] = {own, row.a, row.b, segment.from, segment.to, my_row, 0};
+      parts.rows[row.index] = {own, row.coefficients(), segment.from, segment.to, my_row, 0};
     } else {
       parts.others[blockIdx.x * ROWS + my_row] = own;
     }
@@ -717,7 +717,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     } else {
       const int64_t lanes = 32 * gridDim.x;
       for (int64_t i = list.sizes[1] + 32 * blockIdx.x + lane; i < in.n; i += lanes)
-        parts.rows[list.order[i]] = {{}, 0, 0, 0, -1, 0, 0};  // nothing to read
+        parts.rows[list.order[i]] = {{}, {}, 0, -1, 0, 0};  // nothing to read
     }
   }
 }

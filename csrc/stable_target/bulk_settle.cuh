@@ -3,7 +3,7 @@
 // reference with all the weight, and any score will do. But the weights of a row that lies between references
 // are a guess. So rows of which more than one reference has weight are measured when they are finished (Gap):
 // how far the references of weight are apart, which for repeated ones is not at all, and what their errors do
-// to the result, beside its size (error_of_row). Rows where that would show are evaluated again, in float64.
+// to the result, beside its size (may_be_wrong). Rows where that would show are evaluated again, in float64.
 //
 // Few calls have any, so this is made to cost nothing else: where a block has finished rows, it takes them
 // when it has done all the rest, by code that is not in the way of the other; where they were finished all
@@ -20,8 +20,6 @@ constexpr double NO_WEIGHT_AT_ALL = 0x1p-40;  // beside the best so far
 // standard deviations of scores that were kept, or those of distances in float32, beside their size.
 constexpr double ROUGH_MARGIN = 41, ROUGH_ERROR = 4e-6;
 constexpr float KEPT_ERRORS = 8, MOST_KEPT_ERROR = 1;  // beyond that others may have had weight
-// One standard deviation, of a row's relative error.
-constexpr float MOST_ERROR_OF_ROW = 6e-7f, MOST_ERROR_OF_SHORT_ROW = 1e-4f;
 
 // A part of a set whose other parts are with other processes has an lse, and references of theirs that may
 // tie with its own; so where all is on the matrix units, whose rows have rounding 0.
@@ -29,48 +27,43 @@ __device__ __forceinline__ bool has_rivals(const Inputs& in, float rounding) {
   return in.lse.data && rounding == 0;
 }
 
-// What the rounding of scores does to a row's result, relative to its size, by one standard deviation:
-// weights that are off at random, by `error` each, move the mean by that times the root of the sum of w^2
+// Whether the rounding of scores may show in a row's result: by one standard deviation, beside its size.
+// Weights that are off at random, by `error` each, move the mean by that times the root of the sum of w^2
 // |r - mean|^2. The score of the mean exceeds the mean of the scores by alpha^2 / (2 sigma^2) times the sum
 // of w |r - mean|^2, the `apart`; which is exact but for the error of scores. `rounding` of a score is
-// relative to what its terms add up to: as much as the largest score has, or a reference of weight. `result`:
-// the error of scores.
-__device__ inline float error_of_row(const Inputs& in, const Row& row, const RowDoubt& doubt, const Gap& gap,
-                                     float rounding, float* result) {
-  *result = 0;
-  if (row.alpha == 0) return 0;
-  const bool absolute = in.lse.data || (in.labels && in.labels[row.index] < 0);
-  const double unit = LOG2_E / (2 * row.sigma * row.sigma);
-  const double above = unit * ((absolute ? 0 : gap.of[1]) - gap.of[0]) - doubt.score;
+// relative to what its terms add up to: as much as the largest score has, or a reference of weight.
+__device__ inline bool may_be_wrong(const Inputs& in, const RowDoubt& doubt, const Gap& gap, bool absolute,
+                                    float rounding, float& error) {
+  const float of_result = static_cast<float>(doubt.b), log_2 = static_cast<float>(LOG_2);
+  const float unit = static_cast<float>(doubt.per_square * doubt.alpha * doubt.alpha);
+  const double above = doubt.per_square * ((absolute ? 0 : gap.of[1]) - gap.of[0]) - doubt.score;
   const float apart = fmaxf(static_cast<float>(above), 0), others = 1 - doubt.lead;
-  const float scale =
-      doubt.scale + static_cast<float>(unit * row.alpha * row.alpha * gap.of[2]) + apart / others;
-  const float error = rounding > 0 ? rounding * scale : doubt.scale;
-  *result = error;
-  const float ratio = static_cast<float>(row.sigma / row.alpha), log_2 = static_cast<float>(LOG_2);
-  const float spread = has_rivals(in, rounding) ? fmaxf(apart, 1) * fmaxf(fminf(doubt.lead, others), 0.25f)
-                                                : (apart + error) * fminf(doubt.lead, others);
-  const float mean_error = error * log_2 * ratio * sqrtf(2 * log_2 * spread);
+  const float from_centre = unit * static_cast<float>(gap.of[2]);
+  const float scale = fmaxf(fmaxf(doubt.scale, from_centre), __fdividef(apart, others));
+  error = rounding > 0 ? rounding * scale : doubt.scale;
+  const float share = fminf(doubt.lead, others);
+  const float spread =
+      has_rivals(in, rounding) ? fmaxf(apart, 1) * fmaxf(share, 0.25f) : (apart + error) * share;
+  const float moves = error * log_2 * error * log_2 * spread;  // times 1 / unit: the mean's, squared
+  const float limit = most_error(in);
   if (!in.lse.data)
-    return fabsf(static_cast<float>(row.b)) * mean_error * rsqrtf(static_cast<float>(gap.of[4]));
+    return of_result * of_result * moves > limit * limit * unit * static_cast<float>(gap.of[4]);
   // The mean may become any prediction: itself, the noise, the velocity.
   const float mean = static_cast<float>(gap.of[3]), rest = static_cast<float>(gap.of[0]);
-  const float sigma = static_cast<float>(row.sigma), alpha = static_cast<float>(row.alpha);
-  return mean_error * rsqrtf(fminf(mean, fminf(rest / (alpha * alpha), fmaf(sigma * sigma, mean, rest))));
+  const float alpha = static_cast<float>(doubt.alpha),
+              variance = __fdividef(static_cast<float>(LOG2_E), 2 * static_cast<float>(doubt.per_square));
+  const float size = fminf(mean, fminf(__fdividef(rest, alpha * alpha), fmaf(variance, mean, rest)));
+  return moves > limit * limit * unit * size;
 }
 
-__device__ inline float most_error(const Inputs& in) {
-  return in.out.dtype == Dtype::f32 ? MOST_ERROR_OF_ROW : MOST_ERROR_OF_SHORT_ROW;
-}
-
-// REFS: of each of so many blocks at a time. HELD: elements that each thread holds itself.
-template <int BLOCKS, int THREADS, int REFS, int HELD>
+// REFS: of each of so many blocks at a time. SPLITS: several threads share the sums of a few elements.
+template <int BLOCKS, int THREADS, int REFS, bool SPLITS>
 struct SettleShared {
   double own[BLOCKS > 1 ? REFS : 1];  // scores of this block's references
   double weights[BLOCKS * REFS];      // of all of them: scores, then weights
   int heavy[BLOCKS * REFS], count;
   double scratch[Gap::SUMS][THREADS / 32];
-  double shares[HELD > 0 ? 1 : THREADS][4];  // of sums, where there are more threads than elements
+  double shares[SPLITS ? THREADS : 1][4];  // of sums, where there are more threads than elements
 
   __device__ __forceinline__ double* scores() { return BLOCKS > 1 ? own : weights; }
 };
@@ -78,6 +71,7 @@ struct SettleShared {
 // All consumers of a block of bulk_groups.cuh or bulk_teams.cuh.
 struct BlockCrew {
   static constexpr int THREADS = GROUPS_CONSUMERS, BLOCKS = 1, REFS = 1024, HELD = 0, rank = 0;
+  static constexpr bool SPLITS = true;
   int tid;
   __device__ __forceinline__ void wait() const { named_barrier(1, THREADS); }
   __device__ __forceinline__ void wait_for_all() const { wait(); }
@@ -87,6 +81,7 @@ struct BlockCrew {
 // A cluster of blocks.
 struct ClusterCrew {
   static constexpr int THREADS = 256, BLOCKS = 8, REFS = 256, HELD = 0;
+  static constexpr bool SPLITS = true;
   int tid, rank;
   __device__ __forceinline__ void wait() const { __syncthreads(); }
   __device__ __forceinline__ void wait_for_all() const { synchronize_cluster(); }
@@ -95,10 +90,21 @@ struct ClusterCrew {
   }
 };
 
+// One of merge_kernel, where scores are kept.
+struct MergeCrew {
+  static constexpr int THREADS = 64, BLOCKS = 1, REFS = 64, HELD = 0, rank = 0;
+  static constexpr bool SPLITS = false;
+  int tid;
+  __device__ __forceinline__ void wait() const { __syncthreads(); }
+  __device__ __forceinline__ void wait_for_all() const { wait(); }
+  __device__ __forceinline__ double score(const double* scores, int j) const { return scores[j]; }
+};
+
 // A block of a kernel that finishes rows, of up to 4,096 elements, with little shared memory: so it fits
 // beside those of the kernel before.
 struct EndCrew {
   static constexpr int THREADS = 128, BLOCKS = 1, REFS = 64, HELD = 32, rank = 0;
+  static constexpr bool SPLITS = false;
   int tid;
   __device__ __forceinline__ void wait() const { __syncthreads(); }
   __device__ __forceinline__ void wait_for_all() const { wait(); }
@@ -106,8 +112,9 @@ struct EndCrew {
 };
 
 template <typename Crew>
-using SettleSharedOf = SettleShared<Crew::BLOCKS, Crew::THREADS, Crew::REFS, Crew::HELD>;
+using SettleSharedOf = SettleShared<Crew::BLOCKS, Crew::THREADS, Crew::REFS, Crew::SPLITS>;
 using SettleAtEnd = SettleSharedOf<EndCrew>;
+using SettleInMerge = SettleSharedOf<MergeCrew>;
 using SettleInBlock = SettleSharedOf<BlockCrew>;
 using SettleInCluster = SettleSharedOf<ClusterCrew>;
 static_assert(sizeof(SettleInBlock) <= SETTLE_SMEM, "the planner reserves less");
@@ -170,24 +177,22 @@ struct Settle {
 
   // Over elements [from, to) of a row that is finished there. centre: of the scores, among all references;
   // -1: the origin. In all threads.
-  __device__ __forceinline__ Gap gap(const Row& row, int64_t from, int64_t to, int64_t centre) const {
-    const Array x = x_of(in, row.index), out = out_of(in, row.index);
-    const double by = row.b != 0 ? 1 / row.b : 0;
-    Gap gap{};
-#pragma unroll 2
+  __device__ __forceinline__ Gap gap(const RowDoubt& row, int64_t index, int64_t from, int64_t to,
+                                     int64_t centre) const {
+    const Array x = x_of(in, index), out = out_of(in, index);
+    const double nearly = 1 / static_cast<float>(row.b), by = nearly * fma(-row.b, nearly, 2.0);
+    GapSums sums;
+#pragma unroll 1
     for (int64_t e = from + 4 * tid; e < to; e += 4 * THREADS) {
-      const float4 of_x = load_of(x, row.index, e), result = load_of(out, row.index, e);
+      const float4 of_x = load_of(x, index, e), result = load_of(out, index, e);
       const float4 of_c = centre >= 0 ? load(refs + centre * in.d + e) : make_float4(0, 0, 0, 0);
-      const auto add = [&](double x, double result, double c) {
-        const double mean = by * fma(-row.a, x, result);
-        const double rest = fma(-row.alpha, mean, row.sign * x), y = fma(-row.alpha, c, row.sign * x);
-        gap.of[0] = fma(rest, rest, gap.of[0]), gap.of[1] = fma(y, y, gap.of[1]);
-        gap.of[2] = fma(mean - c, mean - c, gap.of[2]), gap.of[3] = fma(mean, mean, gap.of[3]);
-        gap.of[4] = fma(result, result, gap.of[4]);
+      const auto add = [&](double x, double result, float c) {
+        sums.add(row, x, by * fma(-row.a, x, result), static_cast<float>(result), c);
       };
       add(of_x.x, result.x, of_c.x), add(of_x.y, result.y, of_c.y);
       add(of_x.z, result.z, of_c.z), add(of_x.w, result.w, of_c.w);
     }
+    Gap gap = sums.gap();
     sum_over_block(gap);
     return gap;
   }
@@ -289,8 +294,7 @@ struct Settle {
     };
     // Where elements are few, several threads take the same ones of other references.
     const int lanes = static_cast<int>(min(max((high - low + 3) / 4, int64_t{1}), int64_t{THREADS}));
-    const int shares = lanes > 0 && Crew::HELD == 0 ? THREADS / lanes : 1,
-              share = lanes > 0 ? tid / lanes : 0;
+    const int shares = Crew::SPLITS ? THREADS / lanes : 1, share = tid / lanes;
     double best = -INFINITY, total = 0, own = 0;  // own: the weight of the source
     bool kept = false;                            // there are sums
     if (in.source.data) best = score_of_source(row, x), total = own = 1;
@@ -387,7 +391,7 @@ struct Settle {
           keep_sums(e, v);
         } else {  // once
 #pragma unroll
-          for (int k = 0; k < 4; ++k) shared.shares[Crew::HELD > 0 ? 0 : tid][k] = v[k];
+          for (int k = 0; k < 4; ++k) shared.shares[Crew::SPLITS ? tid : 0][k] = v[k];
         }
       }
       if (shares > 1) {
@@ -425,6 +429,28 @@ __device__ __forceinline__ int64_t centre_of(const Inputs& in, int64_t index) {
   return group < 0 ? -1 : group * in.m;
 }
 
+// A row of which this block of merge_kernel, one of `chunks`, has ended some elements, with a part of its gap
+// in each thread; or all of it, without. The last of the blocks decides.
+template <typename T>
+__device__ __noinline__ void settle_merged(const Inputs& in, const BulkParts& parts, int64_t index,
+                                           const RowDoubt& doubt, int chunk, int chunks, const GapSums* sums,
+                                           SettleInMerge& shared) {
+  const Settle<T, MergeCrew> settle{
+      in, {static_cast<int>(threadIdx.x)}, shared, parts.settled + index * in.d, 0, in.d};
+  const int64_t centre = centre_of(in, index);
+  Gap gap;
+  if (sums) {
+    gap = sums->gap();
+    settle.sum_over_block(gap);
+    if (!settle.is_last(parts.gaps + index * chunks, parts.measured + index, chunk, chunks, gap)) return;
+  } else {
+    gap = settle.gap(doubt, index, 0, in.d, centre);
+  }
+  float error;
+  if (may_be_wrong(in, doubt, gap, in.lse.data || centre < 0, parts.rounding, error))
+    settle(index, parts.kept, error);
+}
+
 // The rows of a block's list, by all its consumers. memory: of the ring, to which nothing is on its way any
 // more.
 template <typename T>
@@ -439,13 +465,14 @@ __device__ __noinline__ void settle_rows(const Inputs& in, const BulkParts& part
                                       parts.settled + (sliced ? int64_t{index} : int64_t{blockIdx.x}) * in.d,
                                       0,
                                       in.d};
-    const Row row = row_coefficients(in, index);
-    Gap gap = settle.gap(row, place.offset, place.offset + place.length, centre_of(in, index));
+    const RowDoubt doubt = parts.doubts[index];
+    const int64_t centre = centre_of(in, index);
+    Gap gap = settle.gap(doubt, index, place.offset, place.offset + place.length, centre);
     if (!settle.is_last(parts.gaps + index * place.slices, parts.measured + index, place.rank, place.slices,
                         gap))
       continue;
     float error;
-    if (error_of_row(in, row, parts.doubts[index], gap, parts.rounding, &error) > most_error(in))
+    if (may_be_wrong(in, doubt, gap, in.lse.data || centre < 0, parts.rounding, error))
       settle(index, parts.kept, error);
   }
 }
@@ -467,15 +494,16 @@ __global__ void __launch_bounds__(ClusterCrew::THREADS) SVEL_CLUSTER(ClusterCrew
   wait_for_previous_launch();
   for (int64_t begin = cluster; begin < in.n; begin += clusters * THREADS) {
     const int64_t mine = begin + clusters * tid;
-    const bool spreads = mine < in.n && parts.doubts[mine].spreads();
-    if (!__syncthreads_or(spreads)) continue;  // the same in all blocks
-    noted[tid] = spreads;
+    const bool doubtful = mine < in.n && is_doubtful(in, parts, parts.doubts[mine]);
+    if (!__syncthreads_or(doubtful)) continue;  // the same in all blocks
+    noted[tid] = doubtful;
     __syncthreads();
     for (int i = 0; i < THREADS && begin + clusters * i < in.n; ++i) {
       if (!noted[i]) continue;
       const int64_t index = begin + clusters * i;
-      const Row row = row_coefficients(in, index);
-      Gap gap = settle.gap(row, settle.low, settle.high, centre_of(in, index));
+      const RowDoubt doubt = parts.doubts[index];
+      const int64_t centre = centre_of(in, index);
+      Gap gap = settle.gap(doubt, index, settle.low, settle.high, centre);
       if (tid == 0) {
         for (int k = 0; k < Gap::SUMS; ++k) sums_of_gap[k] = gap.of[k];
       }
@@ -487,7 +515,7 @@ __global__ void __launch_bounds__(ClusterCrew::THREADS) SVEL_CLUSTER(ClusterCrew
       }
       synchronize_cluster();
       float error;
-      if (error_of_row(in, row, parts.doubts[index], gap, parts.rounding, &error) > most_error(in))
+      if (may_be_wrong(in, doubt, gap, in.lse.data || centre < 0, parts.rounding, error))
         settle(index, parts.kept, error);
     }
     __syncthreads();

@@ -357,7 +357,7 @@ struct Teams {
     const RowState& row = segment.rows[0];
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool ends = flags & SEGMENT_PART_END, whole = ends && others == 0;
-    RowEnd end{row.index, row.out, 0, segment.from, segment.to, row.a, row.b, {}};
+    RowEnd end{row.index, row.out, 0, segment.from, segment.to, row.coefficients(), {}};
     const RowPlace here = place();
     const int64_t part = here.part_of(team, flags & SEGMENT_UNIT_BEGIN, 0);
     named_barrier(1, THREADS);  // `shift` and `moved` are written
@@ -394,7 +394,7 @@ struct Teams {
     if (ends && !whole && tid == 0) parts.rows[part] = end.own;
     named_barrier(1, THREADS);
     if (tid == 0) shared().moved = end.own;
-    if (whole && tid == 0) finish_row(in, parts, here, end.index, end.own, &shared().doubtful);
+    if (whole && tid == 0) finish_row(in, parts, here, end.index, end.of, end.own, &shared().doubtful);
     if (!ends || whole || !layout.merge_last) return;
     if (tid == 0) {
       wait_for_previous_launch();  // which sets the counts to zero
@@ -509,7 +509,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
         arrive(&shared.rows_known);
       }
       if (layout.own_list && !layout.merge_last && blockIdx.x == 0 && other >= 96)
-        leave_list(in, list, shared_list, other - 96, 32);
+        leave_list(in, list, shared_list, other - 96, 32), clear_measured(in, parts, other - 96);
       if (layout.team == Team::cluster) {
         kernel.carry_mail_in_cluster(other / 32 - 2, other % 32);
       } else {
