@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
       for (int k = 0; k < 2; ++k) {
         const double result = row.a * x[k] + row.b * means[k];
         store_as(out, at + k, result);
-        if (doubt.spreads())
+        if (all.spreads())
           gap.add(doubt, x[k], means[k], static_cast<float>(result),
                   centre >= 0 ? load_as<float>(in.refs, centre * in.d + e + k) : 0.0f);
       }
@@ -264,9 +264,13 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
       by_source = exp2(by_source - all.log2_weight);
     }
   }
-  const RowDoubt doubt = doubt_of_row(left.of, all);
-  const bool doubtful = doubt.may_show(in, doubt.scale) ||
-                        (in.lse.data && doubt.scale > 1e-6f * sqrtf(static_cast<float>(in.d)));
+  RowDoubt doubt;
+  bool doubtful = false;
+  if (all.spreads() || in.lse.data) {
+    doubt = doubt_of_row(left.of, all);
+    doubtful = doubt.may_show(in, doubt.scale) ||
+               (in.lse.data && doubt.scale > 1e-6f * sqrtf(static_cast<float>(in.d)));
+  }
   const double mean_by = 1 / all.total, by = left.of.b * mean_by;
   GapSums gap;
   const Array out = out_of(in, index);

@@ -222,11 +222,6 @@ struct Groups {
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     if (squares) square = row.per_square * sum_over_group(square);
     if (thread() % 32 == 0) shared().shifts[group()][thread() / 32] = square;
-    if (segment.kept >= 0) {  // of this group's tiles
-      const int groups = groups_of_a_row(segment.count), turn = group() % groups;
-      clear_scores<TR>(kept_scores(segment, my_row), segment.tiles, turn + thread() * groups, GT * groups);
-      group_barrier();
-    }
   }
   __device__ __forceinline__ float* kept_scores(const Segment<ROWS>& segment, int my_row) const {
     return parts.kept.at + segment.rows[my_row].index * parts.kept.row + segment.kept;

@@ -31,6 +31,8 @@ struct alignas(16) PartRow {
       log += by_float * fmaf(static_cast<float>(part.log2_weight - log2_weight),
                              static_cast<float>(part.total), part.log);
   }
+  // Whether more than one reference has weight.
+  __device__ __forceinline__ bool spreads() const { return lead < (1 - 2.4e-7f) * static_cast<float>(total); }
   // Those that the lanes of a warp have added each for itself.
   __device__ __forceinline__ void collect_over_warp() {
 #pragma unroll 1
@@ -60,8 +62,6 @@ struct alignas(16) RowDoubt : Coefficients {
   float lead;    // the share of the largest weight
   double score;  // the weighted mean of the scores
 
-  // Whether another reference has weight.
-  __device__ bool spreads() const { return 1 - lead > 2.4e-7f; }
   // How far apart the references of weight may be, as alpha^2 / (2 sigma^2) times a distance squared: as
   // those of unit variance are.
   __device__ float usual_distance(int64_t d) const {
@@ -70,7 +70,7 @@ struct alignas(16) RowDoubt : Coefficients {
   // Whether scores that are off by `error` may show in the row, as far as can be told without a look at it:
   // bulk_settle.cuh has the formula.
   __device__ bool may_show(const Inputs& in, float error) const {
-    if (!spreads()) return false;
+    if (lead > 1 - 2.4e-7f) return false;
     const float d = static_cast<float>(in.d), of_x = static_cast<float>(a), of_mean = static_cast<float>(b);
     const float alpha_here = static_cast<float>(alpha),
                 unit = static_cast<float>(per_square) * alpha_here * alpha_here;
@@ -85,7 +85,7 @@ struct alignas(16) RowDoubt : Coefficients {
 };
 __device__ __forceinline__ RowDoubt doubt_of_row(const Coefficients& row, const PartRow& all) {
   const float total = static_cast<float>(all.total);
-  return {row, all.scale, all.lead / total, all.log2_weight + all.log / total};
+  return {row, all.scale, __fdividef(all.lead, total), all.log2_weight + __fdividef(all.log, total)};
 }
 
 // Sums over elements of a row, squares of: what is left of x beside the mean, x - alpha m; y; the mean from
@@ -394,6 +394,11 @@ struct Announcements {
   }
 };
 
+// Room for the scores of a segment's references: none has weight yet. By a warp.
+__device__ __forceinline__ void clear_scores(float* kept, int references, int lane) {
+  for (int j = lane; j < references; j += 32) kept[j] = -INFINITY;
+}
+
 // The announcer, a warp: tells the producer and the consumers of each segment in the team's range.
 // most_tiles(rows): of a segment. name_row(index, state) is called for each row before the segment is placed,
 // know_row(index, state) before it is told.
@@ -455,6 +460,11 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
           know_row(index, segment.rows[lane]);
         }
         __syncwarp();
+        if (TR < 8 && place.rank == 0 && segment.kept >= 0) {
+          for (int r = 0; r < rows; ++r)
+            clear_scores(kept.at + segment.rows[r].index * kept.row + segment.kept, count * TR, lane);
+          __syncwarp();
+        }
         if (lane == 0) arrive(&announced.told[slot]);
         if (++slot == SEGMENT_SLOTS) slot = 0, phase ^= 1;
         tile += count;
@@ -536,15 +546,6 @@ __device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&sc
   return true;
 }
 
-// Room for the scores of a segment's references: none has weight yet. By threads `first`, first + step and so
-// on of as many as there are tiles, or more.
-template <int TR>
-__device__ __forceinline__ void clear_scores(float* kept, int tiles, int first, int step) {
-  for (int i = first; i < tiles; i += step) {
-#pragma unroll
-    for (int j = 0; j < TR; ++j) kept[i * TR + j] = -INFINITY;
-  }
-}
 // Those of a tile, by one thread. shift: of the row, see RowState.
 template <int COUNT>
 __device__ __forceinline__ void keep_scores(float* kept, const RowScores& my, double shift, int many,
@@ -757,6 +758,7 @@ __device__ __forceinline__ void finish_row(const Inputs& in, const BulkParts& pa
                                            int64_t index, const Coefficients& row, const PartRow& all,
                                            int* doubtful) {
   if (in.lse.data && place.rank == 0) write_lse(in, index, all);
+  if (parts.next && !all.spreads()) return;
   const RowDoubt doubt = doubt_of_row(row, all);
   if (!parts.next) {
     if (place.rank == 0) parts.doubts[index] = doubt;

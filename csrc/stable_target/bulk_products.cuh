@@ -140,11 +140,11 @@ struct ProductsShared {
   float scales[2][ROWS];            // what it has done to the sums so far
   float offsets[ROWS][WARPS];  // what scores are relative to: a warp's share of that of the first reference
   float x_squares[ROWS][WARPS],
-      r_squares[WARPS];               // of a warp's elements: |x|^2, |r|^2 of the first reference
-  double exact_squares[ROWS][WARPS];  // |x|^2 where all its digits are wanted
-  float kept[ROWS][SEGMENT_REFS];     // scores of the segment, relative to the first reference's
-  PartRow moved[ROWS];                // of the part, with the segments so far
-  Barrier settled;                    // the segment's ends are there
+      r_squares[WARPS];                        // of a warp's elements: |x|^2, |r|^2 of the first reference
+  double exact_squares[ROWS][WARPS];           // |x|^2 where all its digits are wanted
+  alignas(16) float kept[ROWS][SEGMENT_REFS];  // scores of the segment, relative to the first reference's
+  PartRow moved[ROWS];                         // of the part, with the segments so far
+  Barrier settled;                             // the segment's ends are there
   ProductsEnd ends[SEGMENT_SLOTS][ROWS];
 };
 
@@ -549,7 +549,12 @@ struct Products {
       const RowState& row = segment.rows[r];
       const float from = __shfl_sync(0xffffffffu, of_my_row, 8 * r);
       float* const to = parts.kept.at + row.index * parts.kept.row + segment.kept;
-      for (int j = lane(); j < segment.references; j += 32) to[j] = fmaf(shared().kept[r][j], row.rate, from);
+      for (int j = 4 * lane(); j < segment.references; j += 128) {
+        const float4 four = *reinterpret_cast<const float4*>(&shared().kept[r][j]);
+        *reinterpret_cast<float4*>(to + j) =
+            make_float4(fmaf(four.x, row.rate, from), fmaf(four.y, row.rate, from),
+                        fmaf(four.z, row.rate, from), fmaf(four.w, row.rate, from));
+      }
     }
   }
 

@@ -264,7 +264,6 @@ struct Teams {
       ++exchanges;
     }
     if (tid == 0) shared().shift = shift;
-    if (segment.kept >= 0 && rank == 0) clear_scores<TR>(kept_scores(segment), segment.tiles, tid, THREADS);
   }
 
   __device__ __forceinline__ float* kept_scores(const Segment<1>& segment) const {

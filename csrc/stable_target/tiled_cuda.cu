@@ -205,14 +205,16 @@ __global__ void __launch_bounds__(THREADS)
     return;
   }
   __shared__ int near[NEAR], found;
-  __shared__ double exact[NEAR];
+  __shared__ double exact[NEAR], steps[NEAR];
   __shared__ float largest[33];
   const Row row = work.rows[i];
   const double rate = row.rate(), before = round.best[local];
   float first = -INFINITY, second = -INFINITY;  // the largest two of this thread
+  int first_at = 0;
   for (int64_t j = threadIdx.x; j < valid; j += THREADS) {
     const float score = scores[j];
-    second = fmaxf(second, fminf(first, score)), first = fmaxf(first, score);
+    second = fmaxf(second, fminf(first, score));
+    if (score > first) first = score, first_at = static_cast<int>(j);
   }
   if (threadIdx.x == 0) found = 0;
   double best = fmax(before, static_cast<double>(block_max<float>(first, largest)));
@@ -223,15 +225,23 @@ __global__ void __launch_bounds__(THREADS)
   const float ratio =
       score_error(row, static_cast<float>(best), static_cast<float>(norm), round.squares[local], in.d) /
       5e-7f;
-  const float lowest = static_cast<float>(best) - 2 * log2f(ratio) / log2_rate;
+  // Weights whose errors may show, and what eight standard deviations may hide.
+  const float lowest = static_cast<float>(best) - (2 * log2f(ratio) + 6e-6f * ratio) / log2_rate;
   int count = 0;
   // The errors of smaller weights do not show, nor those of one that has no other beside it.
-  const int near_ones = __syncthreads_count(first >= lowest) + __syncthreads_count(second >= lowest);
-  if (ratio > 1 && near_ones + (before >= lowest) > 1) {
-    for (int64_t j = threadIdx.x; first >= lowest && j < valid; j += THREADS) {
-      if (!(scores[j] >= lowest)) continue;
+  const bool alone = round.first_ref == 0 && left <= round.refs && before == -INFINITY &&
+                     __syncthreads_count(first >= lowest) + __syncthreads_count(second >= lowest) == 1;
+  if (ratio > 1 && !alone) {
+    const auto take = [&](int j) {
       const int at = atomicAdd(&found, 1);
-      if (at < NEAR) near[at] = static_cast<int>(j);
+      if (at < NEAR) near[at] = j;
+    };
+    if (second >= lowest) {
+      for (int64_t j = threadIdx.x; j < valid; j += THREADS) {
+        if (scores[j] >= lowest) take(static_cast<int>(j));
+      }
+    } else if (first >= lowest) {
+      take(first_at);
     }
     __syncthreads();
     count = found <= NEAR ? found : 0;
@@ -254,16 +264,23 @@ __global__ void __launch_bounds__(THREADS)
   const float now = static_cast<float>(best);
   double total = 0;
   for (int64_t j = threadIdx.x; j < round.refs; j += THREADS) {
-    const float score = j < valid ? scores[j] : 0.0f;
-    float gap = score - now;
-    if (count > 0 && score >= lowest) {
-      for (int k = 0; k < count; ++k) {
-        if (near[k] == j) gap = static_cast<float>(exact[k] - best);
-      }
-    }
-    const float p = j < valid ? exp2f(gap * log2_rate) : 0.0f;
+    float logarithm = (scores[j] - now) * log2_rate;
+    logarithm = logarithm > 64 ? 64 : logarithm;  // of those that are corrected below
+    const float p = j < valid ? exp2f(logarithm) : 0.0f;
     scores[j] = p;
     total += p;
+  }
+  if (count > 0) {  // each as often, and in the same place, whatever its order in the list
+    __syncthreads();
+    for (int k = threadIdx.x; k < count; k += THREADS) {
+      int before_it = 0;
+      for (int other = 0; other < count; ++other) before_it += near[other] < near[k];
+      const float p = exp2f(static_cast<float>(exact[k] - best) * log2_rate);
+      steps[before_it] = static_cast<double>(p) - scores[near[k]];
+      scores[near[k]] = p;
+    }
+    __syncthreads();
+    if (threadIdx.x < count) total += steps[threadIdx.x];
   }
   total = block_sum<double>(total, scratch);
   if (threadIdx.x != 0) return;
