@@ -178,31 +178,14 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
 
 constexpr int END_THREADS = 128;
 
-// A row of which this block, one of `chunks`, has ended some elements, with a part of its gap in each thread:
-// the last of the blocks decides.
-__device__ __noinline__ void settle_at_end(const Inputs& in, const ProductsParts& parts, int64_t index,
-                                           const RowDoubt& doubt, int64_t chunk, int64_t chunks,
-                                           const GapSums& sums, SettleAtEnd& shared) {
-  const Settle<__half, EndCrew> settle{in, {static_cast<int>(threadIdx.x)}, shared, nullptr, 0, in.d};
-  Gap gap = sums.gap();
-  settle.sum_over_block(gap);
-  if (!settle.is_last(parts.gaps + index * chunks, &parts.rows[index].measured, chunk, chunks, gap)) return;
-  float error;
-  const bool absolute = in.lse.data || in.labels[index] < 0;
-  if (may_be_wrong(in, doubt, gap, absolute, 0, error)) settle(index, parts.kept, error);
-}
-
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
-// take LANES by LANES shares of the parts. A row that its scores may have got wrong the last of the row's
-// blocks evaluates again. Grid: rows x chunks of D.
+// take LANES by LANES shares of the parts. Grid: rows x chunks of D.
 template <int LANES, int VECTORS>
 __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     end_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
   constexpr int SHARES = END_THREADS / LANES;
   extern __shared__ double weights[];  // (blocks,) of the row's other parts
   __shared__ double scratch[33], sums[SHARES][VECTORS][LANES][4];
-  __shared__ SettleAtEnd settling;
-  __shared__ PartRow collected[END_THREADS / 32];
   const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
   const int64_t index = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const int lane = threadIdx.x % LANES, share = threadIdx.x / LANES;
@@ -225,13 +208,11 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
   const ProductsRow left = parts.rows[index];
   const int others = left.to - left.from;  // negative: nothing to read
   const auto part_of = [&](int j) { return (left.from + 1 + j) * PRODUCTS_ROWS + left.row; };
-  PartRow all = left.own;
-  if (others < 0) all.total = NAN;
-  double by_first = 1, by_source = 0;
+  double total = others < 0 ? NAN : left.own.total, best = left.own.log2_weight, by_first = 1, by_source = 0;
   const float* source = nullptr;
   if (in.source.data && others >= 0) source = static_cast<const float*>(in.source.data) + index * in.d;
   if (others > 0 || source) {
-    double top = all.log2_weight;
+    double top = best;
     if (source) {  // a part like any other
       const Row row = row_coefficients(in, index);
       double score = 0, square = 0;
@@ -249,31 +230,19 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
       const double other = parts.others[part_of(j)].log2_weight;
       top = top >= other || other != other ? top : other;
     }
-    all.log2_weight = block_max<double>(top, scratch);
-    all.total = 0, all.lead = all.scale = all.log = 0;
+    best = block_max<double>(top, scratch);
+    double of_others = 0;
     for (int j = threadIdx.x; j < others; j += END_THREADS) {
       const PartRow part = parts.others[part_of(j)];
-      weights[j] = exp2(part.log2_weight - all.log2_weight);
-      all.add(part, weights[j]);
+      weights[j] = exp2(part.log2_weight - best);
+      of_others = fma(weights[j], part.total, of_others);
     }
-    by_first = exp2(left.own.log2_weight - all.log2_weight);
-    collect_over_block(all, collected);
-    all.add(left.own, by_first);
-    if (source) {
-      all.add({by_source, 1, 1}, exp2(by_source - all.log2_weight));
-      by_source = exp2(by_source - all.log2_weight);
-    }
+    by_first = exp2(left.own.log2_weight - best);
+    by_source = source ? exp2(by_source - best) : 0;
+    total = block_sum<double>(of_others, scratch) + fma(by_first, total, by_source);
   }
-  RowDoubt doubt;
-  bool doubtful = false;
-  if (all.spreads() || in.lse.data) {
-    doubt = doubt_of_row(left.of, all);
-    doubtful = doubt.may_show(in, doubt.scale) ||
-               (in.lse.data && doubt.scale > 1e-6f * sqrtf(static_cast<float>(in.d)));
-  }
-  const double mean_by = 1 / all.total, by = left.of.b * mean_by;
-  GapSums gap;
-  const Array out = out_of(in, index);
+  const double by = left.b / total;
+  float* const out = static_cast<float*>(out_of(in, index).data) + index * in.d;
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     double sum[4] = {by_first * first[v].x, by_first * first[v].y, by_first * first[v].z,
@@ -298,36 +267,20 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     }
     if (!within[v] || share > 0) continue;
     if (source) add(by_source, *reinterpret_cast<const float4*>(source + at[v]));
-    const float4 result =
-        make_float4(static_cast<float>(fma(left.of.a, static_cast<double>(mine[v].x), by * sum[0])),
-                    static_cast<float>(fma(left.of.a, static_cast<double>(mine[v].y), by * sum[1])),
-                    static_cast<float>(fma(left.of.a, static_cast<double>(mine[v].z), by * sum[2])),
-                    static_cast<float>(fma(left.of.a, static_cast<double>(mine[v].w), by * sum[3])));
-    *reinterpret_cast<float4*>(static_cast<float*>(out.data) + index * in.d + at[v]) = result;
-    if (!doubtful) continue;
-    if (in.mailboxes)
-      mine[v] = *reinterpret_cast<const float4*>(static_cast<const float*>(x_of(in, index).data) +
-                                                 index * in.d + at[v]);
-    gap.add(left.of, mine[v].x, mean_by * sum[0], result.x, 0);
-    gap.add(left.of, mine[v].y, mean_by * sum[1], result.y, 0);
-    gap.add(left.of, mine[v].z, mean_by * sum[2], result.z, 0);
-    gap.add(left.of, mine[v].w, mean_by * sum[3], result.w, 0);
+    *reinterpret_cast<float4*>(out + at[v]) =
+        make_float4(static_cast<float>(fma(left.a, static_cast<double>(mine[v].x), by * sum[0])),
+                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].y), by * sum[1])),
+                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].z), by * sum[2])),
+                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].w), by * sum[3])));
   }
-  if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
-  if (doubtful) settle_at_end(in, parts, index, doubt, chunk, chunks, gap, settling);
+  if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, {best, total});
 }
-
-// Of a grid where each has few elements.
-constexpr int64_t most_end_blocks(int64_t blocks) {
-  return 4 * blocks;
-}
-constexpr int END_VECTORS = 2;  // of a grid for many rows
 
 template <int LANES, int VECTORS>
 bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                    cudaStream_t stream) {
   const int64_t grid = in.n * ceil_div(in.d, 4 * LANES * VECTORS);
-  if (LANES < END_THREADS && grid > most_end_blocks(blocks)) return false;
+  if (LANES < END_THREADS && grid > 4 * blocks) return false;
   launch_following(op, true, end_kernel<LANES, VECTORS>, dim3(static_cast<unsigned>(grid)), END_THREADS,
                    blocks * sizeof(double), stream, in, parts);
   return true;
@@ -339,15 +292,11 @@ bool has_short_list(int64_t n, int64_t k, int64_t m) {
   return n <= SHORT_ROWS && k <= OWN_LIST_GROUPS && m < int64_t{1} << 31;
 }
 
-int64_t most_gaps(const Inputs& in, int64_t blocks) {
-  return std::max(most_end_blocks(blocks), in.n * ceil_div(in.d, 4 * END_THREADS * END_VECTORS));
-}
-
 // Few rows have many parts each.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                   cudaStream_t stream) {
   launch_end_if<8, 1>(op, in, parts, blocks, stream) || launch_end_if<32, 1>(op, in, parts, blocks, stream) ||
-      launch_end_if<END_THREADS, END_VECTORS>(op, in, parts, blocks, stream);
+      launch_end_if<END_THREADS, 2>(op, in, parts, blocks, stream);
 }
 
 void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int* arrived, int64_t counts,

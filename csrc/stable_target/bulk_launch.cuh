@@ -22,8 +22,6 @@ int64_t most_merge_blocks(int64_t d);  // of a row
 void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
                  int64_t slices, int64_t slice, int rows, int64_t teams, cudaStream_t stream);
 
-// Of rows that end_products divides among blocks.
-int64_t most_gaps(const Inputs& in, int64_t blocks);
 // From what products_kernel has left of the rows to their results.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                   cudaStream_t stream);
@@ -88,8 +86,7 @@ struct Launch : BulkLaunch {
     parts.rows = carver.take<ProductsRow>(in.n);
     parts.others = carver.take<PartRow>(plan.blocks * PRODUCTS_ROWS);
     parts.sums = carver.take<float>(plan.blocks * PRODUCTS_ROWS * in.d);
-    parts.gaps = carver.take<Gap>(most_gaps(in, plan.blocks));
-    parts.kept = keep_scores(carver);
+    parts.reviewed = carver.take<float>(plan.blocks * in.d);
     parts.firsts = in.mailboxes ? carver.take<float>(in.n * in.d) : static_cast<float*>(in.out.data);
     if (!plan.own_list) build_unit_list(op, in, list, nullptr, 0, plan.tile_refs, plan.tile_rows, stream);
     run_in_blocks(products_kernel<CHUNKS>, !plan.own_list, list, parts, ProductsLayout{plan.own_list});

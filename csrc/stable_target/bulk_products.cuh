@@ -18,8 +18,9 @@
 // The sums of the matrix units, which round towards zero, are over 64 elements or 8 references. Weights are
 // 2^(s_j - top) with an integer `top` that is no smaller than any score.
 //
-// That has the digits of float32 for values as large as x and r_j. end_kernel (bulk_cuda.cu) sees to rows
-// where it may show (bulk_settle.cuh).
+// That has the digits of float32 for values as large as x and r_j. Where that may show in a row, by an
+// estimate at the end of a segment, the references that may have weight are evaluated again, in float64
+// (`review`): one or a few, where references are far apart beside the noise, as they are at small t.
 #pragma once
 
 #include "stable_target/bulk_parts.cuh"
@@ -66,19 +67,17 @@ constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 6
 // What the blocks leave of the rows. A row's sums are in `firsts` from the block where its unit begins, in
 // `sums` from those that follow.
 struct ProductsRow {
-  PartRow own;  // of the first block
-  Coefficients of;
+  PartRow own;   // of the first block
+  double a, b;   // out = a x + b mean
   int from, to;  // blocks that have parts of the row; none where it has nothing to read
   int row;       // of the unit
-  int measured;  // see `gaps`
 };
 struct ProductsParts {
   ProductsRow* rows;  // (n,)
   PartRow* others;    // (blocks, PRODUCTS_ROWS)
   float* firsts;      // (n, D); the result itself, where it is of this process
   float* sums;        // (blocks, PRODUCTS_ROWS, D)
-  KeptScores kept;
-  Gap* gaps;  // (n, chunks) of the blocks that end a row
+  float* reviewed;    // (blocks, D) of one row, between the threads of a block
 };
 
 struct ProductsLayout {
@@ -119,9 +118,10 @@ __device__ __forceinline__ void prefetch_share(const Inputs& in) {
 constexpr float PRODUCTS_NO_WEIGHT = 9.0949470177292824e-13f;
 constexpr int RAISED = 1 << 30;
 
-// How a row leaves a segment: what the warps multiply by, the part's sums so far and those of the segment.
+// How a row leaves a segment: what the warps do with its sums.
 struct ProductsEnd {
-  double before, now;
+  float margin;        // see `doubt`
+  double before, now;  // to multiply by: the part's sums so far, and those of the segment
 };
 
 template <int TR>
@@ -140,11 +140,14 @@ struct ProductsShared {
   float scales[2][ROWS];            // what it has done to the sums so far
   float offsets[ROWS][WARPS];  // what scores are relative to: a warp's share of that of the first reference
   float x_squares[ROWS][WARPS],
-      r_squares[WARPS];                        // of a warp's elements: |x|^2, |r|^2 of the first reference
-  double exact_squares[ROWS][WARPS];           // |x|^2 where all its digits are wanted
-  alignas(16) float kept[ROWS][SEGMENT_REFS];  // scores of the segment, relative to the first reference's
-  PartRow moved[ROWS];                         // of the part, with the segments so far
-  Barrier settled;                             // the segment's ends are there
+      r_squares[WARPS];               // of a warp's elements: |x|^2, |r|^2 of the first reference
+  double exact_squares[ROWS][WARPS];  // |x|^2 where all its digits are wanted
+  float kept[ROWS][SEGMENT_REFS];     // scores of the segment, relative to the first reference's
+  double reviewed[SEGMENT_REFS];      // of those that matter, and which these are
+  short listed[SEGMENT_REFS];
+  int listed_count;
+  PartRow moved[ROWS];  // of the part, with the segments so far
+  Barrier settled;      // the segment's ends are there
   ProductsEnd ends[SEGMENT_SLOTS][ROWS];
 };
 
@@ -356,8 +359,7 @@ struct Products {
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) return;
       const bool present = my_row < segment.count;
-      RowScores my;   // `log`: this lane's share
-      float own = 0;  // the sum of this lane's weights
+      RowScores my;
       my.rate = segment.rows[present ? my_row : 0].rate;
       my.reset();
 #pragma unroll 1
@@ -388,11 +390,8 @@ struct Products {
           float scale = 1;
           if (best > my.base) {
             const double bound = static_cast<double>(best) * my.rate, top = fmax(ceil(bound), my.top);
-            const float of_all = my.total;
-            my.total = own;
-            scale = my.raise(top);
-            my.total = of_all * scale, own *= scale;
-            my.base = best, my.rest = static_cast<float>(top - bound);
+            scale = power_of_two(my.top - top);
+            my.base = best, my.rest = static_cast<float>(top - bound), my.top = top, my.total *= scale;
           }
           used = RAISED;
           if (n == 0) shared().scales[parity][my_row] = scale;
@@ -400,24 +399,19 @@ struct Products {
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) {
           const bool counts = present && 8 * b + stored(n) < left;
-          const float exponent = fmaf(scores[b] - my.base, my.rate, -my.rest);
-          const float weight = counts ? power_of_two(exponent) : 0.0f;
+          const float weight = counts ? power_of_two(fmaf(scores[b] - my.base, my.rate, -my.rest)) : 0.0f;
           if (!__any_sync(0xffffffffu, !(weight < PRODUCTS_NO_WEIGHT))) continue;
           used |= 1 << b;
           my.total += hand_out(weight, parity, b, lane);
-          if (counts) own += weight, my.log = fmaf(weight, fmaxf(exponent, -1e6f), my.log);
         }
         if (lane == 0) shared().used[parity] = used;
         __syncwarp();
         if (lane == 0) arrive(&shared().weighed[parity]);
         parity ^= 1;
       }
-      const float from = static_cast<float>(settle(segment, slot, my_row, present, my));
+      settle(segment, slot, my_row, present, my);
       __syncwarp();
-      if (lane == 0) arrive(&shared().settled);
-      keep_scores(segment, from);
-      __syncwarp();
-      if (lane == 0) arrive(&shared().announced.done[slot]);
+      if (lane == 0) arrive(&shared().settled), arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
   }
@@ -486,19 +480,29 @@ struct Products {
     }
   }
 
-  // What a score may be off by, by one standard deviation, in units of log 2: by 2^-22 |x_i r_i| for each
-  // element, at random, and by the rounding of a warp's share of it. x, r: of the warp whose shares this lane
-  // has; lanes of a row are together in `sum`.
+  // How far below the best score, in units of log 2, references have to be evaluated again; negative: none
+  // has. A score is wrong by 2^-22 |x_i r_i| for each element, at random, and by the rounding of a warp's
+  // share of it. That matters where several references have weight, here or in other blocks, which are then
+  // about sigma / alpha apart: what it makes of the mean, beside the result's size. x, r: of the warp whose
+  // shares this lane has; lanes of a row are together in `sum`.
   template <typename Sum>
-  __device__ __forceinline__ float score_error(const RowState& row, float x, float r, const Sum& sum) const {
+  __device__ __forceinline__ float doubt(const RowState& row, float x, float r, const Sum& sum) const {
     const float half = 0.25f * row.half_alpha * r;
-    return 0x1p-22f * row.rate * sqrtf(sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS)))));
+    const float square = sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS)))), norm = sum(r);
+    const double per_variance = 2 / LOG2_E * row.per_square;  // 1 / sigma^2
+    const double of_data = fma(row.a, row.alpha, row.b), error = row.b * per_variance;
+    const double wrong = error * error * (0x1p-44 * square);
+    double most = fma(of_data * of_data * per_variance, norm, row.a * row.a * d);
+    if (in.lse.data)  // the mean may become any prediction: itself, the velocity, the noise
+      most = fmin(per_variance * norm, fmin(d + norm, d / (row.alpha * row.alpha)));
+    if (wrong <= MOST_ERROR * MOST_ERROR * most) return -1;
+    return 36 + 8 * 0x1p-22f * sqrtf(square) * row.rate;  // weights below 2^-36, and errors
   }
+  static constexpr double MOST_ERROR = 1e-6;
 
-  // A segment's end, by the warp that weighs; returns what the row's scores are relative to, in units of log
-  // 2. Lanes: as in `weigh`.
-  __device__ __forceinline__ double settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
-                                           const RowScores& my) const {
+  // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
+  __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
+                                         const RowScores& my) const {
     const auto sum = [](auto v) {  // over the lanes of a row
 #pragma unroll
       for (int hop : {1, 2, 4, 16}) v += __shfl_xor_sync(0xffffffffu, v, hop);
@@ -509,16 +513,11 @@ struct Products {
     const RowState& row = segment.rows[present ? my_row : 0];
     const double offset = sum(static_cast<double>(shared().offsets[my_row][w]));
     const double shift = segment.squares ? row.per_square * sum(shared().exact_squares[my_row][w]) : 0;
-    float log = my.log;
-#pragma unroll
-    for (int hop = 4; hop > 0; hop /= 2) log += __shfl_xor_sync(0xffffffffu, log, hop);
-    const float error = score_error(row, shared().x_squares[my_row][w], shared().r_squares[w], sum);
-    const double from = fma(row.exact_rate(), offset, -shift);
-    if (present && (lane() & ~8) == 0) {
-      const double top = segment.references > 0 ? my.top + from : -INFINITY;
-      join(segment, slot, my_row, {top, my.total, my.lead(), error, log});
-    }
-    return from;
+    const float margin = doubt(row, shared().x_squares[my_row][w], shared().r_squares[w], sum);
+    if (!present || (lane() & ~8) != 0) return;
+    shared().ends[slot][my_row].margin = segment.references > 0 ? margin : -1;
+    const double top = segment.references > 0 ? fma(row.exact_rate(), offset, my.top) - shift : -INFINITY;
+    if (margin < 0 || segment.references == 0) join(segment, slot, my_row, {top, my.total});
   }
 
   // What a row has at the end of a segment to what it has of its part so far, one thread: in shared memory,
@@ -535,33 +534,112 @@ struct Products {
     if (!(segment.flags & SEGMENT_PART_END)) {
       shared().moved[my_row] = own;
     } else if (segment.flags & SEGMENT_UNIT_BEGIN) {
-      parts.rows[row.index] = {own, row.coefficients(), segment.from, segment.to, my_row, 0};
+      parts.rows[row.index] = {own, row.a, row.b, segment.from, segment.to, my_row};
     } else {
       parts.others[blockIdx.x * ROWS + my_row] = own;
     }
   }
 
-  // The scores of a segment, by the warp that weighs. from: see `settle`.
-  __device__ __forceinline__ void keep_scores(const Segment<ROWS>& segment, float of_my_row) const {
-    if (segment.kept < 0) return;
+  // The row once more, from memory and with all digits: the references that may have weight. Its sums to
+  // parts.reviewed; of what weights is returned.
+  __device__ __forceinline__ PartRow review(const Segment<ROWS>& segment, int my_row, float margin) const {
+    const RowState& row = segment.rows[my_row];
+    const __half* const refs = static_cast<const __half*>(in.refs.data) + segment.first * in.d;
+    double* const scores = shared().reviewed;
+    const double rate = row.exact_rate();
+    barrier();  // what was reviewed before is read
+    if (warp() == 0) {
+      const float* const kept = shared().kept[my_row];
+      float best = -INFINITY;
 #pragma unroll 1
-    for (int r = 0; r < segment.count; ++r) {
-      const RowState& row = segment.rows[r];
-      const float from = __shfl_sync(0xffffffffu, of_my_row, 8 * r);
-      float* const to = parts.kept.at + row.index * parts.kept.row + segment.kept;
-      for (int j = 4 * lane(); j < segment.references; j += 128) {
-        const float4 four = *reinterpret_cast<const float4*>(&shared().kept[r][j]);
-        *reinterpret_cast<float4*>(to + j) =
-            make_float4(fmaf(four.x, row.rate, from), fmaf(four.y, row.rate, from),
-                        fmaf(four.z, row.rate, from), fmaf(four.w, row.rate, from));
+      for (int j = lane(); j < segment.references; j += 32) best = fmaxf(best, kept[j]);
+#pragma unroll
+      for (int hop = 16; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
+      int count = 0;
+#pragma unroll 1
+      for (int first = 0; first < segment.references; first += 32) {
+        const int j = first + lane();
+        const bool matters = j < segment.references && !((best - kept[j]) * row.rate > margin);  // NaN too
+        const unsigned all = __ballot_sync(0xffffffffu, matters);
+        if (matters) shared().listed[count + __popc(all & ((1u << lane()) - 1))] = static_cast<short>(j);
+        count += __popc(all);
       }
+      if (lane() == 0) shared().listed_count = count;
     }
+    barrier();
+    const int references = shared().listed_count;
+#pragma unroll 1
+    for (int i = warp(); i < references; i += WARPS) {
+      const __half* const from = refs + int64_t{shared().listed[i]} * d;
+      double share = 0;
+#pragma unroll 4
+      for (int e = 2 * lane(); e < d; e += 64) {
+        const float2 x =
+            *reinterpret_cast<const float2*>(static_cast<const float*>(row.x) + row.index * in.d + e);
+        const double a = __half2float(from[e]), b = __half2float(from[e + 1]);
+        share = fma(fma(-0.5 * row.alpha, a, static_cast<double>(row.sign * x.x)), a, share);
+        share = fma(fma(-0.5 * row.alpha, b, static_cast<double>(row.sign * x.y)), b, share);
+      }
+      share = warp_sum(share);
+      if (lane() == 0) scores[i] = share * rate;
+    }
+    barrier();
+    double best = -INFINITY, total = 0;
+#pragma unroll 1
+    for (int j = 0; j < references; ++j) best = scores[j] > best ? scores[j] : best;
+    barrier();
+#pragma unroll 1
+    for (int j = thread(); j < references; j += THREADS) scores[j] = power(scores[j] - best);
+    barrier();
+#pragma unroll 1
+    for (int j = 0; j < references; ++j) total += scores[j];
+#pragma unroll 1
+    for (int e = 4 * thread(); e < d; e += 4 * THREADS) {
+      double sums[4] = {};
+#pragma unroll 1
+      for (int j = 0; j < references; ++j) {
+        const __half* const from = refs + int64_t{shared().listed[j]} * d + e;
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          sums[k] = fma(scores[j], static_cast<double>(__half2float(from[k])), sums[k]);
+      }
+      __stcg(reinterpret_cast<float4*>(parts.reviewed + blockIdx.x * in.d + e),
+             make_float4(static_cast<float>(sums[0]), static_cast<float>(sums[1]),
+                         static_cast<float>(sums[2]), static_cast<float>(sums[3])));
+    }
+    barrier();
+    return {best, total};
   }
 
   // A segment's sums from the warps' registers to memory, where they join those of the part so far: to the
   // row's result where the unit begins, which `end_kernel` completes, else to the block's place for others.
   __device__ __forceinline__ void end_segment(Mine& mine, const Segment<ROWS>& segment, int slot) const {
     const int g = lane() >> 2, t = lane() & 3;
+    bool reviewed = false;
+#pragma unroll 1
+    for (int r = 0; r < segment.count; ++r) {
+      const float margin = shared().ends[slot][r].margin;
+      if (margin < 0) continue;
+      const PartRow own = review(segment, r, margin);
+      if (thread() == 0) {
+        double shift = 0;
+        for (int w = 0; w < WARPS && segment.squares; ++w)
+          shift += segment.rows[r].per_square * shared().exact_squares[r][w];
+        join(segment, slot, r, {own.log2_weight - shift, own.total});
+      }
+      if (t == r) {
+#pragma unroll
+        for (int q = 0; q < CHUNKS; ++q) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const int e = 32 * chunk(q) + 8 * k + g;
+            if (e < d) mine.sum[q][k] = __ldcg(parts.reviewed + blockIdx.x * in.d + e);
+          }
+        }
+      }
+      reviewed = true;
+    }
+    if (reviewed) barrier();  // the rows' ends are there
     if (t >= segment.count) return;
     float* const to = (segment.flags & SEGMENT_UNIT_BEGIN ? parts.firsts + segment.rows[t].index * in.d
                                                           : parts.sums + (blockIdx.x * ROWS + t) * in.d) +
@@ -713,7 +791,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     }
     if (tid < 32) {
       const auto most_tiles = [](int) { return Kernel::SEGMENT_TILES; };
-      announce<Kernel::TR>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, parts.kept,
+      announce<Kernel::TR>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, KeptScores{},
                            most_tiles, lane);
     } else if (tid < 64) {
       kernel.produce(lane);
@@ -722,7 +800,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     } else {
       const int64_t lanes = 32 * gridDim.x;
       for (int64_t i = list.sizes[1] + 32 * blockIdx.x + lane; i < in.n; i += lanes)
-        parts.rows[list.order[i]] = {{}, {}, 0, -1, 0, 0};  // nothing to read
+        parts.rows[list.order[i]] = {{}, 0, 0, 0, -1, 0};  // nothing to read
     }
   }
 }

@@ -1,4 +1,4 @@
-// What the scores of bulk_groups.cuh, bulk_teams.cuh and bulk_products.cuh cannot tell. A score is off by the
+// What the scores of bulk_groups.cuh and bulk_teams.cuh cannot tell. A score is off by the
 // rounding of its sums, which is much where it is large: for rows at a small t. The usual row there has one
 // reference with all the weight, and any score will do. But the weights of a row that lies between references
 // are a guess. So rows of which more than one reference has weight are measured when they are finished (Gap):
@@ -7,7 +7,8 @@
 //
 // Few calls have any, so this is made to cost nothing else: where a block has finished rows, it takes them
 // when it has done all the rest, by code that is not in the way of the other; where they were finished all
-// over the grid, a kernel behind that one does, with a cluster of blocks for each.
+// over the grid, the last block to merge a row does, or a kernel behind that one, with a cluster of blocks
+// for each, where scores are not kept.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -20,12 +21,6 @@ constexpr double NO_WEIGHT_AT_ALL = 0x1p-40;  // beside the best so far
 // standard deviations of scores that were kept, or those of distances in float32, beside their size.
 constexpr double ROUGH_MARGIN = 41, ROUGH_ERROR = 4e-6;
 constexpr float KEPT_ERRORS = 8, MOST_KEPT_ERROR = 1;  // beyond that others may have had weight
-
-// A part of a set whose other parts are with other processes has an lse, and references of theirs that may
-// tie with its own; so where all is on the matrix units, whose rows have rounding 0.
-__device__ __forceinline__ bool has_rivals(const Inputs& in, float rounding) {
-  return in.lse.data && rounding == 0;
-}
 
 // Whether the rounding of scores may show in a row's result: by one standard deviation, beside its size.
 // Weights that are off at random, by `error` each, move the mean by that times the root of the sum of w^2
@@ -40,10 +35,9 @@ __device__ inline bool may_be_wrong(const Inputs& in, const RowDoubt& doubt, con
   const float apart = fmaxf(static_cast<float>(above), 0), others = 1 - doubt.lead;
   const float from_centre = unit * static_cast<float>(gap.of[2]);
   const float scale = fmaxf(fmaxf(doubt.scale, from_centre), __fdividef(apart, others));
-  error = rounding > 0 ? rounding * scale : doubt.scale;
+  error = rounding * scale;
   const float share = fminf(doubt.lead, others);
-  const float spread =
-      has_rivals(in, rounding) ? fmaxf(apart, 1) * fmaxf(share, 0.25f) : (apart + error) * share;
+  const float spread = (apart + error) * share;
   const float moves = error * log_2 * error * log_2 * spread;  // times 1 / unit: the mean's, squared
   const float limit = most_error(in);
   if (!in.lse.data)
@@ -70,7 +64,7 @@ struct SettleShared {
 
 // All consumers of a block of bulk_groups.cuh or bulk_teams.cuh.
 struct BlockCrew {
-  static constexpr int THREADS = GROUPS_CONSUMERS, BLOCKS = 1, REFS = 1024, HELD = 0, rank = 0;
+  static constexpr int THREADS = GROUPS_CONSUMERS, BLOCKS = 1, REFS = 1024, rank = 0;
   static constexpr bool SPLITS = true;
   int tid;
   __device__ __forceinline__ void wait() const { named_barrier(1, THREADS); }
@@ -80,7 +74,7 @@ struct BlockCrew {
 
 // A cluster of blocks.
 struct ClusterCrew {
-  static constexpr int THREADS = 256, BLOCKS = 8, REFS = 256, HELD = 0;
+  static constexpr int THREADS = 256, BLOCKS = 8, REFS = 256;
   static constexpr bool SPLITS = true;
   int tid, rank;
   __device__ __forceinline__ void wait() const { __syncthreads(); }
@@ -92,18 +86,7 @@ struct ClusterCrew {
 
 // One of merge_kernel, where scores are kept.
 struct MergeCrew {
-  static constexpr int THREADS = 64, BLOCKS = 1, REFS = 64, HELD = 0, rank = 0;
-  static constexpr bool SPLITS = false;
-  int tid;
-  __device__ __forceinline__ void wait() const { __syncthreads(); }
-  __device__ __forceinline__ void wait_for_all() const { wait(); }
-  __device__ __forceinline__ double score(const double* scores, int j) const { return scores[j]; }
-};
-
-// A block of a kernel that finishes rows, of up to 4,096 elements, with little shared memory: so it fits
-// beside those of the kernel before.
-struct EndCrew {
-  static constexpr int THREADS = 128, BLOCKS = 1, REFS = 64, HELD = 32, rank = 0;
+  static constexpr int THREADS = 64, BLOCKS = 1, REFS = 64, rank = 0;
   static constexpr bool SPLITS = false;
   int tid;
   __device__ __forceinline__ void wait() const { __syncthreads(); }
@@ -113,7 +96,6 @@ struct EndCrew {
 
 template <typename Crew>
 using SettleSharedOf = SettleShared<Crew::BLOCKS, Crew::THREADS, Crew::REFS, Crew::SPLITS>;
-using SettleAtEnd = SettleSharedOf<EndCrew>;
 using SettleInMerge = SettleSharedOf<MergeCrew>;
 using SettleInBlock = SettleSharedOf<BlockCrew>;
 using SettleInCluster = SettleSharedOf<ClusterCrew>;
@@ -275,23 +257,6 @@ struct Settle {
     const auto kept_score = [&](int64_t at) {
       return static_cast<double>(kept_scores[group < 0 ? at / in.m * of_rows.of_class + at % in.m : at]);
     };
-    double held[Crew::HELD > 0 ? Crew::HELD : 1];
-    const auto add_earlier = [&](int64_t e, double by, double (&v)[4]) {
-      if constexpr (Crew::HELD > 0) {
-        const int at = static_cast<int>(e - low) / (4 * THREADS) * 4;
-        for (int k = 0; k < 4; ++k) v[k] = fma(by, held[at + k], v[k]);
-      } else {
-        add_sums(sums + (e - low), by, v);
-      }
-    };
-    const auto keep_sums = [&](int64_t e, const double (&v)[4]) {
-      if constexpr (Crew::HELD > 0) {
-        const int at = static_cast<int>(e - low) / (4 * THREADS) * 4;
-        for (int k = 0; k < 4; ++k) held[at + k] = v[k];
-      } else {
-        store_sums(sums + (e - low), v);
-      }
-    };
     // Where elements are few, several threads take the same ones of other references.
     const int lanes = static_cast<int>(min(max((high - low + 3) / 4, int64_t{1}), int64_t{THREADS}));
     const int shares = Crew::SPLITS ? THREADS / lanes : 1, share = tid / lanes;
@@ -376,7 +341,7 @@ struct Settle {
       for (int64_t e = low + 4 * (tid % lanes); e < high; e += 4 * lanes) {
         if (share >= shares) break;  // threads beyond the last share
         double v[4] = {};
-        if (kept && shares == 1) add_earlier(e, keep, v);
+        if (kept && shares == 1) add_sums(sums + (e - low), keep, v);
 #pragma unroll 4
         for (int h = share; h < shared.count; h += shares) {
           const int j = shared.heavy[h];
@@ -388,7 +353,7 @@ struct Settle {
           v[3] = fma(weight, static_cast<double>(r.w), v[3]);
         }
         if (shares == 1) {
-          keep_sums(e, v);
+          store_sums(sums + (e - low), v);
         } else {  // once
 #pragma unroll
           for (int k = 0; k < 4; ++k) shared.shares[Crew::SPLITS ? tid : 0][k] = v[k];
@@ -411,7 +376,7 @@ struct Settle {
 #pragma unroll 1
     for (int64_t e = low + 4 * tid; e < high; e += 4 * THREADS) {
       double v[4] = {};
-      if (kept) add_earlier(e, 1, v);
+      if (kept) add_sums(sums + (e - low), 1, v);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int64_t at = index * in.d + e + k;
