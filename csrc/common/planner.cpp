@@ -159,8 +159,8 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.refs_per_pass = groups(p) * p.m;
     plan.smem_bytes = fixed + std::max({stages * stage, SETTLE_SMEM, plan.own_list ? LIST_SCRATCH_SMEM : 0});
     const int64_t of_rows = products      ? 64 + (p.shared_rows ? 4 * slice : 0)
-                            : slices == 1 ? 128 + (teams > 8 * ceil_div(p.n, plan.tile_rows) ? 6 * p.d : 0)
-                                          : 128 + 56 * slices + 14 * p.d;
+                            : slices == 1 ? 128
+                                          : 128 + 56 * slices + 8 * p.d;
     const int64_t of_scores = products ? 0 : 4 * kept_layout(p.n, groups(p), p.m).row;
     plan.workspace_bytes =
         unit_list_bytes(p.n, groups(p)) + (of_rows + of_scores) * p.n + 4096 +

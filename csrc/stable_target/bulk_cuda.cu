@@ -107,21 +107,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   const Ranges ranges(list, teams);
   const int64_t from = ranges.first_team(list, u);
   const int count = static_cast<int>(ranges.last_team(list, u) - from) + 1;
-  __shared__ SettleInMerge settling;
-  const auto settle = [&](int64_t index, const RowDoubt& doubt, const GapSums* gap) {
-    if (!parts.kept.at || !is_doubtful(in, parts, doubt)) return;
-    const auto merged = in.refs.dtype == Dtype::f16    ? settle_merged<__half>
-                        : in.refs.dtype == Dtype::bf16 ? settle_merged<__nv_bfloat16>
-                                                       : settle_merged<float>;
-    merged(in, parts, index, doubt, chunk, chunks, gap, settling);
-  };
-  if (count == 1) {  // in one block
-    for (int r = 0; r < unit.rows && chunk == 0; ++r) {
-      const int64_t index = list.order[unit.first + r];
-      settle(index, parts.doubts[index], nullptr);
-    }
-    return;
-  }
+  if (count == 1) return;
   for (int r = 0; r < unit.rows; ++r) {
     const int64_t index = list.order[unit.first + r], at = index * in.d + e;
     const auto part_of = [&](int j, int rank) {
@@ -154,25 +140,14 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
     }
     sums[share][pair] = sum;
     __syncthreads();
-    const RowDoubt doubt = doubt_of_row(coefficients_of(row), all);
-    GapSums gap;
     if (share == 0 && e < in.d) {
       for (int other = 1; other < SHARES; ++other) sum.x += sums[other][pair].x, sum.y += sums[other][pair].y;
       const Array out = out_of(in, index);
-      const int64_t centre = centre_of(in, index);
-      const double means[2] = {sum.x / all.total, sum.y / all.total};
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const double result = row.a * x[k] + row.b * means[k];
-        store_as(out, at + k, result);
-        if (all.spreads())
-          gap.add(doubt, x[k], means[k], static_cast<float>(result),
-                  centre >= 0 ? load_as<float>(in.refs, centre * in.d + e + k) : 0.0f);
-      }
+      store_as(out, at, row.a * x[0] + row.b * (sum.x / all.total));
+      store_as(out, at + 1, row.a * x[1] + row.b * (sum.y / all.total));
     }
-    if (chunk == 0 && tid == 0) finish_row(in, parts, {}, index, doubt, all, nullptr);
+    if (chunk == 0 && tid == 0) finish_row(in, parts, {}, index, coefficients_of(row), all, nullptr);
     __syncthreads();  // weights and sums are read above and overwritten next
-    settle(index, doubt, &gap);
   }
 }
 
@@ -326,10 +301,6 @@ void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int
 void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t stream) {
   zero_kernel<<<1, 256, 0, stream>>>(arrived, counts);
   check_launch(op);
-}
-
-int64_t most_merge_blocks(int64_t d) {
-  return ceil_div(d, merge_elements(MERGE_MANY_SHARES));
 }
 
 void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,

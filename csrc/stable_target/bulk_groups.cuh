@@ -566,7 +566,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       kernel.produce();
     } else if (tid >= 96) {
       if (layout.own_list && !layout.merge_last && blockIdx.x == 0)
-        leave_list(in, list, shared_list, tid - 96, 32), clear_measured(in, parts, tid - 96);
+        leave_list(in, list, shared_list, tid - 96, 32);
       if (tid == 96) keep_files(parts, layout.merge_last, shared);
     }
   }

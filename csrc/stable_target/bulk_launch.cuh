@@ -18,7 +18,6 @@ void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int
 void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t stream);
 
 // Merges the parts of all units that several teams have shared, of `rows` rows each at most.
-int64_t most_merge_blocks(int64_t d);  // of a row
 void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
                  int64_t slices, int64_t slice, int rows, int64_t teams, cudaStream_t stream);
 
@@ -71,7 +70,7 @@ struct Launch : BulkLaunch {
     }
     run_in_blocks(groups_kernel<T, GT, Q, TR>, !layout.own_list || layout.merge_last, list, parts, layout);
     if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, plan.tile_rows, plan.blocks, stream);
-    if (!parts.next && !parts.kept.at) settle<T>(parts, plan.blocks);
+    if (!parts.next) settle<T>(parts, plan.blocks);
     return true;
   }
 
@@ -126,7 +125,6 @@ struct Launch : BulkLaunch {
       parts.gaps = carver.take<Gap>(slices * in.n);
       parts.settled = carver.take<double>(in.n * in.d);
     } else {
-      if (!merge_last) parts.gaps = carver.take<Gap>(in.n * most_merge_blocks(in.d));
       parts.settled = carver.take<double>(blocks * slice);
     }
   }
@@ -220,7 +218,7 @@ struct Launch : BulkLaunch {
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
     if (!layout.merge_last) merge_parts(op, in, list, parts, layout.slices, layout.slice, 1, teams, stream);
-    if (!parts.next && !parts.kept.at) settle<T>(parts, teams);
+    if (!parts.next) settle<T>(parts, teams);
     return true;
   }
 };

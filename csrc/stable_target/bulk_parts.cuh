@@ -133,7 +133,7 @@ struct BulkParts {
   // them, by merge_kernel where scores are kept, else by settle_kernel.
   RowDoubt* doubts;  // (n,)
   int* next;         // (slices, n) what follows a row in its block's list; null: there is none
-  Gap* gaps;         // (n, slices), or of as many blocks as merge a row
+  Gap* gaps;         // (n, slices)
   int* measured;     // (n,) of those that have left theirs; zero at first
   KeptScores kept;
   double* settled;  // room for sums, (d,) for each block or cluster, or row where there are slices
@@ -622,11 +622,6 @@ __device__ __forceinline__ void add_sums(const double* from, double weight, doub
   const double2 high = __ldcg(reinterpret_cast<const double2*>(from) + 1);
   v[0] = fma(weight, low.x, v[0]), v[1] = fma(weight, low.y, v[1]);
   v[2] = fma(weight, high.x, v[2]), v[3] = fma(weight, high.y, v[3]);
-}
-
-// With a list of units that merge_kernel will read: no block of that has left a gap.
-__device__ __forceinline__ void clear_measured(const Inputs& in, const BulkParts& parts, int lane) {
-  for (int64_t i = lane; i < in.n; i += 32) parts.measured[i] = 0;
 }
 
 // The row's parts together, always in the same order: who comes last makes no difference. By whole warps.

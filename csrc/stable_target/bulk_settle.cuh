@@ -84,19 +84,8 @@ struct ClusterCrew {
   }
 };
 
-// One of merge_kernel, where scores are kept.
-struct MergeCrew {
-  static constexpr int THREADS = 64, BLOCKS = 1, REFS = 64, rank = 0;
-  static constexpr bool SPLITS = false;
-  int tid;
-  __device__ __forceinline__ void wait() const { __syncthreads(); }
-  __device__ __forceinline__ void wait_for_all() const { wait(); }
-  __device__ __forceinline__ double score(const double* scores, int j) const { return scores[j]; }
-};
-
 template <typename Crew>
 using SettleSharedOf = SettleShared<Crew::BLOCKS, Crew::THREADS, Crew::REFS, Crew::SPLITS>;
-using SettleInMerge = SettleSharedOf<MergeCrew>;
 using SettleInBlock = SettleSharedOf<BlockCrew>;
 using SettleInCluster = SettleSharedOf<ClusterCrew>;
 static_assert(sizeof(SettleInBlock) <= SETTLE_SMEM, "the planner reserves less");
@@ -392,28 +381,6 @@ struct Settle {
 __device__ __forceinline__ int64_t centre_of(const Inputs& in, int64_t index) {
   const int64_t group = in.labels ? in.labels[index] : 0;
   return group < 0 ? -1 : group * in.m;
-}
-
-// A row of which this block of merge_kernel, one of `chunks`, has ended some elements, with a part of its gap
-// in each thread; or all of it, without. The last of the blocks decides.
-template <typename T>
-__device__ __noinline__ void settle_merged(const Inputs& in, const BulkParts& parts, int64_t index,
-                                           const RowDoubt& doubt, int chunk, int chunks, const GapSums* sums,
-                                           SettleInMerge& shared) {
-  const Settle<T, MergeCrew> settle{
-      in, {static_cast<int>(threadIdx.x)}, shared, parts.settled + index * in.d, 0, in.d};
-  const int64_t centre = centre_of(in, index);
-  Gap gap;
-  if (sums) {
-    gap = sums->gap();
-    settle.sum_over_block(gap);
-    if (!settle.is_last(parts.gaps + index * chunks, parts.measured + index, chunk, chunks, gap)) return;
-  } else {
-    gap = settle.gap(doubt, index, 0, in.d, centre);
-  }
-  float error;
-  if (may_be_wrong(in, doubt, gap, in.lse.data || centre < 0, parts.rounding, error))
-    settle(index, parts.kept, error);
 }
 
 // The rows of a block's list, by all its consumers. memory: of the ring, to which nothing is on its way any

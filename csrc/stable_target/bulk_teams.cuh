@@ -508,7 +508,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
         arrive(&shared.rows_known);
       }
       if (layout.own_list && !layout.merge_last && blockIdx.x == 0 && other >= 96)
-        leave_list(in, list, shared_list, other - 96, 32), clear_measured(in, parts, other - 96);
+        leave_list(in, list, shared_list, other - 96, 32);
       if (layout.team == Team::cluster) {
         kernel.carry_mail_in_cluster(other / 32 - 2, other % 32);
       } else {
