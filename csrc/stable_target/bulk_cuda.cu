@@ -147,39 +147,13 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
 
 constexpr int END_THREADS = 128;
 
-// The score of a reference, with all digits, by all threads of a block: relative to what the row's parts are.
-template <typename T>
-__device__ __forceinline__ double exact_score(const Inputs& in, int64_t index, const T* reference,
-                                              double* scratch) {
-  const Row row = row_coefficients(in, index);
-  const float* const x = static_cast<const float*>(x_of(in, index).data) + index * in.d;
-  double score = 0, square = 0;
-  for (int64_t i = threadIdx.x; i < in.d; i += END_THREADS) {
-    const double r = to_float(reference[i]), y = row.sign * x[i];
-    score = fma(fma(-0.5 * row.alpha, r, y), r, score);
-    square = fma(y, y, square);
-  }
-  score = row.rate() * fma(score, 0.0, score);  // what is not finite becomes NaN
-  if (in.lse.data || in.labels[index] < 0) score -= 0.5 * square / (row.sigma * row.sigma);
-  return LOG2_E * block_sum<double>(score, scratch);
-}
-// The same for a reference of the bank: rare, and out of the way.
-__device__ __noinline__ double exact_score_of(const Inputs& in, int64_t index, int64_t reference,
-                                              double* scratch) {
-  const int64_t at = reference * in.d;
-  if (in.refs.dtype == Dtype::f16)
-    return exact_score(in, index, static_cast<const __half*>(in.refs.data) + at, scratch);
-  return exact_score(in, index, static_cast<const __nv_bfloat16*>(in.refs.data) + at, scratch);
-}
-
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
-// take LANES by LANES shares of the parts. Where parts may tie, beside the errors of their scores, the best
-// reference of each is scored again: a part with several is exact already. Grid: rows x chunks of D.
+// take LANES by LANES shares of the parts. Grid: rows x chunks of D.
 template <int LANES, int VECTORS>
 __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     end_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
   constexpr int SHARES = END_THREADS / LANES;
-  extern __shared__ double weights[];  // (blocks,) of the row's other parts; then what all of them weigh
+  extern __shared__ double weights[];  // (blocks,) of the row's other parts
   __shared__ double scratch[33], sums[SHARES][VECTORS][LANES][4];
   const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
   const int64_t index = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
@@ -206,8 +180,7 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
   const auto load_other = [&](int j) {
     const PartRow* const from = parts.others + part_of(j);
     const double2 weights = __ldcg(reinterpret_cast<const double2*>(&from->log2_weight));
-    const float2 rest = __ldcg(reinterpret_cast<const float2*>(&from->lead));
-    return PartRow{weights.x, weights.y, rest.x, rest.y, -1};
+    return PartRow{weights.x, weights.y, 0, 0};
   };
   const auto load_sums = [&](int j, int v) {
     return __ldcg(reinterpret_cast<const float4*>(parts.sums + part_of(j) * in.d + at[v]));
@@ -223,65 +196,47 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
   constexpr int NEAR = 31;
   PartRow all = left.own;
   if (others < 0) all.total = NAN;
-  double weight = 1, by_source = 0, score_of_source = 0;
+  double weight = 1, by_source = 0;
   const float* source = nullptr;
-  if (in.source.data && others >= 0) {  // a part like any other
-    source = static_cast<const float*>(in.source.data) + index * in.d;
-    score_of_source = exact_score(in, index, source, scratch);
-  }
-  double* const exact = weights + max(others, 0);  // log2_weight: of the first part, then of the others
-  const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
-  const auto together = [](const PartRow& a, const PartRow& b) {
-    return PartRow{0, a.total + b.total, fmaxf(a.lead, b.lead), fmaxf(a.scale, b.scale), -1};
-  };
-  const auto weighed = [](double by, const PartRow& row) {
-    return PartRow{0, by * row.total, static_cast<float>(by) * row.lead, row.scale, -1};
-  };
+  if (in.source.data && others >= 0) source = static_cast<const float*>(in.source.data) + index * in.d;
+  if (others > 0 || source) {
+    PartRow mine{-INFINITY, 0, 0, 0};
+    if (part < 0) {
+      mine = left.own;
+    } else if (part < others) {
+      mine = load_other(part);
+    }
+    const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
+    double top = mine.log2_weight;
+    if (source) {  // a part like any other
+      const Row row = row_coefficients(in, index);
+      double score = 0, square = 0;
+      for (int64_t i = threadIdx.x; i < in.d; i += END_THREADS) {
+        const double s = source[i], y = row.sign * x[i];
+        score = fma(fma(-0.5 * row.alpha, s, y), s, score);
+        square = fma(y, y, square);
+      }
+      score = row.rate() * fma(score, 0.0, score);  // what is not finite becomes NaN
+      if (in.lse.data || in.labels[index] < 0) score -= 0.5 * square / (row.sigma * row.sigma);
+      by_source = LOG2_E * block_sum<double>(score, scratch);
+      top = greater(top, by_source);
+    }
 #pragma unroll 1
-  for (bool again = false; others > 0 || source; again = true) {
-    const auto part_row = [&](int j) {
-      PartRow row = j < 0 ? left.own : load_other(j);
-      if (again) row.log2_weight = exact[j + 1];
-      return row;
-    };
-    PartRow mine{-INFINITY, 0, 0, 0, -1};
-    if (part < others) mine = part_row(part);
-    double top = source ? greater(mine.log2_weight, score_of_source) : mine.log2_weight;
-#pragma unroll 1
-    for (int j = NEAR + 1 + part; j < others; j += 32) top = greater(top, part_row(j).log2_weight);
+    for (int j = NEAR + 1 + part; j < others; j += 32) top = greater(top, load_other(j).log2_weight);
 #pragma unroll 1
     for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(0xffffffffu, top, hop));
     weight = power(mine.log2_weight - top);
-    all = weighed(weight, mine);
+    double total = weight * mine.total;
 #pragma unroll 1
     for (int j = NEAR + 1 + part; j < others; j += 32) {
-      const PartRow far = part_row(j);
+      const PartRow far = load_other(j);
       weights[j] = power(far.log2_weight - top);
-      all = together(all, weighed(weights[j], far));
+      total = fma(weights[j], far.total, total);
     }
 #pragma unroll 1
-    for (int hop = 16; hop > 0; hop /= 2) {
-      all = together(
-          all, {0, __shfl_xor_sync(0xffffffffu, all.total, hop), __shfl_xor_sync(0xffffffffu, all.lead, hop),
-                __shfl_xor_sync(0xffffffffu, all.scale, hop), -1});
-    }
-    if (source) {
-      by_source = power(score_of_source - top);
-      all = together(all, {0, by_source, static_cast<float>(by_source), 0, -1});
-    }
-    all.log2_weight = top;
-    if (again || !(error_by_scores(all.scale, all.lead, all.total) > MOST_ERROR_OF_SCORES)) break;
-#pragma unroll 1
-    for (int j = -1; j < others; ++j) {
-      const PartRow row = j < 0 ? left.own : load_other(j);
-      double now = row.log2_weight;
-      if (row.scale * MOST_OF_SCORES > MOST_ERROR_OF_SCORES && now > top - 60) {
-        const int64_t best = j < 0 ? left.own.best : __ldcg(&parts.others[part_of(j)].best);
-        now = exact_score_of(in, index, best, scratch) - log2(static_cast<double>(row.lead));
-      }
-      if (threadIdx.x == 0) exact[j + 1] = now;
-    }
-    __syncthreads();
+    for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(0xffffffffu, total, hop);
+    if (source) by_source = power(by_source - top);
+    all.log2_weight = top, all.total = total + by_source;
   }
   const double by_first = __shfl_sync(0xffffffffu, weight, 0);
   if (others > NEAR) __syncthreads();
@@ -327,7 +282,7 @@ bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts,
   const int64_t grid = in.n * ceil_div(in.d, 4 * LANES * VECTORS);
   if (LANES < END_THREADS && grid > 4 * blocks) return false;
   launch_following(op, true, end_kernel<LANES, VECTORS>, dim3(static_cast<unsigned>(grid)), END_THREADS,
-                   (2 * blocks + 1) * sizeof(double), stream, in, parts);
+                   blocks * sizeof(double), stream, in, parts);
   return true;
 }
 

@@ -19,8 +19,7 @@ constexpr int SEGMENT_REFS = 256;  // summed in float32 before they move to floa
 struct alignas(16) PartRow {
   double log2_weight, total;  // sum of the weights
   float lead;                 // the largest of them
-  float scale;                // the largest score, either way, or the error of scores, in units of log 2
-  int64_t best;               // the reference of the largest weight, where bulk_products.cuh wants it
+  float scale;                // the largest score, either way, in units of log 2
 };
 
 // Parts of units; slot 2b of block b for a unit that began earlier, 2b + 1 for one that begins here.
@@ -456,7 +455,7 @@ __device__ __forceinline__ Joined join(const PartRow& first, const PartRow& seco
   const double a = power(first.log2_weight - most), b = power(second.log2_weight - most);
   return {{most, fma(a, first.total, b * second.total),
            fmaxf(static_cast<float>(a) * first.lead, static_cast<float>(b) * second.lead),
-           fmaxf(first.scale, second.scale), -1},
+           fmaxf(first.scale, second.scale)},
           a,
           b};
 }
@@ -609,23 +608,17 @@ __device__ __forceinline__ void write_lse(const Inputs& in, int64_t index, const
 
 // What the rounding of its scores, `error`, may do to a row, beside its size, by one standard deviation:
 // weights that are off at random move the mean by that, times the root of the sum of their squares, as far as
-// references are apart, and these are about as far apart as results are large. NaN where the row is.
-__device__ __forceinline__ float error_by_scores(float error, float lead, double total) {
-  const float share = __fdividef(lead, static_cast<float>(total)),
-              spread = __fdividef(static_cast<float>(total - lead), static_cast<float>(total));
-  return error * sqrtf(share) * spread;
-}
-constexpr float MOST_OF_SCORES = 0.39f;  // of `error`, for weights of 1/3 and 2/3
-
-// The same for a finished row. A reference that is there several times, as at an epoch's end, has equal
-// scores and no error: the weights are a multiple of one. Scores that are equal by chance are as rare as
-// their error is small.
+// references are apart, and these are about as far apart as results are large. NaN where the row is. A
+// reference that is there several times, as at an epoch's end, has equal scores and no error: the weights are
+// a multiple of one. Scores that are equal by chance are as rare as their error is small.
 __device__ __forceinline__ float error_of_row(float error, const PartRow& all) {
+  const float lead = __fdividef(all.lead, static_cast<float>(all.total)),
+              spread = __fdividef(static_cast<float>(all.total - all.lead), static_cast<float>(all.total));
   const float times = __fdividef(static_cast<float>(all.total), all.lead);
   if (error < 0.01f && times < 64 && fabsf(times - rintf(times)) < 1e-5f * times) return 0;
-  return error_by_scores(error, all.lead, all.total);
+  return error * sqrtf(lead) * spread;
 }
-constexpr float MOST_ERROR_OF_SCORES = 7e-7f;  // single rows may be off by three times as much
+constexpr float MOST_ERROR_OF_SCORES = 1.2e-6f;
 constexpr int NO_ROW = -1;
 
 // What one thread does about a finished row. `doubtful`: the first of the block's list.

@@ -709,22 +709,20 @@ struct Products {
 
   // How far below the best score, in units of log 2, references have to be evaluated again; negative: none
   // has. A score is wrong by SCORE_ERROR |x_i r_i| for each element, at random, and by the rounding of a
-  // warp's share of it: `error`, in units of log 2. That matters where several references have weight, here
-  // or in other blocks, which are then, as a rule, about sigma / alpha apart (`settle` and end_kernel see to
-  // the exceptions): what it makes of the mean, beside the result's size. Of all warps: `square` of the
-  // products of their |x| and |r| and of their share of alpha/2 |r|^2, `norm` = |r|^2.
-  __device__ __forceinline__ float doubt(const RowState& row, float square, float norm, float& error) const {
+  // warp's share of it. That matters where several references have weight, here or in other blocks, which are
+  // then about sigma / alpha apart: what it makes of the mean, beside the result's size. Of all warps:
+  // `square` of the products of their |x| and |r| and of their share of alpha/2 |r|^2, `norm` = |r|^2.
+  __device__ __forceinline__ float doubt(const RowState& row, float square, float norm) const {
     const double per_variance = 2 / LOG2_E * row.per_square;  // 1 / sigma^2
     const double of_data = fma(row.a, row.alpha, row.b), of_result = row.b * per_variance;
     const double wrong = of_result * of_result * (SCORE_ERROR * SCORE_ERROR * square);
     double most = fma(of_data * of_data * per_variance, norm, row.a * row.a * d);
     if (in.lse.data)  // the mean may become any prediction: itself, the velocity, the noise
       most = fmin(per_variance * norm, fmin(d + norm, d / (row.alpha * row.alpha)));
-    error = static_cast<float>(SCORE_ERROR) * sqrtf(square) * row.rate;
     if (wrong <= MOST_ERROR * MOST_ERROR * most) return -1;
-    return MOST_BITS + 8 * error;
+    // Weights below 2^-36, and errors.
+    return 36 + 8 * static_cast<float>(SCORE_ERROR) * sqrtf(square) * row.rate;
   }
-  static constexpr float MOST_BITS = 36;  // weights below 2^-36 are not missed
   static constexpr double MOST_ERROR = 1e-6, SCORE_ERROR = CHUNKS < 4 ? 0x1p-21 : 0x1p-22;
 
   // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
@@ -743,47 +741,12 @@ struct Products {
       all = figures_of_block(segment, my_row, present);
     }
     const double shift = row.per_square * all.exact_square;
-    float error = 0;
-    float margin = doubt(row, all.square, all.norm, error);
-    int best = 0;
-    if (margin < 0 && error * MOST_OF_SCORES > MOST_ERROR_OF_SCORES) {  // the same in all lanes of the row
-      // References that tie, however far they are apart: scored again here if there are several, or if some
-      // may be in other segments of the part; those of other parts end_kernel compares with the best of
-      // these.
-      constexpr int ALL = SEGMENT_PART_BEGIN | SEGMENT_PART_END;
-      const float own = error_by_scores(error, my.lead(), my.total);
-      if ((segment.flags & ALL) != ALL || own > MOST_ERROR_OF_SCORES) {
-        margin = MOST_BITS + 8 * error;
-      } else {
-        best = best_kept(my_row, segment.references);
-      }
-    }
+    const float margin = doubt(row, all.square, all.norm);
     if (!present || (lane() & ~8) != 0) return;
     ProductsEnd& end = shared().ends[slot][my_row];
     end.margin = segment.references > 0 ? margin : -1, end.shift = shift;
     const double top = segment.references > 0 ? fma(row.exact_rate(), all.offset, my.top) - shift : -INFINITY;
-    if (margin < 0 || segment.references == 0)
-      join(segment, slot, my_row, {top, my.total, my.lead(), error, segment.first + best});
-  }
-
-  // The reference of the segment with the row's largest score, by the row's lanes; lanes as in `weigh`.
-  __device__ __forceinline__ int best_kept(int my_row, int references) const {
-    const unsigned together = 0x00ff00ffu << (lane() & 8);
-    float most = -INFINITY;
-    int best = 0;
-#pragma unroll 1
-    for (int j = (lane() & 7) + (lane() & 16) / 2; j < references; j += 16) {
-      const float score = shared().kept[my_row][j];
-      if (score > most) most = score, best = j;
-    }
-#pragma unroll 1
-    for (int hop = 16; hop > 0; hop /= 2) {
-      if (hop == 8) continue;
-      const float other = __shfl_xor_sync(together, most, hop);
-      const int of_other = __shfl_xor_sync(together, best, hop);
-      if (other > most || (other == most && of_other < best)) most = other, best = of_other;
-    }
-    return best;
+    if (margin < 0 || segment.references == 0) join(segment, slot, my_row, {top, my.total});
   }
 
   // What a row has at the end of a segment to what it has of its part so far, one thread: in shared memory,
@@ -900,7 +863,7 @@ struct Products {
                          static_cast<float>(sums[2]), static_cast<float>(sums[3])));
     }
     barrier();
-    return {best, total, 1, 0, -1};
+    return {best, total};
   }
 
   __device__ __forceinline__ float* reviewed_sums() const { return parts.reviewed + team * in.d + offset; }
@@ -924,7 +887,7 @@ struct Products {
       const PartRow own = review(segment, r, margin);
       if (thread() == 0) {
         const double shift = shared().ends[slot][r].shift;
-        join(segment, slot, r, {own.log2_weight - shift, own.total, own.lead, own.scale, own.best});
+        join(segment, slot, r, {own.log2_weight - shift, own.total});
       }
       if (my_row == r) {
 #pragma unroll
