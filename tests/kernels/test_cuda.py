@@ -131,7 +131,7 @@ def test_class_banks(rng, d, dtype):
         (9, 5, 12_288),
         (60, 37, 16_384),
         (5, 300, 16_392),
-        (3, 70, 65_536),
+        (3, 70, 32_768),
     ],
 )
 def test_class_banks_on_the_matrix_units(rng, n, m, d, geometry, source, precision):
