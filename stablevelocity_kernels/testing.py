@@ -59,9 +59,8 @@ def photograph_pieces(count: int, side: int, generator: torch.Generator) -> Tens
     photographs = load_sample_images().images
     pieces = []
     for i, photograph in enumerate(photographs):
-        windows = (
-            torch.tensor(photograph).unfold(0, side, 1).unfold(1, side, 1)
-        )  # (down, across, 3, side, side), a view
+        # A view, (down, across, 3, side, side).
+        windows = torch.tensor(photograph).unfold(0, side, 1).unfold(1, side, 1)
         share = count * (i + 1) // len(photographs) - count * i // len(photographs)
         places = torch.randperm(windows.shape[0] * windows.shape[1], generator=generator)[:share]
         taken = windows[places // windows.shape[1], places % windows.shape[1]].float() / 127.5 - 1

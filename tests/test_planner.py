@@ -217,7 +217,7 @@ def test_samples_of_more_elements_than_a_block_holds_have_clusters(n, d, blocks,
 
 
 def test_what_the_clusters_leave_to_others():
-    """Many rows of the longest samples, and what is longer yet."""
+    """What eight blocks do not hold."""
     assert not info.plan(8, 256, 32_776, 101, device="h100")["products"]
     assert not info.plan(8, 256, 65_544, 101, device="h100")["products"]
 

@@ -2,7 +2,7 @@
 // off by the rounding of its sums, which is much where it is large: for rows at a small t. The usual row
 // there has one reference with all the weight, and any score will do. But the weights of a row that lies
 // between references are a guess. Whoever finishes a row knows what that may do to its result
-// (error_of_scores), and rows where it would show are evaluated again, in float64. Few calls have any, so
+// (error_of_row), and rows where it would show are evaluated again, in float64. Few calls have any, so
 // this is made to cost nothing else: where a block has finished rows, it takes them when it has done all the
 // rest, by code that is not in the way of the other; where they were finished all over the grid, a kernel
 // behind that one does, with a cluster of blocks for each.

@@ -6,32 +6,30 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import pytest
 import torch
-from kernel_cases import ALL_T
+from kernel_cases import ALL_T, photographs
 from torch import Tensor
 
 import stablevelocity_kernels as svel
 from stablevelocity_kernels import info, reference
-from stablevelocity_kernels.testing import TOLERANCE, make_noisy, make_references, photograph_pieces, relative_error
+from stablevelocity_kernels.testing import TOLERANCE, make_noisy, make_references, relative_error
 
 GEOMETRIES = ("gaussian", "manifold", "shifted")
 
 
 def make_pool(n, m, d, geometry, rng, times=ALL_T, dtype=torch.float16):
     """x (n, d), refs (m, d), t (n,): all times in turn. On the GPU."""
-    refs = make_references(m, d, geometry, rng).to(dtype)
-    t = torch.tensor([times[i % len(times)] for i in range(n)])
-    x = make_noisy(refs[torch.randint(m, (n,), generator=rng)], t, rng)
-    return x.cuda(), refs.cuda(), t.cuda()
+    return rows_of(make_references(m, d, geometry, rng).to(dtype), n, rng, times)
 
 
 def make_photograph_pool(n, m, side, rng, dtype=torch.float16):
-    """x (n, D), refs (m, D), t (n,) of pieces of photographs, D = 3 side side. On the GPU."""
-    pytest.importorskip("sklearn", exc_type=ImportError)
-    refs = photograph_pieces(m, side, rng).to(dtype)
-    t = torch.tensor(ALL_T)[torch.arange(n) % len(ALL_T)]
-    x = make_noisy(refs[torch.randint(m, (n,), generator=rng)], t, rng)
+    """The same of pieces of photographs, d = 3 side side."""
+    return rows_of(photographs(m, side, rng).to(dtype), n, rng)
+
+
+def rows_of(refs, n, rng, times=ALL_T):
+    t = torch.tensor([times[i % len(times)] for i in range(n)])
+    x = make_noisy(refs[torch.randint(len(refs), (n,), generator=rng)], t, rng)
     return x.cuda(), refs.cuda(), t.cuda()
 
 

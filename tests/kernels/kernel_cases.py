@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy
+import pytest
 import torch
 from torch import Tensor
 
 from stablevelocity_kernels import reference
 from stablevelocity_kernels.ops._register import triton_implementation
-from stablevelocity_kernels.testing import make_noisy, make_references, relative_error
+from stablevelocity_kernels.testing import make_noisy, make_references, photograph_pieces, relative_error
 
 ALL_T = (0.05, 0.2, 0.5, 0.8, 0.95, 0.999)
 
@@ -148,10 +149,21 @@ def make_problem(
     d: int, m: int, geometry: str, rng: torch.Generator, *, times=ALL_T, each=4, dtype=torch.float32
 ) -> Problem:
     """x (len(times) each, d) float32, refs (m, d) of dtype, t."""
-    refs = make_references(m, d, geometry, rng).to(dtype)
+    return problem_over(make_references(m, d, geometry, rng).to(dtype), rng, times=times, each=each)
+
+
+def problem_over(refs: Tensor, rng: torch.Generator, *, times=ALL_T, each=4) -> Problem:
+    """Rows drawn from these references."""
+    m = len(refs)
     t = torch.tensor(times).repeat_interleave(each)
     picked = refs[torch.randint(m, (len(t),), generator=rng)]
     return Problem(make_noisy(picked, t, rng), refs, t, each)
+
+
+def photographs(count: int, side: int, rng: torch.Generator) -> Tensor:
+    """`photograph_pieces`, or the test is skipped where scikit-learn is missing."""
+    pytest.importorskip("sklearn", exc_type=ImportError)
+    return photograph_pieces(count, side, rng)
 
 
 @dataclass

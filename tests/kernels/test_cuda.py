@@ -9,18 +9,11 @@ import math
 import pytest
 import torch
 from cuda_cases import captured, nothing_waits, on_two_streams
-from kernel_cases import ALL_T, direct_mean, largest_logit, make_problem, offset_by_one
+from kernel_cases import ALL_T, direct_mean, largest_logit, make_problem, offset_by_one, photographs
 
 import stablevelocity_kernels as svel
 from stablevelocity_kernels import info, reference
-from stablevelocity_kernels.testing import (
-    TOLERANCE,
-    assert_close,
-    make_noisy,
-    make_references,
-    photograph_pieces,
-    relative_error,
-)
+from stablevelocity_kernels.testing import TOLERANCE, assert_close, make_noisy, make_references, relative_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,9 +54,8 @@ def check_bank(x, refs, t, labels, counts=None, source=None, prediction="velocit
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("side", [4, 16, 32, 64])
 def test_class_banks_of_photographs(rng, side, dtype):
-    pytest.importorskip("sklearn", exc_type=ImportError)
     groups, m, n = 3, 200, 60
-    refs = photograph_pieces(groups * m, side, rng).to(dtype).view(groups, m, -1)
+    refs = photographs(groups * m, side, rng).to(dtype).view(groups, m, -1)
     labels = torch.arange(n) % groups
     t = torch.tensor(ALL_T)[torch.arange(n) % len(ALL_T)]
     x = make_noisy(refs[labels, torch.randint(m, (n,), generator=rng)], t, rng)

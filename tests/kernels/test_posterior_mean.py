@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 from kernel_cases import (
-    ALL_T,
     SET_PATTERNS,
-    Problem,
     direct_mean,
     largest_logit,
     make_problem,
     make_sets,
     offset_by_one,
+    photographs,
+    problem_over,
     with_gaps,
 )
 
@@ -22,7 +22,6 @@ from stablevelocity_kernels.testing import (
     assert_close,
     make_noisy,
     make_references,
-    photograph_pieces,
     relative_error,
 )
 
@@ -70,12 +69,9 @@ def test_contract_at_the_largest_d(torch_op, rng):
 @pytest.mark.parametrize("side", [5, 16, 32])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_contract_on_photographs(implementation, rng, dtype, side):
-    pytest.importorskip("sklearn", exc_type=ImportError)
     m, side, each = (30, side // 2, 1) if implementation.interpreted else (1000, side, 2)
-    refs = photograph_pieces(m, side, rng).to(dtype)
-    t = torch.tensor(ALL_T).repeat_interleave(each)
-    x = make_noisy(refs[torch.randint(m, (len(t),), generator=rng)], t, rng)
-    check_contract(implementation.op("posterior_mean"), Problem(x, refs, t, each))
+    refs = photographs(m, side, rng).to(dtype)
+    check_contract(implementation.op("posterior_mean"), problem_over(refs, rng, each=each))
 
 
 @pytest.mark.parametrize("m", [1, 2, 5, 64, 257, 2000])
