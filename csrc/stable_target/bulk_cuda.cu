@@ -1,6 +1,7 @@
 // What launches of the bulk kernel for all dtypes share.
 #include <map>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 
 #include "common/gather.cuh"
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   }
 }
 
-constexpr int END_THREADS = 128;
+constexpr int END_THREADS = 128, END_FEW_BLOCKS = 4;  // END_FEW_BLOCKS: to a multiprocessor, of few rows
 
 // The results of an own row over the elements `at`, from its mean over this part and those that the others
 // have left in the mailbox, when these are there. All threads.
@@ -205,12 +206,14 @@ __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& ho
 // take LANES by LANES shares of the parts. MERGES: the result is over the parts of all processes. Grid: rows,
 // those of this process, x chunks of D.
 template <int LANES, int VECTORS, bool MERGES>
-__global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
+__global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLOCKS : 1024 / END_THREADS)
     end_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
   constexpr int SHARES = END_THREADS / LANES;
   static_assert(!MERGES || SHARES == 1, "a thread has all of its elements");
-  extern __shared__ double weights[];  // (blocks,) of the row's other parts
-  __shared__ double scratch[33], sums[SHARES][VECTORS][LANES][4];
+  using Sum = std::conditional_t<(SHARES > 1), float, double>;  // few rows wait for its latency
+  extern __shared__ double weights[];                           // (blocks,) of the row's other parts
+  __shared__ double scratch[33];
+  __shared__ Sum sums[SHARES][VECTORS][LANES][4];
   const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
   const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const int64_t index = row + in.part * in.rows_each;
@@ -296,25 +299,25 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     if (source) by_source = power(by_source - top);
     all.log2_weight = top, all.total = total + by_source;
   }
-  const double by_first = __shfl_sync(0xffffffffu, weight, 0);
+  const Sum mine_by = static_cast<Sum>(weight), by_first = __shfl_sync(0xffffffffu, mine_by, 0);
   if (others > NEAR) __syncthreads();
   const double by = (MERGES ? 1 : left.b) / all.total;
   const Array out = out_of(in, index);
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    double sum[4] = {by_first * first[v].x, by_first * first[v].y, by_first * first[v].z,
-                     by_first * first[v].w};
-    const auto add = [&](double weight, float4 four) {
-      sum[0] = fma(weight, static_cast<double>(four.x), sum[0]);
-      sum[1] = fma(weight, static_cast<double>(four.y), sum[1]);
-      sum[2] = fma(weight, static_cast<double>(four.z), sum[2]);
-      sum[3] = fma(weight, static_cast<double>(four.w), sum[3]);
+    Sum sum[4] = {by_first * first[v].x, by_first * first[v].y, by_first * first[v].z, by_first * first[v].w};
+    const auto add = [&](Sum weight, float4 four) {
+      sum[0] = fma(weight, static_cast<Sum>(four.x), sum[0]);
+      sum[1] = fma(weight, static_cast<Sum>(four.y), sum[1]);
+      sum[2] = fma(weight, static_cast<Sum>(four.z), sum[2]);
+      sum[3] = fma(weight, static_cast<Sum>(four.w), sum[3]);
     };
 #pragma unroll 4
     for (int first = 0; first < others; first += SHARES) {
       const int j = first + share;
-      const double near = __shfl_sync(0xffffffffu, weight, min(j, NEAR - 1) + 1);
-      if (within[v] && j < others) add(j < NEAR ? near : weights[j], first == 0 ? early[v] : load_sums(j, v));
+      const Sum near = __shfl_sync(0xffffffffu, mine_by, min(j, NEAR - 1) + 1);
+      if (within[v] && j < others)
+        add(j < NEAR ? near : static_cast<Sum>(weights[j]), first == 0 ? early[v] : load_sums(j, v));
     }
     if (SHARES > 1) {
       for (int k = 0; k < 4; ++k) sums[share][v][lane][k] = sum[k];
@@ -324,7 +327,7 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
       }
     }
     if (!within[v] || share > 0) continue;
-    if (source) add(by_source, *reinterpret_cast<const float4*>(source + at[v]));
+    if (source) add(static_cast<Sum>(by_source), *reinterpret_cast<const float4*>(source + at[v]));
     if constexpr (MERGES) {
       early[v] = make_float4(static_cast<float>(by * sum[0]), static_cast<float>(by * sum[1]),
                              static_cast<float>(by * sum[2]), static_cast<float>(by * sum[3]));
@@ -348,7 +351,7 @@ template <int LANES, int VECTORS>
 bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                    cudaStream_t stream) {
   const int64_t grid = (in.mailboxes ? in.rows_each : in.n) * ceil_div(in.d, 4 * LANES * VECTORS);
-  if (LANES < END_THREADS && (grid > 4 * blocks || parts.home.merged)) return false;
+  if (LANES < END_THREADS && (grid > END_FEW_BLOCKS * blocks || parts.home.merged)) return false;
   constexpr bool MERGES = LANES == END_THREADS;
   launch_following(
       op, true, parts.home.merged ? end_kernel<LANES, VECTORS, MERGES> : end_kernel<LANES, VECTORS, false>,
