@@ -19,9 +19,7 @@ constexpr int SEGMENT_REFS = 256;  // summed in float32 before they move to floa
 struct alignas(16) PartRow {
   double log2_weight, total;  // sum of the weights
   float lead;                 // the largest of them
-  float scale;  // the largest score, either way, in units of log 2; of bulk_products.cuh: see there
-  float equal;  // there: what the references with that largest weight weigh together
-  int best;     // and one of these, among all k m
+  float scale;                // the largest score, either way, in units of log 2
 };
 
 // Parts of units; slot 2b of block b for a unit that began earlier, 2b + 1 for one that begins here.
@@ -455,10 +453,9 @@ struct Joined {
 __device__ __forceinline__ Joined join(const PartRow& first, const PartRow& second) {
   const double most = first.log2_weight >= second.log2_weight ? first.log2_weight : second.log2_weight;
   const double a = power(first.log2_weight - most), b = power(second.log2_weight - most);
-  const float lead = static_cast<float>(a) * first.lead, other = static_cast<float>(b) * second.lead;
-  return {{most, fma(a, first.total, b * second.total), fmaxf(lead, other), fmaxf(first.scale, second.scale),
-           lead >= other ? static_cast<float>(a) * first.equal : static_cast<float>(b) * second.equal,
-           lead >= other ? first.best : second.best},
+  return {{most, fma(a, first.total, b * second.total),
+           fmaxf(static_cast<float>(a) * first.lead, static_cast<float>(b) * second.lead),
+           fmaxf(first.scale, second.scale)},
           a,
           b};
 }
