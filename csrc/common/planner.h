@@ -26,10 +26,13 @@ struct Problem {
 };
 
 // What units of class banks cost: a tile with one row TILE_WEIGHT, with two rows and with more; the change to
-// another unit, and for each of its rows.
+// another unit, and for each of its rows. deal: units that share their class are dealt out (Ranges in
+// bulk_parts.cuh), where it is too long to stay in the L2 from one to the next.
 constexpr int TILE_WEIGHT = 8;
 struct UnitCosts {
-  int two = 0, four = 0, row = 0, unit = 0;
+  int two = 0, four = 0, row = 0;
+  int16_t unit = 0;
+  bool deal = false;
 };
 
 struct Plan {
@@ -76,7 +79,7 @@ constexpr int64_t OWN_LIST_ROWS = 256, OWN_LIST_GROUPS = 1024;
 constexpr int64_t WARP_LIST_ROWS = 32;  // up to here a warp builds it, a row to a lane
 constexpr int64_t UNIT_BYTES = 32;
 constexpr int64_t unit_list_bytes(int64_t n, int64_t k) {
-  return (n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + 4 * n + 12 + 15) / 16 * 16;
+  return (n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + 4 * n + 20 + 15) / 16 * 16;
 }
 constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
   return (unit_list_bytes(n, k) + 127) / 128 * 128;
