@@ -2,6 +2,7 @@
 // written once. Every block finds the slot of its row itself; only a row with label -1 reads all counts.
 #include "common/ops.h"
 #include "common/path.h"
+#include "common/peers.cuh"
 #include "common/tensors.cuh"
 
 namespace svel::cuda {
@@ -20,10 +21,15 @@ struct Draw {
   const void* counts;     // (k,)
   bool wide;              // counts are int64, else int32
   bool vectors;           // 8 elements at a time are aligned
-  int64_t k, m, d, slices;
+  int64_t k, m, d, slices, items;
   // In parts, see bank_draw_parts: slot s of ring y is with part (s + y) mod parts, as its slot s div parts.
-  const int64_t* parts_at;  // (parts,) where each keeps its (k, local, d); null: refs holds everything
-  int64_t parts, local;
+  Addresses parts_at;    // where each keeps its (k, local, d)
+  int64_t parts, local;  // parts = 0: refs holds everything
+  // Of a push whose rows may still be on their way (see bank_push_parts_), or null: its mailboxes, heads
+  // behind it, and how many rows each ring got.
+  const int64_t* fresh;
+  const void* heads;
+  Peers peers;
   Array also;  // (n, d) float32 that takes x_t too, or null
   Path path;
   double t_min;
@@ -82,11 +88,23 @@ __device__ int64_t slot_of_all(const Draw& draw, double u) {
   return low * draw.m + number - before;
 }
 
-// Grid: slices of d for each row. W: float, or double for float64 references.
+// Until the value of slot s of ring y is there; the whole block.
+__device__ void await_slot(const Draw& draw, int64_t y, int64_t s) {
+  const int64_t head =
+      draw.wide ? static_cast<const int64_t*>(draw.heads)[y] : static_cast<const int32_t*>(draw.heads)[y];
+  const int64_t newer = head - 1 - s;  // slots of the ring that were written after it
+  if ((newer < 0 ? newer + draw.m : newer) >= draw.fresh[y]) return;
+  const int q = static_cast<int>(threadIdx.x);
+  if (q < draw.peers.parts)
+    await_flag(&draw.peers.header(draw.peers.part)->done[q], static_cast<unsigned>(draw.fresh[draw.k]),
+               draw.peers, q);
+  __syncthreads();
+}
+
+// A slice of d of a row, by a block.
 template <typename W>
-__global__ void __launch_bounds__(THREADS) draw_kernel(const Draw draw) {
-  __shared__ PathCoefficients shared;
-  const int64_t row = blockIdx.x / draw.slices, slice = blockIdx.x % draw.slices;
+__device__ __forceinline__ void draw_slice(const Draw& draw, int64_t row, int64_t slice,
+                                           PathCoefficients& shared) {
   const int64_t e = slice * SLICE + static_cast<int64_t>(threadIdx.x) * 8, at = row * draw.d + e;
   const bool whole = draw.vectors && e + 8 <= draw.d, noisy = draw.t.data;  // also where d = 0
   W x[8], noise[8] = {};
@@ -117,10 +135,11 @@ __global__ void __launch_bounds__(THREADS) draw_kernel(const Draw draw) {
   const bool own = slot < 0 && known && draw.fallback.data;
   Array from = own ? draw.fallback : draw.refs;
   int64_t first = own ? at : slot * draw.d + e;
-  if (draw.parts_at && slot >= 0) {
+  if (draw.parts > 0 && slot >= 0) {
     const int64_t y = slot / draw.m, s = slot % draw.m;
-    from.data = reinterpret_cast<void*>(draw.parts_at[(s + y) % draw.parts]);
+    from.data = draw.parts_at[(s + y) % draw.parts];
     first = (y * draw.local + s / draw.parts) * draw.d + e;
+    if (draw.fresh) await_slot(draw, y, s);
   }
   const W alpha = noisy ? static_cast<W>(shared.alpha) : W(0),
           sigma = noisy ? static_cast<W>(shared.sigma) : W(0);
@@ -146,6 +165,19 @@ __global__ void __launch_bounds__(THREADS) draw_kernel(const Draw draw) {
     const W mixed = alpha * value + sigma * load_as<W>(draw.noise, at + j);
     store_as(draw.x_t, at + j, mixed);
     if (draw.also.data) store_as(draw.also, at + j, mixed);
+  }
+}
+
+// Grid: slices of d for each row, or less. W: float, or double for float64 references. Five blocks: beside
+// four that wait there is room for one of those that are waited for.
+template <typename W>
+__global__ void __launch_bounds__(THREADS, sizeof(W) == 4 ? 5 : 3)
+    draw_kernel(const __grid_constant__ Draw draw) {
+  __shared__ PathCoefficients shared;
+#pragma unroll 1
+  for (int64_t item = blockIdx.x; item < draw.items; item += gridDim.x) {
+    draw_slice<W>(draw, item / draw.slices, item % draw.slices, shared);
+    if (item + gridDim.x < draw.items) __syncthreads();  // what is shared is read
   }
 }
 
@@ -187,7 +219,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> launch(Draw draw, const Tensor& refs,
   draw.t_min = t_min;
   draw.slots = slot.mutable_data_ptr<int64_t>();
   const auto kernel = work == ScalarType::Double ? draw_kernel<double> : draw_kernel<float>;
-  kernel<<<static_cast<unsigned>(n * draw.slices), THREADS, 0, current_stream(r)>>>(draw);
+  draw.items = n * draw.slices;
+  const int64_t blocks = draw.fresh ? std::min(draw.items, most_waiting_blocks("bank_draw", r)) : draw.items;
+  kernel<<<static_cast<unsigned>(blocks), THREADS, 0, current_stream(r)>>>(draw);
   check_launch("bank_draw");
   return {x0, slot, x_t, t_set};
 }
@@ -207,11 +241,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw(const Tensor& refs, const T
 std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(
     const Tensor& parts_at, int64_t capacity, const Tensor& refs, const Tensor& counts, const Tensor& u,
     const MaybeTensor& labels, const MaybeTensor& fallback, const MaybeTensor& noise, const MaybeTensor& t,
-    const std::string& path, double t_min, const MaybeTensor& also) {
+    const std::string& path, double t_min, const MaybeTensor& also, const MaybeTensor& heads,
+    const MaybeTensor& fresh, const MaybeTensor& mailboxes, int64_t part, double seconds) {
   Draw draw{};
   draw.m = capacity, draw.parts = parts_at.size(0);
-  draw.parts_at = static_cast<const int64_t*>(parts_at.const_data_ptr());
+  draw.parts_at = addresses_of("bank_draw_parts", "parts_at", parts_at);
   if (t) draw.also = array_of(also);
+  if (fresh) {
+    draw.fresh = fresh->const_data_ptr<int64_t>(), draw.heads = heads->const_data_ptr();
+    draw.peers = peers_of("bank_draw_parts", *mailboxes, part, seconds);
+  }
   return launch(draw, refs, counts, u, labels, fallback, noise, t, path, t_min);
 }
 

@@ -17,6 +17,7 @@ constexpr int RANK_THREADS = 256;
 constexpr int COPY_THREADS = 256;
 constexpr int COPY_EIGHTS = 2;  // of elements, in flight at once in a thread
 constexpr unsigned COPY_ELEMENTS = COPY_EIGHTS * 8 * COPY_THREADS;
+constexpr int PLACES_BLOCKS = 128, HELD_LABELS = 2048;  // in shared memory
 
 // The pushes of one chunk. Push i takes value i to its label's ring; with all_to_last there are as many
 // again, which take the same values to the last ring.
@@ -31,30 +32,32 @@ struct Push {
   int64_t rows, label_groups, k, m, d;
   int64_t each, own;  // rows of this process; pushes of these in the chunk
   // In parts: slot s of ring y is with part (s + y) mod parts, as its slot s div parts.
-  Peers peers;              // parts = 0: there are none, and refs holds everything
-  const int64_t* parts_at;  // (parts,) where each keeps its (k, local, d)
+  Peers peers;         // parts = 0: there are none, and refs holds everything
+  Addresses parts_at;  // where each keeps its (k, local, d)
   int64_t local;
   int32_t* local_counts;  // (k,) valid references of this part
-  int64_t first, n;       // of the chunk
-  int64_t* places;        // (n,) address of where its value goes, 0: it is not written
-  int64_t* pushed;        // (n,) in the last push of each ring: pushes to that ring in the chunk, else 0
+  // (k + 1,) by ring how many rows go there, and last the round; null: the push is over when all rows are
+  // where they belong, else those who read a slot see to that.
+  int64_t* fresh;
+  int64_t first, n;  // of the chunk
+  int64_t* places;   // (n,) address of where its value goes, 0: it is not written
+  int64_t* pushed;   // (n,) in the last push of each ring: pushes to that ring in the chunk, else 0
 };
 
 // In parts a label travels in one word with the round that it belongs to: it is here when its round is. Two
 // areas of (rows,) words take turns, since others may still read what came before.
-__device__ uint64_t* words_in(const Push& push, int part) {
-  const unsigned round = push.peers.header(push.peers.part)->round + 1;
+__device__ uint64_t* words_in(const Push& push, int part, unsigned round) {
   return reinterpret_cast<uint64_t*>(push.peers.mailbox(part) + HEADER_BYTES) + round % 2 * push.rows;
 }
 
 // Of all rows, when they are here.
 struct Labels {
   const int64_t* given;
-  const uint64_t* words;  // in parts
+  const uint64_t* words = nullptr;  // in parts, as they came
+  const int32_t* held = nullptr;    // the same in shared memory, where there is room
 
-  __device__ explicit Labels(const Push& push)
-      : given(push.labels), words(push.peers.parts > 0 ? words_in(push, push.peers.part) : nullptr) {}
   __device__ int64_t operator[](int64_t i) const {
+    if (held) return held[i];
     return words ? static_cast<int32_t>(static_cast<uint32_t>(words[i])) : given[i];
   }
   __device__ int64_t ring(const Push& push, int64_t i) const {
@@ -93,34 +96,59 @@ __device__ int64_t place_of(const Push& push, int64_t ring, int64_t s) {
   if (push.peers.parts > 0) {
     const auto parts = static_cast<unsigned>(push.peers.parts);
     const auto number = static_cast<unsigned>(s), owner = (number + static_cast<unsigned>(ring)) % parts;
-    base = push.parts_at[owner], slot = ring * push.local + number / parts;
+    base = push.parts_at.at[owner], slot = ring * push.local + number / parts;
   }
   return base + slot * push.d * (push.words ? 8 : size_of(push.refs.dtype));
 }
 
 // Labels of this process to all; then those of all are here, for each block.
-__device__ void exchange_labels(const Push& push) {
+__device__ void exchange_labels(const Push& push, unsigned round, int32_t* held) {
   const Peers& peers = push.peers;
-  const unsigned round = peers.header(peers.part)->round + 1;
   if (blockIdx.x == 0) {
     for (int64_t i = threadIdx.x; i < push.each; i += blockDim.x) {
       const int64_t label = push.labels[i];
       const auto known = static_cast<uint32_t>(label >= 0 && label < push.label_groups ? label : -1);
       for (int to = 0; to < peers.parts; ++to)
-        store_word(words_in(push, to) + peers.part * push.each + i, uint64_t{round} << 32 | known);
+        store_word(words_in(push, to, round) + peers.part * push.each + i, uint64_t{round} << 32 | known);
     }
   }
-  const uint64_t* const words = words_in(push, peers.part);
-  for (int64_t i = threadIdx.x; i < push.rows; i += blockDim.x)
-    await([&] { return static_cast<unsigned>(load_word(words + i) >> 32) == round; }, peers,
-          static_cast<int>(i / push.each));
+  const uint64_t* const words = words_in(push, peers.part, round);
+  for (int64_t i = threadIdx.x; i < push.rows; i += blockDim.x) {
+    uint64_t word;
+    await(
+        [&] {
+          word = load_word(words + i);
+          return static_cast<unsigned>(word >> 32) == round;
+        },
+        peers, static_cast<int>(static_cast<unsigned>(i) / static_cast<unsigned>(push.each)));
+    if (i < HELD_LABELS) held[i] = static_cast<int32_t>(static_cast<uint32_t>(word));
+  }
   __syncthreads();
+}
+
+// Of a push to a labelled ring among those of the chunk: how many to the same ring are before it, and how
+// many follow it. By a warp.
+struct Rank {
+  int before, after;
+};
+__device__ Rank rank_of(const Push& push, const Labels& labels, int64_t labelled, int64_t i, int64_t ring,
+                        int lane) {
+  int before = 0, after = 0;
+  for (int64_t j = lane; j < labelled; j += 32) {
+    const bool same = labels[push.first + j] == ring;
+    before += same && j < i;
+    after += same && j > i;
+  }
+  return {__reduce_add_sync(0xffffffffu, before), __reduce_add_sync(0xffffffffu, after)};
+}
+// The address of where its value goes; 0: a later push of the chunk takes that slot again.
+__device__ int64_t place_of(const Push& push, int64_t ring, const Rank& rank) {
+  return rank.after < push.m ? place_of(push, ring, wrap(read_head(push, ring) + rank.before, push.m)) : 0;
 }
 
 // One warp per push: its rank among those to the same ring, and how many follow it.
 __global__ void __launch_bounds__(RANK_THREADS) rank_kernel(const __grid_constant__ Push push) {
-  if (push.peers.parts > 0) exchange_labels(push);
-  const Labels labels(push);
+  const Labels labels{push.labels};
   const int lane = threadIdx.x % 32;
   const int64_t labelled =
       min(max(push.rows - push.first, int64_t{0}), push.n);  // the others go to the last ring
@@ -129,24 +157,11 @@ __global__ void __launch_bounds__(RANK_THREADS) rank_kernel(const __grid_constan
        i += warps) {
     const int64_t ring = labels.ring(push, push.first + i);
     const bool known = i >= labelled || (ring >= 0 && ring < push.label_groups);
-    int before = 0, after = 0;
-    if (i >= labelled) {
-      before = static_cast<int>(i - labelled);
-      after = static_cast<int>(push.n - 1 - i);
-    } else if (known) {
-      for (int64_t j = lane; j < labelled; j += 32) {
-        const bool same = labels[push.first + j] == ring;
-        before += same && j < i;
-        after += same && j > i;
-      }
-      before = __reduce_add_sync(0xffffffffu, before);
-      after = __reduce_add_sync(0xffffffffu, after);
-    }
+    Rank rank{static_cast<int>(i - labelled), static_cast<int>(push.n - 1 - i)};
+    if (i < labelled && known) rank = rank_of(push, labels, labelled, i, ring, lane);
     if (lane != 0) continue;
-    // A slot that a later push of this chunk takes again is left to that one.
-    push.places[i] =
-        known && after < push.m ? place_of(push, ring, wrap(read_head(push, ring) + before, push.m)) : 0;
-    push.pushed[i] = known && after == 0 ? before + 1 : 0;
+    push.places[i] = known ? place_of(push, ring, rank) : 0;
+    push.pushed[i] = known && rank.after == 0 ? rank.before + 1 : 0;
   }
 }
 
@@ -185,11 +200,9 @@ __device__ __noinline__ void copy_singly(const Push& push, int64_t place, int64_
   }
 }
 
-// Heads and counts of the ring of push i of the chunk, if it is the last of that ring.
-__device__ void advance(const Push& push, int64_t i) {
-  const int64_t pushed = push.pushed[i];
+// Heads and counts of a ring that takes so many.
+__device__ void advance(const Push& push, int64_t ring, int64_t pushed) {
   if (pushed == 0) return;
-  const int64_t ring = Labels(push).ring(push, push.first + i);
   const int64_t count = min(read_index(push.counts, push.wide, ring) + pushed, push.m);
   write_index(push.heads, push.wide, ring, wrap(read_head(push, ring) + pushed, push.m));
   write_index(push.counts, push.wide, ring, count);
@@ -199,10 +212,60 @@ __device__ void advance(const Push& push, int64_t i) {
     push.local_counts[ring] =
         static_cast<int32_t>((static_cast<unsigned>(count) + parts - 1 - first) / parts);
   }
+  if (push.fresh) push.fresh[ring] = pushed;
 }
 
-// Slices of d for each push of this process. Heads and counts advance here, after every place is known: for
-// the pushes of all processes, of which each thread takes those of one.
+// In parts, when the labels of all are here: places of all rows. A block has rings of its own, whose heads
+// and counts advance when it knows their places.
+__global__ void __launch_bounds__(RANK_THREADS) places_kernel(const __grid_constant__ Push push) {
+  __shared__ int32_t held[HELD_LABELS];
+  const Peers& peers = push.peers;
+  const unsigned round = peers.header(peers.part)->round + 1;
+  const int lane = threadIdx.x % 32, block = static_cast<int>(blockIdx.x);
+  const auto is_ours = [&](int64_t i) { return static_cast<int>(i % PLACES_BLOCKS) == block; };
+  for (int64_t ring = block + int64_t{PLACES_BLOCKS} * threadIdx.x; ring < push.k;
+       ring += PLACES_BLOCKS * RANK_THREADS) {
+    const int64_t at = ring * (push.wide ? 8 : 4);
+    prefetch(static_cast<const char*>(push.heads) + at), prefetch(static_cast<const char*>(push.counts) + at);
+    if (push.fresh) push.fresh[ring] = 0;
+  }
+  if (push.fresh && block == 0 && threadIdx.x == 0) push.fresh[push.k] = round;
+  exchange_labels(push, round, held);
+  const Labels labels{nullptr, words_in(push, peers.part, round), push.rows <= HELD_LABELS ? held : nullptr};
+#pragma unroll 1
+  for (int64_t base = 0; base < push.rows; base += HELD_LABELS) {
+    __shared__ int listed[HELD_LABELS], count;
+    if (threadIdx.x == 0) count = 0;
+    __syncthreads();
+    for (int64_t i = base + threadIdx.x; i < min(base + HELD_LABELS, push.rows); i += RANK_THREADS) {
+      const int64_t ring = labels[i];
+      if (ring >= 0 && is_ours(ring)) listed[atomicAdd(&count, 1)] = static_cast<int>(i);
+      if (ring < 0 && is_ours(i)) push.places[i] = push.pushed[i] = 0;
+    }
+    __syncthreads();
+    for (int l = threadIdx.x / 32; l < count; l += RANK_THREADS / 32) {
+      const int i = listed[l];
+      const int64_t ring = labels[i];
+      const Rank rank = rank_of(push, labels, push.rows, i, ring, lane);
+      if (lane != 0) continue;
+      push.places[i] = place_of(push, ring, rank);
+      push.pushed[i] = rank.after == 0 ? rank.before + 1 : 0;
+    }
+    __syncthreads();  // the list is read
+  }
+  const bool all_to_last = push.n > push.rows && is_ours(push.k - 1);
+  for (int64_t i = threadIdx.x; all_to_last && i < push.rows; i += RANK_THREADS)
+    push.places[push.rows + i] =
+        place_of(push, push.k - 1, Rank{static_cast<int>(i), static_cast<int>(push.rows - 1 - i)});
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < push.rows; i += RANK_THREADS) {
+    if (labels[i] >= 0 && is_ours(labels[i])) advance(push, labels[i], push.pushed[i]);
+  }
+  if (all_to_last && threadIdx.x == 0) advance(push, push.k - 1, push.rows);
+}
+
+// Slices of d for each push of this process. Heads and counts advance here, after every place is known; in
+// parts they have.
 __global__ void __launch_bounds__(COPY_THREADS, 5) copy_kernel(const __grid_constant__ Push push) {
   const auto slices = max(static_cast<unsigned>((push.d + COPY_ELEMENTS - 1) / COPY_ELEMENTS), 1u);
   const auto items = static_cast<unsigned>(push.own) * slices;
@@ -210,16 +273,17 @@ __global__ void __launch_bounds__(COPY_THREADS, 5) copy_kernel(const __grid_cons
 #pragma unroll 1
   for (unsigned item = blockIdx.x; item < items; item += gridDim.x) {
     const unsigned own = item / slices, slice = item % slices;
-    int64_t value = push.first + own, first = 0, i = own;  // i: in the chunk
+    int64_t value = push.first + own, i = own;  // i: in the chunk
     if (value >= push.rows) value -= push.rows;
     if (parts > 0) {
       value = own < push.each ? own : own - push.each;
-      first = (own < push.each ? 0 : push.rows) + value, i = first + push.peers.part * push.each;
+      i = (own < push.each ? 0 : push.rows) + value + push.peers.part * push.each;
     }
     const int64_t e = int64_t{slice} * COPY_ELEMENTS + int64_t{8} * q;
     Eights eights;
     if (push.vectors) load_eights(push, value, e, eights);
-    if (slice == 0 && q < max(parts, 1)) advance(push, parts > 0 ? first + q * push.each : i);
+    if (slice == 0 && q == 0 && parts == 0)
+      advance(push, Labels{push.labels}.ring(push, push.first + i), push.pushed[i]);
     const int64_t place = push.places[i];
     if (place == 0) continue;
     if (push.vectors) {
@@ -230,12 +294,16 @@ __global__ void __launch_bounds__(COPY_THREADS, 5) copy_kernel(const __grid_cons
   }
   if (parts == 0) return;
   __shared__ bool last;
-  end_round(push.peers, &last);
+  end_round(push.peers, &last, push.fresh == nullptr);
 }
+
+// What of a push in parts a call does: all of it, up to the places of all rows, or what is left.
+enum Stage : int64_t { WHOLE, PLACES, COPY };
 
 // push has what belongs to parts.
 void launch(Push push, const Tensor& refs, const Tensor& counts, const Tensor& heads, const Tensor& values,
-            const Tensor& labels, bool all_to_last, int64_t capacity) {
+            const Tensor& labels, bool all_to_last, int64_t capacity, int64_t stage = WHOLE,
+            const MaybeTensor& places = std::nullopt) {
   check_bank_push(refs, counts, heads, values, labels, all_to_last);
   const torch::stable::accelerator::DeviceGuard guard(refs.get_device_index());
   const Tensor v = packed(values), y = packed(labels);
@@ -253,7 +321,7 @@ void launch(Push push, const Tensor& refs, const Tensor& counts, const Tensor& h
   push.labels = static_cast<const int64_t*>(y.const_data_ptr());
   push.counts = counts.mutable_data_ptr(), push.heads = heads.mutable_data_ptr();
   push.wide = counts.scalar_type() == ScalarType::Long;
-  const Tensor workspace = torch::stable::new_empty(y, {2 * chunk}, ScalarType::Long);
+  const Tensor workspace = places ? *places : torch::stable::new_empty(y, {2 * chunk}, ScalarType::Long);
   push.places = static_cast<int64_t*>(workspace.mutable_data_ptr());
   push.pushed = push.places + chunk;
   const int64_t slices = std::max<int64_t>(1, (push.d + COPY_ELEMENTS - 1) / COPY_ELEMENTS);
@@ -261,13 +329,16 @@ void launch(Push push, const Tensor& refs, const Tensor& counts, const Tensor& h
   for (push.first = 0; push.first < n; push.first += chunk) {
     push.n = std::min(chunk, n - push.first);
     push.own = push.peers.parts > 0 ? pushes * push.each : push.n;
-    int64_t rank_blocks = (push.n * 32 + RANK_THREADS - 1) / RANK_THREADS, copy_blocks = push.own * slices;
-    if (push.peers.parts > 0) {  // the blocks of both wait
-      rank_blocks = std::min(rank_blocks, most_waiting_blocks(OP, refs));
+    const int64_t rank_blocks = (push.n * 32 + RANK_THREADS - 1) / RANK_THREADS;
+    int64_t copy_blocks = push.own * slices;
+    if (push.peers.parts == 0) {
+      rank_kernel<<<static_cast<unsigned>(rank_blocks), RANK_THREADS, 0, stream>>>(push);
+    } else {  // the blocks of both wait
       copy_blocks = std::min(copy_blocks, most_waiting_blocks(OP, refs));
+      if (stage != COPY) places_kernel<<<PLACES_BLOCKS, RANK_THREADS, 0, stream>>>(push);
     }
-    rank_kernel<<<static_cast<unsigned>(rank_blocks), RANK_THREADS, 0, stream>>>(push);
     check_launch(OP);
+    if (stage == PLACES) continue;
     copy_kernel<<<static_cast<unsigned>(copy_blocks), COPY_THREADS, 0, stream>>>(push);
     check_launch(OP);
   }
@@ -283,12 +354,14 @@ void bank_push_(const Tensor& refs, const Tensor& counts, const Tensor& heads, c
 void bank_push_parts_(const Tensor& refs, const Tensor& counts, const Tensor& heads,
                       const Tensor& local_counts, const Tensor& values, const Tensor& labels,
                       bool all_to_last, int64_t capacity, const Tensor& parts_at, const Tensor& mailboxes,
-                      int64_t part, double seconds) {
+                      int64_t part, double seconds, const MaybeTensor& fresh, const MaybeTensor& places,
+                      int64_t stage) {
   Push push{};
   push.peers = peers_of("bank_push_parts_", mailboxes, part, seconds);
-  push.parts_at = static_cast<const int64_t*>(parts_at.const_data_ptr());
+  push.parts_at = addresses_of("bank_push_parts_", "parts_at", parts_at);
   push.local_counts = static_cast<int32_t*>(local_counts.mutable_data_ptr());
-  launch(push, refs, counts, heads, values, labels, all_to_last, capacity);
+  if (fresh) push.fresh = static_cast<int64_t*>(fresh->mutable_data_ptr());
+  launch(push, refs, counts, heads, values, labels, all_to_last, capacity, stage, places);
 }
 
 }  // namespace svel::cuda

@@ -43,6 +43,12 @@ struct GatherRows {
 // In a launch of its own, which is over when the rows of all are here.
 void run_gather(const char* op, const Gather& gather, int device, cudaStream_t stream);
 
+// Of a thread in a tensor before which there are so many: threads go on where those of the last tensor ended.
+__device__ inline int first_unit(int before) {
+  const int at = static_cast<int>(threadIdx.x) - before % static_cast<int>(blockDim.x);
+  return at < 0 ? at + static_cast<int>(blockDim.x) : at;
+}
+
 // The own words to all, and those of all to where they belong; by all threads of one block. Synchronize them
 // then.
 __device__ inline void send_words(const Gather& gather, unsigned round) {
@@ -53,8 +59,9 @@ __device__ inline void send_words(const Gather& gather, unsigned round) {
     const Given& g = gather.given[i];
     if (g.stays) continue;
     const int units = static_cast<int>(g.bytes / 4);
+    // Each thread takes what comes next of all tensors: their ways from memory are not one after the other.
 #pragma unroll 1
-    for (int u = threadIdx.x; u < units; u += blockDim.x) {
+    for (int u = first_unit(before); u < units; u += blockDim.x) {
       const uint64_t word = uint64_t{round} << 32 | reinterpret_cast<const uint32_t*>(g.from)[u];
 #pragma unroll 1
       for (int q = 0; q < peers.parts; ++q)
@@ -68,6 +75,7 @@ __device__ inline void take_words(const Gather& gather, unsigned round) {
   char* const own = peers.mailbox(peers.part);
   const unsigned parts = peers.parts;
   const uint64_t* from = gather.words_of(peers.part);
+  int before = 0;
 #pragma unroll 1
   for (int i = 0; i < gather.tensors; ++i) {
     const Given& g = gather.given[i];
@@ -75,7 +83,7 @@ __device__ inline void take_words(const Gather& gather, unsigned round) {
     const unsigned units = static_cast<unsigned>(g.bytes / 4);
     auto* const to = reinterpret_cast<uint32_t*>(own + g.at - peers.part * g.bytes);
 #pragma unroll 1
-    for (unsigned v = threadIdx.x; v < units * parts; v += blockDim.x) {
+    for (unsigned v = first_unit(before); v < units * parts; v += blockDim.x) {
       const unsigned u = v / parts, q = v - u * parts;
       uint64_t word;
       await(
@@ -86,7 +94,7 @@ __device__ inline void take_words(const Gather& gather, unsigned round) {
           peers, static_cast<int>(q));
       to[q * units + u] = static_cast<uint32_t>(word);
     }
-    from += units * parts;
+    from += units * parts, before += units * parts;
   }
 }
 

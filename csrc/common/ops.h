@@ -49,29 +49,33 @@ void conditional_target_(const Tensor& target, const Tensor& x0, const Tensor& n
 #ifdef USE_CUDA
 // Of a bank in parts whose processes reach one another's memory (stablevelocity_kernels/ops/peers.py).
 
-bool part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
-                    const std::string& precision);
+int64_t part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
+                       const std::string& precision);
 
 void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_or_alpha,
                         const MaybeTensor& sigma, const std::string& path, const MaybeTensor& labels,
                         const MaybeTensor& counts, const std::string& precision, const Tensor& mean,
                         const Tensor& lse, const MaybeTensor& mailboxes, int64_t part, int64_t xs,
                         int64_t means, int64_t lses, const MaybeTensor& own_a, const MaybeTensor& own_b,
-                        const MaybeTensor& own_c, const MaybeTensor& own_x, int64_t words, double seconds);
+                        const MaybeTensor& own_c, const MaybeTensor& own_x, int64_t words, double seconds,
+                        const MaybeTensor& addresses, const MaybeTensor& merged, const MaybeTensor& merged_x,
+                        const std::string& prediction);
 
 void bank_push_parts_(const Tensor& refs, const Tensor& counts, const Tensor& heads,
                       const Tensor& local_counts, const Tensor& values, const Tensor& labels,
                       bool all_to_last, int64_t capacity, const Tensor& parts_at, const Tensor& mailboxes,
-                      int64_t part, double seconds);
+                      int64_t part, double seconds, const MaybeTensor& fresh, const MaybeTensor& places,
+                      int64_t stage);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(
     const Tensor& parts_at, int64_t capacity, const Tensor& refs, const Tensor& counts, const Tensor& u,
     const MaybeTensor& labels, const MaybeTensor& fallback, const MaybeTensor& noise, const MaybeTensor& t,
-    const std::string& path, double t_min, const MaybeTensor& also);
+    const std::string& path, double t_min, const MaybeTensor& also, const MaybeTensor& heads,
+    const MaybeTensor& fresh, const MaybeTensor& mailboxes, int64_t part, double seconds);
 
-void peers_gather_(const Tensor& mailboxes, int64_t part, double seconds, const MaybeTensor& a,
-                   const MaybeTensor& b, const MaybeTensor& c, const MaybeTensor& x, bool stays,
-                   std::optional<int64_t> words);
+void peers_gather_(const Tensor& own, const Tensor& mailboxes, int64_t part, double seconds,
+                   const MaybeTensor& a, const MaybeTensor& b, const MaybeTensor& c, const MaybeTensor& x,
+                   bool stays, std::optional<int64_t> words);
 
 Tensor peers_merge(const Tensor& mailboxes, int64_t part, double seconds, int64_t means, int64_t lses,
                    bool home, const Tensor& x, const Tensor& counts, const MaybeTensor& rings,

@@ -9,15 +9,16 @@
 // again.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 
+#include "common/addresses.cuh"
 #include "common/ops.h"
 #include "common/tensors.cuh"
 
 namespace svel::cuda {
 
-constexpr int MAX_PEERS = 32;
 constexpr int64_t HEADER_BYTES = 512;
 
 struct Header {
@@ -29,18 +30,26 @@ struct Header {
 static_assert(sizeof(Header) <= HEADER_BYTES);
 
 struct Peers {
-  const int64_t* mailboxes;  // (parts,) addresses, the own one among them
+  Addresses mailboxes;  // the own one among them
   int part, parts;
   uint64_t patience;  // nanoseconds; a process that waits longer ends the kernel with an error
 
-  __device__ char* mailbox(int q) const { return reinterpret_cast<char*>(mailboxes[q]); }
+  __device__ char* mailbox(int q) const { return mailboxes[q]; }
   __device__ Header* header(int q) const { return reinterpret_cast<Header*>(mailbox(q)); }
 };
 
+// Of a tensor (parts,) int64 on the CPU.
+inline Addresses addresses_of(const char* op, const char* name, const Tensor& given) {
+  if (given.is_cuda()) fail(op, name, "addresses on the CPU", "on a GPU");
+  const int64_t parts = given.size(0);
+  if (parts > MAX_PEERS) fail(op, name, "at most " + std::to_string(MAX_PEERS), std::to_string(parts));
+  Addresses addresses{};
+  std::copy_n(static_cast<const int64_t*>(given.const_data_ptr()), parts, addresses.at);
+  return addresses;
+}
+
 inline Peers peers_of(const char* op, const Tensor& mailboxes, int64_t part, double seconds) {
-  if (mailboxes.size(0) > MAX_PEERS)
-    fail(op, "mailboxes", "at most " + std::to_string(MAX_PEERS), std::to_string(mailboxes.size(0)));
-  return {static_cast<const int64_t*>(mailboxes.const_data_ptr()), static_cast<int>(part),
+  return {addresses_of(op, "mailboxes", mailboxes), static_cast<int>(part),
           static_cast<int>(mailboxes.size(0)), static_cast<uint64_t>(seconds * 1e9)};
 }
 
@@ -102,16 +111,16 @@ __device__ inline bool is_last_block(Header* own, unsigned blocks, bool* last) {
   return *last;
 }
 
-// The last block of a round tells the others what is over here, waits for theirs, and moves the round on. All
-// threads of the grid.
-__device__ inline void end_round(const Peers& peers, bool* last) {
+// The last block of a round tells the others what is over here, waits for theirs where it `waits`, and moves
+// the round on. All threads of the grid.
+__device__ inline void end_round(const Peers& peers, bool* last, bool waits) {
   Header* const own = peers.header(peers.part);
   if (!is_last_block(own, gridDim.x, last)) return;
   const int q = static_cast<int>(threadIdx.x);
   const unsigned round = own->round + 1;
   if (q < peers.parts) {
     raise_flag(&peers.header(q)->done[peers.part], round);
-    await_flag(&own->done[q], round, peers, q);
+    if (waits) await_flag(&own->done[q], round, peers, q);
   }
   __syncthreads();
   if (q == 0) own->round = round;

@@ -30,8 +30,7 @@ struct Problem {
 // bulk_parts.cuh), where it is too long to stay in the L2 from one to the next.
 constexpr int TILE_WEIGHT = 8;
 struct UnitCosts {
-  int two = 0, four = 0, row = 0;
-  int16_t unit = 0;
+  int two = 0, four = 0, row = 0, unit = 0;
   bool deal = false;
 };
 
@@ -103,10 +102,12 @@ constexpr int64_t products_smem(int tile_refs, int64_t slices) {
 constexpr int products_ref_bytes(int64_t held) {
   return static_cast<int>(2 * held) + 16;
 }
-// UnitCosts. By groups on an H100, of 0 to 96 for a row: bfloat16 203 and 197 us, float32 289 and 280. On the
-// matrix units of an H200 a block of 256 x 4,096 needs 1.3 us for a tile and 3 to 4 for a change, be it of
-// one row or two.
+// UnitCosts. By groups on an H100, of 0 to 96 for a row: bfloat16 203 and 197 us, float32 289 and 280; there
+// a change takes 9 us and 3 for each row, where a tile of 2 x 4,096 takes 1.2 (275 and 270 us). On the matrix
+// units of an H200 a block of 256 x 4,096 needs 1.3 us for a tile and 3 to 4 for a change, be it of one row
+// or two.
 constexpr int GROUPS_ROW = 64, PRODUCTS_ROW = 4, PRODUCTS_UNIT = 18;
+constexpr int GROUPS_LONG_ROW = 20, GROUPS_LONG_UNIT = 52;
 constexpr int groups_sums_smem(int elements) {  // where groups leave their sums for one another
   return 4 * GROUPS_CONSUMERS * elements;
 }

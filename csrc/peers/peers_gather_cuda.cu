@@ -83,14 +83,14 @@ void run_gather(const char* op, const Gather& gather, int device, cudaStream_t s
   check_launch(op);
 }
 
-void peers_gather_(const Tensor& mailboxes, int64_t part, double seconds, const MaybeTensor& a,
-                   const MaybeTensor& b, const MaybeTensor& c, const MaybeTensor& x, bool stays,
-                   std::optional<int64_t> words) {
+void peers_gather_(const Tensor& own, const Tensor& mailboxes, int64_t part, double seconds,
+                   const MaybeTensor& a, const MaybeTensor& b, const MaybeTensor& c, const MaybeTensor& x,
+                   bool stays, std::optional<int64_t> words) {
   const char* const op = "peers_gather_";
-  const int device = mailboxes.get_device_index();
+  const int device = own.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const GatherRows rows(peers_of(op, mailboxes, part, seconds), a, b, c, x, stays, words);
-  run_gather(op, rows.gather, device, current_stream(mailboxes));
+  run_gather(op, rows.gather, device, current_stream(own));
 }
 
 }  // namespace svel::cuda

@@ -182,7 +182,7 @@ __device__ void merge_slice(const Merge& m, const Known<T>& known, double* lses,
 }
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS, 4) merge_kernel(const Merge m) {
+__global__ void __launch_bounds__(THREADS, 4) merge_kernel(const __grid_constant__ Merge m) {
   const Peers& peers = m.peers;
   __shared__ double lses[MAX_PEERS + 1];
   __shared__ T shares[MAX_PEERS + 1];

@@ -1,6 +1,7 @@
 // What launches of the bulk kernel for all dtypes share.
 #include <map>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 
 #include "common/gather.cuh"
@@ -23,6 +24,7 @@ __global__ void __launch_bounds__(LIST_THREADS)
 constexpr int SHORT_ROWS = 2048, SHORT_THREADS = 1024;
 using ShortList = ListRows<SHORT_ROWS>;
 
+template <bool DEAL>
 __global__ void __launch_bounds__(SHORT_THREADS)
     short_list_kernel(const __grid_constant__ Gather gather, const __grid_constant__ Inputs in,
                       const UnitList list, int* arrived, int64_t counts, int tile_refs, int most_rows) {
@@ -52,7 +54,7 @@ __global__ void __launch_bounds__(SHORT_THREADS)
   __syncthreads();
   read_keys(in, scratch);
   __syncthreads();
-  build_short_list<true, SHORT_THREADS>(in, list, scratch, tile_refs, most_rows, tid,
+  build_short_list<DEAL, SHORT_THREADS>(in, list, scratch, tile_refs, most_rows, tid,
                                         [] { __syncthreads(); });
   if (!own) return;
   if (copies > 0 && tid < peers.parts) await_flag(&own->arrived[tid], round, peers, tid);
@@ -150,18 +152,77 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   }
 }
 
-constexpr int END_THREADS = 128;
+constexpr int END_THREADS = 128, END_FEW_BLOCKS = 4;  // END_FEW_BLOCKS: to a multiprocessor, of few rows
+
+// The results of an own row over the elements `at`, from its mean over this part and those that the others
+// have left in the mailbox, when these are there. All threads.
+template <int VECTORS>
+__device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& home, int64_t row, double lse,
+                                              const int64_t (&at)[VECTORS], const bool (&within)[VECTORS],
+                                              const float4 (&x)[VECTORS], float4 (&mean)[VECTORS]) {
+  const int q = static_cast<int>(threadIdx.x);
+  const double t = clamp_time(load_as<double>(in.time_or_alpha, in.part * in.rows_each + row));
+  const PredictionCoefficients at_time =
+      prediction_coefficients(home.prediction, path_coefficients(in.path, t));
+  char* const mailbox = home.mailbox;
+  const Header* const own = reinterpret_cast<const Header*>(mailbox);
+  if (q < in.parts && q != in.part)
+    await_flag(&own->done[q], own->round, {{}, in.part, in.parts, home.patience}, q);
+  __syncthreads();
+  double top = lse, total = 1;
+#pragma unroll 1
+  for (int of = 0; of < in.parts; ++of) {
+    if (of == in.part) continue;
+    const int64_t index = of * in.rows_each + row;
+    const double its = __ldcg(reinterpret_cast<const double*>(mailbox + in.lse_at) + index);
+    float4 other[VECTORS];
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      other[v] = make_float4(0, 0, 0, 0);
+      if (within[v])
+        other[v] = __ldcg(reinterpret_cast<const float4*>(
+            reinterpret_cast<const float*>(mailbox + in.mean_at) + index * in.d + at[v]));
+    }
+    const double most = its >= top || its != its ? its : top;
+    const double so_far = power(LOG2_E * (top - most)), weight = power(LOG2_E * (its - most));
+    const float a = static_cast<float>(so_far), b = static_cast<float>(weight);
+    total = fma(so_far, total, weight), top = most;
+    const auto add = [&](float& to, float value) {  // the mean over nothing is NaN
+      to = (a > 0 ? a * to : a) + (b > 0 ? b * value : b);
+    };
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v)
+      add(mean[v].x, other[v].x), add(mean[v].y, other[v].y), add(mean[v].z, other[v].z),
+          add(mean[v].w, other[v].w);
+  }
+  const double by = at_time.b / total;
+  const auto result = [&](float x, float sum) {
+    return static_cast<float>(fma(at_time.a, static_cast<double>(x), by * static_cast<double>(sum)));
+  };
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    if (within[v])
+      *reinterpret_cast<float4*>(home.merged + row * in.d + at[v]) =
+          make_float4(result(x[v].x, mean[v].x), result(x[v].y, mean[v].y), result(x[v].z, mean[v].z),
+                      result(x[v].w, mean[v].w));
+  }
+}
 
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
-// take LANES by LANES shares of the parts. Grid: rows x chunks of D.
-template <int LANES, int VECTORS>
-__global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
+// take LANES by LANES shares of the parts. MERGES: the result is over the parts of all processes. Grid: rows,
+// those of this process, x chunks of D.
+template <int LANES, int VECTORS, bool MERGES>
+__global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLOCKS : 1024 / END_THREADS)
     end_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
   constexpr int SHARES = END_THREADS / LANES;
-  extern __shared__ double weights[];  // (blocks,) of the row's other parts
-  __shared__ double scratch[33], sums[SHARES][VECTORS][LANES][4];
+  static_assert(!MERGES || SHARES == 1, "a thread has all of its elements");
+  using Sum = std::conditional_t<(SHARES > 1), float, double>;  // few rows wait for its latency
+  extern __shared__ double weights[];                           // (blocks,) of the row's other parts
+  __shared__ double scratch[33];
+  __shared__ Sum sums[SHARES][VECTORS][LANES][4];
   const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
-  const int64_t index = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const int64_t index = row + in.part * in.rows_each;
   const int lane = threadIdx.x % LANES, share = threadIdx.x / LANES;
   const float* const x = static_cast<const float*>(in.x.data) + index * in.d;  // parts give means: a = 0
   int64_t at[VECTORS];
@@ -171,6 +232,7 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
   for (int v = 0; v < VECTORS; ++v) {
     at[v] = 4 * ((chunk * VECTORS + v) * LANES + lane), within[v] = at[v] < in.d;
     mine[v] = first[v] = make_float4(0, 0, 0, 0);
+    if (MERGES && within[v]) mine[v] = *reinterpret_cast<const float4*>(parts.home.x + row * in.d + at[v]);
     if (within[v] && share == 0 && !in.mailboxes) mine[v] = *reinterpret_cast<const float4*>(x + at[v]);
   }
   wait_for_previous_launch();
@@ -243,25 +305,25 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     if (source) by_source = power(by_source - top);
     all.log2_weight = top, all.total = total + by_source;
   }
-  const double by_first = __shfl_sync(0xffffffffu, weight, 0);
+  const Sum mine_by = static_cast<Sum>(weight), by_first = __shfl_sync(0xffffffffu, mine_by, 0);
   if (others > NEAR) __syncthreads();
-  const double by = left.b / all.total;
+  const double by = (MERGES ? 1 : left.b) / all.total;
   const Array out = out_of(in, index);
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    double sum[4] = {by_first * first[v].x, by_first * first[v].y, by_first * first[v].z,
-                     by_first * first[v].w};
-    const auto add = [&](double weight, float4 four) {
-      sum[0] = fma(weight, static_cast<double>(four.x), sum[0]);
-      sum[1] = fma(weight, static_cast<double>(four.y), sum[1]);
-      sum[2] = fma(weight, static_cast<double>(four.z), sum[2]);
-      sum[3] = fma(weight, static_cast<double>(four.w), sum[3]);
+    Sum sum[4] = {by_first * first[v].x, by_first * first[v].y, by_first * first[v].z, by_first * first[v].w};
+    const auto add = [&](Sum weight, float4 four) {
+      sum[0] = fma(weight, static_cast<Sum>(four.x), sum[0]);
+      sum[1] = fma(weight, static_cast<Sum>(four.y), sum[1]);
+      sum[2] = fma(weight, static_cast<Sum>(four.z), sum[2]);
+      sum[3] = fma(weight, static_cast<Sum>(four.w), sum[3]);
     };
 #pragma unroll 4
     for (int first = 0; first < others; first += SHARES) {
       const int j = first + share;
-      const double near = __shfl_sync(0xffffffffu, weight, min(j, NEAR - 1) + 1);
-      if (within[v] && j < others) add(j < NEAR ? near : weights[j], first == 0 ? early[v] : load_sums(j, v));
+      const Sum near = __shfl_sync(0xffffffffu, mine_by, min(j, NEAR - 1) + 1);
+      if (within[v] && j < others)
+        add(j < NEAR ? near : static_cast<Sum>(weights[j]), first == 0 ? early[v] : load_sums(j, v));
     }
     if (SHARES > 1) {
       for (int k = 0; k < 4; ++k) sums[share][v][lane][k] = sum[k];
@@ -271,23 +333,35 @@ __global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
       }
     }
     if (!within[v] || share > 0) continue;
-    if (source) add(by_source, *reinterpret_cast<const float4*>(source + at[v]));
+    if (source) add(static_cast<Sum>(by_source), *reinterpret_cast<const float4*>(source + at[v]));
+    if constexpr (MERGES) {
+      early[v] = make_float4(static_cast<float>(by * sum[0]), static_cast<float>(by * sum[1]),
+                             static_cast<float>(by * sum[2]), static_cast<float>(by * sum[3]));
+      continue;
+    }
     *reinterpret_cast<float4*>(static_cast<float*>(out.data) + index * in.d + at[v]) =
         make_float4(static_cast<float>(fma(left.a, static_cast<double>(mine[v].x), by * sum[0])),
                     static_cast<float>(fma(left.a, static_cast<double>(mine[v].y), by * sum[1])),
                     static_cast<float>(fma(left.a, static_cast<double>(mine[v].z), by * sum[2])),
                     static_cast<float>(fma(left.a, static_cast<double>(mine[v].w), by * sum[3])));
   }
-  if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
+  if constexpr (MERGES) {
+    const double lse = others < 0 ? lse_of_nothing(in, index) : lse_of_row(in, all);
+    merge_at_home<VECTORS>(in, parts.home, row, lse, at, within, mine, early);
+  } else {
+    if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
+  }
 }
 
 template <int LANES, int VECTORS>
 bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                    cudaStream_t stream) {
-  const int64_t grid = in.n * ceil_div(in.d, 4 * LANES * VECTORS);
-  if (LANES < END_THREADS && grid > 4 * blocks) return false;
-  launch_following(op, true, end_kernel<LANES, VECTORS>, dim3(static_cast<unsigned>(grid)), END_THREADS,
-                   blocks * sizeof(double), stream, in, parts);
+  const int64_t grid = (in.mailboxes ? in.rows_each : in.n) * ceil_div(in.d, 4 * LANES * VECTORS);
+  if (LANES < END_THREADS && (grid > END_FEW_BLOCKS * blocks || parts.home.merged)) return false;
+  constexpr bool MERGES = LANES == END_THREADS;
+  launch_following(
+      op, true, parts.home.merged ? end_kernel<LANES, VECTORS, MERGES> : end_kernel<LANES, VECTORS, false>,
+      dim3(static_cast<unsigned>(grid)), END_THREADS, blocks * sizeof(double), stream, in, parts);
   return true;
 }
 
@@ -316,9 +390,10 @@ void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int
         if (g.stays) copies = std::clamp<int64_t>(g.bytes / g.unit / (GATHER_UNROLL * SHORT_THREADS), 1, 64);
       }
     }
-    check_cuda(op, cudaFuncSetAttribute(short_list_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    const auto kernel = list.costs.deal ? short_list_kernel<true> : short_list_kernel<false>;
+    check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(sizeof(ShortList))));
-    short_list_kernel<<<static_cast<unsigned>(1 + copies), SHORT_THREADS, sizeof(ShortList), stream>>>(
+    kernel<<<static_cast<unsigned>(1 + copies), SHORT_THREADS, sizeof(ShortList), stream>>>(
         gather, in, list, arrived, counts, tile_refs, most_rows);
     return check_launch(op);
   }

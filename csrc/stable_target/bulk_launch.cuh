@@ -77,15 +77,16 @@ struct Launch : BulkLaunch {
 
   template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED>
   bool run_products_if() const {
-    using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED>;
+    using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED, true>;
     constexpr int LEAST = CLUSTERED ? 2 : 1;
     static_assert(Kernel::fixed_bytes(LEAST) <= products_smem(Kernel::TR, LEAST),
                   "the planner reserves less");
     if (in.refs.dtype != DtypeOf<T>::value || !plan.products || plan.tile_d != Kernel::HELD ||
         plan.tile_refs != Kernel::TR || (plan.slices > 1) != CLUSTERED)
       return false;
-    const auto kernel = plan.costs.deal ? products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, true>
-                                        : products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false>;
+    const auto kernel = in.mailboxes      ? products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, true, false>
+                        : plan.costs.deal ? products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false, true>
+                                          : products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false, false>;
     int64_t teams = plan.blocks / plan.slices;
     if (CLUSTERED) teams = std::min<int64_t>(teams, resident_teams(kernel));
     Carver carver(workspace);
@@ -96,7 +97,11 @@ struct Launch : BulkLaunch {
     parts.sums = carver.take<float>(teams * PRODUCTS_ROWS * in.d);
     parts.reviewed = carver.take<float>(teams * in.d);
     parts.firsts = in.mailboxes ? carver.take<float>(in.n * in.d) : static_cast<float*>(in.out.data);
-    if (!plan.own_list) build_unit_list(op, in, list, nullptr, 0, plan.tile_refs, plan.tile_rows, stream);
+    const int64_t shared = in.mailboxes ? teams * plan.slices : 0;
+    if (in.at_home) parts.home = *in.at_home;
+    if (shared > 0) parts.ready = carver.take<int>(shared);
+    if (!plan.own_list)
+      build_unit_list(op, in, list, parts.ready, shared, plan.tile_refs, plan.tile_rows, stream);
     const ProductsLayout layout{plan.own_list, static_cast<int>(plan.slices), static_cast<int>(plan.slice)};
     if (CLUSTERED) {
       run_in_clusters(kernel, teams, !plan.own_list, list, parts, layout);

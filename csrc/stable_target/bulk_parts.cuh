@@ -20,7 +20,9 @@ constexpr int SEGMENT_REFS = 256;  // summed in float32 before they move to floa
 struct alignas(16) PartRow {
   double log2_weight, total;  // sum of the weights
   float lead;                 // the largest of them
-  float scale;                // the largest score, either way, in units of log 2
+  float scale;  // the largest score, either way, in units of log 2; of bulk_products.cuh: see there
+  float equal;  // there: what the references with that largest weight weigh together
+  int best;     // and one of these, among all k m
 };
 
 // Parts of units; slot 2b of block b for a unit that began earlier, 2b + 1 for one that begins here.
@@ -545,9 +547,10 @@ struct Joined {
 __device__ __forceinline__ Joined join(const PartRow& first, const PartRow& second) {
   const double most = first.log2_weight >= second.log2_weight ? first.log2_weight : second.log2_weight;
   const double a = power(first.log2_weight - most), b = power(second.log2_weight - most);
-  return {{most, fma(a, first.total, b * second.total),
-           fmaxf(static_cast<float>(a) * first.lead, static_cast<float>(b) * second.lead),
-           fmaxf(first.scale, second.scale)},
+  const float lead = static_cast<float>(a) * first.lead, other = static_cast<float>(b) * second.lead;
+  return {{most, fma(a, first.total, b * second.total), fmaxf(lead, other), fmaxf(first.scale, second.scale),
+           lead >= other ? static_cast<float>(a) * first.equal : static_cast<float>(b) * second.equal,
+           lead >= other ? first.best : second.best},
           a,
           b};
 }
@@ -691,11 +694,19 @@ __device__ __forceinline__ void store_row(const Inputs& in, const RowPlace& plac
 }
 
 // Plus D/2, which depends on the row alone: typical values stay small, and float32 keeps their digits.
+__device__ __forceinline__ double lse_of_row(int64_t d, const PartRow& all) {
+  return log(all.total) + LOG_2 * all.log2_weight + 0.5 * static_cast<double>(d);
+}
 __device__ __forceinline__ double lse_of_row(const Inputs& in, const PartRow& all) {
-  return log(all.total) + LOG_2 * all.log2_weight + 0.5 * static_cast<double>(in.d);
+  return lse_of_row(in.d, all);
 }
 __device__ __forceinline__ void write_lse(const Inputs& in, int64_t index, const PartRow& all) {
   store_as(lse_of(in, index), index, lse_of_row(in, all));
+}
+
+// That of a row with nothing to read.
+__device__ __forceinline__ double lse_of_nothing(const Inputs& in, int64_t index) {
+  return row_has_group(in, index) ? -INFINITY : NAN;
 }
 
 // What the rounding of its scores, `error`, may do to a row, beside its size, by one standard deviation:

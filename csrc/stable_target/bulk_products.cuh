@@ -8,7 +8,9 @@
 //
 // At the end of a segment a warp stores its sums as they are and goes on; the one that weighs leaves what
 // they are relative to. Rows' parts are put together, and sources added, in a launch that follows (end_kernel
-// in bulk_cuda.cu): nothing of that delays the reading.
+// in bulk_cuda.cu): nothing of that delays the reading. The mean of another process's row goes there at once,
+// from the block where its unit begins, which ends that row: the blocks that follow have had their parts of
+// it first. All means at the end would wait for the link.
 //
 // |r_j|^2 too is the product of a tile with itself: of sixty-four of them eight are wanted.
 //
@@ -32,6 +34,7 @@
 #include <type_traits>
 
 #include "common/cluster.cuh"
+#include "common/peers.cuh"
 #include "stable_target/bulk_parts.cuh"
 
 namespace svel::cuda {
@@ -122,6 +125,9 @@ struct ProductsParts {
   float* firsts;      // (n, D); the result itself, where it is of this process
   float* sums;        // (blocks, PRODUCTS_ROWS, D)
   float* reviewed;    // (blocks, D) of one row, between the threads of a block
+  // Of rows of several processes: (thread blocks,) zero at first, whether `others` and `sums` are there.
+  int* ready;
+  AtHome home;
 };
 
 struct ProductsLayout {
@@ -136,24 +142,41 @@ constexpr int PRODUCTS_IN_FLIGHT = 64 << 10;
 // Bytes of references that a block brings to the L2 while the list is made.
 constexpr int PRODUCTS_EARLY_BYTES = 128 << 10;
 
-// By BULK_PRODUCERS threads of the consumers, while others make the list, from what that is made of or, for
-// who comes late, from anything: what the block will begin with if all rows have classes of their own, and
-// what some block will read in any case.
-__device__ __forceinline__ void prefetch_references(const Inputs& in, const ListScratch& scratch,
-                                                    const RowPlace& place, int teams, int team, int tid) {
-  const int64_t all = in.n * in.m;
+// By BULK_PRODUCERS threads, while others make the list: what the block will begin with if all `rows` have
+// classes of their own, and what some block will read in any case. group_of(row): its class, or less than 0;
+// count_of(group): valid references.
+template <typename GroupOf, typename CountOf>
+__device__ __forceinline__ void prefetch_references(const Inputs& in, const RowPlace& place, int teams,
+                                                    int team, int64_t rows, const GroupOf& group_of,
+                                                    const CountOf& count_of, int tid) {
+  const int64_t all = rows * in.m;
   const int each = size_of(in.refs.dtype), bytes = place.length * each;
   const int64_t begin = divide(all * team, teams), next = divide(all * (team + 1), teams);
   const int64_t end = min(next, begin + PRODUCTS_EARLY_BYTES / bytes);
 #pragma unroll 1
   for (int64_t i = begin + tid; i < end; i += BULK_PRODUCERS) {
     const int64_t row = divide(i, in.m), j = i - row * in.m;
-    const int key = scratch.keys[row];
-    if (key > 0 && key <= in.k && j < scratch.counts[key - 1])
+    const int64_t group = group_of(row);
+    if (group >= 0 && group < in.k && j < count_of(group))
       prefetch_bulk(
-          static_cast<const char*>(in.refs.data) + (((key - 1) * in.m + j) * in.d + place.offset) * each,
+          static_cast<const char*>(in.refs.data) + ((group * in.m + j) * in.d + place.offset) * each,
           static_cast<uint32_t>(bytes));
   }
+}
+// From what the list is made of or, for who comes late, from anything.
+__device__ __forceinline__ void prefetch_references(const Inputs& in, const ListScratch& scratch,
+                                                    const RowPlace& place, int teams, int team, int tid) {
+  const auto group_of = [&](int64_t row) { return int64_t{scratch.keys[row]} - 1; };
+  prefetch_references(
+      in, place, teams, team, in.n, group_of, [&](int64_t group) { return scratch.counts[group]; }, tid);
+}
+// Where the list comes from another launch, which hears of the rows of other processes meanwhile.
+__device__ __forceinline__ void prefetch_of_own_rows(const Inputs& in, const ProductsParts& parts,
+                                                     const RowPlace& place, int teams, int team, int tid) {
+  const auto group_of = [&](int64_t row) { return parts.home.labels[row]; };
+  prefetch_references(
+      in, place, teams, team, in.rows_each, group_of, [&](int64_t group) { return valid_count(in, group); },
+      tid);
 }
 
 // This block's share of x, to the L2 before references are in the way.
@@ -170,9 +193,10 @@ constexpr int RAISED = 1 << 30;
 
 // How a row leaves a segment: what the warps do with its sums.
 struct ProductsEnd {
-  float margin;        // see `doubt`
-  double before, now;  // to multiply by: the part's sums so far, and those of the segment
-  double shift;        // |x|^2 / (2 sigma^2) in units of log 2, where it is wanted
+  float margin;               // see `doubt`
+  double before, now;         // to multiply by: the part's sums so far, and those of the segment
+  double shift;               // |x|^2 / (2 sigma^2) in units of log 2, where it is wanted
+  double log2_weight, total;  // of the part, at its end
 };
 
 // What a block's elements of x and of the segment's first reference, r, make together.
@@ -224,13 +248,95 @@ struct ProductsShared {
   short listed[SEGMENT_REFS];
   int listed_count;
   PartRow moved[ROWS];  // of the part, with the segments so far
+  bool is_last;         // of the blocks
   Barrier settled;      // the segment's ends are there
   ProductsEnd ends[SEGMENT_SLOTS][ROWS];
   std::conditional_t<CLUSTERED, ProductsMail<TR / 8>, ProductsNoMail> mail;  // the last: its end is cut off
 };
 
+// A row of another process, of which this block has the first part.
+struct ProductsSent {
+  const float* first;     // its sums
+  const PartRow* others;  // of the blocks that follow, PRODUCTS_ROWS apart, as their
+  const float* sums;
+  const int* ready;
+  float* to;                  // the mean, with the process whose row it is
+  double* lse;                // there too, or null
+  double log2_weight, total;  // of the first part
+  int d, length, count;       // count: other parts
+  int slices, rank;
+};
+
+__device__ __forceinline__ void raise_ready(int* ready) {
+  __threadfence();
+  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(ready) : "memory");
+}
+__device__ __forceinline__ void await_ready(const int* ready) {
+  int there = 0;
+  while (there == 0)
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(ready) : "memory");
+}
+
+// From the row's parts to its mean, by all consumers. Other parts come first in the ranges of their blocks;
+// of the blocks that run at most the last waits for one that does not run yet.
+__device__ __noinline__ static void send_home(const ProductsSent sent) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int j = lane; j < sent.count; j += 32) {
+    await_ready(sent.ready + j * sent.slices + sent.rank);
+    if (sent.rank > 0) await_ready(sent.ready + j * sent.slices);  // who has the weights
+  }
+  __syncwarp();
+  const auto other = [&](int j) {
+    return __ldcg(reinterpret_cast<const double2*>(sent.others + j * PRODUCTS_ROWS));
+  };
+  double top = sent.log2_weight;
+#pragma unroll 1
+  for (int j = 0; j < sent.count; ++j) {
+    const double its = other(j).x;
+    top = top >= its || its != its ? top : its;
+  }
+  const double by_first = power(sent.log2_weight - top);
+  double total = by_first * sent.total;
+#pragma unroll 1
+  for (int j = 0; j < sent.count; ++j) {
+    const double2 its = other(j);
+    total = fma(power(its.x - top), its.y, total);
+  }
+  constexpr int AT_ONCE = 2;
+#pragma unroll 1
+  for (int begin = 4 * threadIdx.x; begin < sent.length; begin += AT_ONCE * 4 * GROUPS_CONSUMERS) {
+    double sum[AT_ONCE][4] = {};
+#pragma unroll 1
+    for (int j = -1; j < sent.count; ++j) {
+      const double by = (j < 0 ? by_first : power(other(j).x - top)) / total;
+      const float* const from = j < 0 ? sent.first : sent.sums + int64_t{j} * PRODUCTS_ROWS * sent.d;
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int e = begin + i * 4 * GROUPS_CONSUMERS;
+        if (e >= sent.length) continue;
+        const float4 four = __ldcg(reinterpret_cast<const float4*>(from + e));
+        sum[i][0] = fma(by, static_cast<double>(four.x), sum[i][0]);
+        sum[i][1] = fma(by, static_cast<double>(four.y), sum[i][1]);
+        sum[i][2] = fma(by, static_cast<double>(four.z), sum[i][2]);
+        sum[i][3] = fma(by, static_cast<double>(four.w), sum[i][3]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int e = begin + i * 4 * GROUPS_CONSUMERS;
+      if (e < sent.length)
+        *reinterpret_cast<float4*>(sent.to + e) =
+            make_float4(static_cast<float>(sum[i][0]), static_cast<float>(sum[i][1]),
+                        static_cast<float>(sum[i][2]), static_cast<float>(sum[i][3]));
+    }
+  }
+  if (sent.lse && threadIdx.x == 0) *sent.lse = lse_of_row(sent.d, {top, total, 0, 0});
+}
+
 // CHUNKS of 32 elements for each warp. A tile is BLOCKS of eight references of type T.
-template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED>
+// PARTS: rows are of several processes.
+template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS>
 struct Products {
   static constexpr int THREADS = GROUPS_CONSUMERS, WARPS = THREADS / 32;
   static constexpr int ROWS = PRODUCTS_ROWS, TR = 8 * BLOCKS;
@@ -760,6 +866,7 @@ struct Products {
       const Joined joined = svel::cuda::join(shared().moved[my_row], own);
       own = joined.all, end.before = joined.by_first, end.now = joined.by_second;
     }
+    if (PARTS) end.log2_weight = own.log2_weight, end.total = own.total;
     if (!(segment.flags & SEGMENT_PART_END)) {
       shared().moved[my_row] = own;
     } else if (rank > 0) {  // the first block of a cluster does it for all
@@ -902,7 +1009,38 @@ struct Products {
       reviewed = true;
     }
     if (reviewed) barrier();  // the rows' ends are there
-    if (my_row >= segment.count || (THIRD && lane() & 1)) return;
+    if (my_row < segment.count && !(THIRD && lane() & 1)) store_sums(mine, segment, slot, my_row);
+    if (PARTS && segment.flags & SEGMENT_PART_END) end_part(segment, slot);
+  }
+
+  // Where rows are of several processes, a part's end: other blocks hear of it, or a row is sent.
+  __device__ __forceinline__ void end_part(const Segment<ROWS>& segment, int slot) const {
+    const bool begins = segment.flags & SEGMENT_UNIT_BEGIN;
+    bool leaves = false;
+#pragma unroll 1
+    for (int r = 0; r < segment.count; ++r) leaves = leaves || is_of_another(in, segment.rows[r].index);
+    if (begins && !leaves) return;
+    barrier();  // the sums of all warps are there
+    if (!begins) {
+      if (thread() == 0) raise_ready(parts.ready + block);
+      return;
+    }
+#pragma unroll 1
+    for (int r = 0; r < segment.count; ++r) {
+      const RowState& row = segment.rows[r];
+      if (!is_of_another(in, row.index)) continue;
+      const ProductsEnd& end = shared().ends[slot][r];
+      double* const lse = static_cast<double*>(lse_of(in, row.index).data) + row.index;
+      send_home({parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + r,
+                 parts.sums + ((team + 1) * ROWS + r) * in.d + offset, parts.ready + (team + 1) * slices,
+                 static_cast<float*>(row.out) + row.index * in.d + offset, rank == 0 ? lse : nullptr,
+                 end.log2_weight, end.total, d, length, segment.to - segment.from, slices, rank});
+    }
+  }
+
+  __device__ __forceinline__ void store_sums(Mine& mine, const Segment<ROWS>& segment, int slot,
+                                             int my_row) const {
+    const int g = lane() >> 2;
     float* const to = (segment.flags & SEGMENT_UNIT_BEGIN ? parts.firsts + segment.rows[my_row].index * in.d
                                                           : parts.sums + (team * ROWS + my_row) * in.d) +
                       offset + g;
@@ -995,12 +1133,12 @@ struct Products {
 };
 
 // DEAL: see Ranges.
-template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool DEAL>
+template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, bool DEAL>
 __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     products_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
                     const __grid_constant__ ProductsParts parts,
                     const __grid_constant__ ProductsLayout layout) {
-  using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED>;
+  using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED, PARTS>;
   typename Kernel::Shared& shared = Kernel::shared();
   UnitList list = shared_list;
   int staging = Kernel::fixed_bytes(layout.slices);
@@ -1013,7 +1151,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
   allow_next_launch();
   if (layout.own_list) read_rows(in, *scratch);
-  if (layout.own_list && !in.mailboxes && tid == 96) prefetch_share(in);
+  if (layout.own_list && !PARTS && tid == 96) prefetch_share(in);
   if (tid == 0) {
 #pragma unroll 1
     for (int s = 0; s < Kernel::STAGES; ++s) {
@@ -1049,6 +1187,8 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     if (layout.own_list) {
       build_own_list<Kernel::TR, Kernel::ROWS, DEAL>(in, list, *scratch, tid);
     } else {
+      if (PARTS && parts.home.labels)
+        prefetch_of_own_rows(in, parts, kernel.place(), kernel.teams, kernel.team, tid);
       wait_for_previous_launch();
     }
     const int ref_bytes = kernel.length * static_cast<int>(sizeof(T));
@@ -1071,8 +1211,11 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       kernel.weigh(lane);
     } else {
       const int64_t lanes = 32 * gridDim.x;
-      for (int64_t i = list.sizes[1] + 32 * blockIdx.x + lane; i < in.n; i += lanes)
-        parts.rows[list.order[i]] = {{}, 0, 0, 0, -1, 0};  // nothing to read
+      for (int64_t i = list.sizes[1] + 32 * blockIdx.x + lane; i < in.n; i += lanes) {
+        const int64_t index = list.order[i];
+        parts.rows[index] = {{}, 0, 0, 0, -1, 0};  // nothing to read
+        if (PARTS && is_of_another(in, index)) store_as(lse_of(in, index), index, lse_of_nothing(in, index));
+      }
       if constexpr (CLUSTERED) kernel.carry_mail(lane);
     }
   }
@@ -1080,6 +1223,10 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     __syncwarp();
     meet_cluster();
   }
+  if (!PARTS || !parts.home.merged) return;
+  Header* const own = reinterpret_cast<Header*>(parts.home.mailbox);
+  if (is_last_block(own, gridDim.x, &shared.is_last) && threadIdx.x < in.parts)
+    raise_flag(&reinterpret_cast<Header*>(in.mailboxes[threadIdx.x])->done[in.part], own->round);
 }
 
 }  // namespace svel::cuda

@@ -399,8 +399,7 @@ __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ri
   const char* const centre = DtypeOf<T>::value == Dtype::f16
                                  ? reinterpret_cast<const char*>(many.centre_half)
                                  : reinterpret_cast<const char*>(many.centre_float);
-  // No other row tile wants these references; exact calls are slower so (H100: 384 to 395 us).
-  const bool alone = !many.exact && many.rows <= MANY_ROWS;
+  const bool alone = many.rows <= MANY_ROWS;  // else tiles of other rows want these references too
   for (int step = 0; step < steps; ++step, ring.next()) {
     const Stage stage = ring.stage();
     wait_barrier(stage.empty, ring.parity ^ 1);

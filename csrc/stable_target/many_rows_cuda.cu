@@ -764,7 +764,7 @@ constexpr int REVIEW_BITS = 8, REVIEW_BINS = 64;
 __global__ void __launch_bounds__(SELECT_THREADS) review_kernel(const Inputs in, const Many many) {
   follow_previous();
   if (many.facts->reviewed == 0) return;
-  constexpr int EACH = 4, SCORES = static_cast<int>(MANY_SURVIVORS);
+  constexpr int SCORES = static_cast<int>(MANY_SURVIVORS);
   __shared__ int bins[REVIEW_BINS], of_warps[SELECT_THREADS / 32], found[SCORES], kept, count;
   const int64_t at = blockIdx.x, valid = many_valid(in, many);
   if (at >= many.facts->dense) return;
@@ -775,31 +775,26 @@ __global__ void __launch_bounds__(SELECT_THREADS) review_kernel(const Inputs in,
   float* const scores = many.scores + row * many.score_stride;
   if (threadIdx.x < REVIEW_BINS) bins[threadIdx.x] = 0;
   if (threadIdx.x == 0) count = 0;
-  const float rate2 = slot.rate2;
-  const float best =
-      dense_best(slot, row_maximum(many, row, (valid + MANY_GROUP - 1) / MANY_GROUP, of_warps));
+  const float* const maxima = many.maxima + row * (many.score_stride / MANY_GROUP);
+  const int groups = static_cast<int>((valid + MANY_GROUP - 1) / MANY_GROUP);
+  const float rate2 = slot.rate2, best = dense_best(slot, row_maximum(many, row, groups, of_warps));
   __syncthreads();
-  // visit(j, bin) of all within REVIEW_BITS; EACH times four scores of a thread are on their way at once.
+  // visit(j, bin) of all within REVIEW_BITS. Of groups whose best is not nothing is read.
+  const auto bits_of = [&](float score) { return (best - score) * rate2; };
   const auto each = [&](const auto& visit) {
 #pragma unroll 1
-    for (int64_t first = 4 * threadIdx.x; first < valid; first += 4 * EACH * SELECT_THREADS) {
-      float4 four[EACH];
+    for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) {
+      if (!(bits_of(maxima[k]) < REVIEW_BITS)) continue;
+      const int first = k * static_cast<int>(MANY_GROUP);
+      float4 four[MANY_GROUP / 4];
 #pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        const int64_t j = first + 4 * i * SELECT_THREADS;
-        four[i] = j < valid ? *reinterpret_cast<const float4*>(scores + j)
-                            : make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-      }
+      for (int i = 0; i < MANY_GROUP / 4; ++i)
+        four[i] = *reinterpret_cast<const float4*>(scores + first + 4 * i);
 #pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        const float values[4] = {four[i].x, four[i].y, four[i].z, four[i].w};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float bits = (best - values[k]) * rate2;
-          if (bits < REVIEW_BITS)
-            visit(static_cast<int>(first) + 4 * i * SELECT_THREADS + k,
-                  static_cast<int>(bits * (REVIEW_BINS / REVIEW_BITS)));
-        }
+      for (int i = 0; i < MANY_GROUP; ++i) {
+        const float4 v = four[i / 4];
+        const float bits = bits_of(i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w);
+        if (bits < REVIEW_BITS) visit(first + i, static_cast<int>(bits * (REVIEW_BINS / REVIEW_BITS)));
       }
     }
   };
@@ -1043,8 +1038,9 @@ __device__ void store_lse(const Inputs& in, const Many& many, const ManySlot& sl
 
 // A row with a list: scores and sums its references, up to 2,048 VECTORS elements, from shared memory. Each
 // is read once, LISTED at a time while as many or twice as many are on their way; sums are relative to the
-// best score so far. Before: `best`, `total` and begin(e, sums), eight sums from e on.
-template <typename T, int VECTORS, typename Begin>
+// best score so far. Before: `best`, `total` and begin(e, sums), eight sums from e on. PLAIN: as ManyFacts
+// has it.
+template <typename T, int VECTORS, bool PLAIN, typename Begin>
 __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, int64_t at, int count,
                                            bool last, double best, double total, const Begin& begin) {
   extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times
@@ -1091,7 +1087,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
 #pragma unroll
     for (int q = 0; q < 8; ++q) {
       y[v][q] = (__half2float(hi[q]) + __half2float(lo[q])) * factor.unit;
-      centre[v][q] = many.centre_float[e + q];
+      if (!PLAIN) centre[v][q] = many.centre_float[e + q];
     }
     begin(e, sums[v]);
   }
@@ -1104,7 +1100,10 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
           *reinterpret_cast<const uint4*>(memory + (buffer * LISTED + k) * bytes + element(v) * sizeof(T));
       const T* const values = reinterpret_cast<const T*>(&raw);
 #pragma unroll
-      for (int q = 0; q < 8; ++q) visit(v, q, fmaf(to_float(values[q]), scale, -centre[v][q]));
+      for (int q = 0; q < 8; ++q) {
+        const float value = to_float(values[q]);
+        visit(v, q, PLAIN ? value : fmaf(value, scale, -centre[v][q]));
+      }
     }
   };
   const auto flush = [&] {
@@ -1236,7 +1235,9 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
     for (int k = 0; k < 8; ++k) sum[k] += parts[k] / WEIGHT_SCALE;
   };
   if constexpr (VECTORS > 0) {
-    if (has_list) return sum_listed<T, VECTORS>(in, many, at, count, last, best, total, begin_sums);
+    if (has_list && DtypeOf<T>::value == Dtype::f16 && many.facts->plain)
+      return sum_listed<T, VECTORS, true>(in, many, at, count, last, best, total, begin_sums);
+    if (has_list) return sum_listed<T, VECTORS, false>(in, many, at, count, last, best, total, begin_sums);
   } else if (has_list) {
     score_listed<T>(in, many, at, count, best, total, listed);
     total = listed.total, best = listed.best;

@@ -10,6 +10,16 @@ namespace svel::cuda {
 
 struct Gather;
 
+// Where the launch that ends rows merges those of this process with what others leave in its mailbox.
+struct AtHome {
+  float* merged;          // (rows_each, d) float32: a x + b mean; null: another launch does it
+  const float* x;         // (rows_each, d) float32
+  char* mailbox;          // the own one
+  uint64_t patience;      // of Peers
+  const int64_t* labels;  // (rows_each,), there before those of all; or null
+  Prediction prediction;  // of what is merged; parts give means
+};
+
 struct Inputs {                     // all arrays contiguous on the device
   Array x;                          // (n, d)
   Array refs;                       // (k, m, d)
@@ -29,12 +39,17 @@ struct Inputs {                     // all arrays contiguous on the device
   // process whose row it is, and results go there, to the rows of this process. Null: they do not.
   const int64_t* mailboxes = nullptr;
   int64_t rows_each = 0, x_at = 0, mean_at = 0, lse_at = 0;  // bytes into each
-  int part = 0;
-  const Gather* gather = nullptr;  // on the host: what begins the round, beside the list of units
+  int part = 0, parts = 0;
+  // On the host: what begins the round, beside the list of units, and how it ends.
+  const Gather* gather = nullptr;
+  const AtHome* at_home = nullptr;
 };
 
 __device__ inline int64_t owner_of(const Inputs& in, int64_t index) {
   return static_cast<uint32_t>(index) / static_cast<uint32_t>(in.rows_each);
+}
+__device__ inline bool is_of_another(const Inputs& in, int64_t index) {
+  return in.mailboxes && owner_of(in, index) != in.part;
 }
 // x as it is for the row at `index`: elements are counted alike.
 __device__ inline Array x_of(const Inputs& in, int64_t index) {

@@ -82,6 +82,8 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   problem.vectors = is_vector(in.x) && is_vector(in.out) && (!source || is_vector(in.source));
   problem.shared_rows = in.mailboxes != nullptr;
   const Plan plan = make_plan(problem);
+  if (in.at_home && in.at_home->merged && !plan.products)
+    fail(op, "merged", "None for rows of another kernel", "a tensor");
   const bool beside_a_list = plan.kernel == "bulk" && !plan.own_list && has_short_list(in.n, in.k, in.m);
   if (in.gather && !(beside_a_list && in.gather->by_words)) {
     run_gather(op, *in.gather, x.get_device_index(), stream);
@@ -142,10 +144,12 @@ std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, c
                       ScalarType::Double);
 }
 
-bool part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
-                    const std::string& precision) {
-  return make_plan(problem_of("posterior_part", x, refs, labels.has_value(), false, precision)).kernel ==
-         "bulk";
+int64_t part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
+                       const std::string& precision) {
+  Problem problem = problem_of("posterior_part", x, refs, labels.has_value(), false, precision);
+  problem.vectors = is_vector(array_of(x)), problem.shared_rows = true;  // results are where x is
+  const Plan plan = make_plan(problem);
+  return plan.kernel != "bulk" ? 0 : plan.products ? 2 : 1;
 }
 
 void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_or_alpha,
@@ -153,7 +157,9 @@ void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_
                         const MaybeTensor& counts, const std::string& precision, const Tensor& mean,
                         const Tensor& lse, const MaybeTensor& mailboxes, int64_t part, int64_t xs,
                         int64_t means, int64_t lses, const MaybeTensor& own_a, const MaybeTensor& own_b,
-                        const MaybeTensor& own_c, const MaybeTensor& own_x, int64_t words, double seconds) {
+                        const MaybeTensor& own_c, const MaybeTensor& own_x, int64_t words, double seconds,
+                        const MaybeTensor& addresses, const MaybeTensor& merged, const MaybeTensor& merged_x,
+                        const std::string& prediction) {
   const char* const op = "posterior_part";
   check_posterior_part(x, refs, time_or_alpha, sigma ? *sigma : time_or_alpha, labels, counts, precision);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -161,15 +167,25 @@ void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_
   Inputs in;
   in.from_time = !sigma;
   if (in.from_time) in.path = path_of(path);
+  AtHome home{};
   if (mailboxes) {
     in.mailboxes = static_cast<const int64_t*>(mailboxes->const_data_ptr());
-    in.rows_each = x.size(0) / mailboxes->size(0), in.part = static_cast<int>(part);
+    in.part = static_cast<int>(part), in.parts = static_cast<int>(mailboxes->size(0));
+    in.rows_each = x.size(0) / in.parts;
     in.x_at = xs, in.mean_at = means, in.lse_at = lses;
   }
   std::optional<GatherRows> rows;
   if (own_a) {
-    rows.emplace(peers_of(op, *mailboxes, part, seconds), own_a, own_b, own_c, own_x, true, words);
-    in.gather = &rows->gather;
+    rows.emplace(peers_of(op, *addresses, part, seconds), own_a, own_b, own_c, own_x, true, words);
+    in.gather = &rows->gather, in.at_home = &home;
+    const Peers& peers = rows->gather.peers;
+    home.mailbox = peers.mailboxes[part], home.patience = peers.patience;
+    if (labels) home.labels = static_cast<const int64_t*>(rows->kept[sigma ? 2 : 1].const_data_ptr());
+  }
+  if (merged) {
+    home.merged = static_cast<float*>(merged->mutable_data_ptr());
+    home.x = static_cast<const float*>(merged_x->const_data_ptr());
+    home.prediction = prediction_of(prediction);
   }
   run(op, {x, refs, labels, counts, no_source, precision}, in, time_or_alpha, sigma, mean, lse);
 }

@@ -63,6 +63,12 @@ __device__ inline bool row_is_finite(const Inputs& in, int64_t index) {
   return isfinite(sigma) && sigma != 0.0;
 }
 
+// Whether what a row asks for is there, or would be if there were references.
+__device__ inline bool row_has_group(const Inputs& in, int64_t index) {
+  const int64_t group = in.labels ? in.labels[index] : 0;
+  return row_is_finite(in, index) && group >= -1 && group < in.k;
+}
+
 // Whether a row has anything to read.
 __device__ inline bool row_reads(const Inputs& in, int64_t index, int64_t all_references, int64_t& group) {
   group = in.labels ? in.labels[index] : 0;

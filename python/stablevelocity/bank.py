@@ -104,6 +104,10 @@ class ReferenceBank(nn.Module):
         """
         self._push(*self._to_push(values, labels, indices))
 
+    def push_ahead(self, values: Tensor, labels: Tensor | None = None, indices: Tensor | None = None) -> None:
+        """`push` where a `mixture` with pushed=True follows and then a `target`: a bank in parts goes on meanwhile."""
+        self.push(values, labels, indices)
+
     def _to_push(
         self, values: Tensor, labels: Tensor | None, indices: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -159,6 +163,7 @@ class ReferenceBank(nn.Module):
         t_min: float = 0.0,
         generator: torch.Generator | None = None,
         send: bool = False,
+        pushed: bool = False,
     ) -> MixtureDraw:
         """A draw for each row from the mixture of its label's references, each blurred as time t blurs it.
 
@@ -170,14 +175,15 @@ class ReferenceBank(nn.Module):
             generator: on the bank's device; None for the default one.
             send: the next call of the bank is a `target` of these x_t and as many labels, with sent=True. A bank in
                 parts has x_t where all can read it by then.
+            pushed: the call before was `push_ahead`.
         """
         path, group = get_interpolant(interpolant), self.groups(labels)
         u = self._numbers(group, t.shape[0], generator)
         if path.name is not None:
-            how = {"path": path.name, "t_min": t_min, "send": send}
+            how = {"path": path.name, "t_min": t_min, "send": send, "pushed": pushed}
             x0, _, x_t, t_set, _ = self._take(group, u, fallback, noise, t, **how)
         else:
-            x0, slot, _, _, _ = self._take(group, u, fallback)
+            x0, slot, _, _, _ = self._take(group, u, fallback, pushed=pushed)
             x_t = path.interpolate(x0, noise, t)
             t_set = t.masked_fill((slot < 0) | (t < t_min), math.nan)
         return MixtureDraw(x0, x_t, t_set)
@@ -194,6 +200,7 @@ class ReferenceBank(nn.Module):
         *rest: Tensor | None,
         indexed: bool = False,
         send: bool = False,
+        pushed: bool = False,
         **options: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """`bank_draw` with numbers u (N,), and with `indexed` the dataset index of each row."""

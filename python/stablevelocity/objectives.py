@@ -235,11 +235,11 @@ class StableVMObjective(CFMObjective):
             generator: on the device of x0; None for the default one.
         """
         self.bank.use(labels)
-        sides = self._fork(x0)
+        sides, pushes = self._fork(x0), self.source == "bank" and self.update_bank
         noise = torch.empty(x0.shape, device=x0.device) if sides else None  # made by now, since a side writes it
-        if self.source == "bank" and self.update_bank:
+        if pushes:
             with torch.cuda.stream(sides[0]) if sides else contextlib.nullcontext():
-                self.bank.push(x0, labels, indices)
+                self.bank.push_ahead(x0, labels, indices)
         dropped = self._drop_labels(labels, generator)
         t = self._times(x0, generator)
         if sides:
@@ -251,8 +251,8 @@ class StableVMObjective(CFMObjective):
             torch.cuda.current_stream(x0.device).wait_stream(side)
         if self.source == "bank":
             t_min = 0.0 if self.t_min == "auto" else self.t_min
-            how = {"interpolant": self.interpolant, "t_min": t_min, "generator": generator, "send": True}
-            drawn = self.bank.mixture(t, noise, dropped, x0, **how)
+            how = {"interpolant": self.interpolant, "t_min": t_min, "generator": generator}
+            drawn = self.bank.mixture(t, noise, dropped, x0, **how, send=True, pushed=pushes)
             x0, x_t = drawn.x0.float(), drawn.x_t.float()
             t_set = self._for_set(t, drawn.t_set) if self.t_min == "auto" else drawn.t_set
             target = self._target(x_t, x0, noise, t, t_set, dropped, None, sent=True)

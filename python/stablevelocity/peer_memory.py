@@ -11,8 +11,9 @@ compilers keep the operators in the order of the program by it.
 
 Who writes what another may still read, waits first. A push begins and ends with all processes having come so far, so
 a draw, which reads from all parts, waits for nobody; whoever else writes to a part calls `meet` before and after. A
-target begins when all have come, which have then read what the last one brought, and ends when all parts have been
-evaluated.
+push that is `ahead` of a draw and a target is over when all slots are known: its rows travel beside what follows, and
+the draw waits for those that it takes. A target begins when all have come, which have then read what the last one
+brought, and ends when all parts have been evaluated.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Mailbox:
     """What one kind of exchange needs: a header, then its areas."""
 
     memory: Tensor  # the own one
-    addresses: Tensor  # (P,) int64, of those of all processes
+    addresses: Tensor  # (P,) int64 on the CPU, of those of all processes
+    addresses_there: Tensor  # the same on the device
     areas: list[Tensor]
     at: list[int]  # where they begin, in bytes
 
@@ -55,6 +57,10 @@ class Link:
         self.served: list[tuple[Tensor, Tensor]] = []  # see serve
         self._addresses: dict[int, Tensor] = {}  # by that of the own tensor, (P,) int64 of all
         self._mailboxes: dict[tuple, Mailbox] = {}
+        self.fresh: Tensor | None = None  # by ring the rows that the last push brings, and its round
+        self.pushed: Mailbox | None = None  # that of this push
+        self._side: torch.cuda.Stream | None = None  # where its rows are on their way, and what holds them
+        self._on_their_way: tuple[Tensor, ...] = ()
         self.name = f"link {next(_NUMBERS)}"  # a number would be made symbolic by torch.compile
         _LINKS[self.name] = self
 
@@ -65,7 +71,7 @@ class Link:
         own = symmetric.empty(shape, dtype=dtype, device=self.device)
         with _without_multicast():
             handle = symmetric.rendezvous(own, self.group)
-        self._addresses[own.data_ptr()] = torch.tensor(handle.buffer_ptrs, device=self.device)
+        self._addresses[own.data_ptr()] = torch.tensor(handle.buffer_ptrs)
         return own.zero_()
 
     def serve(self, rows: Tensor, indices: Tensor | None, rings: tuple[int, int]) -> None:
@@ -74,6 +80,7 @@ class Link:
             if held is not None:
                 view = held[:-1].view(*rings, *held.shape[1:])
                 self.served.append((view, self._addresses[held.data_ptr()]))
+        self.fresh = torch.zeros(rings[0] + 1, dtype=torch.int64, device=self.device)
 
     def mailbox(self, kind: str, *areas: tuple[tuple[int, ...], torch.dtype]) -> Mailbox:
         """That for these areas. The first call with these is collective, and waits for the device."""
@@ -95,8 +102,24 @@ class Link:
             ]
             torch.cuda.synchronize(self.device)
             dist.barrier(self.group)  # all of them are zero now
-            self._mailboxes[key] = Mailbox(own, self._addresses[own.data_ptr()], views, at)
+            addresses = self._addresses[own.data_ptr()]
+            self._mailboxes[key] = Mailbox(own, addresses, addresses.to(self.device), views, at)
         return self._mailboxes[key]
+
+    @contextlib.contextmanager
+    def beside(self, *held: Tensor) -> Iterator[None]:
+        """On a stream beside the current one, until `join`; what is held there is kept so long."""
+        if self._side is None:
+            self._side = torch.cuda.Stream(self.device)
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        self._on_their_way = held
+        with torch.cuda.stream(self._side):
+            yield
+
+    def join(self) -> None:
+        if self._on_their_way:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+            self._on_their_way = ()
 
     def gather(self, box: Mailbox, *about: Tensor, x: Tensor | None = None, words: int | None = None) -> None:
         """Rows of every process into the first areas of the mailboxes of all.
@@ -104,10 +127,11 @@ class Link:
         words: where in a mailbox they may go by when they are little, see `peers_gather_`.
         """
         about = (*about, *[None] * (3 - len(about)))
-        torch.ops.svel.peers_gather_(box.addresses, self.part, self.seconds, *about, x, False, words)
+        torch.ops.svel.peers_gather_(box.memory, box.addresses, self.part, self.seconds, *about, x, False, words)
 
     def meet(self) -> None:
         """Kernels of this stream wait here until those of all processes have come so far."""
+        self.join()
         self.gather(self.mailbox("meeting"))
 
 
@@ -178,19 +202,27 @@ def _without_multicast() -> Iterator[None]:
 _LIBRARY = torch.library.Library("stablevelocity", "FRAGMENT")
 
 
-def _push(order, counts, heads, local_counts, values, labels, indices, all_to_last, capacity, link) -> None:
+def _push(order, counts, heads, local_counts, values, labels, indices, all_to_last, capacity, ahead, link) -> None:
     link = _LINKS[link]
     box = link.mailbox("push", ((2, link.parts * len(labels)), torch.int64))
-    push, us = torch.ops.svel.bank_push_parts_, (box.addresses, link.part, link.seconds)
+    link.join()
+    link.pushed = box if ahead else None
+    push, us = torch.ops.svel.bank_push_parts_, (box.addresses, link.part, link.seconds, link.fresh if ahead else None)
     if indices is not None:
         own, at = link.served[1]
         about = [part.clone() for part in (counts, heads, local_counts)]
         push(own, *about, indices, labels, all_to_last, capacity, at, *us)
     own, at = link.served[0]
-    push(own, counts, heads, local_counts, values, labels, all_to_last, capacity, at, *us)
+    given = own, counts, heads, local_counts, values, labels, all_to_last, capacity, at, *us
+    if not ahead:
+        return push(*given)
+    places = labels.new_empty(4 * link.parts * len(labels))
+    push(*given, places, 1)
+    with link.beside(values, labels, places):
+        push(*given, places, 2)
 
 
-def _draw(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, indexed, send, link):
+def _draw(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, indexed, send, heads, link):
     link, also = _LINKS[link], None
     served = link.served
     own, at = served[0]
@@ -199,16 +231,17 @@ def _draw(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, i
         xs = _target_box(link, (len(u), *own.shape[2:]), torch.float32, scalars).areas[-4]
         also = xs[link.part * len(u) :][: len(u)]
     draw, about = torch.ops.svel.bank_draw_parts, (counts, u, labels)
-    x0, slot, x_t, t_set = draw(at, capacity, own, *about, fallback, noise, t, path, t_min, also)
+    fresh = () if heads is None else (heads, link.fresh, link.pushed.addresses, link.part, link.seconds)
+    x0, slot, x_t, t_set = draw(at, capacity, own, *about, fallback, noise, t, path, t_min, also, *fresh)
     index = slot.new_empty(0)
     if indexed:  # the same draw, of words
         own, at = served[1]
-        words = draw(at, capacity, own.view(torch.float64), *about, None, None, None, path, t_min, None)[0]
+        words = draw(at, capacity, own.view(torch.float64), *about, None, None, None, path, t_min, None, *fresh)[0]
         index = words.view(torch.int64).masked_fill(slot < 0, -1)
     return x0, slot, x_t, t_set, index
 
 
-def _draw_fake(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, indexed, send, link):
+def _draw_fake(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, indexed, send, heads, link):
     rows, n = _LINKS[link].served[0][0], u.shape[0]
     work = torch.float64 if rows.dtype == torch.float64 else torch.float32
     shape = (n, *rows.shape[2:])
@@ -235,6 +268,7 @@ def _target(
     order, x, time_or_alpha, sigma, rings, counts, local_counts, a, b, source, path, prediction, precision, sent, link
 ) -> Tensor:
     link = _LINKS[link]
+    link.join()
     about = [given for given in (time_or_alpha, sigma, rings) if given is not None]
     if any(given.shape != x.shape[:1] for given in about):
         raise ValueError(f"t, labels: expected shape (N,) = ({len(x)},), got {[tuple(given.shape) for given in about]}")
@@ -244,14 +278,20 @@ def _target(
     refs = link.served[0][0] if rings is not None else link.served[0][0][0]
     labels = asked.pop() if rings is not None else None
     scalars = (*asked, None)[:2]
-    home = torch.ops.svel.part_goes_home(xs, refs, labels, precision)
+    home, merged = torch.ops.svel.part_goes_home(xs, refs, labels, precision), None
     to = None, link.part, xs_at, means_at, lses_at
     if home:
         own = (*about, None, None)[:3]
-        to = box.addresses, *to[1:], *own, None if sent else x, words, link.seconds
+        to = box.addresses_there, *to[1:], *own, None if sent else x, words, link.seconds, box.addresses
+        if home == 2 and path and source is None:
+            rows = x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+            merged = torch.empty_like(rows)
+            to = *to, merged, rows, prediction
     else:
         link.gather(box, *about, x=x, words=words)
     torch.ops.svel.posterior_part_out(xs, refs, *scalars, path, labels, local_counts, precision, means, lses, *to)
+    if merged is not None:
+        return merged
     lse = None
     if source is not None:  # one part more, of one reference to a row
         alpha = time_or_alpha
@@ -260,7 +300,7 @@ def _target(
         each = torch.arange(len(x), device=x.device)
         lse = posterior_part(x, source[:, None], alpha, sigma, each)[1]
     on = time_or_alpha if path else None, path, prediction
-    us, parts = (box.addresses, link.part, link.seconds), (means_at, lses_at, home)
+    us, parts = (box.addresses, link.part, link.seconds), (means_at, lses_at, home > 0)
     return torch.ops.svel.peers_merge(*us, *parts, x, counts, rings, a, b, *on, source, lse)
 
 
@@ -279,17 +319,18 @@ def _define(schema: str, run: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"stablevelocity::{name}", fake, lib=_LIBRARY)
 
 
-# values, labels and indices of this process; with all_to_last the last ring takes every row.
+# values, labels and indices of this process; with all_to_last the last ring takes every row. ahead: a draw follows that
+# is given `heads`, and then a target: the draw waits for those rows that it takes, and others may be on their way.
 _define(
     "bank_push(Tensor(a!) order, Tensor(b!) counts, Tensor(c!) heads, Tensor(d!) local_counts, Tensor values, "
-    "Tensor labels, Tensor? indices, bool all_to_last, int capacity, str link) -> ()",
+    "Tensor labels, Tensor? indices, bool all_to_last, int capacity, bool ahead, str link) -> ()",
     _push,
     lambda *args: None,
 )
 # x0, slot, x_t and t_set as of bank_draw, and the index of each row. send: a target of these x_t follows, `sent`.
 _define(
     "bank_draw(Tensor(a!) order, Tensor counts, Tensor u, Tensor? labels, Tensor? fallback, Tensor? noise, Tensor? t, "
-    "str path, float t_min, int capacity, bool indexed, bool send, str link) -> "
+    "str path, float t_min, int capacity, bool indexed, bool send, Tensor? heads, str link) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _draw,
     _draw_fake,

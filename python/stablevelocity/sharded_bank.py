@@ -56,8 +56,9 @@ class ShardedReferenceBank(ReferenceBank):
     GPUs of one host. Where they reach one another's memory, kernels write to it and read it in place of collectives,
     see `peer_memory`, with the same results. A row that is pushed goes straight to its slot, a draw reads its reference
     where it is, and a target sends the times and rings: x_t is read by those who evaluate it, who leave their means
-    with the process whose row it is. All calls of a bank are then on one stream or ordered as on one, `prefill`, `load`
-    and `load_state_dict` among them, and the first call with so many rows is outside of graph capture.
+    with the process whose row it is, while they evaluate others. All calls of a bank are then on one stream or ordered
+    as on one, `prefill`, `load` and `load_state_dict` among them, and the first call with so many rows is outside of
+    graph capture.
 
     A process that ends takes the others out of their next collective with an error: at once under gloo, after the
     group's timeout under NCCL (`init_process_group(timeout=...)`), whose watchdog then waits for a minute, for traces
@@ -150,12 +151,16 @@ class ShardedReferenceBank(ReferenceBank):
                 raise ValueError(f"{name}: expected int64 (N,) = ({values.shape[0]},), got {got}")
         return values if self.link is not None else values.to(self.rows.dtype), labels, indices
 
-    def _push(self, values: Tensor, labels: Tensor, indices: Tensor | None) -> None:
+    @torch.no_grad()
+    def push_ahead(self, values: Tensor, labels: Tensor | None = None, indices: Tensor | None = None) -> None:
+        self._push(*self._to_push(values, labels, indices), ahead=True)
+
+    def _push(self, values: Tensor, labels: Tensor, indices: Tensor | None, ahead: bool = False) -> None:
         self._check_alike("push", values)
         if self.link is not None:
             recent = self.num_classes > 0 and self.null == "ring"
             about = self._order, self.counts, self.heads, self.local_counts
-            peer_memory.push(*about, values, labels, indices, recent, self.capacity, self.link.name)
+            peer_memory.push(*about, values, labels, indices, recent, self.capacity, ahead, self.link.name)
             return
         sent = [values, labels] + ([] if indices is None else [indices])
         self._store(*(self._wait(part) for part in self._gather(*sent)))
@@ -214,13 +219,25 @@ class ShardedReferenceBank(ReferenceBank):
     # -- drawing
 
     def _take(
-        self, group, u, fallback=None, noise=None, t=None, *, path="linear", t_min=0.0, indexed=False, send=False
+        self,
+        group,
+        u,
+        fallback=None,
+        noise=None,
+        t=None,
+        *,
+        path="linear",
+        t_min=0.0,
+        indexed=False,
+        send=False,
+        pushed=False,
     ):
         if self.link is None:
             return super()._take(group, u, fallback, noise, t, path=path, t_min=t_min, indexed=indexed)
         self._check_alike("draw", u)
         about = self._order, self.counts, u, group, fallback, noise, t, path, t_min
-        *drawn, index = peer_memory.draw(*about, self.capacity, indexed, send, self.link.name)
+        heads = self.heads if pushed else None
+        *drawn, index = peer_memory.draw(*about, self.capacity, indexed, send, heads, self.link.name)
         return *drawn, index if indexed else None
 
     def _drawn_from(

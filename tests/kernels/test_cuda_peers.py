@@ -1,5 +1,7 @@
 """Ops of a bank in parts that reach one another's memory: the parts here are on streams of one GPU."""
 
+import math
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from stablevelocity_kernels import (
     peers,
     posterior_part,
     prediction_coefficients,
+    stable_target,
 )
 from stablevelocity_kernels.testing import assert_close
 
@@ -41,20 +44,21 @@ def _loaded():
         refs = torch.zeros(1, 1, 8, dtype=dtype, device="cuda")
         at = addresses_of([refs])
         svel.bank_push_parts_(refs, *counts, rows, labels, False, 1, at, address, 0, PATIENCE)
-        svel.peers_gather_(address, 0, PATIENCE, labels, labels.half(), labels.float(), rows, False, None)
-        svel.peers_gather_(address, 0, PATIENCE, labels, None, None, None, False, 2048)
+        svel.peers_gather_(box, address, 0, PATIENCE, labels, labels.half(), labels.float(), rows, False, None)
+        svel.peers_gather_(box, address, 0, PATIENCE, labels, None, None, None, False, 2048)
+        svel.bank_draw_parts(at, 1, refs, counts[0], rows[0, :1], None, None, None, None, "linear", 0.0, None)
         about = rows.to(dtype), counts[0], None, None, None, None, "", "x0", None, None
         svel.peers_merge(address, 0, PATIENCE, 512, 1024, True, *about)
     torch.cuda.synchronize()
 
 
 def addresses_of(tensors):
-    return torch.tensor([own.data_ptr() for own in tensors], device="cuda")
+    return torch.tensor([own.data_ptr() for own in tensors])
 
 
-def all_parts(call):
+def all_parts(call, parts=PARTS):
     """What call(part) gives on a stream for each part, all of them under way at once."""
-    streams, results = [torch.cuda.Stream() for _ in range(PARTS)], []
+    streams, results = [torch.cuda.Stream() for _ in range(parts)], []
     torch.cuda.synchronize()
     for part, stream in enumerate(streams):
         with torch.cuda.stream(stream):
@@ -136,7 +140,7 @@ def test_a_gather_brings_the_rows_of_all_in_every_round(rows, stays):
         sent = [[given[part] * scale for given in (words, halves, x)] for part in range(PARTS)]
         all_parts(
             lambda part, sent=sent: svel.peers_gather_(
-                addresses, part, PATIENCE, sent[part][0], sent[part][1], None, sent[part][2], stays, None
+                boxes[part], addresses, part, PATIENCE, sent[part][0], sent[part][1], None, sent[part][2], stays, None
             )
         )
         for part, box in enumerate(boxes):
@@ -158,7 +162,11 @@ def test_little_goes_by_words(rows):
     for scale in (1, 2, 3):
         words = torch.randint(2**40, (PARTS, rows), device="cuda") * scale
         sent = [(own, torch.randn(rows, device="cuda"), own.double().sqrt()) for own in words]
-        all_parts(lambda part, sent=sent: svel.peers_gather_(addresses, part, PATIENCE, *sent[part], None, False, end))
+        all_parts(
+            lambda part, sent=sent: svel.peers_gather_(
+                boxes[part], addresses, part, PATIENCE, *sent[part], None, False, end
+            )
+        )
         for box in boxes:
             at = 512
             for i in range(3):
@@ -185,7 +193,7 @@ def test_merged_parts_are_the_whole(d, dtype, with_source, path):
     row_bytes = PARTS * n * d * dtype.itemsize
     xs, means, lses = 512, 512 + -(-row_bytes // 256) * 256, 512 + 2 * (-(-row_bytes // 256) * 256)
     boxes, addresses = mailboxes(lses + PARTS * n * 8)
-    home = svel.part_goes_home(x, parts[0][0], labels, "exact")
+    home = svel.part_goes_home(x, parts[0][0], labels, "exact") > 0
     assert home == (d >= 40 and dtype == torch.float32)  # the kernel that reads from the other processes
     for part, box in enumerate(boxes):  # each x where its process is, and nowhere else
         box[xs : xs + row_bytes].view(dtype).fill_(torch.nan)
@@ -197,7 +205,7 @@ def test_merged_parts_are_the_whole(d, dtype, with_source, path):
         lse = box[lses:].view(torch.float64)
         scalars = (t, None, path) if path else (alpha, sigma, path)
         about = labels, local_counts, "exact", mean, lse
-        svel.posterior_part_out(here, own, *scalars, *about, addresses if home else None, part, xs, means, lses)
+        svel.posterior_part_out(here, own, *scalars, *about, addresses.cuda() if home else None, part, xs, means, lses)
     source = torch.randn(PARTS * n, d, device="cuda", generator=rng).to(dtype) if with_source else None
     whole = posterior_part(x, refs, alpha, sigma, labels, counts)
     expected = whole[0]
@@ -211,7 +219,9 @@ def test_merged_parts_are_the_whole(d, dtype, with_source, path):
     for mean_alone in (False, True):
         if path and mean_alone:
             continue
-        all_parts(lambda part: svel.peers_gather_(addresses, part, PATIENCE, None, None, None, None, False, None))
+        all_parts(
+            lambda part: svel.peers_gather_(boxes[part], addresses, part, PATIENCE, None, None, None, None, False, None)
+        )
 
         def merged(part, mean_alone=mean_alone):
             mine = slice(part * n, (part + 1) * n)
@@ -226,6 +236,96 @@ def test_merged_parts_are_the_whole(d, dtype, with_source, path):
         assert out.dtype == dtype
         assert torch.equal(out.isnan(), wanted.isnan())
         assert_close(out.nan_to_num(), wanted.to(dtype).nan_to_num())
+
+
+@pytest.mark.parametrize("d", [40, 1000, 4096, 8200])
+@pytest.mark.parametrize("rows", [3, 30])
+def test_draws_wait_for_pushes_under_way(d, rows):
+    whole, parts, at = make_rings(torch.float16, d)
+    rng = torch.Generator("cuda").manual_seed(3)
+    streams = [torch.cuda.Stream() for _ in range(PARTS)]
+    values = torch.randn(PARTS, rows, d, device="cuda", generator=rng)
+    labels = torch.randint(-1, RINGS - 2, (PARTS, rows), device="cuda", generator=rng)
+    asked = torch.randint(-1, RINGS + 1, (PARTS, 40), device="cuda", generator=rng)
+    u = torch.rand(PARTS, 40, dtype=torch.float64, device="cuda", generator=rng)
+    bank_push_(*whole, values.flatten(0, 1), labels.flatten(), all_to_last=True)
+    _boxes, addresses = mailboxes(512 + 2 * PARTS * rows * 8)
+    fresh = torch.full((PARTS, RINGS + 1), -7, device="cuda")
+    places = torch.empty(PARTS, 4 * PARTS * rows, dtype=torch.int64, device="cuda")
+
+    def push_and_draw(part):
+        given = *parts[part], values[part], labels[part], True, CAPACITY, at, addresses, part, PATIENCE
+        side = streams[part]
+        side.wait_stream(torch.cuda.current_stream())
+        svel.bank_push_parts_(*given, fresh[part], places[part], 1)
+        placed = torch.cuda.current_stream().record_event()
+        with torch.cuda.stream(side):
+            side.wait_event(placed)
+            _, counts, heads, _ = parts[part]
+            about = counts, u[part], asked[part], None, None, None
+            push = heads, fresh[part], addresses, part, PATIENCE
+            drawn = svel.bank_draw_parts(at, CAPACITY, parts[part][0], *about, "linear", 0.0, None, *push)
+        svel.bank_push_parts_(*given, fresh[part], places[part], 2)
+        return drawn
+
+    for part, drawn in enumerate(all_parts(push_and_draw)):
+        for one, other in zip(drawn, bank_draw(whole[0], whole[1], u[part], asked[part]), strict=True):
+            assert torch.equal(one.isnan(), other.isnan())
+            assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+@pytest.mark.parametrize(("d", "slots"), [(520, 96), (4096, 48), (8200, 8)])  # so few that all blocks run at once
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_parts_merge_their_rows_themselves(d, slots, path):
+    """Round after round: rows of two parts, cut between blocks, over all rings and an empty one, NaN among them."""
+    world, n = 2, 3
+    rng = torch.Generator("cuda").manual_seed(4)
+    refs = torch.randn(3, world * slots, d, device="cuda", generator=rng).half()
+    counts = torch.tensor([world * slots, 0, 1], dtype=torch.int32, device="cuda")
+    parts = [torch.stack([refs[y, (part - y) % world :: world] for y in range(3)]) for part in range(world)]
+    held = [(counts - (part - torch.arange(3, device="cuda")) % world + world - 1) // world for part in range(world)]
+    rows, at = world * n, [512]
+    for size in (4 * rows, 8 * rows, 4 * rows * d, 4 * rows * d, 8 * rows, 24 * rows):
+        at.append(at[-1] + -(-size // 256) * 256)
+    times_at, rings_at, xs, means, lses, words, end = at
+
+    def target(part, boxes, addresses, there, x, t, labels):
+        def area(begin, dtype, *rest):
+            held = boxes[part][begin : begin + len(boxes) * n * math.prod(rest) * dtype.itemsize]
+            return held.view(dtype).view(len(boxes) * n, *rest)
+
+        merged = torch.full((n, d), torch.nan, device="cuda")
+        about = area(xs, torch.float32, d), parts[part], area(times_at, torch.float32), None, path
+        rings = area(rings_at, torch.int64), held[part].int(), "exact"
+        to = area(means, torch.float32, d), area(lses, torch.float64)
+        us = there, part, xs, means, lses, t, labels, None, x, words, PATIENCE, addresses
+        svel.posterior_part_out(*about, *rings, *to, *us, merged, x, "velocity")
+        return merged
+
+    def make_boxes(count):
+        boxes = [torch.zeros(end, dtype=torch.uint8, device="cuda") for _ in range(count)]
+        return boxes, addresses_of(boxes), addresses_of(boxes).cuda()
+
+    x, t, labels = torch.zeros(n, d, device="cuda"), torch.zeros(n, device="cuda"), torch.zeros(n, device="cuda").long()
+    assert svel.part_goes_home(x, parts[0], labels, "exact") == 2
+    target(0, *make_boxes(1), x, t, labels)  # loads the kernels; so few scalars of one part lie where those of two do
+    boxes = make_boxes(world)
+    for _ in range(4):
+        labels = torch.randint(-1, 4, (world, n), device="cuda", generator=rng)
+        labels[:, 0] = 0
+        t = 0.1 + 0.8 * torch.rand(world, n, device="cuda", generator=rng)
+        at = path_coefficients(path, t.double())
+        slot = torch.randint(world * slots, (world, n), device="cuda", generator=rng).where(labels != 2, 0)
+        picked, noise = refs[labels.clamp(0, 2), slot], torch.randn(world, n, d, device="cuda", generator=rng)
+        x = (at.alpha[..., None] * picked + at.sigma[..., None] * noise).float()
+        x[1, 2, 0], t[0, 1] = torch.nan, torch.nan
+        given = x.flatten(0, 1).double(), refs, t.flatten().double(), labels.flatten(), counts
+        wanted = stable_target(*given, path=path).float()
+        each = list(zip(x, t, labels, strict=True))
+        out = torch.cat(all_parts(lambda part, each=each: target(part, *boxes, *each[part]), world))
+        assert torch.equal(out.isnan(), wanted.isnan())
+        for one, other in zip(out.nan_to_num(), wanted.nan_to_num(), strict=True):
+            assert_close(one, other)
 
 
 def test_what_a_compiled_library_alone_has():
