@@ -80,6 +80,7 @@ py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool 
   result["tile_weights"] =
       py::make_tuple(svel::TILE_WEIGHT, made.costs.two, made.costs.four, made.costs.row, made.costs.unit);
   result["own_list"] = made.own_list;
+  result["deal"] = made.costs.deal;
   result["splits"] = made.splits;
   result["rows_per_pass"] = made.rows_per_pass;
   result["refs_per_pass"] = made.refs_per_pass;

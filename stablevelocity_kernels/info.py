@@ -97,8 +97,9 @@ def plan(
         slice (elements of it for each), group (threads that share a sample where one block holds it), products
         (whether class banks are on the matrix units), in_flight (tiles on their way at once), tile_weights (what a
         tile costs with one row, two and more, the end of a unit for each of its rows, and of any), own_list (whether
-        each block builds the list of units), splits, rows_per_pass, refs_per_pass, smem_bytes, workspace_bytes, aligned
-        (16-byte loads), wide (float64 arithmetic), fast (weights of one half), the least bytes and flops, and the
+        each block builds the list of units), deal (whether units that share a class are dealt out, to be read
+        together), splits, rows_per_pass, refs_per_pass, smem_bytes, workspace_bytes, aligned (16-byte loads), wide
+        (float64 arithmetic), fast (weights of one half), the least bytes and flops, and the
         reason in words.
 
     Raises:

@@ -26,10 +26,12 @@ struct Problem {
 };
 
 // What units of class banks cost: a tile with one row TILE_WEIGHT, with two rows and with more; the change to
-// another unit, and for each of its rows.
+// another unit, and for each of its rows. deal: units that share their class are dealt out (Ranges in
+// bulk_parts.cuh), where it is too long to stay in the L2 from one to the next.
 constexpr int TILE_WEIGHT = 8;
 struct UnitCosts {
   int two = 0, four = 0, row = 0, unit = 0;
+  bool deal = false;
 };
 
 struct Plan {
@@ -76,7 +78,7 @@ constexpr int64_t OWN_LIST_ROWS = 256, OWN_LIST_GROUPS = 1024;
 constexpr int64_t WARP_LIST_ROWS = 32;  // up to here a warp builds it, a row to a lane
 constexpr int64_t UNIT_BYTES = 32;
 constexpr int64_t unit_list_bytes(int64_t n, int64_t k) {
-  return (n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + 4 * n + 12 + 15) / 16 * 16;
+  return (n * UNIT_BYTES + 8 * (n + 1) + 8 * (k + 1) + 4 * n + 20 + 15) / 16 * 16;
 }
 constexpr int64_t bulk_list_smem(int64_t n, int64_t k) {
   return (unit_list_bytes(n, k) + 127) / 128 * 128;
@@ -100,10 +102,12 @@ constexpr int64_t products_smem(int tile_refs, int64_t slices) {
 constexpr int products_ref_bytes(int64_t held) {
   return static_cast<int>(2 * held) + 16;
 }
-// UnitCosts. By groups on an H100, of 0 to 96 for a row: bfloat16 203 and 197 us, float32 289 and 280. On the
-// matrix units of an H200 a block of 256 x 4,096 needs 1.3 us for a tile and 3 to 4 for a change, be it of
-// one row or two.
+// UnitCosts. By groups on an H100, of 0 to 96 for a row: bfloat16 203 and 197 us, float32 289 and 280; there
+// a change takes 9 us and 3 for each row, where a tile of 2 x 4,096 takes 1.2 (275 and 270 us). On the matrix
+// units of an H200 a block of 256 x 4,096 needs 1.3 us for a tile and 3 to 4 for a change, be it of one row
+// or two.
 constexpr int GROUPS_ROW = 64, PRODUCTS_ROW = 4, PRODUCTS_UNIT = 18;
+constexpr int GROUPS_LONG_ROW = 20, GROUPS_LONG_UNIT = 52;
 constexpr int groups_sums_smem(int elements) {  // where groups leave their sums for one another
   return 4 * GROUPS_CONSUMERS * elements;
 }

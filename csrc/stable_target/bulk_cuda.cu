@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(LIST_THREADS)
 constexpr int SHORT_ROWS = 2048, SHORT_THREADS = 1024;
 using ShortList = ListRows<SHORT_ROWS>;
 
+template <bool DEAL>
 __global__ void __launch_bounds__(SHORT_THREADS)
     short_list_kernel(const __grid_constant__ Gather gather, const __grid_constant__ Inputs in,
                       const UnitList list, int* arrived, int64_t counts, int tile_refs, int most_rows) {
@@ -53,7 +54,8 @@ __global__ void __launch_bounds__(SHORT_THREADS)
   __syncthreads();
   read_keys(in, scratch);
   __syncthreads();
-  build_short_list<SHORT_THREADS>(in, list, scratch, tile_refs, most_rows, tid, [] { __syncthreads(); });
+  build_short_list<DEAL, SHORT_THREADS>(in, list, scratch, tile_refs, most_rows, tid,
+                                        [] { __syncthreads(); });
   if (!own) return;
   if (copies > 0 && tid < peers.parts) await_flag(&own->arrived[tid], round, peers, tid);
   __syncthreads();
@@ -77,7 +79,7 @@ constexpr int merge_elements(int shares) {  // of D per block
 
 // Merges the parts of one unit over a few elements of D, two to each thread; SHARES threads of the same two
 // take turns at the parts. Grid: units (at most n) x parts of D.
-template <int SHARES>
+template <int SHARES, bool DEAL>
 __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
     merge_kernel(const __grid_constant__ Inputs in, const UnitList list,
                  const __grid_constant__ BulkParts parts, const int slices, const int64_t slice,
@@ -95,14 +97,18 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   wait_for_previous_launch();
   const Unit unit = list.units[u];
   if (u >= list.sizes[0]) return;
-  const Ranges ranges(list, teams);
-  const int64_t from = ranges.first_team(list, u);
-  const int count = static_cast<int>(ranges.last_team(list, u) - from) + 1;
+  const Ranges<DEAL> ranges(list, teams);
+  if constexpr (DEAL) {
+    if (u < ranges.whole) return;
+  }
+  int from, last;
+  ranges.teams_of(list, u, from, last);
+  const int count = last - from + 1;
   if (count == 1) return;
   for (int r = 0; r < unit.rows; ++r) {
     const int64_t index = list.order[unit.first + r], at = index * in.d + e;
     const auto part_of = [&](int j, int rank) {
-      return (2 * ((from + j) * slices + rank) + (j == 0 ? 1 : 0)) * rows + r;
+      return (2 * ((int64_t{from} + j) * slices + rank) + (j == 0 ? 1 : 0)) * rows + r;
     };
     double top = -INFINITY;
     for (int j = tid; j < count; j += MERGE_THREADS) {
@@ -384,9 +390,10 @@ void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int
         if (g.stays) copies = std::clamp<int64_t>(g.bytes / g.unit / (GATHER_UNROLL * SHORT_THREADS), 1, 64);
       }
     }
-    check_cuda(op, cudaFuncSetAttribute(short_list_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    const auto kernel = list.costs.deal ? short_list_kernel<true> : short_list_kernel<false>;
+    check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(sizeof(ShortList))));
-    short_list_kernel<<<static_cast<unsigned>(1 + copies), SHORT_THREADS, sizeof(ShortList), stream>>>(
+    kernel<<<static_cast<unsigned>(1 + copies), SHORT_THREADS, sizeof(ShortList), stream>>>(
         gather, in, list, arrived, counts, tile_refs, most_rows);
     return check_launch(op);
   }
@@ -405,7 +412,9 @@ void merge_parts(const char* op, const Inputs& in, const UnitList& list, const B
                  int64_t slices, int64_t slice, int rows, int64_t teams, cudaStream_t stream) {
   const bool many = teams >= MERGE_MANY * ceil_div(in.n, rows);
   const int64_t chunks = ceil_div(in.d, merge_elements(many ? MERGE_MANY_SHARES : MERGE_SHARES));
-  const auto kernel = many ? merge_kernel<MERGE_MANY_SHARES> : merge_kernel<MERGE_SHARES>;
+  const auto kernel =
+      list.costs.deal ? (many ? merge_kernel<MERGE_MANY_SHARES, true> : merge_kernel<MERGE_SHARES, true>)
+                      : (many ? merge_kernel<MERGE_MANY_SHARES, false> : merge_kernel<MERGE_SHARES, false>);
   launch_following(op, true, kernel, dim3(static_cast<unsigned>(in.n * chunks)), MERGE_THREADS,
                    teams * sizeof(double), stream, in, list, parts, static_cast<int>(slices), slice, rows,
                    teams);

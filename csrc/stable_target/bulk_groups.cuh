@@ -525,7 +525,8 @@ struct Groups {
   }
 };
 
-template <typename T, int GT, int Q, int TR>
+// DEAL: see Ranges.
+template <typename T, int GT, int Q, int TR, bool DEAL>
 __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     groups_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
                   const __grid_constant__ BulkParts parts, const __grid_constant__ GroupsLayout layout) {
@@ -564,13 +565,13 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   } else {
     give_up_registers<GROUPS_PRODUCER_REGISTERS>();
     if (layout.own_list) {
-      build_own_list<TR, Kernel::ROWS>(in, list, *scratch, tid);
+      build_own_list<TR, Kernel::ROWS, DEAL>(in, list, *scratch, tid);
     } else {
       wait_for_previous_launch();
     }
     if (tid < 32) {
       const auto most_tiles = [](int rows) { return Kernel::SEGMENT_TILES * Kernel::groups_of_a_row(rows); };
-      announce<TR>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, most_tiles, tid);
+      announce<TR, DEAL>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, most_tiles, tid);
     } else if (tid == 32) {
       kernel.produce();
     } else if (tid >= 96) {

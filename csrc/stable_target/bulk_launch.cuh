@@ -67,7 +67,9 @@ struct Launch : BulkLaunch {
     } else if (layout.merge_last) {
       zero_arrivals(op, parts.arrived, in.n, stream);
     }
-    run_in_blocks(groups_kernel<T, GT, Q, TR>, !layout.own_list || layout.merge_last, list, parts, layout);
+    const auto kernel =
+        plan.costs.deal ? groups_kernel<T, GT, Q, TR, true> : groups_kernel<T, GT, Q, TR, false>;
+    run_in_blocks(kernel, !layout.own_list || layout.merge_last, list, parts, layout);
     if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, plan.tile_rows, plan.blocks, stream);
     if (parts.errors) settle<T>(parts, plan.blocks);
     return true;
@@ -82,8 +84,9 @@ struct Launch : BulkLaunch {
     if (in.refs.dtype != DtypeOf<T>::value || !plan.products || plan.tile_d != Kernel::HELD ||
         plan.tile_refs != Kernel::TR || (plan.slices > 1) != CLUSTERED)
       return false;
-    const auto kernel = in.mailboxes ? products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, true>
-                                     : products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false>;
+    const auto kernel = in.mailboxes      ? products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, true, false>
+                        : plan.costs.deal ? products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false, true>
+                                          : products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false, false>;
     int64_t teams = plan.blocks / plan.slices;
     if (CLUSTERED) teams = std::min<int64_t>(teams, resident_teams(kernel));
     Carver carver(workspace);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "common/hopper.cuh"
 #include "common/planner.h"
@@ -49,6 +50,7 @@ __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {  // neither is
 
 // The list is cut into ranges of equal cost, the first few one longer, each of a tile at least: so a unit's
 // teams follow one another. Teams beyond the last range have nothing.
+template <bool DEAL>
 struct Ranges {
   int64_t length, longer, number;
 
@@ -69,6 +71,64 @@ struct Ranges {
   __device__ int64_t first_team(const UnitList& list, int unit) const { return team_of(list.begins[unit]); }
   __device__ int64_t last_team(const UnitList& list, int unit) const {
     return team_of(list.begins[unit] + (list.units[unit].tiles - 1) * list.units[unit].weight);
+  }
+  __device__ void teams_of(const UnitList& list, int unit, int& first, int& last) const {
+    first = static_cast<int>(first_team(list, unit));
+    last = static_cast<int>(last_team(list, unit));
+  }
+};
+
+// The same, but units that share their group with others are dealt out whole, in rounds, to the first
+// `together` teams, which have less of the rest: so a group is read for its units at the same time, and from
+// memory once. Not to all teams, if it can be: the others keep memory busy meanwhile. Not in line with the
+// above, whose code is shorter, and nothing can be read before.
+template <>
+struct Ranges<true> {
+  int64_t length, longer, number;
+  const int64_t* begins;         // of the list
+  int whole = 0, together = 0;   // units dealt out; teams
+  int each = 0, rest = 0, most;  // units for each of them, and one more for the first few; cost of a unit
+
+  __device__ Ranges(const UnitList& list, int64_t teams) : begins(list.begins), most(list.sizes[4]) {
+    const int shared = list.sizes[3];
+    const int64_t heaviest = max(list.sizes[2], 1);
+    int64_t cost = begins[list.sizes[0]];
+#pragma unroll 1
+    for (int some = (static_cast<int>(teams) + 2) / 3; shared > 0 && some <= teams; some *= 3) {
+      const int64_t level = cost - begins[shared] + int64_t{shared} * most;
+      const int more = static_cast<int>(static_cast<unsigned>(shared) / static_cast<unsigned>(some)) + 1;
+      if ((int64_t{more} * most + heaviest) * teams > level) continue;  // a tile is left for the range
+      whole = shared, together = some, each = more - 1, rest = shared - each * some, cost = level;
+      break;
+    }
+    number = cost >= teams * heaviest ? teams : cost >= heaviest ? divide(cost, heaviest) : 1;
+    length = divide(cost, number);
+    longer = cost - length * number;
+  }
+  __device__ int64_t begin(int64_t team) const {
+    const int64_t at = min(team, number), dealt = at < together ? each * at + min(at, int64_t{rest}) : whole;
+    return begins[whole] + length * at + min(at, longer) - most * dealt;
+  }
+  __device__ int64_t team_of(int64_t cost) const {
+    int64_t low = 0, high = together;
+    if (whole > 0 && cost < begin(high)) {
+#pragma unroll 1
+      while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (begin(middle) <= cost ? low : high) = middle;
+      }
+      return low;
+    }
+    cost += int64_t{most} * whole - begins[whole];
+    if (cost < longer * (length + 1)) return divide(cost, length + 1);
+    return longer + divide(cost - longer * (length + 1), length);
+  }
+  // The first and the last team of a unit that is not dealt out.
+  __device__ void teams_of(const UnitList& list, int unit, int& first, int& last) const {
+    const int64_t begin = list.begins[unit], length = (list.units[unit].tiles - 1) * list.units[unit].weight;
+#pragma unroll 1
+    for (int end = 0; end < 2; ++end)
+      (end ? last : first) = static_cast<int>(team_of(begin + (end ? length : 0)));
   }
 };
 
@@ -112,10 +172,10 @@ struct UnitShare {
 };
 
 // A team's shares of the units in its range, by whole warps: visit(share, ranges).
-template <typename Visit>
+template <bool DEAL, typename Visit, std::enable_if_t<!DEAL, int> = 0>
 __device__ __forceinline__ void walk_units(const UnitList& list, int64_t teams, int64_t team, int lane,
                                            const Visit& visit) {
-  const Ranges ranges(list, teams);
+  const Ranges<false> ranges(list, teams);
   const int64_t low = ranges.begin(team), high = ranges.begin(team + 1);
   if (low >= high) return;
   for (int number = find_unit(list, low, lane); number < list.sizes[0]; ++number) {
@@ -126,6 +186,39 @@ __device__ __forceinline__ void walk_units(const UnitList& list, int64_t teams, 
     const int64_t to =
         high >= list.begins[number + 1] ? tiles : min(divide(high - begin + weight - 1, weight), tiles);
     if (from < tiles) visit(UnitShare{number, from, to, list.begins[number + 1] >= high}, ranges);
+  }
+}
+
+// Those dealt out first.
+template <bool DEAL, typename Visit, std::enable_if_t<DEAL, int> = 0>
+__device__ __forceinline__ void walk_units(const UnitList& list, int64_t teams, int64_t team, int lane,
+                                           const Visit& visit) {
+  const Ranges<true> ranges(list, teams);
+  const int64_t low = ranges.begin(team), high = ranges.begin(team + 1);
+  int number = -1, dealt = team < ranges.together ? static_cast<int>(team) : ranges.whole;
+#pragma unroll 1
+  for (bool found = false;;) {
+    const bool whole = dealt < ranges.whole;
+    if (whole) {
+      number = dealt, dealt += ranges.together;
+    } else if (found) {
+      ++number;
+    } else {
+      if (low >= high) return;
+      number = find_unit(list, low, lane), found = true;
+    }
+    if (number >= list.sizes[0]) return;
+    const int64_t begin = list.begins[number], tiles = list.units[number].tiles;
+    if (!whole && begin >= high) return;
+    const int weight = list.units[number].weight;
+    int64_t from = 0, to = tiles;
+    bool last = dealt >= ranges.whole && low >= high;
+    if (!whole) {
+      last = list.begins[number + 1] >= high;
+      if (low > begin) from = divide(low - begin + weight - 1, weight);
+      if (high < list.begins[number + 1]) to = min(divide(high - begin + weight - 1, weight), tiles);
+    }
+    if (from < tiles) visit(UnitShare{number, from, to, last}, ranges);
   }
 }
 
@@ -287,13 +380,13 @@ struct Announcements {
 // The announcer, a warp: tells the producer and the consumers of each segment in the team's range.
 // most_tiles(rows): of a segment. name_row(index, state) is called for each row before the segment is placed,
 // know_row(index, state) before it is told.
-template <int TR, int ROWS, typename MostTiles, typename NameRow, typename KnowRow>
+template <int TR, bool DEAL, int ROWS, typename MostTiles, typename NameRow, typename KnowRow>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
                                          int64_t teams, int64_t team, Announcements<ROWS>& announced,
                                          const MostTiles& most_tiles, const NameRow& name_row,
                                          const KnowRow& know_row, int lane) {
   int slot = 0, phase = 1;
-  walk_units(list, teams, team, lane, [&](const UnitShare& share, const Ranges& ranges) {
+  walk_units<DEAL>(list, teams, team, lane, [&](const UnitShare& share, const Ranges<DEAL>& ranges) {
     const Unit& unit = list.units[share.number];
     const int rows = unit.rows;
     int64_t tile = share.from;
@@ -329,8 +422,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
           if (share.from == 0 && share.to == unit.tiles) {
             segment.from = segment.to = static_cast<int>(team);
           } else {
-            segment.from = static_cast<int>(ranges.first_team(list, share.number));
-            segment.to = static_cast<int>(ranges.last_team(list, share.number));
+            ranges.teams_of(list, share.number, segment.from, segment.to);
           }
         }
         if (lane < rows) {
@@ -357,13 +449,13 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
   }
 }
 
-template <int TR, int ROWS, typename MostTiles>
+template <int TR, bool DEAL, int ROWS, typename MostTiles>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
                                          int64_t teams, int64_t team, Announcements<ROWS>& announced,
                                          const MostTiles& most_tiles, int lane) {
   const auto name_row = [](int64_t, RowState&) {};
   const auto know_row = [&](int64_t index, RowState& row) { set_row(in, index, row); };
-  announce<TR>(in, list, place, teams, team, announced, most_tiles, name_row, know_row, lane);
+  announce<TR, DEAL>(in, list, place, teams, team, announced, most_tiles, name_row, know_row, lane);
 }
 
 // Of the online softmax, the same in all threads that share a row. The largest score, and the integer `top`

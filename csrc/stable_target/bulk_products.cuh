@@ -1132,7 +1132,8 @@ struct Products {
   }
 };
 
-template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS>
+// DEAL: see Ranges.
+template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, bool DEAL>
 __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     products_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
                     const __grid_constant__ ProductsParts parts,
@@ -1184,7 +1185,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   } else {
     give_up_registers<PRODUCTS_PRODUCER_REGISTERS>();
     if (layout.own_list) {
-      build_own_list<Kernel::TR, Kernel::ROWS>(in, list, *scratch, tid);
+      build_own_list<Kernel::TR, Kernel::ROWS, DEAL>(in, list, *scratch, tid);
     } else {
       if (PARTS && parts.home.labels)
         prefetch_of_own_rows(in, parts, kernel.place(), kernel.teams, kernel.team, tid);
@@ -1202,8 +1203,8 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     }
     if (tid < 32) {
       const auto most_tiles = [](int) { return Kernel::SEGMENT_TILES; };
-      announce<Kernel::TR>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced, most_tiles,
-                           lane);
+      announce<Kernel::TR, DEAL>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced,
+                                 most_tiles, lane);
     } else if (tid < 64) {
       kernel.produce(lane);
     } else if (tid < 96) {

@@ -543,7 +543,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   if (!layout.own_list) wait_for_previous_launch();
   if (other >= 0) {
     give_up_registers<teams_other_registers(Q)>();
-    if (layout.own_list && !short_list) build_own_list<TR, 1>(in, list, *scratch, other);
+    if (layout.own_list && !short_list) build_own_list<TR, 1, false>(in, list, *scratch, other);
     if (other < 32) {
       const auto most_tiles = [](int) { return Kernel::SEGMENT_TILES; };
       const auto name_row = [&](int64_t index, RowState& row) {
@@ -554,8 +554,8 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
         wait_barrier(&shared.rows_known, 0);
         row = shared.known[index];
       };
-      announce<TR>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced, most_tiles,
-                   name_row, know_row, other);
+      announce<TR, false>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced, most_tiles,
+                          name_row, know_row, other);
     } else if (other < 64) {
       kernel.produce(other - 32);
     } else {

@@ -4,6 +4,8 @@
 // one block for all.
 #pragma once
 
+#include <climits>
+
 #include "common/hopper.cuh"
 #include "common/planner.h"
 #include "stable_target/scan.cuh"
@@ -25,7 +27,9 @@ struct UnitList {
   Unit* units;      // (n,)
   int64_t* begins;  // (n + 1,) prefix sums over the units: what they cost
   int64_t* group_tiles;  // (k + 1,) prefix sums over the groups: tiles, where some row takes all of them
-  int* sizes;            // units, rows with something to read, the largest weight of a unit
+  // Units, rows with something to read, the largest weight of a unit; where units are dealt out, those that
+  // come first, since others have the same group, and the most that one of them costs.
+  int* sizes;
   UnitCosts costs;
 
   __device__ int weight(int rows) const {
@@ -170,6 +174,7 @@ __device__ inline void build_units(const Inputs& in, const UnitList& list, int t
     list.sizes[0] = units;
     list.sizes[1] = alive;
     list.sizes[2] = heaviest;
+    list.sizes[3] = list.sizes[4] = 0;  // they are where their groups are
   }
   __syncthreads();
 }
@@ -178,7 +183,7 @@ __device__ inline void build_units(const Inputs& in, const UnitList& list, int t
 template <int ROWS>
 struct ListRows {
   static constexpr int WARPS = ROWS / 32;
-  int64_t sums[WARPS];          // over the rows of a warp
+  int64_t sums[2][WARPS];       // over the rows of a warp: of groups with one unit, with several
   int dead[WARPS];              // rows of a warp with nothing to read
   int keys[ROWS];               // group + 1; -1: nothing to read
   int places[ROWS];             // among the rows of the group
@@ -226,6 +231,16 @@ __device__ __forceinline__ int64_t prefix_sums(int64_t v, int lane) {
   return v;
 }
 
+// The same of two values at once.
+__device__ __forceinline__ void prefix_sums(int64_t& a, int64_t& b, int lane) {
+#pragma unroll 1
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int64_t before_a = __shfl_up_sync(0xffffffffu, a, offset);
+    const int64_t before_b = __shfl_up_sync(0xffffffffu, b, offset);
+    if (lane >= offset) a += before_a, b += before_b;
+  }
+}
+
 // By a warp: UnitList::group_tiles of all k groups; their tiles and references are added to what is given.
 // Several warps may do it, who write the same.
 template <typename Count, typename Tiles>
@@ -246,7 +261,7 @@ __device__ __forceinline__ void scan_groups_in_warp(const UnitList& list, int k,
 
 // The same list by THREADS threads, `tid` among them, with a barrier of theirs. Nothing is sorted, and the
 // code is short: nothing can be read before it is done.
-template <int THREADS, int ROWS, typename Barrier>
+template <bool DEAL, int THREADS, int ROWS, typename Barrier>
 __device__ __forceinline__ void build_short_list(const Inputs& in, const UnitList& list,
                                                  ListRows<ROWS>& scratch, int tile_refs, int most_rows,
                                                  int tid, const Barrier& barrier) {
@@ -281,7 +296,10 @@ __device__ __forceinline__ void build_short_list(const Inputs& in, const UnitLis
     if (lane == 0) scratch.dead[warp] = __popc(dead);
     if (i < n) scratch.places[i] = __popc((key >= 0 ? same : dead) & earlier_lanes);
   });
-  if (tid == 0) list.sizes[2] = 0;
+  if (tid == 0) {
+    list.sizes[2] = 0;
+    if constexpr (DEAL) list.sizes[4] = 0;
+  }
   barrier();
 
   const int warps = (n + 31) / 32;
@@ -289,10 +307,12 @@ __device__ __forceinline__ void build_short_list(const Inputs& in, const UnitLis
     const int64_t tiles = key == 0 ? all_tiles : tiles_of_references(scratch.counts[key - 1]);
     return tiles > 0 ? tiles : 1;
   };
-  // Sums over the groups in the order of their first rows: cost, units and rows, three in one.
+  // Sums over the groups in the order of their first rows, those with several units before the others where
+  // they are to be dealt out: cost, units and rows, three in one.
   rows([&](int i, int warp) {
     const int key = i < n ? scratch.keys[i] : -1;
     int64_t sum = 0;
+    bool several = false;
     if (key >= 0) {
       const uint32_t* const counts = reinterpret_cast<const uint32_t*>(scratch.seen[key]);
       unsigned place = scratch.places[i], all = 0;
@@ -304,6 +324,7 @@ __device__ __forceinline__ void build_short_list(const Inputs& in, const UnitLis
         place = __dp4a(four, static_cast<uint32_t>(uint64_t{0x01010101u} << 8 * earlier >> 32), place);
       }
       scratch.places[i] = place, scratch.alls[i] = all;
+      several = static_cast<int>(all) > most_rows;
       if (place == 0) {
         const int whole = static_cast<int>(all) / most_rows, rest = static_cast<int>(all) % most_rows;
         const int64_t tiles = tiles_of(key);
@@ -311,21 +332,48 @@ __device__ __forceinline__ void build_short_list(const Inputs& in, const UnitLis
         sum = cost << 2 * BITS | (whole + (rest > 0)) << BITS | all;
       }
     }
-    const int64_t up_to = prefix_sums(sum, lane);
-    if (i < n) scratch.begins[i] = up_to - sum;
-    if (lane == 31) scratch.sums[warp] = up_to;
+    if constexpr (DEAL) {
+      int64_t alone = several ? 0 : sum, together = several ? sum : 0;
+      prefix_sums(alone, together, lane);
+      if (i < n) scratch.begins[i] = (several ? together : alone) - sum;
+      if (lane == 31) scratch.sums[0][warp] = alone, scratch.sums[1][warp] = together;
+    } else {
+      const int64_t up_to = prefix_sums(sum, lane);
+      if (i < n) scratch.begins[i] = up_to - sum;
+      if (lane == 31) scratch.sums[0][warp] = up_to;
+    }
   });
   barrier();
   const auto sums_before = [&](int warp) {  // by whole warps
     int64_t sum = 0;
 #pragma unroll 1
-    for (int w = lane; w < warp; w += 32) sum += scratch.sums[w];
+    for (int w = lane; w < warp; w += 32) sum += scratch.sums[0][w];
     return __shfl_sync(ALL, prefix_sums(sum, lane), 31);
   };
+  // Of groups with one unit, all others among them, and of the others.
+  const auto both_before = [&](int warp, int64_t& alone, int64_t& together) {
+    alone = together = 0;
+#pragma unroll 1
+    for (int w = lane; w < warps; w += 32) {
+      const int64_t several = scratch.sums[1][w];
+      alone += several + (w < warp ? scratch.sums[0][w] : 0), together += w < warp ? several : 0;
+    }
+#pragma unroll 1
+    for (int hop = 16; hop > 0; hop /= 2) {
+      alone += __shfl_xor_sync(ALL, alone, hop);
+      together += __shfl_xor_sync(ALL, together, hop);
+    }
+  };
   rows([&](int i, int warp) {
-    const int64_t before = sums_before(warp);
-    if (i < n && scratch.keys[i] >= 0 && scratch.places[i] == 0)
-      scratch.seen[scratch.keys[i]][0] = static_cast<uint64_t>(scratch.begins[i] + before);
+    int64_t before, together = 0;
+    if constexpr (DEAL) {
+      both_before(warp, before, together);
+    } else {
+      before = sums_before(warp);
+    }
+    if (i >= n || scratch.keys[i] < 0 || scratch.places[i] != 0) return;
+    if (DEAL && scratch.alls[i] > most_rows) before = together;
+    scratch.seen[scratch.keys[i]][0] = static_cast<uint64_t>(scratch.begins[i] + before);
   });
   barrier();
   constexpr int MASK = (1 << BITS) - 1;
@@ -347,6 +395,8 @@ __device__ __forceinline__ void build_short_list(const Inputs& in, const UnitLis
         unit.weight = weight;
         list.begins[number] = (begin >> 2 * BITS) + place / most_rows * list.cost(tiles, most_rows);
         atomicMax(list.sizes + 2, weight);
+        if (DEAL && !unit.alone)
+          atomicMax(list.sizes + 4, static_cast<int>(min(list.cost(tiles, unit.rows), int64_t{INT_MAX})));
       }
     } else {
       int dead = place;
@@ -356,22 +406,28 @@ __device__ __forceinline__ void build_short_list(const Inputs& in, const UnitLis
     }
   });
   if (tid < 32) {
-    const int64_t total = sums_before(warps);
+    int64_t total, together = 0;
+    if constexpr (DEAL) {
+      both_before(warps, total, together);
+    } else {
+      total = sums_before(warps);
+    }
     if (lane == 0) {
       const int units = static_cast<int>(total >> BITS & MASK);
       list.begins[units] = total >> 2 * BITS;
       list.sizes[0] = units;
       list.sizes[1] = static_cast<int>(total & MASK);
+      if constexpr (DEAL) list.sizes[3] = static_cast<int>(together >> BITS & MASK);
     }
   }
 }
 
 // In each block for itself, by the BULK_PRODUCERS threads of one warpgroup.
-template <int TILE_REFS, int MOST_ROWS>
+template <int TILE_REFS, int MOST_ROWS, bool DEAL>
 __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList& list, ListScratch& scratch,
                                                int tid) {
   const auto barrier = [] { named_barrier(15, BULK_PRODUCERS); };
-  build_short_list<BULK_PRODUCERS>(in, list, scratch, TILE_REFS, MOST_ROWS, tid, barrier);
+  build_short_list<DEAL, BULK_PRODUCERS>(in, list, scratch, TILE_REFS, MOST_ROWS, tid, barrier);
   fence_async();  // copies will go to where the scratch is
   barrier();
 }

@@ -156,6 +156,21 @@ def test_many_rows_of_class_banks(rng, d, n, m, dtype):
     check_bank(x, refs, t, labels, counts, x.flip(0) * 0.5)
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "m", "d", "dtype"), [(200, 40, 128, 8192, torch.float32), (100, 20, 128, 16_384, torch.float16)]
+)
+def test_units_that_share_a_long_class(rng, n, k, m, d, dtype):
+    """They are dealt out; a quarter of the rows has one class, and not all classes are full."""
+    refs = torch.randn(k, m, d, generator=rng).to(dtype)
+    labels, t = torch.arange(n) % k, torch.tensor([0.7, 0.9])[torch.arange(n) % 2]
+    labels[: n // 4] = 1
+    x = make_noisy(refs[labels, 0].float(), t, rng)
+    if torch.cuda.get_device_capability() >= (9, 0):
+        assert info.plan(n, m, d, k, refs_dtype=dtype)["deal"]
+    for counts in (None, torch.randint(m // 2, m + 1, (k,), generator=rng)):
+        check_bank(x, refs, t, labels, counts)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", FORMS)
 def test_rows_of_one_class(rng, d, dtype):
