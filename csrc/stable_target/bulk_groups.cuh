@@ -56,6 +56,7 @@ struct GroupState {
   double top;         // weights are 2^(score - top)
   float total;        // of the weights
   float lead, worst;  // the largest of them; the largest score, either way
+  bool centre;        // the centre has the largest weight
 };
 
 template <int G, int WARPS, int TR, int ROWS>
@@ -65,6 +66,7 @@ struct GroupsShared {
   // Two of each: a warp is at most one exchange ahead of another that still reads.
   alignas(16) float scores[2][G][TR][WARPS < 4 ? 4 : WARPS];
   double squares[G][WARPS];  // shares of what is summed in float64
+  float norms[G][WARPS];     // see RowScores
   GroupState states[G];
   double shifts[G][WARPS];  // |y|^2 / (2 sigma^2) in units of log 2; each warp has its own
   PartRow moved[G][WARPS];  // to memory already, too
@@ -324,6 +326,8 @@ struct Groups {
     exchange<TR>(parity, scores);
     if (!weigh_scores(mine.scores, many, scores, mine.sum)) return;
 #pragma unroll
+    for (int j = 0; j < TR; ++j) mine.scores.norm = fmaf(scores[j], norm[j], mine.scores.norm);
+#pragma unroll
     for (int q = 0; q < Q; ++q) {
 #pragma unroll
       for (int j = 0; j < TR; ++j) mine.sum[q] = fmaf(scores[j], difference[j][q], mine.sum[q]);
@@ -337,7 +341,10 @@ struct Groups {
 #pragma unroll
     for (int q = 0; q < Q; ++q) difference[q] -= mine.c[q];
     const double score = sum_over_group(score_source(row, mine.y, difference));
-    mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
+    mine.source = weigh_source(mine.scores, score, mine.sum);
+#pragma unroll
+    for (int q = 0; q < Q; ++q)
+      mine.scores.norm = fmaf(mine.source * difference[q], difference[q], mine.scores.norm);
   }
 
   // A segment's sums, from the row's groups to its result or to its part in memory. The row's first group
@@ -361,8 +368,8 @@ struct Groups {
         *reinterpret_cast<float4*>(to + element(q / EV) + q % EV) =
             make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
       if (thread() == 0)
-        shared().states[group()] = {mine.scores.top, mine.scores.total, mine.scores.lead(),
-                                    mine.scores.worst};
+        shared().states[group()] = {mine.scores.top, mine.scores.total, mine.scores.lead(), mine.scores.worst,
+                                    mine.scores.base == 0};
     } else if (flags & SEGMENT_PART_END && others == 0) {  // on their way meanwhile
 #pragma unroll
       for (int q = 0; q < Q; q += 4) {
@@ -370,6 +377,8 @@ struct Groups {
         if (e < d) x[q / 4] = load_x(in, here, row, e);
       }
     }
+    const float share_of_norm = warp_sum(mine.scores.norm);
+    if (lane == 0) shared().norms[group()][thread() / 32] = share_of_norm;
     row_barrier(groups);
     if (turn > 0) {
       if (filed) file(lane);
@@ -385,25 +394,34 @@ struct Groups {
     const float scale = power_of_two(mine.scores.top - best);
     double total = static_cast<double>(scale) * static_cast<double>(mine.scores.total);
     double source = static_cast<double>(scale) * static_cast<double>(mine.source);
-    float lead = scale * fmaxf(mine.scores.lead(), mine.source), worst = mine.scores.worst;
+    PartsSum sum;  // of what decides whether the row is in doubt
+    const auto add = [&](int g, float by, float lead, float worst, bool centre) {
+      sum.lead = fmaxf(sum.lead, by * lead), sum.scale = fmaxf(sum.scale, worst);
+      if (centre) sum.centre = fmaxf(sum.centre, by * lead);
+#pragma unroll 1
+      for (int w = 0; w < WARPS; ++w) sum.norm = fmaf(by, shared().norms[g][w], sum.norm);
+    };
+    add(group(), scale, fmaxf(mine.scores.lead(), mine.source), mine.scores.worst,
+        mine.scores.base == 0 && mine.source <= mine.scores.lead());
 #pragma unroll 1
     for (int g = group() + 1; g < group() + used; ++g) {
       const GroupState& other = shared().states[g];
       const float by = power_of_two(other.top - best);
       total = fma(static_cast<double>(by), static_cast<double>(other.total), total);
-      lead = fmaxf(lead, by * other.lead), worst = fmaxf(worst, other.worst);
+      add(g, by, other.lead, other.worst, other.centre);
     }
     const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, my_row);
     double* const sums = parts.sums + part * d;
-    RowEnd end{
-        row.index,
-        row.out,
-        my_row,
-        segment.from,
-        segment.to,
-        row.a,
-        row.b,
-        {best - shared().shifts[group()][thread() / 32], total + source, lead, worst * mine.scores.rate}};
+    RowEnd end{row.index,
+               row.out,
+               my_row,
+               segment.from,
+               segment.to,
+               row.a,
+               row.b,
+               {row.stretch * best - shared().shifts[group()][thread() / 32], total + source, sum.lead,
+                sum.scale * mine.scores.rate, sum.norm * mine.half_alpha * mine.scores.rate,
+                sum.centre == sum.lead ? 0 : 1}};
     double by = 1, before = 0;
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const Joined joined = join(shared().moved[group()][thread() / 32], end.own);

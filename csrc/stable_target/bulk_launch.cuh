@@ -69,7 +69,7 @@ struct Launch : BulkLaunch {
     }
     run_in_blocks(groups_kernel<T, GT, Q, TR>, !layout.own_list || layout.merge_last, list, parts, layout);
     if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, plan.tile_rows, plan.blocks, stream);
-    if (parts.errors) settle<T>(parts, plan.blocks);
+    if (!parts.next) settle<T>(parts, plan.blocks);
     return true;
   }
 
@@ -92,6 +92,7 @@ struct Launch : BulkLaunch {
     parts.others = carver.take<PartRow>(teams * PRODUCTS_ROWS);
     parts.sums = carver.take<float>(teams * PRODUCTS_ROWS * in.d);
     parts.reviewed = carver.take<float>(teams * in.d);
+    parts.ties = carver.take<int>((in.n + teams * PRODUCTS_ROWS) * PRODUCTS_TIES);
     parts.firsts = in.mailboxes ? carver.take<float>(in.n * in.d) : static_cast<float*>(in.out.data);
     if (!plan.own_list) build_unit_list(op, in, list, nullptr, 0, plan.tile_refs, plan.tile_rows, stream);
     const ProductsLayout layout{plan.own_list, static_cast<int>(plan.slices), static_cast<int>(plan.slice)};
@@ -159,11 +160,8 @@ struct Launch : BulkLaunch {
   void place_settling(Carver& carver, BulkParts& parts, int64_t blocks, int64_t slices, int64_t slice,
                       bool merge_last) const {
     parts.rounding = rounding_of_scores(in.d);
-    if (merge_last) {
-      parts.next = carver.take<int>(slices * in.n);
-    } else {
-      parts.errors = carver.take<float>(in.n);
-    }
+    if (merge_last) parts.next = carver.take<int>(slices * in.n);
+    parts.doubts = carver.take<RowDoubt>(merge_last ? slices * in.n : in.n);
     parts.settled = carver.take<double>(blocks * slice);
   }
 
@@ -181,8 +179,9 @@ struct Launch : BulkLaunch {
     config.stream = stream;
     config.attrs = &overlaps;
     config.numAttrs = 1;
-    check_cuda(op, cudaLaunchKernelEx(&config, settle_kernel<T>, in, const_cast<const float*>(parts.errors),
-                                      parts.settled));
+    check_cuda(op,
+               cudaLaunchKernelEx(&config, settle_kernel<T>, in, const_cast<const RowDoubt*>(parts.doubts),
+                                  parts.rounding, parts.settled));
   }
 
   bool vectors() const {
@@ -258,7 +257,7 @@ struct Launch : BulkLaunch {
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
     if (!layout.merge_last) merge_parts(op, in, list, parts, layout.slices, layout.slice, 1, teams, stream);
-    if (parts.errors) settle<T>(parts, teams);
+    if (!parts.next) settle<T>(parts, teams);
     return true;
   }
 };

@@ -20,6 +20,16 @@ struct alignas(16) PartRow {
   double log2_weight, total;  // sum of the weights
   float lead;                 // the largest of them
   float scale;                // the largest score, either way, in units of log 2
+  float norm;  // weighted sum of alpha/2 |r - c|^2, in the same units, of the elements that a block has
+  // In bulk_products.cuh `scale` and `norm` are other figures of errors, see `weigh_errors` there, and `best`
+  // is the reference that has `lead`, among all k m; else 0: that is the centre.
+  int best;
+};
+
+// What is known of a row whose weights are in doubt.
+struct RowDoubt {
+  float error;  // of the result, beside its size, if references were as far apart as that is large
+  float lead, scale, norm;  // as in PartRow; beside the sum of the weights
 };
 
 // Parts of units; slot 2b of block b for a unit that began earlier, 2b + 1 for one that begins here.
@@ -28,12 +38,12 @@ struct BulkParts {
   PartRow* rows;  // (2 blocks, rows)
   int* arrived;   // zero at first. (n, slices) teams that have left their part of a row of `order`
   uint2* mail;  // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
-  // Of finished rows, which of them are to be settled (bulk_settle.cuh): all errors, or a list of those that
-  // each block has found. One of the two, or none.
-  float* errors;    // (n,)
-  int* next;        // (slices, n) what follows a row in its block's list
-  double* settled;  // room for sums: (blocks, slice) or (clusters, d)
-  float rounding;   // of a score, see rounding_of_scores
+  // Of finished rows, which of them are to be settled (bulk_settle.cuh): all of them, or a list of those that
+  // each block has found.
+  RowDoubt* doubts;  // (slices, n), or (n,) where there is no `next`
+  int* next;         // (slices, n) what follows a row in its block's list
+  double* settled;   // room for sums: (blocks, slice) or (clusters, d)
+  float rounding;    // of a score, see rounding_of_scores
 };
 
 // How far a score may be off, of the largest one: sums of 16 terms are rounded one by one, and then their
@@ -153,6 +163,7 @@ struct RowState {
   double shift;                                    // |y|^2 / (2 sigma^2) in units of log 2
   float sign, half_alpha, high_alpha, rest_alpha;  // alpha in float32, and what that drops
   float rate;                                      // log2(e) alpha / sigma^2
+  double stretch;                                  // from scores times `rate` to those by its exact value
 
   __device__ double exact_rate() const { return 2 * alpha * per_square; }
 };
@@ -166,6 +177,7 @@ __device__ __forceinline__ void set_row(const Inputs& in, int64_t index, RowStat
   row.high_alpha = static_cast<float>(at.alpha);
   row.rest_alpha = static_cast<float>(at.alpha - row.high_alpha);
   row.rate = static_cast<float>(LOG2_E * at.rate());
+  row.stretch = row.rate > 0 ? row.exact_rate() / row.rate : 1;
 }
 
 // Four elements from i on, zero from `limit` on: for dtypes and alignments that are rare.
@@ -371,9 +383,10 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
 struct RowScores {
   float rate, base, rest, total;
   float worst;  // the largest score, either way
+  float norm;   // weighted sum of |r - c|^2, over the elements of this thread
   double top;
 
-  __device__ __forceinline__ void reset() { base = top = -INFINITY, rest = total = worst = 0; }
+  __device__ __forceinline__ void reset() { base = top = -INFINITY, rest = total = worst = norm = 0; }
   // The weight of the largest score.
   __device__ __forceinline__ float lead() const { return base > -INFINITY ? power_of_two(-rest) : 0.0f; }
 };
@@ -394,7 +407,7 @@ __device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&sc
     my.base = best;
     my.rest = static_cast<float>(top - bound);
     my.top = top;
-    my.total *= scale;
+    my.total *= scale, my.norm *= scale;
 #pragma unroll
     for (int q = 0; q < Q; ++q) sum[q] *= scale;
   }
@@ -412,14 +425,14 @@ __device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&sc
 // The same for a row's own source, which comes last and may be far from all references: its score is in
 // float64, and it is added itself, not as a difference, when the segment ends. Returns its weight.
 template <int Q>
-__device__ __forceinline__ float weigh_source(RowScores& my, double score, double rate, float (&sum)[Q]) {
-  const double bound = score * rate;
+__device__ __forceinline__ float weigh_source(RowScores& my, double score, float (&sum)[Q]) {
+  const double bound = score * my.rate;  // as rounded as that of the others
   if (bound > my.top) {
     const double top = ceil(bound);
     const float scale = power_of_two(my.top - top);
     my.rest += static_cast<float>(fmin(top - my.top, 1e6));
     my.top = top;
-    my.total *= scale;
+    my.total *= scale, my.norm *= scale;
 #pragma unroll
     for (int q = 0; q < Q; ++q) sum[q] *= scale;
   }
@@ -453,11 +466,15 @@ struct Joined {
 __device__ __forceinline__ Joined join(const PartRow& first, const PartRow& second) {
   const double most = first.log2_weight >= second.log2_weight ? first.log2_weight : second.log2_weight;
   const double a = power(first.log2_weight - most), b = power(second.log2_weight - most);
-  return {{most, fma(a, first.total, b * second.total),
-           fmaxf(static_cast<float>(a) * first.lead, static_cast<float>(b) * second.lead),
-           fmaxf(first.scale, second.scale)},
-          a,
-          b};
+  const float one = static_cast<float>(a), two = static_cast<float>(b);
+  const bool leads = one * first.lead >= two * second.lead;
+  PartRow all{most,
+              fma(a, first.total, b * second.total),
+              leads ? one * first.lead : two * second.lead,
+              fmaxf(first.scale, second.scale),
+              one * first.norm + two * second.norm,
+              leads ? first.best : second.best};
+  return {all, a, b};
 }
 
 struct RowEnd {
@@ -480,6 +497,22 @@ __device__ __forceinline__ void add_sums(const double* from, double weight, doub
   v[2] = fma(weight, high.x, v[2]), v[3] = fma(weight, high.y, v[3]);
 }
 
+// Of parts, by what each is multiplied by.
+struct PartsSum {
+  double total = 0;
+  float lead = 0, centre = 0, scale = 0, norm = 0;  // centre: the largest weight of those that are a centre's
+
+  __device__ __forceinline__ void add(const PartRow& part, double by) {
+    const float weight = static_cast<float>(by) * part.lead;
+    total = fma(by, part.total, total), norm = fmaf(static_cast<float>(by), part.norm, norm);
+    lead = fmaxf(lead, weight), centre = fmaxf(centre, part.best == 0 ? weight : 0),
+    scale = fmaxf(scale, part.scale);
+  }
+  __device__ __forceinline__ PartRow all(double log2_weight) const {
+    return {log2_weight, total, lead, scale, norm, centre == lead ? 0 : 1};
+  }
+};
+
 // The row's parts together, always in the same order: who comes last makes no difference. By whole warps.
 struct PartsTogether {
   PartRow all;
@@ -490,8 +523,8 @@ __device__ __forceinline__ PartRow part_row(const BulkParts& parts, const RowPla
   if (team > end.to) return {-INFINITY, 0, 0, 0};
   const PartRow* const row = parts.rows + place.part_of(team, team == end.from, end.row);
   const double2 weights = __ldcg(reinterpret_cast<const double2*>(&row->log2_weight));
-  const float2 others = __ldcg(reinterpret_cast<const float2*>(&row->lead));
-  return {weights.x, weights.y, others.x, others.y};
+  const float4 others = __ldcg(reinterpret_cast<const float4*>(&row->lead));
+  return {weights.x, weights.y, others.x, others.y, others.z, __float_as_int(others.w)};
 }
 __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, const RowPlace& place,
                                                       const RowEnd& end, int lane) {
@@ -504,22 +537,22 @@ __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, co
 #pragma unroll 1
   for (int hop = 16; hop > 0; hop /= 2) best = greater(best, __shfl_xor_sync(0xffffffffu, best, hop));
   const double weight = power(mine.log2_weight - best);
-  double total = weight * mine.total;
-  float lead = static_cast<float>(weight) * mine.lead, scale = mine.scale;
+  PartsSum sum;
+  sum.add(mine, weight);
 #pragma unroll 1
   for (int64_t team = end.from + 32 + lane; team <= end.to; team += 32) {
     const PartRow other = part_row(parts, place, end, team);
-    const double by = power(other.log2_weight - best);
-    total = fma(by, other.total, total);
-    lead = fmaxf(lead, static_cast<float>(by) * other.lead), scale = fmaxf(scale, other.scale);
+    sum.add(other, power(other.log2_weight - best));
   }
 #pragma unroll 1
   for (int hop = 16; hop > 0; hop /= 2) {
-    total += __shfl_xor_sync(0xffffffffu, total, hop);
-    lead = fmaxf(lead, __shfl_xor_sync(0xffffffffu, lead, hop));
-    scale = fmaxf(scale, __shfl_xor_sync(0xffffffffu, scale, hop));
+    sum.total += __shfl_xor_sync(0xffffffffu, sum.total, hop);
+    sum.norm += __shfl_xor_sync(0xffffffffu, sum.norm, hop);
+    sum.lead = fmaxf(sum.lead, __shfl_xor_sync(0xffffffffu, sum.lead, hop));
+    sum.centre = fmaxf(sum.centre, __shfl_xor_sync(0xffffffffu, sum.centre, hop));
+    sum.scale = fmaxf(sum.scale, __shfl_xor_sync(0xffffffffu, sum.scale, hop));
   }
-  return {{best, total, lead, scale}, weight};
+  return {sum.all(best), weight};
 }
 
 // Their sums for four elements of the slice from e on, where e is `within`.
@@ -606,29 +639,49 @@ __device__ __forceinline__ void write_lse(const Inputs& in, int64_t index, const
   store_as(lse_of(in, index), index, lse_of_row(in, all));
 }
 
-// What the rounding of its scores, `error`, may do to a row, beside its size, by one standard deviation:
-// weights that are off at random move the mean by that, times the root of the sum of their squares, as far as
-// references are apart, and these are about as far apart as results are large. NaN where the row is. A
-// reference that is there several times, as at an epoch's end, has equal scores and no error: the weights are
-// a multiple of one. Scores that are equal by chance are as rare as their error is small.
-__device__ __forceinline__ float error_of_row(float error, const PartRow& all) {
-  const float lead = __fdividef(all.lead, static_cast<float>(all.total)),
-              spread = __fdividef(static_cast<float>(all.total - all.lead), static_cast<float>(all.total));
-  const float times = __fdividef(static_cast<float>(all.total), all.lead);
-  if (error < 0.01f && times < 64 && fabsf(times - rintf(times)) < 1e-5f * times) return 0;
-  return error * sqrtf(lead) * spread;
+// What the rounding of its scores may do to a row, beside its size, by one standard deviation: weights that
+// are off at random move the mean by that, times the root of the sum of their squares, as far as references
+// are apart, and these are at most about as far apart as results are large. Scores are off by `rounding` of
+// the larger of their two terms. That is about the score itself, or for references that tie with the centre,
+// from which scores are, alpha/2 |r - c|^2, though the score is small: by the weighted sum of it, where the
+// centre has more weight than each of them. NaN where the row is. How far references are apart is measured
+// before the row is settled; where it cannot be, a reference that is there several times, as at an epoch's
+// end, has equal scores, and weights are a multiple of one. `beyond`: how many times the elements that the
+// norm is of D has.
+__device__ __forceinline__ RowDoubt doubt_of_row(float rounding, const PartRow& all, float beyond,
+                                                 bool measured) {
+  const float total = static_cast<float>(all.total), by = __fdividef(1.0f, total);
+  RowDoubt doubt{0, all.lead * by, all.scale, all.norm * by};
+  const float spread = static_cast<float>(all.total - all.lead) * by, times = __fdividef(total, all.lead);
+  const float far = fmaxf(spread * all.scale, (all.best == 0 ? 1 : spread) * beyond * doubt.norm);
+  doubt.error = rounding * sqrtf(doubt.lead) * far;
+  if (!measured && rounding * all.scale < 0.01f && times < 64 && fabsf(times - rintf(times)) < 1e-5f * times)
+    doubt.error = 0;
+  return doubt;
 }
 constexpr float MOST_ERROR_OF_SCORES = 1.2e-6f;
 constexpr int NO_ROW = -1;
+
+// Whether Settle can tell how far a row's references are apart: from one centre, and by a result that has the
+// digits.
+__device__ __forceinline__ bool has_distances(const Inputs& in, int64_t index) {
+  return out_of(in, index).dtype == Dtype::f32 && (!in.labels || in.labels[index] >= 0);
+}
 
 // What one thread does about a finished row. `doubtful`: the first of the block's list.
 __device__ __forceinline__ void finish_row(const Inputs& in, const BulkParts& parts, const RowPlace& place,
                                            int64_t index, const PartRow& all, int* doubtful) {
   if (in.lse.data && place.rank == 0) write_lse(in, index, all);
-  const float error = error_of_row(parts.rounding * all.scale, all);
-  if (parts.errors && place.rank == 0) parts.errors[index] = error;
-  if (parts.next && error > MOST_ERROR_OF_SCORES)
+  const float beyond = place.length > 0 ? __fdividef(in.d, place.length) : 1;
+  const bool of_all = !parts.next && beyond > 1;  // to be settled by others, who see all elements
+  RowDoubt doubt = doubt_of_row(parts.rounding, all, beyond, has_distances(in, index) && !of_all);
+  if (of_all) doubt.norm = INFINITY;
+  if (!parts.next) {
+    if (place.rank == 0) parts.doubts[index] = doubt;
+  } else if (doubt.error > MOST_ERROR_OF_SCORES) {
+    parts.doubts[place.rank * in.n + index] = doubt;
     parts.next[place.rank * in.n + index] = atomicExch(doubtful, static_cast<int>(index));
+  }
 }
 
 // Whether it was the last of the row's parts.
@@ -697,7 +750,7 @@ __device__ __forceinline__ void write_dead_rows(const Inputs& in, const UnitList
       store_four(out_of(in, index), base + e, base + place.length, make_float4(NAN, NAN, NAN, NAN));
     if (place.rank > 0 || tid > 0) continue;
     if (in.lse.data) store_as(lse_of(in, index), index, NAN);
-    if (parts.errors) parts.errors[index] = 0;
+    if (!parts.next) parts.doubts[index].error = 0;
   }
 }
 

@@ -26,7 +26,9 @@
 //
 // That has the digits of float32 for values as large as x and r_j. Where that may show in a row, by an
 // estimate at the end of a segment, the references that may have weight are evaluated again, in float64
-// (`review`): one or a few, where references are far apart beside the noise, as they are at small t.
+// (`review`): one or a few, where references are far apart beside the noise, as they are at small t. That
+// estimate takes references of weight for as close together as they are as a rule. Rows between some that are
+// farther apart are seen to where rows end (`weigh_errors`, DoubtfulRow in bulk_cuda.cu).
 #pragma once
 
 #include <type_traits>
@@ -122,7 +124,12 @@ struct ProductsParts {
   float* firsts;      // (n, D); the result itself, where it is of this process
   float* sums;        // (blocks, PRODUCTS_ROWS, D)
   float* reviewed;    // (blocks, D) of one row, between the threads of a block
+  // The references of weight of parts that have several: (n, PRODUCTS_TIES) of rows' first blocks, then
+  // (blocks, PRODUCTS_ROWS, PRODUCTS_TIES). First how many there are, of which one fewer fit; negative: not
+  // known.
+  int* ties;
 };
+constexpr int PRODUCTS_TIES = 16;
 
 struct ProductsLayout {
   bool own_list;  // each block builds the list of units in its shared memory
@@ -564,6 +571,7 @@ struct Products {
       RowScores my;
       my.rate = segment.rows[present ? my_row : 0].rate;
       my.reset();
+      int leader = 0;  // of the segment's references the one with the largest score
 #pragma unroll 1
       for (int left = segment.references; left > 0; left -= TR) {
         float scores[BLOCKS], best = -INFINITY;
@@ -588,7 +596,14 @@ struct Products {
         int used = 0;
         if (__any_sync(0xffffffffu, best > my.base)) {  // rarely, after the first tiles
           float scale = 1;
+          int place = 0;
+#pragma unroll
+          for (int b = 0; b < BLOCKS; ++b) {
+            const unsigned is_best = __ballot_sync(0xffffffffu, scores[b] == best) >> 8 * my_row & 0xff;
+            if (is_best) place = 8 * b + stored(__ffs(static_cast<int>(is_best)) - 1);
+          }
           if (best > my.base) {
+            leader = segment.references - left + place;
             const double bound = static_cast<double>(best) * my.rate, top = fmax(ceil(bound), my.top);
             scale = power_of_two(my.top - top);
             my.base = best, my.rest = static_cast<float>(top - bound), my.top = top, my.total *= scale;
@@ -609,7 +624,7 @@ struct Products {
         if (lane == 0) arrive(&shared().weighed[parity]);
         parity ^= 1;
       }
-      settle(segment, slot, my_row, present, my, told);
+      settle(segment, slot, my_row, present, my, leader, told);
       if (segment.references > 0) told ^= 1;
       __syncwarp();
       if (lane == 0) arrive(&shared().settled), arrive(&shared().announced.done[slot]);
@@ -707,19 +722,31 @@ struct Products {
     return own;
   }
 
-  // How far below the best score, in units of log 2, references have to be evaluated again; negative: none
-  // has. A score is wrong by SCORE_ERROR |x_i r_i| for each element, at random, and by the rounding of a
-  // warp's share of it. That matters where several references have weight, here or in other blocks, which are
-  // then about sigma / alpha apart: what it makes of the mean, beside the result's size. Of all warps:
-  // `square` of the products of their |x| and |r| and of their share of alpha/2 |r|^2, `norm` = |r|^2.
-  __device__ __forceinline__ float doubt(const RowState& row, float square, float norm) const {
+  // What errors of scores do to a row. One of e in a score moves its weight w by w alpha/sigma^2 e, and the
+  // mean by that times the reference's distance from it. Of a row with several references of weight, all
+  // errors at random, that is
+  //   |b| alpha/sigma^2 e sqrt(sum of w_j^2 |r_j - m|^2)
+  // in the result. As a rule references of weight are about sigma / alpha apart, or else one has all the
+  // weight: but a row may lie between two that are far apart beside that. Here are the square of b / sigma^2,
+  // for the usual case, and that of the result's size over sigma^2, by the first reference.
+  struct Harm {
+    double error, most;
+  };
+  __device__ __forceinline__ Harm harm(const RowState& row, float norm) const {
     const double per_variance = 2 / LOG2_E * row.per_square;  // 1 / sigma^2
     const double of_data = fma(row.a, row.alpha, row.b), of_result = row.b * per_variance;
-    const double wrong = of_result * of_result * (SCORE_ERROR * SCORE_ERROR * square);
     double most = fma(of_data * of_data * per_variance, norm, row.a * row.a * d);
     if (in.lse.data)  // the mean may become any prediction: itself, the velocity, the noise
       most = fmin(per_variance * norm, fmin(d + norm, d / (row.alpha * row.alpha)));
-    if (wrong <= MOST_ERROR * MOST_ERROR * most) return -1;
+    return {of_result * of_result, MOST_ERROR * MOST_ERROR * most};
+  }
+
+  // How far below the best score, in units of log 2, references have to be evaluated again where those of
+  // weight, here or in other blocks, are as far apart as usual; negative: none has. A score is wrong by
+  // SCORE_ERROR |x_i r_i| for each element, at random, and by the rounding of a warp's share of it. Of all
+  // warps: `square` of the products of their |x| and |r| and of their share of alpha/2 |r|^2.
+  __device__ __forceinline__ float doubt(const RowState& row, const Harm& harm, float square) const {
+    if (harm.error * (SCORE_ERROR * SCORE_ERROR * square) <= harm.most) return -1;
     // Weights below 2^-36, and errors.
     return 36 + 8 * static_cast<float>(SCORE_ERROR) * sqrtf(square) * row.rate;
   }
@@ -727,7 +754,7 @@ struct Products {
 
   // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
   __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
-                                         const RowScores& my, int told) const {
+                                         const RowScores& my, int leader, int told) const {
     const RowState& row = segment.rows[present ? my_row : 0];
     ProductsFigures all{};
     if constexpr (CLUSTERED) {
@@ -741,12 +768,66 @@ struct Products {
       all = figures_of_block(segment, my_row, present);
     }
     const double shift = row.per_square * all.exact_square;
-    const float margin = doubt(row, all.square, all.norm);
+    const Harm harm = this->harm(row, all.norm);
+    const float margin = doubt(row, harm, all.square);
+    PartRow own{fma(row.exact_rate(), all.offset + my.base, static_cast<double>(my.rest)) - shift,
+                my.total,
+                my.lead(),
+                0,
+                0,
+                static_cast<int>(segment.first) + leader};
+    if (margin < 0) weigh_errors(row, harm, all, my.base, own);
+    const float rest = my.total - own.lead;
+    const bool ties = present && own.scale > 0 && rest > 0x1p-20f * my.total &&
+                      2 * own.norm * (rest * rest) > my.total * my.total;
+    if (__any_sync(0xffffffffu, ties)) list_ties(segment, my_row, ties, my);
     if (!present || (lane() & ~8) != 0) return;
     ProductsEnd& end = shared().ends[slot][my_row];
     end.margin = segment.references > 0 ? margin : -1, end.shift = shift;
-    const double top = segment.references > 0 ? fma(row.exact_rate(), all.offset, my.top) - shift : -INFINITY;
-    if (margin < 0 || segment.references == 0) join(segment, slot, my_row, {top, my.total});
+    if (segment.references == 0) return join(segment, slot, my_row, {-INFINITY, my.total});
+    if (!(margin < 0)) return;
+    join(segment, slot, my_row, own);
+  }
+
+  // The references of weight, by the row's lanes; lanes as in `weigh`.
+  __device__ __forceinline__ void list_ties(const Segment<ROWS>& segment, int my_row, bool wanted,
+                                            const RowScores& my) const {
+    constexpr int WHOLE = SEGMENT_PART_BEGIN | SEGMENT_PART_END;
+    if (rank > 0) return;
+    const int64_t slot = segment.flags & SEGMENT_UNIT_BEGIN ? segment.rows[wanted ? my_row : 0].index
+                                                            : in.n + team * ROWS + my_row;
+    int* const to = parts.ties + slot * PRODUCTS_TIES;
+    const unsigned mine = 0x00ff00ffu << (lane() & 8), before = mine & ((1u << lane()) - 1);
+    int count = 0;
+#pragma unroll 1
+    for (int first = 0; first < segment.references; first += 16) {
+      const int j = first + (lane() & 7) + (lane() & 16) / 2;
+      const bool weighs =
+          wanted && j < segment.references && (my.base - shared().kept[my_row][j]) * my.rate < 24;
+      const unsigned all = __ballot_sync(0xffffffffu, weighs);
+      const int place = 1 + count + __popc(all & before);
+      if (weighs && place < PRODUCTS_TIES) to[place] = static_cast<int>(segment.first) + j;
+      count += __popc(all & mine);
+    }
+    if (wanted && (lane() & ~8) == 0)
+      to[0] = (segment.flags & WHOLE) == WHOLE && count < PRODUCTS_TIES ? count : -1;
+  }
+
+  // References of weight that may be far apart. Scores are wrong, too, by the rounding of their sums, which
+  // are relative to the first reference: about 2^-24 of the best one. Where that cannot show in the result
+  // though references should be as far apart as they are large, nothing has to be known. Else end_kernel,
+  // which knows what weighs how much, sees to it: `scale` says what errors make of the result for each unit
+  // of weight and distance, and `norm` how much more than they may, squared, at that distance.
+  __device__ __forceinline__ void weigh_errors(const RowState& row, const Harm& harm,
+                                               const ProductsFigures& all, float base, PartRow& own) const {
+    constexpr float ERROR = 0x1p-44f, MOST_OF_WEIGHTS = 0.15f;  // of scores, squared; w (1 - w)^2
+    const float rounding = 0x1p-24f * base, error = fmaf(ERROR, all.square, rounding * rounding);
+    const float alpha = static_cast<float>(row.alpha), most = static_cast<float>(harm.most),
+                per_variance = static_cast<float>(2 / LOG2_E) * static_cast<float>(row.per_square);
+    const float squared = static_cast<float>(harm.error) * error * (alpha * alpha),
+                wrong = squared * per_variance * (2 * all.norm);
+    if (wrong * MOST_OF_WEIGHTS <= most) return;
+    own.scale = squared * rsqrtf(squared), own.norm = __fdividef(wrong, most);
   }
 
   // What a row has at the end of a segment to what it has of its part so far, one thread: in shared memory,
@@ -841,8 +922,11 @@ struct Products {
       barrier();
     }
     double best = -INFINITY, total = 0;
+    int leader = 0;
 #pragma unroll 1
-    for (int j = 0; j < references; ++j) best = scores[j] > best ? scores[j] : best;
+    for (int j = 0; j < references; ++j) {
+      if (scores[j] > best) best = scores[j], leader = shared().listed[j];
+    }
     barrier();
 #pragma unroll 1
     for (int j = thread(); j < references; j += THREADS) scores[j] = power(scores[j] - best);
@@ -863,7 +947,7 @@ struct Products {
                          static_cast<float>(sums[2]), static_cast<float>(sums[3])));
     }
     barrier();
-    return {best, total};
+    return {best, total, 1, 0, 0, static_cast<int>(segment.first) + leader};
   }
 
   __device__ __forceinline__ float* reviewed_sums() const { return parts.reviewed + team * in.d + offset; }
@@ -884,11 +968,9 @@ struct Products {
     for (int r = 0; r < segment.count; ++r) {
       const float margin = shared().ends[slot][r].margin;
       if (margin < 0) continue;
-      const PartRow own = review(segment, r, margin);
-      if (thread() == 0) {
-        const double shift = shared().ends[slot][r].shift;
-        join(segment, slot, r, {own.log2_weight - shift, own.total});
-      }
+      PartRow own = review(segment, r, margin);
+      own.log2_weight -= shared().ends[slot][r].shift;
+      if (thread() == 0) join(segment, slot, r, own);
       if (my_row == r) {
 #pragma unroll
         for (int q = 0; q < CHUNKS; ++q) {

@@ -2,10 +2,10 @@
 // off by the rounding of its sums, which is much where it is large: for rows at a small t. The usual row
 // there has one reference with all the weight, and any score will do. But the weights of a row that lies
 // between references are a guess. Whoever finishes a row knows what that may do to its result
-// (error_of_row), and rows where it would show are evaluated again, in float64. Few calls have any, so
-// this is made to cost nothing else: where a block has finished rows, it takes them when it has done all the
-// rest, by code that is not in the way of the other; where they were finished all over the grid, a kernel
-// behind that one does, with a cluster of blocks for each.
+// (doubt_of_row, are_apart), and rows where it would show are evaluated again, in float64. Few calls have
+// any, so this is made to cost nothing else: where a block has finished rows, it takes them when it has done
+// all the rest, by code that is not in the way of the other; where they were finished all over the grid, a
+// kernel behind that one does, with a cluster of blocks for each.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -51,6 +51,50 @@ using SettleInBlock = SettleShared<BlockCrew::BLOCKS, BlockCrew::THREADS, BlockC
 using SettleInCluster = SettleShared<ClusterCrew::BLOCKS, ClusterCrew::THREADS, ClusterCrew::REFS>;
 static_assert(sizeof(SettleInBlock) <= SETTLE_SMEM, "the planner reserves less");
 
+// Four elements side by side.
+template <typename T>
+__device__ __forceinline__ float4 load_references(const T* from) {
+  struct alignas(4 * sizeof(T)) Four {
+    T v[4];
+  };
+  const Four four = *reinterpret_cast<const Four*>(from);
+  return make_float4(to_float(four.v[0]), to_float(four.v[1]), to_float(four.v[2]), to_float(four.v[3]));
+}
+
+// Scores of COUNT references from `at` on, of which none is beyond `last`, by a warp, in units of log 2:
+// -|x - alpha r|^2 / (2 sigma^2).
+template <typename T, int COUNT>
+__device__ __forceinline__ void score_references(const Inputs& in, const Row& row, const Array& of_row,
+                                                 int64_t at, int64_t last, int lane,
+                                                 double (&scores)[COUNT]) {
+  const bool vectors = is_vector(of_row) && in.d % 4 == 0;
+  const int64_t base = row.index * in.d;
+  const T* from[COUNT];
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i)
+    scores[i] = 0, from[i] = static_cast<const T*>(in.refs.data) + min(at + i, last) * in.d;
+#pragma unroll 2
+  for (int64_t e = 4 * lane; e < in.d; e += 128) {
+    const float4 x = vectors
+                         ? *reinterpret_cast<const float4*>(static_cast<const float*>(of_row.data) + base + e)
+                         : load_four(of_row, base + e, base + in.d);
+    float4 r[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) r[i] = load_references(from[i] + e);
+    const auto add = [&](float x, float r, double& score) {
+      const double gap = fma(-row.alpha, static_cast<double>(r), row.sign * static_cast<double>(x));
+      score = fma(gap, gap, score);
+    };
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      add(x.x, r[i].x, scores[i]), add(x.y, r[i].y, scores[i]);
+      add(x.z, r[i].z, scores[i]), add(x.w, r[i].w, scores[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) scores[i] = -LOG2_E / (2 * row.sigma * row.sigma) * warp_sum(scores[i]);
+}
+
 template <typename T, typename Crew>
 struct Settle {
   static constexpr int THREADS = Crew::THREADS, WARPS = THREADS / 32;
@@ -80,45 +124,14 @@ struct Settle {
     return over_block(v, [](double a, double b) { return a + b; });
   }
 
-  // Four elements side by side.
-  __device__ __forceinline__ static float4 load(const T* from) {
-    struct alignas(4 * sizeof(T)) Four {
-      T v[4];
-    };
-    const Four four = *reinterpret_cast<const Four*>(from);
-    return make_float4(to_float(four.v[0]), to_float(four.v[1]), to_float(four.v[2]), to_float(four.v[3]));
+  // Of the sums; each thread reads again what its block has written.
+  __device__ __forceinline__ static void store(double* to, const double (&v)[4]) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) to[k] = v[k];
   }
-
-  // Scores of COUNT references from `at` on, of which none is beyond `last`, by a warp, in units of log 2:
-  // -|x - alpha r|^2 / (2 sigma^2).
-  template <int COUNT>
-  __device__ __forceinline__ void score(const Row& row, const Array& of_row, int64_t at, int64_t last,
-                                        double (&scores)[COUNT]) const {
-    const bool vectors = is_vector(of_row) && in.d % 4 == 0;
-    const int64_t base = row.index * in.d;
-    const T* from[COUNT];
+  __device__ __forceinline__ static void add_earlier(const double* from, double weight, double (&v)[4]) {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) scores[i] = 0, from[i] = refs + min(at + i, last) * in.d;
-#pragma unroll 2
-    for (int64_t e = 4 * lane; e < in.d; e += 128) {
-      const float4 x =
-          vectors ? *reinterpret_cast<const float4*>(static_cast<const float*>(of_row.data) + base + e)
-                  : load_four(of_row, base + e, base + in.d);
-      float4 r[COUNT];
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i) r[i] = load(from[i] + e);
-      const auto add = [&](float x, float r, double& score) {
-        const double gap = fma(-row.alpha, static_cast<double>(r), row.sign * static_cast<double>(x));
-        score = fma(gap, gap, score);
-      };
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i) {
-        add(x.x, r[i].x, scores[i]), add(x.y, r[i].y, scores[i]);
-        add(x.z, r[i].z, scores[i]), add(x.w, r[i].w, scores[i]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) scores[i] = -LOG2_E / (2 * row.sigma * row.sigma) * warp_sum(scores[i]);
+    for (int k = 0; k < 4; ++k) v[k] = fma(weight, from[k], v[k]);
   }
 
   // That of the row's own source, in all blocks.
@@ -131,6 +144,54 @@ struct Settle {
       square = fma(gap, gap, square);
     }
     return -LOG2_E / (2 * row.sigma * row.sigma) * sum_over_block(square);
+  }
+
+  // Over all blocks.
+  __device__ __forceinline__ double sum_over_crew(double v) const {
+    v = sum_over_block(v);
+    if constexpr (Crew::BLOCKS > 1) {
+      if (tid == 0) shared.scores()[0] = v;
+      crew.wait_for_all();
+      v = 0;
+#pragma unroll 1
+      for (int block = 0; block < Crew::BLOCKS; ++block) v += crew.score(shared.scores(), block * OWN);
+      crew.wait_for_all();
+    }
+    return v;
+  }
+
+  // Whether a row's references of weight are so far apart that `doubt` may show in the result, which is
+  // there. By the mean that it has: their weighted variance is what is known of their distances from the
+  // centre, less that of the mean. rounding: see RowDoubt.
+  __device__ __forceinline__ bool are_apart(int64_t index, const RowDoubt& doubt, float rounding) const {
+    if (!has_distances(in, index) || !(doubt.norm < INFINITY)) return true;
+    const Row row = row_coefficients(in, index);
+    const Array x = x_of(in, index), out = out_of(in, index);
+    if (row.b == 0) return false;
+    const T* const centre = refs + (in.labels ? in.labels[index] * in.m : 0) * in.d;
+    double square = 0, size = 0, mean = 0, noise = 0;
+#pragma unroll 4
+    for (int64_t e = low + tid; e < high; e += THREADS) {
+      const double v = load_as<double>(out, index * in.d + e), y = load_as<double>(x, index * in.d + e);
+      const double m = (v - row.a * y) / row.b, gap = m - static_cast<double>(to_float(centre[e])),
+                   rest = row.sign * y - row.alpha * m;
+      square = fma(gap, gap, square), size = fma(v, v, size);
+      mean = fma(m, m, mean), noise = fma(rest, rest, noise);
+    }
+    square = sum_over_crew(square), size = sum_over_crew(size);
+    if (in.lse.data) {  // the mean may become any prediction
+      mean = sum_over_crew(mean), noise = sum_over_crew(noise);
+      size = fmin(mean, fmin(noise / (row.alpha * row.alpha), fma(row.sigma * row.sigma, mean, noise)));
+    }
+    // alpha/2 |m - c|^2 in units of log 2; the same of the references that tie with the centre.
+    const double per_square = LOG2_E * row.rate() * row.alpha / 2, own = per_square * square;
+    const double of_slice = static_cast<double>(high - low) / in.d;  // where each block is for itself
+    const double far = doubt.norm * fmax(doubt.norm / own, 1.0) / (Crew::BLOCKS > 1 ? 1 : of_slice);
+    const double error = LOG_2 * rounding * fmax(static_cast<double>(doubt.scale), far) * row.b;
+    // No better than the digits of float32, in which the distances were added up.
+    const double variance = fmax(doubt.norm - own, 1e-6 * doubt.norm) / per_square;
+    return !(error * error * doubt.lead * variance <=
+             double{MOST_ERROR_OF_SCORES} * MOST_ERROR_OF_SCORES * size);
   }
 
   // A row once more.
@@ -152,7 +213,7 @@ struct Settle {
 #pragma unroll 1
       for (int j = AT_ONCE * warp; j < OWN; j += AT_ONCE * WARPS) {
         double scores[AT_ONCE] = {};
-        if (mine + j < all) score(row, x, first + mine + j, first + all - 1, scores);
+        if (mine + j < all) score_references<T>(in, row, x, first + mine + j, first + all - 1, lane, scores);
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
           const int64_t at = mine + j + i;
@@ -192,19 +253,19 @@ struct Settle {
 #pragma unroll 1
       for (int64_t e = low + 4 * (tid % lanes); e < high && share < shares; e += 4 * lanes) {
         double v[4] = {};
-        if (begin > 0 && share == 0) add_sums(sums + (e - low), keep, v);
+        if (begin > 0 && share == 0) add_earlier(sums + (e - low), keep, v);
 #pragma unroll 4
         for (int h = share; h < shared.count; h += shares) {
           const int j = shared.heavy[h];
           const double weight = shared.weights[j];
-          const float4 r = load(refs + (first + begin + j) * in.d + e);
+          const float4 r = load_references(refs + (first + begin + j) * in.d + e);
           v[0] = fma(weight, static_cast<double>(r.x), v[0]),
           v[1] = fma(weight, static_cast<double>(r.y), v[1]);
           v[2] = fma(weight, static_cast<double>(r.z), v[2]),
           v[3] = fma(weight, static_cast<double>(r.w), v[3]);
         }
         if (shares == 1) {
-          store_sums(sums + (e - low), v);
+          store(sums + (e - low), v);
         } else {  // once
 #pragma unroll
           for (int k = 0; k < 4; ++k) shared.shares[tid][k] = v[k];
@@ -217,7 +278,7 @@ struct Settle {
           double sum = 0;
 #pragma unroll 4
           for (int s = 0; s < shares; ++s) sum += shared.shares[s * lanes + i / 4][i % 4];
-          __stcg(sums + i, sum);
+          sums[i] = sum;
         }
       }
       crew.wait_for_all();  // all have read the scores
@@ -225,7 +286,7 @@ struct Settle {
 #pragma unroll 1
     for (int64_t e = low + 4 * tid; e < high; e += 4 * THREADS) {
       double v[4] = {};
-      if (all > 0) add_sums(sums + (e - low), 1, v);
+      if (all > 0) add_earlier(sums + (e - low), 1, v);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int64_t at = index * in.d + e + k;
@@ -248,14 +309,16 @@ __device__ __noinline__ void settle_rows(const Inputs& in, const BulkParts& part
                                     parts.settled + blockIdx.x * place.slice,
                                     place.offset,
                                     place.offset + place.length};
-  for (int index = first; index != NO_ROW; index = parts.next[place.rank * in.n + index]) settle(index);
+  for (int index = first; index != NO_ROW; index = parts.next[place.rank * in.n + index]) {
+    if (settle.are_apart(index, parts.doubts[place.rank * in.n + index], parts.rounding)) settle(index);
+  }
 }
 
-// Behind the others: the rows whose `errors` (n,) say so, one after the other by every so many clusters.
+// Behind the others: the rows whose `doubts` (n,) say so, one after the other by every so many clusters.
 // sums: (clusters, d).
 template <typename T>
 __global__ void __launch_bounds__(ClusterCrew::THREADS) SVEL_CLUSTER(ClusterCrew::BLOCKS)
-    settle_kernel(const __grid_constant__ Inputs in, const float* errors, double* sums) {
+    settle_kernel(const __grid_constant__ Inputs in, const RowDoubt* doubts, float rounding, double* sums) {
   __shared__ SettleInCluster shared;
   __shared__ float noted[ClusterCrew::THREADS];
   constexpr int THREADS = ClusterCrew::THREADS, BLOCKS = ClusterCrew::BLOCKS;
@@ -268,12 +331,13 @@ __global__ void __launch_bounds__(ClusterCrew::THREADS) SVEL_CLUSTER(ClusterCrew
   wait_for_previous_launch();
   for (int64_t begin = cluster; begin < in.n; begin += clusters * THREADS) {
     const int64_t mine = begin + clusters * tid;
-    const float error = mine < in.n ? errors[mine] : 0;
+    const float error = mine < in.n ? doubts[mine].error : 0;
     if (!__syncthreads_or(error > MOST_ERROR_OF_SCORES)) continue;  // the same in all blocks
     noted[tid] = error;
     __syncthreads();
     for (int i = 0; i < THREADS && begin + clusters * i < in.n; ++i) {
-      if (noted[i] > MOST_ERROR_OF_SCORES) settle(begin + clusters * i);
+      const int64_t row = begin + clusters * i;
+      if (noted[i] > MOST_ERROR_OF_SCORES && settle.are_apart(row, doubts[row], rounding)) settle(row);
     }
     __syncthreads();
   }

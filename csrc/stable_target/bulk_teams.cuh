@@ -60,7 +60,9 @@ struct TeamsShared {
   Announcements<1> announced;
   RowState known[WARP_LIST_ROWS];  // of the rows, where the list is short
   double shift;                    // |y|^2 / (2 sigma^2) in units of log 2
-  PartRow moved;                   // to memory already
+  float norms[WARPS];              // of each warp's elements: weighted sum of |r - c|^2, relative to 2^top
+  double tops[WARPS];
+  PartRow moved;  // to memory already
   int last;
   int doubtful;  // the first of the rows to be settled
 };
@@ -326,6 +328,7 @@ struct Teams {
       ++exchanges;
     }
     if (tid == 0) shared().shift = shift;
+    if (tid % 32 == 0) shared().norms[tid / 32] = 0, shared().tops[tid / 32] = -INFINITY;
   }
 
   // The d_j of 16 bytes of each reference of a tile, one after the other: visit(s, j, d). Beyond D they are
@@ -382,11 +385,24 @@ struct Teams {
       if constexpr (TR > 1) weights[2 * word + 1] = high(answer);
     }
     if (!weigh_scores(mine.scores, many, weights, mine.sum)) return;
+    float norm = 0;
     read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
 #pragma unroll
-      for (int k = 0; k < EV; ++k)
+      for (int k = 0; k < EV; ++k) {
         mine.sum[s * EV + k] = fmaf(weights[j], difference[k], mine.sum[s * EV + k]);
+        norm = fmaf(weights[j] * difference[k], difference[k], norm);
+      }
     });
+    add_norm(mine, norm, tid);
+  }
+
+  // Not in registers, of which there are too few.
+  __device__ __forceinline__ void add_norm(const Mine& mine, float norm, int tid) const {
+    norm = warp_sum(norm);
+    if (tid % 32 > 0) return;
+    float& all = shared().norms[tid / 32];
+    double& top = shared().tops[tid / 32];
+    all = fmaf(all, power_of_two(top - mine.scores.top), norm), top = mine.scores.top;
   }
 
   // The row's own source, as one more reference.
@@ -404,7 +420,11 @@ struct Teams {
     give_square(exchanges, score_source(row, mine.y, difference), tid);
     const double score = take_square(exchanges);
     ++exchanges;
-    mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
+    mine.source = weigh_source(mine.scores, score, mine.sum);
+    float norm = 0;
+#pragma unroll
+    for (int q = 0; q < Q; ++q) norm = fmaf(mine.source * difference[q], difference[q], norm);
+    add_norm(mine, norm, tid);
   }
 
   // A segment's sums, to the row's result or to its part in memory.
@@ -415,11 +435,17 @@ struct Teams {
     RowEnd end{row.index, row.out, 0, segment.from, segment.to, row.a, row.b, {}};
     const RowPlace here = place();
     const int64_t part = here.part_of(team, flags & SEGMENT_UNIT_BEGIN, 0);
-    named_barrier(1, THREADS);  // `shift` and `moved` are written
+    named_barrier(1, THREADS);  // `shift`, `moved` and `norms` are written
     double by = 1, before = 0;
-    end.own = {mine.scores.top - shared().shift,
+    float norm = 0;
+#pragma unroll 1
+    for (int w = 0; tid == 0 && w < WARPS; ++w) norm += shared().norms[w];
+    end.own = {row.stretch * mine.scores.top - shared().shift,
                static_cast<double>(mine.scores.total) + static_cast<double>(mine.source),
-               fmaxf(mine.scores.lead(), mine.source), mine.scores.worst * mine.scores.rate};
+               fmaxf(mine.scores.lead(), mine.source),
+               mine.scores.worst * mine.scores.rate,
+               norm * mine.half_alpha * mine.scores.rate,
+               mine.scores.base == 0 && mine.source <= mine.scores.lead() ? 0 : 1};
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const Joined joined = join(shared().moved, end.own);
       end.own = joined.all, before = joined.by_first, by = joined.by_second;
