@@ -120,18 +120,18 @@ int64_t products_slices(int64_t least) {
   return slices;
 }
 
-// Bytes of a class from which on units that share it are dealt out, by groups of warps and in clusters. On an
-// H100, 256 rows of 301 classes of 256: float32 297 to 275 us, D 16,384 607 to 570, 8,192 (of 501) 321 to
-// 307. The list takes 2 to 3 us longer to make (256 x 1,001 x 256 x 4,096 float16 164 to 166, D 1,024 74 to
-// 77), and a team of the grid begins 3 to 7 later, so not there; but always where a launch of its own makes
-// the list: 1,024 rows 561 to 512 us.
+// Bytes of a class from which on units that share it are dealt out, by groups of many warps and in clusters.
+// On an H100, 256 rows of 301 classes of 256: float32 297 to 275 us, D 16,384 607 to 570, 8,192 (of 501) 321
+// to 307. The list takes 2 to 3 us longer to make (256 x 1,001 x 256 x 4,096 float16 164 to 166, D 1,024 74
+// to 77), and a team of the grid begins 3 to 7 later, so not there; but on the matrix units always where a
+// launch of its own makes the list: 1,024 rows 561 to 512 us.
 constexpr int64_t DEALT_BYTES = int64_t{4} << 20;
 
-bool deals_units(const Problem& p, bool products, int64_t slices, int64_t teams, bool own_list) {
-  const bool cluster = products && slices > 1, groups = !products && slices == 1;
-  if (!(products || groups) || !p.has_labels || p.shared_rows) return false;
-  if (p.n < teams) return false;  // no team could have a whole unit
-  return !own_list || ((cluster || groups) && p.m * p.d * p.refs_size >= DEALT_BYTES);
+bool deals_units(const Problem& p, const Plan& plan, int64_t slices, int64_t teams) {
+  if (!p.has_labels || p.shared_rows || p.n < teams) return false;  // else no team could have a whole unit
+  const bool large = p.m * p.d * p.refs_size >= DEALT_BYTES;
+  if (plan.products) return !plan.own_list || (slices > 1 && large);
+  return slices == 1 && plan.group >= GROUPS_DEALT && large;
 }
 
 // Measured on an H100, 256 rows x 1,001 classes x 256 x 4,096: 173 us, where groups of warps take 207, with
@@ -183,10 +183,10 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.costs.two = std::max(TILE_WEIGHT, static_cast<int>(TILE_WEIGHT * 2 * arithmetic / memory + 0.5));
     plan.costs.four = std::max(TILE_WEIGHT, static_cast<int>(TILE_WEIGHT * 4 * arithmetic / memory + 0.5));
     if (slices == 1) plan.costs.row = GROUPS_ROW;
-    if (slices == 1 && tile.group >= 256)
+    if (slices == 1 && tile.group >= GROUPS_DEALT)
       plan.costs.row = GROUPS_LONG_ROW, plan.costs.unit = GROUPS_LONG_UNIT;
     if (products) plan.costs = {TILE_WEIGHT, TILE_WEIGHT, PRODUCTS_ROW, PRODUCTS_UNIT};
-    plan.costs.deal = deals_units(p, products, slices, teams, plan.own_list);
+    plan.costs.deal = deals_units(p, plan, slices, teams);
     plan.tile_rows = products      ? PRODUCTS_ROWS
                      : slices == 1 ? std::min(GROUPS_CONSUMERS / tile.group, GROUPS_MOST_ROWS)
                                    : 1;

@@ -67,8 +67,9 @@ struct Launch : BulkLaunch {
     } else if (layout.merge_last) {
       zero_arrivals(op, parts.arrived, in.n, stream);
     }
+    constexpr bool DEALS = GT >= GROUPS_DEALT;
     const auto kernel =
-        plan.costs.deal ? groups_kernel<T, GT, Q, TR, true> : groups_kernel<T, GT, Q, TR, false>;
+        plan.costs.deal ? groups_kernel<T, GT, Q, TR, DEALS> : groups_kernel<T, GT, Q, TR, false>;
     run_in_blocks(kernel, !layout.own_list || layout.merge_last, list, parts, layout);
     if (!layout.merge_last) merge_parts(op, in, list, parts, 1, in.d, plan.tile_rows, plan.blocks, stream);
     if (parts.errors) settle<T>(parts, plan.blocks);
