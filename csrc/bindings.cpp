@@ -9,6 +9,7 @@
 #include "build_config.h"
 #include "common/isa.h"
 #include "common/planner.h"
+#include "stable_target/ranges.h"
 
 namespace py = pybind11;
 
@@ -92,6 +93,46 @@ py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool 
   return result;
 }
 
+// What the teams of a kernel read of a list of units, as Ranges has it: (team, unit, from, to, last) by
+// tiles, and for the units that several have the first and the last team that they are told.
+template <bool DEAL>
+py::tuple share_units(const std::vector<int64_t>& tiles, const std::vector<int>& rows, int together,
+                      const svel::UnitCosts& costs, int64_t teams) {
+  const size_t n = tiles.size();
+  std::vector<svel::Unit> units(n);
+  std::vector<int64_t> begins(n + 1, 0);
+  int sizes[5] = {static_cast<int>(n), 0, 0, together, 0};
+  svel::UnitList list{nullptr, units.data(), begins.data(), nullptr, sizes, costs};
+  for (size_t u = 0; u < n; ++u) {
+    const int64_t cost = list.cost(tiles[u], rows[u]);
+    units[u].tiles = tiles[u], units[u].weight = static_cast<uint16_t>(list.weight(rows[u]));
+    begins[u + 1] = begins[u] + cost;
+    sizes[2] = std::max(sizes[2], list.weight(rows[u]));
+    if (static_cast<int>(u) < together) sizes[4] = std::max(sizes[4], static_cast<int>(cost));
+  }
+  py::list shares;
+  std::vector<std::pair<int, int>> told(n, {-1, -1});
+  const auto find = [&](int64_t at) {
+    return static_cast<int>(std::upper_bound(begins.begin(), begins.end(), at) - begins.begin()) - 1;
+  };
+  for (int64_t team = 0; team < teams; ++team) {
+    svel::walk_units<DEAL>(list, teams, team, find, [&](const svel::UnitShare& share, const auto& ranges) {
+      shares.append(py::make_tuple(team, share.number, share.from, share.to, share.last));
+      if (share.to - share.from == tiles[share.number]) return;  // the kernels do not ask then
+      ranges.teams_of(list, share.number, told[share.number].first, told[share.number].second);
+    });
+  }
+  return py::make_tuple(shares, told);
+}
+
+py::tuple unit_shares(const std::vector<int64_t>& tiles, const std::vector<int>& rows, int together, int two,
+                      int four, int row, int unit, bool deal, int64_t teams) {
+  if (tiles.size() != rows.size()) throw py::value_error("unit_shares: expected as many rows as tiles");
+  const svel::UnitCosts costs{two, four, row, unit, deal};
+  return deal ? share_units<true>(tiles, rows, together, costs, teams)
+              : share_units<false>(tiles, rows, together, costs, teams);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -103,4 +144,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("refs_bf16"), py::arg("aligned"), py::arg("precision"), py::arg("sm_count"),
       py::arg("smem_limit"), py::arg("cc"), py::arg("bandwidth"),
       "The CUDA launch of posterior_mean and stable_target for a problem, as a dict; see common/planner.h.");
+  m.def("unit_shares", &unit_shares, py::kw_only(), py::arg("tiles"), py::arg("rows"), py::arg("together"),
+        py::arg("two"), py::arg("four"), py::arg("row"), py::arg("unit"), py::arg("deal"), py::arg("teams"),
+        "Which tiles of a list of units the teams of a CUDA kernel take; for tests, see "
+        "stable_target/ranges.h.");
 }

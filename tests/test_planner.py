@@ -281,3 +281,60 @@ def test_floor_counts_each_class_once_at_most():
 def test_bad_problems_are_errors(bad):
     with pytest.raises(ValueError, match="plan"):
         info.plan(**{"n": 1, "m": 1, "d": 1, **bad}, **H100)
+
+
+def shares_of_units(rng, deal, teams):
+    """Of a random list of units: (team, unit, from, to, last) in order, tiles, what is told."""
+
+    def draw(low, high, size=()):
+        return torch.randint(low, high, size, generator=rng)
+
+    n = int(draw(1, 300))
+    together = int(draw(0, n + 1)) if deal else 0
+    tiles, rows = draw(1, int(draw(2, 200)), (n,)), draw(1, 3, (n,))
+    if int(draw(0, 2)):  # of one class, as many tiles each
+        tiles[:together] = tiles[0]
+    costs = {"two": int(draw(8, 17)), "four": 24, "row": int(draw(0, 65)), "unit": int(draw(0, 60))}
+    given = {"tiles": tiles.tolist(), "rows": rows.tolist(), "together": together, **costs}
+    shares, told = info._C.unit_shares(**given, deal=deal, teams=teams)
+    return shares, tiles.tolist(), told
+
+
+@pytest.mark.parametrize("teams", [1, 2, 16, 33, 66, 132])
+@pytest.mark.parametrize("deal", [False, True])
+def test_teams_share_all_tiles_of_a_list(rng, deal, teams):
+    for _ in range(200):
+        shares, tiles, told = shares_of_units(rng, deal, teams)
+        parts = {}
+        for team, unit, begin, end, _last in shares:
+            assert 0 <= begin < end <= tiles[unit]
+            parts.setdefault(unit, []).append((begin, end, team))
+        assert set(parts) == set(range(len(tiles)))
+        for unit, of_unit in parts.items():
+            of_unit.sort()
+            starts, ends, by = zip(*of_unit, strict=True)
+            assert starts[0] == 0
+            assert ends == (*starts[1:], tiles[unit])
+            assert list(by) == list(range(by[0], by[0] + len(by)))  # teams that follow one another
+            if len(by) > 1:
+                assert told[unit] == (by[0], by[-1])
+        for team in {share[0] for share in shares}:  # of parts that others have too one is not the team's last
+            assert sum(begin > 0 for of, _, begin, *_ in shares if of == team) <= 1  # room for one that began earlier
+            of_team = [(len(parts[unit]) > 1, last) for of, unit, *_, last in shares if of == team]
+            assert not any(last for _, last in of_team[:-1])
+            assert sum(cut and not last for cut, last in of_team) <= 1
+
+
+def test_units_of_one_class_are_read_at_the_same_time():
+    """A tenth of 256 rows has one class of 64 tiles: a third of 132 teams begin with its units, one each."""
+    rows = [2] * 13 + [1] * 230
+    given = {"tiles": [64] * len(rows), "rows": rows, "two": 8, "four": 8, "row": 4, "unit": 18}
+    shares, _ = info._C.unit_shares(**given, together=13, deal=True, teams=132)
+    first = {}
+    for team, unit, begin, end, _ in shares:
+        first.setdefault(team, (unit, begin, end))
+    assert [first[team] for team in range(13)] == [(unit, 0, 64) for unit in range(13)]
+    costs = [0] * 132
+    for team, unit, begin, end, _ in shares:
+        costs[team] += 8 * (end - begin) + (18 + 4 * rows[unit] if end == 64 else 0)
+    assert max(costs) - min(costs) <= 8 * 2 + 26  # by a unit's end and a tile at either side

@@ -27,7 +27,7 @@ struct Problem {
 
 // What units of class banks cost: a tile with one row TILE_WEIGHT, with two rows and with more; the change to
 // another unit, and for each of its rows. deal: units that share their class are dealt out (Ranges in
-// bulk_parts.cuh), where it is too long to stay in the L2 from one to the next.
+// ranges.h), where it is too long to stay in the L2 from one to the next.
 constexpr int TILE_WEIGHT = 8;
 struct UnitCosts {
   int two = 0, four = 0, row = 0, unit = 0;

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 
 #include "common/hopper.cuh"
 #include "common/planner.h"
@@ -43,95 +42,6 @@ inline float rounding_of_scores(int64_t d) {
   return static_cast<float>(5e-8 * std::sqrt(0.3 + 205.0 / static_cast<double>(d)));
 }
 
-__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {  // neither is negative
-  if ((a | b) >> 32 != 0) return a / b;
-  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-}
-
-// The list is cut into ranges of equal cost, the first few one longer, each of a tile at least: so a unit's
-// teams follow one another. Teams beyond the last range have nothing.
-template <bool DEAL>
-struct Ranges {
-  int64_t length, longer, number;
-
-  __device__ Ranges(const UnitList& list, int64_t teams) {
-    const int64_t cost = list.begins[list.sizes[0]], heaviest = max(list.sizes[2], 1);
-    number = cost >= teams * heaviest ? teams : cost >= heaviest ? divide(cost, heaviest) : 1;
-    length = divide(cost, number);
-    longer = cost - length * number;
-  }
-  __device__ int64_t begin(int64_t team) const {
-    const int64_t at = team < number ? team : number;
-    return length * at + (at < longer ? at : longer);
-  }
-  __device__ int64_t team_of(int64_t cost) const {
-    if (cost < longer * (length + 1)) return divide(cost, length + 1);
-    return longer + divide(cost - longer * (length + 1), length);
-  }
-  __device__ int64_t first_team(const UnitList& list, int unit) const { return team_of(list.begins[unit]); }
-  __device__ int64_t last_team(const UnitList& list, int unit) const {
-    return team_of(list.begins[unit] + (list.units[unit].tiles - 1) * list.units[unit].weight);
-  }
-  __device__ void teams_of(const UnitList& list, int unit, int& first, int& last) const {
-    first = static_cast<int>(first_team(list, unit));
-    last = static_cast<int>(last_team(list, unit));
-  }
-};
-
-// The same, but units that share their group with others are dealt out whole, in rounds, to the first
-// `together` teams, which have less of the rest: so a group is read for its units at the same time, and from
-// memory once. Not to all teams, if it can be: the others keep memory busy meanwhile. Not in line with the
-// above, whose code is shorter, and nothing can be read before.
-template <>
-struct Ranges<true> {
-  int64_t length, longer, number;
-  const int64_t* begins;         // of the list
-  int whole = 0, together = 0;   // units dealt out; teams
-  int each = 0, rest = 0, most;  // units for each of them, and one more for the first few; cost of a unit
-
-  __device__ Ranges(const UnitList& list, int64_t teams) : begins(list.begins), most(list.sizes[4]) {
-    const int shared = list.sizes[3];
-    const int64_t heaviest = max(list.sizes[2], 1);
-    int64_t cost = begins[list.sizes[0]];
-#pragma unroll 1
-    for (int some = (static_cast<int>(teams) + 2) / 3; shared > 0 && some <= teams; some *= 3) {
-      const int64_t level = cost - begins[shared] + int64_t{shared} * most;
-      const int more = static_cast<int>(static_cast<unsigned>(shared) / static_cast<unsigned>(some)) + 1;
-      if ((int64_t{more} * most + heaviest) * teams > level) continue;  // a tile is left for the range
-      whole = shared, together = some, each = more - 1, rest = shared - each * some, cost = level;
-      break;
-    }
-    number = cost >= teams * heaviest ? teams : cost >= heaviest ? divide(cost, heaviest) : 1;
-    length = divide(cost, number);
-    longer = cost - length * number;
-  }
-  __device__ int64_t begin(int64_t team) const {
-    const int64_t at = min(team, number), dealt = at < together ? each * at + min(at, int64_t{rest}) : whole;
-    return begins[whole] + length * at + min(at, longer) - most * dealt;
-  }
-  __device__ int64_t team_of(int64_t cost) const {
-    int64_t low = 0, high = together;
-    if (whole > 0 && cost < begin(high)) {
-#pragma unroll 1
-      while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        (begin(middle) <= cost ? low : high) = middle;
-      }
-      return low;
-    }
-    cost += int64_t{most} * whole - begins[whole];
-    if (cost < longer * (length + 1)) return divide(cost, length + 1);
-    return longer + divide(cost - longer * (length + 1), length);
-  }
-  // The first and the last team of a unit that is not dealt out.
-  __device__ void teams_of(const UnitList& list, int unit, int& first, int& last) const {
-    const int64_t begin = list.begins[unit], length = (list.units[unit].tiles - 1) * list.units[unit].weight;
-#pragma unroll 1
-    for (int end = 0; end < 2; ++end)
-      (end ? last : first) = static_cast<int>(team_of(begin + (end ? length : 0)));
-  }
-};
-
 // The unit in which cost `at` lies, by a whole warp.
 __device__ inline int find_unit(const UnitList& list, int64_t at, int lane) {
   int low = 0, high = list.sizes[0];  // begins[low] <= at < begins[high]
@@ -162,64 +72,6 @@ __device__ inline float power_of_two(float exponent) {
 // For an integer of at most 0.
 __device__ inline float power_of_two(double exponent) {
   return exponent < -126.0 ? 0.0f : __int_as_float((127 + static_cast<int>(exponent)) << 23);
-}
-
-// Of a unit, in a team: its tiles from `from` to `to`.
-struct UnitShare {
-  int number;
-  int64_t from, to;
-  bool last;  // of the team's range
-};
-
-// A team's shares of the units in its range, by whole warps: visit(share, ranges).
-template <bool DEAL, typename Visit, std::enable_if_t<!DEAL, int> = 0>
-__device__ __forceinline__ void walk_units(const UnitList& list, int64_t teams, int64_t team, int lane,
-                                           const Visit& visit) {
-  const Ranges<false> ranges(list, teams);
-  const int64_t low = ranges.begin(team), high = ranges.begin(team + 1);
-  if (low >= high) return;
-  for (int number = find_unit(list, low, lane); number < list.sizes[0]; ++number) {
-    const int64_t begin = list.begins[number], tiles = list.units[number].tiles;
-    if (begin >= high) return;
-    const int weight = list.units[number].weight;
-    const int64_t from = low <= begin ? 0 : divide(low - begin + weight - 1, weight);
-    const int64_t to =
-        high >= list.begins[number + 1] ? tiles : min(divide(high - begin + weight - 1, weight), tiles);
-    if (from < tiles) visit(UnitShare{number, from, to, list.begins[number + 1] >= high}, ranges);
-  }
-}
-
-// Those dealt out first.
-template <bool DEAL, typename Visit, std::enable_if_t<DEAL, int> = 0>
-__device__ __forceinline__ void walk_units(const UnitList& list, int64_t teams, int64_t team, int lane,
-                                           const Visit& visit) {
-  const Ranges<true> ranges(list, teams);
-  const int64_t low = ranges.begin(team), high = ranges.begin(team + 1);
-  int number = -1, dealt = team < ranges.together ? static_cast<int>(team) : ranges.whole;
-#pragma unroll 1
-  for (bool found = false;;) {
-    const bool whole = dealt < ranges.whole;
-    if (whole) {
-      number = dealt, dealt += ranges.together;
-    } else if (found) {
-      ++number;
-    } else {
-      if (low >= high) return;
-      number = find_unit(list, low, lane), found = true;
-    }
-    if (number >= list.sizes[0]) return;
-    const int64_t begin = list.begins[number], tiles = list.units[number].tiles;
-    if (!whole && begin >= high) return;
-    const int weight = list.units[number].weight;
-    int64_t from = 0, to = tiles;
-    bool last = dealt >= ranges.whole && low >= high;
-    if (!whole) {
-      last = list.begins[number + 1] >= high;
-      if (low > begin) from = divide(low - begin + weight - 1, weight);
-      if (high < list.begins[number + 1]) to = min(divide(high - begin + weight - 1, weight), tiles);
-    }
-    if (from < tiles) visit(UnitShare{number, from, to, last}, ranges);
-  }
 }
 
 // The tiles of one class, the one that has tile `from` of the unit.
@@ -386,7 +238,8 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
                                          const MostTiles& most_tiles, const NameRow& name_row,
                                          const KnowRow& know_row, int lane) {
   int slot = 0, phase = 1;
-  walk_units<DEAL>(list, teams, team, lane, [&](const UnitShare& share, const Ranges<DEAL>& ranges) {
+  const auto find = [&](int64_t at) { return find_unit(list, at, lane); };
+  walk_units<DEAL>(list, teams, team, find, [&](const UnitShare& share, const Ranges<DEAL>& ranges) {
     const Unit& unit = list.units[share.number];
     const int rows = unit.rows;
     int64_t tile = share.from;

@@ -8,40 +8,10 @@
 
 #include "common/hopper.cuh"
 #include "common/planner.h"
+#include "stable_target/ranges.h"
 #include "stable_target/scan.cuh"
 
 namespace svel::cuda {
-
-struct Unit {
-  int64_t group;  // -1: all groups
-  int64_t count;  // valid references
-  int64_t tiles;  // of its references; at least one, which holds none where a row has only its own source
-  int first;      // of its rows, in UnitList::order
-  uint8_t rows;
-  bool alone;       // no other unit has this group
-  uint16_t weight;  // what a tile costs
-};
-
-struct UnitList {
-  int* order;       // (n,) rows with something to read by group within 4096 rows, the others from the end
-  Unit* units;      // (n,)
-  int64_t* begins;  // (n + 1,) prefix sums over the units: what they cost
-  int64_t* group_tiles;  // (k + 1,) prefix sums over the groups: tiles, where some row takes all of them
-  // Units, rows with something to read, the largest weight of a unit; where units are dealt out, those that
-  // come first, since others have the same group, and the most that one of them costs.
-  int* sizes;
-  UnitCosts costs;
-
-  __device__ int weight(int rows) const {
-    return rows == 1 ? TILE_WEIGHT : rows == 2 ? costs.two : costs.four;
-  }
-  // Of a unit: its tiles, and after them its end.
-  __device__ int64_t cost(int64_t tiles, int rows) const {
-    return tiles * weight(rows) + rows * costs.row + costs.unit;
-  }
-};
-
-static_assert(sizeof(Unit) == UNIT_BYTES, "the planner counts so many");
 
 // The pieces of `memory`, unit_list_bytes, aligned to 16 bytes.
 __host__ __device__ inline UnitList place_unit_list(void* memory, int64_t n, int64_t k,
