@@ -1,5 +1,5 @@
-// What the kernels of bulk copies (bulk_groups.cuh, bulk_teams.cuh) share: the ranges that teams of blocks
-// have of the list of units, and the parts that they leave in memory.
+// What the kernels of bulk copies (bulk_groups.cuh, bulk_products.cuh, bulk_teams.cuh) share: who announces
+// what a team of blocks has of the list of units (ranges.h), and the parts that teams leave in memory.
 #pragma once
 
 #include <cmath>

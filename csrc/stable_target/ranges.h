@@ -151,7 +151,7 @@ struct Ranges<true> {
 struct UnitShare {
   int number;
   int64_t from, to;
-  bool last;  // of the team's range
+  bool last;  // of the team's range, unless that has no tile
 };
 
 // A team's shares of the units in its range: visit(share, ranges). find(at): the unit in which cost `at`
