@@ -107,7 +107,8 @@ constexpr int products_ref_bytes(int64_t held) {
 // units of an H200 a block of 256 x 4,096 needs 1.3 us for a tile and 3 to 4 for a change, be it of one row
 // or two.
 constexpr int GROUPS_ROW = 64, PRODUCTS_ROW = 4, PRODUCTS_UNIT = 18;
-constexpr int GROUPS_LONG_ROW = 20, GROUPS_LONG_UNIT = 52, GROUPS_DEALT = 256;  // from so many threads on
+// Of groups of so many threads and more, which may also have units dealt out:
+constexpr int GROUPS_DEALT = 256, GROUPS_LONG_ROW = 20, GROUPS_LONG_UNIT = 52;
 constexpr int groups_sums_smem(int elements) {  // where groups leave their sums for one another
   return 4 * GROUPS_CONSUMERS * elements;
 }

@@ -42,7 +42,7 @@ __device__ inline bool row_has_group(const Inputs& in, int64_t index) {
 // Whether a row has anything to read.
 __device__ inline bool row_reads(const Inputs& in, int64_t index, int64_t all_references, int64_t& group) {
   group = in.labels ? in.labels[index] : 0;
-  if (!row_is_finite(in, index) || group < -1 || group >= in.k) return false;
+  if (!row_has_group(in, index)) return false;
   return in.source.data || (group < 0 ? all_references : valid_count(in, group)) > 0;
 }
 
