@@ -123,6 +123,9 @@ def test_mixture_is_a_draw_and_its_noisy_sample(interpolant, dtype, rng):
     assert_close(mixed.x_t, sv.get_interpolant(interpolant).interpolate(mixed.x0.double(), noise, t))
     assert torch.equal(mixed.t_set.isnan(), empty | (t < 0.4))
     assert torch.equal(mixed.t_set.nan_to_num(), t.masked_fill(mixed.t_set.isnan(), 0.0))
+    numbers = torch.rand(100, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    given = bank.mixture(t, noise, labels, own, interpolant=interpolant, numbers=numbers)
+    assert torch.equal(given.x0, mixed.x0)
 
 
 def test_draw_survives_the_largest_random_number(monkeypatch):

@@ -162,6 +162,7 @@ class ReferenceBank(nn.Module):
         interpolant: str | Interpolant = "linear",
         t_min: float = 0.0,
         generator: torch.Generator | None = None,
+        numbers: Tensor | None = None,
         send: bool = False,
         pushed: bool = False,
     ) -> MixtureDraw:
@@ -173,12 +174,13 @@ class ReferenceBank(nn.Module):
             fallback: (N, *S), x0 of the rows whose group is empty.
             t_min: rows below it are not to take the target over the set.
             generator: on the bank's device; None for the default one.
+            numbers: (N,) float64, uniform in [0, 1), which pick the references in place of the generator.
             send: the next call of the bank is a `target` of these x_t and as many labels, with sent=True. A bank in
                 parts has x_t where all can read it by then.
             pushed: the call before was `push_ahead`.
         """
         path, group = get_interpolant(interpolant), self.groups(labels)
-        u = self._numbers(group, t.shape[0], generator)
+        u = self._numbers(group, t.shape[0], generator) if numbers is None else numbers
         if path.name is not None:
             how = {"path": path.name, "t_min": t_min, "send": send, "pushed": pushed}
             x0, _, x_t, t_set, _ = self._take(group, u, fallback, noise, t, **how)

@@ -236,7 +236,10 @@ class StableVMObjective(CFMObjective):
         """
         self.bank.use(labels)
         sides, pushes = self._fork(x0), self.source == "bank" and self.update_bank
-        noise = torch.empty(x0.shape, device=x0.device) if sides else None  # made by now, since a side writes it
+        noise = numbers = None
+        if sides:  # made by now, since a side writes them
+            noise = torch.empty(x0.shape, device=x0.device)
+            numbers = torch.empty(x0.shape[:1], dtype=torch.float64, device=x0.device)
         if pushes:
             with torch.cuda.stream(sides[0]) if sides else contextlib.nullcontext():
                 self.bank.push_ahead(x0, labels, indices)
@@ -245,13 +248,15 @@ class StableVMObjective(CFMObjective):
         if sides:
             with torch.cuda.stream(sides[1]):
                 noise.normal_(generator=generator)
+                if self.source == "bank":
+                    numbers.uniform_(generator=generator)
         else:
             noise = torch.randn(x0.shape, device=x0.device, generator=generator)
         for side in sides:
             torch.cuda.current_stream(x0.device).wait_stream(side)
         if self.source == "bank":
             t_min = 0.0 if self.t_min == "auto" else self.t_min
-            how = {"interpolant": self.interpolant, "t_min": t_min, "generator": generator}
+            how = {"interpolant": self.interpolant, "t_min": t_min, "generator": generator, "numbers": numbers}
             drawn = self.bank.mixture(t, noise, dropped, x0, **how, send=True, pushed=pushes)
             x0, x_t = drawn.x0.float(), drawn.x_t.float()
             t_set = self._for_set(t, drawn.t_set) if self.t_min == "auto" else drawn.t_set
@@ -298,7 +303,7 @@ class StableVMObjective(CFMObjective):
         return target
 
     def _fork(self, x0: Tensor) -> Sequence[torch.cuda.Stream]:
-        """On CUDA two streams beside the current one, from where that is: for the push and for the noise."""
+        """On CUDA two streams beside the current one, from where that is: for the push and for random numbers."""
         if torch.compiler.is_compiling() or not x0.is_cuda or not self.bank.pushes_beside:
             return ()
         if self._side is None:
