@@ -18,6 +18,7 @@ constexpr int COPY_THREADS = 256;
 constexpr int COPY_EIGHTS = 2;  // of elements, in flight at once in a thread
 constexpr unsigned COPY_ELEMENTS = COPY_EIGHTS * 8 * COPY_THREADS;
 constexpr int PLACES_BLOCKS = 128, HELD_LABELS = 2048;  // in shared memory
+constexpr int PART_COPIES = 2;                          // of values, in flight at once in a thread
 
 // The pushes of one chunk. Push i takes value i to its label's ring; with all_to_last there are as many
 // again, which take the same values to the last ring.
@@ -30,7 +31,7 @@ struct Push {
   void* heads;            // (k,)
   bool wide;              // counts and heads are int64, else int32
   int64_t rows, label_groups, k, m, d;
-  int64_t each, own;  // rows of this process; pushes of these in the chunk
+  int64_t each;  // rows of this process
   // In parts: slot s of ring y is with part (s + y) mod parts, as its slot s div parts.
   Peers peers;         // parts = 0: there are none, and refs holds everything
   Addresses parts_at;  // where each keeps its (k, local, d)
@@ -234,13 +235,13 @@ __global__ void __launch_bounds__(RANK_THREADS) places_kernel(const __grid_const
   const Labels labels{nullptr, words_in(push, peers.part, round), push.rows <= HELD_LABELS ? held : nullptr};
 #pragma unroll 1
   for (int64_t base = 0; base < push.rows; base += HELD_LABELS) {
-    __shared__ int listed[HELD_LABELS], count;
+    __shared__ int listed[HELD_LABELS], pushed[HELD_LABELS], count;
     if (threadIdx.x == 0) count = 0;
     __syncthreads();
     for (int64_t i = base + threadIdx.x; i < min(base + HELD_LABELS, push.rows); i += RANK_THREADS) {
       const int64_t ring = labels[i];
       if (ring >= 0 && is_ours(ring)) listed[atomicAdd(&count, 1)] = static_cast<int>(i);
-      if (ring < 0 && is_ours(i)) push.places[i] = push.pushed[i] = 0;
+      if (ring < 0 && is_ours(i)) push.places[i] = 0;
     }
     __syncthreads();
     for (int l = threadIdx.x / 32; l < count; l += RANK_THREADS / 32) {
@@ -249,50 +250,79 @@ __global__ void __launch_bounds__(RANK_THREADS) places_kernel(const __grid_const
       const Rank rank = rank_of(push, labels, push.rows, i, ring, lane);
       if (lane != 0) continue;
       push.places[i] = place_of(push, ring, rank);
-      push.pushed[i] = rank.after == 0 ? rank.before + 1 : 0;
+      pushed[l] = rank.after == 0 ? rank.before + 1 : 0;
     }
+    __syncthreads();
+    // A ring advances with its last row: the places of all others are known by then.
+    for (int l = threadIdx.x; l < count; l += RANK_THREADS) advance(push, labels[listed[l]], pushed[l]);
     __syncthreads();  // the list is read
   }
   const bool all_to_last = push.n > push.rows && is_ours(push.k - 1);
-  for (int64_t i = threadIdx.x; all_to_last && i < push.rows; i += RANK_THREADS)
+  const int64_t mine = peers.part * push.each;
+  for (int64_t i = mine + threadIdx.x; all_to_last && i < mine + push.each; i += RANK_THREADS)
     push.places[push.rows + i] =
         place_of(push, push.k - 1, Rank{static_cast<int>(i), static_cast<int>(push.rows - 1 - i)});
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < push.rows; i += RANK_THREADS) {
-    if (labels[i] >= 0 && is_ours(labels[i])) advance(push, labels[i], push.pushed[i]);
-  }
   if (all_to_last && threadIdx.x == 0) advance(push, push.k - 1, push.rows);
 }
 
-// Slices of d for each push of this process. Heads and counts advance here, after every place is known; in
-// parts they have.
+// Slices of d for each push. Heads and counts advance here, after every place is known.
 __global__ void __launch_bounds__(COPY_THREADS, 5) copy_kernel(const __grid_constant__ Push push) {
   const auto slices = max(static_cast<unsigned>((push.d + COPY_ELEMENTS - 1) / COPY_ELEMENTS), 1u);
-  const auto items = static_cast<unsigned>(push.own) * slices;
-  const int parts = push.peers.parts, q = static_cast<int>(threadIdx.x);
+  const unsigned i = blockIdx.x / slices, slice = blockIdx.x % slices;  // i: in the chunk
+  int64_t value = push.first + i;
+  if (value >= push.rows) value -= push.rows;
+  const int64_t e = int64_t{slice} * COPY_ELEMENTS + int64_t{8} * threadIdx.x;
+  Eights eights;
+  if (push.vectors) load_eights(push, value, e, eights);
+  if (slice == 0 && threadIdx.x == 0)
+    advance(push, Labels{push.labels}.ring(push, push.first + i), push.pushed[i]);
+  const int64_t place = push.places[i];
+  if (place == 0) return;
+  if (push.vectors) {
+    store_eights(push, place, e, eights);
+  } else {
+    copy_singly(push, place, value, e);
+  }
+}
+
+// In parts: slices of d of each row of this process, each read once for all the slots that it goes to. Blocks
+// are few, one to two multiprocessors, since what follows runs beside them: the link is what bounds them. And
+// small: beside four blocks of a draw that wait for them there is room for one.
+__global__ void __launch_bounds__(COPY_THREADS, 4) copy_parts_kernel(const __grid_constant__ Push push) {
+  const auto slices = max(static_cast<unsigned>((push.d + COPY_ELEMENTS - 1) / COPY_ELEMENTS), 1u);
+  const auto items = static_cast<unsigned>(push.each) * slices;
+  const int64_t mine = push.peers.part * push.each;
+  const int pushes = push.n > push.rows ? 2 : 1;
 #pragma unroll 1
-  for (unsigned item = blockIdx.x; item < items; item += gridDim.x) {
-    const unsigned own = item / slices, slice = item % slices;
-    int64_t value = push.first + own, i = own;  // i: in the chunk
-    if (value >= push.rows) value -= push.rows;
-    if (parts > 0) {
-      value = own < push.each ? own : own - push.each;
-      i = (own < push.each ? 0 : push.rows) + value + push.peers.part * push.each;
+  for (unsigned first = blockIdx.x; first < items; first += PART_COPIES * gridDim.x) {
+    Eights eights[PART_COPIES];
+    int64_t places[PART_COPIES][2];
+    const auto row_of = [&](int c) { return static_cast<int64_t>((first + c * gridDim.x) / slices); };
+    const auto element_of = [&](int c) {
+      return int64_t{(first + c * gridDim.x) % slices} * COPY_ELEMENTS + int64_t{8} * threadIdx.x;
+    };
+#pragma unroll
+    for (int c = 0; c < PART_COPIES; ++c) {
+      const bool any = first + c * gridDim.x < items;
+      if (any && push.vectors) load_eights(push, row_of(c), element_of(c), eights[c]);
+#pragma unroll
+      for (int p = 0; p < 2; ++p)
+        places[c][p] = any && p < pushes ? push.places[p * push.rows + mine + row_of(c)] : 0;
     }
-    const int64_t e = int64_t{slice} * COPY_ELEMENTS + int64_t{8} * q;
-    Eights eights;
-    if (push.vectors) load_eights(push, value, e, eights);
-    if (slice == 0 && q == 0 && parts == 0)
-      advance(push, Labels{push.labels}.ring(push, push.first + i), push.pushed[i]);
-    const int64_t place = push.places[i];
-    if (place == 0) continue;
-    if (push.vectors) {
-      store_eights(push, place, e, eights);
-    } else {
-      copy_singly(push, place, value, e);
+#pragma unroll
+    for (int c = 0; c < PART_COPIES; ++c) {
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        if (places[c][p] == 0) continue;
+        if (push.vectors) {
+          store_eights(push, places[c][p], element_of(c), eights[c]);
+        } else {
+          copy_singly(push, places[c][p], row_of(c), element_of(c));
+        }
+      }
     }
   }
-  if (parts == 0) return;
   __shared__ bool last;
   end_round(push.peers, &last, push.fresh == nullptr);
 }
@@ -305,7 +335,8 @@ void launch(Push push, const Tensor& refs, const Tensor& counts, const Tensor& h
             const Tensor& labels, bool all_to_last, int64_t capacity, int64_t stage = WHOLE,
             const MaybeTensor& places = std::nullopt) {
   check_bank_push(refs, counts, heads, values, labels, all_to_last);
-  const torch::stable::accelerator::DeviceGuard guard(refs.get_device_index());
+  const int device = refs.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor v = packed(values), y = packed(labels);
   const int64_t parts = std::max(push.peers.parts, 1), pushes = all_to_last ? 2 : 1;
   push.each = y.size(0), push.rows = parts * push.each;
@@ -328,18 +359,20 @@ void launch(Push push, const Tensor& refs, const Tensor& counts, const Tensor& h
   const cudaStream_t stream = current_stream(refs);
   for (push.first = 0; push.first < n; push.first += chunk) {
     push.n = std::min(chunk, n - push.first);
-    push.own = push.peers.parts > 0 ? pushes * push.each : push.n;
-    const int64_t rank_blocks = (push.n * 32 + RANK_THREADS - 1) / RANK_THREADS;
-    int64_t copy_blocks = push.own * slices;
-    if (push.peers.parts == 0) {
+    const bool in_parts = push.peers.parts > 0;
+    if (in_parts && stage != COPY) places_kernel<<<PLACES_BLOCKS, RANK_THREADS, 0, stream>>>(push);
+    if (!in_parts) {
+      const int64_t rank_blocks = (push.n * 32 + RANK_THREADS - 1) / RANK_THREADS;
       rank_kernel<<<static_cast<unsigned>(rank_blocks), RANK_THREADS, 0, stream>>>(push);
-    } else {  // the blocks of both wait
-      copy_blocks = std::min(copy_blocks, most_waiting_blocks(OP, refs));
-      if (stage != COPY) places_kernel<<<PLACES_BLOCKS, RANK_THREADS, 0, stream>>>(push);
     }
     check_launch(OP);
     if (stage == PLACES) continue;
-    copy_kernel<<<static_cast<unsigned>(copy_blocks), COPY_THREADS, 0, stream>>>(push);
+    if (in_parts) {
+      const int64_t blocks = std::min<int64_t>(push.each * slices, device_limits(OP, device).sm_count / 2);
+      copy_parts_kernel<<<static_cast<unsigned>(blocks), COPY_THREADS, 0, stream>>>(push);
+    } else {
+      copy_kernel<<<static_cast<unsigned>(push.n * slices), COPY_THREADS, 0, stream>>>(push);
+    }
     check_launch(OP);
   }
 }
