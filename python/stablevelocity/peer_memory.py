@@ -11,9 +11,9 @@ compilers keep the operators in the order of the program by it.
 
 Who writes what another may still read, waits first. A push begins and ends with all processes having come so far, so
 a draw, which reads from all parts, waits for nobody; whoever else writes to a part calls `meet` before and after. A
-push that is `ahead` of a draw and a target is over when all slots are known: its rows travel beside what follows, and
-the draw waits for those that it takes. A target begins when all have come, which have then read what the last one
-brought, and ends when all parts have been evaluated.
+push that is `ahead` of a draw and a target is on a stream beside: the draw begins when all slots are known, and waits
+for those rows that it takes. A target begins when all have come, which have then read what the last one brought, and
+ends when all parts have been evaluated.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Link:
         self.pushed: Mailbox | None = None  # that of this push
         self._side: torch.cuda.Stream | None = None  # where its rows are on their way, and what holds them
         self._on_their_way: tuple[Tensor, ...] = ()
+        self.placed: torch.cuda.Event | None = None  # behind what tells its slots
         self.name = f"link {next(_NUMBERS)}"  # a number would be made symbolic by torch.compile
         _LINKS[self.name] = self
 
@@ -119,7 +120,7 @@ class Link:
     def join(self) -> None:
         if self._on_their_way:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
-            self._on_their_way = ()
+            self._on_their_way, self.placed = (), None
 
     def gather(self, box: Mailbox, *about: Tensor, x: Tensor | None = None, words: int | None = None) -> None:
         """Rows of every process into the first areas of the mailboxes of all.
@@ -217,8 +218,9 @@ def _push(order, counts, heads, local_counts, values, labels, indices, all_to_la
     if not ahead:
         return push(*given)
     places = labels.new_empty(4 * link.parts * len(labels))
-    push(*given, places, 1)
     with link.beside(values, labels, places):
+        push(*given, places, 1)
+        link.placed = torch.cuda.current_stream(link.device).record_event()
         push(*given, places, 2)
 
 
@@ -226,6 +228,9 @@ def _draw(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, i
     link, also = _LINKS[link], None
     served = link.served
     own, at = served[0]
+    placed, link.placed = link.placed, None
+    if placed is not None:
+        torch.cuda.current_stream(link.device).wait_event(placed)
     if send and t is not None and own.dtype != torch.float64:  # x_t is float32: it is what the target will be given
         scalars = [t.dtype] if labels is None else [t.dtype, torch.int64]
         xs = _target_box(link, (len(u), *own.shape[2:]), torch.float32, scalars).areas[-4]
