@@ -1,7 +1,5 @@
 // svel::bank_draw on CUDA, one launch. Bytes: the drawn references and the noise read once, x0 and x_t
 // written once. Every block finds the slot of its row itself; only a row with label -1 reads all counts.
-#include "common/hopper.cuh"
-#include "common/kernel_launch.cuh"
 #include "common/ops.h"
 #include "common/path.h"
 #include "common/peers.cuh"
@@ -32,8 +30,7 @@ struct Draw {
   const int64_t* fresh;
   const void* heads;
   Peers peers;
-  Array also;    // (n, d) float32 that takes x_t too, or null
-  bool between;  // it overlaps with the kernel before it, see bank_draw_parts
+  Array also;  // (n, d) float32 that takes x_t too, or null
   Path path;
   double t_min;
   int64_t* slots;  // (n,)
@@ -91,12 +88,6 @@ __device__ int64_t slot_of_all(const Draw& draw, double u) {
   return low * draw.m + number - before;
 }
 
-// Until the rows that process q pushes are where they belong.
-__device__ void await_rows_of(const Draw& draw, int q) {
-  await_flag(&draw.peers.header(draw.peers.part)->done[q], static_cast<unsigned>(draw.fresh[draw.k]),
-             draw.peers, q);
-}
-
 // Until the value of slot s of ring y is there; the whole block.
 __device__ void await_slot(const Draw& draw, int64_t y, int64_t s) {
   const int64_t head =
@@ -104,7 +95,9 @@ __device__ void await_slot(const Draw& draw, int64_t y, int64_t s) {
   const int64_t newer = head - 1 - s;  // slots of the ring that were written after it
   if ((newer < 0 ? newer + draw.m : newer) >= draw.fresh[y]) return;
   const int q = static_cast<int>(threadIdx.x);
-  if (q < draw.peers.parts) await_rows_of(draw, q);
+  if (q < draw.peers.parts)
+    await_flag(&draw.peers.header(draw.peers.part)->done[q], static_cast<unsigned>(draw.fresh[draw.k]),
+               draw.peers, q);
   __syncthreads();
 }
 
@@ -186,11 +179,6 @@ __global__ void __launch_bounds__(THREADS, sizeof(W) == 4 ? 5 : 3)
     draw_slice<W>(draw, item / draw.slices, item % draw.slices, shared);
     if (item + gridDim.x < draw.items) __syncthreads();  // what is shared is read
   }
-  if (!draw.between) return;
-  // The next kernel leaves no room for those that bring rows to other processes, and those that are launched
-  // wait for all of its blocks to have begun: not before they are over.
-  if (draw.fresh && blockIdx.x == 0 && threadIdx.x == 0) await_rows_of(draw, draw.peers.part);
-  wait_for_previous_launch();  // who waits for this one waits for both
 }
 
 // draw has its capacity and, in parts, where they are.
@@ -233,8 +221,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> launch(Draw draw, const Tensor& refs,
   const auto kernel = work == ScalarType::Double ? draw_kernel<double> : draw_kernel<float>;
   draw.items = n * draw.slices;
   const int64_t blocks = draw.fresh ? std::min(draw.items, most_waiting_blocks("bank_draw", r)) : draw.items;
-  launch_following("bank_draw", draw.between, kernel, dim3(static_cast<unsigned>(blocks)), THREADS, 0,
-                   current_stream(r), draw);
+  kernel<<<static_cast<unsigned>(blocks), THREADS, 0, current_stream(r)>>>(draw);
+  check_launch("bank_draw");
   return {x0, slot, x_t, t_set};
 }
 
@@ -254,9 +242,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(
     const Tensor& parts_at, int64_t capacity, const Tensor& refs, const Tensor& counts, const Tensor& u,
     const MaybeTensor& labels, const MaybeTensor& fallback, const MaybeTensor& noise, const MaybeTensor& t,
     const std::string& path, double t_min, const MaybeTensor& also, const MaybeTensor& heads,
-    const MaybeTensor& fresh, const MaybeTensor& mailboxes, int64_t part, double seconds, bool between) {
+    const MaybeTensor& fresh, const MaybeTensor& mailboxes, int64_t part, double seconds) {
   Draw draw{};
-  draw.between = between;
   draw.m = capacity, draw.parts = parts_at.size(0);
   draw.parts_at = addresses_of("bank_draw_parts", "parts_at", parts_at);
   if (t) draw.also = array_of(also);

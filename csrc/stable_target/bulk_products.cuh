@@ -1132,18 +1132,6 @@ struct Products {
   }
 };
 
-// Where the rows x of this process are there only now: the others hear of it, and theirs are there. By a
-// warp.
-__device__ __noinline__ static void await_rows(const Inputs& in, const AtHome& home, int lane) {
-  Header* const own = reinterpret_cast<Header*>(home.mailbox);
-  if (lane < in.parts) {
-    if (blockIdx.x == 0)
-      raise_flag(&reinterpret_cast<Header*>(in.mailboxes[lane])->arrived[in.part], own->round);
-    await_flag(&own->arrived[lane], own->round, {{}, in.part, in.parts, home.patience}, lane);
-  }
-  __syncwarp();
-}
-
 // DEAL: see Ranges.
 template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, bool DEAL>
 __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
@@ -1202,7 +1190,6 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       if (PARTS && parts.home.labels)
         prefetch_of_own_rows(in, parts, kernel.place(), kernel.teams, kernel.team, tid);
       wait_for_previous_launch();
-      if (PARTS && parts.home.awaits_x && tid < 32) await_rows(in, parts.home, lane);
     }
     const int ref_bytes = kernel.length * static_cast<int>(sizeof(T));
     if (kernel.length < Kernel::HELD) {  // elements beyond the sample, which no copy writes

@@ -163,7 +163,7 @@ class ReferenceBank(nn.Module):
         t_min: float = 0.0,
         generator: torch.Generator | None = None,
         numbers: Tensor | None = None,
-        send: str = "",
+        send: bool = False,
         pushed: bool = False,
     ) -> MixtureDraw:
         """A draw for each row from the mixture of its label's references, each blurred as time t blurs it.
@@ -175,9 +175,8 @@ class ReferenceBank(nn.Module):
             t_min: rows below it are not to take the target over the set.
             generator: on the bank's device; None for the default one.
             numbers: (N,) float64, uniform in [0, 1), which pick the references in place of the generator.
-            send: "exact" or "fast": the next call of the bank is a `target` of this precision for just these x_t, t_set
-                and labels, with sent=True. A bank in parts then has x_t where all can read it, and begins with the
-                target.
+            send: the next call of the bank is a `target` of these x_t and as many labels, with sent=True. A bank in
+                parts has x_t where all can read it by then.
             pushed: the call before was `push_ahead`.
         """
         path, group = get_interpolant(interpolant), self.groups(labels)
@@ -202,7 +201,7 @@ class ReferenceBank(nn.Module):
         u: Tensor,
         *rest: Tensor | None,
         indexed: bool = False,
-        send: str = "",
+        send: bool = False,
         pushed: bool = False,
         **options: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:

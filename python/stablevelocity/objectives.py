@@ -257,11 +257,10 @@ class StableVMObjective(CFMObjective):
         if self.source == "bank":
             t_min = 0.0 if self.t_min == "auto" else self.t_min
             how = {"interpolant": self.interpolant, "t_min": t_min, "generator": generator, "numbers": numbers}
-            sends = self.t_min != "auto"  # the target is at the draw's times
-            drawn = self.bank.mixture(t, noise, dropped, x0, **how, send=self.precision if sends else "", pushed=pushes)
+            drawn = self.bank.mixture(t, noise, dropped, x0, **how, send=True, pushed=pushes)
             x0, x_t = drawn.x0.float(), drawn.x_t.float()
             t_set = self._for_set(t, drawn.t_set) if self.t_min == "auto" else drawn.t_set
-            target = self._target(x_t, x0, noise, t, t_set, dropped, None, sent=sends)
+            target = self._target(x_t, x0, noise, t, t_set, dropped, None, sent=True)
         else:
             x0 = x0.float()
             x_t = self.interpolant.interpolate(x0, noise, t)
