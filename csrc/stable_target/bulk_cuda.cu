@@ -80,6 +80,7 @@ struct MergeLayout {
   int slices, most_rows;
   int weights;  // that a block has room for: no fewer than teams, nor than it adds without asking
   int64_t slice;
+  int guess;  // of MergedRow::count, of the only row; 0: none
 };
 
 // Merges the parts of one row over a few elements of D, two to each thread; SHARES threads of the same two
@@ -122,31 +123,42 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   if (!sums_from || !rows_from || step == 0) __trap();
   wait_for_previous_launch();
 
-  const MergedRow row = parts.merged[index];
-  const int count = row.count;
-  if (count == 1) return;
-  const int first = row.from * team + row.row, second = first + layout.most_rows;
-  const PartRow *const near_at = rows_from + (tid == 0 ? second : first), *const next_at =
-                                                                              rows_from +
-                                                                              (first + MERGE_THREADS * team);
-  const double2 *const first_at = sums_from + (share == 0 ? second : first) * pairs,
-                       *other_at = sums_from + first * pairs;
-  const int mine = within ? (count - share + SHARES - 1) / SHARES : 0;  // parts
+  // A guess that holds saves the way to memory and back that the answer takes.
+  MergedRow row{0, 0, 0, layout.guess, 0};
+  int count, mine;
   const double2 nothing = make_double2(0, 0);
-  double2 near = make_double2(-INFINITY, 0), next = near, early[EARLY];  // near, next: see PartRow
-  float2 of_near = make_float2(0, 0), of_next = of_near;
-  if (tid < count) {
-    near = __ldcg(reinterpret_cast<const double2*>(near_at));
-    of_near = __ldcg(reinterpret_cast<const float2*>(&near_at->lead));
-  }
-  if (tid + MERGE_THREADS < count) {
-    next = __ldcg(reinterpret_cast<const double2*>(next_at));
-    of_next = __ldcg(reinterpret_cast<const float2*>(&next_at->lead));
-  }
+  double2 near, next, early[EARLY];  // near, next: see PartRow
+  float2 of_near, of_next;
+  const double2* other_at;
+#pragma unroll 1
+  for (;;) {
+    count = row.count;
+    mine = within ? (count - share + SHARES - 1) / SHARES : 0;  // parts
+    const int first = row.from * team + row.row, second = first + layout.most_rows;
+    const PartRow *const near_at = rows_from + (tid == 0 ? second : first), *const next_at =
+                                                                                rows_from +
+                                                                                (first +
+                                                                                 MERGE_THREADS * team);
+    const double2* const first_at = sums_from + (share == 0 ? second : first) * pairs;
+    other_at = sums_from + first * pairs;
+    near = next = make_double2(-INFINITY, 0), of_near = of_next = make_float2(0, 0);
+    if (tid < count) {
+      near = __ldcg(reinterpret_cast<const double2*>(near_at));
+      of_near = __ldcg(reinterpret_cast<const float2*>(&near_at->lead));
+    }
+    if (tid + MERGE_THREADS < count) {
+      next = __ldcg(reinterpret_cast<const double2*>(next_at));
+      of_next = __ldcg(reinterpret_cast<const float2*>(&next_at->lead));
+    }
 #pragma unroll
-  for (int i = 0; i < EARLY; ++i, other_at += step) {
-    early[i] = nothing;
-    if (i < mine) early[i] = __ldcg(i == 0 ? first_at : other_at);
+    for (int i = 0; i < EARLY; ++i, other_at += step) {
+      early[i] = nothing;
+      if (i < mine) early[i] = __ldcg(i == 0 ? first_at : other_at);
+    }
+    const int from = row.from, place = row.row;
+    row = parts.merged[index];
+    if (row.from == from && row.count == count && row.row == place) break;
+    if (row.count == 1) return;
   }
   const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
   double top = greater(near.x, next.x);
@@ -469,6 +481,13 @@ void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t st
   check_launch(op);
 }
 
+// The teams that have parts of the only row if its group is full: all, where the unit's end is in the last
+// one's range with tiles before it (Ranges). 0 where there are more rows, and for few references.
+static int guess_parts(const Inputs& in, const Plan& plan, int64_t teams) {
+  const int64_t end = plan.costs.row + plan.costs.unit, tiles = in.m / plan.tile_refs;
+  return in.n == 1 && tiles * TILE_WEIGHT > (end + 2 * TILE_WEIGHT) * teams ? static_cast<int>(teams) : 0;
+}
+
 void merge_parts(const char* op, const Inputs& in, const BulkParts& parts, const Plan& plan, int64_t teams,
                  cudaStream_t stream) {
   if (teams > 2 * MERGE_THREADS)
@@ -477,7 +496,8 @@ void merge_parts(const char* op, const Inputs& in, const BulkParts& parts, const
   const int shares = many ? MERGE_MANY_SHARES : MERGE_SHARES;
   const int64_t chunks = ceil_div(in.d, merge_elements(shares)) + 1;
   const int weights = std::max(static_cast<int>(teams), MERGE_EARLY * shares);
-  const MergeLayout layout{static_cast<int>(plan.slices), plan.tile_rows, weights, plan.slice};
+  const MergeLayout layout{static_cast<int>(plan.slices), plan.tile_rows, weights, plan.slice,
+                           guess_parts(in, plan, teams)};
   launch_following(op, true, many ? merge_kernel<MERGE_MANY_SHARES> : merge_kernel<MERGE_SHARES>,
                    dim3(static_cast<unsigned>(in.n * chunks)), MERGE_THREADS, weights * sizeof(double),
                    stream, in, parts, layout);

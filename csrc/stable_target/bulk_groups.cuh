@@ -512,6 +512,7 @@ struct Groups {
       if (thread() % 32 == 0) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
+    if (!layout.merge_last) return;  // where merge_kernel waits for the last of them
     wait_barrier(&shared().closed, 0);
 #pragma unroll 1
     for (int i = 0; i < shared().unmerged; ++i) {
@@ -554,6 +555,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     init_barrier(&shared.filed, Kernel::ALL_WARPS);
     init_barrier(&shared.closed, 1);
     shared.unmerged = 0;
+    shared.doubtful = NO_ROW;
 #pragma unroll 1
     for (int g = 0; g < Kernel::G; ++g) init_barrier(&shared.taken[g], Kernel::WARPS);
     publish_barriers();
@@ -574,7 +576,10 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       const auto most_tiles = [](int rows) { return Kernel::SEGMENT_TILES * Kernel::groups_of_a_row(rows); };
       announce<TR, DEAL>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, most_tiles, tid);
       if constexpr (!DEAL) {  // units are dealt out where rows are many
-        if (!layout.merge_last && blockIdx.x == 0) leave_rows(in, list, parts, gridDim.x, tid);
+        if (!layout.merge_last && blockIdx.x == 0) {
+          leave_rows(in, list, parts, gridDim.x, tid);
+          write_dead_rows(in, list, parts, kernel.place(), 1, 0, tid, 32);
+        }
       }
     } else if (tid == 32) {
       kernel.produce();
