@@ -68,87 +68,160 @@ __global__ void zero_kernel(int* arrived, int64_t counts) {
   for (int64_t i = threadIdx.x; i < counts; i += blockDim.x) arrived[i] = 0;
 }
 
-// So few, of so many registers at most, that a block fits beside one of the bulk kernel's: it is there, and
-// its code, when those are done.
-constexpr int MERGE_THREADS = 64, MERGE_BLOCKS = 16;
+constexpr int MERGE_THREADS = 128, MERGE_BLOCKS = 5;
 constexpr int MERGE_SHARES = 4, MERGE_MANY_SHARES = 16;  // the latter for units of MERGE_MANY parts
 constexpr int64_t MERGE_MANY = 64;
+constexpr int MERGE_EARLY = 9;  // parts that a thread has on their way before it knows their weights
 constexpr int merge_elements(int shares) {  // of D per block
   return 2 * MERGE_THREADS / shares;
 }
 
-// Merges the parts of one unit over a few elements of D, two to each thread; SHARES threads of the same two
-// take turns at the parts. Grid: units (at most n) x parts of D.
-template <int SHARES, bool DEAL>
+struct MergeLayout {
+  int slices, most_rows;
+  int weights;  // that a block has room for: no fewer than teams, nor than it adds without asking
+  int64_t slice;
+  int guess;  // of MergedRow::count, of the only row; 0: none
+};
+
+// Merges the parts of one row over a few elements of D, two to each thread; SHARES threads of the same two
+// take turns at the parts. Grid: rows x parts of D and one more, which finishes the row. What a block reads
+// of the parts does not depend on their weights: it is all on its way at once.
+template <int SHARES>
 __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
-    merge_kernel(const __grid_constant__ Inputs in, const UnitList list,
-                 const __grid_constant__ BulkParts parts, const int slices, const int64_t slice,
-                 const int rows, const int64_t teams) {
-  extern __shared__ double weights[];  // (teams of the unit,)
-  __shared__ double scratch[33];
-  constexpr int ELEMENTS = merge_elements(SHARES), PAIRS = ELEMENTS / 2;
-  __shared__ double2 sums[SHARES][PAIRS];
-  const int tid = threadIdx.x, share = tid / PAIRS, pair = tid % PAIRS;
-  const int chunks = static_cast<int>(ceil_div(in.d, ELEMENTS));
-  const int u = static_cast<int>(blockIdx.x) / chunks, chunk = static_cast<int>(blockIdx.x) % chunks;
-  const int64_t e = chunk * ELEMENTS + 2 * pair;
-  const int rank = static_cast<int>(e / slice), local = static_cast<int>(e - rank * slice);
+    merge_kernel(const __grid_constant__ Inputs in, const __grid_constant__ BulkParts parts,
+                 const __grid_constant__ MergeLayout layout) {
+  extern __shared__ double weights[];  // (layout.weights,), of the parts
+  constexpr int ELEMENTS = merge_elements(SHARES), PAIRS = ELEMENTS / 2, WARPS = MERGE_THREADS / 32;
+  constexpr int EARLY = MERGE_EARLY;
+  static_assert(PAIRS <= 32, "the shares of a pair in a warp are added by shuffles");
+  __shared__ double tops[WARPS], totals[WARPS];
+  __shared__ float leads[WARPS], scales[WARPS];
+  __shared__ double2 sums[WARPS][PAIRS];
   allow_next_launch();
-  wait_for_previous_launch();
-  const Unit unit = list.units[u];
-  if (u >= list.sizes[0]) return;
-  const Ranges<DEAL> ranges(list, teams);
-  if constexpr (DEAL) {
-    if (u < ranges.whole) return;
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
+  const int share = tid / PAIRS, pair = tid % PAIRS;
+  const int chunks = (static_cast<int>(in.d) + ELEMENTS - 1) / ELEMENTS + 1;
+  const int index = static_cast<int>(blockIdx.x) / chunks, chunk = static_cast<int>(blockIdx.x) % chunks;
+  const bool finishes = chunk == chunks - 1;
+  const int e = chunk * ELEMENTS + 2 * pair;
+  const bool within = !finishes && e < in.d;
+  const int slice = static_cast<int>(layout.slice), rank = within ? e / slice : 0;
+  if (in.mailboxes) wait_for_previous_launch();  // x may come by a launch that is not over yet
+  const Array out = out_of(in, index);
+  double x[2] = {0, 0};
+  if (within && share == 0) {
+    const Array from = x_of(in, index);
+    x[0] = load_as<double>(from, index * in.d + e), x[1] = load_as<double>(from, index * in.d + e + 1);
   }
-  int from, last;
-  ranges.teams_of(list, u, from, last);
-  const int count = last - from + 1;
-  if (count == 1) return;
-  for (int r = 0; r < unit.rows; ++r) {
-    const int64_t index = list.order[unit.first + r], at = index * in.d + e;
-    const auto part_of = [&](int j, int rank) {
-      return (2 * ((int64_t{from} + j) * slices + rank) + (j == 0 ? 1 : 0)) * rows + r;
-    };
-    double top = -INFINITY;
-    for (int j = tid; j < count; j += MERGE_THREADS) {
-      const double other = parts.rows[part_of(j, 0)].log2_weight;
-      top = top >= other || other != other ? top : other;
+  // Of each team a unit has the first of its two parts, of the first one the second: see BulkParts.
+  const int team = 2 * layout.slices * layout.most_rows, pairs = slice / 2;
+  const double2* sums_from = reinterpret_cast<const double2*>(parts.sums) +
+                             (share * team + 2 * rank * layout.most_rows) * pairs + (e - rank * slice) / 2;
+  const PartRow* rows_from = parts.rows + tid * team;
+  const int64_t step = SHARES * team * pairs;
+  // Never. But what is not asked for here the compiler would find out behind the wait.
+  if (!sums_from || !rows_from || step == 0) __trap();
+  wait_for_previous_launch();
+
+  // A guess that holds saves the way to memory and back that the answer takes.
+  MergedRow row{0, 0, 0, layout.guess, 0};
+  int count, mine;
+  const double2 nothing = make_double2(0, 0);
+  double2 near, next, early[EARLY];  // near, next: see PartRow
+  float2 of_near, of_next;
+  const double2* other_at;
+#pragma unroll 1
+  for (;;) {
+    count = row.count;
+    mine = within ? (count - share + SHARES - 1) / SHARES : 0;  // parts
+    const int first = row.from * team + row.row, second = first + layout.most_rows;
+    const PartRow *const near_at = rows_from + (tid == 0 ? second : first), *const next_at =
+                                                                                rows_from +
+                                                                                (first +
+                                                                                 MERGE_THREADS * team);
+    const double2* const first_at = sums_from + (share == 0 ? second : first) * pairs;
+    other_at = sums_from + first * pairs;
+    near = next = make_double2(-INFINITY, 0), of_near = of_next = make_float2(0, 0);
+    if (tid < count) {
+      near = __ldcg(reinterpret_cast<const double2*>(near_at));
+      of_near = __ldcg(reinterpret_cast<const float2*>(&near_at->lead));
     }
-    double x[2] = {0, 0};
-    if (e < in.d && share == 0)
-      x[0] = load_as<double>(x_of(in, index), at), x[1] = load_as<double>(x_of(in, index), at + 1);
-    const Row row = row_coefficients(in, index);
-    const double best = block_max<double>(top, scratch);
-    double share_of_all = 0;
-    float lead = 0, scale = 0;
-    for (int j = tid; j < count; j += MERGE_THREADS) {
-      const PartRow part = parts.rows[part_of(j, 0)];
-      weights[j] = exp2(part.log2_weight - best);
-      share_of_all += weights[j] * part.total;
-      lead = fmaxf(lead, static_cast<float>(weights[j]) * part.lead), scale = fmaxf(scale, part.scale);
+    if (tid + MERGE_THREADS < count) {
+      next = __ldcg(reinterpret_cast<const double2*>(next_at));
+      of_next = __ldcg(reinterpret_cast<const float2*>(&next_at->lead));
     }
-    const PartRow all{best, block_sum<double>(share_of_all, scratch),
-                      static_cast<float>(block_max<double>(lead, scratch)),
-                      static_cast<float>(block_max<double>(scale, scratch))};
-    double2 sum = make_double2(0, 0);
-    if (e < in.d) {
-#pragma unroll 9
-      for (int j = share; j < count; j += SHARES) {
-        const double2 part = *reinterpret_cast<const double2*>(parts.sums + part_of(j, rank) * slice + local);
-        sum.x = fma(weights[j], part.x, sum.x), sum.y = fma(weights[j], part.y, sum.y);
-      }
+#pragma unroll
+    for (int i = 0; i < EARLY; ++i, other_at += step) {
+      early[i] = nothing;
+      if (i < mine) early[i] = __ldcg(i == 0 ? first_at : other_at);
     }
-    sums[share][pair] = sum;
-    __syncthreads();
-    if (share == 0 && e < in.d) {
-      for (int other = 1; other < SHARES; ++other) sum.x += sums[other][pair].x, sum.y += sums[other][pair].y;
-      const Array out = out_of(in, index);
-      store_as(out, at, row.a * x[0] + row.b * (sum.x / all.total));
-      store_as(out, at + 1, row.a * x[1] + row.b * (sum.y / all.total));
+    const int from = row.from, place = row.row;
+    row = parts.merged[index];
+    if (row.from == from && row.count == count && row.row == place) break;
+    if (row.count == 1) return;
+  }
+  const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
+  double top = greater(near.x, next.x);
+#pragma unroll
+  for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(0xffffffffu, top, hop));
+  if (lane == 0) tops[warp] = top;
+  __syncthreads();
+  top = tops[0];
+#pragma unroll
+  for (int w = 1; w < WARPS; ++w) top = greater(top, tops[w]);
+  double total = 0;
+  float lead = 0, scale = 0;
+  const int weighed = max(count, EARLY * SHARES);  // beyond the last part they are zero
+#pragma unroll 1
+  for (int j = tid; j < weighed; j += MERGE_THREADS) {
+    const double weight = exp2(near.x - top);
+    weights[j] = weight;
+    total = fma(weight, near.y, total);
+    lead = fmaxf(lead, static_cast<float>(weight) * of_near.x), scale = fmaxf(scale, of_near.y);
+    near = next, of_near = of_next;
+  }
+#pragma unroll
+  for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(0xffffffffu, total, hop);
+  if (lane == 0) totals[warp] = total;
+  if (finishes) {
+#pragma unroll 1
+    for (int hop = 16; hop > 0; hop /= 2) {
+      lead = fmaxf(lead, __shfl_xor_sync(0xffffffffu, lead, hop));
+      scale = fmaxf(scale, __shfl_xor_sync(0xffffffffu, scale, hop));
     }
-    if (chunk == 0 && tid == 0) finish_row(in, parts, {}, index, all, nullptr);
-    __syncthreads();  // weights and sums are read above and overwritten next
+    if (lane == 0) leads[warp] = lead, scales[warp] = scale;
+  }
+  __syncthreads();
+  total = totals[0];
+#pragma unroll
+  for (int w = 1; w < WARPS; ++w) total += totals[w];
+  if (finishes) {
+    for (int w = 0; w < WARPS; ++w) lead = fmaxf(lead, leads[w]), scale = fmaxf(scale, scales[w]);
+    if (tid == 0) finish_row(in, parts, {}, index, {top, total, lead, scale}, nullptr);
+    return;
+  }
+  double2 sum = nothing;
+  const auto add = [&](int j, double2 part) {
+    sum.x = fma(weights[j], part.x, sum.x), sum.y = fma(weights[j], part.y, sum.y);
+  };
+#pragma unroll
+  for (int i = 0; i < EARLY; ++i) add(share + i * SHARES, early[i]);
+#pragma unroll 1
+  for (int i = EARLY; i < mine; ++i, other_at += step) add(share + i * SHARES, __ldcg(other_at));
+#pragma unroll
+  for (int hop = 16; hop >= PAIRS; hop /= 2) {
+    sum.x += __shfl_xor_sync(0xffffffffu, sum.x, hop);
+    sum.y += __shfl_xor_sync(0xffffffffu, sum.y, hop);
+  }
+  if (lane < PAIRS) sums[warp][lane] = sum;
+  __syncthreads();
+  if (tid < PAIRS && within) {
+    const double by = row.b / total;
+    sum = sums[0][tid];
+#pragma unroll
+    for (int w = 1; w < WARPS; ++w) sum.x += sums[w][tid].x, sum.y += sums[w][tid].y;
+    store_as(out, int64_t{index} * in.d + e, fma(row.a, x[0], by * sum.x));
+    store_as(out, int64_t{index} * in.d + e + 1, fma(row.a, x[1], by * sum.y));
   }
 }
 
@@ -408,16 +481,26 @@ void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t st
   check_launch(op);
 }
 
-void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
-                 int64_t slices, int64_t slice, int rows, int64_t teams, cudaStream_t stream) {
-  const bool many = teams >= MERGE_MANY * ceil_div(in.n, rows);
-  const int64_t chunks = ceil_div(in.d, merge_elements(many ? MERGE_MANY_SHARES : MERGE_SHARES));
-  const auto kernel =
-      list.costs.deal ? (many ? merge_kernel<MERGE_MANY_SHARES, true> : merge_kernel<MERGE_SHARES, true>)
-                      : (many ? merge_kernel<MERGE_MANY_SHARES, false> : merge_kernel<MERGE_SHARES, false>);
-  launch_following(op, true, kernel, dim3(static_cast<unsigned>(in.n * chunks)), MERGE_THREADS,
-                   teams * sizeof(double), stream, in, list, parts, static_cast<int>(slices), slice, rows,
-                   teams);
+// The teams that have parts of the only row if its group is full: all, where the unit's end is in the last
+// one's range with tiles before it (Ranges). 0 where there are more rows, and for few references.
+static int guess_parts(const Inputs& in, const Plan& plan, int64_t teams) {
+  const int64_t end = plan.costs.row + plan.costs.unit, tiles = in.m / plan.tile_refs;
+  return in.n == 1 && tiles * TILE_WEIGHT > (end + 2 * TILE_WEIGHT) * teams ? static_cast<int>(teams) : 0;
+}
+
+void merge_parts(const char* op, const Inputs& in, const BulkParts& parts, const Plan& plan, int64_t teams,
+                 cudaStream_t stream) {
+  if (teams > 2 * MERGE_THREADS)
+    throw std::runtime_error(std::string("svel::") + op + ": more parts of a row than a block merges");
+  const bool many = teams >= MERGE_MANY * ceil_div(in.n, plan.tile_rows);
+  const int shares = many ? MERGE_MANY_SHARES : MERGE_SHARES;
+  const int64_t chunks = ceil_div(in.d, merge_elements(shares)) + 1;
+  const int weights = std::max(static_cast<int>(teams), MERGE_EARLY * shares);
+  const MergeLayout layout{static_cast<int>(plan.slices), plan.tile_rows, weights, plan.slice,
+                           guess_parts(in, plan, teams)};
+  launch_following(op, true, many ? merge_kernel<MERGE_MANY_SHARES> : merge_kernel<MERGE_SHARES>,
+                   dim3(static_cast<unsigned>(in.n * chunks)), MERGE_THREADS, weights * sizeof(double),
+                   stream, in, parts, layout);
 }
 
 int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig_t& config, int size) {

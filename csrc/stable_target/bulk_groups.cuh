@@ -512,6 +512,7 @@ struct Groups {
       if (thread() % 32 == 0) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
+    if (!layout.merge_last) return;  // where merge_kernel waits for the last of them
     wait_barrier(&shared().closed, 0);
 #pragma unroll 1
     for (int i = 0; i < shared().unmerged; ++i) {
@@ -542,7 +543,8 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   const int tid = threadIdx.x - GROUPS_CONSUMERS;
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
   if (!layout.merge_last) allow_next_launch();
-  if (layout.own_list) read_rows(in, *scratch);
+  const bool short_list = !DEAL && layout.own_list && in.n <= WARP_LIST_ROWS;  // the announcer makes it
+  if (layout.own_list && !short_list) read_rows(in, *scratch);
   if (tid == 0) {
 #pragma unroll 1
     for (int s = 0; s < layout.stages; ++s) {
@@ -564,20 +566,25 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     kernel.consume();
   } else {
     give_up_registers<GROUPS_PRODUCER_REGISTERS>();
-    if (layout.own_list) {
-      build_own_list<TR, Kernel::ROWS, DEAL>(in, list, *scratch, tid);
-    } else {
+    if (!layout.own_list) {
       wait_for_previous_launch();
+    } else if (!short_list) {
+      build_own_list<TR, Kernel::ROWS, DEAL>(in, list, *scratch, tid);
     }
     if (tid < 32) {
+      if (short_list) build_list_in_warp<TR, Kernel::ROWS>(in, list, tid);
       const auto most_tiles = [](int rows) { return Kernel::SEGMENT_TILES * Kernel::groups_of_a_row(rows); };
       announce<TR, DEAL>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, most_tiles, tid);
+      if constexpr (!DEAL) {  // units are dealt out where rows are many
+        if (!layout.merge_last && blockIdx.x == 0) {
+          leave_rows(in, list, parts, gridDim.x, tid);
+          write_dead_rows(in, list, parts, kernel.place(), 1, 0, tid, 32);
+        }
+      }
     } else if (tid == 32) {
       kernel.produce();
-    } else if (tid >= 96) {
-      if (layout.own_list && !layout.merge_last && blockIdx.x == 0)
-        leave_list(in, list, shared_list, tid - 96, 32);
-      if (tid == 96) keep_files(parts, layout.merge_last, shared);
+    } else if (tid == 96) {
+      keep_files(parts, layout.merge_last, shared);
     }
   }
 }

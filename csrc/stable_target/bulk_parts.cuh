@@ -22,6 +22,13 @@ struct alignas(16) PartRow {
   float scale;                // the largest score, either way, in units of log 2
 };
 
+// What merge_kernel has to know of a row.
+struct alignas(16) MergedRow {
+  double a, b;      // out = a x + b mean
+  int from, count;  // teams that have parts of its unit, one after the other; of one team it is no part
+  int row;          // of the unit
+};
+
 // Parts of units; slot 2b of block b for a unit that began earlier, 2b + 1 for one that begins here.
 struct BulkParts {
   double* sums;   // (2 blocks, rows, slice) weighted sums of the references
@@ -30,10 +37,11 @@ struct BulkParts {
   uint2* mail;  // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
   // Of finished rows, which of them are to be settled (bulk_settle.cuh): all errors, or a list of those that
   // each block has found. One of the two, or none.
-  float* errors;    // (n,)
-  int* next;        // (slices, n) what follows a row in its block's list
-  double* settled;  // room for sums: (blocks, slice) or (clusters, d)
-  float rounding;   // of a score, see rounding_of_scores
+  float* errors;      // (n,)
+  int* next;          // (slices, n) what follows a row in its block's list
+  double* settled;    // room for sums: (blocks, slice) or (clusters, d)
+  float rounding;     // of a score, see rounding_of_scores
+  MergedRow* merged;  // (n,) where merge_kernel follows
 };
 
 // How far a score may be off, of the largest one: sums of 16 terms are rounded one by one, and then their
@@ -638,6 +646,26 @@ __device__ __forceinline__ void keep_files(const BulkParts& parts, bool merge_la
     if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
   }
   arrive(&shared.closed);
+}
+
+// Where merge_kernel follows, one warp leaves it what it would else have to find out when all wait for it.
+__device__ __forceinline__ void leave_rows(const Inputs& in, const UnitList& list, const BulkParts& parts,
+                                           int64_t teams, int lane) {
+#pragma unroll 1
+  for (int i = lane; i < in.n; i += 32) {
+    const int64_t index = list.order[i];
+    MergedRow row{0, 0, 0, 1, 0};
+    if (i < list.sizes[1]) {
+      int unit = 0;
+#pragma unroll 1
+      while (unit + 1 < list.sizes[0] && list.units[unit + 1].first <= i) ++unit;
+      const Row at = row_coefficients(in, index);
+      int last;
+      Ranges<false>(list, teams).teams_of(list, unit, row.from, last);
+      row.a = at.a, row.b = at.b, row.count = last - row.from + 1, row.row = i - list.units[unit].first;
+    }
+    parts.merged[index] = row;
+  }
 }
 
 // Rows with nothing to read become NaN; by `threads` threads of each block.
