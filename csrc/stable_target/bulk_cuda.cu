@@ -81,15 +81,17 @@ struct MergeLayout {
   int weights;  // that a block has room for: no fewer than teams, nor than it adds without asking
   int64_t slice;
   int guess;  // of MergedRow::count, of the only row; 0: none
+  int64_t teams;
 };
 
 // Merges the parts of one row over a few elements of D, two to each thread; SHARES threads of the same two
 // take turns at the parts. Grid: rows x parts of D and one more, which finishes the row. What a block reads
 // of the parts does not depend on their weights: it is all on its way at once.
-template <int SHARES>
+// LISTED: nobody has left rows, they are in the list.
+template <int SHARES, bool LISTED>
 __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
-    merge_kernel(const __grid_constant__ Inputs in, const __grid_constant__ BulkParts parts,
-                 const __grid_constant__ MergeLayout layout) {
+    merge_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList list,
+                 const __grid_constant__ BulkParts parts, const __grid_constant__ MergeLayout layout) {
   extern __shared__ double weights[];  // (layout.weights,), of the parts
   constexpr int ELEMENTS = merge_elements(SHARES), PAIRS = ELEMENTS / 2, WARPS = MERGE_THREADS / 32;
   constexpr int EARLY = MERGE_EARLY;
@@ -125,6 +127,12 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
 
   // A guess that holds saves the way to memory and back that the answer takes.
   MergedRow row{0, 0, 0, layout.guess, 0};
+  if constexpr (LISTED) {
+    int place = 0;
+    while (list.order[place] != index) ++place;
+    row = merged_row(in, list, layout.teams, place);
+    if (row.count == 1) return;
+  }
   int count, mine;
   const double2 nothing = make_double2(0, 0);
   double2 near, next, early[EARLY];  // near, next: see PartRow
@@ -155,6 +163,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
       early[i] = nothing;
       if (i < mine) early[i] = __ldcg(i == 0 ? first_at : other_at);
     }
+    if constexpr (LISTED) break;
     const int from = row.from, place = row.row;
     row = parts.merged[index];
     if (row.from == from && row.count == count && row.row == place) break;
@@ -488,8 +497,8 @@ static int guess_parts(const Inputs& in, const Plan& plan, int64_t teams) {
   return in.n == 1 && tiles * TILE_WEIGHT > (end + 2 * TILE_WEIGHT) * teams ? static_cast<int>(teams) : 0;
 }
 
-void merge_parts(const char* op, const Inputs& in, const BulkParts& parts, const Plan& plan, int64_t teams,
-                 cudaStream_t stream) {
+void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
+                 const Plan& plan, int64_t teams, cudaStream_t stream) {
   if (teams > 2 * MERGE_THREADS)
     throw std::runtime_error(std::string("svel::") + op + ": more parts of a row than a block merges");
   const bool many = teams >= MERGE_MANY * ceil_div(in.n, plan.tile_rows);
@@ -497,10 +506,12 @@ void merge_parts(const char* op, const Inputs& in, const BulkParts& parts, const
   const int64_t chunks = ceil_div(in.d, merge_elements(shares)) + 1;
   const int weights = std::max(static_cast<int>(teams), MERGE_EARLY * shares);
   const MergeLayout layout{static_cast<int>(plan.slices), plan.tile_rows, weights, plan.slice,
-                           guess_parts(in, plan, teams)};
-  launch_following(op, true, many ? merge_kernel<MERGE_MANY_SHARES> : merge_kernel<MERGE_SHARES>,
-                   dim3(static_cast<unsigned>(in.n * chunks)), MERGE_THREADS, weights * sizeof(double),
-                   stream, in, parts, layout);
+                           guess_parts(in, plan, teams),  teams};
+  const auto kernel =
+      plan.slices > 1 ? (many ? merge_kernel<MERGE_MANY_SHARES, true> : merge_kernel<MERGE_SHARES, true>)
+                      : (many ? merge_kernel<MERGE_MANY_SHARES, false> : merge_kernel<MERGE_SHARES, false>);
+  launch_following(op, true, kernel, dim3(static_cast<unsigned>(in.n * chunks)), MERGE_THREADS,
+                   weights * sizeof(double), stream, in, list, parts, layout);
 }
 
 int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig_t& config, int size) {

@@ -18,8 +18,8 @@ void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int
 void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t stream);
 
 // Merges the parts of all units that several of the `teams` have shared.
-void merge_parts(const char* op, const Inputs& in, const BulkParts& parts, const Plan& plan, int64_t teams,
-                 cudaStream_t stream);
+void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
+                 const Plan& plan, int64_t teams, cudaStream_t stream);
 
 // From what products_kernel has left of the rows to their results.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
@@ -71,7 +71,7 @@ struct Launch : BulkLaunch {
     const auto kernel =
         plan.costs.deal ? groups_kernel<T, GT, Q, TR, DEALS> : groups_kernel<T, GT, Q, TR, false>;
     run_in_blocks(kernel, !layout.own_list || layout.merge_last, list, parts, layout);
-    if (!layout.merge_last) merge_parts(op, in, parts, plan, plan.blocks, stream);
+    if (!layout.merge_last) merge_parts(op, in, list, parts, plan, plan.blocks, stream);
     if (parts.errors) settle<T>(parts, plan.blocks);
     return true;
   }
@@ -267,7 +267,7 @@ struct Launch : BulkLaunch {
       zero_arrivals(op, first, count, stream);
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
-    if (!layout.merge_last) merge_parts(op, in, parts, plan, teams, stream);
+    if (!layout.merge_last) merge_parts(op, in, list, parts, plan, teams, stream);
     if (parts.errors) settle<T>(parts, teams);
     return true;
   }

@@ -41,7 +41,7 @@ struct BulkParts {
   int* next;          // (slices, n) what follows a row in its block's list
   double* settled;    // room for sums: (blocks, slice) or (clusters, d)
   float rounding;     // of a score, see rounding_of_scores
-  MergedRow* merged;  // (n,) where merge_kernel follows
+  MergedRow* merged;  // (n,) where merge_kernel follows; of bulk_groups.cuh
 };
 
 // How far a score may be off, of the largest one: sums of 16 terms are rounded one by one, and then their
@@ -648,24 +648,23 @@ __device__ __forceinline__ void keep_files(const BulkParts& parts, bool merge_la
   arrive(&shared.closed);
 }
 
+// Of the row at `place` of UnitList::order.
+__device__ __forceinline__ MergedRow merged_row(const Inputs& in, const UnitList& list, int64_t teams,
+                                                int place) {
+  if (place >= list.sizes[1]) return {0, 0, 0, 1, 0};
+  int unit = 0, from, last;
+#pragma unroll 1
+  while (unit + 1 < list.sizes[0] && list.units[unit + 1].first <= place) ++unit;
+  Ranges<false>(list, teams).teams_of(list, unit, from, last);
+  const Row row = row_coefficients(in, list.order[place]);
+  return {row.a, row.b, from, last - from + 1, place - list.units[unit].first};
+}
+
 // Where merge_kernel follows, one warp leaves it what it would else have to find out when all wait for it.
 __device__ __forceinline__ void leave_rows(const Inputs& in, const UnitList& list, const BulkParts& parts,
                                            int64_t teams, int lane) {
 #pragma unroll 1
-  for (int i = lane; i < in.n; i += 32) {
-    const int64_t index = list.order[i];
-    MergedRow row{0, 0, 0, 1, 0};
-    if (i < list.sizes[1]) {
-      int unit = 0;
-#pragma unroll 1
-      while (unit + 1 < list.sizes[0] && list.units[unit + 1].first <= i) ++unit;
-      const Row at = row_coefficients(in, index);
-      int last;
-      Ranges<false>(list, teams).teams_of(list, unit, row.from, last);
-      row.a = at.a, row.b = at.b, row.count = last - row.from + 1, row.row = i - list.units[unit].first;
-    }
-    parts.merged[index] = row;
-  }
+  for (int i = lane; i < in.n; i += 32) parts.merged[list.order[i]] = merged_row(in, list, teams, i);
 }
 
 // Rows with nothing to read become NaN; by `threads` threads of each block.

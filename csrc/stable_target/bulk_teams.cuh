@@ -556,7 +556,6 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       };
       announce<TR, false>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced, most_tiles,
                           name_row, know_row, other);
-      if (!layout.merge_last && blockIdx.x == 0) leave_rows(in, list, parts, kernel.teams, other);
     } else if (other < 64) {
       kernel.produce(other - 32);
     } else {
@@ -564,6 +563,8 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
         if (other - 64 < in.n) set_row(in, other - 64, shared.known[other - 64]);
         arrive(&shared.rows_known);
       }
+      if (layout.own_list && !layout.merge_last && blockIdx.x == 0 && other >= 96)
+        leave_list(in, list, shared_list, other - 96, 32);
       kernel.carry_mail(other / 32 - 2, other % 32);
     }
   } else {

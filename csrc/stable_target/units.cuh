@@ -459,4 +459,12 @@ __device__ __forceinline__ void build_list_in_warp(const Inputs& in, const UnitL
   __syncwarp();
 }
 
+// Where merge_kernel follows, one block leaves its list in memory.
+__device__ __forceinline__ void leave_list(const Inputs& in, const UnitList& list, const UnitList& to,
+                                           int tid, int threads) {
+  const uint4* const from = reinterpret_cast<const uint4*>(list.units);
+  for (int i = tid; i < unit_list_bytes(in.n, in.k) / 16; i += threads)
+    reinterpret_cast<uint4*>(to.units)[i] = from[i];
+}
+
 }  // namespace svel::cuda
