@@ -251,95 +251,52 @@ struct Announcements {
   }
 };
 
-// The segments of a team from what the lanes of a warp know of a short list: units of one row that all cost
-// the same for a tile, of one class each. The same as announce finds in the list, long before.
+// The first segment of a team, from what the lanes of a warp know of a list of units of one row that all cost
+// the same for a tile: long before it can be found in the list. False where that is not so simple.
 template <int TR>
-struct FewSegments {
-  static constexpr unsigned ALL = 0xffffffffu, NONE = ALL;
-  int64_t label, count;
-  unsigned begin, tiles;     // of this lane's unit: where it begins in the list of
-                             // all tiles' costs
-  unsigned from, to, start;  // of its tiles, the team's that are not placed yet;
-                             // the first of all
-  unsigned length, longer;   // of ranges, see Ranges
-  unsigned high, team;
-  unsigned at;  // where the unit to be placed begins
-  int first;
-  bool mine, alone, simple;
-
-  __device__ __forceinline__ FewSegments() : at(NONE), simple(false) {}
-  __device__ __forceinline__ FewSegments(const LaneUnit& unit, unsigned teams, unsigned team)
-      : label(unit.label),
-        count(unit.count),
-        begin(static_cast<unsigned>(unit.begin)),
-        tiles(static_cast<unsigned>(unit.tiles)),
-        team(team),
-        first(unit.first),
-        alone(unit.alone) {
-    const unsigned cost = static_cast<unsigned>(unit.cost), number = max(min(teams, cost / TILE_WEIGHT), 1u);
-    length = cost / number, longer = cost - length * number;
-    const auto begin_of = [&](unsigned team) {
-      const unsigned at = min(team, number);
-      return length * at + min(at, longer);
-    };
-    const unsigned low = begin_of(team);
-    high = begin_of(team + 1);
-    from = start = low > begin ? (low - begin + TILE_WEIGHT - 1) / TILE_WEIGHT : 0;
-    to = high > begin ? min((high - begin + TILE_WEIGHT - 1) / TILE_WEIGHT, tiles) : 0;
-    mine = unit.leads && from < to;
-    at = __reduce_min_sync(ALL, mine ? begin : NONE);
-    simple = unit.cost >> 30 == 0 && at != NONE && __all_sync(ALL, !mine || (label >= 0 && count > 0));
+__device__ __forceinline__ bool place_first(const Inputs& in, const LaneUnit& unit, unsigned teams,
+                                            unsigned team, int most_tiles, Segment<1>& segment, int lane) {
+  constexpr unsigned ALL = 0xffffffffu;
+  if (unit.cost >> 30 != 0) return false;
+  const unsigned cost = static_cast<unsigned>(unit.cost), tiles = static_cast<unsigned>(unit.tiles);
+  const unsigned number = max(min(teams, cost / TILE_WEIGHT), 1u);
+  const unsigned length = cost / number, longer = cost - length * number;
+  const auto begin_of = [&](unsigned at) {
+    at = min(at, number);
+    return length * at + min(at, longer);
+  };
+  const unsigned low = begin_of(team), high = begin_of(team + 1), begin = static_cast<unsigned>(unit.begin);
+  const unsigned from = low > begin ? (low - begin + TILE_WEIGHT - 1) / TILE_WEIGHT : 0;
+  const unsigned to = high > begin ? min((high - begin + TILE_WEIGHT - 1) / TILE_WEIGHT, tiles) : 0;
+  const bool mine = unit.leads && from < to;
+  const unsigned first = __reduce_min_sync(ALL, mine ? begin : ALL);
+  const bool chosen = mine && begin == first, simple = chosen && unit.label >= 0 && unit.count > 0;
+  if (simple) {
+    const unsigned count = min(to - from, static_cast<unsigned>(most_tiles)), up_to = from + count;
+    const int64_t before = static_cast<int64_t>(from) * TR;
+    segment.centre = unit.label * in.m, segment.first = segment.centre + before;
+    segment.tiles = static_cast<int>(count);
+    segment.references = static_cast<int>(min(unit.count - before, static_cast<int64_t>(count) * TR));
+    segment.flags = SEGMENT_PART_BEGIN | (from == 0 ? SEGMENT_UNIT_BEGIN : 0) |
+                    (up_to == to ? SEGMENT_PART_END : 0) | (up_to == tiles ? SEGMENT_UNIT_END : 0) |
+                    (begin + tiles * TILE_WEIGHT >= high && up_to == to ? SEGMENT_LAST : 0);
+    segment.squares = in.lse.data != nullptr;
+    segment.alone = unit.alone, segment.count = 1, segment.order = unit.first;
+    segment.rows[0].index = lane, segment.rows[0].x = x_of(in, lane).data;
   }
-  __device__ __forceinline__ bool more() const { return at != NONE; }
-
-  __device__ __forceinline__ unsigned team_of(unsigned cost) const {
-    const unsigned of_longer = longer * (length + 1);
-    return cost < of_longer ? cost / (length + 1) : longer + (cost - of_longer) / length;
-  }
-  // The next one, by the whole warp.
-  __device__ __forceinline__ void place(const Inputs& in, unsigned most_tiles, Segment<1>& segment,
-                                        int lane) {
-    const bool chosen = mine && begin == at;
-    if (chosen) {
-      const unsigned here = min(to - from, most_tiles), up_to = from + here;
-      const int64_t before = static_cast<int64_t>(from) * TR;
-      segment.centre = label * in.m, segment.first = segment.centre + before;
-      segment.tiles = static_cast<int>(here);
-      segment.references = static_cast<int>(min(count - before, static_cast<int64_t>(here) * TR));
-      segment.flags = (from == start ? SEGMENT_PART_BEGIN : 0) | (start == 0 ? SEGMENT_UNIT_BEGIN : 0) |
-                      (up_to == to ? SEGMENT_PART_END : 0) | (up_to == tiles ? SEGMENT_UNIT_END : 0) |
-                      (begin + tiles * TILE_WEIGHT >= high && up_to == to ? SEGMENT_LAST : 0);
-      segment.squares = in.lse.data != nullptr;
-      segment.alone = alone, segment.count = 1, segment.order = first;
-      segment.rows[0].index = lane, segment.rows[0].x = x_of(in, lane).data;
-      segment.from = segment.to = static_cast<int>(team);
-      if (start > 0 || to < tiles) {
-        segment.from = static_cast<int>(team_of(begin));
-        segment.to = static_cast<int>(team_of(begin + (tiles - 1) * TILE_WEIGHT));
-      }
-      from = up_to;
-    }
-    __syncwarp();
-    if (!__any_sync(ALL, chosen && from < to)) at = __reduce_min_sync(ALL, mine && begin > at ? begin : NONE);
-  }
-};
-
-// Of x what the consumers will need, to the L2.
-__device__ __forceinline__ void bring_near(const Inputs& in, const RowPlace& place, int64_t index) {
-  const bool here = !in.mailboxes || owner_of(in, index) == in.part;
-  if (place.vectors && here)
-    prefetch_bulk(static_cast<const char*>(in.x.data) + (index * in.d + place.offset) * size_of(in.x.dtype),
-                  place.length * size_of(in.x.dtype));
+  return __any_sync(ALL, simple);
 }
 
 // The announcer, a warp: tells the producer and the consumers of each segment in the team's range.
 // most_tiles(rows): of a segment. name_row(index, state) is called for each row before the segment is placed,
-// know_row(index, state) before it is told.
-template <int TR, bool DEAL, int ROWS, typename MostTiles, typename NameRow, typename KnowRow>
+// know_row(index, state) before it is told; await(barrier, phase) until consumers have done with an earlier
+// one. begun: place_first has placed the first one.
+template <int TR, bool DEAL, int ROWS, typename MostTiles, typename NameRow, typename KnowRow, typename Await>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
                                          int64_t teams, int64_t team, Announcements<ROWS>& announced,
                                          const MostTiles& most_tiles, const NameRow& name_row,
-                                         const KnowRow& know_row, int lane) {
+                                         const KnowRow& know_row, const Await& await, int lane,
+                                         bool begun = false) {
   int slot = 0, phase = 1;
   const auto find = [&](int64_t at) { return find_unit(list, at, lane); };
   walk_units<DEAL>(list, teams, team, find, [&](const UnitShare& share, const Ranges<DEAL>& ranges) {
@@ -352,9 +309,9 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
       const int64_t stop = min(tiles.end, share.to);
       while (tile < stop) {
         const int count = static_cast<int>(min(stop - tile, int64_t{most_tiles(rows)}));
-        wait_barrier(&announced.done[slot], phase);
+        if (!begun) await(&announced.done[slot], phase);
         Segment<ROWS>& segment = announced.segments[slot];
-        if (lane == 0) {
+        if (lane == 0 && !begun) {
           const int64_t before = (tile - tiles.begin) * TR;
           segment.centre = tiles.first, segment.first = tiles.first + before;
           segment.tiles = count;
@@ -369,12 +326,14 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
         int64_t index = 0;
         if (lane < rows) {
           index = list.order[unit.first + lane];
-          segment.rows[lane].index = index;
-          name_row(index, segment.rows[lane]);
+          if (!begun) {
+            segment.rows[lane].index = index;
+            name_row(index, segment.rows[lane]);
+          }
         }
         __syncwarp();
         if (lane == 0) {
-          arrive(&announced.placed[slot]);
+          if (!begun) arrive(&announced.placed[slot]);
           if (share.from == 0 && share.to == unit.tiles) {
             segment.from = segment.to = static_cast<int>(team);
           } else {
@@ -382,9 +341,14 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
           }
         }
         if (lane < rows) {
-          bring_near(in, place, index);  // what the consumers will need
+          const bool here = !in.mailboxes || owner_of(in, index) == in.part;
+          if (place.vectors && here)  // what the consumers will need, brought near
+            prefetch_bulk(
+                static_cast<const char*>(in.x.data) + (index * in.d + place.offset) * size_of(in.x.dtype),
+                place.length * size_of(in.x.dtype));
           know_row(index, segment.rows[lane]);
         }
+        begun = false;
         __syncwarp();
         if (lane == 0) arrive(&announced.told[slot]);
         if (++slot == SEGMENT_SLOTS) slot = 0, phase ^= 1;
@@ -393,7 +357,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
       }
     }
   });
-  wait_barrier(&announced.done[slot], phase);
+  await(&announced.done[slot], phase);
   if (lane == 0) {
     announced.segments[slot].flags = SEGMENT_LIST_DONE;
     arrive(&announced.placed[slot]);
@@ -407,7 +371,8 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
                                          const MostTiles& most_tiles, int lane) {
   const auto name_row = [](int64_t, RowState&) {};
   const auto know_row = [&](int64_t index, RowState& row) { set_row(in, index, row); };
-  announce<TR, DEAL>(in, list, place, teams, team, announced, most_tiles, name_row, know_row, lane);
+  const auto await = [](Barrier* barrier, int phase) { wait_barrier(barrier, phase); };
+  announce<TR, DEAL>(in, list, place, teams, team, announced, most_tiles, name_row, know_row, await, lane);
 }
 
 // Of the online softmax, the same in all threads that share a row. The largest score, and the integer `top`

@@ -6,9 +6,10 @@
 // references into a ring in shared memory by bulk copies. Sixteen warps score a tile, leave their partial
 // sums for the mailers, and go on to the next one: LAG tiles later its scores have come back from the whole
 // team, the tile is read again and added to the row, and its stage is free. So the way over the team costs no
-// time. Two warps, the mailers, take tiles in turn: they add up the block's partial sums and send them to all
-// blocks of the team, through distributed shared memory where the team is a cluster, else through letters in
-// device memory, tagged with the number of their exchange, which they also await there.
+// time. In a cluster two warps, the mailers, take tiles in turn: they add up the block's partial sums and
+// send them to all blocks of the team, through distributed shared memory. Of a team all over the grid the
+// announcer adds them up and posts them, as letters in device memory, tagged with the number of their
+// exchange, which the mailers await.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -133,39 +134,16 @@ struct Teams {
       reinterpret_cast<int*>(parts.mail)[i] = 0;
   }
 
-  // The announcer, where rows are few: the list, and the first copies, before the block's threads meet.
-  __device__ __forceinline__ FewSegments<TR> begin(int lane) const {
-    FewSegments<TR> few(build_list_in_warp<TR, 1>(in, list, lane), teams, team);
+  // The announcer, where rows are few: the list, and the first copies, long before the rest can be known.
+  // Whether the first segment is placed.
+  __device__ __forceinline__ bool begin(int lane) const {
+    const LaneUnit unit = build_list_in_warp<TR, 1>(in, list, lane);
     Segment<1>& first = shared().announced.segments[0];
-    if (few.simple) few.place(in, SEGMENT_TILES, first, lane);
+    const bool placed = place_first<TR>(in, unit, teams, team, SEGMENT_TILES, first, lane);
     named_barrier(READY, 64);
-    const int tiles = few.simple ? copy_first(first, lane) : 0;
+    const int tiles = placed ? copy_first(first, lane) : 0;
     if (lane == 0) shared().early = tiles;
-    return few;
-  }
-  // Tells of the first segment, which is placed, and of the others.
-  __device__ __forceinline__ void announce_few(FewSegments<TR>& few, int lane) const {
-    auto& announced = shared().announced;
-    int slot = 0, phase = 1;
-    const auto tell = [&] {
-      if (lane == 0) {
-        arrive(&announced.placed[slot]);
-        arrive(&announced.told[slot]);
-      }
-      if (++slot == SEGMENT_SLOTS) slot = 0, phase ^= 1;
-    };
-    tell();
-#pragma unroll 1
-    while (few.more()) {
-      wait_barrier(&announced.done[slot], phase);
-      Segment<1>& segment = announced.segments[slot];
-      few.place(in, SEGMENT_TILES, segment, lane);
-      if (lane == 0) bring_near(in, place(), segment.rows[0].index);
-      tell();
-    }
-    wait_barrier(&announced.done[slot], phase);
-    if (lane == 0) announced.segments[slot].flags = SEGMENT_LIST_DONE;
-    tell();
+    return placed;
   }
   // As many tiles as may be on their way.
   __device__ __forceinline__ int copy_first(const Segment<1>& segment, int lane) const {
@@ -235,40 +213,13 @@ struct Teams {
     }
   }
 
-  __device__ __forceinline__ uint2* box(int number) const {
-    const int slot = number % TEAMS_SLOTS;
-    return parts.mail + (int64_t{team} * TEAMS_SLOTS + slot) * layout.slices * (TEAMS_LETTERS * WORDS);
-  }
-  // Until all blocks' letters are empty.
-  __device__ __forceinline__ void await_clearing(bool first) const {
-    if (first) {
-      wait_for_grid(arrive_in_grid());
-      arrive(&shared().cleared);
-    }
-    __syncwarp();
-    wait_barrier(&shared().cleared, 0);
-  }
-
-  // Posts this block's share of exchange `number`. False where it was the last.
-  __device__ __forceinline__ bool post(int number, int lane) const {
-    const int slot = number % TEAMS_SLOTS, half = lane / WORDS;
-    const Mail kind = shared().kinds[slot];
-    if (kind == Mail::done) return false;
-    const double share = share_of_block(slot, kind, lane);
-    if (half < TEAMS_LETTERS)
-      post_letter(box(number) + (rank * WORDS + lane % WORDS) * TEAMS_LETTERS + half,
-                  make_uint2(half == 0 ? __double2loint(share) : __double2hiint(share), number + 1));
-    return true;
-  }
-  // The team's letters of an exchange, those that fall to this lane, all on their way at once: of each word
-  // both, or of a single score, whose second one says nothing, the first. Whether they are there, and their
-  // sum.
+  // The team's letters of an exchange, those that fall to this lane: all on their way at once. Whether they
+  // are there, and their sum. Of single scores the first letter is all.
   template <int EACH>
-  __device__ __forceinline__ bool read_mail(int number, int lane, double& all) const {
-    const unsigned tag = number + 1;
-    const Mail kind = shared().kinds[number % TEAMS_SLOTS];
+  __device__ __forceinline__ bool read_mail(const uint2* from, unsigned tag, Mail kind, int lane,
+                                            double& all) const {
     const int words = layout.slices * WORDS;
-    const uint2* const mine = box(number) + lane * TEAMS_LETTERS;
+    const uint2* const mine = from + lane * TEAMS_LETTERS;
     bool there = true;
     all = 0;
     if (TR == 1 && kind == Mail::scores) {
@@ -283,42 +234,96 @@ struct Teams {
       for (int i = 0; i < EACH; ++i)
         there = there && letters[i].y == tag, sum += __uint_as_float(letters[i].x);
       all = pair(sum, 0);
-    } else {
-      uint4 letters[EACH];
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        letters[i] = uint4{0, tag, 0, tag};
-        if (i * 32 + lane < words) letters[i] = read_letters(mine + i * (32 * TEAMS_LETTERS));
-      }
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        there = there && letters[i].y == tag && letters[i].w == tag;
-        all =
-            plus(all, __hiloint2double(static_cast<int>(letters[i].z), static_cast<int>(letters[i].x)), kind);
-      }
+      return __all_sync(0xffffffffu, there);
     }
-    if (!__all_sync(0xffffffffu, there)) return false;
-    all = sum(all, kind);
-    return true;
+    uint4 letters[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      letters[i] = uint4{0, tag, 0, tag};
+      if (i * 32 + lane < words) letters[i] = read_letters(mine + i * (32 * TEAMS_LETTERS));
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      there = there && letters[i].y == tag && letters[i].w == tag;
+      all = plus(all, __hiloint2double(static_cast<int>(letters[i].z), static_cast<int>(letters[i].x)), kind);
+    }
+    return __all_sync(0xffffffffu, there);
   }
 
-  // Posts as soon as there is something to post, and awaits the team's letters meanwhile.
+  __device__ __forceinline__ uint2* box(int slot) const {
+    return parts.mail + (int64_t{team} * TEAMS_SLOTS + slot) * layout.slices * (TEAMS_LETTERS * WORDS);
+  }
+  // Until all blocks' letters are empty.
+  __device__ __forceinline__ void await_clearing(bool first) const {
+    if (first) {
+      wait_for_grid(arrive_in_grid());
+      arrive(&shared().cleared);
+    }
+    __syncwarp();
+    wait_barrier(&shared().cleared, 0);
+  }
+
+  // The announcer, between segments and after them: posts the block's share of the next exchange, if it is
+  // there.
+  struct Posts {
+    int number = 0;
+    bool done = false;
+  };
+  __device__ __forceinline__ Barrier* next_given(const Posts& posts) const {
+    return &shared().given[posts.number % TEAMS_SLOTS];
+  }
+  __device__ __forceinline__ void post(Posts& posts, int lane) const {
+    const int slot = posts.number % TEAMS_SLOTS, half = lane / WORDS;
+    if (posts.done || !__any_sync(0xffffffffu, has_passed(next_given(posts), posts.number / TEAMS_SLOTS & 1)))
+      return;
+    const Mail kind = shared().kinds[slot];
+    posts.done = kind == Mail::done;
+    if (posts.done) return;
+    const double share = share_of_block(slot, kind, lane);
+    if (layout.zeros > 0) wait_barrier(&shared().cleared, 0);
+    __syncwarp();
+    ++posts.number;
+    if (half < TEAMS_LETTERS)
+      post_letter(box(slot) + (rank * WORDS + lane % WORDS) * TEAMS_LETTERS + half,
+                  make_uint2(half == 0 ? __double2loint(share) : __double2hiint(share), posts.number));
+  }
+  __device__ __forceinline__ void tell(bool begun, int lane) const {
+    const bool posting = layout.team == Team::grid;
+    Posts posts;
+    const auto most_tiles = [](int) { return SEGMENT_TILES; };
+    const auto name_row = [&](int64_t index, RowState& row) {
+      row.index = index, row.x = x_of(in, index).data;
+    };
+    const auto know_row = [&](int64_t index, RowState& row) {
+      if (!knows_rows()) set_row(in, index, row);
+    };
+    const auto await = [&](Barrier* barrier, int phase) {
+      while (!__any_sync(0xffffffffu, has_passed(barrier, phase))) {
+        if (posting) post(posts, lane);
+      }
+    };
+    announce<TR, false>(in, list, place(), teams, team, shared().announced, most_tiles, name_row, know_row,
+                        await, lane, begun);
+    while (posting && !posts.done) {
+      wait_barrier(next_given(posts), posts.number / TEAMS_SLOTS & 1);
+      post(posts, lane);
+    }
+  }
+
+  // Awaits the team's letters.
   template <int EACH>
   __device__ __forceinline__ void carry_mail_in_grid(int number, int lane) const {
-    int posted = number;  // the next one to post
-    for (bool done = false; !done || number != posted;) {
-      if (!done && __any_sync(0xffffffffu,
-                              has_passed(&shared().given[posted % TEAMS_SLOTS], posted / TEAMS_SLOTS & 1))) {
-        done = !post(posted, lane);
-        if (!done) posted += TEAMS_MAILERS;
-      }
-      double all;
-      if (number == posted || !read_mail<EACH>(number, lane, all)) continue;
+    for (;; number += TEAMS_MAILERS) {
       const int slot = number % TEAMS_SLOTS;
+      wait_barrier(&shared().given[slot], number / TEAMS_SLOTS & 1);
+      const Mail kind = shared().kinds[slot];
+      if (kind == Mail::done) return;
+      double all;
+      while (!read_mail<EACH>(box(slot), static_cast<unsigned>(number) + 1, kind, lane, all)) continue;
+      all = sum(all, kind);
       if (lane < WORDS) shared().mail[slot][0][lane] = all;
       __syncwarp();
       if (lane == 0) arrive(&shared().mailed[slot]);
-      number += TEAMS_MAILERS;
     }
   }
 
@@ -693,11 +698,11 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   if (!layout.merge_last) allow_next_launch();
   const bool short_list = kernel.knows_rows();
   if (layout.own_list && !short_list) read_rows(in, *scratch);
-  FewSegments<TR> few;
+  bool begun = false;
   if (other < 0) {
     kernel.prepare(tid);
   } else if (short_list && other < 32) {
-    few = kernel.begin(lane);
+    begun = kernel.begin(lane);
   } else if (short_list && other >= 64 && other < 64 + in.n) {
     set_row(in, other - 64, shared.known[other - 64]);
   }
@@ -708,20 +713,11 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     take_registers<teams_consumer_registers(Q)>();
     kernel.consume(tid);
   } else {
+    if (begun && other == 0) arrive(&shared.announced.placed[0]);
     give_up_registers<teams_other_registers(Q)>();
     if (layout.own_list && !short_list) build_own_list<TR, 1, false>(in, list, *scratch, other);
-    if (other < 32 && few.simple) {
-      kernel.announce_few(few, lane);
-    } else if (other < 32) {
-      const auto most_tiles = [](int) { return Kernel::SEGMENT_TILES; };
-      const auto name_row = [&](int64_t index, RowState& row) {
-        row.index = index, row.x = x_of(in, index).data;
-      };
-      const auto know_row = [&](int64_t index, RowState& row) {
-        if (!short_list) set_row(in, index, row);
-      };
-      announce<TR, false>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced, most_tiles,
-                          name_row, know_row, lane);
+    if (other < 32) {
+      kernel.tell(begun, lane);
     } else if (other < 64) {
       kernel.produce(lane);
     } else {
