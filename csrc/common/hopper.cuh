@@ -162,6 +162,29 @@ __device__ inline void meet_cluster() {
   SVEL_HOPPER_ASM("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" :: : "memory");
 }
 
+// The barrier of a cooperative launch, as cooperative_groups has it, in two steps, each by one thread of
+// every block: what the blocks' threads wrote before a barrier in their block is there for whoever has
+// waited, and for the threads that a barrier joins him with.
+__device__ inline unsigned* grid_barrier() {
+  unsigned high, low;
+  asm("mov.u32 %0, %%envreg1;" : "=r"(high));
+  asm("mov.u32 %0, %%envreg2;" : "=r"(low));
+  return reinterpret_cast<unsigned*>(uint64_t{high} << 32 | low) + 1;
+}
+__device__ inline unsigned arrive_in_grid() {
+  const unsigned arrivals = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;  // all: the highest bit
+  unsigned before = 0;
+  SVEL_HOPPER_ASM("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(grid_barrier()),
+                  "r"(arrivals) : "memory");
+  return before;
+}
+__device__ inline void wait_for_grid(unsigned before) {
+  unsigned now = 0x80000000u ^ before;
+  do {
+    SVEL_HOPPER_ASM("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(grid_barrier()) : "memory");
+  } while (((before ^ now) & 0x80000000u) == 0);
+}
+
 // To a counter of arrivals in device memory: what the block's threads wrote before a barrier is there for
 // whoever finds a higher number, and for the threads that a barrier joins him with. Returns the number so
 // far.
@@ -175,6 +198,14 @@ __device__ inline int add_arrival(int* counter) {
 __device__ inline void post_letter(uint2* to, uint2 letter) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(letter.x), "r"(letter.y)
                : "memory");
+}
+__device__ inline uint2 read_letter(const uint2* from) {
+  uint2 letter;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(letter.x), "=r"(letter.y)
+               : "l"(from)
+               : "memory");
+  return letter;
 }
 // Two letters side by side.
 __device__ inline uint4 read_letters(const uint2* from) {

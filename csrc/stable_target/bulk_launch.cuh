@@ -263,7 +263,9 @@ struct Launch : BulkLaunch {
     place_settling(carver, parts, blocks, layout.slices, layout.slice, layout.merge_last);
     if (!layout.own_list) {
       build_unit_list(op, in, list, first, count, TR, 1, stream);
-    } else if (layout.merge_last || layout.team == Team::grid) {
+    } else if (layout.team == Team::grid) {
+      layout.zeros = static_cast<int>(count);
+    } else if (layout.merge_last) {
       zero_arrivals(op, first, count, stream);
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));

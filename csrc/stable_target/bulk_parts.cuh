@@ -183,6 +183,28 @@ __device__ __forceinline__ double subtract_centre(const RowState& row, const uin
   return square;
 }
 
+// The latter alone, for who wants it rarely and keeps its code out of the way of the rest.
+template <typename T, int Q, int SLOTS>
+__device__ __forceinline__ double square_from_centre(const RowState& row, const uint4 (&packed)[SLOTS],
+                                                     const float (&y)[Q]) {
+  constexpr int EV = Q / SLOTS;
+  double square = 0;
+#pragma unroll
+  for (int s = 0; s < SLOTS; ++s) {
+    uint4 raw = packed[s];
+    asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));  // converted here, not before
+    float c[EV];
+    unpack<T, EV>(raw, c);
+#pragma unroll
+    for (int k = 0; k < EV; ++k) {
+      const double exact =
+          fma(-row.alpha, static_cast<double>(c[k]), static_cast<double>(row.sign * y[s * EV + k]));
+      square = fma(exact, exact, square);
+    }
+  }
+  return square;
+}
+
 // Where a block works: its slice of D, and its rows of a unit.
 struct RowPlace {
   int64_t slices;
@@ -237,14 +259,52 @@ struct Announcements {
   }
 };
 
+// The first segment of a team, from what the lanes of a warp know of a list of units of one row that all cost
+// the same for a tile: long before it can be found in the list. False where that is not so simple.
+template <int TR>
+__device__ __forceinline__ bool place_first(const Inputs& in, const LaneUnit& unit, unsigned teams,
+                                            unsigned team, int most_tiles, Segment<1>& segment, int lane) {
+  constexpr unsigned ALL = 0xffffffffu;
+  if (unit.cost >> 30 != 0) return false;
+  const unsigned cost = static_cast<unsigned>(unit.cost), tiles = static_cast<unsigned>(unit.tiles);
+  const unsigned number = max(min(teams, cost / TILE_WEIGHT), 1u);
+  const unsigned length = cost / number, longer = cost - length * number;
+  const auto begin_of = [&](unsigned at) {
+    at = min(at, number);
+    return length * at + min(at, longer);
+  };
+  const unsigned low = begin_of(team), high = begin_of(team + 1), begin = static_cast<unsigned>(unit.begin);
+  const unsigned from = low > begin ? (low - begin + TILE_WEIGHT - 1) / TILE_WEIGHT : 0;
+  const unsigned to = high > begin ? min((high - begin + TILE_WEIGHT - 1) / TILE_WEIGHT, tiles) : 0;
+  const bool mine = unit.leads && from < to;
+  const unsigned first = __reduce_min_sync(ALL, mine ? begin : ALL);
+  const bool chosen = mine && begin == first, simple = chosen && unit.label >= 0 && unit.count > 0;
+  if (simple) {
+    const unsigned count = min(to - from, static_cast<unsigned>(most_tiles)), up_to = from + count;
+    const int64_t before = static_cast<int64_t>(from) * TR;
+    segment.centre = unit.label * in.m, segment.first = segment.centre + before;
+    segment.tiles = static_cast<int>(count);
+    segment.references = static_cast<int>(min(unit.count - before, static_cast<int64_t>(count) * TR));
+    segment.flags = SEGMENT_PART_BEGIN | (from == 0 ? SEGMENT_UNIT_BEGIN : 0) |
+                    (up_to == to ? SEGMENT_PART_END : 0) | (up_to == tiles ? SEGMENT_UNIT_END : 0) |
+                    (begin + tiles * TILE_WEIGHT >= high && up_to == to ? SEGMENT_LAST : 0);
+    segment.squares = in.lse.data != nullptr;
+    segment.alone = unit.alone, segment.count = 1, segment.order = unit.first;
+    segment.rows[0].index = lane, segment.rows[0].x = x_of(in, lane).data;
+  }
+  return __any_sync(ALL, simple);
+}
+
 // The announcer, a warp: tells the producer and the consumers of each segment in the team's range.
 // most_tiles(rows): of a segment. name_row(index, state) is called for each row before the segment is placed,
-// know_row(index, state) before it is told.
-template <int TR, bool DEAL, int ROWS, typename MostTiles, typename NameRow, typename KnowRow>
+// know_row(index, state) before it is told; await(barrier, phase) until consumers have done with an earlier
+// one. begun: place_first has placed the first one.
+template <int TR, bool DEAL, int ROWS, typename MostTiles, typename NameRow, typename KnowRow, typename Await>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
                                          int64_t teams, int64_t team, Announcements<ROWS>& announced,
                                          const MostTiles& most_tiles, const NameRow& name_row,
-                                         const KnowRow& know_row, int lane) {
+                                         const KnowRow& know_row, const Await& await, int lane,
+                                         bool begun = false) {
   int slot = 0, phase = 1;
   const auto find = [&](int64_t at) { return find_unit(list, at, lane); };
   walk_units<DEAL>(list, teams, team, find, [&](const UnitShare& share, const Ranges<DEAL>& ranges) {
@@ -257,9 +317,9 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
       const int64_t stop = min(tiles.end, share.to);
       while (tile < stop) {
         const int count = static_cast<int>(min(stop - tile, int64_t{most_tiles(rows)}));
-        wait_barrier(&announced.done[slot], phase);
+        if (!begun) await(&announced.done[slot], phase);
         Segment<ROWS>& segment = announced.segments[slot];
-        if (lane == 0) {
+        if (lane == 0 && !begun) {
           const int64_t before = (tile - tiles.begin) * TR;
           segment.centre = tiles.first, segment.first = tiles.first + before;
           segment.tiles = count;
@@ -274,12 +334,14 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
         int64_t index = 0;
         if (lane < rows) {
           index = list.order[unit.first + lane];
-          segment.rows[lane].index = index;
-          name_row(index, segment.rows[lane]);
+          if (!begun) {
+            segment.rows[lane].index = index;
+            name_row(index, segment.rows[lane]);
+          }
         }
         __syncwarp();
         if (lane == 0) {
-          arrive(&announced.placed[slot]);
+          if (!begun) arrive(&announced.placed[slot]);
           if (share.from == 0 && share.to == unit.tiles) {
             segment.from = segment.to = static_cast<int>(team);
           } else {
@@ -294,6 +356,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
                 place.length * size_of(in.x.dtype));
           know_row(index, segment.rows[lane]);
         }
+        begun = false;
         __syncwarp();
         if (lane == 0) arrive(&announced.told[slot]);
         if (++slot == SEGMENT_SLOTS) slot = 0, phase ^= 1;
@@ -302,7 +365,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
       }
     }
   });
-  wait_barrier(&announced.done[slot], phase);
+  await(&announced.done[slot], phase);
   if (lane == 0) {
     announced.segments[slot].flags = SEGMENT_LIST_DONE;
     arrive(&announced.placed[slot]);
@@ -316,7 +379,8 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
                                          const MostTiles& most_tiles, int lane) {
   const auto name_row = [](int64_t, RowState&) {};
   const auto know_row = [&](int64_t index, RowState& row) { set_row(in, index, row); };
-  announce<TR, DEAL>(in, list, place, teams, team, announced, most_tiles, name_row, know_row, lane);
+  const auto await = [](Barrier* barrier, int phase) { wait_barrier(barrier, phase); };
+  announce<TR, DEAL>(in, list, place, teams, team, announced, most_tiles, name_row, know_row, await, lane);
 }
 
 // Of the online softmax, the same in all threads that share a row. The largest score, and the integer `top`

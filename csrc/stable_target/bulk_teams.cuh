@@ -6,9 +6,10 @@
 // references into a ring in shared memory by bulk copies. Sixteen warps score a tile, leave their partial
 // sums for the mailers, and go on to the next one: LAG tiles later its scores have come back from the whole
 // team, the tile is read again and added to the row, and its stage is free. So the way over the team costs no
-// time. Two warps, the mailers, take tiles in turn: they add up the block's partial sums and send them to all
-// blocks of the team, through distributed shared memory where the team is a cluster, else through letters in
-// device memory, tagged with the number of their exchange, which they also await there.
+// time. In a cluster two warps, the mailers, take tiles in turn: they add up the block's partial sums and
+// send them to all blocks of the team, through distributed shared memory. Of a team all over the grid the
+// announcer adds them up and posts them, as letters in device memory, tagged with the number of their
+// exchange, which the mailers await.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -27,6 +28,7 @@ struct TeamsLayout {
   bool vectors;           // x, source and out allow 16-byte loads and stores
   bool own_list;          // each block builds the list of units in its shared memory
   bool merge_last;        // the last team to finish merges; else merge_kernel
+  int zeros;              // words from BulkParts::mail on that the kernel clears itself, of Team::grid
 };
 
 // Exchanges that have memory of their own: that of exchange e is used again by e + SLOTS. A block sends that
@@ -52,7 +54,7 @@ template <int WORDS>
 struct TeamsShared {
   static constexpr int WARPS = GROUPS_CONSUMERS / 32;
   Barrier full[BULK_MAX_STAGES], empty[BULK_MAX_STAGES];
-  Barrier rows_known;                               // see `known`
+  Barrier cleared;                                  // what is zero at first, in all blocks
   Barrier given[TEAMS_SLOTS], mailed[TEAMS_SLOTS];  // shares of the block's warps; of the team's blocks
   alignas(16) double shares[TEAMS_SLOTS][WARPS][WORDS];
   alignas(16) double mail[TEAMS_SLOTS][WORDS == 1 ? BULK_MAX_CLUSTER : 1][WORDS];
@@ -62,6 +64,7 @@ struct TeamsShared {
   double shift;                    // |y|^2 / (2 sigma^2) in units of log 2
   PartRow moved;                   // to memory already
   int last;
+  int early;     // tiles of the first segment that are on their way already
   int doubtful;  // the first of the rows to be settled
 };
 
@@ -73,6 +76,7 @@ struct Teams {
   static constexpr int WORDS = TR <= 2 ? 1 : TR / 2;
   static constexpr bool CLUSTERS = WORDS == 1;  // teams may be clusters
   using Shared = TeamsShared<WORDS>;
+  static constexpr int READY = 2;  // the barrier of those that begin
   static constexpr int64_t FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
 
   const Inputs& in;
@@ -98,22 +102,82 @@ struct Teams {
     return {layout.slices, rank, 1, layout.slice, offset, length, layout.vectors};
   }
 
+  // Up to WARP_LIST_ROWS rows all blocks know from the start.
+  __device__ __forceinline__ bool knows_rows() const { return layout.own_list && in.n <= WARP_LIST_ROWS; }
+
+  // Before the block's threads meet.
+
+  // The consumers: barriers, and what is zero at first in this block's share of the device memory.
+  __device__ __forceinline__ void prepare(int tid) const {
+    Shared& s = shared();
+    if (tid == 32 || tid == 64) {
+#pragma unroll 1
+      for (int i = 0; i < layout.stages; ++i)
+        init_barrier((tid == 32 ? s.full : s.empty) + i, tid == 32 ? 1 : WARPS);
+    } else if (tid == 96 || tid == 128) {
+#pragma unroll 1
+      for (int i = 0; i < TEAMS_SLOTS; ++i)
+        init_barrier((tid == 96 ? s.given : s.mailed) + i, tid == 96 ? WARPS : 1);
+    } else if (tid == 160) {
+      init_barrier(&s.cleared, 1);
+      s.announced.init(WARPS);
+      s.doubtful = NO_ROW;
+      if (!knows_rows()) s.early = 0;
+    }
+    if (tid % 32 == 0 && tid <= 160) publish_barriers();
+    __syncwarp();
+    if (knows_rows() && tid / 32 == 1) named_barrier_arrive(READY, 64);
+    constexpr int CLEARING = THREADS / 2;
+#pragma unroll 1
+    for (int i = (tid - CLEARING) * gridDim.x + blockIdx.x; tid >= CLEARING && i < layout.zeros;
+         i += CLEARING * gridDim.x)
+      reinterpret_cast<int*>(parts.mail)[i] = 0;
+  }
+
+  // The announcer, where rows are few: the list, and the first copies, long before the rest can be known.
+  // Whether the first segment is placed.
+  __device__ __forceinline__ bool begin(int lane) const {
+    const LaneUnit unit = build_list_in_warp<TR, 1>(in, list, lane);
+    Segment<1>& first = shared().announced.segments[0];
+    const bool placed = place_first<TR>(in, unit, teams, team, SEGMENT_TILES, first, lane);
+    named_barrier(READY, 64);
+    const int tiles = placed ? copy_first(first, lane) : 0;
+    if (lane == 0) shared().early = tiles;
+    return placed;
+  }
+  // As many tiles as may be on their way.
+  __device__ __forceinline__ int copy_first(const Segment<1>& segment, int lane) const {
+    const int tiles = min(segment.tiles, layout.in_flight), tile = lane / TR;
+    const uint32_t bytes = static_cast<uint32_t>(length * sizeof(T));
+    if (lane < tiles)
+      arrive_expecting(&shared().full[lane], max(min(segment.references - lane * TR, TR), 0) * bytes);
+    __syncwarp();
+    if (tile < tiles && lane < segment.references)
+      bulk_copy(stage(tile) + lane % TR * layout.slice,
+                static_cast<const T*>(in.refs.data) + (segment.first + lane) * in.d + offset, bytes,
+                &shared().full[tile], segment.alone ? read_once_policy() : usual_policy());
+    return tiles;
+  }
+
   // The producer: each lane issues the copy of one reference.
   __device__ __forceinline__ void produce(int lane) const {
     const uint64_t once = read_once_policy(), usual = usual_policy();
     const uint32_t bytes = static_cast<uint32_t>(length * sizeof(T));
-    int s = 0, phase = 1, slot = 0, slot_phase = 0;
+    int early = shared().early;
+    int s = early, phase = 1, slot = 0, slot_phase = 0;
     // The tile that must have arrived before the next one is on its way.
-    int behind = layout.stages - layout.in_flight, behind_phase = 1;
+    int behind = layout.stages - layout.in_flight + early, behind_phase = 1;
+    if (behind >= layout.stages) behind -= layout.stages, behind_phase = 0;
     for (;;) {
       wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<1>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) return;
       const uint64_t policy = segment.alone ? once : usual;
-      const T* from = static_cast<const T*>(in.refs.data) + (segment.first + lane) * in.d + offset;
-      int left = segment.references;
+      const T* from =
+          static_cast<const T*>(in.refs.data) + (segment.first + early * TR + lane) * in.d + offset;
+      int left = segment.references - early * TR;
 #pragma unroll 1
-      for (int tiles = segment.tiles; tiles > 0; --tiles, left -= TR, from += TR * in.d) {
+      for (int tiles = segment.tiles - early; tiles > 0; --tiles, left -= TR, from += TR * in.d) {
         const int many = max(min(left, TR), 0);
         wait_barrier(&shared().full[behind], behind_phase);
         if (++behind == layout.stages) behind = 0, behind_phase ^= 1;
@@ -123,6 +187,7 @@ struct Teams {
         if (lane < many) bulk_copy(stage(s) + lane * layout.slice, from, bytes, &shared().full[s], policy);
         if (++s == layout.stages) s = 0, phase ^= 1;
       }
+      early = 0;
       __syncwarp();  // all lanes have read the segment before the consumers can be done with it
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
@@ -149,20 +214,34 @@ struct Teams {
   }
 
   // The team's letters of an exchange, those that fall to this lane: all on their way at once. Whether they
-  // are there, and their sum.
+  // are there, and their sum. Of single scores the first letter is all.
   template <int EACH>
   __device__ __forceinline__ bool read_mail(const uint2* from, unsigned tag, Mail kind, int lane,
                                             double& all) const {
     const int words = layout.slices * WORDS;
+    const uint2* const mine = from + lane * TEAMS_LETTERS;
+    bool there = true;
+    all = 0;
+    if (TR == 1 && kind == Mail::scores) {
+      uint2 letters[EACH];
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        letters[i] = uint2{0, tag};
+        if (i * 32 + lane < words) letters[i] = read_letter(mine + i * (32 * TEAMS_LETTERS));
+      }
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < EACH; ++i)
+        there = there && letters[i].y == tag, sum += __uint_as_float(letters[i].x);
+      all = pair(sum, 0);
+      return __all_sync(0xffffffffu, there);
+    }
     uint4 letters[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-      const int word = i * 32 + lane;
       letters[i] = uint4{0, tag, 0, tag};
-      if (word < words) letters[i] = read_letters(from + word * TEAMS_LETTERS);
+      if (i * 32 + lane < words) letters[i] = read_letters(mine + i * (32 * TEAMS_LETTERS));
     }
-    bool there = true;
-    all = 0;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       there = there && letters[i].y == tag && letters[i].w == tag;
@@ -171,40 +250,80 @@ struct Teams {
     return __all_sync(0xffffffffu, there);
   }
 
-  // Posts as soon as there is something to post, and awaits the team's letters meanwhile.
+  __device__ __forceinline__ uint2* box(int slot) const {
+    return parts.mail + (int64_t{team} * TEAMS_SLOTS + slot) * layout.slices * (TEAMS_LETTERS * WORDS);
+  }
+  // Until all blocks' letters are empty.
+  __device__ __forceinline__ void await_clearing(bool first) const {
+    if (first) {
+      wait_for_grid(arrive_in_grid());
+      arrive(&shared().cleared);
+    }
+    __syncwarp();
+    wait_barrier(&shared().cleared, 0);
+  }
+
+  // The announcer, between segments and after them: posts the block's share of the next exchange, if it is
+  // there.
+  struct Posts {
+    int number = 0;
+    bool done = false;
+  };
+  __device__ __forceinline__ Barrier* next_given(const Posts& posts) const {
+    return &shared().given[posts.number % TEAMS_SLOTS];
+  }
+  __device__ __forceinline__ void post(Posts& posts, int lane) const {
+    const int slot = posts.number % TEAMS_SLOTS, half = lane / WORDS;
+    if (posts.done || !__any_sync(0xffffffffu, has_passed(next_given(posts), posts.number / TEAMS_SLOTS & 1)))
+      return;
+    const Mail kind = shared().kinds[slot];
+    posts.done = kind == Mail::done;
+    if (posts.done) return;
+    const double share = share_of_block(slot, kind, lane);
+    if (layout.zeros > 0) wait_barrier(&shared().cleared, 0);
+    __syncwarp();
+    ++posts.number;
+    if (half < TEAMS_LETTERS)
+      post_letter(box(slot) + (rank * WORDS + lane % WORDS) * TEAMS_LETTERS + half,
+                  make_uint2(half == 0 ? __double2loint(share) : __double2hiint(share), posts.number));
+  }
+  __device__ __forceinline__ void tell(bool begun, int lane) const {
+    const bool posting = layout.team == Team::grid;
+    Posts posts;
+    const auto most_tiles = [](int) { return SEGMENT_TILES; };
+    const auto name_row = [&](int64_t index, RowState& row) {
+      row.index = index, row.x = x_of(in, index).data;
+    };
+    const auto know_row = [&](int64_t index, RowState& row) {
+      if (!knows_rows()) set_row(in, index, row);
+    };
+    const auto await = [&](Barrier* barrier, int phase) {
+      while (!__any_sync(0xffffffffu, has_passed(barrier, phase))) {
+        if (posting) post(posts, lane);
+      }
+    };
+    announce<TR, false>(in, list, place(), teams, team, shared().announced, most_tiles, name_row, know_row,
+                        await, lane, begun);
+    while (posting && !posts.done) {
+      wait_barrier(next_given(posts), posts.number / TEAMS_SLOTS & 1);
+      post(posts, lane);
+    }
+  }
+
+  // Awaits the team's letters.
   template <int EACH>
   __device__ __forceinline__ void carry_mail_in_grid(int number, int lane) const {
-    const auto box = [&](int slot) {
-      return parts.mail + (int64_t{team} * TEAMS_SLOTS + slot) * layout.slices * (TEAMS_LETTERS * WORDS);
-    };
-    int posted = number;  // the next one to post
-    for (bool done = false;;) {
-      int slot = posted % TEAMS_SLOTS;
-      if (!done && __any_sync(0xffffffffu, has_passed(&shared().given[slot], posted / TEAMS_SLOTS & 1))) {
-        const Mail kind = shared().kinds[slot];
-        done = kind == Mail::done;
-        if (!done) {
-          const double share = share_of_block(slot, kind, lane);
-          const int half = lane / WORDS;
-          if (half < TEAMS_LETTERS)
-            post_letter(box(slot) + (rank * WORDS + lane % WORDS) * TEAMS_LETTERS + half,
-                        make_uint2(half == 0 ? __double2loint(share) : __double2hiint(share), posted + 1));
-          posted += TEAMS_MAILERS;
-        }
-      }
-      if (number == posted) {
-        if (done) return;
-        continue;
-      }
-      slot = number % TEAMS_SLOTS;
+    for (;; number += TEAMS_MAILERS) {
+      const int slot = number % TEAMS_SLOTS;
+      wait_barrier(&shared().given[slot], number / TEAMS_SLOTS & 1);
       const Mail kind = shared().kinds[slot];
+      if (kind == Mail::done) return;
       double all;
-      if (!read_mail<EACH>(box(slot), static_cast<unsigned>(number) + 1, kind, lane, all)) continue;
+      while (!read_mail<EACH>(box(slot), static_cast<unsigned>(number) + 1, kind, lane, all)) continue;
       all = sum(all, kind);
       if (lane < WORDS) shared().mail[slot][0][lane] = all;
       __syncwarp();
       if (lane == 0) arrive(&shared().mailed[slot]);
-      number += TEAMS_MAILERS;
     }
   }
 
@@ -237,6 +356,10 @@ struct Teams {
   }
 
   // The consumers.
+
+  __device__ __forceinline__ const RowState& row_of(const Segment<1>& segment) const {
+    return knows_rows() ? shared().known[segment.rows[0].index] : segment.rows[0];
+  }
 
   struct Mine {          // of the row, in this thread
     float y[Q], sum[Q];  // sum: weighted, of r_j - c
@@ -304,7 +427,7 @@ struct Teams {
   // works out what else there is to know of the row.
   __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<1>& segment, Barrier* told,
                                                 int phase, int& exchanges, int tid) const {
-    const RowState& row = segment.rows[0];
+    const RowState& row = row_of(segment);
     load({row.x, in.x.dtype}, row.index, tid, mine.y);
     const T* const from = static_cast<const T*>(in.refs.data) + segment.centre * in.d + offset;
 #pragma unroll
@@ -313,8 +436,9 @@ struct Teams {
       if (segment.centre >= 0 && element(tid, s) < length)
         mine.c[s] = *reinterpret_cast<const uint4*>(from + element(tid, s));
     }
-    wait_barrier(told, phase);
-    const double square = subtract_centre<T>(row, mine.c, segment.squares, mine.y);
+    if (!knows_rows()) wait_barrier(told, phase);
+    const double square = segment.squares ? square_from_centre<T>(row, mine.c, mine.y) : 0;
+    subtract_centre<T>(row, mine.c, false, mine.y);
     mine.half_alpha = row.half_alpha, mine.scores.rate = row.rate;
     mine.scores.reset(), mine.source = 0;
 #pragma unroll
@@ -407,9 +531,56 @@ struct Teams {
     mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
   }
 
+  // The same for what most rows are: of one team and one segment, float32, without a source. In few
+  // instructions, which come from memory for the first time when all else is done.
+  __device__ __forceinline__ bool ends_at_once(const Mine& mine, const Segment<1>& segment) const {
+    constexpr int ALL = SEGMENT_PART_BEGIN | SEGMENT_PART_END;
+    return (segment.flags & ALL) == ALL && segment.from == segment.to && layout.vectors &&
+           in.x.dtype == Dtype::f32 && in.out.dtype == Dtype::f32 && mine.source == 0;
+  }
+  __device__ __forceinline__ void end_at_once(Mine& mine, const Segment<1>& segment, int tid) const {
+    const RowState& row = row_of(segment);
+    const int64_t base = row.index * in.d + offset;
+    const float* const x = static_cast<const float*>(row.x) + base;
+    float* const out = static_cast<float*>(row.out) + base;
+#pragma unroll
+    for (int s = 0; s < SLOTS; ++s) {
+#pragma unroll
+      for (int k = 0; k < EV; k += 4) {
+        float4 v = make_float4(0, 0, 0, 0);
+        if (element(tid, s) < length && row.a != 0)
+          v = *reinterpret_cast<const float4*>(x + element(tid, s) + k);
+        float* const y = mine.y + s * EV + k;
+        y[0] = v.x, y[1] = v.y, y[2] = v.z, y[3] = v.w;
+      }
+    }
+    const PartRow own{mine.scores.top - shared().shift, mine.scores.total, mine.scores.lead(),
+                      mine.scores.worst * mine.scores.rate};
+    const double a = row.a, b = row.b, by_sum = b / own.total;
+#pragma unroll
+    for (int s = 0; s < SLOTS; ++s) {
+      float c[EV];
+      unpack<T, EV>(mine.c[s], c);
+#pragma unroll
+      for (int k = 0; k < EV; k += 4) {
+        float v[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int q = s * EV + k + i;
+          v[i] = static_cast<float>(
+              fma(by_sum, static_cast<double>(mine.sum[q]),
+                  fma(b, static_cast<double>(c[k + i]), a * static_cast<double>(mine.y[q]))));
+        }
+        if (element(tid, s) < length)
+          *reinterpret_cast<float4*>(out + element(tid, s) + k) = make_float4(v[0], v[1], v[2], v[3]);
+      }
+    }
+    if (tid == 0) finish_row(in, parts, place(), row.index, own, &shared().doubtful);
+  }
+
   // A segment's sums, to the row's result or to its part in memory.
   __device__ __forceinline__ void end_segment(Mine& mine, const Segment<1>& segment, int tid) const {
-    const RowState& row = segment.rows[0];
+    const RowState& row = row_of(segment);
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool ends = flags & SEGMENT_PART_END, whole = ends && others == 0;
     RowEnd end{row.index, row.out, 0, segment.from, segment.to, row.a, row.b, {}};
@@ -454,6 +625,7 @@ struct Teams {
     if (!ends || whole || !layout.merge_last) return;
     if (tid == 0) {
       wait_for_previous_launch();  // which sets the counts to zero
+      if (layout.zeros > 0) wait_barrier(&shared().cleared, 0);
       shared().last =
           add_arrival(parts.arrived + static_cast<int64_t>(segment.order) * layout.slices + rank) == others;
     }
@@ -488,8 +660,13 @@ struct Teams {
       }
       if (references > 0) exchanges += tiles;
       if (in.source.data && segment.flags & SEGMENT_UNIT_END)
-        weigh_own_source(mine, segment.rows[0], exchanges, tid);
-      end_segment(mine, segment, tid);
+        weigh_own_source(mine, row_of(segment), exchanges, tid);
+      wait_barrier(&shared().announced.told[slot], slot_phase);
+      if (ends_at_once(mine, segment)) {
+        end_at_once(mine, segment, tid);
+      } else {
+        end_segment(mine, segment, tid);
+      }
       __syncwarp();
       if (tid % 32 == 0) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
@@ -517,59 +694,38 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   }
   const Kernel kernel{in, list, parts, layout, staging};
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
-  const int tid = threadIdx.x, other = tid - GROUPS_CONSUMERS;
+  const int tid = threadIdx.x, other = tid - GROUPS_CONSUMERS, lane = tid % 32;
   if (!layout.merge_last) allow_next_launch();
-  const bool short_list = layout.own_list && in.n <= WARP_LIST_ROWS;
+  const bool short_list = kernel.knows_rows();
   if (layout.own_list && !short_list) read_rows(in, *scratch);
-  if (short_list && other >= 0 && other < 32) build_list_in_warp<TR, 1>(in, list, other);
-  if (other == 32) {
-#pragma unroll 1
-    for (int s = 0; s < layout.stages; ++s) {
-      init_barrier(&shared.full[s], 1);
-      init_barrier(&shared.empty[s], Kernel::WARPS);
-    }
-#pragma unroll 1
-    for (int slot = 0; slot < TEAMS_SLOTS; ++slot) {
-      init_barrier(&shared.given[slot], Kernel::WARPS);
-      init_barrier(&shared.mailed[slot], 1);
-    }
-    init_barrier(&shared.rows_known, 32);
-    shared.announced.init(Kernel::WARPS);
-    shared.doubtful = NO_ROW;
-    publish_barriers();
+  bool begun = false;
+  if (other < 0) {
+    kernel.prepare(tid);
+  } else if (short_list && other < 32) {
+    begun = kernel.begin(lane);
+  } else if (short_list && other >= 64 && other < 64 + in.n) {
+    set_row(in, other - 64, shared.known[other - 64]);
   }
   __syncthreads();
   if (layout.team == Team::cluster) meet_cluster();
   if (!layout.own_list) wait_for_previous_launch();
-  if (other >= 0) {
+  if (other < 0) {
+    take_registers<teams_consumer_registers(Q)>();
+    kernel.consume(tid);
+  } else {
+    if (begun && other == 0) arrive(&shared.announced.placed[0]);
     give_up_registers<teams_other_registers(Q)>();
     if (layout.own_list && !short_list) build_own_list<TR, 1, false>(in, list, *scratch, other);
     if (other < 32) {
-      const auto most_tiles = [](int) { return Kernel::SEGMENT_TILES; };
-      const auto name_row = [&](int64_t index, RowState& row) {
-        row.index = index, row.x = x_of(in, index).data;
-      };
-      const auto know_row = [&](int64_t index, RowState& row) {
-        if (!short_list) return set_row(in, index, row);
-        wait_barrier(&shared.rows_known, 0);
-        row = shared.known[index];
-      };
-      announce<TR, false>(in, list, kernel.place(), kernel.teams, kernel.team, shared.announced, most_tiles,
-                          name_row, know_row, other);
+      kernel.tell(begun, lane);
     } else if (other < 64) {
-      kernel.produce(other - 32);
+      kernel.produce(lane);
     } else {
-      if (short_list && other < 96) {
-        if (other - 64 < in.n) set_row(in, other - 64, shared.known[other - 64]);
-        arrive(&shared.rows_known);
-      }
+      if (layout.zeros > 0) kernel.await_clearing(other == 64);
       if (layout.own_list && !layout.merge_last && blockIdx.x == 0 && other >= 96)
-        leave_list(in, list, shared_list, other - 96, 32);
-      kernel.carry_mail(other / 32 - 2, other % 32);
+        leave_list(in, list, shared_list, lane, 32);
+      kernel.carry_mail(other / 32 - 2, lane);
     }
-  } else {
-    take_registers<teams_consumer_registers(Q)>();
-    kernel.consume(tid);
   }
   if (layout.team == Team::cluster) {  // no block leaves while another may write to its shared memory
     __syncwarp();

@@ -402,9 +402,16 @@ __device__ __forceinline__ void build_own_list(const Inputs& in, const UnitList&
   barrier();
 }
 
+// Of that list, what a lane knows: its row, where that leads a unit, and the cost of all.
+struct LaneUnit {
+  int64_t label, count, tiles, begin, cost;
+  int first;
+  bool leads, alone;
+};
+
 // The same list for WARP_LIST_ROWS rows at most, by one warp in its registers.
 template <int TILE_REFS, int MOST_ROWS>
-__device__ __forceinline__ void build_list_in_warp(const Inputs& in, const UnitList& list, int lane) {
+__device__ __forceinline__ LaneUnit build_list_in_warp(const Inputs& in, const UnitList& list, int lane) {
   constexpr unsigned ALL = 0xffffffffu;
   const int n = static_cast<int>(in.n), k = static_cast<int>(in.k);
   const unsigned earlier = (1u << lane) - 1;
@@ -457,6 +464,8 @@ __device__ __forceinline__ void build_list_in_warp(const Inputs& in, const UnitL
     list.sizes[0] = units, list.sizes[1] = static_cast<int>(total & 1023), list.sizes[2] = heaviest;
   }
   __syncwarp();
+  return {label,       count, tiles, (begin >> 20) + place / MOST_ROWS * list.cost(tiles, MOST_ROWS),
+          total >> 20, first, leads, all <= MOST_ROWS};
 }
 
 // Where merge_kernel follows, one block leaves its list in memory.
