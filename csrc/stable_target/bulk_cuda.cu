@@ -290,6 +290,22 @@ __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& ho
   }
 }
 
+// The score of a row's source, in units of log 2, by all threads.
+__device__ __forceinline__ double score_of_source(const Inputs& in, int64_t index, double* scratch) {
+  const float* const x = static_cast<const float*>(in.x.data) + index * in.d;
+  const float* const source = static_cast<const float*>(in.source.data) + index * in.d;
+  const Row row = row_coefficients(in, index);
+  double score = 0, square = 0;
+  for (int64_t i = threadIdx.x; i < in.d; i += END_THREADS) {
+    const double s = source[i], y = row.sign * x[i];
+    score = fma(fma(-0.5 * row.alpha, s, y), s, score);
+    square = fma(y, y, square);
+  }
+  score = row.rate() * fma(score, 0.0, score);  // what is not finite becomes NaN
+  if (in.lse.data || in.labels[index] < 0) score -= 0.5 * square / (row.sigma * row.sigma);
+  return LOG2_E * block_sum<double>(score, scratch);
+}
+
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
 // take LANES by LANES shares of the parts. MERGES: the result is over the parts of all processes. Grid: rows,
 // those of this process, x chunks of D.
@@ -317,6 +333,7 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
     if (MERGES && within[v]) mine[v] = *reinterpret_cast<const float4*>(parts.home.x + row * in.d + at[v]);
     if (within[v] && share == 0 && !in.mailboxes) mine[v] = *reinterpret_cast<const float4*>(x + at[v]);
   }
+  allow_next_launch();
   wait_for_previous_launch();
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
@@ -329,7 +346,7 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
   const auto load_other = [&](int j) {
     const PartRow* const from = parts.others + part_of(j);
     const double2 weights = __ldcg(reinterpret_cast<const double2*>(&from->log2_weight));
-    return PartRow{weights.x, weights.y, 0, 0};
+    return PartRow{weights.x, weights.y, 0, 0, 0};
   };
   const auto load_sums = [&](int j, int v) {
     return __ldcg(reinterpret_cast<const float4*>(parts.sums + part_of(j) * in.d + at[v]));
@@ -349,7 +366,7 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
   const float* source = nullptr;
   if (in.source.data && others >= 0) source = static_cast<const float*>(in.source.data) + index * in.d;
   if (others > 0 || source) {
-    PartRow mine{-INFINITY, 0, 0, 0};
+    PartRow mine{-INFINITY, 0, 0, 0, 0};
     if (part < 0) {
       mine = left.own;
     } else if (part < others) {
@@ -358,16 +375,7 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
     const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
     double top = mine.log2_weight;
     if (source) {  // a part like any other
-      const Row row = row_coefficients(in, index);
-      double score = 0, square = 0;
-      for (int64_t i = threadIdx.x; i < in.d; i += END_THREADS) {
-        const double s = source[i], y = row.sign * x[i];
-        score = fma(fma(-0.5 * row.alpha, s, y), s, score);
-        square = fma(y, y, square);
-      }
-      score = row.rate() * fma(score, 0.0, score);  // what is not finite becomes NaN
-      if (in.lse.data || in.labels[index] < 0) score -= 0.5 * square / (row.sigma * row.sigma);
-      by_source = LOG2_E * block_sum<double>(score, scratch);
+      by_source = score_of_source(in, index, scratch);
       top = greater(top, by_source);
     }
 #pragma unroll 1
@@ -435,6 +443,151 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
   }
 }
 
+// What the parts of a row, and its source, have together, by each warp.
+__device__ __forceinline__ PartRow sum_of_pieces(const ProductsPieces& pieces, int others, double by_source) {
+  const int lane = threadIdx.x % 32;
+  double top = by_source;
+#pragma unroll 1
+  for (int j = lane - 1; j < others; j += 32) top = fmax(top, pieces.part(j).log2_weight);
+#pragma unroll 1
+  for (int hop = 16; hop > 0; hop /= 2) top = fmax(top, __shfl_xor_sync(0xffffffffu, top, hop));
+  PartRow all{top, 0, static_cast<float>(power(by_source - top)), 0, 0};
+#pragma unroll 1
+  for (int j = lane - 1; j < others; j += 32) {
+    const PartRow part = pieces.part(j);
+    const double weight = power(part.log2_weight - top);
+    all.total = fma(weight, part.total, all.total);
+    all.lead = fmaxf(all.lead, static_cast<float>(weight) * part.lead),
+    all.scale = fmaxf(all.scale, part.scale);
+  }
+#pragma unroll 1
+  for (int hop = 16; hop > 0; hop /= 2) {
+    all.total += __shfl_xor_sync(0xffffffffu, all.total, hop);
+    all.lead = fmaxf(all.lead, __shfl_xor_sync(0xffffffffu, all.lead, hop));
+    all.scale = fmaxf(all.scale, __shfl_xor_sync(0xffffffffu, all.scale, hop));
+  }
+  all.total += power(by_source - top);
+  return all;
+}
+
+// Behind that: rows whose weights would show that they are wrong, once more (merge_aligned), by each block
+// its part of D. Few rows are such, and of few references.
+constexpr int ALIGN_VECTORS = 2;
+template <bool MERGES>
+__global__ void __launch_bounds__(END_THREADS)
+    align_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
+  constexpr int LANES = END_THREADS, VECTORS = ALIGN_VECTORS;
+  __shared__ double scratch[33];
+  constexpr int WARPS = END_THREADS / 32;
+  __shared__ AlignedMemory<WARPS> memory;
+  const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
+  const int64_t number = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const int64_t index = number + in.part * in.rows_each;
+  wait_for_previous_launch();
+  const ProductsRow left = parts.rows[index];
+  const int64_t next = (left.from + 1) * PRODUCTS_ROWS + left.row;
+  const ProductsPieces pieces{left.own,
+                              parts.others + next,
+                              parts.firsts + index * in.d,
+                              parts.sums + next * in.d,
+                              parts.ties + index * PRODUCTS_TIES,
+                              parts.ties + (in.n + next) * PRODUCTS_TIES,
+                              in.d};
+  const int others = left.to - left.from;
+  if (others < 0) return;
+  PartRow whole = sum_of_pieces(pieces, others, -INFINITY);
+  double by_source = -INFINITY;
+  if (in.source.data && !is_beyond_doubt(whole.scale)) {
+    by_source = score_of_source(in, index, scratch);
+    whole = sum_of_pieces(pieces, others, by_source);
+  }
+  if (!is_doubtful(whole)) return;
+  RowState row;
+  set_row(in, index, row);
+  const float* const x = static_cast<const float*>(row.x) + index * in.d;
+  double shift = 0;
+  if (in.lse.data || in.labels[index] < 0) {
+    for (int64_t e = threadIdx.x; e < in.d; e += END_THREADS)
+      shift = fma(static_cast<double>(x[e]), static_cast<double>(x[e]), shift);
+    shift = row.per_square * block_sum<double>(shift, scratch);
+  }
+  int64_t at[VECTORS];
+  bool within[VECTORS];
+  double sum[VECTORS][4] = {};
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    at[v] = 4 * ((chunk * VECTORS + v) * LANES + threadIdx.x);
+    within[v] = static_cast<int>(threadIdx.x) < LANES && at[v] < in.d;
+  }
+  // The first part's sums: by a row of this process they were made its result, from which the others are
+  // taken again.
+  double first[VECTORS][4] = {};
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    if (!within[v]) continue;
+    const auto add = [&](double weight, const float* from) {
+      const float4 four = __ldcg(reinterpret_cast<const float4*>(from + at[v]));
+      first[v][0] = fma(weight, static_cast<double>(four.x), first[v][0]);
+      first[v][1] = fma(weight, static_cast<double>(four.y), first[v][1]);
+      first[v][2] = fma(weight, static_cast<double>(four.z), first[v][2]);
+      first[v][3] = fma(weight, static_cast<double>(four.w), first[v][3]);
+    };
+    if (in.mailboxes) {
+      add(1, pieces.first_sums);
+      continue;
+    }
+    const double by = 1 / power(left.own.log2_weight - whole.log2_weight),
+                 of_result = by * whole.total / left.b;
+    add(of_result, static_cast<const float*>(out_of(in, index).data) + index * in.d),
+        add(-of_result * left.a, x);
+    for (int j = 0; j < others; ++j)
+      add(-by * power(pieces.part(j).log2_weight - whole.log2_weight), pieces.sums_of(j));
+    if (in.source.data)
+      add(-by * power(by_source - whole.log2_weight),
+          static_cast<const float*>(in.source.data) + index * in.d);
+  }
+  const auto wait = [] { __syncthreads(); };
+  PartRow all = in.refs.dtype == Dtype::f16
+                    ? merge_aligned<__half, WARPS>(in, row, pieces, others, shift, whole.log2_weight, wait,
+                                                   memory, 0, at, within, first, sum)
+                    : merge_aligned<__nv_bfloat16, WARPS>(in, row, pieces, others, shift, whole.log2_weight,
+                                                          wait, memory, 0, at, within, first, sum);
+  if (in.source.data) {
+    const float* const source = static_cast<const float*>(in.source.data) + index * in.d;
+    const Joined joined = join(all, {by_source, 1, 0, 0, 0});
+    all = joined.all;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      for (int k = 0; k < 4; ++k) {
+        if (within[v]) sum[v][k] = fma(joined.by_first, sum[v][k], joined.by_second * source[at[v] + k]);
+      }
+    }
+  }
+  const double by = (MERGES ? 1 : left.b) / all.total;
+  if constexpr (MERGES) {
+    float4 mine[VECTORS], mean[VECTORS];
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      mine[v] = make_float4(0, 0, 0, 0);
+      if (within[v]) mine[v] = *reinterpret_cast<const float4*>(parts.home.x + number * in.d + at[v]);
+      mean[v] = make_float4(static_cast<float>(by * sum[v][0]), static_cast<float>(by * sum[v][1]),
+                            static_cast<float>(by * sum[v][2]), static_cast<float>(by * sum[v][3]));
+    }
+    merge_at_home<VECTORS>(in, parts.home, number, lse_of_row(in, all), at, within, mine, mean);
+  } else {
+    float* const to = static_cast<float*>(out_of(in, index).data) + index * in.d;
+    const double a = in.mailboxes ? 0 : left.a;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      for (int k = 0; k < 4; ++k) {
+        if (within[v])
+          to[at[v] + k] = static_cast<float>(fma(a, static_cast<double>(x[at[v] + k]), by * sum[v][k]));
+      }
+    }
+    if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
+  }
+}
+
 template <int LANES, int VECTORS>
 bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                    cudaStream_t stream) {
@@ -458,6 +611,9 @@ void end_products(const char* op, const Inputs& in, const ProductsParts& parts, 
                   cudaStream_t stream) {
   launch_end_if<8, 1>(op, in, parts, blocks, stream) || launch_end_if<32, 1>(op, in, parts, blocks, stream) ||
       launch_end_if<END_THREADS, 2>(op, in, parts, blocks, stream);
+  const int64_t grid = (in.mailboxes ? in.rows_each : in.n) * ceil_div(in.d, 4 * END_THREADS * ALIGN_VECTORS);
+  launch_following(op, true, parts.home.merged ? align_kernel<true> : align_kernel<false>,
+                   dim3(static_cast<unsigned>(grid)), END_THREADS, 0, stream, in, parts);
 }
 
 void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int* arrived, int64_t counts,
