@@ -474,7 +474,7 @@ __device__ __forceinline__ PartRow sum_of_pieces(const ProductsPieces& pieces, i
 // its part of D. Few rows are such, and of few references.
 constexpr int ALIGN_VECTORS = 2;
 template <bool MERGES>
-__global__ void __launch_bounds__(END_THREADS)
+__global__ void __launch_bounds__(END_THREADS, 1024 / END_THREADS)
     align_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
   constexpr int LANES = END_THREADS, VECTORS = ALIGN_VECTORS;
   __shared__ double scratch[33];
