@@ -57,7 +57,7 @@ struct BulkTile {
 
 constexpr BulkTile BULK_TILES[] = {
     {0, 32, 16, 2, 512, "D <= 512: sixteen groups of one warp"},
-    {2, 512, 2, 16, 1024, "fast, D <= 1,024: matrix units, tiles of sixteen references"},
+    {2, 256, 4, 8, 1024, "fast, D <= 1,024: matrix units, two blocks to a multiprocessor"},
     {0, 64, 16, 2, 1024, "D <= 1,024: eight groups of two warps"},
     {2, 512, 4, 16, 2048, "fast, D <= 2,048: matrix units, tiles of sixteen references"},
     {2, 512, 8, 8, 4096, "fast, D <= 4,096: matrix units, tiles of eight references"},
@@ -163,17 +163,19 @@ bool plan_bulk(const Problem& p, Plan& plan) {
                            : slices == 1 ? BULK_FIXED_SMEM + groups_sums_smem(tile.elements)
                                          : BULK_FIXED_SMEM) +
                           (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
-    const int64_t most_stages = products      ? products_stages(tile.tile_refs * tile.elements)
+    const int64_t most_stages = products      ? products_stages(tile.group, tile.tile_refs * tile.elements)
                                 : slices == 1 ? GROUPS_MAX_STAGES
                                               : BULK_MAX_STAGES;
-    int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
+    const int64_t resident = products ? products_resident(tile.group) : 1,
+                  room = (p.smem_limit + 1024) / resident - 1024;  // the system has a KB of each block
+    int64_t stages = std::min<int64_t>(most_stages, (room - fixed) / stage);
     if (products && (stages < most_stages || !serves_products(p))) continue;
     if (slices == 1 && !products) stages -= stages % (GROUPS_CONSUMERS / tile.group);  // see bulk_groups.cuh
     if (stages < (slices == 1 || products ? 3 : BULK_LAG + 2)) return false;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
-    const int64_t teams = std::max<int64_t>(1, std::min(p.sm_count / slices, units));
+    const int64_t teams = std::max<int64_t>(1, std::min(resident * p.sm_count / slices, units));
     plan.kernel = "bulk";
-    plan.threads = GROUPS_CONSUMERS + BULK_PRODUCERS;
+    plan.threads = (products ? tile.group : GROUPS_CONSUMERS) + BULK_PRODUCERS;
     plan.group = tile.group;
     plan.in_flight = static_cast<int>(std::clamp<int64_t>(BULK_IN_FLIGHT / stage, 2, stages));
     // One row waits for memory, more are bound by their arithmetic where that takes longer.

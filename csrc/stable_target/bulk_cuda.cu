@@ -355,9 +355,9 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
 
 template <int LANES, int VECTORS>
 bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
-                   cudaStream_t stream) {
+                   int64_t multiprocessors, cudaStream_t stream) {
   const int64_t grid = (in.mailboxes ? in.rows_each : in.n) * ceil_div(in.d, 4 * LANES * VECTORS);
-  if (LANES < END_THREADS && (grid > END_FEW_BLOCKS * blocks || parts.home.merged)) return false;
+  if (LANES < END_THREADS && (grid > END_FEW_BLOCKS * multiprocessors || parts.home.merged)) return false;
   constexpr bool MERGES = LANES == END_THREADS;
   launch_following(
       op, true, parts.home.merged ? end_kernel<LANES, VECTORS, MERGES> : end_kernel<LANES, VECTORS, false>,
@@ -373,9 +373,9 @@ bool has_short_list(int64_t n, int64_t k, int64_t m) {
 
 // Few rows have many parts each.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
-                  cudaStream_t stream) {
-  launch_end_if<8, 1>(op, in, parts, blocks, stream) || launch_end_if<32, 1>(op, in, parts, blocks, stream) ||
-      launch_end_if<END_THREADS, 2>(op, in, parts, blocks, stream);
+                  int64_t multiprocessors, cudaStream_t stream) {
+  launch_end_if<8, 1>(op, in, parts, blocks, multiprocessors, stream) || launch_end_if<32, 1>(op, in, parts, blocks, multiprocessors, stream) ||
+      launch_end_if<END_THREADS, 2>(op, in, parts, blocks, multiprocessors, stream);
 }
 
 void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int* arrived, int64_t counts,

@@ -23,7 +23,7 @@ void merge_parts(const char* op, const Inputs& in, const UnitList& list, const B
 
 // From what products_kernel has left of the rows to their results.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
-                  cudaStream_t stream);
+                  int64_t multiprocessors, cudaStream_t stream);
 
 struct BulkLaunch {
   const char* op;
@@ -76,18 +76,18 @@ struct Launch : BulkLaunch {
     return true;
   }
 
-  template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED>
+  template <typename T, int CONSUMERS, int CHUNKS, int BLOCKS, bool CLUSTERED>
   bool run_products_if() const {
-    using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED, true>;
+    using Kernel = Products<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, true>;
     constexpr int LEAST = CLUSTERED ? 2 : 1;
     static_assert(Kernel::fixed_bytes(LEAST) <= products_smem(Kernel::TR, LEAST),
                   "the planner reserves less");
     if (in.refs.dtype != DtypeOf<T>::value || !plan.products || plan.tile_d != Kernel::HELD ||
-        plan.tile_refs != Kernel::TR || (plan.slices > 1) != CLUSTERED)
+        plan.group != CONSUMERS || plan.tile_refs != Kernel::TR || (plan.slices > 1) != CLUSTERED)
       return false;
-    const auto kernel = in.mailboxes      ? products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, true, false>
-                        : plan.costs.deal ? products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false, true>
-                                          : products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false, false>;
+    const auto kernel = in.mailboxes      ? products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, true, false>
+                        : plan.costs.deal ? products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, true>
+                                          : products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, false>;
     int64_t teams = plan.blocks / plan.slices;
     if (CLUSTERED) teams = std::min<int64_t>(teams, resident_teams(kernel));
     Carver carver(workspace);
@@ -109,7 +109,7 @@ struct Launch : BulkLaunch {
     } else {
       run_in_blocks(kernel, !plan.own_list, list, parts, layout);
     }
-    end_products(op, in, parts, teams, stream);
+    end_products(op, in, parts, teams, teams / Kernel::RESIDENT, stream);
     return true;
   }
 
@@ -161,7 +161,7 @@ struct Launch : BulkLaunch {
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(plan.smem_bytes)));
     launch_following(op, after_ours, kernel, dim3(static_cast<unsigned>(plan.blocks)),
-                     GROUPS_CONSUMERS + BULK_PRODUCERS, plan.smem_bytes, stream, in, list, parts, layout);
+                     plan.threads, plan.smem_bytes, stream, in, list, parts, layout);
   }
 
   // What rows in doubt want.
@@ -280,8 +280,8 @@ bool launch_tiles(const BulkLaunch& launch) {
                         at.run_groups_if<T, 128, 16, 2>() || at.run_groups_if<T, 256, 16, 2>();
   if (launched) return true;
   if constexpr (sizeof(T) == 2) {
-    if (at.run_products_if<T, 2, 2, false>() || at.run_products_if<T, 4, 2, false>() ||
-        at.run_products_if<T, 8, 1, false>() || at.run_products_if<T, 8, 1, true>())
+    if (at.run_products_if<T, 256, 4, 1, false>() || at.run_products_if<T, 512, 4, 2, false>() ||
+        at.run_products_if<T, 512, 8, 1, false>() || at.run_products_if<T, 512, 8, 1, true>())
       return true;
     return at.run_groups_if<T, 512, 16, 2>() || at.run_teams_if<T, 8, 4>() || at.run_teams_if<T, 16, 2>() ||
            at.run_teams_if<T, 32, 1>();

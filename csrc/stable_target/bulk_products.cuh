@@ -108,8 +108,9 @@ __device__ __forceinline__ float rest_of(float v) {
   return v - to_float(Split<T>::nearest(v));
 }
 
-// Of a thread: all together no more than at the launch, 96 for each.
-constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 64;
+// Of a thread: all together no more than at the launch, 96 for each, or 80 where two blocks share a
+// multiprocessor.
+constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PAIRED_REGISTERS = 88, PRODUCTS_PRODUCER_REGISTERS = 64;
 
 // What the blocks, or clusters of them, leave of the rows. A row's sums are in `firsts` from the block where
 // its unit begins, in `sums` from those that follow.
@@ -225,10 +226,10 @@ struct ProductsMail {
 };
 struct ProductsNoMail {};
 
-template <int TR, int STAGES, bool CLUSTERED>
+template <int THREADS, int TR, int STAGES, bool CLUSTERED>
 struct ProductsShared {
   static constexpr int ROWS = PRODUCTS_ROWS;
-  static constexpr int WARPS = GROUPS_CONSUMERS / 32, PADDED = WARPS + 4;
+  static constexpr int WARPS = THREADS / 32, PADDED = WARPS + 4;
   static constexpr int PIECES = 2;  // of a tile: each arrives for itself
   Barrier full[STAGES][PIECES], empty[STAGES];
   Announcements<ROWS> announced;
@@ -264,7 +265,7 @@ struct ProductsSent {
   double* lse;                // there too, or null
   double log2_weight, total;  // of the first part
   int d, length, count;       // count: other parts
-  int slices, rank;
+  int slices, rank, threads;
 };
 
 __device__ __forceinline__ void raise_ready(int* ready) {
@@ -305,7 +306,7 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
   }
   constexpr int AT_ONCE = 2;
 #pragma unroll 1
-  for (int begin = 4 * threadIdx.x; begin < sent.length; begin += AT_ONCE * 4 * GROUPS_CONSUMERS) {
+  for (int begin = 4 * threadIdx.x; begin < sent.length; begin += AT_ONCE * 4 * sent.threads) {
     double sum[AT_ONCE][4] = {};
 #pragma unroll 1
     for (int j = -1; j < sent.count; ++j) {
@@ -313,7 +314,7 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
       const float* const from = j < 0 ? sent.first : sent.sums + int64_t{j} * PRODUCTS_ROWS * sent.d;
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        const int e = begin + i * 4 * GROUPS_CONSUMERS;
+        const int e = begin + i * 4 * sent.threads;
         if (e >= sent.length) continue;
         const float4 four = __ldcg(reinterpret_cast<const float4*>(from + e));
         sum[i][0] = fma(by, static_cast<double>(four.x), sum[i][0]);
@@ -324,7 +325,7 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      const int e = begin + i * 4 * GROUPS_CONSUMERS;
+      const int e = begin + i * 4 * sent.threads;
       if (e < sent.length)
         *reinterpret_cast<float4*>(sent.to + e) =
             make_float4(static_cast<float>(sum[i][0]), static_cast<float>(sum[i][1]),
@@ -334,20 +335,21 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
   if (sent.lse && threadIdx.x == 0) *sent.lse = lse_of_row(sent.d, {top, total, 0, 0});
 }
 
-// CHUNKS of 32 elements for each warp. A tile is BLOCKS of eight references of type T.
+// CONSUMERS share a sample, with CHUNKS of 32 elements for each warp. A tile is BLOCKS of eight references of type T.
 // PARTS: rows are of several processes.
-template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS>
+template <typename T, int CONSUMERS, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS>
 struct Products {
-  static constexpr int THREADS = GROUPS_CONSUMERS, WARPS = THREADS / 32;
+  static constexpr int THREADS = CONSUMERS, WARPS = THREADS / 32;
   static constexpr int ROWS = PRODUCTS_ROWS, TR = 8 * BLOCKS;
   static constexpr bool THIRD = Split<T>::PARTS == 3;
-  static constexpr int STAGES = products_stages(CHUNKS * TR);
+  static constexpr int RESIDENT = products_resident(THREADS);  // blocks of a multiprocessor
+  static constexpr int STAGES = products_stages(THREADS, CHUNKS * TR);
   static constexpr int HELD = THREADS * CHUNKS;               // most elements of a block
   static constexpr int REF_BYTES = products_ref_bytes(HELD);  // in shared memory
   static constexpr int TILE_BYTES = TR * REF_BYTES;
-  using Shared = ProductsShared<TR, STAGES, CLUSTERED>;
+  using Shared = ProductsShared<THREADS, TR, STAGES, CLUSTERED>;
   static constexpr int PIECES = Shared::PIECES, PIECE_REFS = TR / PIECES;
-  static constexpr int IN_FLIGHT = PRODUCTS_IN_FLIGHT / (PIECE_REFS * REF_BYTES / 1024 * 1024);
+  static constexpr int IN_FLIGHT = PRODUCTS_IN_FLIGHT / RESIDENT / (PIECE_REFS * REF_BYTES / 1024 * 1024);
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
   __host__ __device__ static constexpr int fixed_bytes(int slices) {
     const int absent = CLUSTERED ? PRODUCTS_MOST_BLOCKS - slices : 0;
@@ -797,13 +799,15 @@ struct Products {
   // Of a row, in all its lanes; lanes as in `weigh`, the warps' shares to a lane each.
   __device__ __forceinline__ ProductsFigures figures_of_block(const Segment<ROWS>& segment, int my_row,
                                                               bool present) const {
-    static_assert(ROWS == 2 && WARPS == 16, "a lane for each row and warp");
+    static_assert(ROWS == 2 && (WARPS == 8 || WARPS == 16), "a lane, or two, for each row and warp");
     const auto sum = [](auto v) {  // over the lanes of a row
 #pragma unroll
-      for (int hop : {1, 2, 4, 16}) v += __shfl_xor_sync(0xffffffffu, v, hop);
+      for (int hop : {1, 2, 4, 16}) {
+        if (hop < WARPS) v += __shfl_xor_sync(0xffffffffu, v, hop);
+      }
       return v;
     };
-    const int w = (lane() & 7) + (lane() & 16) / 2;
+    const int w = ((lane() & 7) + (lane() & 16) / 2) % WARPS;
     const float x = shared().x_squares[my_row][w], r = shared().r_squares[w];
     const float half = 0.25f * segment.rows[present ? my_row : 0].half_alpha * r;
     ProductsFigures own;
@@ -829,7 +833,7 @@ struct Products {
     // Weights below 2^-36, and errors.
     return 36 + 8 * static_cast<float>(SCORE_ERROR) * sqrtf(square) * row.rate;
   }
-  static constexpr double MOST_ERROR = 1e-6, SCORE_ERROR = CHUNKS < 4 ? 0x1p-21 : 0x1p-22;
+  static constexpr double MOST_ERROR = 1e-6, SCORE_ERROR = HELD <= 1024 ? 0x1p-21 : 0x1p-22;
 
   // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
   __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
@@ -1034,7 +1038,7 @@ struct Products {
       send_home({parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + r,
                  parts.sums + ((team + 1) * ROWS + r) * in.d + offset, parts.ready + (team + 1) * slices,
                  static_cast<float*>(row.out) + row.index * in.d + offset, rank == 0 ? lse : nullptr,
-                 end.log2_weight, end.total, d, length, segment.to - segment.from, slices, rank});
+                 end.log2_weight, end.total, d, length, segment.to - segment.from, slices, rank, THREADS});
     }
   }
 
@@ -1133,12 +1137,12 @@ struct Products {
 };
 
 // DEAL: see Ranges.
-template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, bool DEAL>
-__global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
+template <typename T, int CONSUMERS, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, bool DEAL>
+__global__ void __launch_bounds__(CONSUMERS + BULK_PRODUCERS, products_resident(CONSUMERS))
     products_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
                     const __grid_constant__ ProductsParts parts,
                     const __grid_constant__ ProductsLayout layout) {
-  using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED, PARTS>;
+  using Kernel = Products<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, PARTS>;
   typename Kernel::Shared& shared = Kernel::shared();
   UnitList list = shared_list;
   int staging = Kernel::fixed_bytes(layout.slices);
@@ -1147,7 +1151,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     staging += static_cast<int>(bulk_list_smem(in.n, in.k));
   }
   const Kernel kernel{in, list, parts, layout, staging};
-  const int tid = threadIdx.x - GROUPS_CONSUMERS, lane = threadIdx.x % 32;
+  const int tid = threadIdx.x - CONSUMERS, lane = threadIdx.x % 32;
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
   allow_next_launch();
   if (layout.own_list) read_rows(in, *scratch);
@@ -1178,7 +1182,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   __syncthreads();
   if constexpr (CLUSTERED) meet_cluster();
   if (tid < 0) {
-    take_registers<PRODUCTS_CONSUMER_REGISTERS>();
+    take_registers<Kernel::RESIDENT == 1 ? PRODUCTS_CONSUMER_REGISTERS : PRODUCTS_PAIRED_REGISTERS>();
     if (layout.own_list && threadIdx.x < BULK_PRODUCERS)
       prefetch_references(in, *scratch, kernel.place(), kernel.teams, kernel.team, threadIdx.x);
     kernel.consume();

@@ -112,6 +112,8 @@ def test_class_banks(rng, d, dtype):
 @pytest.mark.parametrize(
     ("n", "m", "d"),
     [
+        (9, 37, 520),
+        (300, 21, 1024),
         (9, 37, 1032),
         (300, 21, 2048),
         (3, 3000, 2056),
