@@ -803,7 +803,7 @@ struct Products {
     const auto sum = [](auto v) {  // over the lanes of a row
 #pragma unroll
       for (int hop : {1, 2, 4, 16}) {
-        if (hop < WARPS) v += __shfl_xor_sync(0xffffffffu, v, hop);
+        if (hop < 8 || WARPS == 16) v += __shfl_xor_sync(0xffffffffu, v, hop);
       }
       return v;
     };
