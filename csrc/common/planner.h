@@ -89,13 +89,14 @@ constexpr int64_t SETTLE_SMEM = 29056;        // the same, after the last ones (
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
 constexpr int PRODUCTS_ROWS = 2;         // of a unit
 constexpr int PRODUCTS_MOST_BLOCKS = 8;  // that share a sample
-// Blocks of `consumers` threads that compute, and as many as the others, share a multiprocessor.
+// Blocks with so many threads that compute that share a multiprocessor.
 constexpr int products_resident(int consumers) {
   return GROUPS_CONSUMERS / consumers;
 }
-// Tiles in the ring of such a block, of `per_warp` KB for each 16 warps: 192 KB together, or 80.
-constexpr int products_stages(int consumers, int kilobytes) {
-  return (products_resident(consumers) == 1 ? 192 : 160) / kilobytes;
+// Tiles in the ring of such a block: 192 KB together, 80 where two blocks share a multiprocessor. elements:
+// of a tile, for each thread.
+constexpr int products_stages(int consumers, int elements) {
+  return (products_resident(consumers) == 1 ? 192 : 160) / elements;
 }
 // Beside the stages of bulk_products.cuh: barriers, shares of scores.
 constexpr int64_t products_smem(int tile_refs, int64_t slices) {

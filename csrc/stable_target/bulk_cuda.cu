@@ -374,7 +374,8 @@ bool has_short_list(int64_t n, int64_t k, int64_t m) {
 // Few rows have many parts each.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                   int64_t multiprocessors, cudaStream_t stream) {
-  launch_end_if<8, 1>(op, in, parts, blocks, multiprocessors, stream) || launch_end_if<32, 1>(op, in, parts, blocks, multiprocessors, stream) ||
+  launch_end_if<8, 1>(op, in, parts, blocks, multiprocessors, stream) ||
+      launch_end_if<32, 1>(op, in, parts, blocks, multiprocessors, stream) ||
       launch_end_if<END_THREADS, 2>(op, in, parts, blocks, multiprocessors, stream);
 }
 

@@ -85,9 +85,10 @@ struct Launch : BulkLaunch {
     if (in.refs.dtype != DtypeOf<T>::value || !plan.products || plan.tile_d != Kernel::HELD ||
         plan.group != CONSUMERS || plan.tile_refs != Kernel::TR || (plan.slices > 1) != CLUSTERED)
       return false;
-    const auto kernel = in.mailboxes      ? products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, true, false>
-                        : plan.costs.deal ? products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, true>
-                                          : products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, false>;
+    const auto kernel = in.mailboxes ? products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, true, false>
+                        : plan.costs.deal
+                            ? products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, true>
+                            : products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, false>;
     int64_t teams = plan.blocks / plan.slices;
     if (CLUSTERED) teams = std::min<int64_t>(teams, resident_teams(kernel));
     Carver carver(workspace);
@@ -160,8 +161,8 @@ struct Launch : BulkLaunch {
     check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(plan.smem_bytes)));
-    launch_following(op, after_ours, kernel, dim3(static_cast<unsigned>(plan.blocks)),
-                     plan.threads, plan.smem_bytes, stream, in, list, parts, layout);
+    launch_following(op, after_ours, kernel, dim3(static_cast<unsigned>(plan.blocks)), plan.threads,
+                     plan.smem_bytes, stream, in, list, parts, layout);
   }
 
   // What rows in doubt want.

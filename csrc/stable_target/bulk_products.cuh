@@ -110,7 +110,8 @@ __device__ __forceinline__ float rest_of(float v) {
 
 // Of a thread: all together no more than at the launch, 96 for each, or 80 where two blocks share a
 // multiprocessor.
-constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PAIRED_REGISTERS = 88, PRODUCTS_PRODUCER_REGISTERS = 64;
+constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PAIRED_REGISTERS = 88,
+              PRODUCTS_PRODUCER_REGISTERS = 64;
 
 // What the blocks, or clusters of them, leave of the rows. A row's sums are in `firsts` from the block where
 // its unit begins, in `sums` from those that follow.
@@ -138,8 +139,10 @@ struct ProductsLayout {
 };
 
 // Bytes of references that a block has on their way, in pieces, which are halves of a tile. That many keep
-// memory busy; behind more, rows and sums would wait for longer than the ring lasts.
-constexpr int PRODUCTS_IN_FLIGHT = 64 << 10;
+// memory busy; behind more, rows and sums would wait for longer than the ring lasts. Of two blocks that share
+// a multiprocessor each has 24 KB: D 1,024 takes 55.3 us on an H100, with 32 KB 56.6, with 16 KB 56.2, with
+// 48 58.7.
+constexpr int PRODUCTS_IN_FLIGHT = 64 << 10, PRODUCTS_PAIRED_IN_FLIGHT = 24 << 10;
 // Bytes of references that a block brings to the L2 while the list is made.
 constexpr int PRODUCTS_EARLY_BYTES = 128 << 10;
 
@@ -265,7 +268,7 @@ struct ProductsSent {
   double* lse;                // there too, or null
   double log2_weight, total;  // of the first part
   int d, length, count;       // count: other parts
-  int slices, rank, threads;
+  int slices, rank;
 };
 
 __device__ __forceinline__ void raise_ready(int* ready) {
@@ -280,6 +283,7 @@ __device__ __forceinline__ void await_ready(const int* ready) {
 
 // From the row's parts to its mean, by all consumers. Other parts come first in the ranges of their blocks;
 // of the blocks that run at most the last waits for one that does not run yet.
+template <int THREADS>
 __device__ __noinline__ static void send_home(const ProductsSent sent) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -306,7 +310,7 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
   }
   constexpr int AT_ONCE = 2;
 #pragma unroll 1
-  for (int begin = 4 * threadIdx.x; begin < sent.length; begin += AT_ONCE * 4 * sent.threads) {
+  for (int begin = 4 * threadIdx.x; begin < sent.length; begin += AT_ONCE * 4 * THREADS) {
     double sum[AT_ONCE][4] = {};
 #pragma unroll 1
     for (int j = -1; j < sent.count; ++j) {
@@ -314,7 +318,7 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
       const float* const from = j < 0 ? sent.first : sent.sums + int64_t{j} * PRODUCTS_ROWS * sent.d;
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        const int e = begin + i * 4 * sent.threads;
+        const int e = begin + i * 4 * THREADS;
         if (e >= sent.length) continue;
         const float4 four = __ldcg(reinterpret_cast<const float4*>(from + e));
         sum[i][0] = fma(by, static_cast<double>(four.x), sum[i][0]);
@@ -325,7 +329,7 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      const int e = begin + i * 4 * sent.threads;
+      const int e = begin + i * 4 * THREADS;
       if (e < sent.length)
         *reinterpret_cast<float4*>(sent.to + e) =
             make_float4(static_cast<float>(sum[i][0]), static_cast<float>(sum[i][1]),
@@ -335,21 +339,22 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
   if (sent.lse && threadIdx.x == 0) *sent.lse = lse_of_row(sent.d, {top, total, 0, 0});
 }
 
-// CONSUMERS share a sample, with CHUNKS of 32 elements for each warp. A tile is BLOCKS of eight references of type T.
-// PARTS: rows are of several processes.
+// CONSUMERS share a sample, with CHUNKS of 32 elements for each warp. A tile is BLOCKS of eight references of
+// type T. PARTS: rows are of several processes.
 template <typename T, int CONSUMERS, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS>
 struct Products {
   static constexpr int THREADS = CONSUMERS, WARPS = THREADS / 32;
   static constexpr int ROWS = PRODUCTS_ROWS, TR = 8 * BLOCKS;
   static constexpr bool THIRD = Split<T>::PARTS == 3;
   static constexpr int RESIDENT = products_resident(THREADS);  // blocks of a multiprocessor
-  static constexpr int STAGES = products_stages(THREADS, CHUNKS * TR);
+  static constexpr int STAGES = products_stages(THREADS, CHUNKS* TR);
   static constexpr int HELD = THREADS * CHUNKS;               // most elements of a block
   static constexpr int REF_BYTES = products_ref_bytes(HELD);  // in shared memory
   static constexpr int TILE_BYTES = TR * REF_BYTES;
   using Shared = ProductsShared<THREADS, TR, STAGES, CLUSTERED>;
   static constexpr int PIECES = Shared::PIECES, PIECE_REFS = TR / PIECES;
-  static constexpr int IN_FLIGHT = PRODUCTS_IN_FLIGHT / RESIDENT / (PIECE_REFS * REF_BYTES / 1024 * 1024);
+  static constexpr int IN_FLIGHT = (RESIDENT == 1 ? PRODUCTS_IN_FLIGHT : PRODUCTS_PAIRED_IN_FLIGHT) /
+                                   (PIECE_REFS * REF_BYTES / 1024 * 1024);
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
   __host__ __device__ static constexpr int fixed_bytes(int slices) {
     const int absent = CLUSTERED ? PRODUCTS_MOST_BLOCKS - slices : 0;
@@ -1035,10 +1040,11 @@ struct Products {
       if (!is_of_another(in, row.index)) continue;
       const ProductsEnd& end = shared().ends[slot][r];
       double* const lse = static_cast<double*>(lse_of(in, row.index).data) + row.index;
-      send_home({parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + r,
-                 parts.sums + ((team + 1) * ROWS + r) * in.d + offset, parts.ready + (team + 1) * slices,
-                 static_cast<float*>(row.out) + row.index * in.d + offset, rank == 0 ? lse : nullptr,
-                 end.log2_weight, end.total, d, length, segment.to - segment.from, slices, rank, THREADS});
+      send_home<THREADS>({parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + r,
+                          parts.sums + ((team + 1) * ROWS + r) * in.d + offset,
+                          parts.ready + (team + 1) * slices,
+                          static_cast<float*>(row.out) + row.index * in.d + offset, rank == 0 ? lse : nullptr,
+                          end.log2_weight, end.total, d, length, segment.to - segment.from, slices, rank});
     }
   }
 
