@@ -1,6 +1,7 @@
 // One pass over the references of class banks on Hopper's matrix units, for references in float16 or
 // bfloat16. A multiprocessor has one thread block: one warp, the producer, brings references into a ring in
-// shared memory by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements. A tile
+// shared memory by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements (up to
+// 1,024 elements two blocks with eight such warps each, so that one works while the other waits). A tile
 // of eight references, or of eight times BLOCKS, is scored by all warps. One more warp adds up their shares
 // of the scores, runs the online softmax and hands weights back, with which they add the tile to the rows, if
 // there is anything to add; meanwhile they score the next tile. The list of units, the announcer and the
