@@ -143,10 +143,8 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
     count = row.count;
     mine = within ? (count - share + SHARES - 1) / SHARES : 0;  // parts
     const int first = row.from * team + row.row, second = first + layout.most_rows;
-    const PartRow *const near_at = rows_from + (tid == 0 ? second : first), *const next_at =
-                                                                                rows_from +
-                                                                                (first +
-                                                                                 MERGE_THREADS * team);
+    const PartRow* const near_at = rows_from + (tid == 0 ? second : first);
+    const PartRow* const next_at = rows_from + (first + MERGE_THREADS * team);
     const double2* const first_at = sums_from + (share == 0 ? second : first) * pairs;
     other_at = sums_from + first * pairs;
     near = next = make_double2(-INFINITY, 0), of_near = of_next = make_float2(0, 0);

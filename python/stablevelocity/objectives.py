@@ -239,7 +239,8 @@ class StableVMObjective(CFMObjective):
         noise = numbers = None
         if sides:  # made by now, since a side writes them
             noise = torch.empty(x0.shape, device=x0.device)
-            numbers = torch.empty(x0.shape[:1], dtype=torch.float64, device=x0.device)
+            if self.source == "bank":
+                numbers = torch.empty(x0.shape[:1], dtype=torch.float64, device=x0.device)
         if pushes:
             with torch.cuda.stream(sides[0]) if sides else contextlib.nullcontext():
                 self.bank.push_ahead(x0, labels, indices)
@@ -248,7 +249,7 @@ class StableVMObjective(CFMObjective):
         if sides:
             with torch.cuda.stream(sides[1]):
                 noise.normal_(generator=generator)
-                if self.source == "bank":
+                if numbers is not None:
                     numbers.uniform_(generator=generator)
         else:
             noise = torch.randn(x0.shape, device=x0.device, generator=generator)
