@@ -114,8 +114,9 @@ struct Launch : BulkLaunch {
     const int64_t shared = in.mailboxes ? teams * plan.slices : 0;
     if (in.at_home) parts.home = *in.at_home;
     if (shared > 0) parts.ready = carver.take<int>(shared);
-    if (!plan.own_list)
+    if (!plan.own_list && in.stage != Stage::rest)
       build_unit_list(op, in, list, parts.ready, shared, plan.tile_refs, plan.tile_rows, stream);
+    if (in.stage == Stage::list) return true;
     const ProductsLayout layout{plan.own_list, static_cast<int>(plan.slices), static_cast<int>(plan.slice)};
     if (CLUSTERED) {
       run_in_clusters(kernel, teams, !plan.own_list, list, parts, layout);

@@ -336,6 +336,21 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
   if (sent.lse && threadIdx.x == 0) *sent.lse = lse_of_row(sent.d, {top, total, 0, 0});
 }
 
+// Where the rows x of this process are there only now (AtHome::awaits_x): the others hear of it. By a warp.
+__device__ __forceinline__ void announce_rows(const Inputs& in, const AtHome& home, int lane) {
+  Header* const own = reinterpret_cast<Header*>(home.mailbox);
+  if (blockIdx.x == 0 && lane < in.parts)
+    raise_flag(&reinterpret_cast<Header*>(in.mailboxes[lane])->arrived[in.part], own->round);
+}
+// Until those of all are there. By a warp.
+__device__ __noinline__ static void await_rows(const Inputs& in, const AtHome& home) {
+  const int lane = threadIdx.x % 32;
+  const Header* const own = reinterpret_cast<const Header*>(home.mailbox);
+  if (lane < in.parts)
+    await_flag(&own->arrived[lane], own->round, {{}, in.part, in.parts, home.patience}, lane);
+  __syncwarp();
+}
+
 // CHUNKS of 32 elements for each warp. A tile is BLOCKS of eight references of type T.
 // PARTS: rows are of several processes. Up to ROWS of them share a pass.
 template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, int ROWS>
@@ -1065,13 +1080,17 @@ struct Products {
     if (PARTS && segment.flags & SEGMENT_PART_END) end_part(segment, slot);
   }
 
+  __device__ __forceinline__ bool has_rows_of_another(const Segment<ROWS>& segment) const {
+    bool has = false;
+#pragma unroll 1
+    for (int r = 0; r < segment.count; ++r) has = has || is_of_another(in, segment.rows[r].index);
+    return has;
+  }
+
   // Where rows are of several processes, a part's end: other blocks hear of it, or a row is sent.
   __device__ __forceinline__ void end_part(const Segment<ROWS>& segment, int slot) const {
     const bool begins = segment.flags & SEGMENT_UNIT_BEGIN;
-    bool leaves = false;
-#pragma unroll 1
-    for (int r = 0; r < segment.count; ++r) leaves = leaves || is_of_another(in, segment.rows[r].index);
-    if (begins && !leaves) return;
+    if (begins && !has_rows_of_another(segment)) return;
     barrier();  // the sums of all warps are there
     if (!begins) {
       if (thread() == 0) raise_ready(parts.ready + block);
@@ -1169,10 +1188,12 @@ struct Products {
     Place scored, added;
     int slot = 0, slot_phase = 0, settled = 0;
     int scores = 0, weights = 0;  // tiles so far, of which two are told apart
+    bool awaits = PARTS && parts.home.awaits_x;
     for (;;) {
       wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) break;
+      if (PARTS && awaits && has_rows_of_another(segment)) await_rows(in, parts.home), awaits = false;
       const int rows = segment.count, references = segment.references;
       Mine mine;
       begin_segment(mine, segment, slot, slot_phase);
@@ -1269,6 +1290,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       if (PARTS && parts.home.labels)
         prefetch_of_own_rows(in, parts, kernel.place(), kernel.teams, kernel.team, tid);
       wait_for_previous_launch();
+      if (PARTS && parts.home.awaits_x && tid < 32) announce_rows(in, parts.home, lane);
     }
     const int ref_bytes = kernel.length * static_cast<int>(sizeof(T));
     if (kernel.length < Kernel::HELD) {  // elements beyond the sample, which no copy writes
