@@ -79,6 +79,7 @@ STABLE_TORCH_LIBRARY_IMPL(svel, CPU, m) {
 #ifdef USE_CUDA
   SVEL_IMPL(part_goes_home);
   SVEL_IMPL(posterior_part_out);
+  SVEL_IMPL(posterior_part_list);
   SVEL_IMPL(bank_push_parts_);
   SVEL_IMPL(bank_draw_parts);
   SVEL_IMPL(peers_gather_);

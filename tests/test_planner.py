@@ -237,6 +237,29 @@ def test_every_multiprocessor_has_a_part_of_a_class_bank():
         assert in_flight > 64 << 10  # twice what latency times bandwidth asks of one multiprocessor
 
 
+@pytest.mark.parametrize(
+    ("n", "d", "k", "rows"),
+    [
+        (256, 4096, 1001, 2),
+        (257, 4096, 1001, 4),
+        (2048, 2048, 1001, 4),
+        (256, 4096, 128, 4),
+        (256, 4096, 129, 2),
+        (257, 1024, 1001, 2),
+        (2048, 1024, 1001, 4),
+        (256, 1024, 32, 4),
+        (256, 1024, 100, 2),
+        (2048, 8192, 1001, 2),
+        (100, 4096, 10, 2),
+    ],
+)
+def test_many_rows_of_class_banks_share_a_pass_by_four(n, d, k, rows):
+    plan = info.plan(n, 256, d, k, **H100)
+    assert plan["products"]
+    assert plan["tile_rows"] == rows
+    assert info.plan(n, 256, d, k, refs_dtype=torch.bfloat16, **H100)["tile_rows"] == 2
+
+
 def test_before_hopper_a_class_bank_keeps_64_kilobytes_a_tile_in_flight_twice():
     plan = info.plan(256, 256, 4096, 1001, device="a100")
     assert (plan["tile_refs"], plan["threads"], plan["tile_d"], plan["stages"]) == (8, 512, 4096, 2)

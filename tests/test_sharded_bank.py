@@ -626,7 +626,7 @@ def check_many_steps(rank, world, folder):
         (bank.push_ahead if send else bank.push)(values[mine], labels[mine])
         group = bank.groups(labels[mine].masked_fill(u[mine] < 0.2, CLASSES))
         given = group, u[mine], values[mine], noise[mine], t[mine]
-        draws = [b._take(*given, send=send, pushed=send) for b in (plain, bank)]
+        draws = [b._take(*given, send="exact" if send else "", pushed=send) for b in (plain, bank)]
         bad = sum((one != other).sum() for one, other in zip(draws[0][:4], draws[1][:4], strict=True))
         wanted, target = (
             b._target(sv.Linear(), draws[0][2], t[mine], group, None, "x0", "exact", send) for b in (plain, bank)

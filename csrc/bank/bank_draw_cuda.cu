@@ -1,5 +1,7 @@
 // svel::bank_draw on CUDA, one launch. Bytes: the drawn references and the noise read once, x0 and x_t
 // written once. Every block finds the slot of its row itself; only a row with label -1 reads all counts.
+#include "common/hopper.cuh"
+#include "common/kernel_launch.cuh"
 #include "common/ops.h"
 #include "common/path.h"
 #include "common/peers.cuh"
@@ -30,7 +32,8 @@ struct Draw {
   const int64_t* fresh;
   const void* heads;
   Peers peers;
-  Array also;  // (n, d) float32 that takes x_t too, or null
+  Array also;    // (n, d) float32 that takes x_t too, or null
+  bool between;  // it overlaps with the kernel before it, see bank_draw_parts
   Path path;
   double t_min;
   int64_t* slots;  // (n,)
@@ -88,6 +91,22 @@ __device__ int64_t slot_of_all(const Draw& draw, double u) {
   return low * draw.m + number - before;
 }
 
+// Until the rows that process q pushes are where they belong.
+__device__ void await_rows_of(const Draw& draw, int q) {
+  await_flag(&draw.peers.header(draw.peers.part)->done[q], static_cast<unsigned>(draw.fresh[draw.k]),
+             draw.peers, q);
+}
+
+// The next kernel, which begins when all blocks have said that it may, leaves no room for those that bring
+// rows to other processes, and draws there wait for these rows: not before they are where they belong.
+__device__ void let_next_begin(const Draw& draw) {
+  if (blockIdx.x == 0) {
+    if (threadIdx.x > 0) return;
+    if (draw.fresh) await_rows_of(draw, draw.peers.part);
+  }
+  allow_next_launch();
+}
+
 // Until the value of slot s of ring y is there; the whole block.
 __device__ void await_slot(const Draw& draw, int64_t y, int64_t s) {
   const int64_t head =
@@ -95,9 +114,7 @@ __device__ void await_slot(const Draw& draw, int64_t y, int64_t s) {
   const int64_t newer = head - 1 - s;  // slots of the ring that were written after it
   if ((newer < 0 ? newer + draw.m : newer) >= draw.fresh[y]) return;
   const int q = static_cast<int>(threadIdx.x);
-  if (q < draw.peers.parts)
-    await_flag(&draw.peers.header(draw.peers.part)->done[q], static_cast<unsigned>(draw.fresh[draw.k]),
-               draw.peers, q);
+  if (q < draw.peers.parts) await_rows_of(draw, q);
   __syncthreads();
 }
 
@@ -174,11 +191,13 @@ template <typename W>
 __global__ void __launch_bounds__(THREADS, sizeof(W) == 4 ? 5 : 3)
     draw_kernel(const __grid_constant__ Draw draw) {
   __shared__ PathCoefficients shared;
+  if (draw.between) let_next_begin(draw);
 #pragma unroll 1
   for (int64_t item = blockIdx.x; item < draw.items; item += gridDim.x) {
     draw_slice<W>(draw, item / draw.slices, item % draw.slices, shared);
     if (item + gridDim.x < draw.items) __syncthreads();  // what is shared is read
   }
+  if (draw.between) wait_for_previous_launch();  // who waits for this kernel waits for both
 }
 
 // draw has its capacity and, in parts, where they are.
@@ -221,8 +240,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> launch(Draw draw, const Tensor& refs,
   const auto kernel = work == ScalarType::Double ? draw_kernel<double> : draw_kernel<float>;
   draw.items = n * draw.slices;
   const int64_t blocks = draw.fresh ? std::min(draw.items, most_waiting_blocks("bank_draw", r)) : draw.items;
-  kernel<<<static_cast<unsigned>(blocks), THREADS, 0, current_stream(r)>>>(draw);
-  check_launch("bank_draw");
+  launch_following("bank_draw", draw.between, kernel, dim3(static_cast<unsigned>(blocks)), THREADS, 0,
+                   current_stream(r), draw);
   return {x0, slot, x_t, t_set};
 }
 
@@ -242,8 +261,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(
     const Tensor& parts_at, int64_t capacity, const Tensor& refs, const Tensor& counts, const Tensor& u,
     const MaybeTensor& labels, const MaybeTensor& fallback, const MaybeTensor& noise, const MaybeTensor& t,
     const std::string& path, double t_min, const MaybeTensor& also, const MaybeTensor& heads,
-    const MaybeTensor& fresh, const MaybeTensor& mailboxes, int64_t part, double seconds) {
+    const MaybeTensor& fresh, const MaybeTensor& mailboxes, int64_t part, double seconds, bool between) {
   Draw draw{};
+  draw.between = between;
   draw.m = capacity, draw.parts = parts_at.size(0);
   draw.parts_at = addresses_of("bank_draw_parts", "parts_at", parts_at);
   if (t) draw.also = array_of(also);

@@ -27,6 +27,9 @@ struct Gather {
   // where they belong. No fence, and no flag behind it.
   int64_t words;
   bool by_words;  // all that does not stay
+  // The first tensor is float32, and of it NaN goes in place of what is below `least`.
+  bool has_least;
+  float least;
 
   __device__ uint64_t* words_of(int q) const { return reinterpret_cast<uint64_t*>(peers.mailbox(q) + words); }
 };
@@ -49,6 +52,8 @@ __device__ inline int first_unit(int before) {
   return at < 0 ? at + static_cast<int>(blockDim.x) : at;
 }
 
+constexpr uint32_t NAN_BITS = 0x7fffffffu;  // of float32
+
 // The own words to all, and those of all to where they belong; by all threads of one block. Synchronize them
 // then.
 __device__ inline void send_words(const Gather& gather, unsigned round) {
@@ -62,7 +67,9 @@ __device__ inline void send_words(const Gather& gather, unsigned round) {
     // Each thread takes what comes next of all tensors: their ways from memory are not one after the other.
 #pragma unroll 1
     for (int u = first_unit(before); u < units; u += blockDim.x) {
-      const uint64_t word = uint64_t{round} << 32 | reinterpret_cast<const uint32_t*>(g.from)[u];
+      uint32_t value = reinterpret_cast<const uint32_t*>(g.from)[u];
+      if (i == 0 && gather.has_least && __uint_as_float(value) < gather.least) value = NAN_BITS;
+      const uint64_t word = uint64_t{round} << 32 | value;
 #pragma unroll 1
       for (int q = 0; q < peers.parts; ++q)
         store_word(gather.words_of(q) + (before + u) * peers.parts + peers.part, word);

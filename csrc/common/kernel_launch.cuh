@@ -1,4 +1,4 @@
-// A launch at the least cost to the host, for ops that a sampler calls at every step.
+// Launches: at the least cost to the host, for ops that a sampler calls at every step, and overlapping ones.
 #pragma once
 
 #include <cuda.h>
@@ -53,6 +53,24 @@ void launch_kernel(const char* op, dim3 grid, unsigned threads, const Params& pa
     // Otherwise the thread has no context yet, which the runtime mends, or the runtime has words for it.
   }
   check_cuda(op, cudaLaunchKernel(symbol, grid, dim3(threads), args, 0, stream));
+}
+
+// A launch that may overlap with that of the kernel before it on the stream, one of ours, for which it then
+// waits itself (programmatic dependent launch); not so where `follows` is false.
+template <typename... Params, typename... Args>
+void launch_following(const char* op, bool follows, void (*kernel)(Params...), dim3 grid, int threads,
+                      int64_t bytes, cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute overlaps{};
+  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlaps.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  config.attrs = &overlaps;
+  config.numAttrs = follows ? 1 : 0;
+  check_cuda(op, cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 }  // namespace svel::cuda

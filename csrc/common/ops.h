@@ -59,7 +59,12 @@ void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_
                         int64_t means, int64_t lses, const MaybeTensor& own_a, const MaybeTensor& own_b,
                         const MaybeTensor& own_c, const MaybeTensor& own_x, int64_t words, double seconds,
                         const MaybeTensor& addresses, const MaybeTensor& merged, const MaybeTensor& merged_x,
-                        const std::string& prediction);
+                        const std::string& prediction, const MaybeTensor& list);
+
+Tensor posterior_part_list(const Tensor& x, const Tensor& refs, const Tensor& t, const MaybeTensor& labels,
+                           const MaybeTensor& counts, const std::string& precision, const Tensor& mailboxes,
+                           int64_t part, const Tensor& own_t, const MaybeTensor& own_labels, double t_min,
+                           int64_t words, double seconds, const Tensor& addresses);
 
 void bank_push_parts_(const Tensor& refs, const Tensor& counts, const Tensor& heads,
                       const Tensor& local_counts, const Tensor& values, const Tensor& labels,
@@ -71,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bank_draw_parts(
     const Tensor& parts_at, int64_t capacity, const Tensor& refs, const Tensor& counts, const Tensor& u,
     const MaybeTensor& labels, const MaybeTensor& fallback, const MaybeTensor& noise, const MaybeTensor& t,
     const std::string& path, double t_min, const MaybeTensor& also, const MaybeTensor& heads,
-    const MaybeTensor& fresh, const MaybeTensor& mailboxes, int64_t part, double seconds);
+    const MaybeTensor& fresh, const MaybeTensor& mailboxes, int64_t part, double seconds, bool between);
 
 void peers_gather_(const Tensor& own, const Tensor& mailboxes, int64_t part, double seconds,
                    const MaybeTensor& a, const MaybeTensor& b, const MaybeTensor& c, const MaybeTensor& x,

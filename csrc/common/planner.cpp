@@ -53,6 +53,8 @@ struct BulkTile {
   int group, elements, tile_refs;
   int64_t most_d;
   const char* reason;
+
+  bool products() const { return tile_refs >= 8; }  // references apart
 };
 
 constexpr BulkTile BULK_TILES[] = {
@@ -127,11 +129,23 @@ int64_t products_slices(int64_t least) {
 // launch of its own makes the list: 1,024 rows 561 to 512 us.
 constexpr int64_t DEALT_BYTES = int64_t{4} << 20;
 
-bool deals_units(const Problem& p, const Plan& plan, int64_t slices, int64_t teams) {
+bool deals_units(const Problem& p, const BulkTile& tile, int rows, bool own_list, int64_t slices,
+                 int64_t teams) {
   if (!p.has_labels || p.shared_rows || p.n < teams) return false;  // else no team could have a whole unit
   const bool large = p.m * p.d * p.refs_size >= DEALT_BYTES;
-  if (plan.products) return !plan.own_list || (slices > 1 && large);
-  return slices == 1 && plan.group >= GROUPS_DEALT && large;
+  if (tile.products()) return !own_list || rows > PRODUCTS_ROWS || (slices > 1 && large);
+  return slices == 1 && tile.group >= GROUPS_DEALT && large;
+}
+
+// On the matrix units: four where one block holds them, of float16, and there are many. On an H100, 2,048 x
+// 1,001 x 256 x 4,096: 880 us with two, 740 with four, 1,024 rows 516 and 493. On an H200 256 rows of 10 and
+// of 100 classes 85 to 66 and 102 to 89; with D 1,024, where a tile waits for its weights rather than for
+// memory, 47 to 42 and 52 to 55, 2,048 rows of 1,001 classes 250 to 209, 512 rows 92 to 97.
+int products_rows(const Problem& p, bool own_list, int64_t slices, int64_t teams) {
+  if (p.refs_bf16 || slices > 1 || p.shared_rows || p.n < teams) return PRODUCTS_ROWS;
+  const int64_t each = p.n / groups(p);  // rows of a class
+  const bool many = p.d > 1024 ? !own_list || each >= 2 : each >= (own_list ? 8 : 2);
+  return many ? PRODUCTS_MANY_ROWS : PRODUCTS_ROWS;
 }
 
 // Measured on an H100, 256 rows x 1,001 classes x 256 x 4,096: 173 us, where groups of warps take 207, with
@@ -150,7 +164,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
   for (const BulkTile& tile : BULK_TILES) {
     if ((tile.refs_size != 0 && tile.refs_size != p.refs_size) || p.d > tile.most_d) continue;
     const int64_t held = int64_t{tile.group} * tile.elements;
-    const bool products = tile.tile_refs >= 8;  // references apart
+    const bool products = tile.products();
     const int64_t least = ceil_div(p.d, held),
                   slices = products ? products_slices(least) : best_slices(least, p.sm_count),
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
@@ -159,7 +173,12 @@ bool plan_bulk(const Problem& p, Plan& plan) {
                     !(products && p.shared_rows);  // the launch that makes it hears of other processes' rows
     const int64_t stage =
         products ? tile.tile_refs * products_ref_bytes(held) : tile.tile_refs * slice * p.refs_size;
-    const int64_t fixed = (products      ? products_smem(tile.tile_refs, slices)
+    const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
+    const int64_t teams = std::max<int64_t>(1, std::min(p.sm_count / slices, units));
+    const int rows = products      ? products_rows(p, plan.own_list, slices, teams)
+                     : slices == 1 ? std::min(GROUPS_CONSUMERS / tile.group, GROUPS_MOST_ROWS)
+                                   : 1;
+    const int64_t fixed = (products      ? products_smem(tile.tile_refs, slices, rows)
                            : slices == 1 ? BULK_FIXED_SMEM + groups_sums_smem(tile.elements)
                                          : BULK_FIXED_SMEM) +
                           (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
@@ -170,11 +189,10 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     if (products && (stages < most_stages || !serves_products(p))) continue;
     if (slices == 1 && !products) stages -= stages % (GROUPS_CONSUMERS / tile.group);  // see bulk_groups.cuh
     if (stages < (slices == 1 || products ? 3 : BULK_LAG + 2)) return false;
-    const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
-    const int64_t teams = std::max<int64_t>(1, std::min(p.sm_count / slices, units));
     plan.kernel = "bulk";
     plan.threads = GROUPS_CONSUMERS + BULK_PRODUCERS;
     plan.group = tile.group;
+    plan.tile_rows = rows;
     plan.in_flight = static_cast<int>(std::clamp<int64_t>(BULK_IN_FLIGHT / stage, 2, stages));
     // One row waits for memory, more are bound by their arithmetic where that takes longer.
     const double memory = tile.tile_refs * p.refs_size * p.sm_count / (0.92 * p.bandwidth);
@@ -186,10 +204,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     if (slices == 1 && tile.group >= GROUPS_DEALT)
       plan.costs.row = GROUPS_LONG_ROW, plan.costs.unit = GROUPS_LONG_UNIT;
     if (products) plan.costs = {TILE_WEIGHT, TILE_WEIGHT, PRODUCTS_ROW, PRODUCTS_UNIT};
-    plan.costs.deal = deals_units(p, plan, slices, teams);
-    plan.tile_rows = products      ? PRODUCTS_ROWS
-                     : slices == 1 ? std::min(GROUPS_CONSUMERS / tile.group, GROUPS_MOST_ROWS)
-                                   : 1;
+    plan.costs.deal = deals_units(p, tile, rows, plan.own_list, slices, teams);
     plan.tile_refs = tile.tile_refs;
     plan.tile_d = held;
     plan.stages = static_cast<int>(stages);

@@ -232,7 +232,8 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   }
 }
 
-constexpr int END_THREADS = 128, END_FEW_BLOCKS = 4;  // END_FEW_BLOCKS: to a multiprocessor, of few rows
+// Blocks to a multiprocessor: of few rows, of many.
+constexpr int END_THREADS = 128, END_FEW_BLOCKS = 4, END_BLOCKS = 1024 / END_THREADS;
 
 // The results of an own row over the elements `at`, from its mean over this part and those that the others
 // have left in the mailbox, when these are there. All threads.
@@ -289,19 +290,17 @@ __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& ho
 }
 
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
-// take LANES by LANES shares of the parts. MERGES: the result is over the parts of all processes. Grid: rows,
-// those of this process, x chunks of D.
-template <int LANES, int VECTORS, bool MERGES>
-__global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLOCKS : 1024 / END_THREADS)
-    end_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
+// take LANES by LANES shares of the parts. MERGES: the result is over the parts of all processes. WAITED: for
+// products_kernel, else that comes here, after what does not depend on it.
+template <int LANES, int VECTORS, bool MERGES, bool WAITED>
+__device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& parts, int64_t row,
+                                        int64_t chunk) {
   constexpr int SHARES = END_THREADS / LANES;
   static_assert(!MERGES || SHARES == 1, "a thread has all of its elements");
   using Sum = std::conditional_t<(SHARES > 1), float, double>;  // few rows wait for its latency
   extern __shared__ double weights[];                           // (blocks,) of the row's other parts
   __shared__ double scratch[33];
   __shared__ Sum sums[SHARES][VECTORS][LANES][4];
-  const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
-  const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const int64_t index = row + in.part * in.rows_each;
   const int lane = threadIdx.x % LANES, share = threadIdx.x / LANES;
   const float* const x = static_cast<const float*>(in.x.data) + index * in.d;  // parts give means: a = 0
@@ -315,7 +314,7 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
     if (MERGES && within[v]) mine[v] = *reinterpret_cast<const float4*>(parts.home.x + row * in.d + at[v]);
     if (within[v] && share == 0 && !in.mailboxes) mine[v] = *reinterpret_cast<const float4*>(x + at[v]);
   }
-  wait_for_previous_launch();
+  if (!WAITED) wait_for_previous_launch();
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     if (within[v] && share == 0)
@@ -323,7 +322,7 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
   }
   const ProductsRow left = parts.rows[index];
   const int others = left.to - left.from;  // negative: nothing to read
-  const auto part_of = [&](int j) { return (left.from + 1 + j) * PRODUCTS_ROWS + left.row; };
+  const auto part_of = [&](int j) { return (left.from + 1 + j) * parts.unit_rows + left.row; };
   const auto load_other = [&](int j) {
     const PartRow* const from = parts.others + part_of(j);
     const double2 weights = __ldcg(reinterpret_cast<const double2*>(&from->log2_weight));
@@ -433,6 +432,34 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
   }
 }
 
+// Grid: rows, those of this process, x chunks of D.
+template <int LANES, int VECTORS, bool MERGES>
+__global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLOCKS : END_BLOCKS)
+    end_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
+  const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
+  end_row<LANES, VECTORS, MERGES, false>(in, parts, blockIdx.x / chunks, blockIdx.x % chunks);
+}
+
+// Of many rows, most of which have ended. Grid: any.
+template <int LANES, int VECTORS>
+__global__ void __launch_bounds__(END_THREADS, END_BLOCKS)
+    end_open_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
+  const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS), all = in.n * chunks;
+  wait_for_previous_launch();
+#pragma unroll 1
+  for (int64_t first = blockIdx.x; first < all; first += 32 * gridDim.x) {
+    const int64_t mine = first + threadIdx.x % 32 * gridDim.x;
+    bool open = mine < all;
+    if (open) open = parts.rows[mine / chunks].to - parts.rows[mine / chunks].from != ROW_HAS_ENDED;
+#pragma unroll 1
+    for (unsigned left = __ballot_sync(0xffffffffu, open); left != 0; left &= left - 1) {
+      const int64_t one = first + (__ffs(left) - 1) * int64_t{gridDim.x};
+      end_row<LANES, VECTORS, false, true>(in, parts, one / chunks, one % chunks);
+      __syncthreads();  // weights are read
+    }
+  }
+}
+
 template <int LANES, int VECTORS>
 bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                    cudaStream_t stream) {
@@ -454,6 +481,12 @@ bool has_short_list(int64_t n, int64_t k, int64_t m) {
 // Few rows have many parts each.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                   cudaStream_t stream) {
+  if (parts.ends) {
+    launch_following(op, true, end_open_kernel<END_THREADS, 2>,
+                     dim3(static_cast<unsigned>(END_BLOCKS * blocks)), END_THREADS, blocks * sizeof(double),
+                     stream, in, parts);
+    return;
+  }
   launch_end_if<8, 1>(op, in, parts, blocks, stream) || launch_end_if<32, 1>(op, in, parts, blocks, stream) ||
       launch_end_if<END_THREADS, 2>(op, in, parts, blocks, stream);
 }

@@ -576,9 +576,9 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       const auto most_tiles = [](int rows) { return Kernel::SEGMENT_TILES * Kernel::groups_of_a_row(rows); };
       announce<TR, DEAL>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, most_tiles, tid);
       if constexpr (!DEAL) {  // units are dealt out where rows are many
-        if (!layout.merge_last && blockIdx.x == 0) {
-          leave_rows(in, list, parts, gridDim.x, tid);
-          write_dead_rows(in, list, parts, kernel.place(), 1, 0, tid, 32);
+        if (!layout.merge_last) {
+          if (blockIdx.x == 0) leave_rows(in, list, parts, gridDim.x, tid);
+          write_dead_pieces(in, list, parts, gridDim.x, blockIdx.x, tid);
         }
       }
     } else if (tid == 32) {

@@ -78,31 +78,45 @@ struct Launch : BulkLaunch {
 
   template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED>
   bool run_products_if() const {
-    using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED, true>;
+    using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED, true, PRODUCTS_ROWS>;
     constexpr int LEAST = CLUSTERED ? 2 : 1;
-    static_assert(Kernel::fixed_bytes(LEAST) <= products_smem(Kernel::TR, LEAST),
+    static_assert(Kernel::fixed_bytes(LEAST) <= products_smem(Kernel::TR, LEAST, PRODUCTS_ROWS),
                   "the planner reserves less");
     if (in.refs.dtype != DtypeOf<T>::value || !plan.products || plan.tile_d != Kernel::HELD ||
         plan.tile_refs != Kernel::TR || (plan.slices > 1) != CLUSTERED)
       return false;
-    const auto kernel = in.mailboxes      ? products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, true, false>
-                        : plan.costs.deal ? products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false, true>
-                                          : products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false, false>;
+    auto kernel = in.mailboxes ? products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, true, false, PRODUCTS_ROWS>
+                               : products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false, false, PRODUCTS_ROWS>;
+    constexpr bool FOUR = !CLUSTERED && Split<T>::PARTS == 2;
+    if constexpr (FOUR) {
+      using Many = Products<T, CHUNKS, BLOCKS, CLUSTERED, false, PRODUCTS_MANY_ROWS>;
+      static_assert(Many::fixed_bytes(LEAST) <= products_smem(Kernel::TR, LEAST, PRODUCTS_MANY_ROWS),
+                    "the planner reserves less");
+      if (plan.tile_rows == PRODUCTS_MANY_ROWS)
+        kernel = products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false, true, PRODUCTS_MANY_ROWS>;
+    }
+    if constexpr (!FOUR || CHUNKS == 2) {  // others are dealt out four rows at a time
+      if (plan.costs.deal && plan.tile_rows == PRODUCTS_ROWS)
+        kernel = products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false, true, PRODUCTS_ROWS>;
+    }
     int64_t teams = plan.blocks / plan.slices;
     if (CLUSTERED) teams = std::min<int64_t>(teams, resident_teams(kernel));
     Carver carver(workspace);
     const UnitList list = carve_list(carver);
     ProductsParts parts{};
     parts.rows = carver.take<ProductsRow>(in.n);
-    parts.others = carver.take<PartRow>(teams * PRODUCTS_ROWS);
-    parts.sums = carver.take<float>(teams * PRODUCTS_ROWS * in.d);
+    parts.unit_rows = plan.tile_rows;
+    parts.ends = plan.tile_rows > PRODUCTS_ROWS && !in.source.data && !in.lse.data;
+    parts.others = carver.take<PartRow>(teams * plan.tile_rows);
+    parts.sums = carver.take<float>(teams * plan.tile_rows * in.d);
     parts.reviewed = carver.take<float>(teams * in.d);
     parts.firsts = in.mailboxes ? carver.take<float>(in.n * in.d) : static_cast<float*>(in.out.data);
     const int64_t shared = in.mailboxes ? teams * plan.slices : 0;
     if (in.at_home) parts.home = *in.at_home;
     if (shared > 0) parts.ready = carver.take<int>(shared);
-    if (!plan.own_list)
+    if (!plan.own_list && in.stage != Stage::rest)
       build_unit_list(op, in, list, parts.ready, shared, plan.tile_refs, plan.tile_rows, stream);
+    if (in.stage == Stage::list) return true;
     const ProductsLayout layout{plan.own_list, static_cast<int>(plan.slices), static_cast<int>(plan.slice)};
     if (CLUSTERED) {
       run_in_clusters(kernel, teams, !plan.own_list, list, parts, layout);

@@ -731,7 +731,25 @@ __device__ __forceinline__ void leave_rows(const Inputs& in, const UnitList& lis
   for (int i = lane; i < in.n; i += 32) parts.merged[list.order[i]] = merged_row(in, list, teams, i);
 }
 
-// Rows with nothing to read become NaN; by `threads` threads of each block.
+// Rows with nothing to read become NaN; by a warp of each block, which share pieces of the rows: they may be
+// all that there is to do.
+__device__ __forceinline__ void write_dead_pieces(const Inputs& in, const UnitList& list,
+                                                  const BulkParts& parts, int blocks, int block, int lane) {
+  constexpr int PIECE = 4 * 128;
+  const int d = static_cast<int>(in.d), pieces = (d + PIECE - 1) / PIECE, dead = list.sizes[1];
+#pragma unroll 1
+  for (int item = block; item < (static_cast<int>(in.n) - dead) * pieces; item += blocks) {
+    const int64_t index = list.order[dead + item / pieces];
+    const int begin = item % pieces * PIECE, end = min(begin + PIECE, d);
+    for (int e = begin + 4 * lane; e < end; e += 4 * 32)
+      store_four(out_of(in, index), index * d + e, index * d + d, make_float4(NAN, NAN, NAN, NAN));
+    if (begin > 0 || lane > 0) continue;
+    if (in.lse.data) store_as(lse_of(in, index), index, NAN);
+    if (parts.errors) parts.errors[index] = 0;
+  }
+}
+
+// The same by `threads` threads of each block.
 __device__ __forceinline__ void write_dead_rows(const Inputs& in, const UnitList& list,
                                                 const BulkParts& parts, const RowPlace& place, int64_t teams,
                                                 int64_t team, int tid, int threads) {

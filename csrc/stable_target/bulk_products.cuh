@@ -116,18 +116,21 @@ constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 6
 struct ProductsRow {
   PartRow own;   // of the first block
   double a, b;   // out = a x + b mean
-  int from, to;  // blocks that have parts of the row; none where it has nothing to read
+  int from, to;  // blocks that have parts of the row; none where it has nothing to read: to < from
   int row;       // of the unit
 };
+constexpr int ROW_HAS_ENDED = -2;  // to - from, where the result is there
 struct ProductsParts {
   ProductsRow* rows;  // (n,)
-  PartRow* others;    // (blocks, PRODUCTS_ROWS)
+  PartRow* others;    // (blocks, rows of a unit at most)
   float* firsts;      // (n, D); the result itself, where it is of this process
-  float* sums;        // (blocks, PRODUCTS_ROWS, D)
+  float* sums;        // (blocks, rows of a unit at most, D)
   float* reviewed;    // (blocks, D) of one row, between the threads of a block
   // Of rows of several processes: (thread blocks,) zero at first, whether `others` and `sums` are there.
   int* ready;
   AtHome home;
+  int unit_rows;  // of a unit at most
+  bool ends;      // rows of which one block has all end there
 };
 
 struct ProductsLayout {
@@ -225,9 +228,8 @@ struct ProductsMail {
 };
 struct ProductsNoMail {};
 
-template <int TR, int STAGES, bool CLUSTERED>
+template <int TR, int STAGES, bool CLUSTERED, int ROWS>
 struct ProductsShared {
-  static constexpr int ROWS = PRODUCTS_ROWS;
   static constexpr int WARPS = GROUPS_CONSUMERS / 32, PADDED = WARPS + 4;
   static constexpr int PIECES = 2;  // of a tile: each arrives for itself
   Barrier full[STAGES][PIECES], empty[STAGES];
@@ -334,18 +336,37 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
   if (sent.lse && threadIdx.x == 0) *sent.lse = lse_of_row(sent.d, {top, total, 0, 0});
 }
 
+// Where the rows x of this process are there only now (AtHome::awaits_x): the others hear of it. By a warp.
+__device__ __forceinline__ void announce_rows(const Inputs& in, const AtHome& home, int lane) {
+  Header* const own = reinterpret_cast<Header*>(home.mailbox);
+  if (blockIdx.x == 0 && lane < in.parts)
+    raise_flag(&reinterpret_cast<Header*>(in.mailboxes[lane])->arrived[in.part], own->round);
+}
+// Until those of all are there. By a warp.
+__device__ __noinline__ static void await_rows(const Inputs& in, const AtHome& home) {
+  const int lane = threadIdx.x % 32;
+  const Header* const own = reinterpret_cast<const Header*>(home.mailbox);
+  if (lane < in.parts)
+    await_flag(&own->arrived[lane], own->round, {{}, in.part, in.parts, home.patience}, lane);
+  __syncwarp();
+}
+
 // CHUNKS of 32 elements for each warp. A tile is BLOCKS of eight references of type T.
-// PARTS: rows are of several processes.
-template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS>
+// PARTS: rows are of several processes. Up to ROWS of them share a pass.
+template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, int ROWS>
 struct Products {
   static constexpr int THREADS = GROUPS_CONSUMERS, WARPS = THREADS / 32;
-  static constexpr int ROWS = PRODUCTS_ROWS, TR = 8 * BLOCKS;
+  static constexpr int TR = 8 * BLOCKS;
   static constexpr bool THIRD = Split<T>::PARTS == 3;
+  // Rows fill the columns of the products of the sums, so that a product of the scores has one part of the
+  // references for all of them, and there is one for each part.
+  static constexpr bool FULL = ROWS == 4;
+  static_assert(ROWS == PRODUCTS_ROWS || (FULL && !THIRD), "two columns for each row, of eight");
   static constexpr int STAGES = products_stages(CHUNKS * TR);
   static constexpr int HELD = THREADS * CHUNKS;               // most elements of a block
   static constexpr int REF_BYTES = products_ref_bytes(HELD);  // in shared memory
   static constexpr int TILE_BYTES = TR * REF_BYTES;
-  using Shared = ProductsShared<TR, STAGES, CLUSTERED>;
+  using Shared = ProductsShared<TR, STAGES, CLUSTERED, ROWS>;
   static constexpr int PIECES = Shared::PIECES, PIECE_REFS = TR / PIECES;
   static constexpr int IN_FLIGHT = PRODUCTS_IN_FLIGHT / (PIECE_REFS * REF_BYTES / 1024 * 1024);
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
@@ -419,13 +440,14 @@ struct Products {
   // The consumers. Lanes of a warp: 4 g + t. As in the matrix units: of references, lane (g, t) holds
   // elements 8 t to 8 t + 7 of a chunk of reference `logical` g; words 0 and 2 of these four are part 0 of
   // the elements, words 1 and 3 part 1, and a product multiplies both parts with columns of their own: column
-  // = 4 part + 2 row + split.
+  // = 4 part + 2 row + split; FULL: column = 2 row + split, in a product for each part.
+  static constexpr int X_PARTS = FULL ? 2 : 1;
   struct Mine {
     float sum[CHUNKS][4];  // of the column's row, elements g, g + 8, g + 16, g + 24 of a chunk; t: see column
-    uint2 x[CHUNKS];       // of the column's row and part, split
+    uint2 x[CHUNKS][X_PARTS];  // of the column's row and part, or of both parts, split
     // Third parts: in columns of the first part those of the first of two chunks, else those of the second.
     uint2 third[THIRD ? CHUNKS / 2 : 1];
-    float unscale, half_alpha, offset;  // of row t & 1: 1 / what x was multiplied by
+    float unscale, half_alpha, offset;  // of row t % ROWS: 1 / what x was multiplied by
   };
 
   __device__ __forceinline__ static int thread() {
@@ -443,35 +465,49 @@ struct Products {
   // x of the rows of the unit, split.
   __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<ROWS>& segment, int slot,
                                                 int slot_phase) const {
-    const int column = lane() >> 2, t = lane() & 3, part = column >> 2;
-    const int my_row = column / 2 % 2, split = column % 2;
+    const int column = lane() >> 2, t = lane() & 3, part = FULL ? 0 : column >> 2;
+    const int my_row = column / 2 % ROWS, split = column % 2;
     const bool present = my_row < segment.count;
     const int64_t index = segment.rows[present ? my_row : 0].index;
     const float* const from =
         static_cast<const float*>(x_of(in, index).data) + index * in.d + offset + 8 * t + 2 * part;
-    float2 x[CHUNKS][2];
+    float2 x[CHUNKS][X_PARTS][2];
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
       const int first = 32 * chunk(q);
       const bool within = present && first + 8 * t < length;
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        x[q][h] = within ? *reinterpret_cast<const float2*>(from + first + 4 * h) : make_float2(0, 0);
+      for (int h = 0; h < 2; ++h) {
+        if constexpr (FULL) {
+          const float4 both =
+              within ? *reinterpret_cast<const float4*>(from + first + 4 * h) : make_float4(0, 0, 0, 0);
+          x[q][0][h] = make_float2(both.x, both.y), x[q][1][h] = make_float2(both.z, both.w);
+        } else {
+          x[q][0][h] = within ? *reinterpret_cast<const float2*>(from + first + 4 * h) : make_float2(0, 0);
+        }
+      }
     }
     float largest = 0, square = 0;
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        largest = fmaxf(largest, fmaxf(fabsf(x[q][h].x), fabsf(x[q][h].y)));
-        square = fmaf(x[q][h].x, x[q][h].x, fmaf(x[q][h].y, x[q][h].y, square));
+      for (int i = 0; i < 2 * X_PARTS; ++i) {
+        const float2 two = x[q][i / 2][i % 2];
+        largest = fmaxf(largest, fmaxf(fabsf(two.x), fabsf(two.y)));
+        square = fmaf(two.x, two.x, fmaf(two.y, two.y, square));
       }
     }
+    // Over the lanes with the row's other elements.
+    const auto all_lanes = [](auto v, const auto& take) {
 #pragma unroll
-    for (int hop : {1, 2, 16}) {  // lanes with the row's other elements
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, hop));
-      square += __shfl_xor_sync(0xffffffffu, square, hop);
-    }
+      for (int hop : {1, 2, 16}) {
+        if (hop < 16 || !FULL) v = take(v, __shfl_xor_sync(0xffffffffu, v, hop));
+      }
+      return v;
+    };
+    const auto sum = [](auto a, auto b) { return a + b; };
+    largest = all_lanes(largest, [](float a, float b) { return fmaxf(a, b); });
+    square = all_lanes(square, sum);
     const bool leads = split == 0 && part == 0 && t == 0 && present;
     if (leads) shared().x_squares[my_row][warp()] = square;
     if (segment.squares) {
@@ -479,13 +515,12 @@ struct Products {
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const double a = x[q][h].x, b = x[q][h].y;
+        for (int i = 0; i < 2 * X_PARTS; ++i) {
+          const double a = x[q][i / 2][i % 2].x, b = x[q][i / 2][i % 2].y;
           exact = fma(a, a, fma(b, b, exact));
         }
       }
-#pragma unroll
-      for (int hop : {1, 2, 16}) exact += __shfl_xor_sync(0xffffffffu, exact, hop);
+      exact = all_lanes(exact, sum);
       if (leads) shared().exact_squares[my_row][warp()] = exact;
     }
     float scale = 1;  // the largest to below 2^15
@@ -495,14 +530,17 @@ struct Products {
     }
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
-      uint32_t words[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float a = x[q][h].x * scale, b = x[q][h].y * scale;
-        if (split == 1) a = rest_of<T>(a), b = rest_of<T>(b);
-        words[h] = pair_of(Split<T>::nearest(a), Split<T>::nearest(b));
+      for (int p = 0; p < X_PARTS; ++p) {
+        uint32_t words[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float a = x[q][p][h].x * scale, b = x[q][p][h].y * scale;
+          if (split == 1) a = rest_of<T>(a), b = rest_of<T>(b);
+          words[h] = pair_of(Split<T>::nearest(a), Split<T>::nearest(b));
+        }
+        mine.x[q][p] = make_uint2(words[0], words[1]);
       }
-      mine.x[q] = make_uint2(words[0], words[1]);
 #pragma unroll
       for (int k = 0; k < 4; ++k) mine.sum[q][k] = 0;
     }
@@ -512,7 +550,7 @@ struct Products {
         uint32_t words[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float2 v = split == 0 ? x[q][h] : x[q + 1][h];
+          const float2 v = split == 0 ? x[q][0][h] : x[q + 1][0][h];
           words[h] = pair_of(Split<T>::nearest(rest_of<T>(rest_of<T>(v.x))),
                              Split<T>::nearest(rest_of<T>(rest_of<T>(v.y))));
         }
@@ -521,8 +559,9 @@ struct Products {
     }
     wait_barrier(&shared().announced.told[slot], slot_phase);
     // Of the rows whose scores this lane will have.
-    const RowState& row = segment.rows[min(lane() & 1, segment.count - 1)];
-    mine.unscale = row.sign * __shfl_sync(0xffffffffu, 1 / scale, (lane() & 1) << 3);
+    const int scored = lane() & (ROWS - 1);
+    const RowState& row = segment.rows[min(scored, segment.count - 1)];
+    mine.unscale = row.sign * __shfl_sync(0xffffffffu, 1 / scale, scored << 3);
     mine.half_alpha = row.half_alpha;
   }
 
@@ -535,26 +574,32 @@ struct Products {
     constexpr int CHAIN = CHUNKS < 4 ? CHUNKS : 4;
 #pragma unroll
     for (int from = 0; from < CHUNKS; from += CHAIN) {
-      float product[4] = {}, first_part[4] = {}, second_part[4] = {};
+      float product[X_PARTS][4] = {}, first_part[4] = {}, second_part[4] = {};
 #pragma unroll
       for (int q = from; q < from + CHAIN; ++q) {
         const uint4 raw = load_shared_16(refs + WARPS * 64 * q);
-        multiply_16<T>(product, raw, mine.x[q]);
+#pragma unroll
+        for (int p = 0; p < X_PARTS; ++p) multiply_16<T>(product[p], raw, mine.x[q][p]);
         if constexpr (THIRD) multiply_16<T>(thirds[q % 2], raw, mine.third[q / 2]);
         multiply_16<T>(first_part, raw, make_uint2(raw.x, raw.z));
         multiply_16<T>(second_part, raw, make_uint2(raw.y, raw.w));
       }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) dots[k] += product[k];
+      for (int k = 0; k < 4; ++k) dots[k] += product[k / 2 % X_PARTS][k];
 #pragma unroll
       for (int k = 0; k < 2; ++k) norms[k] += first_part[k] + second_part[2 + k];
     }
     // Of the products, lane (g, t) has columns 2 t and 2 t + 1 of reference g, of part 0 and of part 1: of x,
     // or of the references, where it wants that of reference g itself.
     const float norm = __shfl_sync(0xffffffffu, g & 1 ? norms[1] : norms[0], (lane() & ~3) | g >> 1);
-    float dot = t < 2 ? dots[0] + dots[1] : dots[2] + dots[3];
-    if constexpr (THIRD) dot += t < 2 ? thirds[0][0] + thirds[1][1] : thirds[0][2] + thirds[1][3];
-    dot += __shfl_xor_sync(0xffffffffu, dot, 2);
+    float dot;
+    if constexpr (FULL) {
+      dot = (dots[0] + dots[1]) + (dots[2] + dots[3]);
+    } else {
+      dot = t < 2 ? dots[0] + dots[1] : dots[2] + dots[3];
+      if constexpr (THIRD) dot += t < 2 ? thirds[0][0] + thirds[1][1] : thirds[0][2] + thirds[1][3];
+      dot += __shfl_xor_sync(0xffffffffu, dot, 2);
+    }
     const float share = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
     if (first && block == 0) {
       mine.offset = __shfl_sync(0xffffffffu, share, t);
@@ -797,19 +842,34 @@ struct Products {
   // Of a row, in all its lanes; lanes as in `weigh`, the warps' shares to a lane each.
   __device__ __forceinline__ ProductsFigures figures_of_block(const Segment<ROWS>& segment, int my_row,
                                                               bool present) const {
-    static_assert(ROWS == 2 && WARPS == 16, "a lane for each row and warp");
+    static_assert(8 * ROWS <= 32 && WARPS == 16, "eight lanes for each row, or two times eight");
     const auto sum = [](auto v) {  // over the lanes of a row
 #pragma unroll
-      for (int hop : {1, 2, 4, 16}) v += __shfl_xor_sync(0xffffffffu, v, hop);
+      for (int hop : {1, 2, 4, 16}) {
+        if (hop < 16 || !FULL) v += __shfl_xor_sync(0xffffffffu, v, hop);
+      }
       return v;
     };
-    const int w = (lane() & 7) + (lane() & 16) / 2;
+    const int w = (lane() & 7) + (FULL ? 0 : (lane() & 16) / 2);
+    ProductsFigures own = figures_of_warp(segment, my_row, present, w);
+    if constexpr (FULL) {
+      const ProductsFigures second = figures_of_warp(segment, my_row, present, w + 8);
+      own.offset += second.offset, own.exact_square += second.exact_square;
+      own.square += second.square, own.norm += second.norm;
+    }
+    own.offset = sum(own.offset), own.exact_square = segment.squares ? sum(own.exact_square) : 0;
+    own.square = sum(own.square), own.norm = sum(own.norm);
+    return own;
+  }
+  // The share of warp `w`.
+  __device__ __forceinline__ ProductsFigures figures_of_warp(const Segment<ROWS>& segment, int my_row,
+                                                             bool present, int w) const {
     const float x = shared().x_squares[my_row][w], r = shared().r_squares[w];
     const float half = 0.25f * segment.rows[present ? my_row : 0].half_alpha * r;
     ProductsFigures own;
-    own.offset = sum(static_cast<double>(shared().offsets[my_row][w]));
-    own.exact_square = segment.squares ? sum(shared().exact_squares[my_row][w]) : 0;
-    own.square = sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS)))), own.norm = sum(r);
+    own.offset = static_cast<double>(shared().offsets[my_row][w]);
+    own.exact_square = segment.squares ? shared().exact_squares[my_row][w] : 0;
+    own.square = fmaf(half, half, x * r * (1.0f / (32 * CHUNKS))), own.norm = r;
     return own;
   }
 
@@ -848,11 +908,17 @@ struct Products {
     }
     const double shift = row.per_square * all.exact_square;
     const float margin = doubt(row, all.square, all.norm);
-    if (!present || (lane() & ~8) != 0) return;
+    if (!present || (lane() & ~(8 * ROWS - 8)) != 0) return;
     ProductsEnd& end = shared().ends[slot][my_row];
     end.margin = segment.references > 0 ? margin : -1, end.shift = shift;
     const double top = segment.references > 0 ? fma(row.exact_rate(), all.offset, my.top) - shift : -INFINITY;
     if (margin < 0 || segment.references == 0) join(segment, slot, my_row, {top, my.total});
+  }
+
+  // Whether the unit's rows end with the segment, and with all that they have.
+  __device__ __forceinline__ bool ends_here(const Segment<ROWS>& segment) const {
+    constexpr int WHOLE = SEGMENT_UNIT_BEGIN | SEGMENT_PART_END;
+    return FULL && parts.ends && segment.from == segment.to && (segment.flags & WHOLE) == WHOLE;
   }
 
   // What a row has at the end of a segment to what it has of its part so far, one thread: in shared memory,
@@ -866,12 +932,13 @@ struct Products {
       const Joined joined = svel::cuda::join(shared().moved[my_row], own);
       own = joined.all, end.before = joined.by_first, end.now = joined.by_second;
     }
-    if (PARTS) end.log2_weight = own.log2_weight, end.total = own.total;
+    if (PARTS || FULL) end.log2_weight = own.log2_weight, end.total = own.total;
     if (!(segment.flags & SEGMENT_PART_END)) {
       shared().moved[my_row] = own;
     } else if (rank > 0) {  // the first block of a cluster does it for all
     } else if (segment.flags & SEGMENT_UNIT_BEGIN) {
-      parts.rows[row.index] = {own, row.a, row.b, segment.from, segment.to, my_row};
+      const int others = ends_here(segment) ? ROW_HAS_ENDED : segment.to - segment.from;
+      parts.rows[row.index] = {own, row.a, row.b, segment.from, segment.from + others, my_row};
     } else {
       parts.others[team * ROWS + my_row] = own;
     }
@@ -1013,13 +1080,17 @@ struct Products {
     if (PARTS && segment.flags & SEGMENT_PART_END) end_part(segment, slot);
   }
 
+  __device__ __forceinline__ bool has_rows_of_another(const Segment<ROWS>& segment) const {
+    bool has = false;
+#pragma unroll 1
+    for (int r = 0; r < segment.count; ++r) has = has || is_of_another(in, segment.rows[r].index);
+    return has;
+  }
+
   // Where rows are of several processes, a part's end: other blocks hear of it, or a row is sent.
   __device__ __forceinline__ void end_part(const Segment<ROWS>& segment, int slot) const {
     const bool begins = segment.flags & SEGMENT_UNIT_BEGIN;
-    bool leaves = false;
-#pragma unroll 1
-    for (int r = 0; r < segment.count; ++r) leaves = leaves || is_of_another(in, segment.rows[r].index);
-    if (begins && !leaves) return;
+    if (begins && !has_rows_of_another(segment)) return;
     barrier();  // the sums of all warps are there
     if (!begins) {
       if (thread() == 0) raise_ready(parts.ready + block);
@@ -1057,12 +1128,39 @@ struct Products {
         }
       }
     }
+    if constexpr (FULL) {
+      if (ends_here(segment)) end_row(mine, segment.rows[my_row], shared().ends[slot][my_row].total);
+    }
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int e = 32 * chunk(q) + 8 * k;
         if (e < length) __stcg(to + e, mine.sum[q][k]);
+      }
+    }
+  }
+
+  // From a row's sums to its result a x + by sum; a and by are two values of float32 each.
+  __device__ __forceinline__ void end_row(Mine& mine, const RowState& row, double total) const {
+    const int g = lane() >> 2;
+    const float* const from = static_cast<const float*>(row.x) + row.index * in.d + offset + g;
+    const double exact = row.b / total;
+    const float a = static_cast<float>(row.a), rest_of_a = static_cast<float>(row.a - a);
+    const float by = static_cast<float>(exact), rest_of_by = static_cast<float>(exact - by);
+#pragma unroll
+    for (int q = 0; q < CHUNKS; ++q) {
+      float x[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int e = 32 * chunk(q) + 8 * k;
+        x[k] = e < length ? from[e] : 0;
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float sum = mine.sum[q][k], product = by * sum;
+        const float rest = fmaf(rest_of_a, x[k], fmaf(rest_of_by, sum, fmaf(by, sum, -product)));
+        mine.sum[q][k] = fmaf(a, x[k], product) + rest;
       }
     }
   }
@@ -1090,10 +1188,12 @@ struct Products {
     Place scored, added;
     int slot = 0, slot_phase = 0, settled = 0;
     int scores = 0, weights = 0;  // tiles so far, of which two are told apart
+    bool awaits = PARTS && parts.home.awaits_x;
     for (;;) {
       wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) break;
+      if (PARTS && awaits && has_rows_of_another(segment)) await_rows(in, parts.home), awaits = false;
       const int rows = segment.count, references = segment.references;
       Mine mine;
       begin_segment(mine, segment, slot, slot_phase);
@@ -1133,12 +1233,12 @@ struct Products {
 };
 
 // DEAL: see Ranges.
-template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, bool DEAL>
+template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, bool DEAL, int ROWS>
 __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     products_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
                     const __grid_constant__ ProductsParts parts,
                     const __grid_constant__ ProductsLayout layout) {
-  using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED, PARTS>;
+  using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED, PARTS, ROWS>;
   typename Kernel::Shared& shared = Kernel::shared();
   UnitList list = shared_list;
   int staging = Kernel::fixed_bytes(layout.slices);
@@ -1185,11 +1285,12 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   } else {
     give_up_registers<PRODUCTS_PRODUCER_REGISTERS>();
     if (layout.own_list) {
-      build_own_list<Kernel::TR, Kernel::ROWS, DEAL>(in, list, *scratch, tid);
+      build_own_list<Kernel::TR, ROWS, DEAL>(in, list, *scratch, tid);
     } else {
       if (PARTS && parts.home.labels)
         prefetch_of_own_rows(in, parts, kernel.place(), kernel.teams, kernel.team, tid);
       wait_for_previous_launch();
+      if (PARTS && parts.home.awaits_x && tid < 32) announce_rows(in, parts.home, lane);
     }
     const int ref_bytes = kernel.length * static_cast<int>(sizeof(T));
     if (kernel.length < Kernel::HELD) {  // elements beyond the sample, which no copy writes

@@ -3,6 +3,7 @@
 // aligned to 256 bytes.
 #pragma once
 
+#include "common/kernel_launch.cuh"
 #include "common/planner.h"
 #include "stable_target/rows.cuh"
 
@@ -25,24 +26,6 @@ void run_small_float(const char* op, const Inputs& in, const Plan& plan, void* w
 
 // Whether the list of units of run_bulk is short: it may be made in the launch of a gather.
 bool has_short_list(int64_t n, int64_t k, int64_t m);
-
-// A launch that may overlap with that of the kernel before it on the stream, one of ours, for which it then
-// waits itself (programmatic dependent launch); not so where `follows` is false.
-template <typename... Params, typename... Args>
-void launch_following(const char* op, bool follows, void (*kernel)(Params...), dim3 grid, int threads,
-                      int64_t bytes, cudaStream_t stream, const Args&... args) {
-  cudaLaunchAttribute overlaps{};
-  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlaps.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  config.attrs = &overlaps;
-  config.numAttrs = follows ? 1 : 0;
-  check_cuda(op, cudaLaunchKernelEx(&config, kernel, args...));
-}
 
 // Clusters of `size` blocks that run at once; the answer for a kernel and a size does not change.
 int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig_t& config, int size);

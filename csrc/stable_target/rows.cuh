@@ -18,7 +18,12 @@ struct AtHome {
   uint64_t patience;      // of Peers
   const int64_t* labels;  // (rows_each,), there before those of all; or null
   Prediction prediction;  // of what is merged; parts give means
+  bool awaits_x;          // x of another process is there when it says so, see Header::arrived
 };
+
+// What a launch on the rows of several processes does: all of it, or what makes the list of work alone, ahead
+// of the kernel that writes x, or what is left behind that one.
+enum class Stage { whole, list, rest };
 
 struct Inputs {                     // all arrays contiguous on the device
   Array x;                          // (n, d)
@@ -43,6 +48,7 @@ struct Inputs {                     // all arrays contiguous on the device
   // On the host: what begins the round, beside the list of units, and how it ends.
   const Gather* gather = nullptr;
   const AtHome* at_home = nullptr;
+  Stage stage = Stage::whole;
 };
 
 __device__ inline int64_t owner_of(const Inputs& in, int64_t index) {

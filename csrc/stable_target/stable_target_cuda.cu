@@ -52,9 +52,10 @@ Problem problem_of(const char* op, const Tensor& x, const Tensor& refs, bool lab
   return problem;
 }
 
-// Fills `out` (N, *S) and, where given, `lse` (N,). time_or_alpha, sigma: contiguous, see Inputs.
+// Fills `out` (N, *S) and, where given, `lse` (N,). time_or_alpha, sigma: contiguous, see Inputs. list: the
+// workspace, which is made where the list of work alone is, and given for the rest.
 void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_or_alpha,
-         const MaybeTensor& sigma, const Tensor& out, const MaybeTensor& lse) {
+         const MaybeTensor& sigma, const Tensor& out, const MaybeTensor& lse, MaybeTensor* list = nullptr) {
   const Tensor x = packed(given.x), refs = packed(given.refs), scalars = packed(time_or_alpha);
   const MaybeTensor labels = packed(given.labels), counts = packed(given.counts),
                     source = packed(given.source);
@@ -85,12 +86,17 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   if (in.at_home && in.at_home->merged && !plan.products)
     fail(op, "merged", "None for rows of another kernel", "a tensor");
   const bool beside_a_list = plan.kernel == "bulk" && !plan.own_list && has_short_list(in.n, in.k, in.m);
-  if (in.gather && !(beside_a_list && in.gather->by_words)) {
+  if (in.stage != Stage::whole && !(plan.products && beside_a_list && in.gather->by_words))
+    fail(op, "list", "rows that part_goes_home answers with 3", "others");
+  if (in.gather && in.stage != Stage::rest && !(beside_a_list && in.gather->by_words)) {
     run_gather(op, *in.gather, x.get_device_index(), stream);
     in.gather = nullptr;
   }
   if (plan.kernel != "pool" || plan.fast) {
-    const Tensor workspace = torch::stable::new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
+    const Tensor workspace = in.stage == Stage::rest
+                                 ? **list
+                                 : torch::stable::new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
+    if (in.stage == Stage::list) *list = workspace;
     return launch(op, in, plan, workspace.mutable_data_ptr(), nullptr, stream);
   }
   // Rows that the pool kernel may have rounded too much are left to another, which passes over the others.
@@ -108,6 +114,13 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
   left.time_or_alpha = array_of(doubtful), left.out = array_of(exact), left.lse = array_of(exact_lse);
   launch(op, left, rest, workspace.mutable_data_ptr(), nullptr, stream);
   replace_doubtful(op, in, times, left.out, left.lse, stream);
+}
+
+// Rows of as many processes as there are mailboxes.
+void place_rows(Inputs& in, const Tensor& x, const Tensor& mailboxes, int64_t part) {
+  in.mailboxes = static_cast<const int64_t*>(mailboxes.const_data_ptr());
+  in.part = static_cast<int>(part), in.parts = static_cast<int>(mailboxes.size(0));
+  in.rows_each = x.size(0) / in.parts;
 }
 
 ScalarType mean_dtype(const Tensor& x) {
@@ -149,7 +162,30 @@ int64_t part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& l
   Problem problem = problem_of("posterior_part", x, refs, labels.has_value(), false, precision);
   problem.vectors = is_vector(array_of(x)), problem.shared_rows = true;  // results are where x is
   const Plan plan = make_plan(problem);
-  return plan.kernel != "bulk" ? 0 : plan.products ? 2 : 1;
+  if (plan.kernel != "bulk") return 0;
+  if (!plan.products) return 1;
+  return has_short_list(problem.n, problem.k, problem.m) ? 3 : 2;
+}
+
+Tensor posterior_part_list(const Tensor& x, const Tensor& refs, const Tensor& t, const MaybeTensor& labels,
+                           const MaybeTensor& counts, const std::string& precision, const Tensor& mailboxes,
+                           int64_t part, const Tensor& own_t, const MaybeTensor& own_labels, double t_min,
+                           int64_t words, double seconds, const Tensor& addresses) {
+  const char* const op = "posterior_part";
+  check_posterior_part(x, refs, t, t, labels, counts, precision);
+  if (own_t.scalar_type() != ScalarType::Float) fail(op, "own_t", "float32", "another dtype");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const MaybeTensor no_tensor;
+  Inputs in;
+  in.from_time = true, in.stage = Stage::list;
+  place_rows(in, x, mailboxes, part);
+  GatherRows rows(peers_of(op, addresses, part, seconds), own_t, own_labels, no_tensor, no_tensor, true,
+                  words);
+  rows.gather.has_least = true, rows.gather.least = static_cast<float>(t_min);
+  in.gather = &rows.gather;
+  MaybeTensor list;
+  run(op, {x, refs, labels, counts, no_tensor, precision}, in, t, std::nullopt, x, std::nullopt, &list);
+  return *list;
 }
 
 void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_or_alpha,
@@ -159,7 +195,7 @@ void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_
                         int64_t means, int64_t lses, const MaybeTensor& own_a, const MaybeTensor& own_b,
                         const MaybeTensor& own_c, const MaybeTensor& own_x, int64_t words, double seconds,
                         const MaybeTensor& addresses, const MaybeTensor& merged, const MaybeTensor& merged_x,
-                        const std::string& prediction) {
+                        const std::string& prediction, const MaybeTensor& list) {
   const char* const op = "posterior_part";
   check_posterior_part(x, refs, time_or_alpha, sigma ? *sigma : time_or_alpha, labels, counts, precision);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -169,9 +205,7 @@ void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_
   if (in.from_time) in.path = path_of(path);
   AtHome home{};
   if (mailboxes) {
-    in.mailboxes = static_cast<const int64_t*>(mailboxes->const_data_ptr());
-    in.part = static_cast<int>(part), in.parts = static_cast<int>(mailboxes->size(0));
-    in.rows_each = x.size(0) / in.parts;
+    place_rows(in, x, *mailboxes, part);
     in.x_at = xs, in.mean_at = means, in.lse_at = lses;
   }
   std::optional<GatherRows> rows;
@@ -187,7 +221,9 @@ void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_
     home.x = static_cast<const float*>(merged_x->const_data_ptr());
     home.prediction = prediction_of(prediction);
   }
-  run(op, {x, refs, labels, counts, no_source, precision}, in, time_or_alpha, sigma, mean, lse);
+  MaybeTensor made = list;
+  if (made) in.stage = Stage::rest, home.awaits_x = true;
+  run(op, {x, refs, labels, counts, no_source, precision}, in, time_or_alpha, sigma, mean, lse, &made);
 }
 
 Tensor stable_target(const Tensor& x, const Tensor& refs, const Tensor& t, const MaybeTensor& labels,

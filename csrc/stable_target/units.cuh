@@ -161,7 +161,8 @@ struct ListRows {
   int counts[OWN_LIST_GROUPS];  // valid references
   int64_t begins[ROWS];         // sums before the row, within its 32 rows
   // How many rows of a group each 32 rows have, a byte for each; later the sums before the group.
-  uint64_t seen[OWN_LIST_GROUPS + 1][ROWS / 256];
+  // An odd number of words, so that groups meet many banks.
+  uint64_t seen[OWN_LIST_GROUPS + 1][ROWS / 256 | 1];
 };
 using ListScratch = ListRows<OWN_LIST_ROWS>;
 static_assert(sizeof(ListScratch) <= LIST_SCRATCH_SMEM, "the planner reserves less");

@@ -163,7 +163,7 @@ class ReferenceBank(nn.Module):
         t_min: float = 0.0,
         generator: torch.Generator | None = None,
         numbers: Tensor | None = None,
-        send: bool = False,
+        send: str = "",
         pushed: bool = False,
     ) -> MixtureDraw:
         """A draw for each row from the mixture of its label's references, each blurred as time t blurs it.
@@ -175,8 +175,9 @@ class ReferenceBank(nn.Module):
             t_min: rows below it are not to take the target over the set.
             generator: on the bank's device; None for the default one.
             numbers: (N,) float64, uniform in [0, 1), which pick the references in place of the generator.
-            send: the next call of the bank is a `target` of these x_t and as many labels, with sent=True. A bank in
-                parts has x_t where all can read it by then.
+            send: "exact" or "fast": the next call of the bank is a `target` of this precision for just these x_t, t_set
+                and labels, with sent=True. A bank in parts then has x_t where all can read it, and begins with the
+                target.
             pushed: the call before was `push_ahead`.
         """
         path, group = get_interpolant(interpolant), self.groups(labels)
@@ -201,7 +202,7 @@ class ReferenceBank(nn.Module):
         u: Tensor,
         *rest: Tensor | None,
         indexed: bool = False,
-        send: bool = False,
+        send: str = "",
         pushed: bool = False,
         **options: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:

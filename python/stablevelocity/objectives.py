@@ -258,10 +258,11 @@ class StableVMObjective(CFMObjective):
         if self.source == "bank":
             t_min = 0.0 if self.t_min == "auto" else self.t_min
             how = {"interpolant": self.interpolant, "t_min": t_min, "generator": generator, "numbers": numbers}
-            drawn = self.bank.mixture(t, noise, dropped, x0, **how, send=True, pushed=pushes)
+            sends = self.t_min != "auto"  # the target is at the draw's times
+            drawn = self.bank.mixture(t, noise, dropped, x0, **how, send=self.precision if sends else "", pushed=pushes)
             x0, x_t = drawn.x0.float(), drawn.x_t.float()
             t_set = self._for_set(t, drawn.t_set) if self.t_min == "auto" else drawn.t_set
-            target = self._target(x_t, x0, noise, t, t_set, dropped, None, sent=True)
+            target = self._target(x_t, x0, noise, t, t_set, dropped, None, sent=sends)
         else:
             x0 = x0.float()
             x_t = self.interpolant.interpolate(x0, noise, t)

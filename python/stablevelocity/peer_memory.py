@@ -13,7 +13,8 @@ Who writes what another may still read, waits first. A push begins and ends with
 a draw, which reads from all parts, waits for nobody; whoever else writes to a part calls `meet` before and after. A
 push that is `ahead` of a draw and a target is on a stream beside: the draw begins when all slots are known, and waits
 for those rows that it takes. A target begins when all have come, which have then read what the last one brought, and
-ends when all parts have been evaluated.
+ends when all parts have been evaluated. A draw of the rows of a target begins that: times and rings travel, and the
+list of its work is made, beside the draw; each x_t is there when its process says so.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Link:
         self._side: torch.cuda.Stream | None = None  # where its rows are on their way, and what holds them
         self._on_their_way: tuple[Tensor, ...] = ()
         self.placed: torch.cuda.Event | None = None  # behind what tells its slots
+        self.listed: Tensor | None = None  # the work of the target that the last draw is made for
         self.name = f"link {next(_NUMBERS)}"  # a number would be made symbolic by torch.compile
         _LINKS[self.name] = self
 
@@ -224,20 +226,27 @@ def _push(order, counts, heads, local_counts, values, labels, indices, all_to_la
         push(*given, places, 2)
 
 
-def _draw(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, indexed, send, heads, link):
+def _draw(
+    order, counts, u, labels, fallback, noise, t, path, t_min, capacity, indexed, send, heads, local_counts, link
+):
     link, also = _LINKS[link], None
     served = link.served
     own, at = served[0]
-    placed, link.placed = link.placed, None
+    placed, link.placed, link.listed = link.placed, None, None
     if placed is not None:
         torch.cuda.current_stream(link.device).wait_event(placed)
     if send and t is not None and own.dtype != torch.float64:  # x_t is float32: it is what the target will be given
         scalars = [t.dtype] if labels is None else [t.dtype, torch.int64]
-        xs = _target_box(link, (len(u), *own.shape[2:]), torch.float32, scalars).areas[-4]
+        box = _target_box(link, (len(u), *own.shape[2:]), torch.float32, scalars)
+        xs = box.areas[-4]
         also = xs[link.part * len(u) :][: len(u)]
+        if labels is not None and t.dtype == torch.float32:
+            link.listed = _list_ahead(link, box, xs, own, t, labels, local_counts, t_min, send)
     draw, about = torch.ops.svel.bank_draw_parts, (counts, u, labels)
-    fresh = () if heads is None else (heads, link.fresh, link.pushed.addresses, link.part, link.seconds)
-    x0, slot, x_t, t_set = draw(at, capacity, own, *about, fallback, noise, t, path, t_min, also, *fresh)
+    fresh = (None, None, None) if heads is None else (heads, link.fresh, link.pushed.addresses)
+    fresh = *fresh, link.part, link.seconds
+    of_rows = fallback, noise, t, path, t_min, also
+    x0, slot, x_t, t_set = draw(at, capacity, own, *about, *of_rows, *fresh, link.listed is not None)
     index = slot.new_empty(0)
     if indexed:  # the same draw, of words
         own, at = served[1]
@@ -246,7 +255,18 @@ def _draw(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, i
     return x0, slot, x_t, t_set, index
 
 
-def _draw_fake(order, counts, u, labels, fallback, noise, t, path, t_min, capacity, indexed, send, heads, link):
+def _list_ahead(link, box, xs, own, t, labels, local_counts, t_min, precision) -> Tensor | None:
+    """Begin a target of rows xs, those of a draw that follows; None where that has to wait for them."""
+    times, rings = box.areas[:2]
+    if torch.ops.svel.part_goes_home(xs, own, rings, precision) < 3:
+        return None
+    us = box.addresses_there, link.part, t, labels, t_min, box.at[-1], link.seconds, box.addresses
+    return torch.ops.svel.posterior_part_list(xs, own, times, rings, local_counts, precision, *us)
+
+
+def _draw_fake(
+    order, counts, u, labels, fallback, noise, t, path, t_min, capacity, indexed, send, heads, local_counts, link
+):
     rows, n = _LINKS[link].served[0][0], u.shape[0]
     work = torch.float64 if rows.dtype == torch.float64 else torch.float32
     shape = (n, *rows.shape[2:])
@@ -273,7 +293,9 @@ def _target(
     order, x, time_or_alpha, sigma, rings, counts, local_counts, a, b, source, path, prediction, precision, sent, link
 ) -> Tensor:
     link = _LINKS[link]
-    link.join()
+    listed, link.listed = link.listed if sent else None, None
+    if listed is None:  # else the draw has waited for it
+        link.join()
     about = [given for given in (time_or_alpha, sigma, rings) if given is not None]
     if any(given.shape != x.shape[:1] for given in about):
         raise ValueError(f"t, labels: expected shape (N,) = ({len(x)},), got {[tuple(given.shape) for given in about]}")
@@ -288,14 +310,15 @@ def _target(
     if home:
         own = (*about, None, None)[:3]
         to = box.addresses_there, *to[1:], *own, None if sent else x, words, link.seconds, box.addresses
-        if home == 2 and path and source is None:
+        if home >= 2 and path and source is None:
             rows = x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
             merged = torch.empty_like(rows)
-            to = *to, merged, rows, prediction
+            to = *to, merged, rows, prediction, listed
     else:
         link.gather(box, *about, x=x, words=words)
     torch.ops.svel.posterior_part_out(xs, refs, *scalars, path, labels, local_counts, precision, means, lses, *to)
     if merged is not None:
+        link.join()
         return merged
     lse = None
     if source is not None:  # one part more, of one reference to a row
@@ -332,10 +355,11 @@ _define(
     _push,
     lambda *args: None,
 )
-# x0, slot, x_t and t_set as of bank_draw, and the index of each row. send: a target of these x_t follows, `sent`.
+# x0, slot, x_t and t_set as of bank_draw, and the index of each row. send: the precision of a target of these x_t at
+# these t_set, which follows and is `sent`; else "".
 _define(
     "bank_draw(Tensor(a!) order, Tensor counts, Tensor u, Tensor? labels, Tensor? fallback, Tensor? noise, Tensor? t, "
-    "str path, float t_min, int capacity, bool indexed, bool send, Tensor? heads, str link) -> "
+    "str path, float t_min, int capacity, bool indexed, str send, Tensor? heads, Tensor local_counts, str link) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _draw,
     _draw_fake,

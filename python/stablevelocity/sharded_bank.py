@@ -229,7 +229,7 @@ class ShardedReferenceBank(ReferenceBank):
         path="linear",
         t_min=0.0,
         indexed=False,
-        send=False,
+        send="",
         pushed=False,
     ):
         if self.link is None:
@@ -237,7 +237,7 @@ class ShardedReferenceBank(ReferenceBank):
         self._check_alike("draw", u)
         about = self._order, self.counts, u, group, fallback, noise, t, path, t_min
         heads = self.heads if pushed else None
-        *drawn, index = peer_memory.draw(*about, self.capacity, indexed, send, heads, self.link.name)
+        *drawn, index = peer_memory.draw(*about, self.capacity, indexed, send, heads, self.local_counts, self.link.name)
         return *drawn, index if indexed else None
 
     def _drawn_from(

@@ -26,11 +26,12 @@ define_native(
     "Tensor(e!)? fresh=None, Tensor(f!)? places=None, int stage=0) -> ()"
 )
 # bank_draw from such parts, with slots of the whole rings; x_t goes to `also` (N, *S) float32, too. heads, fresh and
-# mailboxes of a push whose rows may still be on their way.
+# mailboxes of a push whose rows may still be on their way. between: it runs beside posterior_part_list, the last call,
+# and is over when that is, and when the rows that this process pushed are where they belong.
 define_native(
     "bank_draw_parts(Tensor parts_at, int capacity, Tensor refs, Tensor counts, Tensor u, Tensor? labels, "
     "Tensor? fallback, Tensor? noise, Tensor? t, str path, float t_min, Tensor(a!)? also, Tensor? heads=None, "
-    "Tensor? fresh=None, Tensor? mailboxes=None, int part=0, float seconds=0) -> "
+    "Tensor? fresh=None, Tensor? mailboxes=None, int part=0, float seconds=0, bool between=False) -> "
     "(Tensor x0, Tensor slot, Tensor x_t, Tensor t_set)"
 )
 # Up to four tensors of rows of every process, one after the other in all mailboxes (P,); with `stays`, x in the own
@@ -42,7 +43,8 @@ define_native(
     "Tensor? x, bool stays, int? words) -> ()"
 )
 # Whether posterior_part of these rows of all processes is a kernel that reads each row x from the mailbox of its
-# process and leaves what it gives there: 1 if it does, 2 if it also merges the own rows, else 0.
+# process and leaves what it gives there: 1 if it does, 2 if it also merges the own rows, 3 if posterior_part_list may
+# come before, too; else 0.
 define_native("part_goes_home(Tensor x, Tensor refs, Tensor? labels, str precision) -> int")
 # posterior_part of the rows of all processes, as many of each; sigma None: at times on a path. With mailboxes it goes
 # home: x, mean and lse are where they begin in a mailbox. Else it is in mean and lse. With own_a, own_b and own_c,
@@ -55,7 +57,15 @@ define_native(
     "Tensor? counts, str precision, Tensor(a!) mean, Tensor(b!) lse, Tensor? mailboxes, int part, int xs, int means, "
     "int lses, Tensor? own_a=None, Tensor? own_b=None, Tensor? own_c=None, Tensor? own_x=None, int words=0, "
     "float seconds=0, Tensor? addresses=None, Tensor(c!)? merged=None, Tensor? merged_x=None, "
-    "str prediction='x0') -> ()"
+    "str prediction='x0', Tensor(d!)? list=None) -> ()"
+)
+# What posterior_part_out of those rows begins with, at times on a path, in a launch ahead of the one that writes x: the
+# round, and the list of work in the workspace that is then given to it as `list`. own_t (N,) float32 and own_labels are
+# of this process's rows; a row below t_min is not evaluated.
+define_native(
+    "posterior_part_list(Tensor x, Tensor refs, Tensor(a!) t, Tensor(b!)? labels, Tensor? counts, str precision, "
+    "Tensor mailboxes, int part, Tensor own_t, Tensor? own_labels, float t_min, int words, float seconds, "
+    "Tensor addresses) -> Tensor"
 )
 # What all parts gave for the own rows, `means` and `lses` bytes into the mailboxes, merged; with a and b (N,) float64,
 # or times t (N,) from which they follow, a x + b mean. home: it is in the own mailbox, else in those of the parts. Ends

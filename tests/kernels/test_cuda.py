@@ -156,6 +156,22 @@ def test_many_rows_of_class_banks(rng, d, n, m, dtype):
     check_bank(x, refs, t, labels, counts, x.flip(0) * 0.5)
 
 
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k", "m", "d", "dtype"),
+    [
+        (700, 300, 21, 1032, torch.float16),
+        (700, 300, 21, 4096, torch.float16),
+        (700, 300, 21, 4096, torch.bfloat16),
+        (300, 40, 600, 2056, torch.float16),
+    ],
+)
+def test_classes_of_a_few_rows(rng, n, k, m, d, dtype, source):
+    """Up to four rows share a pass; of some rows one block has all, in one segment or in several."""
+    x, refs, t, labels, counts = make_bank(n, k, m, d, dtype, rng, "manifold")
+    check_bank(x, refs, t, labels, counts, x.flip(0) * 0.5 if source else None)
+
+
 @pytest.mark.parametrize(
     ("n", "k", "m", "d", "dtype"), [(200, 40, 128, 8192, torch.float32), (100, 20, 128, 16_384, torch.float16)]
 )

@@ -240,7 +240,8 @@ def test_merged_parts_are_the_whole(d, dtype, with_source, path):
 
 @pytest.mark.parametrize("d", [40, 1000, 4096, 8200])
 @pytest.mark.parametrize("rows", [3, 30])
-def test_draws_wait_for_pushes_under_way(d, rows):
+@pytest.mark.parametrize("between", [False, True])
+def test_draws_wait_for_pushes_under_way(d, rows, between):
     whole, parts, at = make_rings(torch.float16, d)
     rng = torch.Generator("cuda").manual_seed(3)
     streams = [torch.cuda.Stream() for _ in range(PARTS)]
@@ -263,7 +264,7 @@ def test_draws_wait_for_pushes_under_way(d, rows):
             side.wait_event(placed)
             _, counts, heads, _ = parts[part]
             about = counts, u[part], asked[part], None, None, None
-            push = heads, fresh[part], addresses, part, PATIENCE
+            push = heads, fresh[part], addresses, part, PATIENCE, between
             drawn = svel.bank_draw_parts(at, CAPACITY, parts[part][0], *about, "linear", 0.0, None, *push)
         svel.bank_push_parts_(*given, fresh[part], places[part], 2)
         return drawn
@@ -276,9 +277,10 @@ def test_draws_wait_for_pushes_under_way(d, rows):
 
 @pytest.mark.parametrize(("d", "slots"), [(520, 96), (4096, 48), (8200, 8)])  # so few that all blocks run at once
 @pytest.mark.parametrize("path", ["linear", "cosine"])
-def test_parts_merge_their_rows_themselves(d, slots, path):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_parts_merge_their_rows_themselves(d, slots, path, ahead):
     """Round after round: rows of two parts, cut between blocks, over all rings and an empty one, NaN among them."""
-    world, n = 2, 3
+    world, n, t_min = 2, 3, 0.15
     rng = torch.Generator("cuda").manual_seed(4)
     refs = torch.randn(3, world * slots, d, device="cuda", generator=rng).half()
     counts = torch.tensor([world * slots, 0, 1], dtype=torch.int32, device="cuda")
@@ -298,8 +300,13 @@ def test_parts_merge_their_rows_themselves(d, slots, path):
         about = area(xs, torch.float32, d), parts[part], area(times_at, torch.float32), None, path
         rings = area(rings_at, torch.int64), held[part].int(), "exact"
         to = area(means, torch.float32, d), area(lses, torch.float64)
-        us = there, part, xs, means, lses, t, labels, None, x, words, PATIENCE, addresses
-        svel.posterior_part_out(*about, *rings, *to, *us, merged, x, "velocity")
+        us = there, part, xs, means, lses, t, labels, None, None if ahead else x, words, PATIENCE, addresses
+        made = None
+        if ahead:
+            given = *about[:3], *rings, there, part, t, labels, t_min, words, PATIENCE, addresses
+            made = svel.posterior_part_list(*given)
+            about[0][part * n :][:n] = x
+        svel.posterior_part_out(*about, *rings, *to, *us, merged, x, "velocity", made)
         return merged
 
     def make_boxes(count):
@@ -307,7 +314,7 @@ def test_parts_merge_their_rows_themselves(d, slots, path):
         return boxes, addresses_of(boxes), addresses_of(boxes).cuda()
 
     x, t, labels = torch.zeros(n, d, device="cuda"), torch.zeros(n, device="cuda"), torch.zeros(n, device="cuda").long()
-    assert svel.part_goes_home(x, parts[0], labels, "exact") == 2
+    assert svel.part_goes_home(x, parts[0], labels, "exact") == 3
     target(0, *make_boxes(1), x, t, labels)  # loads the kernels; so few scalars of one part lie where those of two do
     boxes = make_boxes(world)
     for _ in range(4):
@@ -319,7 +326,8 @@ def test_parts_merge_their_rows_themselves(d, slots, path):
         picked, noise = refs[labels.clamp(0, 2), slot], torch.randn(world, n, d, device="cuda", generator=rng)
         x = (at.alpha[..., None] * picked + at.sigma[..., None] * noise).float()
         x[1, 2, 0], t[0, 1] = torch.nan, torch.nan
-        given = x.flatten(0, 1).double(), refs, t.flatten().double(), labels.flatten(), counts
+        evaluated = t.where(t >= t_min, torch.nan) if ahead else t
+        given = x.flatten(0, 1).double(), refs, evaluated.flatten().double(), labels.flatten(), counts
         wanted = stable_target(*given, path=path).float()
         each = list(zip(x, t, labels, strict=True))
         out = torch.cat(all_parts(lambda part, each=each: target(part, *boxes, *each[part]), world))
@@ -330,5 +338,6 @@ def test_parts_merge_their_rows_themselves(d, slots, path):
 
 def test_what_a_compiled_library_alone_has():
     assert peers.HEADER_BYTES == 512
-    names = "bank_draw_parts", "bank_push_parts_", "peers_gather_", "peers_merge", "posterior_part_out"
+    names = "bank_draw_parts", "bank_push_parts_", "peers_gather_", "peers_merge"
+    names += "posterior_part_list", "posterior_part_out"
     assert all(hasattr(svel, name) for name in names)
