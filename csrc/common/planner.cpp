@@ -59,12 +59,12 @@ struct BulkTile {
 
 constexpr BulkTile BULK_TILES[] = {
     {0, 32, 16, 2, 512, "D <= 512: sixteen groups of one warp"},
-    {2, 512, 2, 16, 1024, "fast, D <= 1,024: matrix units, tiles of sixteen references"},
+    {2, 512, 2, 16, 1024, "16 bits, D <= 1,024: matrix units, tiles of sixteen references"},
     {0, 64, 16, 2, 1024, "D <= 1,024: eight groups of two warps"},
-    {2, 512, 4, 16, 2048, "fast, D <= 2,048: matrix units, tiles of sixteen references"},
-    {2, 512, 8, 8, 4096, "fast, D <= 4,096: matrix units, tiles of eight references"},
+    {2, 512, 4, 16, 2048, "16 bits, D <= 2,048: matrix units, tiles of sixteen references"},
+    {2, 512, 8, 8, 4096, "16 bits, D <= 4,096: matrix units, tiles of eight references"},
     {2, 512, 8, 8, 32768,
-     "fast, D <= 32,768: matrix units, clusters of blocks with up to 4,096 elements each"},
+     "16 bits, D <= 32,768: matrix units, clusters of blocks with up to 4,096 elements each"},
     {0, 128, 16, 2, 2048, "D <= 2,048: four groups of four warps"},
     {0, 256, 16, 2, 4096, "D <= 4,096: two groups of eight warps, tiles of two references in registers"},
     {2, 512, 16, 2, 8192, "D <= 8,192: one group of sixteen warps"},
