@@ -194,6 +194,13 @@ __device__ inline int add_arrival(int* counter) {
   return before;
 }
 
+// How many have come, with what they wrote before.
+__device__ inline int read_arrivals(const int* counter) {
+  int arrivals = 1;
+  SVEL_HOPPER_ASM("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(arrivals) : "l"(counter) : "memory");
+  return arrivals;
+}
+
 // Eight bytes to and from another block of the grid, whole or not at all.
 __device__ inline void post_letter(uint2* to, uint2 letter) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(letter.x), "r"(letter.y)

@@ -648,8 +648,8 @@ struct SumGrid {
     SumTile tile;
     tile.row0 = row_tile * MANY_ROWS;
     tile.e0 = d_tile * MANY_TILE;
-    tile.begin = static_cast<int>(static_cast<int64_t>(steps) * split / splits);
-    tile.end = static_cast<int>(static_cast<int64_t>(steps) * (split + 1) / splits);
+    tile.begin = many_part_begin(steps, split, splits);
+    tile.end = many_part_begin(steps, split + 1, splits);
     tile.d_tiles = min(each, sums.d_tiles - d_tile);
     tile.index = sums.index(row_tile, split, d_tile);
     return tile;
@@ -867,7 +867,8 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool HALF = DtypeOf<T>::value == Dtype::f16;
   Ring ring = make_ring(0);
-  follow_previous();
+  wait_for_previous_launch();
+  allow_next_launch();  // merge_kernel reads all but the sums before it waits
   const int64_t valid = many_valid(in, many);
   const SumGrid grid(many, valid);
   const int units = grid.units(), rank = blockIdx.x % 2;

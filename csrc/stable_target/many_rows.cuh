@@ -14,8 +14,9 @@
 //  * review: of dense rows whose scores are large for their digits, those of most weight go to a list
 //  * weights, dense rows: p_j to 22 bits, as two halves, in those places
 //  * sum, dense rows: sum_j p_j d_j
-//  * merge: dense rows add what the thread blocks of the last step left; references of lists are scored and
-//    summed; after the last round, writes the output
+//  * merge: references of lists are scored and summed, while sums are under way where these leave
+//    multiprocessors; dense rows add what the thread blocks of the last step left; after the last round,
+//    writes the output
 //
 // Exact arithmetic: references are exact in halves, and so is d_j for a c of few digits wherever r_j is near
 // c; where it is not, the remainder is multiplied too. The matrix units truncate what they add up, so at most
@@ -52,7 +53,7 @@ struct ManySlot {  // one row of a pass
   float own;     // bound of |(y_hi - y).d_j| / |d_j|, with the rounding of the sums,
   float summed;  // and of this alone
   float rate2;   // rate log2(e)
-  float top;     // largest score of this round, as the weights have it
+  float top;     // what weights are relative to: the largest score up to this round, as they have it
   int alive;
 };
 
@@ -81,8 +82,9 @@ struct Many {
   int* counts;           // (rows,) of them; more than the list holds: all that may matter
   int* fills;            // (rows,) the same, 0 for lists that must stay ones
   int* doubtful;         // (rows,) whether a dense row's scores want a review
+  int* listed;           // (rows,) whether a dense row's list is in its sums
   int* places;           // (rows,) among the dense rows; -1: not dense
-  double* totals;        // (rows, WEIGHT_BLOCKS) of the weights of dense rows in this round
+  double* totals;        // (rows, WEIGHT_UNITS) of the weights of dense rows in this round
   float* sums;           // (rows, d_stride) sum of p_j d_j scale, where total > 0
   float* partial;        // (splits, row tiles, d tiles, MANY_ROWS, MANY_TILE)
   int64_t first_row;     // of the pass
@@ -106,6 +108,12 @@ __host__ __device__ constexpr int many_sum_refs(bool exact) {
 __device__ inline int many_sum_steps(const Many& many, int64_t valid) {
   const int refs = many_sum_refs(many.exact);
   return static_cast<int>((valid + refs - 1) / refs);
+}
+
+// The first step of part `split` of `splits`. Scores of a round fit the workspace: no product comes near
+// 2^31.
+__device__ inline int many_part_begin(int steps, int split, int splits) {
+  return steps * split / splits;
 }
 
 // How the sums of `tiles` tiles over `steps` steps each are cut, for `blocks` thread blocks: into as many
@@ -212,15 +220,18 @@ struct ManySums {
         fours((d_tiles + 3) / 4),
         splits(many.facts->splits),
         narrow_splits(many.facts->narrow_splits) {}
-  // `splits` and `narrow_splits` for so many row tiles, by all lanes of a warp.
+  // `splits` and `narrow_splits` for so many row tiles, by all lanes of a warp. A narrow one alone leaves a
+  // few multiprocessors to merge_kernel's lists: it is bound by memory.
+  static constexpr int LEFT = 2;  // clusters
   __device__ static int2 choose(const Many& many, int full, int narrow, int steps) {
+    const int clusters = many.blocks / 2 - (full ? 0 : LEFT);
     const int d_tiles = static_cast<int>(many.d_stride / MANY_TILE), fours = (d_tiles + 3) / 4;
     int splits[2], left = static_cast<int>(MANY_SEGMENTS);  // tiles
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int units = k ? narrow * fours : full * ((d_tiles + 1) / 2), each = k ? 4 : 2;
       const int most = (left - (k ? 0 : 4 * narrow * fours)) / each;
-      splits[k] = units ? many_splits(units, steps, many.blocks / 2, most) : 0;
+      splits[k] = units ? many_splits(units, steps, clusters, most) : 0;
       left -= splits[k] * units * each;
     }
     return {splits[0], splits[1]};
@@ -234,7 +245,8 @@ struct ManySums {
 };
 
 // At the start of every kernel of a call but the first, which all begin while those before run, where there
-// is room, and end in their order.
+// is room, and end in their order. Those that the next launch reads something of before it waits, or
+// something that was there before them, let it begin only when they have waited themselves.
 __device__ inline void follow_previous() {
   allow_next_launch();
   wait_for_previous_launch();

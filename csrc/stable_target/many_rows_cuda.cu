@@ -11,8 +11,10 @@ namespace svel::cuda {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int WEIGHT_THREADS = 512, SELECT_THREADS = 512;
-constexpr int WEIGHT_BLOCKS = 4;  // of a row
+constexpr int SELECT_THREADS = 512;
+constexpr int WEIGHT_UNITS = 8;    // of a row
+constexpr int RESIDENT = 4;        // blocks of weights_kernel to a multiprocessor
+constexpr int MERGED_SPLITS = 12;  // parts of sums that are on their way at once
 constexpr int ORDER_THREADS = 1024;
 constexpr int64_t LISTED_D = 16 * THREADS;  // longer references do not fit the registers
 constexpr int CENTRE_LANES = 8;             // threads per element of D
@@ -504,14 +506,16 @@ __device__ inline double doubt_of(const ManySlot& slot, const ManyFacts& facts) 
 // One block per slot: lists the references whose weight can matter, or gives up at more than MANY_SURVIVORS.
 // A thread keeps HELD maxima of groups at hand, every SELECT_THREADS-th; those beyond are read again.
 constexpr int HELD = 8;
-__global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in, const Many many) {
+constexpr int SELECT_RESIDENT = 3;  // blocks to a multiprocessor
+__global__ void __launch_bounds__(SELECT_THREADS)
+    select_kernel(const Inputs in, const Many many, int early_blocks) {
   allow_next_launch();
   __shared__ int of_warps[SELECT_THREADS / 32], int_scratch[SELECT_THREADS / 32];
   __shared__ int bins[BINS], first_left_out, list[MANY_SURVIVORS];
-  // First without any references, while they are being scored: that brings the code, which takes longer than
-  // to run it.
+  // The first blocks, which have room while the last tiles are scored, run without any references before:
+  // that brings the code, which takes longer than to run it.
 #pragma unroll 1
-  for (int real = 0; real < 2; ++real) {
+  for (int real = static_cast<int>(blockIdx.x) < early_blocks ? 0 : 1; real < 2; ++real) {
     if (real) wait_for_previous_launch();
     const int64_t at = blockIdx.x, valid = real ? many_valid(in, many) : 0;
     const int groups = static_cast<int>((valid + MANY_GROUP - 1) / MANY_GROUP);
@@ -629,7 +633,7 @@ __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in,
         many.survivors[at * MANY_SURVIVORS + place++] = first + __ffs(matter) - 1;
     }
     if (!real || threadIdx.x != 0) continue;
-    many.slots[at].top = best;
+    many.slots[at].top = static_cast<float>(top);
     many.counts[at] = found;
     const double doubt_of_hi = doubt_of(slot, facts);
     many.fills[at] = found > MANY_SURVIVORS || doubt_of_hi <= FILL_DOUBT ? found : 0;
@@ -641,7 +645,6 @@ __global__ void __launch_bounds__(SELECT_THREADS) select_kernel(const Inputs in,
 // the first places; the others take those of rows that are not dense. All with lists longer than a limit are,
 // a limit that takes least time.
 __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, const Many many) {
-  allow_next_launch();
   constexpr int WARPS = PLACE_THREADS / 32;
   __shared__ int of_warps[WARPS], movers[PLACE_THREADS], before_last;
   // The parts of the sums, for any number of full row tiles and with a narrow one or without.
@@ -654,7 +657,10 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
   // First without any rows, while they are being counted: see select_kernel.
 #pragma unroll 1
   for (int real = 0; real < 2; ++real) {
-    if (real) wait_for_previous_launch();
+    if (real) {
+      wait_for_previous_launch();
+      allow_next_launch();  // weights_kernel reads what select_kernel left before it waits
+    }
     __syncthreads();
     const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32, early = early_rows(many);
     const bool is_row = real && slot < many.rows;
@@ -714,7 +720,7 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
     const int full = ManyTiles(total).full, narrow = ManyTiles(total).narrow;
     const int late = __syncthreads_count(dense && slot >= early);
     const int reviewed = __syncthreads_count(dense && doubtful);
-    if (is_row) many.places[slot] = -1;
+    if (is_row) many.places[slot] = -1, many.listed[slot] = 0;
     if (is_row && dense) many.counts[slot] = 0;  // references beside the sums, see review_kernel
     if (real && slot == 0) {
       many.facts->dense = total, many.facts->late = many.exact ? late : 0;
@@ -762,7 +768,8 @@ __global__ void __launch_bounds__(THREADS) gather_kernel(const Inputs in, const 
 // out.
 constexpr int REVIEW_BITS = 8, REVIEW_BINS = 64;
 __global__ void __launch_bounds__(SELECT_THREADS) review_kernel(const Inputs in, const Many many) {
-  follow_previous();
+  wait_for_previous_launch();
+  allow_next_launch();  // weights_kernel takes rows without a review before it waits
   if (many.facts->reviewed == 0) return;
   constexpr int SCORES = static_cast<int>(MANY_SURVIVORS);
   __shared__ int bins[REVIEW_BINS], of_warps[SELECT_THREADS / 32], found[SCORES], kept, count;
@@ -827,66 +834,147 @@ __global__ void __launch_bounds__(SELECT_THREADS) review_kernel(const Inputs in,
   if (threadIdx.x == 0) many.counts[source] = count;
 }
 
-// WEIGHT_BLOCKS blocks per dense row. Of as many scores as a step of the sums takes come, in place of the
-// first of their bytes, the upper halves of weights, and if exact the lower halves after them. What a warp
-// writes it has read before, or lies in a row that is not dense.
-__global__ void __launch_bounds__(WEIGHT_THREADS) weights_kernel(const Inputs in, const Many many) {
-  follow_previous();
-  constexpr int EACH = 4, STRIDE = 8 * WEIGHT_THREADS * WEIGHT_BLOCKS;  // eights of a thread in a round
-  __shared__ int scratch[WEIGHT_THREADS / 32];
+// 2^v as exp2f has it, but for results that are no normal numbers: they become zero.
+__device__ inline float short_exp2(float v) {
+  float p;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(v));
+  return p;
+}
+
+// Weights of scores: EACH times eight of a thread's, so far apart. visit(q, upper, lower), each eight halves,
+// when the warp has read all; lower where exact. Returns their sum.
+constexpr int EACH = 4, EIGHTS_APART = 8 * THREADS * WEIGHT_UNITS;
+template <bool EXACT, typename Visit>
+__device__ __forceinline__ double form_weights(const float* from, int first, int valid, float best,
+                                               float rate2, const Visit& visit) {
+  float4 low[EACH], high[EACH];
+#pragma unroll
+  for (int q = 0; q < EACH; ++q) {
+    const int j = first + q * EIGHTS_APART;
+    low[q] = high[q] = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+    if (j >= valid) continue;
+    low[q] = *reinterpret_cast<const float4*>(from + j);
+    high[q] = *reinterpret_cast<const float4*>(from + j + 4);
+  }
+  __syncwarp();
+  double total = 0;
+#pragma unroll
+  for (int q = 0; q < EACH; ++q) {
+    const float scores[8] = {low[q].x,  low[q].y,  low[q].z,  low[q].w,
+                             high[q].x, high[q].y, high[q].z, high[q].w};
+    __align__(16) __half2 upper[4], lower[4];
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      float scaled[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float score = scores[2 * k + h];
+        const float p = score == -INFINITY ? 0.0f : short_exp2((score - best) * rate2);
+        sum += p;
+        scaled[h] = p * WEIGHT_SCALE;
+      }
+      upper[k] = __floats2half2_rn(scaled[0], scaled[1]);
+      if (!EXACT) continue;
+      const float2 back = __half22float2(upper[k]);
+      lower[k] = __floats2half2_rn(scaled[0] - back.x, scaled[1] - back.y);
+    }
+    total += sum;
+    visit(q, *reinterpret_cast<const uint4*>(upper), *reinterpret_cast<const uint4*>(lower));
+  }
+  return total;
+}
+
+// Of as many scores as a step of the sums takes come, in place of the first of their bytes, the upper halves
+// of weights, and if exact the lower halves after them: of eight from reference j on.
+template <bool EXACT>
+__device__ __forceinline__ void store_eight(float* scores, int j, uint4 upper, uint4 lower) {
+  constexpr int REFS = many_sum_refs(EXACT);
+  float* const halves = scores + j / REFS * REFS + j % REFS / 2;
+  *reinterpret_cast<uint4*>(halves) = upper;
+  if (EXACT) *reinterpret_cast<uint4*>(halves + 16) = lower;
+}
+
+// Unit `rank` of WEIGHT_UNITS of a dense row. What a warp writes it has read before, or lies in a row that is
+// not dense.
+template <bool EXACT>
+__device__ __forceinline__ void store_weights(const Inputs& in, const Many& many, int64_t at, int rank) {
+  __shared__ int scratch[THREADS / 32];
   __shared__ double wide_scratch[33];
-  const int64_t at = blockIdx.x / WEIGHT_BLOCKS, valid = many_valid(in, many);
-  const int rank = blockIdx.x % WEIGHT_BLOCKS;
-  if (at >= many.facts->dense) return;
-  const bool moved = many.facts->late > 0;  // by gather_kernel, and have better scores
+  const int64_t valid = many_valid(in, many);
+  const bool moved = EXACT && many.facts->late > 0;  // by gather_kernel, and have better scores
   const int64_t source = many.dense_slots[at];
   ManySlot& slot = many.slots[source];
   const float* const from = many.scores + (moved ? at : source) * many.score_stride;
   float* const to = many.scores + at * many.score_stride;
   const float here = moved ? row_maximum(many, at, (valid + MANY_GROUP - 1) / MANY_GROUP, scratch) : slot.top;
   const float best = dense_best(slot, here), rate2 = slot.rate2;
+  const int end = many_sum_steps(many, valid) * many_sum_refs(EXACT);
+  const int own = 8 * (rank * THREADS + static_cast<int>(threadIdx.x));
   double total = 0;
-  const int refs = many_sum_refs(many.exact);
-  const int64_t end = static_cast<int64_t>(many_sum_steps(many, valid)) * refs;
-  const int64_t own = 8 * (static_cast<int64_t>(rank) * WEIGHT_THREADS + threadIdx.x);
 #pragma unroll 1
-  for (int64_t j0 = own; j0 - own < end; j0 += EACH * STRIDE) {
-    float4 low[EACH], high[EACH];
-#pragma unroll
-    for (int q = 0; q < EACH; ++q) {
-      const int64_t j = j0 + q * STRIDE;
-      low[q] = high[q] = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-      if (j >= valid) continue;
-      low[q] = *reinterpret_cast<const float4*>(from + j);
-      high[q] = *reinterpret_cast<const float4*>(from + j + 4);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int q = 0; q < EACH; ++q) {
-      const int64_t j = j0 + q * STRIDE;
-      if (j >= end) continue;
-      const float scores[8] = {low[q].x,  low[q].y,  low[q].z,  low[q].w,
-                               high[q].x, high[q].y, high[q].z, high[q].w};
-      __align__(16) __half upper[8], lower[8];
-      float sum = 0;
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const float p = scores[k] == -INFINITY ? 0.0f : exp2f((scores[k] - best) * rate2);
-        const float scaled = p * WEIGHT_SCALE;
-        sum += p;
-        upper[k] = __float2half(scaled);
-        lower[k] = __float2half(scaled - __half2float(upper[k]));
-      }
-      total += sum;
-      float* const halves = to + j / refs * refs + j % refs / 2;
-      *reinterpret_cast<float4*>(halves) = *reinterpret_cast<float4*>(upper);
-      if (many.exact) *reinterpret_cast<float4*>(halves + 16) = *reinterpret_cast<float4*>(lower);
-    }
-  }
+  for (int first = own; first - own < end; first += EACH * EIGHTS_APART)
+    total += form_weights<EXACT>(from, first, static_cast<int>(valid), best, rate2,
+                                 [&](int q, uint4 upper, uint4 lower) {
+                                   const int j = first + q * EIGHTS_APART;
+                                   if (j < end) store_eight<EXACT>(to, j, upper, lower);
+                                 });
   total = block_sum(total, wide_scratch);
   if (threadIdx.x != 0) return;
-  many.totals[blockIdx.x] = total;
-  if (moved && rank == 0) slot.top = here;
+  many.totals[at * WEIGHT_UNITS + rank] = total;
+  if (moved && rank == 0) slot.top = best;
+}
+
+// The weights of dense rows. Nearly always the dense rows are the first, and stay where they are: where
+// weights follow the choice of rows at once, a block forms its first before that has been made.
+template <bool EXACT>
+__global__ void __launch_bounds__(THREADS, RESIDENT) weights_kernel(const Inputs in, const Many many) {
+  allow_next_launch();
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  if constexpr (EXACT) {
+    // First what review_kernel, whose blocks run or have, does not change.
+    const int units = many.facts->dense * WEIGHT_UNITS, reviewed = many.facts->reviewed;
+#pragma unroll 1
+    for (int after = 0; after < 2; ++after) {
+      if (after) wait_for_previous_launch();
+      if (after && reviewed == 0) break;
+#pragma unroll 1
+      for (int unit = block; unit < units; unit += blocks) {
+        const int place = unit / WEIGHT_UNITS;
+        const bool of_review = reviewed > 0 && many.doubtful[many.dense_slots[place]];
+        if (of_review == (after != 0)) store_weights<EXACT>(in, many, place, unit % WEIGHT_UNITS);
+      }
+    }
+  } else {
+    __shared__ double scratch[33];
+    // place_kernel's block runs, or has: select_kernel is through.
+    const int valid = static_cast<int>(many_valid(in, many)), at = block / WEIGHT_UNITS;
+    const int first = 8 * (block % WEIGHT_UNITS * THREADS + static_cast<int>(threadIdx.x));
+    const int end = many_sum_steps(many, valid) * many_sum_refs(EXACT);
+    const bool guesses = at < many.rows && end <= EACH * EIGHTS_APART;
+    float* const scores = many.scores + at * many.score_stride;
+    uint4 ahead[EACH];
+    double total = 0;
+    if (guesses) {
+      const ManySlot& slot = many.slots[at];
+      total = form_weights<EXACT>(scores, first, valid, slot.top, slot.rate2,
+                                  [&](int q, uint4 upper, uint4) { ahead[q] = upper; });
+      total = block_sum(total, scratch);
+    }
+    wait_for_previous_launch();
+    const int dense = many.facts->dense;
+    const bool guessed = guesses && at < dense && many.dense_slots[at] == at;
+    if (guessed) {
+#pragma unroll
+      for (int q = 0; q < EACH; ++q)
+        if (first + q * EIGHTS_APART < end)
+          store_eight<EXACT>(scores, first + q * EIGHTS_APART, ahead[q], {});
+      if (threadIdx.x == 0) many.totals[block] = total;
+    }
+#pragma unroll 1
+    for (int unit = guessed ? block + blocks : block; unit < dense * WEIGHT_UNITS; unit += blocks)
+      store_weights<EXACT>(in, many, unit / WEIGHT_UNITS, unit % WEIGHT_UNITS);
+  }
 }
 
 constexpr int LISTED = 4;  // references that a block scores and sums at a time,
@@ -977,31 +1065,32 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, int
 __device__ double inverse_total(const Many& many, bool alive, double best, double total) {
   return isfinite(best) && alive && total > 0 ? many.facts->inverse_scale / total : NAN;
 }
-__device__ void store_mean(const Inputs& in, const Many& many, const Row& row, int64_t e, double inverse,
-                           const double (&sum)[8]) {
+// Four elements that are not as are_usual has them: a x + mean. A call, since many places have it.
+__device__ __noinline__ void store_unusual(Array x, Array out, int64_t at, double a, double m0, double m1,
+                                           double m2, double m3) {
+  const double means[4] = {m0, m1, m2, m3};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) store_as(out, at + k, a * load_as<double>(x, at + k) + means[k]);
+}
+__device__ __forceinline__ void store_four_means(const Inputs& in, const Many& many, const Row& row,
+                                                 int64_t e, double inverse, const double (&sum)[4]) {
   const int64_t at = row.index * in.d + e;
   const double unscale = many.facts->inverse_scale;
-  if (are_usual(in)) {
-    const float4* const x = reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + at);
-    float4* const out = reinterpret_cast<float4*>(static_cast<float*>(in.out.data) + at);
-    const float4* const centre = reinterpret_cast<const float4*>(many.centre_float + e);
+  const float4 c = *reinterpret_cast<const float4*>(many.centre_float + e);
+  const float centre[4] = {c.x, c.y, c.z, c.w};
+  double mean[4];
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      const float4 v = x[q], c = centre[q];
-      const auto value = [&](int k, float x_k, float c_k) {
-        return static_cast<float>(row.a * x_k + row.b * (c_k * unscale + sum[4 * q + k] * inverse));
-      };
-      out[q] = make_float4(value(0, v.x, c.x), value(1, v.y, c.y), value(2, v.z, c.z), value(3, v.w, c.w));
-    }
-    return;
-  }
-  double out[8];
-#pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    const double centre = static_cast<double>(many.centre_float[e + k]) * unscale;
-    out[k] = row.a * load_as<double>(in.x, at + k) + row.b * (centre + sum[k] * inverse);
-  }
-  store8<double>(in.out, at, out);
+  for (int k = 0; k < 4; ++k) mean[k] = row.b * (centre[k] * unscale + sum[k] * inverse);
+  if (!are_usual(in)) return store_unusual(in.x, in.out, at, row.a, mean[0], mean[1], mean[2], mean[3]);
+  const float4 x = *reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + at);
+  *reinterpret_cast<float4*>(static_cast<float*>(in.out.data) + at) =
+      make_float4(static_cast<float>(row.a * x.x + mean[0]), static_cast<float>(row.a * x.y + mean[1]),
+                  static_cast<float>(row.a * x.z + mean[2]), static_cast<float>(row.a * x.w + mean[3]));
+}
+__device__ inline void store_mean(const Inputs& in, const Many& many, const Row& row, int64_t e,
+                                  double inverse, const double (&sum)[8]) {
+  store_four_means(in, many, row, e, inverse, {sum[0], sum[1], sum[2], sum[3]});
+  store_four_means(in, many, row, e + 4, inverse, {sum[4], sum[5], sum[6], sum[7]});
 }
 
 // The same of a row with one reference that matters, of all rounds, which is the mean.
@@ -1036,19 +1125,30 @@ __device__ void store_lse(const Inputs& in, const Many& many, const ManySlot& sl
   store_as(in.lse, row.index, lse);
 }
 
+// After a list: of a row that ends with it its lse; else what it has come to.
+__device__ __forceinline__ void leave_list(const Inputs& in, const Many& many, ManySlot& slot, int64_t at,
+                                           double best, double total, double inverse, bool ends) {
+  __syncthreads();  // all have read the slot, and stored their sums
+  if (threadIdx.x != 0) return;
+  if (ends) return store_lse(in, many, slot, slot.row, best, total, inverse);
+  slot.total = total, slot.best = best;
+  add_arrival(many.listed + at);
+}
+
 // A row with a list: scores and sums its references, up to 2,048 VECTORS elements, from shared memory. Each
 // is read once, LISTED at a time while as many or twice as many are on their way; sums are relative to the
-// best score so far. Before: `best`, `total` and begin(e, sums), eight sums from e on. PLAIN: as ManyFacts
-// has it.
-template <typename T, int VECTORS, bool PLAIN, typename Begin>
+// best score so far. PLAIN: as ManyFacts has it.
+template <typename T, int VECTORS, bool PLAIN>
 __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, int64_t at, int count,
-                                           bool last, double best, double total, const Begin& begin) {
+                                           bool last) {
   extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times
   __shared__ Barrier barriers[LISTS];
   __shared__ double parts[THREADS / 32][LISTED];
   __shared__ int list[MANY_SURVIVORS];
   static_assert(THREADS / 32 * LISTED == 32, "a lane to each");
   ManySlot& slot = many.slots[at];
+  double total = slot.total, best = slot.best;
+  const bool has_sums = total > 0;  // else nothing has been stored
   for (int k = threadIdx.x; k < count; k += THREADS) list[k] = many.survivors[at * MANY_SURVIVORS + k];
   const int64_t bytes = in.d * static_cast<int64_t>(sizeof(T));
   const auto fetch = [&](int first) {
@@ -1089,7 +1189,10 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       y[v][q] = (__half2float(hi[q]) + __half2float(lo[q])) * factor.unit;
       if (!PLAIN) centre[v][q] = many.centre_float[e + q];
     }
-    begin(e, sums[v]);
+    if (has_sums) {
+#pragma unroll
+      for (int q = 0; q < 8; ++q) sums[v][q] = many.sums[at * many.d_stride + e + q];
+    }
   }
   // visit(v, q, difference) of reference k of a buffer
   const auto differences = [&](int buffer, int k, auto visit) {
@@ -1176,84 +1279,42 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       for (int q = 0; q < 8; ++q) many.sums[at * many.d_stride + e + q] = static_cast<float>(sums[v][q]);
     }
   }
-  if (threadIdx.x != 0) return;  // all have read the slot before the last barrier
-  if (last) {
-    store_lse(in, many, slot, row, best, total, inverse);
-  } else {
-    slot.total = total, slot.best = best;
-  }
+  leave_list(in, many, slot, at, best, total, inverse, last);
 }
 
-// One block per slot: the sums after this round, or the output after the last. VECTORS: as above; 0: any
-// number of elements.
+// A slot with a list, or without anything: the output, or sums for merge_sums or the next round.
 template <typename T, int VECTORS>
-__global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, const Many many, bool last) {
-  follow_previous();
+__device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, int64_t at, bool last) {
   __shared__ std::conditional_t<VECTORS == 0, Listed, char> listed;
-  const int64_t at = blockIdx.x;
   ManySlot& slot = many.slots[at];
   const int place = many.places[at], count = many.counts[at];
-  const bool alive = slot.alive, is_dense = place >= 0;
-  const bool has_list = alive && count > 0;
-  if (last && at == 0 && threadIdx.x == 0) many.facts->early = 0;  // of the next pass
-  if (!is_dense && alive && count == 0 && !last) return;
-  if (has_list && !is_dense && count == 1 && last && slot.total == 0 && !in.lse.data && are_usual(in))
+  const bool alive = slot.alive, has_list = alive && count > 0, ends = last && place < 0;
+  if (!has_list && (place >= 0 || (alive && !last))) return;
+  if (has_list && ends && count == 1 && slot.total == 0 && !in.lse.data && are_usual(in))
     return store_reference<T>(in, slot.row, many.first_ref + many.survivors[at * MANY_SURVIVORS]);
-  const float scale = many.facts->scale;
-  double keep = 1, total = slot.total, best = slot.best;
-  const bool has_sums = total > 0;  // else nothing has been stored
-  int splits = 0, index = 0, stride = 0;
-  if (is_dense) {
-    const ManySums grid(many);
-    const int row_tile = place / static_cast<int>(MANY_ROWS);
-    splits = grid.splits_of(row_tile), index = grid.index(row_tile, 0, 0);
-    stride = grid.split_stride(row_tile);
-    best = dense_best(slot, slot.top);
-    keep = slot.best == -INFINITY ? 0.0 : exp2(slot.rate2 * (slot.best - best));
-    total *= keep;
-    for (int part = 0; part < WEIGHT_BLOCKS; ++part) total += many.totals[place * WEIGHT_BLOCKS + part];
-  }
-  // Eight sums from e on, but for the list.
-  const auto begin_sums = [&](int64_t e, double (&sum)[8]) {
-    const float* const sums = many.sums + at * many.d_stride + e;
-#pragma unroll
-    for (int k = 0; k < 8; ++k) sum[k] = has_sums ? keep * sums[k] : 0;
-    if (!is_dense) return;
-    const int64_t tile = index + e / MANY_TILE;
-    const float* const from =
-        many.partial + (tile * MANY_ROWS + place % MANY_ROWS) * MANY_TILE + e % MANY_TILE;
-    double parts[8] = {};
-#pragma unroll 4
-    for (int split = 0; split < splits; ++split) {
-      const float4* const eight =
-          reinterpret_cast<const float4*>(from + split * stride * (MANY_ROWS * MANY_TILE));
-      const float4 low = eight[0], high = eight[1];
-      parts[0] += low.x, parts[1] += low.y, parts[2] += low.z, parts[3] += low.w;
-      parts[4] += high.x, parts[5] += high.y, parts[6] += high.z, parts[7] += high.w;
-    }
-#pragma unroll
-    for (int k = 0; k < 8; ++k) sum[k] += parts[k] / WEIGHT_SCALE;
-  };
   if constexpr (VECTORS > 0) {
     if (has_list && DtypeOf<T>::value == Dtype::f16 && many.facts->plain)
-      return sum_listed<T, VECTORS, true>(in, many, at, count, last, best, total, begin_sums);
-    if (has_list) return sum_listed<T, VECTORS, false>(in, many, at, count, last, best, total, begin_sums);
-  } else if (has_list) {
-    score_listed<T>(in, many, at, count, best, total, listed);
-    total = listed.total, best = listed.best;
+      return sum_listed<T, VECTORS, true>(in, many, at, count, ends);
+    if (has_list) return sum_listed<T, VECTORS, false>(in, many, at, count, ends);
+  }
+  double keep = 1, total = slot.total, best = slot.best;
+  const bool has_sums = total > 0;  // else nothing has been stored
+  if constexpr (VECTORS == 0) {
+    if (has_list) {
+      score_listed<T>(in, many, at, count, best, total, listed);
+      total = listed.total, best = listed.best, keep = listed.keep;
+    }
   }
   const Row& row = slot.row;
+  const float scale = many.facts->scale;
   const double inverse = inverse_total(many, alive, best, total);
-
+#pragma unroll 1
   for (int64_t e = 8 * threadIdx.x; e < in.d; e += 8 * THREADS) {
     float* const sums = many.sums + at * many.d_stride + e;
     double sum[8];
-    begin_sums(e, sum);
-    if constexpr (VECTORS == 0) {
-      if (has_list) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k) sum[k] *= listed.keep;
-      }
+    for (int k = 0; k < 8; ++k) sum[k] = has_sums ? keep * sums[k] : 0;
+    if constexpr (VECTORS == 0) {
       for (int first = 0; has_list && first < count; first += 16) {
         float part[8] = {};
 #pragma unroll 4
@@ -1268,20 +1329,97 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
         for (int k = 0; k < 8; ++k) sum[k] += part[k];
       }
     }
-    if (!last) {
+    if (ends) {
+      store_mean(in, many, row, e, inverse, sum);
+    } else {
 #pragma unroll
       for (int k = 0; k < 8; ++k) sums[k] = static_cast<float>(sum[k]);
-      continue;
     }
-    store_mean(in, many, row, e, inverse, sum);
+  }
+  leave_list(in, many, slot, at, best, total, inverse, ends);
+}
+
+// A dense row: part `part` of `parts` of its elements. What came before, of its list too, and what the thread
+// blocks of the sums left.
+__device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, int place, int part, int parts,
+                                           bool last) {
+  const int64_t at = many.dense_slots[place];
+  if (many.counts[at] > 0) {  // its block, one of the first, is there
+    if (threadIdx.x == 0)
+      while (read_arrivals(many.listed + at) == 0) {
+      }
+    __syncthreads();
+  }
+  const ManySlot slot = many.slots[at];
+  const ManySums grid(many);
+  const int row_tile = place / static_cast<int>(MANY_ROWS), splits = grid.splits_of(row_tile);
+  const int64_t stride = static_cast<int64_t>(grid.split_stride(row_tile)) * (MANY_ROWS * MANY_TILE);
+  const float* const partial =
+      many.partial +
+      (static_cast<int64_t>(grid.index(row_tile, 0, 0)) * MANY_ROWS + place % MANY_ROWS) * MANY_TILE;
+  const double best = fmax(static_cast<double>(slot.top), slot.best), rate2 = slot.rate2;
+  const double keep = slot.best == -INFINITY ? 0.0 : exp2(rate2 * (slot.best - best)),
+               keep_own = exp2(rate2 * (slot.top - best)), unit = keep_own / WEIGHT_SCALE;
+  double total = 0;
+  for (int k = 0; k < WEIGHT_UNITS; ++k) total += many.totals[place * WEIGHT_UNITS + k];
+  total = slot.total * keep + total * keep_own;
+  const double inverse = inverse_total(many, true, best, total);
+  wait_for_previous_launch();
+  for (int64_t e = 4 * (static_cast<int64_t>(part) * THREADS + threadIdx.x); e < in.d;
+       e += 4 * THREADS * parts) {
+    const float* const from = partial + e / MANY_TILE * (MANY_ROWS * MANY_TILE) + e % MANY_TILE;
+    float4 own{};
+#pragma unroll 1
+    for (int split = 0; split < splits; split += MERGED_SPLITS) {
+      float4 v[MERGED_SPLITS];
+#pragma unroll
+      for (int i = 0; i < MERGED_SPLITS; ++i)
+        v[i] = split + i < splits ? *reinterpret_cast<const float4*>(from + (split + i) * stride) : float4{};
+#pragma unroll
+      for (int i = 0; i < MERGED_SPLITS; ++i)
+        own.x += v[i].x, own.y += v[i].y, own.z += v[i].z, own.w += v[i].w;
+    }
+    float4* const sums = reinterpret_cast<float4*>(many.sums + at * many.d_stride + e);
+    const float4 old = slot.total > 0 ? *sums : float4{};  // else nothing has been stored
+    const double sum[4] = {keep * old.x + unit * own.x, keep * old.y + unit * own.y,
+                           keep * old.z + unit * own.z, keep * old.w + unit * own.w};
+    if (last) {
+      store_four_means(in, many, slot.row, e, inverse, sum);
+    } else {
+      *sums = make_float4(static_cast<float>(sum[0]), static_cast<float>(sum[1]), static_cast<float>(sum[2]),
+                          static_cast<float>(sum[3]));
+    }
   }
   __syncthreads();  // all have read the slot
-  if (threadIdx.x != 0) return;
-  if (!last) {
-    slot.total = total, slot.best = best;
+  if (threadIdx.x != 0 || part > 0) return;
+  if (last) {
+    store_lse(in, many, slot, slot.row, best, total, inverse);
   } else {
-    store_lse(in, many, slot, row, best, total, inverse);
+    many.slots[at].total = total, many.slots[at].best = best;
   }
+}
+
+// The sums after this round, or the output after the last: first a block per slot for the lists, on what
+// multiprocessors sum_kernel leaves; then blocks for dense rows, several to a row where there are few, one
+// before the last round. VECTORS: as above; 0: any number of elements. sum_kernel's blocks, which all have
+// begun, have waited for those before: all but the sums is there.
+template <typename T, int VECTORS>
+__global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, const Many many, bool last) {
+  allow_next_launch();
+  const int rows = static_cast<int>(many.rows), block = static_cast<int>(blockIdx.x) - rows;
+  if (block < 0) {
+    merge_list<T, VECTORS>(in, many, blockIdx.x, last);
+    if (blockIdx.x > 0) return;
+    wait_for_previous_launch();                           // launches end in their order
+    if (last && threadIdx.x == 0) many.facts->early = 0;  // of the next pass
+    return;
+  }
+  const int dense = many.facts->dense, blocks = static_cast<int>(gridDim.x) - rows;
+  const int most = static_cast<int>((in.d + 4 * THREADS - 1) / (4 * THREADS));
+  const int parts = last ? max(1, min(most, blocks / max(dense, 1))) : 1;
+#pragma unroll 1
+  for (int unit = block; unit < dense * parts; unit += blocks)
+    merge_sums(in, many, unit % dense, unit / dense, parts, last);
 }
 
 template <typename T>
@@ -1300,6 +1438,15 @@ Inputs slice_rows(const Inputs& in, int64_t first, int64_t rows) {
   part.x = from(in.x, in.d), part.source = from(in.source, in.d), part.out = from(in.out, in.d);
   part.time_or_alpha = from(in.time_or_alpha, 1), part.sigma = from(in.sigma, 1), part.lse = from(in.lse, 1);
   return part;
+}
+
+// Blocks of select_kernel that have room before all tiles are scored, about: of clusters without a last one.
+// Of more than one tile of rows: any.
+int early_blocks(const Many& many) {
+  if (many.rows > MANY_ROWS) return static_cast<int>(many.rows);
+  const int64_t tiles = ceil_div(many.refs, 2 * MANY_TILE) * ceil_div(many.rows, MANY_ROWS);
+  const int64_t clusters = many.blocks / 2, idle = (clusters - tiles % clusters) % clusters;
+  return static_cast<int>(2 * idle * SELECT_RESIDENT);
 }
 
 void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cudaStream_t stream) {
@@ -1328,17 +1475,19 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
     for (many.first_ref = 0; many.first_ref < in.m; many.first_ref += plan.refs_per_pass) {
       many.refs = std::min(plan.refs_per_pass, in.m - many.first_ref);
       launch_many_score(op, in, many, false, stream);
-      launch(select_kernel, slots, SELECT_THREADS, 0, in, many);
+      launch(select_kernel, slots, SELECT_THREADS, 0, in, many, early_blocks(many));
       launch(place_kernel, 1, PLACE_THREADS, 0, in, many);
       if (many.exact) {
         launch(gather_kernel, 4 * static_cast<unsigned>(many.blocks), THREADS, 0, in, many);
         launch_many_score(op, in, many, true, stream);
         launch(review_kernel, slots, SELECT_THREADS, 0, in, many);
       }
-      launch(weights_kernel, slots * WEIGHT_BLOCKS, WEIGHT_THREADS, 0, in, many);
+      const unsigned blocks = static_cast<unsigned>(many.blocks);
+      launch(many.exact ? weights_kernel<true> : weights_kernel<false>,
+             std::min(slots * WEIGHT_UNITS, RESIDENT * blocks), THREADS, 0, in, many);
       launch_many_sum(op, in, many, stream);
       const bool last = many.first_ref + plan.refs_per_pass >= in.m;
-      launch(merge, slots, THREADS, merge_bytes, in, many, last);
+      launch(merge, slots + 2 * blocks, THREADS, merge_bytes, in, many, last);
     }
   }
 }
@@ -1375,9 +1524,9 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   many.places = rows.take<int>(plan.rows_per_pass);
   many.fills = rows.take<int>(plan.rows_per_pass);
   many.doubtful = rows.take<int>(plan.rows_per_pass);
-  many.totals = rows.take<double>(plan.rows_per_pass * WEIGHT_BLOCKS);
-  static_assert(2 * sizeof(ManyFactor) + sizeof(ManySlot) + 5 * sizeof(int) +
-                    WEIGHT_BLOCKS * sizeof(double) <=
+  many.listed = rows.take<int>(plan.rows_per_pass);
+  many.totals = rows.take<double>(plan.rows_per_pass * WEIGHT_UNITS);
+  static_assert(2 * sizeof(ManyFactor) + sizeof(ManySlot) + 6 * sizeof(int) + WEIGHT_UNITS * sizeof(double) <=
                 MANY_ROW_BYTES);
   many.hi = reinterpret_cast<__half*>(take(layout.queries));
   many.lo = many.hi + plan.rows_per_pass * many.d_stride;
