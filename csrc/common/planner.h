@@ -87,8 +87,9 @@ constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before th
 constexpr int64_t SETTLE_SMEM = 29056;        // the same, after the last ones (bulk_settle.cuh)
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
-constexpr int PRODUCTS_ROWS = 2;         // of a unit
-constexpr int PRODUCTS_MOST_BLOCKS = 8;  // that share a sample
+constexpr int PRODUCTS_ROWS = 2;                            // of a unit
+constexpr int PRODUCTS_MOST_BLOCKS = 8;                     // that share a sample
+constexpr int PRODUCTS_TIES = 64, PRODUCTS_TIE_BYTES = 16;  // references that a part may list
 // Tiles in the ring, of so many KB: 192 KB together.
 constexpr int products_stages(int kilobytes) {
   return 192 / kilobytes;

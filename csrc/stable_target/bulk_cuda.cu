@@ -288,6 +288,101 @@ __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& ho
   }
 }
 
+// The score of a row's source, in units of log 2, by all threads.
+__device__ __forceinline__ double score_of_source(const Inputs& in, int64_t index, double* scratch) {
+  const float* const x = static_cast<const float*>(in.x.data) + index * in.d;
+  const float* const source = static_cast<const float*>(in.source.data) + index * in.d;
+  const Row row = row_coefficients(in, index);
+  double score = 0, square = 0;
+  for (int64_t i = threadIdx.x; i < in.d; i += END_THREADS) {
+    const double s = source[i], y = row.sign * x[i];
+    score = fma(fma(-0.5 * row.alpha, s, y), s, score);
+    square = fma(y, y, square);
+  }
+  score = row.rate() * fma(score, 0.0, score);  // what is not finite becomes NaN
+  if (in.lse.data || in.labels[index] < 0) score -= 0.5 * square / (row.sigma * row.sigma);
+  return LOG2_E * block_sum<double>(score, scratch);
+}
+
+// What end_kernel does for a row whose weights would show that they are wrong: see merge_aligned. Each block
+// does that for itself; few rows are such, and of few references.
+template <int LANES, int VECTORS, bool MERGES>
+__device__ __noinline__ void end_aligned(const Inputs& in, const ProductsParts& parts, double* scratch) {
+  constexpr int WARPS = END_THREADS / 32;
+  __shared__ AlignedMemory<WARPS> memory;
+  const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
+  const int64_t number = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const int64_t index = number + in.part * in.rows_each;
+  const ProductsRow left = parts.rows[index];
+  const int64_t next = (left.from + 1) * PRODUCTS_ROWS + left.row;
+  const ProductsPieces pieces{left.own,
+                              parts.others + next,
+                              parts.firsts + index * in.d,
+                              parts.sums + next * in.d,
+                              parts.ties + index * PRODUCTS_TIES,
+                              parts.ties + (in.n + next) * PRODUCTS_TIES,
+                              in.d};
+  const int others = left.to - left.from;
+  RowState row;
+  set_row(in, index, row);
+  const float* const x = static_cast<const float*>(row.x) + index * in.d;
+  double shift = 0, most = left.own.log2_weight;
+  if (in.lse.data || in.labels[index] < 0) {
+    for (int64_t e = threadIdx.x; e < in.d; e += END_THREADS)
+      shift = fma(static_cast<double>(x[e]), static_cast<double>(x[e]), shift);
+    shift = row.per_square * block_sum<double>(shift, scratch);
+  }
+  for (int j = 0; j < others; ++j) most = fmax(most, pieces.part(j).log2_weight);
+  int64_t at[VECTORS];
+  bool within[VECTORS];
+  double sum[VECTORS][4] = {};
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    at[v] = 4 * ((chunk * VECTORS + v) * LANES + threadIdx.x);
+    within[v] = static_cast<int>(threadIdx.x) < LANES && at[v] < in.d;
+  }
+  const auto wait = [] { __syncthreads(); };
+  PartRow all = in.refs.dtype == Dtype::f16
+                    ? merge_aligned<__half, WARPS>(in, row, pieces, others, shift, most, wait, memory, 0, at,
+                                                   within, sum)
+                    : merge_aligned<__nv_bfloat16, WARPS>(in, row, pieces, others, shift, most, wait, memory,
+                                                          0, at, within, sum);
+  if (in.source.data) {
+    const float* const source = static_cast<const float*>(in.source.data) + index * in.d;
+    const Joined joined = join(all, {score_of_source(in, index, scratch), 1, 0, 0, 0});
+    all = joined.all;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      for (int k = 0; k < 4; ++k) {
+        if (within[v]) sum[v][k] = fma(joined.by_first, sum[v][k], joined.by_second * source[at[v] + k]);
+      }
+    }
+  }
+  const double by = (MERGES ? 1 : left.b) / all.total;
+  if constexpr (MERGES) {
+    float4 mine[VECTORS], mean[VECTORS];
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      mine[v] = make_float4(0, 0, 0, 0);
+      if (within[v]) mine[v] = *reinterpret_cast<const float4*>(parts.home.x + number * in.d + at[v]);
+      mean[v] = make_float4(static_cast<float>(by * sum[v][0]), static_cast<float>(by * sum[v][1]),
+                            static_cast<float>(by * sum[v][2]), static_cast<float>(by * sum[v][3]));
+    }
+    merge_at_home<VECTORS>(in, parts.home, number, lse_of_row(in, all), at, within, mine, mean);
+  } else {
+    float* const to = static_cast<float*>(out_of(in, index).data) + index * in.d;
+    const double a = in.mailboxes ? 0 : left.a;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      for (int k = 0; k < 4; ++k) {
+        if (within[v])
+          to[at[v] + k] = static_cast<float>(fma(a, static_cast<double>(x[at[v] + k]), by * sum[v][k]));
+      }
+    }
+    if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
+  }
+}
+
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
 // take LANES by LANES shares of the parts. MERGES: the result is over the parts of all processes. Grid: rows,
 // those of this process, x chunks of D.
@@ -324,11 +419,7 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
   const ProductsRow left = parts.rows[index];
   const int others = left.to - left.from;  // negative: nothing to read
   const auto part_of = [&](int j) { return (left.from + 1 + j) * PRODUCTS_ROWS + left.row; };
-  const auto load_other = [&](int j) {
-    const PartRow* const from = parts.others + part_of(j);
-    const double2 weights = __ldcg(reinterpret_cast<const double2*>(&from->log2_weight));
-    return PartRow{weights.x, weights.y, 0, 0};
-  };
+  const auto load_other = [&](int j) { return load_part(parts.others + part_of(j)); };
   const auto load_sums = [&](int j, int v) {
     return __ldcg(reinterpret_cast<const float4*>(parts.sums + part_of(j) * in.d + at[v]));
   };
@@ -347,7 +438,7 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
   const float* source = nullptr;
   if (in.source.data && others >= 0) source = static_cast<const float*>(in.source.data) + index * in.d;
   if (others > 0 || source) {
-    PartRow mine{-INFINITY, 0, 0, 0};
+    PartRow mine{-INFINITY, 0, 0, 0, 0};
     if (part < 0) {
       mine = left.own;
     } else if (part < others) {
@@ -356,16 +447,7 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
     const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
     double top = mine.log2_weight;
     if (source) {  // a part like any other
-      const Row row = row_coefficients(in, index);
-      double score = 0, square = 0;
-      for (int64_t i = threadIdx.x; i < in.d; i += END_THREADS) {
-        const double s = source[i], y = row.sign * x[i];
-        score = fma(fma(-0.5 * row.alpha, s, y), s, score);
-        square = fma(y, y, square);
-      }
-      score = row.rate() * fma(score, 0.0, score);  // what is not finite becomes NaN
-      if (in.lse.data || in.labels[index] < 0) score -= 0.5 * square / (row.sigma * row.sigma);
-      by_source = LOG2_E * block_sum<double>(score, scratch);
+      by_source = score_of_source(in, index, scratch);
       top = greater(top, by_source);
     }
 #pragma unroll 1
@@ -374,16 +456,38 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
     for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(0xffffffffu, top, hop));
     weight = power(mine.log2_weight - top);
     double total = weight * mine.total;
+    float lead = static_cast<float>(weight) * mine.lead, wrong = mine.scale;
 #pragma unroll 1
     for (int j = NEAR + 1 + part; j < others; j += 32) {
       const PartRow far = load_other(j);
       weights[j] = power(far.log2_weight - top);
       total = fma(weights[j], far.total, total);
+      lead = fmaxf(lead, static_cast<float>(weights[j]) * far.lead), wrong = fmaxf(wrong, far.scale);
     }
 #pragma unroll 1
     for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(0xffffffffu, total, hop);
     if (source) by_source = power(by_source - top);
     all.log2_weight = top, all.total = total + by_source;
+    // Most rows have one reference with all the weight, or weights that are near enough.
+    const float little = 1e-8f * static_cast<float>(all.total);
+    const bool matters = static_cast<float>(weight * mine.total) > little;
+    const bool shares = static_cast<float>(weight) * (static_cast<float>(mine.total) - mine.lead) > little;
+    all.scale = 0;
+    if (__any_sync(0xffffffffu, !is_beyond_doubt(wrong)) &&
+        (__popc(__ballot_sync(0xffffffffu, matters)) > 1 || __any_sync(0xffffffffu, shares) ||
+         others > NEAR || source)) {
+      all.lead = lead, all.scale = wrong;
+#pragma unroll 1
+      for (int hop = 16; hop > 0; hop /= 2) {
+        all.lead = fmaxf(all.lead, __shfl_xor_sync(0xffffffffu, all.lead, hop));
+        all.scale = fmaxf(all.scale, __shfl_xor_sync(0xffffffffu, all.scale, hop));
+      }
+      if (source) all.lead = fmaxf(all.lead, static_cast<float>(by_source));
+    }
+  }
+  if (is_doubtful(all)) {
+    __syncthreads();  // what others weigh by is there, or not yet needed
+    return end_aligned<LANES, VECTORS, MERGES>(in, parts, scratch);
   }
   const Sum mine_by = static_cast<Sum>(weight), by_first = __shfl_sync(0xffffffffu, mine_by, 0);
   if (others > NEAR) __syncthreads();

@@ -96,7 +96,7 @@ struct Launch : BulkLaunch {
     parts.rows = carver.take<ProductsRow>(in.n);
     parts.others = carver.take<PartRow>(teams * PRODUCTS_ROWS);
     parts.sums = carver.take<float>(teams * PRODUCTS_ROWS * in.d);
-    parts.reviewed = carver.take<float>(teams * in.d);
+    parts.ties = carver.take<ProductsTie>((in.n + teams * PRODUCTS_ROWS) * PRODUCTS_TIES);
     parts.firsts = in.mailboxes ? carver.take<float>(in.n * in.d) : static_cast<float*>(in.out.data);
     const int64_t shared = in.mailboxes ? teams * plan.slices : 0;
     if (in.at_home) parts.home = *in.at_home;

@@ -26,9 +26,11 @@
 // and so are weights. The sums of the matrix units, which round towards zero, are over 64 elements or 8
 // references. Weights are 2^(s_j - top) with an integer `top` that is no smaller than any score.
 //
-// That has the digits of float32 for values as large as x and r_j. Where that may show in a row, by an
-// estimate at the end of a segment, the references that may have weight are evaluated again, in float64
-// (`review`): one or a few, where references are far apart beside the noise, as they are at small t.
+// Sums of shares are of their differences from those of the best reference so far, which are small where they
+// matter. What is left has the digits of float32 for values as large as x and r_j, too few where references
+// that share the weight are far apart beside the noise, as at small t. So a part lists the references whose
+// weight may be wrong; where a row ends and finds that it would show, they are scored again, in float64
+// (`merge_aligned`). Most rows have one reference with all the weight, and need nothing.
 #pragma once
 
 #include <type_traits>
@@ -111,6 +113,13 @@ __device__ __forceinline__ float rest_of(float v) {
 // Of a thread: all together no more than at the launch, 96 for each.
 constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 64;
 
+// A reference among all k m, and the logarithm of the weight that it has been given.
+struct ProductsTie {
+  double log2_weight;
+  int reference;
+};
+static_assert(sizeof(ProductsTie) == PRODUCTS_TIE_BYTES);
+
 // What the blocks, or clusters of them, leave of the rows. A row's sums are in `firsts` from the block where
 // its unit begins, in `sums` from those that follow.
 struct ProductsRow {
@@ -124,7 +133,8 @@ struct ProductsParts {
   PartRow* others;    // (blocks, PRODUCTS_ROWS)
   float* firsts;      // (n, D); the result itself, where it is of this process
   float* sums;        // (blocks, PRODUCTS_ROWS, D)
-  float* reviewed;    // (blocks, D) of one row, between the threads of a block
+  // (n + blocks PRODUCTS_ROWS, PRODUCTS_TIES) what parts have listed, the first ones and others.
+  ProductsTie* ties;
   // Of rows of several processes: (thread blocks,) zero at first, whether `others` and `sums` are there.
   int* ready;
   AtHome home;
@@ -191,18 +201,31 @@ __device__ __forceinline__ void prefetch_share(const Inputs& in) {
 constexpr float PRODUCTS_NO_WEIGHT = 9.0949470177292824e-13f;
 constexpr int RAISED = 1 << 30;
 
+// In PartRow here: `lead` is the weight of the best reference and of its equals, `scale` how large the error
+// of a result would be, beside its size, if weights were wrong where they are shared evenly. Whether it shows
+// in a row, of which `part` is all. The limit is 2e-6.
+constexpr float PRODUCTS_MOST_ERROR = 1.2e-6f;
+__device__ __forceinline__ bool is_doubtful(const PartRow& part) {
+  const float lead = __fdividef(part.lead, static_cast<float>(part.total)), other = fmaxf(1 - lead, 0x1p-24f);
+  return part.scale * other * sqrtf(lead) > PRODUCTS_MOST_ERROR;
+}
+// What cannot show, however weights are shared: other sqrt(lead) is 0.385 at most.
+__device__ __forceinline__ bool is_beyond_doubt(float scale) {
+  return scale <= 2 * PRODUCTS_MOST_ERROR;
+}
+
 // How a row leaves a segment: what the warps do with its sums.
 struct ProductsEnd {
-  float margin;               // see `doubt`
-  double before, now;         // to multiply by: the part's sums so far, and those of the segment
-  double shift;               // |x|^2 / (2 sigma^2) in units of log 2, where it is wanted
-  double log2_weight, total;  // of the part, at its end
+  double before, now;  // to multiply by: the part's sums so far, and those of the segment
+  double shift;        // |x|^2 / (2 sigma^2) in units of log 2, where it is wanted
+  PartRow part;        // so far
 };
 
-// What a block's elements of x and of the segment's first reference, r, make together.
+// What a block's elements of x and of the segment's first reference make together: |x|^2 with all its digits,
+// where that is wanted, and see `what_is_wrong`.
 struct ProductsFigures {
-  double offset, exact_square;  // of the scores; |x|^2
-  float square, norm;           // see `doubt`
+  double exact_square;
+  float square, norm, x_square;
 };
 
 // What a block of a cluster tells the others. A letter has memory of its own until that of four tiles later:
@@ -219,8 +242,6 @@ struct ProductsLetters {
 template <int BLOCKS>
 struct ProductsMail {
   Barrier arrived[PRODUCTS_LETTERS];
-  Barrier met[2];  // see `meet`
-  int meetings;
   ProductsLetters<BLOCKS> from[PRODUCTS_MOST_BLOCKS];  // so many as the cluster has
 };
 struct ProductsNoMail {};
@@ -239,32 +260,17 @@ struct ProductsShared {
   uint32_t weights[2][TR / 8][32];  // as the products take them
   int used[2];                      // bit b: block b has weight; RAISED: `top` has grown
   float scales[2][ROWS];            // what it has done to the sums so far
-  float offsets[ROWS][WARPS];  // what scores are relative to: a warp's share of that of the first reference
   float x_squares[ROWS][WARPS],
       r_squares[WARPS];               // of a warp's elements: |x|^2, |r|^2 of the first reference
   double exact_squares[ROWS][WARPS];  // |x|^2 where all its digits are wanted
-  float kept[ROWS][SEGMENT_REFS];     // scores of the segment, relative to the first reference's
-  double reviewed[SEGMENT_REFS];      // of those that matter, and which these are
-  short listed[SEGMENT_REFS];
-  int listed_count;
-  PartRow moved[ROWS];  // of the part, with the segments so far
-  bool is_last;         // of the blocks
-  Barrier settled;      // the segment's ends are there
+  float kept[ROWS][SEGMENT_REFS];     // logarithms of the segment's weights, relative to the best, at the
+  double levels[ROWS][SEGMENT_REFS / TR];  // level of the tile
+  ProductsTie ties[ROWS][PRODUCTS_TIES];   // of the part so far
+  PartRow moved[ROWS];                     // of the part, with the segments so far
+  bool is_last;                            // of the blocks
+  Barrier settled;                         // the segment's ends are there
   ProductsEnd ends[SEGMENT_SLOTS][ROWS];
   std::conditional_t<CLUSTERED, ProductsMail<TR / 8>, ProductsNoMail> mail;  // the last: its end is cut off
-};
-
-// A row of another process, of which this block has the first part.
-struct ProductsSent {
-  const float* first;     // its sums
-  const PartRow* others;  // of the blocks that follow, PRODUCTS_ROWS apart, as their
-  const float* sums;
-  const int* ready;
-  float* to;                  // the mean, with the process whose row it is
-  double* lse;                // there too, or null
-  double log2_weight, total;  // of the first part
-  int d, length, count;       // count: other parts
-  int slices, rank;
 };
 
 __device__ __forceinline__ void raise_ready(int* ready) {
@@ -277,61 +283,207 @@ __device__ __forceinline__ void await_ready(const int* ready) {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(ready) : "memory");
 }
 
+// The score of a reference, in float64, in units of log 2, by all warps of a block, each of which returns its
+// share.
+template <typename T>
+__device__ __forceinline__ double score_exactly(const Inputs& in, const RowState& row, int reference,
+                                                int threads) {
+  constexpr int EACH = 8;
+  const T* const r = static_cast<const T*>(in.refs.data) + int64_t{reference} * in.d;
+  const float* const x = static_cast<const float*>(row.x) + row.index * in.d;
+  const int d = static_cast<int>(in.d);
+  double score = 0;
+#pragma unroll 2
+  for (int e = EACH * static_cast<int>(threadIdx.x); e < d; e += EACH * threads) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(r + e);
+    const float4 low = *reinterpret_cast<const float4*>(x + e),
+                 high = *reinterpret_cast<const float4*>(x + e + 4);
+    float of_r[EACH];
+    unpack<T, EACH>(raw, of_r);
+    const float of_x[EACH] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const double v = of_r[k];
+      score = fma(fma(-0.5 * row.alpha, v, static_cast<double>(row.sign * of_x[k])), v, score);
+    }
+  }
+  return row.exact_rate() * warp_sum(score);
+}
+
+__device__ __forceinline__ PartRow load_part(const PartRow* from) {
+  const double2 weights = __ldcg(reinterpret_cast<const double2*>(from));
+  const int4 rest = __ldcg(reinterpret_cast<const int4*>(&from->lead));
+  return {weights.x, weights.y, __int_as_float(rest.x), __int_as_float(rest.y), rest.z};
+}
+
+// Parts of a row for `merge_aligned`; -1 is the first, which has its list in memory or nearer.
+struct ProductsPieces {
+  PartRow first;
+  const PartRow* others;  // PRODUCTS_ROWS apart, as their
+  const float* first_sums;
+  const float* sums;
+  const ProductsTie* first_ties;
+  const ProductsTie* ties;
+  int64_t d;
+
+  __device__ __forceinline__ PartRow part(int j) const {
+    return j < 0 ? first : load_part(others + j * PRODUCTS_ROWS);
+  }
+  __device__ __forceinline__ const float* sums_of(int j) const {
+    return j < 0 ? first_sums : sums + int64_t{j} * PRODUCTS_ROWS * d;
+  }
+  __device__ __forceinline__ const ProductsTie* ties_of(int j) const {
+    return j < 0 ? first_ties : ties + int64_t{j} * PRODUCTS_ROWS * PRODUCTS_TIES;
+  }
+};
+
+template <int WARPS>
+struct AlignedMemory {
+  double exact[PRODUCTS_TIES];  // scores
+  double shares[2][2][WARPS];   // of these, of a few at a time
+};
+
+// The parts of a row together, each with the references that it has listed weighed by exact scores, and with
+// them all the others in its place beside other parts. By all threads of a block: this one has the elements
+// `at`, from `offset` on. most: the largest log2_weight; memory: shared.
+template <typename T, int WARPS, int VECTORS, typename Wait>
+__device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowState& row,
+                                                 const ProductsPieces& pieces, int count, double shift,
+                                                 double most, const Wait& wait, AlignedMemory<WARPS>& memory,
+                                                 int64_t offset, const int64_t (&at)[VECTORS],
+                                                 const bool (&within)[VECTORS], double (&sum)[VECTORS][4]) {
+  constexpr int AT_ONCE = 2;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  double* const exact = memory.exact;
+  PartRow all{-INFINITY, 0, 0, 0, 0};
+#pragma unroll 1
+  for (int j = -1; j < count; ++j) {
+    const PartRow part = pieces.part(j);
+    if (!(part.total > 0 && part.log2_weight > most - 80)) continue;
+    const ProductsTie* const ties = pieces.ties_of(j);
+#pragma unroll 1
+    for (int begin = 0; begin < part.ties; begin += AT_ONCE) {
+      double shares[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i)
+        shares[i] = score_exactly<T>(in, row, ties[min(begin + i, part.ties - 1)].reference, 32 * WARPS);
+      double* const all_shares = memory.shares[begin / AT_ONCE % 2][0];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        if (lane == 0) all_shares[i * WARPS + warp] = shares[i];
+      }
+      wait();
+      const int mine = static_cast<int>(threadIdx.x);
+      if (mine >= AT_ONCE || begin + mine >= part.ties) continue;
+      double score = -shift;
+#pragma unroll 1
+      for (int w = 0; w < WARPS; ++w) score += all_shares[mine * WARPS + w];
+      exact[begin + mine] = score;
+    }
+    wait();
+    double aligned = part.log2_weight, heaviest = -INFINITY, own[VECTORS][4];
+#pragma unroll 1
+    for (int i = 0; i < part.ties; ++i) {
+      const double given = ties[i].log2_weight;
+      if (given > heaviest) heaviest = given, aligned = part.log2_weight + (exact[i] - given);
+    }
+    double total = part.total;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      float4 four = make_float4(0, 0, 0, 0);
+      if (within[v]) four = __ldcg(reinterpret_cast<const float4*>(pieces.sums_of(j) + at[v]));
+      own[v][0] = four.x, own[v][1] = four.y, own[v][2] = four.z, own[v][3] = four.w;
+    }
+#pragma unroll 1
+    for (int i = 0; i < part.ties; ++i) {
+      const double more = power(exact[i] - aligned) - power(ties[i].log2_weight - part.log2_weight);
+      const T* const r = static_cast<const T*>(in.refs.data) + ties[i].reference * in.d + offset;
+      total += more;
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (within[v]) own[v][k] = fma(more, static_cast<double>(to_float(r[at[v] + k])), own[v][k]);
+        }
+      }
+    }
+    wait();  // the scores are read
+    const Joined joined = join(all, {aligned, total, 0, 0, 0});
+    const bool alone = !(all.total > 0);
+    all = alone ? PartRow{aligned, total, 0, 0, 0} : joined.all;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        sum[v][k] = alone ? own[v][k] : fma(joined.by_first, sum[v][k], joined.by_second * own[v][k]);
+    }
+  }
+  return all;
+}
+
+// A row of another process, of which this block has the first part.
+struct ProductsSent {
+  ProductsPieces pieces;
+  const int* ready;    // of the blocks with other parts
+  float* to;           // the mean, with the process whose row it is
+  double* lse;         // there too, or null
+  double shift;        // see ProductsEnd
+  int offset, length;  // of the block's slice
+  int count;           // other parts
+  int slices, rank;
+};
+
 // From the row's parts to its mean, by all consumers. Other parts come first in the ranges of their blocks;
 // of the blocks that run at most the last waits for one that does not run yet.
-__device__ __noinline__ static void send_home(const ProductsSent sent) {
-  const int lane = threadIdx.x % 32;
+template <typename T>
+__device__ __noinline__ static void send_home(const Inputs& in, const RowState& row, const ProductsSent sent,
+                                              AlignedMemory<GROUPS_CONSUMERS / 32>& memory) {
+  const int lane = threadIdx.x % 32, count = sent.count;
 #pragma unroll 1
-  for (int j = lane; j < sent.count; j += 32) {
+  for (int j = lane; j < count; j += 32) {
     await_ready(sent.ready + j * sent.slices + sent.rank);
     if (sent.rank > 0) await_ready(sent.ready + j * sent.slices);  // who has the weights
   }
   __syncwarp();
-  const auto other = [&](int j) {
-    return __ldcg(reinterpret_cast<const double2*>(sent.others + j * PRODUCTS_ROWS));
-  };
-  double top = sent.log2_weight;
+  const ProductsPieces& pieces = sent.pieces;
+  PartRow all = pieces.first;
 #pragma unroll 1
-  for (int j = 0; j < sent.count; ++j) {
-    const double its = other(j).x;
-    top = top >= its || its != its ? top : its;
-  }
-  const double by_first = power(sent.log2_weight - top);
-  double total = by_first * sent.total;
-#pragma unroll 1
-  for (int j = 0; j < sent.count; ++j) {
-    const double2 its = other(j);
-    total = fma(power(its.x - top), its.y, total);
-  }
-  constexpr int AT_ONCE = 2;
-#pragma unroll 1
-  for (int begin = 4 * threadIdx.x; begin < sent.length; begin += AT_ONCE * 4 * GROUPS_CONSUMERS) {
-    double sum[AT_ONCE][4] = {};
-#pragma unroll 1
-    for (int j = -1; j < sent.count; ++j) {
-      const double by = (j < 0 ? by_first : power(other(j).x - top)) / total;
-      const float* const from = j < 0 ? sent.first : sent.sums + int64_t{j} * PRODUCTS_ROWS * sent.d;
+  for (int j = 0; j < count; ++j) all = join(all, pieces.part(j)).all;
+  constexpr int VECTORS = 2;  // of a slice
+  int64_t at[VECTORS];
+  bool within[VECTORS];
+  double sum[VECTORS][4] = {};
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; ++i) {
-        const int e = begin + i * 4 * GROUPS_CONSUMERS;
-        if (e >= sent.length) continue;
-        const float4 four = __ldcg(reinterpret_cast<const float4*>(from + e));
-        sum[i][0] = fma(by, static_cast<double>(four.x), sum[i][0]);
-        sum[i][1] = fma(by, static_cast<double>(four.y), sum[i][1]);
-        sum[i][2] = fma(by, static_cast<double>(four.z), sum[i][2]);
-        sum[i][3] = fma(by, static_cast<double>(four.w), sum[i][3]);
+  for (int v = 0; v < VECTORS; ++v)
+    at[v] = 4 * (int64_t{threadIdx.x} + v * GROUPS_CONSUMERS), within[v] = at[v] < sent.length;
+  if (is_doubtful(all)) {
+    const auto wait = [] { named_barrier(1, GROUPS_CONSUMERS); };
+    all = merge_aligned<T, GROUPS_CONSUMERS / 32>(in, row, pieces, count, sent.shift, all.log2_weight, wait,
+                                                  memory, sent.offset, at, within, sum);
+  } else {
+#pragma unroll 1
+    for (int j = -1; j < count; ++j) {
+      const double by = power(pieces.part(j).log2_weight - all.log2_weight);
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        if (!within[v]) continue;
+        const float4 four = __ldcg(reinterpret_cast<const float4*>(pieces.sums_of(j) + at[v]));
+        sum[v][0] = fma(by, static_cast<double>(four.x), sum[v][0]);
+        sum[v][1] = fma(by, static_cast<double>(four.y), sum[v][1]);
+        sum[v][2] = fma(by, static_cast<double>(four.z), sum[v][2]);
+        sum[v][3] = fma(by, static_cast<double>(four.w), sum[v][3]);
       }
     }
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const int e = begin + i * 4 * GROUPS_CONSUMERS;
-      if (e < sent.length)
-        *reinterpret_cast<float4*>(sent.to + e) =
-            make_float4(static_cast<float>(sum[i][0]), static_cast<float>(sum[i][1]),
-                        static_cast<float>(sum[i][2]), static_cast<float>(sum[i][3]));
-    }
   }
-  if (sent.lse && threadIdx.x == 0) *sent.lse = lse_of_row(sent.d, {top, total, 0, 0});
+  const double by = 1 / all.total;
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    if (within[v])
+      *reinterpret_cast<float4*>(sent.to + at[v]) =
+          make_float4(static_cast<float>(by * sum[v][0]), static_cast<float>(by * sum[v][1]),
+                      static_cast<float>(by * sum[v][2]), static_cast<float>(by * sum[v][3]));
+  }
+  if (sent.lse && threadIdx.x == 0) *sent.lse = lse_of_row(in.d, all);
 }
 
 // CHUNKS of 32 elements for each warp. A tile is BLOCKS of eight references of type T.
@@ -425,7 +577,7 @@ struct Products {
     uint2 x[CHUNKS];       // of the column's row and part, split
     // Third parts: in columns of the first part those of the first of two chunks, else those of the second.
     uint2 third[THIRD ? CHUNKS / 2 : 1];
-    float unscale, half_alpha, offset;  // of row t & 1: 1 / what x was multiplied by
+    float unscale, half_alpha;  // of row t & 1: 1 / what x was multiplied by
   };
 
   __device__ __forceinline__ static int thread() {
@@ -527,8 +679,8 @@ struct Products {
   }
 
   // Shares of the scores of eight references, to shared memory.
-  __device__ __forceinline__ void score_block(Mine& mine, uint32_t refs, int block, int parity, bool first,
-                                              int rows) const {
+  __device__ __forceinline__ void score_block(const Mine& mine, uint32_t refs, int block, int parity,
+                                              bool first, int rows) const {
     const int g = lane() >> 2, t = lane() & 3;
     float norms[2] = {}, dots[4] = {},
           thirds[2][4] = {};  // thirds: of the first and the second of two chunks
@@ -556,31 +708,30 @@ struct Products {
     if constexpr (THIRD) dot += t < 2 ? thirds[0][0] + thirds[1][1] : thirds[0][2] + thirds[1][3];
     dot += __shfl_xor_sync(0xffffffffu, dot, 2);
     const float share = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
-    if (first && block == 0) {
-      mine.offset = __shfl_sync(0xffffffffu, share, t);
-      if (lane() < rows) shared().offsets[t][warp()] = share;
-      if (lane() == 3) shared().r_squares[warp()] = norm;
-    }
-    if (t < rows) shared().scores[parity][t][8 * block + g][warp()] = share - mine.offset;
+    if (first && block == 0 && lane() == 0) shared().r_squares[warp()] = norm;
+    if (t < rows) shared().scores[parity][t][8 * block + g][warp()] = share;
   }
 
-  // The scores of a tile, by one warp, from the shares of the block's warps. Lanes: row lane / 8 and
-  // reference lane % 8 of eight, with several lanes for each, which add up some warps' shares.
-  __device__ __forceinline__ void add_shares(int parity, int lane, float (&scores)[BLOCKS]) const {
-    constexpr int LANES = 4 / ROWS, EACH = WARPS / LANES;
-    const int my_row = lane / 8 % ROWS, n = lane % 8, lanes_part = lane / 8 / ROWS;
+  // Of the shares of a score a lane adds up so many: those of half of the warps, or of a cluster's blocks.
+  static constexpr int SHARES = 8;
+  static_assert(WARPS == SHARES * 4 / ROWS && PRODUCTS_MOST_BLOCKS == SHARES);
+
+  // The scores of a tile, by one warp, from the shares of the block's warps, less `base`. Lanes: row lane / 8
+  // and reference lane % 8 of eight, with two lanes for each.
+  __device__ __forceinline__ void add_shares(int parity, int lane, const float (&base)[SHARES],
+                                             float (&scores)[BLOCKS]) const {
+    const int my_row = lane / 8 % ROWS, n = lane % 8, half = lane / 8 / ROWS;
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
-      const float* const from = &shared().scores[parity][my_row][8 * b + n][lanes_part * EACH];
+      const float* const from = &shared().scores[parity][my_row][8 * b + n][half * SHARES];
       float sum = 0;
 #pragma unroll
-      for (int w = 0; w < EACH; w += 4) {
+      for (int w = 0; w < SHARES; w += 4) {
         const float4 four = *reinterpret_cast<const float4*>(from + w);
-        sum += (four.x + four.y) + (four.z + four.w);
+        sum +=
+            ((four.x - base[w]) + (four.y - base[w + 1])) + ((four.z - base[w + 2]) + (four.w - base[w + 3]));
       }
-#pragma unroll
-      for (int hop = 8 * ROWS; hop < 32; hop *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, hop);
-      scores[b] = sum;
+      scores[b] = sum + __shfl_xor_sync(0xffffffffu, sum, 8 * ROWS);
     }
   }
 
@@ -599,7 +750,8 @@ struct Products {
         wait_barrier(&shared().given[parity], phases >> parity & 1);
         phases ^= 1 << parity, parity ^= 1;
         float scores[BLOCKS];
-        add_shares(parity ^ 1, lane, scores);
+        constexpr float NONE[SHARES] = {};
+        add_shares(parity ^ 1, lane, NONE, scores);
         send_scores(scores, letter, lane);
         if (left == references) send_figures(segment, my_row, letter, told, lane);
         letter = (letter + 1) % PRODUCTS_LETTERS;
@@ -636,25 +788,76 @@ struct Products {
 #pragma unroll 1
     for (int peer = lane % 8 + lane / 16 * 8; peer < slices; peer += 16) {
       const uint32_t its = peer_address(arrived, peer);
-      send(peer_address(shared_address(&to.offset), peer), its, own.offset);
       send(peer_address(shared_address(&to.exact_square), peer), its, own.exact_square);
       send(peer_address(shared_address(&to.square), peer), its, own.square, own.norm);
+      send(peer_address(shared_address(&to.x_square), peer), its, own.x_square, 0.0f);
     }
   }
-  // What all have sent, added up.
-  __device__ __forceinline__ void take_scores(float (&scores)[BLOCKS], bool first, int letter, int phase,
-                                              int lane) const {
-    const auto& mail = shared().mail;
+  __device__ __forceinline__ void await_letter(bool first, int letter, int phase, int lane) const {
     const int bytes = TR * ROWS * static_cast<int>(sizeof(float)) +
                       (first ? ROWS * static_cast<int>(sizeof(ProductsFigures)) : 0);
     if (lane == 0) arrive_expecting(&shared().mail.arrived[letter], slices * bytes);
     wait_barrier(&shared().mail.arrived[letter], phase);
+  }
+
+  // Of a row, in the warp that weighs. Scores are relative to the best so far, share by share: so those that
+  // matter are small, and their sums in float32 lose nothing. Weights are relative to that of the best, too.
+  struct Weighed {
+    float rate;
+    float base[SHARES] = {};  // of the best so far: the shares that this lane adds up
+    float over = -INFINITY;   // what a score has to be above to be better
+    int best = 0;             // which of the segment that is
+    double level = 0;         // by how much scores have risen, in units of log 2
+    float total = 0;          // of the weights
+    int equals = 0;           // references as good as the best in each share, among this lane's
+  };
+
+  // Share k of a reference of the tile; at: its parity, or its letter.
+  __device__ __forceinline__ float share_of(int at, int reference, int k, int lane) const {
+    const int my_row = lane / 8 % ROWS;
+    if constexpr (CLUSTERED) {
+      return k < slices ? shared().mail.from[k].scores[at][reference / 8][8 * my_row + reference % 8] : 0;
+    } else {
+      return shared().scores[at][my_row][reference][lane / 8 / ROWS * SHARES + k];
+    }
+  }
+  __device__ __forceinline__ void take_scores(const float (&base)[SHARES], int at, int lane,
+                                              float (&scores)[BLOCKS]) const {
+    if constexpr (CLUSTERED) {
+#pragma unroll
+      for (int b = 0; b < BLOCKS; ++b) {
+        scores[b] = 0;
+#pragma unroll
+        for (int k = 0; k < SHARES; ++k) scores[b] += share_of(at, 8 * b + lane % 8, k, lane) - base[k];
+      }
+    } else {
+      add_shares(at, lane, base, scores);
+    }
+  }
+  // Where `rises`, `best` of the tile's scores is better than all before; what the row's sums are to be
+  // multiplied by. before: references of the segment before the tile.
+  __device__ __forceinline__ float raise(Weighed& my, bool rises, float best, const float (&scores)[BLOCKS],
+                                         int at, int before, int lane) const {
+    int mine = -1;
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
-      scores[b] = 0;
-#pragma unroll 2
-      for (int p = 0; p < slices; ++p) scores[b] += mail.from[p].scores[letter][b][lane % (8 * ROWS)];
+      if (mine < 0 && scores[b] == best) mine = 8 * b + lane % 8;
     }
+    const unsigned those = __ballot_sync(0xffffffffu, mine >= 0) & 0xffu << (lane & ~7);
+    const int reference = max(__shfl_sync(0xffffffffu, mine, __ffs(those) - 1), 0);
+    if (!rises) return 1;
+#pragma unroll
+    for (int k = 0; k < SHARES; ++k) my.base[k] = share_of(at, reference, k, lane);
+    const float rise = best * my.rate, scale = my.over < 0 ? 0.0f : power_of_two(-rise);
+    my.over = 0, my.best = before + (reference & ~7) + stored(reference & 7), my.level += rise;
+    my.total *= scale, my.equals = 0;
+    return scale;
+  }
+  __device__ __forceinline__ bool is_like_base(const Weighed& my, int at, int reference, int lane) const {
+    bool like = true;
+#pragma unroll
+    for (int k = 0; k < SHARES; ++k) like = like && share_of(at, reference, k, lane) == my.base[k];
+    return __shfl_xor_sync(0xffffffffu, like, 8 * ROWS) && like;
   }
 
   // The softmax, one warp. Lanes: as in `add_shares`.
@@ -667,50 +870,52 @@ struct Products {
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) return;
       const bool present = my_row < segment.count;
-      RowScores my;
+      Weighed my;
       my.rate = segment.rows[present ? my_row : 0].rate;
-      my.reset();
 #pragma unroll 1
       for (int left = segment.references; left > 0; left -= TR) {
-        float scores[BLOCKS], best = -INFINITY;
+        const int at = CLUSTERED ? letter : parity;
         if constexpr (CLUSTERED) {
-          take_scores(scores, left == segment.references, letter, letter_phase, lane);
+          await_letter(left == segment.references, letter, letter_phase, lane);
           if (++letter == PRODUCTS_LETTERS) letter = 0, letter_phase ^= 1;
         } else {
           wait_barrier(&shared().given[parity], phases >> parity & 1);
           phases ^= 1 << parity;
-          add_shares(parity, lane, scores);
         }
+        float scores[BLOCKS], best = -INFINITY;
+        const auto take = [&] {
+          take_scores(my.base, at, lane, scores);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) {
-          const float sum = scores[b];
-          scores[b] = present && 8 * b + stored(n) < left ? sum : -INFINITY;
-          if (lane < 8 * ROWS && 8 * b + stored(n) < left)
-            shared().kept[my_row][segment.references - left + 8 * b + stored(n)] = scores[b];
-          best = fmaxf(best, scores[b]);
-        }
+          for (int b = 0; b < BLOCKS; ++b)
+            scores[b] = present && 8 * b + stored(n) < left ? scores[b] : -INFINITY;
+        };
+        take();
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) best = fmaxf(best, scores[b]);
 #pragma unroll
         for (int hop = 4; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
         int used = 0;
-        if (__any_sync(0xffffffffu, best > my.base)) {  // rarely, after the first tiles
-          float scale = 1;
-          if (best > my.base) {
-            const double bound = static_cast<double>(best) * my.rate, top = fmax(ceil(bound), my.top);
-            scale = power_of_two(my.top - top);
-            my.base = best, my.rest = static_cast<float>(top - bound), my.top = top, my.total *= scale;
-          }
+        if (__any_sync(0xffffffffu, best > my.over)) {  // rarely, after the first tiles
+          const float scale = raise(my, best > my.over, best, scores, at, segment.references - left, lane);
+          take();
           used = RAISED;
           if (n == 0) shared().scales[parity][my_row] = scale;
         }
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) {
           const bool counts = present && 8 * b + stored(n) < left;
-          const float weight = counts ? power_of_two(fmaf(scores[b] - my.base, my.rate, -my.rest)) : 0.0f;
+          const float exponent = scores[b] * my.rate;
+          if (lane < 8 * ROWS && 8 * b + stored(n) < left)
+            shared().kept[my_row][segment.references - left + 8 * b + stored(n)] = exponent;
+          const float weight = counts ? power_of_two(exponent) : 0.0f;
           if (!__any_sync(0xffffffffu, !(weight < PRODUCTS_NO_WEIGHT))) continue;
           used |= 1 << b;
           my.total += hand_out(weight, parity, b, lane);
+          if (__any_sync(0xffffffffu, scores[b] == 0) && is_like_base(my, at, 8 * b + n, lane) && counts)
+            ++my.equals;
         }
         if (lane == 0) shared().used[parity] = used;
+        if (n == 0 && lane < 8 * ROWS) shared().levels[my_row][(segment.references - left) / TR] = my.level;
         __syncwarp();
         if (lane == 0) arrive(&shared().weighed[parity]);
         parity ^= 1;
@@ -805,54 +1010,153 @@ struct Products {
     };
     const int w = (lane() & 7) + (lane() & 16) / 2;
     const float x = shared().x_squares[my_row][w], r = shared().r_squares[w];
-    const float half = 0.25f * segment.rows[present ? my_row : 0].half_alpha * r;
+    const float half = segment.rows[present ? my_row : 0].half_alpha * r;
     ProductsFigures own;
-    own.offset = sum(static_cast<double>(shared().offsets[my_row][w]));
     own.exact_square = segment.squares ? sum(shared().exact_squares[my_row][w]) : 0;
-    own.square = sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS)))), own.norm = sum(r);
+    own.x_square = sum(x), own.norm = sum(r);
+    own.square = sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS))));
     return own;
   }
 
-  // How far below the best score, in units of log 2, references have to be evaluated again; negative: none
-  // has. A score is wrong by SCORE_ERROR |x_i r_i| for each element, at random, and by the rounding of a
-  // warp's share of it. That matters where several references have weight, here or in other blocks, which are
-  // then about sigma / alpha apart: what it makes of the mean, beside the result's size. Of all warps:
-  // `square` of the products of their |x| and |r| and of their share of alpha/2 |r|^2, `norm` = |r|^2.
-  __device__ __forceinline__ float doubt(const RowState& row, float square, float norm) const {
-    const double per_variance = 2 / LOG2_E * row.per_square;  // 1 / sigma^2
-    const double of_data = fma(row.a, row.alpha, row.b), of_result = row.b * per_variance;
-    const double wrong = of_result * of_result * (SCORE_ERROR * SCORE_ERROR * square);
-    double most = fma(of_data * of_data * per_variance, norm, row.a * row.a * d);
-    if (in.lse.data)  // the mean may become any prediction: itself, the velocity, the noise
-      most = fmin(per_variance * norm, fmin(d + norm, d / (row.alpha * row.alpha)));
-    if (wrong <= MOST_ERROR * MOST_ERROR * most) return -1;
-    // Weights below 2^-36, and errors.
-    return 36 + 8 * static_cast<float>(SCORE_ERROR) * sqrtf(square) * row.rate;
+  // PartRow::scale. A score is wrong by SCORE_ERROR times what its sums go through, at random: alpha/2 |r|^2
+  // of a warp and |x_i r_i| of an element, and a block's share of it in a cluster. That moves the mean by its
+  // part of the distance between references that have weight. They are about as far from x / alpha as the
+  // best one, and no further from one another than twice their size, of which the segment's first is an
+  // example unless it is small. `square`: of the sums, together; `norm`: |r|^2.
+  __device__ __forceinline__ float what_is_wrong(const RowState& row, const ProductsFigures& of,
+                                                 float score) const {
+    const float a = static_cast<float>(row.a), b = static_cast<float>(row.b), alpha = 2 * row.half_alpha;
+    const float per_variance =
+        static_cast<float>(2 / LOG2_E) * static_cast<float>(row.per_square);  // 1 / sigma^2
+    const float of_data = fmaf(a, alpha, b), elements = static_cast<float>(d);
+    // |result|^2; as the mean may become any prediction where lse is wanted, the smallest of them
+    const float size = in.lse.data
+                           ? fminf(of.norm, __fdividef(elements, per_variance))
+                           : fmaf(of_data * of_data, of.norm, a * a * __fdividef(elements, per_variance));
+    const float gap = fmaxf(fmaf(-2 * alpha, score, of.x_square), 1e-6f * of.x_square);  // |x - alpha r|^2
+    const float apart = 4 * fminf(__fdividef(gap, alpha * alpha), fmaxf(of.norm, elements));
+    const float bits = SCORE_ERROR * square_root(of.square) * row.rate;
+    const float grown =
+        bits > 0.1f ? power_of_two(fminf(2 * bits, 60.0f)) : 1;  // of what little weight can become
+    return bits * static_cast<float>(1 / LOG2_E) * fabsf(b) * square_root(__fdividef(apart, size)) * grown;
   }
-  static constexpr double MOST_ERROR = 1e-6, SCORE_ERROR = CHUNKS < 4 ? 0x1p-21 : 0x1p-22;
+  __device__ __forceinline__ static float square_root(float v) {
+    float root;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(v));
+    return root;
+  }
+  static constexpr float SCORE_ERROR = 3 * 0x1p-24f;  // nine of ten are less
+
+  // The row's references of the segment from `floor` on, to its list, behind the `listed` that are there; all
+  // lanes. Returns how many there are then.
+  __device__ __forceinline__ int list_ties(const Segment<ROWS>& segment, int row, int listed, double floor,
+                                           double of_level) const {
+    ProductsTie* const ties = shared().ties[row];
+    for (;; floor += 2) {
+      int count = 0;  // of those listed before, what counts beside the best; in place
+#pragma unroll 1
+      for (int first = 0; first < listed; first += 32) {
+        const int i = first + lane();
+        const ProductsTie tie = ties[min(i, listed - 1)];
+        const bool stays = i < listed && tie.log2_weight >= floor;
+        const unsigned all = __ballot_sync(0xffffffffu, stays);
+        if (stays) ties[count + __popc(all & ((1u << lane()) - 1))] = tie;
+        count += __popc(all);
+        __syncwarp();
+      }
+      listed = count;
+#pragma unroll 1
+      for (int first = 0; first < segment.references && count <= PRODUCTS_TIES; first += 32) {
+        const int j = first + lane();
+        double log2_weight = -INFINITY;
+        if (j < segment.references)
+          log2_weight = of_level + shared().levels[row][j / TR] + shared().kept[row][j];
+        const unsigned all = __ballot_sync(0xffffffffu, log2_weight >= floor);
+        const int place = count + __popc(all & ((1u << lane()) - 1));
+        if (log2_weight >= floor && place < PRODUCTS_TIES)
+          ties[place] = {log2_weight, static_cast<int>(segment.first) + j};
+        count += __popc(all);
+      }
+      __syncwarp();
+      if (count <= PRODUCTS_TIES) return count;
+    }
+  }
 
   // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
   __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
-                                         const RowScores& my, int told) const {
+                                         const Weighed& my, int told) const {
     const RowState& row = segment.rows[present ? my_row : 0];
+    const bool any = segment.references > 0, begins = segment.flags & SEGMENT_PART_BEGIN;
     ProductsFigures all{};
     if constexpr (CLUSTERED) {
 #pragma unroll 1
       for (int p = 0; p < slices; ++p) {
         const ProductsFigures& one = shared().mail.from[p].figures[told][my_row];
-        all.offset += one.offset, all.exact_square += one.exact_square;
+        all.exact_square += one.exact_square, all.x_square += one.x_square;
         all.square += one.square, all.norm += one.norm;
       }
     } else {
       all = figures_of_block(segment, my_row, present);
     }
-    const double shift = row.per_square * all.exact_square;
-    const float margin = doubt(row, all.square, all.norm);
-    if (!present || (lane() & ~8) != 0) return;
-    ProductsEnd& end = shared().ends[slot][my_row];
-    end.margin = segment.references > 0 ? margin : -1, end.shift = shift;
-    const double top = segment.references > 0 ? fma(row.exact_rate(), all.offset, my.top) - shift : -INFINITY;
-    if (margin < 0 || segment.references == 0) join(segment, slot, my_row, {top, my.total});
+    int equals = my.equals;
+#pragma unroll
+    for (int hop : {1, 2, 4}) equals += __shfl_xor_sync(0xffffffffu, equals, hop);
+    const auto two = [&](int k) {
+      return static_cast<double>(my.base[k]) + static_cast<double>(my.base[k + 1]);
+    };
+    double score = (two(0) + two(2)) + (two(4) + two(6));
+    if constexpr (CLUSTERED) {
+#pragma unroll
+      for (int k = 0; k < SHARES; ++k) all.square = fmaf(my.base[k], my.base[k], all.square);
+    } else {
+      score += __shfl_xor_sync(0xffffffffu, score, 8 * ROWS);
+    }
+    const double shift = row.per_square * all.exact_square, best = fma(row.exact_rate(), score, -shift);
+    const float scale = what_is_wrong(row, all, static_cast<float>(score)), lead = static_cast<float>(equals);
+    PartRow own{-INFINITY, 0, 0, 0, 0};
+    if (any) own = {best, my.total, lead, scale, 0};
+    // The best is listed where weights may be wrong, and where others have any that would show, they too.
+    const bool leads = present && (lane() & ~8) == 0;
+    const int listed = begins || !present ? 0 : shared().moved[my_row].ties;
+    const bool lists = any && present && !is_beyond_doubt(scale);
+    const bool several =
+        lists && (listed == PRODUCTS_TIES || fmaxf(1 - lead / my.total, 0x1p-22f) * scale > 2e-7f);
+    own.ties = listed + (lists ? 1 : 0);
+    if (leads && lists && !several)
+      shared().ties[my_row][listed] = {best, static_cast<int>(segment.first) + my.best};
+    const unsigned long_lists = __ballot_sync(0xffffffffu, several);
+    __syncwarp();
+    if (long_lists) {
+#pragma unroll 1
+      for (int r = 0; r < segment.count; ++r) {
+        if (!(long_lists >> 8 * r & 1)) continue;
+        const double floor = best - power_limit(scale);
+        const int now = list_ties(segment, r, __shfl_sync(0xffffffffu, listed, 8 * r),
+                                  __shfl_sync(0xffffffffu, floor, 8 * r),
+                                  __shfl_sync(0xffffffffu, best - my.level, 8 * r));
+        if (my_row == r) own.ties = now;
+      }
+    }
+    if (leads) {
+      shared().ends[slot][my_row].shift = shift;
+      join(segment, slot, my_row, own);
+    }
+    if (!(segment.flags & SEGMENT_PART_END) || rank > 0) return;
+    ProductsTie* const to = parts.ties + part_of(segment, min(my_row, segment.count - 1)) * PRODUCTS_TIES;
+    const int lanes_of_row = lane() % 8 + lane() / 16 * 8;
+    if (present) {
+      for (int i = lanes_of_row; i < own.ties; i += 16) to[i] = shared().ties[my_row][i];
+    }
+  }
+  // How far below the best one references are listed, in units of log 2.
+  __device__ __forceinline__ static float power_limit(float scale) {
+    float exponent;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(exponent) : "f"(scale));
+    return fminf(fmaxf(exponent + 23, 0.0f), 60.0f);  // 2^-23
+  }
+  // Which part this is among all in memory.
+  __device__ __forceinline__ int64_t part_of(const Segment<ROWS>& segment, int my_row) const {
+    return segment.flags & SEGMENT_UNIT_BEGIN ? segment.rows[my_row].index : in.n + team * ROWS + my_row;
   }
 
   // What a row has at the end of a segment to what it has of its part so far, one thread: in shared memory,
@@ -864,9 +1168,11 @@ struct Products {
     end.before = 0, end.now = 1;
     if (!(segment.flags & SEGMENT_PART_BEGIN)) {
       const Joined joined = svel::cuda::join(shared().moved[my_row], own);
+      const int ties = own.ties;
       own = joined.all, end.before = joined.by_first, end.now = joined.by_second;
+      own.ties = ties;
     }
-    if (PARTS) end.log2_weight = own.log2_weight, end.total = own.total;
+    if (PARTS) end.part = own;
     if (!(segment.flags & SEGMENT_PART_END)) {
       shared().moved[my_row] = own;
     } else if (rank > 0) {  // the first block of a cluster does it for all
@@ -877,109 +1183,10 @@ struct Products {
     }
   }
 
-  // All consumers of a cluster, the blocks' shared memory included; `turn` 0 and 1 alternate, so that who
-  // goes ahead is not taken for another.
-  __device__ __forceinline__ void meet(int turn) const {
-    auto& mail = shared().mail;
-    barrier();
-    if (thread() < slices) arrive_released(peer_address(shared_address(&mail.met[turn]), thread()));
-    wait_barrier_acquired(shared_address(&mail.met[turn]), mail.meetings & 1);
-  }
-  // From this block's shares of `count` scores to the cluster's sums.
-  __device__ __forceinline__ void add_up_in_cluster(double* scores, int count) const {
-    meet(0);
-    const int j = thread();
-    double all = 0;
-#pragma unroll 1
-    for (int p = 0; p < slices && j < count; ++p)
-      all += load_from_peer(peer_address(shared_address(scores + j), p));
-    meet(1);
-    if (j < count) scores[j] = all;
-    if (j == 0) ++shared().mail.meetings;
-    barrier();
-  }
-
-  // The row once more, from memory and with all digits: the references that may have weight. Its sums to
-  // parts.reviewed; of what weights is returned.
-  __device__ __forceinline__ PartRow review(const Segment<ROWS>& segment, int my_row, float margin) const {
-    const RowState& row = segment.rows[my_row];
-    const T* const refs = static_cast<const T*>(in.refs.data) + segment.first * in.d + offset;
-    double* const scores = shared().reviewed;
-    const double rate = row.exact_rate();
-    barrier();  // what was reviewed before is read
-    if (warp() == 0) {
-      const float* const kept = shared().kept[my_row];
-      float best = -INFINITY;
-#pragma unroll 1
-      for (int j = lane(); j < segment.references; j += 32) best = fmaxf(best, kept[j]);
-#pragma unroll
-      for (int hop = 16; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
-      int count = 0;
-#pragma unroll 1
-      for (int first = 0; first < segment.references; first += 32) {
-        const int j = first + lane();
-        const bool matters = j < segment.references && !((best - kept[j]) * row.rate > margin);  // NaN too
-        const unsigned all = __ballot_sync(0xffffffffu, matters);
-        if (matters) shared().listed[count + __popc(all & ((1u << lane()) - 1))] = static_cast<short>(j);
-        count += __popc(all);
-      }
-      if (lane() == 0) shared().listed_count = count;
-    }
-    barrier();
-    const int references = shared().listed_count;
-#pragma unroll 1
-    for (int i = warp(); i < references; i += WARPS) {
-      const T* const from = refs + int64_t{shared().listed[i]} * d;
-      double share = 0;
-#pragma unroll 4
-      for (int e = 2 * lane(); e < length; e += 64) {
-        const float2 x = *reinterpret_cast<const float2*>(static_cast<const float*>(row.x) +
-                                                          row.index * in.d + offset + e);
-        const double a = to_float(from[e]), b = to_float(from[e + 1]);
-        share = fma(fma(-0.5 * row.alpha, a, static_cast<double>(row.sign * x.x)), a, share);
-        share = fma(fma(-0.5 * row.alpha, b, static_cast<double>(row.sign * x.y)), b, share);
-      }
-      share = warp_sum(share);
-      if (lane() == 0) scores[i] = share * rate;
-    }
-    if constexpr (CLUSTERED) {
-      add_up_in_cluster(scores, references);
-    } else {
-      barrier();
-    }
-    double best = -INFINITY, total = 0;
-#pragma unroll 1
-    for (int j = 0; j < references; ++j) best = scores[j] > best ? scores[j] : best;
-    barrier();
-#pragma unroll 1
-    for (int j = thread(); j < references; j += THREADS) scores[j] = power(scores[j] - best);
-    barrier();
-#pragma unroll 1
-    for (int j = 0; j < references; ++j) total += scores[j];
-#pragma unroll 1
-    for (int e = 4 * thread(); e < length; e += 4 * THREADS) {
-      double sums[4] = {};
-#pragma unroll 1
-      for (int j = 0; j < references; ++j) {
-        const T* const from = refs + int64_t{shared().listed[j]} * d + e;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) sums[k] = fma(scores[j], static_cast<double>(to_float(from[k])), sums[k]);
-      }
-      __stcg(reinterpret_cast<float4*>(reviewed_sums() + e),
-             make_float4(static_cast<float>(sums[0]), static_cast<float>(sums[1]),
-                         static_cast<float>(sums[2]), static_cast<float>(sums[3])));
-    }
-    barrier();
-    return {best, total};
-  }
-
-  __device__ __forceinline__ float* reviewed_sums() const { return parts.reviewed + team * in.d + offset; }
-
   // A segment's sums from the warps' registers to memory, where they join those of the part so far: to the
   // row's result where the unit begins, which `end_kernel` completes, else to the block's place for others.
   __device__ __forceinline__ void end_segment(Mine& mine, const Segment<ROWS>& segment, int slot) const {
     const int g = lane() >> 2, my_row = THIRD ? (lane() & 3) >> 1 : lane() & 3;
-    bool reviewed = false;
     if constexpr (THIRD) {  // of two lanes each has parts of the weights
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
@@ -987,32 +1194,12 @@ struct Products {
         for (int k = 0; k < 4; ++k) mine.sum[q][k] += __shfl_xor_sync(0xffffffffu, mine.sum[q][k], 1);
       }
     }
-#pragma unroll 1
-    for (int r = 0; r < segment.count; ++r) {
-      const float margin = shared().ends[slot][r].margin;
-      if (margin < 0) continue;
-      const PartRow own = review(segment, r, margin);
-      if (thread() == 0) {
-        const double shift = shared().ends[slot][r].shift;
-        join(segment, slot, r, {own.log2_weight - shift, own.total});
-      }
-      if (my_row == r) {
-#pragma unroll
-        for (int q = 0; q < CHUNKS; ++q) {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int e = 32 * chunk(q) + 8 * k + g;
-            if (e < length) mine.sum[q][k] = __ldcg(reviewed_sums() + e);
-          }
-        }
-      }
-      reviewed = true;
-    }
-    if (reviewed) barrier();  // the rows' ends are there
     if (my_row < segment.count && !(THIRD && lane() & 1)) store_sums(mine, segment, slot, my_row);
     if (PARTS && segment.flags & SEGMENT_PART_END) end_part(segment, slot);
   }
 
+  static_assert(sizeof(AlignedMemory<WARPS>) <= sizeof(Shared::scores),
+                "which nobody needs between segments");
   // Where rows are of several processes, a part's end: other blocks hear of it, or a row is sent.
   __device__ __forceinline__ void end_part(const Segment<ROWS>& segment, int slot) const {
     const bool begins = segment.flags & SEGMENT_UNIT_BEGIN;
@@ -1031,10 +1218,20 @@ struct Products {
       if (!is_of_another(in, row.index)) continue;
       const ProductsEnd& end = shared().ends[slot][r];
       double* const lse = static_cast<double*>(lse_of(in, row.index).data) + row.index;
-      send_home({parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + r,
-                 parts.sums + ((team + 1) * ROWS + r) * in.d + offset, parts.ready + (team + 1) * slices,
-                 static_cast<float*>(row.out) + row.index * in.d + offset, rank == 0 ? lse : nullptr,
-                 end.log2_weight, end.total, d, length, segment.to - segment.from, slices, rank});
+      send_home<T>(in, row,
+                   {{end.part, parts.others + (team + 1) * ROWS + r, parts.firsts + row.index * in.d + offset,
+                     parts.sums + ((team + 1) * ROWS + r) * in.d + offset, shared().ties[r],
+                     parts.ties + (in.n + (team + 1) * ROWS + r) * PRODUCTS_TIES, in.d},
+                    parts.ready + (team + 1) * slices,
+                    static_cast<float*>(row.out) + row.index * in.d + offset,
+                    rank == 0 ? lse : nullptr,
+                    end.shift,
+                    offset,
+                    length,
+                    segment.to - segment.from,
+                    slices,
+                    rank},
+                   reinterpret_cast<AlignedMemory<WARPS>&>(shared().scores));
     }
   }
 
@@ -1169,9 +1366,6 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     if constexpr (CLUSTERED) {
 #pragma unroll 1
       for (int i = 0; i < PRODUCTS_LETTERS; ++i) init_barrier(&shared.mail.arrived[i], 1);
-#pragma unroll 1
-      for (int i = 0; i < 2; ++i) init_barrier(&shared.mail.met[i], kernel.slices);
-      shared.mail.meetings = 0;
     }
     publish_barriers();
   }
