@@ -232,13 +232,20 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   }
 }
 
+__device__ __forceinline__ void copy_async_16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void await_async_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 constexpr int END_THREADS = 128, END_FEW_BLOCKS = 4;  // END_FEW_BLOCKS: to a multiprocessor, of few rows
 
 // The results of an own row over the elements `at`, from its mean over this part and those that the others
 // have left in the mailbox, when these are there. All threads.
-template <int VECTORS>
+template <int VECTORS, typename Index>
 __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& home, int64_t row, double lse,
-                                              const int64_t (&at)[VECTORS], const bool (&within)[VECTORS],
+                                              const Index (&at)[VECTORS], const bool (&within)[VECTORS],
                                               const float4 (&x)[VECTORS], float4 (&mean)[VECTORS]) {
   const int q = static_cast<int>(threadIdx.x);
   const double t = clamp_time(load_as<double>(in.time_or_alpha, in.part * in.rows_each + row));
@@ -386,42 +393,45 @@ __device__ __noinline__ void end_aligned(const Inputs& in, const ProductsParts& 
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
 // take LANES by LANES shares of the parts. MERGES: the result is over the parts of all processes. Grid: rows,
 // those of this process, x chunks of D.
-template <int LANES, int VECTORS, bool MERGES>
+template <int LANES, int VECTORS, bool MERGES, bool SOURCE>
 __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLOCKS : 1024 / END_THREADS)
     end_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
   constexpr int SHARES = END_THREADS / LANES;
   static_assert(!MERGES || SHARES == 1, "a thread has all of its elements");
-  using Sum = std::conditional_t<(SHARES > 1), float, double>;  // few rows wait for its latency
-  extern __shared__ double weights[];                           // (blocks,) of the row's other parts
+  constexpr unsigned WARP = 0xffffffffu;
+  extern __shared__ double weights[];  // (blocks,) of the row's other parts
   __shared__ double scratch[33];
-  __shared__ Sum sums[SHARES][VECTORS][LANES][4];
-  const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
-  const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
-  const int64_t index = row + in.part * in.rows_each;
-  const int lane = threadIdx.x % LANES, share = threadIdx.x / LANES;
-  const float* const x = static_cast<const float*>(in.x.data) + index * in.d;  // parts give means: a = 0
-  int64_t at[VECTORS];
+  __shared__ float sums[SHARES][VECTORS][LANES][4];
+  const unsigned chunks = ceil_div(static_cast<unsigned>(in.d), 4u * LANES * VECTORS);
+  const unsigned row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const int64_t index = row + in.part * in.rows_each, from = index * in.d;
+  const int d = static_cast<int>(in.d), lane = threadIdx.x % LANES, share = threadIdx.x / LANES;
+  const float* const x = static_cast<const float*>(in.x.data) + from;  // parts give means: a = 0
+  int at[VECTORS];
   bool within[VECTORS];
-  float4 mine[VECTORS], first[VECTORS];
+  // Of this thread: x, and the first part's sums. There are no registers to keep them in.
+  __shared__ float4 mine[VECTORS][END_THREADS], first[VECTORS][END_THREADS];
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    at[v] = 4 * ((chunk * VECTORS + v) * LANES + lane), within[v] = at[v] < in.d;
-    mine[v] = first[v] = make_float4(0, 0, 0, 0);
-    if (MERGES && within[v]) mine[v] = *reinterpret_cast<const float4*>(parts.home.x + row * in.d + at[v]);
-    if (within[v] && share == 0 && !in.mailboxes) mine[v] = *reinterpret_cast<const float4*>(x + at[v]);
+    at[v] = static_cast<int>(4 * ((chunk * VECTORS + v) * LANES + lane)), within[v] = at[v] < d;
+    const float* const its = MERGES ? parts.home.x + row * in.d : in.mailboxes ? nullptr : x;
+    if (within[v] && share == 0 && its) {
+      copy_async_16(&mine[v][threadIdx.x], its + at[v]);
+    } else {
+      mine[v][threadIdx.x] = make_float4(0, 0, 0, 0);
+    }
   }
   wait_for_previous_launch();
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    if (within[v] && share == 0)
-      first[v] = __ldcg(reinterpret_cast<const float4*>(parts.firsts + index * in.d + at[v]));
+    if (within[v] && share == 0) copy_async_16(&first[v][threadIdx.x], parts.firsts + from + at[v]);
   }
   const ProductsRow left = parts.rows[index];
   const int others = left.to - left.from;  // negative: nothing to read
   const auto part_of = [&](int j) { return (left.from + 1 + j) * PRODUCTS_ROWS + left.row; };
   const auto load_other = [&](int j) { return load_part(parts.others + part_of(j)); };
   const auto load_sums = [&](int j, int v) {
-    return __ldcg(reinterpret_cast<const float4*>(parts.sums + part_of(j) * in.d + at[v]));
+    return __ldcg(reinterpret_cast<const float4*>(parts.sums + int64_t{part_of(j)} * d + at[v]));
   };
   float4 early[VECTORS];  // of the first part that this thread adds: its weight takes a while
 #pragma unroll
@@ -432,20 +442,20 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
   // Each warp weighs the parts, the first and up to 31 others by a lane for each.
   const int part = threadIdx.x % 32 - 1;
   constexpr int NEAR = 31;
-  PartRow all = left.own;
-  if (others < 0) all.total = NAN;
-  double weight = 1, by_source = 0;
-  const float* source = nullptr;
-  if (in.source.data && others >= 0) source = static_cast<const float*>(in.source.data) + index * in.d;
+  double top = left.own.log2_weight, total = others < 0 ? NAN : left.own.total, weight = 1, by_source = 0;
+  float wrong = left.own.scale;
+  int equals = static_cast<int>(left.own.lead);
+  const float* const source =
+      SOURCE && others >= 0 ? static_cast<const float*>(in.source.data) + from : nullptr;
   if (others > 0 || source) {
-    PartRow mine{-INFINITY, 0, 0, 0, 0};
+    PartRow mine{-INFINITY, 0, 0, 0, 0, 0};
     if (part < 0) {
       mine = left.own;
     } else if (part < others) {
       mine = load_other(part);
     }
     const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
-    double top = mine.log2_weight;
+    top = mine.log2_weight;
     if (source) {  // a part like any other
       by_source = score_of_source(in, index, scratch);
       top = greater(top, by_source);
@@ -453,100 +463,124 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
 #pragma unroll 1
     for (int j = NEAR + 1 + part; j < others; j += 32) top = greater(top, load_other(j).log2_weight);
 #pragma unroll 1
-    for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(0xffffffffu, top, hop));
+    for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(WARP, top, hop));
     weight = power(mine.log2_weight - top);
-    double total = weight * mine.total;
-    float lead = static_cast<float>(weight) * mine.lead, wrong = mine.scale;
+    total = weight * mine.total;
+    wrong = mine.scale;
+    Equals best;
+    best.add(mine, top);
 #pragma unroll 1
     for (int j = NEAR + 1 + part; j < others; j += 32) {
       const PartRow far = load_other(j);
       weights[j] = power(far.log2_weight - top);
       total = fma(weights[j], far.total, total);
-      lead = fmaxf(lead, static_cast<float>(weights[j]) * far.lead), wrong = fmaxf(wrong, far.scale);
+      wrong = fmaxf(wrong, far.scale), best.add(far, top);
     }
 #pragma unroll 1
-    for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(0xffffffffu, total, hop);
-    if (source) by_source = power(by_source - top);
-    all.log2_weight = top, all.total = total + by_source;
-    // Most rows have one reference with all the weight, or weights that are near enough.
-    const float little = 1e-8f * static_cast<float>(all.total);
-    const bool matters = static_cast<float>(weight * mine.total) > little;
-    const bool shares = static_cast<float>(weight) * (static_cast<float>(mine.total) - mine.lead) > little;
-    all.scale = 0;
-    if (__any_sync(0xffffffffu, !is_beyond_doubt(wrong)) &&
-        (__popc(__ballot_sync(0xffffffffu, matters)) > 1 || __any_sync(0xffffffffu, shares) ||
-         others > NEAR || source)) {
-      all.lead = lead, all.scale = wrong;
-#pragma unroll 1
-      for (int hop = 16; hop > 0; hop /= 2) {
-        all.lead = fmaxf(all.lead, __shfl_xor_sync(0xffffffffu, all.lead, hop));
-        all.scale = fmaxf(all.scale, __shfl_xor_sync(0xffffffffu, all.scale, hop));
-      }
-      if (source) all.lead = fmaxf(all.lead, static_cast<float>(by_source));
+    for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(WARP, total, hop);
+    const unsigned those = __ballot_sync(WARP, best.count > 0);
+    const int print = __shfl_sync(WARP, best.print, __ffs(those) - 1);
+    equals = __reduce_add_sync(WARP, best.print == print ? best.count : 0);
+    if (source) {
+      if (by_source >= top) equals = max(equals, 1);
+      by_source = power(by_source - top), total += by_source;
     }
   }
-  if (is_doubtful(all)) {
+  if (__any_sync(WARP, is_doubtful(wrong, total, equals))) {
     __syncthreads();  // what others weigh by is there, or not yet needed
     return end_aligned<LANES, VECTORS, MERGES>(in, parts, scratch);
   }
-  const Sum mine_by = static_cast<Sum>(weight), by_first = __shfl_sync(0xffffffffu, mine_by, 0);
+  const float mine_by = static_cast<float>(weight), by_first = __shfl_sync(WARP, mine_by, 0);
   if (others > NEAR) __syncthreads();
-  const double by = (MERGES ? 1 : left.b) / all.total;
+  float sum[VECTORS][4] = {};
+  const auto add = [&](int v, float weight, float4 four) {
+    sum[v][0] = fmaf(weight, four.x, sum[v][0]), sum[v][1] = fmaf(weight, four.y, sum[v][1]);
+    sum[v][2] = fmaf(weight, four.z, sum[v][2]), sum[v][3] = fmaf(weight, four.w, sum[v][3]);
+  };
+  const auto weight_of = [&](int j) {
+    const float near = __shfl_sync(WARP, mine_by, min(j, NEAR - 1) + 1);
+    return j < NEAR || j >= others ? near : static_cast<float>(weights[j]);
+  };
+  await_async_copies();
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    if (share == 0) add(v, by_first, first[v][threadIdx.x]);
+  }
+  if (others > 0) {
+    const float by_early = weight_of(share);
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) add(v, by_early, early[v]);
+  }
+#pragma unroll(SHARES > 1 ? 4 : 1)
+  for (int so_far = SHARES; so_far < others; so_far += SHARES) {
+    const int j = so_far + share;
+    const float by = weight_of(j);
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (within[v] && j < others) add(v, by, load_sums(j, v));
+    }
+  }
+  if constexpr (SHARES > 1) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      for (int k = 0; k < 4; ++k) sums[share][v][lane][k] = sum[v][k];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      for (int k = 0; k < 4; ++k) {
+        for (int other = 1; other < SHARES; ++other) sum[v][k] += sums[other][v][lane][k];
+      }
+    }
+  }
+  const double by = (MERGES ? 1 : left.b) / total;
+  const PartRow all{top, total, 0, 0, 0, 0};
   const Array out = out_of(in, index);
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    Sum sum[4] = {by_first * first[v].x, by_first * first[v].y, by_first * first[v].z, by_first * first[v].w};
-    const auto add = [&](Sum weight, float4 four) {
-      sum[0] = fma(weight, static_cast<Sum>(four.x), sum[0]);
-      sum[1] = fma(weight, static_cast<Sum>(four.y), sum[1]);
-      sum[2] = fma(weight, static_cast<Sum>(four.z), sum[2]);
-      sum[3] = fma(weight, static_cast<Sum>(four.w), sum[3]);
-    };
-#pragma unroll 4
-    for (int first = 0; first < others; first += SHARES) {
-      const int j = first + share;
-      const Sum near = __shfl_sync(0xffffffffu, mine_by, min(j, NEAR - 1) + 1);
-      if (within[v] && j < others)
-        add(j < NEAR ? near : static_cast<Sum>(weights[j]), first == 0 ? early[v] : load_sums(j, v));
-    }
-    if (SHARES > 1) {
-      for (int k = 0; k < 4; ++k) sums[share][v][lane][k] = sum[k];
-      __syncthreads();
-      for (int k = 0; k < 4; ++k) {
-        for (int other = 1; other < SHARES; ++other) sum[k] += sums[other][v][lane][k];
-      }
-    }
     if (!within[v] || share > 0) continue;
-    if (source) add(static_cast<Sum>(by_source), *reinterpret_cast<const float4*>(source + at[v]));
+    if (source) add(v, static_cast<float>(by_source), *reinterpret_cast<const float4*>(source + at[v]));
     if constexpr (MERGES) {
-      early[v] = make_float4(static_cast<float>(by * sum[0]), static_cast<float>(by * sum[1]),
-                             static_cast<float>(by * sum[2]), static_cast<float>(by * sum[3]));
+      early[v] = make_float4(static_cast<float>(by * sum[v][0]), static_cast<float>(by * sum[v][1]),
+                             static_cast<float>(by * sum[v][2]), static_cast<float>(by * sum[v][3]));
       continue;
     }
-    *reinterpret_cast<float4*>(static_cast<float*>(out.data) + index * in.d + at[v]) =
-        make_float4(static_cast<float>(fma(left.a, static_cast<double>(mine[v].x), by * sum[0])),
-                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].y), by * sum[1])),
-                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].z), by * sum[2])),
-                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].w), by * sum[3])));
+    const float4 own = mine[v][threadIdx.x];
+    *reinterpret_cast<float4*>(static_cast<float*>(out.data) + from + at[v]) =
+        make_float4(static_cast<float>(fma(left.a, static_cast<double>(own.x), by * sum[v][0])),
+                    static_cast<float>(fma(left.a, static_cast<double>(own.y), by * sum[v][1])),
+                    static_cast<float>(fma(left.a, static_cast<double>(own.z), by * sum[v][2])),
+                    static_cast<float>(fma(left.a, static_cast<double>(own.w), by * sum[v][3])));
   }
   if constexpr (MERGES) {
     const double lse = others < 0 ? lse_of_nothing(in, index) : lse_of_row(in, all);
-    merge_at_home<VECTORS>(in, parts.home, row, lse, at, within, mine, early);
+    float4 own[VECTORS];
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) own[v] = mine[v][threadIdx.x];
+    merge_at_home<VECTORS>(in, parts.home, row, lse, at, within, own, early);
   } else {
     if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
   }
 }
 
-template <int LANES, int VECTORS>
+template <int LANES, int VECTORS, bool SOURCE>
 bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                    cudaStream_t stream) {
   const int64_t grid = (in.mailboxes ? in.rows_each : in.n) * ceil_div(in.d, 4 * LANES * VECTORS);
   if (LANES < END_THREADS && (grid > END_FEW_BLOCKS * blocks || parts.home.merged)) return false;
   constexpr bool MERGES = LANES == END_THREADS;
   launch_following(
-      op, true, parts.home.merged ? end_kernel<LANES, VECTORS, MERGES> : end_kernel<LANES, VECTORS, false>,
+      op, true, parts.home.merged ? end_kernel<LANES, VECTORS, MERGES, SOURCE> : end_kernel<LANES, VECTORS, false, SOURCE>,
       dim3(static_cast<unsigned>(grid)), END_THREADS, blocks * sizeof(double), stream, in, parts);
   return true;
+}
+// Few rows have many parts each.
+template <bool SOURCE>
+void launch_end(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
+                cudaStream_t stream) {
+  launch_end_if<8, 1, SOURCE>(op, in, parts, blocks, stream) ||
+      launch_end_if<32, 1, SOURCE>(op, in, parts, blocks, stream) ||
+      launch_end_if<END_THREADS, 2, SOURCE>(op, in, parts, blocks, stream);
 }
 
 }  // namespace
@@ -555,11 +589,10 @@ bool has_short_list(int64_t n, int64_t k, int64_t m) {
   return n <= SHORT_ROWS && k <= OWN_LIST_GROUPS && m < int64_t{1} << 31;
 }
 
-// Few rows have many parts each.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                   cudaStream_t stream) {
-  launch_end_if<8, 1>(op, in, parts, blocks, stream) || launch_end_if<32, 1>(op, in, parts, blocks, stream) ||
-      launch_end_if<END_THREADS, 2>(op, in, parts, blocks, stream);
+  in.source.data ? launch_end<true>(op, in, parts, blocks, stream)
+                 : launch_end<false>(op, in, parts, blocks, stream);
 }
 
 void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int* arrived, int64_t counts,

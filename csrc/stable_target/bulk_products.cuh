@@ -201,14 +201,27 @@ __device__ __forceinline__ void prefetch_share(const Inputs& in) {
 constexpr float PRODUCTS_NO_WEIGHT = 9.0949470177292824e-13f;
 constexpr int RAISED = 1 << 30;
 
-// In PartRow here: `lead` is the weight of the best reference and of its equals, `scale` how large the error
-// of a result would be, beside its size, if weights were wrong where they are shared evenly. Whether it shows
-// in a row, of which `part` is all. The limit is 2e-6.
+// In PartRow here: `lead` is how often the best reference is there, each time with weight 1, and `scale` how
+// large the error of a result would be, beside its size, if weights were wrong where they are shared evenly.
+// Whether it shows in a row of parts whose weights are `total`, `count` of them that of the best. The limit is
+// 2e-6; a thread may know of some parts only.
 constexpr float PRODUCTS_MOST_ERROR = 1.2e-6f;
-__device__ __forceinline__ bool is_doubtful(const PartRow& part) {
-  const float lead = __fdividef(part.lead, static_cast<float>(part.total)), other = fmaxf(1 - lead, 0x1p-24f);
-  return part.scale * other * sqrtf(lead) > PRODUCTS_MOST_ERROR;
+__device__ __forceinline__ bool is_doubtful(float scale, double total, int count) {
+  const float all = static_cast<float>(total), wrong = scale * static_cast<float>(total - count);
+  return wrong * wrong * static_cast<float>(count) >
+         PRODUCTS_MOST_ERROR * PRODUCTS_MOST_ERROR * all * all * all;
 }
+// How often the best reference is there, over several parts: repeated samples, which tie and may, as what they
+// share has no error.
+struct Equals {
+  int count = 0, print = 0;
+
+  __device__ __forceinline__ void add(const PartRow& part, double top) {
+    if (part.log2_weight != top) return;
+    if (count == 0) print = part.print;
+    if (print == part.print) count += static_cast<int>(part.lead);
+  }
+};
 // What cannot show, however weights are shared: other sqrt(lead) is 0.385 at most.
 __device__ __forceinline__ bool is_beyond_doubt(float scale) {
   return scale <= 2 * PRODUCTS_MOST_ERROR;
@@ -260,9 +273,10 @@ struct ProductsShared {
   uint32_t weights[2][TR / 8][32];  // as the products take them
   int used[2];                      // bit b: block b has weight; RAISED: `top` has grown
   float scales[2][ROWS];            // what it has done to the sums so far
-  float x_squares[ROWS][WARPS],
-      r_squares[WARPS];               // of a warp's elements: |x|^2, |r|^2 of the first reference
-  double exact_squares[ROWS][WARPS];  // |x|^2 where all its digits are wanted
+  // Of a warp's elements, of two segments, since warps go on before the one that weighs has settled all: |x|^2
+  // and |r|^2 of the first reference, |x|^2 where all its digits are wanted.
+  float x_squares[2][ROWS][WARPS], r_squares[2][WARPS];
+  double exact_squares[2][ROWS][WARPS];
   float kept[ROWS][SEGMENT_REFS];     // logarithms of the segment's weights, relative to the best, at the
   double levels[ROWS][SEGMENT_REFS / TR];  // level of the tile
   ProductsTie ties[ROWS][PRODUCTS_TIES];   // of the part so far
@@ -313,7 +327,7 @@ __device__ __forceinline__ double score_exactly(const Inputs& in, const RowState
 __device__ __forceinline__ PartRow load_part(const PartRow* from) {
   const double2 weights = __ldcg(reinterpret_cast<const double2*>(from));
   const int4 rest = __ldcg(reinterpret_cast<const int4*>(&from->lead));
-  return {weights.x, weights.y, __int_as_float(rest.x), __int_as_float(rest.y), rest.z};
+  return {weights.x, weights.y, __int_as_float(rest.x), __int_as_float(rest.y), rest.z, rest.w};
 }
 
 // Parts of a row for `merge_aligned`; -1 is the first, which has its list in memory or nearer.
@@ -355,7 +369,7 @@ __device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowStat
   constexpr int AT_ONCE = 2;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   double* const exact = memory.exact;
-  PartRow all{-INFINITY, 0, 0, 0, 0};
+  PartRow all{-INFINITY, 0, 0, 0, 0, 0};
 #pragma unroll 1
   for (int j = -1; j < count; ++j) {
     const PartRow part = pieces.part(j);
@@ -408,9 +422,9 @@ __device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowStat
       }
     }
     wait();  // the scores are read
-    const Joined joined = join(all, {aligned, total, 0, 0, 0});
+    const Joined joined = join(all, {aligned, total, 0, 0, 0, 0});
     const bool alone = !(all.total > 0);
-    all = alone ? PartRow{aligned, total, 0, 0, 0} : joined.all;
+    all = alone ? PartRow{aligned, total, 0, 0, 0, 0} : joined.all;
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
 #pragma unroll
@@ -433,22 +447,11 @@ struct ProductsSent {
   int slices, rank;
 };
 
-// From the row's parts to its mean, by all consumers. Other parts come first in the ranges of their blocks;
-// of the blocks that run at most the last waits for one that does not run yet.
+// A row of another process that is in doubt, by all consumers; top: of its parts.
 template <typename T>
-__device__ __noinline__ static void send_home(const Inputs& in, const RowState& row, const ProductsSent sent,
-                                              AlignedMemory<GROUPS_CONSUMERS / 32>& memory) {
-  const int lane = threadIdx.x % 32, count = sent.count;
-#pragma unroll 1
-  for (int j = lane; j < count; j += 32) {
-    await_ready(sent.ready + j * sent.slices + sent.rank);
-    if (sent.rank > 0) await_ready(sent.ready + j * sent.slices);  // who has the weights
-  }
-  __syncwarp();
-  const ProductsPieces& pieces = sent.pieces;
-  PartRow all = pieces.first;
-#pragma unroll 1
-  for (int j = 0; j < count; ++j) all = join(all, pieces.part(j)).all;
+__device__ __noinline__ static void send_aligned(const Inputs& in, const RowState& row,
+                                                 const ProductsSent& sent, double top,
+                                                 AlignedMemory<GROUPS_CONSUMERS / 32>& memory) {
   constexpr int VECTORS = 2;  // of a slice
   int64_t at[VECTORS];
   bool within[VECTORS];
@@ -456,25 +459,9 @@ __device__ __noinline__ static void send_home(const Inputs& in, const RowState& 
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v)
     at[v] = 4 * (int64_t{threadIdx.x} + v * GROUPS_CONSUMERS), within[v] = at[v] < sent.length;
-  if (is_doubtful(all)) {
-    const auto wait = [] { named_barrier(1, GROUPS_CONSUMERS); };
-    all = merge_aligned<T, GROUPS_CONSUMERS / 32>(in, row, pieces, count, sent.shift, all.log2_weight, wait,
-                                                  memory, sent.offset, at, within, sum);
-  } else {
-#pragma unroll 1
-    for (int j = -1; j < count; ++j) {
-      const double by = power(pieces.part(j).log2_weight - all.log2_weight);
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v) {
-        if (!within[v]) continue;
-        const float4 four = __ldcg(reinterpret_cast<const float4*>(pieces.sums_of(j) + at[v]));
-        sum[v][0] = fma(by, static_cast<double>(four.x), sum[v][0]);
-        sum[v][1] = fma(by, static_cast<double>(four.y), sum[v][1]);
-        sum[v][2] = fma(by, static_cast<double>(four.z), sum[v][2]);
-        sum[v][3] = fma(by, static_cast<double>(four.w), sum[v][3]);
-      }
-    }
-  }
+  const auto wait = [] { named_barrier(1, GROUPS_CONSUMERS); };
+  const PartRow all = merge_aligned<T, GROUPS_CONSUMERS / 32>(in, row, sent.pieces, sent.count, sent.shift, top,
+                                                              wait, memory, sent.offset, at, within, sum);
   const double by = 1 / all.total;
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
@@ -484,6 +471,68 @@ __device__ __noinline__ static void send_home(const Inputs& in, const RowState& 
                       static_cast<float>(by * sum[v][2]), static_cast<float>(by * sum[v][3]));
   }
   if (sent.lse && threadIdx.x == 0) *sent.lse = lse_of_row(in.d, all);
+}
+
+// From the row's parts to its mean, by all consumers. Other parts come first in the ranges of their blocks;
+// of the blocks that run at most the last waits for one that does not run yet.
+template <typename T>
+__device__ __noinline__ static void send_home(const Inputs& in, const RowState& row, const ProductsSent sent,
+                                              AlignedMemory<GROUPS_CONSUMERS / 32>& memory) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int j = lane; j < sent.count; j += 32) {
+    await_ready(sent.ready + j * sent.slices + sent.rank);
+    if (sent.rank > 0) await_ready(sent.ready + j * sent.slices);  // who has the weights
+  }
+  __syncwarp();
+  const PartRow& own = sent.pieces.first;
+  double top = own.log2_weight;
+#pragma unroll 1
+  for (int j = 0; j < sent.count; ++j) {
+    const double its = sent.pieces.part(j).log2_weight;
+    top = top >= its || its != its ? top : its;
+  }
+  const double by_first = power(own.log2_weight - top);
+  double total = by_first * own.total;
+  float wrong = own.scale;
+  Equals equals;
+  equals.add(own, top);
+#pragma unroll 1
+  for (int j = 0; j < sent.count; ++j) {
+    const PartRow its = sent.pieces.part(j);
+    total = fma(power(its.log2_weight - top), its.total, total);
+    wrong = fmaxf(wrong, its.scale), equals.add(its, top);
+  }
+  if (is_doubtful(wrong, total, equals.count)) return send_aligned<T>(in, row, sent, top, memory);
+  constexpr int AT_ONCE = 2;
+#pragma unroll 1
+  for (int begin = 4 * threadIdx.x; begin < sent.length; begin += AT_ONCE * 4 * GROUPS_CONSUMERS) {
+    double sum[AT_ONCE][4] = {};
+#pragma unroll 1
+    for (int j = -1; j < sent.count; ++j) {
+      const double by = (j < 0 ? by_first : power(sent.pieces.part(j).log2_weight - top)) / total;
+      const float* const from = sent.pieces.sums_of(j);
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int e = begin + i * 4 * GROUPS_CONSUMERS;
+        if (e >= sent.length) continue;
+        const float4 four = __ldcg(reinterpret_cast<const float4*>(from + e));
+        sum[i][0] = fma(by, static_cast<double>(four.x), sum[i][0]);
+        sum[i][1] = fma(by, static_cast<double>(four.y), sum[i][1]);
+        sum[i][2] = fma(by, static_cast<double>(four.z), sum[i][2]);
+        sum[i][3] = fma(by, static_cast<double>(four.w), sum[i][3]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int e = begin + i * 4 * GROUPS_CONSUMERS;
+      if (e < sent.length)
+        *reinterpret_cast<float4*>(sent.to + e) =
+            make_float4(static_cast<float>(sum[i][0]), static_cast<float>(sum[i][1]),
+                        static_cast<float>(sum[i][2]), static_cast<float>(sum[i][3]));
+    }
+  }
+  if (sent.lse && threadIdx.x == 0) *sent.lse = lse_of_row(in.d, {top, total, 0, 0});
 }
 
 // CHUNKS of 32 elements for each warp. A tile is BLOCKS of eight references of type T.
@@ -625,7 +674,7 @@ struct Products {
       square += __shfl_xor_sync(0xffffffffu, square, hop);
     }
     const bool leads = split == 0 && part == 0 && t == 0 && present;
-    if (leads) shared().x_squares[my_row][warp()] = square;
+    if (leads) shared().x_squares[slot & 1][my_row][warp()] = square;
     if (segment.squares) {
       double exact = 0;
 #pragma unroll
@@ -638,7 +687,7 @@ struct Products {
       }
 #pragma unroll
       for (int hop : {1, 2, 16}) exact += __shfl_xor_sync(0xffffffffu, exact, hop);
-      if (leads) shared().exact_squares[my_row][warp()] = exact;
+      if (leads) shared().exact_squares[slot & 1][my_row][warp()] = exact;
     }
     float scale = 1;  // the largest to below 2^15
     if constexpr (!THIRD) {
@@ -680,7 +729,7 @@ struct Products {
 
   // Shares of the scores of eight references, to shared memory.
   __device__ __forceinline__ void score_block(const Mine& mine, uint32_t refs, int block, int parity,
-                                              bool first, int rows) const {
+                                              bool first, int slot, int rows) const {
     const int g = lane() >> 2, t = lane() & 3;
     float norms[2] = {}, dots[4] = {},
           thirds[2][4] = {};  // thirds: of the first and the second of two chunks
@@ -708,7 +757,7 @@ struct Products {
     if constexpr (THIRD) dot += t < 2 ? thirds[0][0] + thirds[1][1] : thirds[0][2] + thirds[1][3];
     dot += __shfl_xor_sync(0xffffffffu, dot, 2);
     const float share = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
-    if (first && block == 0 && lane() == 0) shared().r_squares[warp()] = norm;
+    if (first && block == 0 && lane() == 0) shared().r_squares[slot & 1][warp()] = norm;
     if (t < rows) shared().scores[parity][t][8 * block + g][warp()] = share;
   }
 
@@ -753,7 +802,7 @@ struct Products {
         constexpr float NONE[SHARES] = {};
         add_shares(parity ^ 1, lane, NONE, scores);
         send_scores(scores, letter, lane);
-        if (left == references) send_figures(segment, my_row, letter, told, lane);
+        if (left == references) send_figures(segment, slot, my_row, letter, told, lane);
         letter = (letter + 1) % PRODUCTS_LETTERS;
       }
       if (references > 0) told ^= 1;
@@ -780,9 +829,9 @@ struct Products {
     }
   }
   // The lanes of a row, each to a block.
-  __device__ __forceinline__ void send_figures(const Segment<ROWS>& segment, int my_row, int letter, int told,
-                                               int lane) const {
-    const ProductsFigures own = figures_of_block(segment, my_row, my_row < segment.count);
+  __device__ __forceinline__ void send_figures(const Segment<ROWS>& segment, int slot, int my_row, int letter,
+                                               int told, int lane) const {
+    const ProductsFigures own = figures_of_block(segment, slot, my_row, my_row < segment.count);
     const ProductsFigures& to = shared().mail.from[rank].figures[told][my_row];
     const uint32_t arrived = shared_address(&shared().mail.arrived[letter]);
 #pragma unroll 1
@@ -971,11 +1020,11 @@ struct Products {
   }
 
   // A tile; refs: see `consume`.
-  __device__ __forceinline__ void score_tile(Mine& mine, uint32_t refs, int rows, int parity,
-                                             bool first) const {
+  __device__ __forceinline__ void score_tile(Mine& mine, uint32_t refs, int rows, int parity, bool first,
+                                             int slot) const {
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block)
-      score_block(mine, refs + block * 8 * REF_BYTES, block, parity, first, rows);
+      score_block(mine, refs + block * 8 * REF_BYTES, block, parity, first, slot, rows);
     __syncwarp();
   }
   // Of the tile `many` references count; what is beyond them has not come from memory.
@@ -1000,8 +1049,8 @@ struct Products {
   }
 
   // Of a row, in all its lanes; lanes as in `weigh`, the warps' shares to a lane each.
-  __device__ __forceinline__ ProductsFigures figures_of_block(const Segment<ROWS>& segment, int my_row,
-                                                              bool present) const {
+  __device__ __forceinline__ ProductsFigures figures_of_block(const Segment<ROWS>& segment, int slot,
+                                                              int my_row, bool present) const {
     static_assert(ROWS == 2 && WARPS == 16, "a lane for each row and warp");
     const auto sum = [](auto v) {  // over the lanes of a row
 #pragma unroll
@@ -1009,10 +1058,10 @@ struct Products {
       return v;
     };
     const int w = (lane() & 7) + (lane() & 16) / 2;
-    const float x = shared().x_squares[my_row][w], r = shared().r_squares[w];
+    const float x = shared().x_squares[slot & 1][my_row][w], r = shared().r_squares[slot & 1][w];
     const float half = segment.rows[present ? my_row : 0].half_alpha * r;
     ProductsFigures own;
-    own.exact_square = segment.squares ? sum(shared().exact_squares[my_row][w]) : 0;
+    own.exact_square = segment.squares ? sum(shared().exact_squares[slot & 1][my_row][w]) : 0;
     own.x_square = sum(x), own.norm = sum(r);
     own.square = sum(fmaf(half, half, x * r * (1.0f / (32 * CHUNKS))));
     return own;
@@ -1096,7 +1145,7 @@ struct Products {
         all.square += one.square, all.norm += one.norm;
       }
     } else {
-      all = figures_of_block(segment, my_row, present);
+      all = figures_of_block(segment, slot, my_row, present);
     }
     int equals = my.equals;
 #pragma unroll
@@ -1113,8 +1162,12 @@ struct Products {
     }
     const double shift = row.per_square * all.exact_square, best = fma(row.exact_rate(), score, -shift);
     const float scale = what_is_wrong(row, all, static_cast<float>(score)), lead = static_cast<float>(equals);
-    PartRow own{-INFINITY, 0, 0, 0, 0};
-    if (any) own = {best, my.total, lead, scale, 0};
+    unsigned print = 0;
+#pragma unroll
+    for (int k = 0; k < SHARES; ++k) print = print * 0x9e3779b1u + __float_as_uint(my.base[k]);
+    if constexpr (!CLUSTERED) print += __shfl_down_sync(0xffffffffu, print, 8 * ROWS) * 0x85ebca6bu;
+    PartRow own{-INFINITY, 0, 0, 0, 0, 0};
+    if (any) own = {best, my.total, lead, scale, 0, static_cast<int>(print)};
     // The best is listed where weights may be wrong, and where others have any that would show, they too.
     const bool leads = present && (lane() & ~8) == 0;
     const int listed = begins || !present ? 0 : shared().moved[my_row].ties;
@@ -1167,10 +1220,13 @@ struct Products {
     ProductsEnd& end = shared().ends[slot][my_row];
     end.before = 0, end.now = 1;
     if (!(segment.flags & SEGMENT_PART_BEGIN)) {
-      const Joined joined = svel::cuda::join(shared().moved[my_row], own);
-      const int ties = own.ties;
-      own = joined.all, end.before = joined.by_first, end.now = joined.by_second;
-      own.ties = ties;
+      const PartRow& before = shared().moved[my_row];
+      const Joined joined = svel::cuda::join(before, own);
+      Equals equals;
+      equals.add(before, joined.all.log2_weight), equals.add(own, joined.all.log2_weight);
+      own = {joined.all.log2_weight,           joined.all.total, static_cast<float>(equals.count),
+             fmaxf(before.scale, own.scale), own.ties,         equals.print};
+      end.before = joined.by_first, end.now = joined.by_second;
     }
     if (PARTS) end.part = own;
     if (!(segment.flags & SEGMENT_PART_END)) {
@@ -1181,6 +1237,13 @@ struct Products {
     } else {
       parts.others[team * ROWS + my_row] = own;
     }
+  }
+
+  // Whether warps need what `settle` finds before they go on, and do not lose sight of it; figures in letters
+  // have room for two segments.
+  __device__ __forceinline__ static bool waits_for_end(const Segment<ROWS>& segment) {
+    return CLUSTERED || segment.references == 0 || !(segment.flags & SEGMENT_PART_BEGIN) ||
+           (PARTS && segment.flags & SEGMENT_PART_END);
   }
 
   // A segment's sums from the warps' registers to memory, where they join those of the part so far: to the
@@ -1300,7 +1363,7 @@ struct Products {
         const int ahead = to_add - to_score;
         if (to_score > 0 && (ahead == 0 || ahead == TR)) {
           await(scored);
-          score_tile(mine, to_scores + scored.offset, rows, scores & 1, to_score == references);
+          score_tile(mine, to_scores + scored.offset, rows, scores & 1, to_score == references, slot);
           if (lane() == 0) arrive(&shared().given[scores & 1]);
           scored.advance(), ++scores;
           to_score -= TR;
@@ -1319,7 +1382,11 @@ struct Products {
         if (lane() == 0) arrive(&shared().empty[added.stage]);
         scored.advance(), added.advance();
       }
-      wait_barrier(&shared().settled, settled);
+      if (waits_for_end(segment)) {
+        // Phases are waited for by their parity. Where tiles have come in between none is two behind.
+        if (references == 0) wait_barrier(&shared().settled, settled ^ 1);
+        wait_barrier(&shared().settled, settled);
+      }
       settled ^= 1;
       end_segment(mine, segment, slot);
       __syncwarp();
