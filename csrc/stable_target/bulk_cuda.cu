@@ -569,9 +569,11 @@ bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts,
   const int64_t grid = (in.mailboxes ? in.rows_each : in.n) * ceil_div(in.d, 4 * LANES * VECTORS);
   if (LANES < END_THREADS && (grid > END_FEW_BLOCKS * blocks || parts.home.merged)) return false;
   constexpr bool MERGES = LANES == END_THREADS;
-  launch_following(
-      op, true, parts.home.merged ? end_kernel<LANES, VECTORS, MERGES, SOURCE> : end_kernel<LANES, VECTORS, false, SOURCE>,
-      dim3(static_cast<unsigned>(grid)), END_THREADS, blocks * sizeof(double), stream, in, parts);
+  launch_following(op, true,
+                   parts.home.merged ? end_kernel<LANES, VECTORS, MERGES, SOURCE>
+                                     : end_kernel<LANES, VECTORS, false, SOURCE>,
+                   dim3(static_cast<unsigned>(grid)), END_THREADS, blocks * sizeof(double), stream, in,
+                   parts);
   return true;
 }
 // Few rows have many parts each.

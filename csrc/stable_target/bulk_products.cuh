@@ -203,16 +203,16 @@ constexpr int RAISED = 1 << 30;
 
 // In PartRow here: `lead` is how often the best reference is there, each time with weight 1, and `scale` how
 // large the error of a result would be, beside its size, if weights were wrong where they are shared evenly.
-// Whether it shows in a row of parts whose weights are `total`, `count` of them that of the best. The limit is
-// 2e-6; a thread may know of some parts only.
+// Whether it shows in a row of parts whose weights are `total`, `count` of them that of the best. The limit
+// is 2e-6; a thread may know of some parts only.
 constexpr float PRODUCTS_MOST_ERROR = 1.2e-6f;
 __device__ __forceinline__ bool is_doubtful(float scale, double total, int count) {
   const float all = static_cast<float>(total), wrong = scale * static_cast<float>(total - count);
   return wrong * wrong * static_cast<float>(count) >
          PRODUCTS_MOST_ERROR * PRODUCTS_MOST_ERROR * all * all * all;
 }
-// How often the best reference is there, over several parts: repeated samples, which tie and may, as what they
-// share has no error.
+// How often the best reference is there, over several parts: repeated samples, which tie and may, as what
+// they share has no error.
 struct Equals {
   int count = 0, print = 0;
 
@@ -230,7 +230,6 @@ __device__ __forceinline__ bool is_beyond_doubt(float scale) {
 // How a row leaves a segment: what the warps do with its sums.
 struct ProductsEnd {
   double before, now;  // to multiply by: the part's sums so far, and those of the segment
-  double shift;        // |x|^2 / (2 sigma^2) in units of log 2, where it is wanted
   PartRow part;        // so far
 };
 
@@ -239,6 +238,12 @@ struct ProductsEnd {
 struct ProductsFigures {
   double exact_square;
   float square, norm, x_square;
+};
+// What a segment's end needs of it, known from its first tile on. PartRow::scale is `per_bit` times the root
+// of the squared distance of references, `most_apart` at most, for each bit that a score is wrong by: `bits`.
+struct ProductsKnown {
+  double shift;  // |x|^2 / (2 sigma^2) in units of log 2, where it is wanted
+  float square, x_square, bits, per_bit, most_apart;
 };
 
 // What a block of a cluster tells the others. A letter has memory of its own until that of four tiles later:
@@ -273,16 +278,17 @@ struct ProductsShared {
   uint32_t weights[2][TR / 8][32];  // as the products take them
   int used[2];                      // bit b: block b has weight; RAISED: `top` has grown
   float scales[2][ROWS];            // what it has done to the sums so far
-  // Of a warp's elements, of two segments, since warps go on before the one that weighs has settled all: |x|^2
-  // and |r|^2 of the first reference, |x|^2 where all its digits are wanted.
+  // Of a warp's elements, of two segments, since warps go on before the one that weighs has settled all:
+  // |x|^2 and |r|^2 of the first reference, |x|^2 where all its digits are wanted.
   float x_squares[2][ROWS][WARPS], r_squares[2][WARPS];
   double exact_squares[2][ROWS][WARPS];
-  float kept[ROWS][SEGMENT_REFS];     // logarithms of the segment's weights, relative to the best, at the
+  float kept[ROWS][SEGMENT_REFS];  // logarithms of the segment's weights, relative to the best, at the
   double levels[ROWS][SEGMENT_REFS / TR];  // level of the tile
   ProductsTie ties[ROWS][PRODUCTS_TIES];   // of the part so far
   PartRow moved[ROWS];                     // of the part, with the segments so far
-  bool is_last;                            // of the blocks
-  Barrier settled;                         // the segment's ends are there
+  ProductsKnown known[ROWS];
+  bool is_last;     // of the blocks
+  Barrier settled;  // the segment's ends are there
   ProductsEnd ends[SEGMENT_SLOTS][ROWS];
   std::conditional_t<CLUSTERED, ProductsMail<TR / 8>, ProductsNoMail> mail;  // the last: its end is cut off
 };
@@ -297,18 +303,17 @@ __device__ __forceinline__ void await_ready(const int* ready) {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(ready) : "memory");
 }
 
-// The score of a reference, in float64, in units of log 2, by all warps of a block, each of which returns its
-// share.
+// The score of a reference, in float64, in units of log 2: the share of one of `warps`.
 template <typename T>
 __device__ __forceinline__ double score_exactly(const Inputs& in, const RowState& row, int reference,
-                                                int threads) {
+                                                int warp, int warps) {
   constexpr int EACH = 8;
   const T* const r = static_cast<const T*>(in.refs.data) + int64_t{reference} * in.d;
   const float* const x = static_cast<const float*>(row.x) + row.index * in.d;
   const int d = static_cast<int>(in.d);
   double score = 0;
 #pragma unroll 2
-  for (int e = EACH * static_cast<int>(threadIdx.x); e < d; e += EACH * threads) {
+  for (int e = EACH * (32 * warp + static_cast<int>(threadIdx.x % 32)); e < d; e += EACH * 32 * warps) {
     const uint4 raw = *reinterpret_cast<const uint4*>(r + e);
     const float4 low = *reinterpret_cast<const float4*>(x + e),
                  high = *reinterpret_cast<const float4*>(x + e + 4);
@@ -353,8 +358,7 @@ struct ProductsPieces {
 
 template <int WARPS>
 struct AlignedMemory {
-  double exact[PRODUCTS_TIES];  // scores
-  double shares[2][2][WARPS];   // of these, of a few at a time
+  double exact[PRODUCTS_TIES], shares[PRODUCTS_TIES];  // scores, and what warps have of them
 };
 
 // The parts of a row together, each with the references that it has listed weighed by exact scores, and with
@@ -366,7 +370,6 @@ __device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowStat
                                                  double most, const Wait& wait, AlignedMemory<WARPS>& memory,
                                                  int64_t offset, const int64_t (&at)[VECTORS],
                                                  const bool (&within)[VECTORS], double (&sum)[VECTORS][4]) {
-  constexpr int AT_ONCE = 2;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   double* const exact = memory.exact;
   PartRow all{-INFINITY, 0, 0, 0, 0, 0};
@@ -375,24 +378,20 @@ __device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowStat
     const PartRow part = pieces.part(j);
     if (!(part.total > 0 && part.log2_weight > most - 80)) continue;
     const ProductsTie* const ties = pieces.ties_of(j);
+    int each = WARPS;  // warps for a reference
+    while (each > 1 && each * part.ties > WARPS) each /= 2;
 #pragma unroll 1
-    for (int begin = 0; begin < part.ties; begin += AT_ONCE) {
-      double shares[AT_ONCE];
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; ++i)
-        shares[i] = score_exactly<T>(in, row, ties[min(begin + i, part.ties - 1)].reference, 32 * WARPS);
-      double* const all_shares = memory.shares[begin / AT_ONCE % 2][0];
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; ++i) {
-        if (lane == 0) all_shares[i * WARPS + warp] = shares[i];
-      }
-      wait();
-      const int mine = static_cast<int>(threadIdx.x);
-      if (mine >= AT_ONCE || begin + mine >= part.ties) continue;
+    for (int i = warp; i < part.ties * each; i += WARPS) {
+      const double share = score_exactly<T>(in, row, ties[i / each].reference, i % each, each);
+      if (lane == 0) memory.shares[i] = share;
+    }
+    wait();
+    const int mine = static_cast<int>(threadIdx.x);
+    if (mine < part.ties) {
       double score = -shift;
 #pragma unroll 1
-      for (int w = 0; w < WARPS; ++w) score += all_shares[mine * WARPS + w];
-      exact[begin + mine] = score;
+      for (int w = 0; w < each; ++w) score += memory.shares[mine * each + w];
+      exact[mine] = score;
     }
     wait();
     double aligned = part.log2_weight, heaviest = -INFINITY, own[VECTORS][4];
@@ -441,7 +440,6 @@ struct ProductsSent {
   const int* ready;    // of the blocks with other parts
   float* to;           // the mean, with the process whose row it is
   double* lse;         // there too, or null
-  double shift;        // see ProductsEnd
   int offset, length;  // of the block's slice
   int count;           // other parts
   int slices, rank;
@@ -460,8 +458,19 @@ __device__ __noinline__ static void send_aligned(const Inputs& in, const RowStat
   for (int v = 0; v < VECTORS; ++v)
     at[v] = 4 * (int64_t{threadIdx.x} + v * GROUPS_CONSUMERS), within[v] = at[v] < sent.length;
   const auto wait = [] { named_barrier(1, GROUPS_CONSUMERS); };
-  const PartRow all = merge_aligned<T, GROUPS_CONSUMERS / 32>(in, row, sent.pieces, sent.count, sent.shift, top,
-                                                              wait, memory, sent.offset, at, within, sum);
+  constexpr int WARPS = GROUPS_CONSUMERS / 32;
+  const float* const x = static_cast<const float*>(row.x) + row.index * in.d;
+  double square = 0, shift = 0;
+  for (int64_t e = threadIdx.x; e < in.d; e += GROUPS_CONSUMERS)
+    square = fma(static_cast<double>(x[e]), static_cast<double>(x[e]), square);
+  square = warp_sum(square);
+  if (threadIdx.x % 32 == 0) memory.shares[threadIdx.x / 32] = square;
+  wait();
+  for (int w = 0; w < WARPS; ++w) shift += memory.shares[w];
+  shift *= row.per_square;
+  wait();
+  const PartRow all = merge_aligned<T, WARPS>(in, row, sent.pieces, sent.count, shift, top, wait, memory,
+                                              sent.offset, at, within, sum);
   const double by = 1 / all.total;
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
@@ -859,6 +868,8 @@ struct Products {
     double level = 0;         // by how much scores have risen, in units of log 2
     float total = 0;          // of the weights
     int equals = 0;           // references as good as the best in each share, among this lane's
+    float window = -1;        // how far below the best one references are listed, in units of log 2
+    int listed = 0;           // of the part, more than there is room for included
   };
 
   // Share k of a reference of the tile; at: its parity, or its letter.
@@ -921,6 +932,7 @@ struct Products {
       const bool present = my_row < segment.count;
       Weighed my;
       my.rate = segment.rows[present ? my_row : 0].rate;
+      if (present && !(segment.flags & SEGMENT_PART_BEGIN)) my.listed = shared().moved[my_row].ties;
 #pragma unroll 1
       for (int left = segment.references; left > 0; left -= TR) {
         const int at = CLUSTERED ? letter : parity;
@@ -943,7 +955,7 @@ struct Products {
         for (int b = 0; b < BLOCKS; ++b) best = fmaxf(best, scores[b]);
 #pragma unroll
         for (int hop = 4; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
-        int used = 0;
+        int used = 0, likes = 0;
         if (__any_sync(0xffffffffu, best > my.over)) {  // rarely, after the first tiles
           const float scale = raise(my, best > my.over, best, scores, at, segment.references - left, lane);
           take();
@@ -961,15 +973,17 @@ struct Products {
           used |= 1 << b;
           my.total += hand_out(weight, parity, b, lane);
           if (__any_sync(0xffffffffu, scores[b] == 0) && is_like_base(my, at, 8 * b + n, lane) && counts)
-            ++my.equals;
+            ++my.equals, likes |= 1 << b;
         }
         if (lane == 0) shared().used[parity] = used;
         if (n == 0 && lane < 8 * ROWS) shared().levels[my_row][(segment.references - left) / TR] = my.level;
         __syncwarp();
         if (lane == 0) arrive(&shared().weighed[parity]);
         parity ^= 1;
+        if (left == segment.references) know(segment, slot, my_row, present, my, told);
+        list_tile(segment, my, used, likes, scores, segment.references - left, lane);
       }
-      settle(segment, slot, my_row, present, my, told);
+      settle(segment, slot, my_row, present, my);
       if (segment.references > 0) told ^= 1;
       __syncwarp();
       if (lane == 0) arrive(&shared().settled), arrive(&shared().announced.done[slot]);
@@ -1072,22 +1086,38 @@ struct Products {
   // part of the distance between references that have weight. They are about as far from x / alpha as the
   // best one, and no further from one another than twice their size, of which the segment's first is an
   // example unless it is small. `square`: of the sums, together; `norm`: |r|^2.
-  __device__ __forceinline__ float what_is_wrong(const RowState& row, const ProductsFigures& of,
-                                                 float score) const {
+  __device__ __forceinline__ ProductsKnown known_of(const RowState& row, const ProductsFigures& of) const {
     const float a = static_cast<float>(row.a), b = static_cast<float>(row.b), alpha = 2 * row.half_alpha;
-    const float per_variance =
-        static_cast<float>(2 / LOG2_E) * static_cast<float>(row.per_square);  // 1 / sigma^2
-    const float of_data = fmaf(a, alpha, b), elements = static_cast<float>(d);
+    const float variance = __fdividef(1, variances(row)), elements = static_cast<float>(d);
+    const float of_data = fmaf(a, alpha, b);
     // |result|^2; as the mean may become any prediction where lse is wanted, the smallest of them
-    const float size = in.lse.data
-                           ? fminf(of.norm, __fdividef(elements, per_variance))
-                           : fmaf(of_data * of_data, of.norm, a * a * __fdividef(elements, per_variance));
+    const float size = in.lse.data ? fminf(of.norm, elements * variance)
+                                   : fmaf(of_data * of_data, of.norm, a * a * elements * variance);
+    ProductsKnown known;
+    known.shift = row.per_square * of.exact_square, known.square = of.square, known.x_square = of.x_square;
+    known.bits = bits_of(row, of.square), known.most_apart = fmaxf(of.norm, elements);
+    known.per_bit = static_cast<float>(2 / LOG2_E) * fabsf(b) * square_root(__fdividef(1, size));
+    return known;
+  }
+  __device__ __forceinline__ static float variances(const RowState& row) {  // 1 / sigma^2
+    return static_cast<float>(2 / LOG2_E) * static_cast<float>(row.per_square);
+  }
+  // Times what little weight can become.
+  __device__ __forceinline__ static float bits_of(const RowState& row, float square) {
+    const float bits = SCORE_ERROR * square_root(square) * row.rate;
+    return bits > 0.1f ? bits * power_of_two(fminf(2 * bits, 60.0f)) : bits;
+  }
+  __device__ __forceinline__ float what_is_wrong(const RowState& row, const ProductsKnown& of, float score,
+                                                 float of_cluster) const {
+    const float alpha = 2 * row.half_alpha;
     const float gap = fmaxf(fmaf(-2 * alpha, score, of.x_square), 1e-6f * of.x_square);  // |x - alpha r|^2
-    const float apart = 4 * fminf(__fdividef(gap, alpha * alpha), fmaxf(of.norm, elements));
-    const float bits = SCORE_ERROR * square_root(of.square) * row.rate;
-    const float grown =
-        bits > 0.1f ? power_of_two(fminf(2 * bits, 60.0f)) : 1;  // of what little weight can become
-    return bits * static_cast<float>(1 / LOG2_E) * fabsf(b) * square_root(__fdividef(apart, size)) * grown;
+    // A row of several processes that is no draw from a reference of this one is one from others', beside
+    // which these have no weight.
+    if (PARTS &&
+        gap * variances(row) > fmaf(9, square_root(static_cast<float>(d)), static_cast<float>(d + 60)))
+      return 0;
+    const float bits = CLUSTERED ? bits_of(row, of.square + of_cluster) : of.bits;
+    return bits * of.per_bit * square_root(fminf(__fdividef(gap, alpha * alpha), of.most_apart));
   }
   __device__ __forceinline__ static float square_root(float v) {
     float root;
@@ -1131,11 +1161,9 @@ struct Products {
     }
   }
 
-  // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
-  __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
-                                         const Weighed& my, int told) const {
-    const RowState& row = segment.rows[present ? my_row : 0];
-    const bool any = segment.references > 0, begins = segment.flags & SEGMENT_PART_BEGIN;
+  // When the first tile has been weighed, while others are on their way.
+  __device__ __forceinline__ void know(const Segment<ROWS>& segment, int slot, int my_row, bool present,
+                                       Weighed& my, int told) const {
     ProductsFigures all{};
     if constexpr (CLUSTERED) {
 #pragma unroll 1
@@ -1147,6 +1175,51 @@ struct Products {
     } else {
       all = figures_of_block(segment, slot, my_row, present);
     }
+    const RowState& row = segment.rows[present ? my_row : 0];
+    const ProductsKnown known = known_of(row, all);
+    const float bits = CLUSTERED ? bits_of(row, all.square + square_of_base(my)) : known.bits;
+    const float scale = bits * known.per_bit * square_root(known.most_apart);
+    if (present && !is_beyond_doubt(scale)) my.window = window_of(scale);
+    if ((lane() & ~8) == 0) shared().known[my_row] = known;
+  }
+  __device__ __forceinline__ static float square_of_base(const Weighed& my) {
+    float square = 0;
+#pragma unroll
+    for (int k = 0; k < SHARES; ++k) square = fmaf(my.base[k], my.base[k], square);
+    return square;
+  }
+  // What is below has no weight that could show, or none at all.
+  __device__ __forceinline__ static float window_of(float scale) {
+    float exponent;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(exponent) : "f"(scale));
+    return fminf(fmaxf(exponent + 23, 0.0f), 40.0f);  // 2^-23
+  }
+
+  // A tile's references that may tie with the best so far, to the row's list; of those equal to it one. Their
+  // weights are relative to the level until the segment ends.
+  __device__ __forceinline__ void list_tile(const Segment<ROWS>& segment, Weighed& my, int used, int likes,
+                                            const float (&scores)[BLOCKS], int before, int lane) const {
+    const int my_row = lane / 8 % ROWS, n = lane % 8;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      if (!(used >> b & 1)) continue;
+      const int reference = before + 8 * b + stored(n);
+      const float exponent = scores[b] * my.rate;
+      const bool ties = exponent >= -my.window && (!(likes >> b & 1) || reference == my.best);
+      const unsigned those = __ballot_sync(0xffffffffu, ties) >> 8 * my_row & 0xffu;
+      const int place = my.listed + __popc(those & ((1u << n) - 1));
+      if (ties && lane < 8 * ROWS && place < PRODUCTS_TIES)
+        shared().ties[my_row][place] = {my.level + exponent, static_cast<int>(segment.first) + reference};
+      my.listed += __popc(those);
+    }
+  }
+
+  // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
+  __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
+                                         const Weighed& my) const {
+    const RowState& row = segment.rows[present ? my_row : 0];
+    const ProductsKnown& known = shared().known[my_row];
+    const bool any = segment.references > 0, begins = segment.flags & SEGMENT_PART_BEGIN;
     int equals = my.equals;
 #pragma unroll
     for (int hop : {1, 2, 4}) equals += __shfl_xor_sync(0xffffffffu, equals, hop);
@@ -1154,58 +1227,43 @@ struct Products {
       return static_cast<double>(my.base[k]) + static_cast<double>(my.base[k + 1]);
     };
     double score = (two(0) + two(2)) + (two(4) + two(6));
-    if constexpr (CLUSTERED) {
-#pragma unroll
-      for (int k = 0; k < SHARES; ++k) all.square = fmaf(my.base[k], my.base[k], all.square);
-    } else {
-      score += __shfl_xor_sync(0xffffffffu, score, 8 * ROWS);
-    }
-    const double shift = row.per_square * all.exact_square, best = fma(row.exact_rate(), score, -shift);
-    const float scale = what_is_wrong(row, all, static_cast<float>(score)), lead = static_cast<float>(equals);
+    if constexpr (!CLUSTERED) score += __shfl_xor_sync(0xffffffffu, score, 8 * ROWS);
+    const double best = any ? fma(row.exact_rate(), score, -known.shift) : -INFINITY;
     unsigned print = 0;
 #pragma unroll
     for (int k = 0; k < SHARES; ++k) print = print * 0x9e3779b1u + __float_as_uint(my.base[k]);
     if constexpr (!CLUSTERED) print += __shfl_down_sync(0xffffffffu, print, 8 * ROWS) * 0x85ebca6bu;
-    PartRow own{-INFINITY, 0, 0, 0, 0, 0};
-    if (any) own = {best, my.total, lead, scale, 0, static_cast<int>(print)};
-    // The best is listed where weights may be wrong, and where others have any that would show, they too.
-    const bool leads = present && (lane() & ~8) == 0;
-    const int listed = begins || !present ? 0 : shared().moved[my_row].ties;
-    const bool lists = any && present && !is_beyond_doubt(scale);
-    const bool several =
-        lists && (listed == PRODUCTS_TIES || fmaxf(1 - lead / my.total, 0x1p-22f) * scale > 2e-7f);
-    own.ties = listed + (lists ? 1 : 0);
-    if (leads && lists && !several)
-      shared().ties[my_row][listed] = {best, static_cast<int>(segment.first) + my.best};
-    const unsigned long_lists = __ballot_sync(0xffffffffu, several);
-    __syncwarp();
-    if (long_lists) {
+    const float scale =
+        any ? what_is_wrong(row, known, static_cast<float>(score), CLUSTERED ? square_of_base(my) : 0) : 0;
+    const int before = begins || !present ? 0 : shared().moved[my_row].ties;
+    const double of_level = best - my.level;
+    int listed = my.listed;
+    const unsigned too_long = __ballot_sync(0xffffffffu, listed > PRODUCTS_TIES);
+    if (too_long) {
 #pragma unroll 1
       for (int r = 0; r < segment.count; ++r) {
-        if (!(long_lists >> 8 * r & 1)) continue;
-        const double floor = best - power_limit(scale);
-        const int now = list_ties(segment, r, __shfl_sync(0xffffffffu, listed, 8 * r),
-                                  __shfl_sync(0xffffffffu, floor, 8 * r),
-                                  __shfl_sync(0xffffffffu, best - my.level, 8 * r));
-        if (my_row == r) own.ties = now;
+        if (!(too_long >> 8 * r & 1)) continue;
+        const int now = list_ties(segment, r, __shfl_sync(0xffffffffu, before, 8 * r),
+                                  __shfl_sync(0xffffffffu, best - my.window, 8 * r),
+                                  __shfl_sync(0xffffffffu, of_level, 8 * r));
+        if (my_row == r) listed = now;
       }
     }
-    if (leads) {
-      shared().ends[slot][my_row].shift = shift;
-      join(segment, slot, my_row, own);
-    }
-    if (!(segment.flags & SEGMENT_PART_END) || rank > 0) return;
+    if (present && (lane() & ~8) == 0)
+      join(segment, slot, my_row,
+           any ? PartRow{best, my.total, static_cast<float>(equals), scale, listed, static_cast<int>(print)}
+               : PartRow{-INFINITY, 0, 0, 0, listed, 0});
+    const bool ends = segment.flags & SEGMENT_PART_END && rank == 0;
     ProductsTie* const to = parts.ties + part_of(segment, min(my_row, segment.count - 1)) * PRODUCTS_TIES;
-    const int lanes_of_row = lane() % 8 + lane() / 16 * 8;
-    if (present) {
-      for (int i = lanes_of_row; i < own.ties; i += 16) to[i] = shared().ties[my_row][i];
+    const int lane_of_row = lane() % 8 + lane() / 16 * 8;
+    if (!present) return;
+#pragma unroll 1
+    for (int i = lane_of_row; i < listed; i += 16) {
+      ProductsTie tie = shared().ties[my_row][i];
+      if (i >= before && !(too_long >> 8 * my_row & 1)) tie.log2_weight += of_level;
+      shared().ties[my_row][i] = tie;
+      if (ends) to[i] = tie;
     }
-  }
-  // How far below the best one references are listed, in units of log 2.
-  __device__ __forceinline__ static float power_limit(float scale) {
-    float exponent;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(exponent) : "f"(scale));
-    return fminf(fmaxf(exponent + 23, 0.0f), 60.0f);  // 2^-23
   }
   // Which part this is among all in memory.
   __device__ __forceinline__ int64_t part_of(const Segment<ROWS>& segment, int my_row) const {
@@ -1224,7 +1282,7 @@ struct Products {
       const Joined joined = svel::cuda::join(before, own);
       Equals equals;
       equals.add(before, joined.all.log2_weight), equals.add(own, joined.all.log2_weight);
-      own = {joined.all.log2_weight,           joined.all.total, static_cast<float>(equals.count),
+      own = {joined.all.log2_weight,         joined.all.total, static_cast<float>(equals.count),
              fmaxf(before.scale, own.scale), own.ties,         equals.print};
       end.before = joined.by_first, end.now = joined.by_second;
     }
@@ -1288,7 +1346,6 @@ struct Products {
                     parts.ready + (team + 1) * slices,
                     static_cast<float*>(row.out) + row.index * in.d + offset,
                     rank == 0 ? lse : nullptr,
-                    end.shift,
                     offset,
                     length,
                     segment.to - segment.from,
