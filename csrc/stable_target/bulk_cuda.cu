@@ -460,8 +460,16 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
       by_source = score_of_source(in, index, scratch);
       top = greater(top, by_source);
     }
+    constexpr int AT_ONCE = SHARES > 1 ? 4 : 1;  // loads in flight, of parts that are further on
 #pragma unroll 1
-    for (int j = NEAR + 1 + part; j < others; j += 32) top = greater(top, load_other(j).log2_weight);
+    for (int next = NEAR + 1 + part; next < others; next += 32 * AT_ONCE) {
+      double its[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i)
+        its[i] = next + 32 * i < others ? load_other(next + 32 * i).log2_weight : -INFINITY;
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) top = greater(top, its[i]);
+    }
 #pragma unroll 1
     for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(WARP, top, hop));
     weight = power(mine.log2_weight - top);
@@ -470,11 +478,17 @@ __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLO
     Equals best;
     best.add(mine, top);
 #pragma unroll 1
-    for (int j = NEAR + 1 + part; j < others; j += 32) {
-      const PartRow far = load_other(j);
-      weights[j] = power(far.log2_weight - top);
-      total = fma(weights[j], far.total, total);
-      wrong = fmaxf(wrong, far.scale), best.add(far, top);
+    for (int next = NEAR + 1 + part; next < others; next += 32 * AT_ONCE) {
+      PartRow far[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) far[i] = load_other(min(next + 32 * i, others - 1));
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        if (next + 32 * i >= others) break;
+        const double by = power(far[i].log2_weight - top);
+        weights[next + 32 * i] = by, total = fma(by, far[i].total, total);
+        wrong = fmaxf(wrong, far[i].scale), best.add(far[i], top);
+      }
     }
 #pragma unroll 1
     for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(WARP, total, hop);

@@ -113,10 +113,10 @@ __device__ __forceinline__ float rest_of(float v) {
 // Of a thread: all together no more than at the launch, 96 for each.
 constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 64;
 
-// A reference among all k m, and the logarithm of the weight that it has been given.
+// A reference among all k m, and the logarithm of the weight that it has been given; for `count` equal ones.
 struct ProductsTie {
   double log2_weight;
-  int reference;
+  int reference, count;
 };
 static_assert(sizeof(ProductsTie) == PRODUCTS_TIE_BYTES);
 
@@ -409,7 +409,8 @@ __device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowStat
     }
 #pragma unroll 1
     for (int i = 0; i < part.ties; ++i) {
-      const double more = power(exact[i] - aligned) - power(ties[i].log2_weight - part.log2_weight);
+      const double more =
+          ties[i].count * (power(exact[i] - aligned) - power(ties[i].log2_weight - part.log2_weight));
       const T* const r = static_cast<const T*>(in.refs.data) + ties[i].reference * in.d + offset;
       total += more;
 #pragma unroll
@@ -870,6 +871,7 @@ struct Products {
     int equals = 0;           // references as good as the best in each share, among this lane's
     float window = -1;        // how far below the best one references are listed, in units of log 2
     int listed = 0;           // of the part, more than there is room for included
+    int place = 0;            // of the best in the list
   };
 
   // Share k of a reference of the tile; at: its parity, or its letter.
@@ -956,7 +958,8 @@ struct Products {
 #pragma unroll
         for (int hop = 4; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
         int used = 0, likes = 0;
-        if (__any_sync(0xffffffffu, best > my.over)) {  // rarely, after the first tiles
+        const float closest = best > my.over ? 0 : best;  // to the best so far
+        if (__any_sync(0xffffffffu, best > my.over)) {    // rarely, after the first tiles
           const float scale = raise(my, best > my.over, best, scores, at, segment.references - left, lane);
           take();
           used = RAISED;
@@ -981,7 +984,8 @@ struct Products {
         if (lane == 0) arrive(&shared().weighed[parity]);
         parity ^= 1;
         if (left == segment.references) know(segment, slot, my_row, present, my, told);
-        list_tile(segment, my, used, likes, scores, segment.references - left, lane);
+        if (__any_sync(0xffffffffu, closest * my.rate >= -my.window))
+          list_tile(segment, my, used, likes, scores, segment.references - left, lane);
       }
       settle(segment, slot, my_row, present, my);
       if (segment.references > 0) told ^= 1;
@@ -1112,11 +1116,11 @@ struct Products {
     const float alpha = 2 * row.half_alpha;
     const float gap = fmaxf(fmaf(-2 * alpha, score, of.x_square), 1e-6f * of.x_square);  // |x - alpha r|^2
     // A row of several processes that is no draw from a reference of this one is one from others', beside
-    // which these have no weight.
-    if (PARTS &&
-        gap * variances(row) > fmaf(9, square_root(static_cast<float>(d)), static_cast<float>(d + 60)))
-      return 0;
-    const float bits = CLUSTERED ? bits_of(row, of.square + of_cluster) : of.bits;
+    // which these have no weight; where that is not certain, it is likely.
+    const float noise =
+        fmaf(5.7f, square_root(static_cast<float>(d)), static_cast<float>(d));  // four deviations
+    if (PARTS && gap * variances(row) > noise) return 0;
+    const float bits = (PARTS ? 0.4f : 1.0f) * (CLUSTERED ? bits_of(row, of.square + of_cluster) : of.bits);
     return bits * of.per_bit * square_root(fminf(__fdividef(gap, alpha * alpha), of.most_apart));
   }
   __device__ __forceinline__ static float square_root(float v) {
@@ -1126,10 +1130,11 @@ struct Products {
   }
   static constexpr float SCORE_ERROR = 3 * 0x1p-24f;  // nine of ten are less
 
-  // The row's references of the segment from `floor` on, to its list, behind the `listed` that are there; all
-  // lanes. Returns how many there are then.
-  __device__ __forceinline__ int list_ties(const Segment<ROWS>& segment, int row, int listed, double floor,
-                                           double of_level) const {
+  // A list that has become too long, once more, from `floor` on or higher: of the part's segments before the
+  // `listed` that are there, then the best with its equals as one, and the segment's others. All lanes; how
+  // many there are then is returned.
+  __device__ __forceinline__ int list_again(const Segment<ROWS>& segment, int row, int listed, double floor,
+                                            ProductsTie best, double of_level) const {
     ProductsTie* const ties = shared().ties[row];
     for (;; floor += 2) {
       int count = 0;  // of those listed before, what counts beside the best; in place
@@ -1144,16 +1149,19 @@ struct Products {
         __syncwarp();
       }
       listed = count;
+      if (count < PRODUCTS_TIES && lane() == 0) ties[count] = best;
+      ++count;
 #pragma unroll 1
       for (int first = 0; first < segment.references && count <= PRODUCTS_TIES; first += 32) {
         const int j = first + lane();
         double log2_weight = -INFINITY;
         if (j < segment.references)
           log2_weight = of_level + shared().levels[row][j / TR] + shared().kept[row][j];
-        const unsigned all = __ballot_sync(0xffffffffu, log2_weight >= floor);
+        const bool stays = log2_weight >= floor && log2_weight < best.log2_weight - 1e-9;
+        const unsigned all = __ballot_sync(0xffffffffu, stays);
         const int place = count + __popc(all & ((1u << lane()) - 1));
-        if (log2_weight >= floor && place < PRODUCTS_TIES)
-          ties[place] = {log2_weight, static_cast<int>(segment.first) + j};
+        if (stays && place < PRODUCTS_TIES)
+          ties[place] = {log2_weight, static_cast<int>(segment.first) + j, 1};
         count += __popc(all);
       }
       __syncwarp();
@@ -1195,22 +1203,28 @@ struct Products {
     return fminf(fmaxf(exponent + 23, 0.0f), 40.0f);  // 2^-23
   }
 
-  // A tile's references that may tie with the best so far, to the row's list; of those equal to it one. Their
+  // A tile's references that may tie with the best so far, to the row's list; those equal to it as one. Their
   // weights are relative to the level until the segment ends.
   __device__ __forceinline__ void list_tile(const Segment<ROWS>& segment, Weighed& my, int used, int likes,
                                             const float (&scores)[BLOCKS], int before, int lane) const {
     const int my_row = lane / 8 % ROWS, n = lane % 8;
+    const auto of_row = [&](bool what) { return __ballot_sync(0xffffffffu, what) >> 8 * my_row & 0xffu; };
+    ProductsTie* const ties = shared().ties[my_row];
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
       if (!(used >> b & 1)) continue;
       const int reference = before + 8 * b + stored(n);
-      const float exponent = scores[b] * my.rate;
-      const bool ties = exponent >= -my.window && (!(likes >> b & 1) || reference == my.best);
-      const unsigned those = __ballot_sync(0xffffffffu, ties) >> 8 * my_row & 0xffu;
+      const bool like = likes >> b & 1, is_best = reference == my.best;
+      const bool near = scores[b] * my.rate >= -my.window;
+      const unsigned those = of_row(near && (!like || is_best)), equals = of_row(near && like && !is_best);
       const int place = my.listed + __popc(those & ((1u << n) - 1));
-      if (ties && lane < 8 * ROWS && place < PRODUCTS_TIES)
-        shared().ties[my_row][place] = {my.level + exponent, static_cast<int>(segment.first) + reference};
+      if (near && (!like || is_best) && lane < 8 * ROWS && place < PRODUCTS_TIES)
+        ties[place] = {my.level + scores[b] * my.rate, static_cast<int>(segment.first) + reference, 1};
+      const unsigned best = of_row(near && is_best);
+      if (best) my.place = my.listed + __popc(those & (best - 1));
       my.listed += __popc(those);
+      __syncwarp();
+      if (equals && lane == 8 * my_row && my.place < PRODUCTS_TIES) ties[my.place].count += __popc(equals);
     }
   }
 
@@ -1243,9 +1257,11 @@ struct Products {
 #pragma unroll 1
       for (int r = 0; r < segment.count; ++r) {
         if (!(too_long >> 8 * r & 1)) continue;
-        const int now = list_ties(segment, r, __shfl_sync(0xffffffffu, before, 8 * r),
-                                  __shfl_sync(0xffffffffu, best - my.window, 8 * r),
-                                  __shfl_sync(0xffffffffu, of_level, 8 * r));
+        const auto of_row = [r](auto v) { return __shfl_sync(0xffffffffu, v, 8 * r); };
+        const int now =
+            list_again(segment, r, of_row(before), of_row(best - my.window),
+                       {of_row(best), of_row(static_cast<int>(segment.first) + my.best), of_row(equals)},
+                       of_row(of_level));
         if (my_row == r) listed = now;
       }
     }

@@ -167,6 +167,24 @@ def test_repeated_references(d, dtype, copies):
         check(draws(refs, labels, t), refs, t, labels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d", [1024, 4096, 32_768])
+def test_the_same_batch_again_and_again(d, dtype):
+    """As when a step is repeated: a class holds copies of few samples, or of one, and they are no ties."""
+    n, m = (8, 64) if d > 4096 else (64, 256)
+    torch.manual_seed(2)
+    samples = torch.randn(5, 2, d, device="cuda").to(dtype)
+    labels, t = torch.randint(5, (n,), device="cuda"), torch.linspace(0.05, 0.999, n, device="cuda")
+    for few in (samples, samples[:, :1]):
+        x = draws(few, labels, t)
+        refs = few.repeat(1, m // few.shape[1], 1)
+        check(x, refs, t, labels)
+        again = few.repeat_interleave(m // few.shape[1], 1)
+        check(x, again, t, labels)
+        expected = reference.stable_target(x.double(), few, t, labels)
+        assert worst_row(svel.stable_target(x, refs, t, labels), expected) <= LIMIT
+
+
 @pytest.mark.parametrize(
     ("n", "m", "d"), [(1, 5000, 128), (64, 20_000, 128), (3200, 5000, 128), (8, 3000, 4096), (2, 304, 65_536)]
 )
