@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+WAKING = 0.1  # seconds of work before the first sample: clocks of a GPU that has idled take time to rise
+
 
 def time_call(call: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
     """Median seconds of one call, after a warm-up. Spends about `budget` seconds, three calls at least."""
@@ -55,9 +57,11 @@ def time_cuda(call: Callable[[], object], budget: float) -> float:
     replay = capture(call)
     flush = torch.zeros(1 << 26, device="cuda")  # several times the L2
     samples: list[float] = []
-    for _ in range(3):
+    wake = time.perf_counter()
+    while time.perf_counter() - wake < WAKING:
+        flush.sum()
         replay()
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
     begin_all = time.perf_counter()
     while len(samples) < 5 or (time.perf_counter() - begin_all < budget and len(samples) < 200):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
