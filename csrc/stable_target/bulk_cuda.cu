@@ -236,11 +236,27 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
 constexpr int END_THREADS = 128, END_FEW_BLOCKS = 4, END_BLOCKS = 1024 / END_THREADS;
 constexpr unsigned WARP = 0xffffffffu;
 
+// What a row's parts weigh beside the heaviest. Each warp finds that for itself, the first part and NEAR
+// others by a lane for each; the weights of those beyond are in shared memory.
+constexpr int NEAR = 31;
+struct RowWeights {
+  double top, total;    // log2_weight of the heaviest; sum over all that they hold
+  double mine, source;  // of the lane's part; of the row's source
+  float wrong;          // the largest PartRow::scale that the lane knows of
+  int equals;           // how often the best reference is there
+
+  // Beside all else that the row has, `times` what its parts hold.
+  __device__ __forceinline__ bool in_doubt(double times) const {
+    return __any_sync(WARP, is_doubtful(wrong, times * total, equals));
+  }
+};
+
 // The results of an own row over the elements `at`, from its mean over this part and those that the others
-// have left in the mailbox, when these are there. All threads.
+// have left in the mailbox, when these are there; false where it is in doubt. All threads.
 template <int VECTORS>
-__device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& home, int64_t row, double lse,
-                                              const int (&at)[VECTORS], const bool (&within)[VECTORS],
+__device__ __forceinline__ bool merge_at_home(const Inputs& in, const AtHome& home, int64_t row, double lse,
+                                              const RowWeights& own_parts, const int (&at)[VECTORS],
+                                              const bool (&within)[VECTORS],
                                               const float4 (&x)[VECTORS], float4 (&mean)[VECTORS]) {
   const int q = static_cast<int>(threadIdx.x);
   const double t = clamp_time(load_as<double>(in.time_or_alpha, in.part * in.rows_each + row));
@@ -251,7 +267,7 @@ __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& ho
   if (q < in.parts && q != in.part)
     await_flag(&own->done[q], own->round, {{}, in.part, in.parts, home.patience}, q);
   __syncthreads();
-  double top = lse, total = 1;
+  double top = lse, total = 1, share = 1;  // share: of this part
 #pragma unroll 1
   for (int of = 0; of < in.parts; ++of) {
     if (of == in.part) continue;
@@ -268,7 +284,7 @@ __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& ho
     const double most = its >= top || its != its ? its : top;
     const double so_far = power(LOG2_E * (top - most)), weight = power(LOG2_E * (its - most));
     const float a = static_cast<float>(so_far), b = static_cast<float>(weight);
-    total = fma(so_far, total, weight), top = most;
+    total = fma(so_far, total, weight), share *= so_far, top = most;
     const auto add = [&](float& to, float value) {  // the mean over nothing is NaN
       to = (a > 0 ? a * to : a) + (b > 0 ? b * value : b);
     };
@@ -277,6 +293,7 @@ __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& ho
       add(mean[v].x, other[v].x), add(mean[v].y, other[v].y), add(mean[v].z, other[v].z),
           add(mean[v].w, other[v].w);
   }
+  if (own_parts.in_doubt(total / share)) return false;
   const double by = at_time.b / total;
   const auto result = [&](float x, float sum) {
     return static_cast<float>(fma(at_time.a, static_cast<double>(x), by * static_cast<double>(sum)));
@@ -288,6 +305,7 @@ __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& ho
           make_float4(result(x[v].x, mean[v].x), result(x[v].y, mean[v].y), result(x[v].z, mean[v].z),
                       result(x[v].w, mean[v].w));
   }
+  return true;
 }
 
 // A row that products_kernel has left in parts.
@@ -300,9 +318,7 @@ struct EndingRow {
   __device__ __forceinline__ int64_t place(int j) const {
     return int64_t{left.from + 1 + j} * parts.unit_rows + left.row;
   }
-  __device__ __forceinline__ double2 weights(int j) const {  // log2_weight, total
-    return __ldcg(reinterpret_cast<const double2*>(&parts.others[place(j)].log2_weight));
-  }
+  __device__ __forceinline__ PartRow part(int j) const { return load_part(parts.others + place(j)); }
   __device__ __forceinline__ const float* sums(int j) const { return parts.sums + place(j) * d; }
 };
 
@@ -322,49 +338,52 @@ __device__ __forceinline__ double score_of_source(const Inputs& in, int64_t inde
   return LOG2_E * block_sum<double>(score, scratch);
 }
 
-// What a row's parts weigh beside the heaviest. Each warp finds that for itself, the first part and NEAR
-// others by a lane for each; the weights of those beyond are in shared memory.
-constexpr int NEAR = 31;
-struct RowWeights {
-  double top, total;    // log2_weight of the heaviest; sum over all that they hold
-  double mine, source;  // of the lane's part; of the row's source
-};
-
 template <bool SOURCE>
 __device__ __forceinline__ RowWeights weigh_parts(const Inputs& in, int64_t index, const EndingRow& row,
                                                   double* far, double* scratch) {
   const PartRow& first = row.left.own;
-  if (row.others < 0) return {first.log2_weight, NAN, 1, 0};
-  if (!SOURCE && row.others == 0) return {first.log2_weight, first.total, 1, 0};
+  if (row.others < 0) return {first.log2_weight, NAN, 1, 0, 0, 0};
+  if (!SOURCE && row.others == 0)
+    return {first.log2_weight, first.total, 1, 0, first.scale, static_cast<int>(first.lead)};
   const int part = static_cast<int>(threadIdx.x) % 32 - 1;
-  double2 mine = make_double2(-INFINITY, 0);
+  PartRow mine{-INFINITY, 0, 0, 0, 0, 0};
   if (part < 0) {
-    mine = make_double2(first.log2_weight, first.total);
+    mine = first;
   } else if (part < row.others) {
-    mine = row.weights(part);
+    mine = row.part(part);
   }
   const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
-  double top = mine.x, source = 0;
+  double top = mine.log2_weight, source = 0;
   if constexpr (SOURCE) {  // a part like any other
     source = score_of_source(in, index, scratch);
     top = greater(top, source);
   }
 #pragma unroll 1
-  for (int j = NEAR + 1 + part; j < row.others; j += 32) top = greater(top, row.weights(j).x);
+  for (int j = NEAR + 1 + part; j < row.others; j += 32) top = greater(top, row.part(j).log2_weight);
 #pragma unroll 1
   for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(WARP, top, hop));
-  const double weight = power(mine.x - top);
-  double total = weight * mine.y;
+  const double weight = power(mine.log2_weight - top);
+  double total = weight * mine.total;
+  float wrong = mine.scale;
+  Equals best;
+  best.add(mine, top);
 #pragma unroll 1
   for (int j = NEAR + 1 + part; j < row.others; j += 32) {
-    const double2 its = row.weights(j);
-    far[j] = power(its.x - top);
-    total = fma(far[j], its.y, total);
+    const PartRow its = row.part(j);
+    far[j] = power(its.log2_weight - top);
+    total = fma(far[j], its.total, total);
+    wrong = fmaxf(wrong, its.scale), best.add(its, top);
   }
 #pragma unroll 1
   for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(WARP, total, hop);
-  if constexpr (SOURCE) source = power(source - top), total += source;
-  return {top, total, weight, source};
+  const unsigned those = __ballot_sync(WARP, best.count > 0);
+  const int print = __shfl_sync(WARP, best.print, __ffs(those) - 1);
+  int equals = __reduce_add_sync(WARP, best.print == print ? best.count : 0);
+  if constexpr (SOURCE) {
+    if (source >= top) equals = max(equals, 1);
+    source = power(source - top), total += source;
+  }
+  return {top, total, weight, source, wrong, equals};
 }
 
 // Four elements of a row's sum over its parts.
@@ -413,6 +432,88 @@ __host__ __device__ __forceinline__ unsigned chunks_of_row(const Inputs& in) {
   return ceil_div(static_cast<unsigned>(in.d), 4u * LANES * VECTORS);
 }
 
+// The same for a row whose weights would show that they are wrong: see merge_aligned. Each block that has
+// some of the row's elements does that for itself; few rows are such, and of few references.
+template <int LANES, int VECTORS, bool MERGES>
+__device__ __noinline__ void end_aligned(const Inputs& in, const ProductsParts& parts, unsigned number,
+                                         unsigned chunk, double* scratch) {
+  constexpr int WARPS = END_THREADS / 32;
+  __shared__ AlignedMemory<WARPS> memory;
+  const int64_t index = number + in.part * in.rows_each;
+  const ProductsRow left = parts.rows[index];
+  const int64_t next = int64_t{left.from + 1} * parts.unit_rows + left.row;
+  const ProductsPieces pieces{left.own,
+                              parts.others + next,
+                              parts.firsts + index * in.d,
+                              parts.sums + next * in.d,
+                              parts.ties + index * parts.listed,
+                              parts.ties + (in.n + next) * parts.listed,
+                              in.d,
+                              parts.unit_rows,
+                              parts.listed};
+  const int others = left.to - left.from;
+  RowState row;
+  set_row(in, index, row);
+  const float* const x = static_cast<const float*>(row.x) + index * in.d;
+  double shift = 0, most = left.own.log2_weight;
+  __syncthreads();  // what is shared is read
+  if (in.lse.data || in.labels[index] < 0) {
+    for (int64_t e = threadIdx.x; e < in.d; e += END_THREADS)
+      shift = fma(static_cast<double>(x[e]), static_cast<double>(x[e]), shift);
+    shift = row.per_square * block_sum<double>(shift, scratch);
+  }
+  for (int j = 0; j < others; ++j) most = fmax(most, pieces.part(j).log2_weight);
+  int at[VECTORS];
+  bool within[VECTORS];
+  double sum[VECTORS][4] = {};
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    at[v] = static_cast<int>(4 * ((chunk * VECTORS + v) * LANES + threadIdx.x));
+    within[v] = static_cast<int>(threadIdx.x) < LANES && at[v] < in.d;
+  }
+  const auto wait = [] { __syncthreads(); };
+  PartRow all = in.refs.dtype == Dtype::f16
+                    ? merge_aligned<__half, WARPS>(in, row, pieces, others, shift, most, wait, memory, 0, at,
+                                                   within, sum)
+                    : merge_aligned<__nv_bfloat16, WARPS>(in, row, pieces, others, shift, most, wait, memory,
+                                                          0, at, within, sum);
+  if (in.source.data) {
+    const float* const source = static_cast<const float*>(in.source.data) + index * in.d;
+    const Joined joined = join(all, {score_of_source(in, index, scratch), 1, 0, 0, 0, 0});
+    all = joined.all;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      for (int k = 0; k < 4; ++k) {
+        if (within[v]) sum[v][k] = fma(joined.by_first, sum[v][k], joined.by_second * source[at[v] + k]);
+      }
+    }
+  }
+  const double by = (MERGES ? 1 : left.b) / all.total;
+  if constexpr (MERGES) {
+    float4 mine[VECTORS], mean[VECTORS];
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      mine[v] = make_float4(0, 0, 0, 0);
+      if (within[v])
+        mine[v] = *reinterpret_cast<const float4*>(parts.home.x + int64_t{number} * in.d + at[v]);
+      mean[v] = make_float4(static_cast<float>(by * sum[v][0]), static_cast<float>(by * sum[v][1]),
+                            static_cast<float>(by * sum[v][2]), static_cast<float>(by * sum[v][3]));
+    }
+    merge_at_home<VECTORS>(in, parts.home, number, lse_of_row(in, all), {}, at, within, mine, mean);
+  } else {
+    float* const to = static_cast<float*>(out_of(in, index).data) + index * in.d;
+    const double a = in.mailboxes ? 0 : left.a;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      for (int k = 0; k < 4; ++k) {
+        if (within[v])
+          to[at[v] + k] = static_cast<float>(fma(a, static_cast<double>(x[at[v] + k]), by * sum[v][k]));
+      }
+    }
+    if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
+  }
+}
+
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
 // take LANES by LANES shares of the parts. MERGES: the result is over the parts of all processes. WAITED: for
 // products_kernel, else that comes here, after what does not depend on it. What comes while the parts are
@@ -458,6 +559,10 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
   const float* part = ending.sums(share);  // of those that this thread adds, every SHARES-th
   if (share < others) park(early, part);
   const RowWeights its = weigh_parts<SOURCE>(in, index, ending, weights, scratch);
+  if (!MERGES && its.in_doubt(1)) {
+    wait_copies();
+    return end_aligned<LANES, VECTORS, false>(in, parts, row, chunk, scratch);
+  }
   const Sum mine = static_cast<Sum>(its.mine), by_first = __shfl_sync(WARP, mine, 0);
   const auto weight_of = [&](int j) {  // of no other part: any
     const Sum near = __shfl_sync(WARP, mine, min(j, NEAR - 1) + 1);
@@ -497,13 +602,14 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
     }
   }
   const double by = (MERGES ? 1 : left.b) / its.total;
-  const PartRow all{its.top, its.total, 0, 0};
+  const PartRow all{its.top, its.total, 0, 0, 0, 0};
   if constexpr (MERGES) {
     const double lse = others < 0 ? lse_of_nothing(in, index) : lse_of_row(in, all);
     float4 own[VECTORS], mean[VECTORS];
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) own[v] = x[v][tid], mean[v] = sum[v].mean(by);
-    merge_at_home<VECTORS>(in, parts.home, row, lse, at, within, own, mean);
+    if (!merge_at_home<VECTORS>(in, parts.home, row, lse, its, at, within, own, mean))
+      end_aligned<LANES, VECTORS, true>(in, parts, row, chunk, scratch);
   } else {
     float* const out = static_cast<float*>(out_of(in, index).data) + from;
 #pragma unroll

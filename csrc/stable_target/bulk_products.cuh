@@ -26,9 +26,11 @@
 // and so are weights. The sums of the matrix units, which round towards zero, are over 64 elements or 8
 // references. Weights are 2^(s_j - top) with an integer `top` that is no smaller than any score.
 //
-// That has the digits of float32 for values as large as x and r_j. Where that may show in a row, by an
-// estimate at the end of a segment, the references that may have weight are evaluated again, in float64
-// (`review`): one or a few, where references are far apart beside the noise, as they are at small t.
+// Sums of shares are of their differences from those of the best reference so far, which are small where they
+// matter. What is left has the digits of float32 for values as large as x and r_j, too few where references
+// that share the weight are far apart beside the noise, as at small t. So a part lists the references whose
+// weight may be wrong; where a row ends and finds that it would show, they are scored again, in float64
+// (`merge_aligned`). Most rows have one reference with all the weight, and need nothing.
 #pragma once
 
 #include <type_traits>
@@ -111,6 +113,13 @@ __device__ __forceinline__ float rest_of(float v) {
 // Of a thread: all together no more than at the launch, 96 for each.
 constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 64;
 
+// A reference among all k m, and the logarithm of the weight that it has been given; for `count` equal ones.
+struct ProductsTie {
+  double log2_weight;
+  int reference, count;
+};
+static_assert(sizeof(ProductsTie) == PRODUCTS_TIE_BYTES);
+
 // What the blocks, or clusters of them, leave of the rows. A row's sums are in `firsts` from the block where
 // its unit begins, in `sums` from those that follow.
 struct ProductsRow {
@@ -125,11 +134,13 @@ struct ProductsParts {
   PartRow* others;    // (blocks, rows of a unit at most)
   float* firsts;      // (n, D); the result itself, where it is of this process
   float* sums;        // (blocks, rows of a unit at most, D)
-  float* reviewed;    // (blocks, D) of one row, between the threads of a block
+  // (n + blocks times rows of a unit, listed) what parts have listed, the first ones and others.
+  ProductsTie* ties;
   // Of rows of several processes: (thread blocks,) zero at first, whether `others` and `sums` are there.
   int* ready;
   AtHome home;
   int unit_rows;  // of a unit at most
+  int listed;     // references of a part at most
   bool ends;      // rows of which one block has all end there
 };
 
@@ -194,18 +205,50 @@ __device__ __forceinline__ void prefetch_share(const Inputs& in) {
 constexpr float PRODUCTS_NO_WEIGHT = 9.0949470177292824e-13f;
 constexpr int RAISED = 1 << 30;
 
+// In PartRow here: `lead` is how often the best reference is there, each time with weight 1, and `scale` how
+// large the error of a result would be, beside its size, if weights were wrong where they are shared evenly.
+// Whether it shows in a row of parts whose weights are `total`, `count` of them that of the best. The limit
+// is 2e-6; a thread may know of some parts only.
+constexpr float PRODUCTS_MOST_ERROR = 1.2e-6f;
+__device__ __forceinline__ bool is_doubtful(float scale, double total, int count) {
+  const float all = static_cast<float>(total), wrong = scale * static_cast<float>(total - count);
+  return wrong * wrong * static_cast<float>(count) >
+         PRODUCTS_MOST_ERROR * PRODUCTS_MOST_ERROR * all * all * all;
+}
+// How often the best reference is there, over several parts: repeated samples, which tie and may, as what
+// they share has no error.
+struct Equals {
+  int count = 0, print = 0;
+
+  __device__ __forceinline__ void add(const PartRow& part, double top) {
+    if (part.log2_weight != top) return;
+    if (count == 0) print = part.print;
+    if (print == part.print) count += static_cast<int>(part.lead);
+  }
+};
+// What cannot show, however weights are shared: other sqrt(lead) is 0.385 at most.
+__device__ __forceinline__ bool is_beyond_doubt(float scale) {
+  return scale <= 2 * PRODUCTS_MOST_ERROR;
+}
+
 // How a row leaves a segment: what the warps do with its sums.
 struct ProductsEnd {
-  float margin;               // see `doubt`
-  double before, now;         // to multiply by: the part's sums so far, and those of the segment
-  double shift;               // |x|^2 / (2 sigma^2) in units of log 2, where it is wanted
-  double log2_weight, total;  // of the part, at its end
+  double before, now;  // to multiply by: the part's sums so far, and those of the segment
+  PartRow part;        // so far
+  bool ends;           // the row, in this kernel
 };
 
-// What a block's elements of x and of the segment's first reference, r, make together.
+// What a block's elements of x and of the segment's first reference make together: |x|^2 with all its digits,
+// where that is wanted, and see `what_is_wrong`.
 struct ProductsFigures {
-  double offset, exact_square;  // of the scores; |x|^2
-  float square, norm;           // see `doubt`
+  double exact_square;
+  float square, norm, x_square;
+};
+// What a segment's end needs of it, known from its first tile on. PartRow::scale is `per_bit` times the root
+// of the squared distance of references, `most_apart` at most, for each bit that a score is wrong by: `bits`.
+struct ProductsKnown {
+  double shift;  // |x|^2 / (2 sigma^2) in units of log 2, where it is wanted
+  float square, x_square, bits, per_bit, most_apart;
 };
 
 // What a block of a cluster tells the others. A letter has memory of its own until that of four tiles later:
@@ -222,8 +265,6 @@ struct ProductsLetters {
 template <int BLOCKS>
 struct ProductsMail {
   Barrier arrived[PRODUCTS_LETTERS];
-  Barrier met[2];  // see `meet`
-  int meetings;
   ProductsLetters<BLOCKS> from[PRODUCTS_MOST_BLOCKS];  // so many as the cluster has
 };
 struct ProductsNoMail {};
@@ -241,20 +282,163 @@ struct ProductsShared {
   uint32_t weights[2][TR / 8][32];  // as the products take them
   int used[2];                      // bit b: block b has weight; RAISED: `top` has grown
   float scales[2][ROWS];            // what it has done to the sums so far
-  float offsets[ROWS][WARPS];  // what scores are relative to: a warp's share of that of the first reference
-  float x_squares[ROWS][WARPS],
-      r_squares[WARPS];               // of a warp's elements: |x|^2, |r|^2 of the first reference
-  double exact_squares[ROWS][WARPS];  // |x|^2 where all its digits are wanted
-  float kept[ROWS][SEGMENT_REFS];     // scores of the segment, relative to the first reference's
-  double reviewed[SEGMENT_REFS];      // of those that matter, and which these are
-  short listed[SEGMENT_REFS];
-  int listed_count;
-  PartRow moved[ROWS];  // of the part, with the segments so far
-  bool is_last;         // of the blocks
-  Barrier settled;      // the segment's ends are there
+  // Of a warp's elements, of two segments, since warps go on before the one that weighs has settled all:
+  // |x|^2 and |r|^2 of the first reference, |x|^2 where all its digits are wanted.
+  float x_squares[2][ROWS][WARPS], r_squares[2][WARPS];
+  double exact_squares[2][ROWS][WARPS];
+  float kept[ROWS][SEGMENT_REFS];          // logarithms of the segment's weights, relative to the best, at the
+  double levels[ROWS][SEGMENT_REFS / TR];  // level of the tile
+  ProductsTie ties[ROWS][PRODUCTS_TIES];   // of the part so far
+  PartRow moved[ROWS];                     // of the part, with the segments so far
+  ProductsKnown known[ROWS];
+  bool is_last;                    // of the blocks
+  Barrier settled[SEGMENT_SLOTS];  // the segment's ends are there
   ProductsEnd ends[SEGMENT_SLOTS][ROWS];
   std::conditional_t<CLUSTERED, ProductsMail<TR / 8>, ProductsNoMail> mail;  // the last: its end is cut off
 };
+
+__device__ __forceinline__ void raise_ready(int* ready) {
+  __threadfence();
+  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(ready) : "memory");
+}
+__device__ __forceinline__ void await_ready(const int* ready) {
+  int there = 0;
+  while (there == 0)
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(ready) : "memory");
+}
+
+// The score of a reference, in float64, in units of log 2: the share of one of `warps`.
+template <typename T>
+__device__ __forceinline__ double score_exactly(const Inputs& in, const RowState& row, int reference,
+                                                int warp, int warps) {
+  constexpr int EACH = 8;
+  const T* const r = static_cast<const T*>(in.refs.data) + int64_t{reference} * in.d;
+  const float* const x = static_cast<const float*>(row.x) + row.index * in.d;
+  const int d = static_cast<int>(in.d);
+  double score = 0;
+#pragma unroll 2
+  for (int e = EACH * (32 * warp + static_cast<int>(threadIdx.x % 32)); e < d; e += EACH * 32 * warps) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(r + e);
+    const float4 low = *reinterpret_cast<const float4*>(x + e),
+                 high = *reinterpret_cast<const float4*>(x + e + 4);
+    float of_r[EACH];
+    unpack<T, EACH>(raw, of_r);
+    const float of_x[EACH] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const double v = of_r[k];
+      score = fma(fma(-0.5 * row.alpha, v, static_cast<double>(row.sign * of_x[k])), v, score);
+    }
+  }
+  return row.exact_rate() * warp_sum(score);
+}
+
+__device__ __forceinline__ PartRow load_part(const PartRow* from) {
+  const double2 weights = __ldcg(reinterpret_cast<const double2*>(from));
+  const int4 rest = __ldcg(reinterpret_cast<const int4*>(&from->lead));
+  return {weights.x, weights.y, __int_as_float(rest.x), __int_as_float(rest.y), rest.z, rest.w};
+}
+
+// Parts of a row for `merge_aligned`; -1 is the first, which has its list in memory or nearer.
+struct ProductsPieces {
+  PartRow first;
+  const PartRow* others;  // `rows` apart, as their
+  const float* first_sums;
+  const float* sums;
+  const ProductsTie* first_ties;
+  const ProductsTie* ties;
+  int64_t d;
+  int rows, listed;
+
+  __device__ __forceinline__ PartRow part(int j) const {
+    return j < 0 ? first : load_part(others + j * rows);
+  }
+  __device__ __forceinline__ const float* sums_of(int j) const {
+    return j < 0 ? first_sums : sums + int64_t{j} * rows * d;
+  }
+  __device__ __forceinline__ const ProductsTie* ties_of(int j) const {
+    return j < 0 ? first_ties : ties + int64_t{j} * rows * listed;
+  }
+};
+
+template <int WARPS>
+struct AlignedMemory {
+  double exact[PRODUCTS_TIES], shares[PRODUCTS_TIES];  // scores, and what warps have of them
+};
+
+// The parts of a row together, each with the references that it has listed weighed by exact scores, and with
+// them all the others in its place beside other parts. By all threads of a block: this one has the elements
+// `at`, from `offset` on. most: the largest log2_weight; memory: shared.
+template <typename T, int WARPS, int VECTORS, typename Wait>
+__device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowState& row,
+                                                 const ProductsPieces& pieces, int count, double shift,
+                                                 double most, const Wait& wait, AlignedMemory<WARPS>& memory,
+                                                 int64_t offset, const int (&at)[VECTORS],
+                                                 const bool (&within)[VECTORS], double (&sum)[VECTORS][4]) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  double* const exact = memory.exact;
+  PartRow all{-INFINITY, 0, 0, 0, 0, 0};
+#pragma unroll 1
+  for (int j = -1; j < count; ++j) {
+    const PartRow part = pieces.part(j);
+    if (!(part.total > 0 && part.log2_weight > most - 80)) continue;
+    const ProductsTie* const ties = pieces.ties_of(j);
+    int each = WARPS;  // warps for a reference
+    while (each > 1 && each * part.ties > WARPS) each /= 2;
+#pragma unroll 1
+    for (int i = warp; i < part.ties * each; i += WARPS) {
+      const double share = score_exactly<T>(in, row, ties[i / each].reference, i % each, each);
+      if (lane == 0) memory.shares[i] = share;
+    }
+    wait();
+    const int mine = static_cast<int>(threadIdx.x);
+    if (mine < part.ties) {
+      double score = -shift;
+#pragma unroll 1
+      for (int w = 0; w < each; ++w) score += memory.shares[mine * each + w];
+      exact[mine] = score;
+    }
+    wait();
+    double aligned = part.log2_weight, heaviest = -INFINITY, own[VECTORS][4];
+#pragma unroll 1
+    for (int i = 0; i < part.ties; ++i) {
+      const double given = ties[i].log2_weight;
+      if (given > heaviest) heaviest = given, aligned = part.log2_weight + (exact[i] - given);
+    }
+    double total = part.total;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      float4 four = make_float4(0, 0, 0, 0);
+      if (within[v]) four = __ldcg(reinterpret_cast<const float4*>(pieces.sums_of(j) + at[v]));
+      own[v][0] = four.x, own[v][1] = four.y, own[v][2] = four.z, own[v][3] = four.w;
+    }
+#pragma unroll 1
+    for (int i = 0; i < part.ties; ++i) {
+      const double more =
+          ties[i].count * (power(exact[i] - aligned) - power(ties[i].log2_weight - part.log2_weight));
+      const T* const r = static_cast<const T*>(in.refs.data) + ties[i].reference * in.d + offset;
+      total += more;
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (within[v]) own[v][k] = fma(more, static_cast<double>(to_float(r[at[v] + k])), own[v][k]);
+        }
+      }
+    }
+    wait();  // the scores are read
+    const Joined joined = join(all, {aligned, total, 0, 0, 0, 0});
+    const bool alone = !(all.total > 0);
+    all = alone ? PartRow{aligned, total, 0, 0, 0, 0} : joined.all;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        sum[v][k] = alone ? own[v][k] : fma(joined.by_first, sum[v][k], joined.by_second * own[v][k]);
+    }
+  }
+  return all;
+}
 
 // A row of another process, of which this block has the first part.
 struct ProductsSent {
@@ -269,26 +453,20 @@ struct ProductsSent {
   int slices, rank;
 };
 
-__device__ __forceinline__ void raise_ready(int* ready) {
-  __threadfence();
-  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(ready) : "memory");
-}
-__device__ __forceinline__ void await_ready(const int* ready) {
-  int there = 0;
-  while (there == 0)
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(ready) : "memory");
-}
-
-// From the row's parts to its mean, by all consumers. Other parts come first in the ranges of their blocks;
-// of the blocks that run at most the last waits for one that does not run yet.
-__device__ __noinline__ static void send_home(const ProductsSent sent) {
-  const int lane = threadIdx.x % 32;
+// Until the row's other parts are there, by whole warps. They come first in the ranges of their blocks; of
+// the blocks that run at most the last waits for one that does not run yet.
+__device__ __forceinline__ void await_parts(const int* ready, int count, int slices, int rank) {
 #pragma unroll 1
-  for (int j = lane; j < sent.count; j += 32) {
-    await_ready(sent.ready + j * sent.slices + sent.rank);
-    if (sent.rank > 0) await_ready(sent.ready + j * sent.slices);  // who has the weights
+  for (int j = static_cast<int>(threadIdx.x) % 32; j < count; j += 32) {
+    await_ready(ready + j * slices + rank);
+    if (rank > 0) await_ready(ready + j * slices);  // who has the weights
   }
   __syncwarp();
+}
+
+// From the row's parts to its mean, by all consumers.
+__device__ __noinline__ static void send_home(const ProductsSent sent) {
+  await_parts(sent.ready, sent.count, sent.slices, sent.rank);
   const auto other = [&](int j) {
     return __ldcg(reinterpret_cast<const double2*>(sent.others + j * PRODUCTS_ROWS));
   };
@@ -333,7 +511,7 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
                         static_cast<float>(sum[i][2]), static_cast<float>(sum[i][3]));
     }
   }
-  if (sent.lse && threadIdx.x == 0) *sent.lse = lse_of_row(sent.d, {top, total, 0, 0});
+  if (sent.lse && threadIdx.x == 0) *sent.lse = lse_of_row(sent.d, {top, total, 0, 0, 0, 0});
 }
 
 // Where the rows x of this process are there only now (AtHome::awaits_x): the others hear of it. By a warp.
@@ -447,7 +625,7 @@ struct Products {
     uint2 x[CHUNKS][X_PARTS];  // of the column's row and part, or of both parts, split
     // Third parts: in columns of the first part those of the first of two chunks, else those of the second.
     uint2 third[THIRD ? CHUNKS / 2 : 1];
-    float unscale, half_alpha, offset;  // of row t % ROWS: 1 / what x was multiplied by
+    float unscale, half_alpha;  // of row t % ROWS: 1 / what x was multiplied by
   };
 
   __device__ __forceinline__ static int thread() {
@@ -509,7 +687,7 @@ struct Products {
     largest = all_lanes(largest, [](float a, float b) { return fmaxf(a, b); });
     square = all_lanes(square, sum);
     const bool leads = split == 0 && part == 0 && t == 0 && present;
-    if (leads) shared().x_squares[my_row][warp()] = square;
+    if (leads) shared().x_squares[slot & 1][my_row][warp()] = square;
     if (segment.squares) {
       double exact = 0;
 #pragma unroll
@@ -521,7 +699,7 @@ struct Products {
         }
       }
       exact = all_lanes(exact, sum);
-      if (leads) shared().exact_squares[my_row][warp()] = exact;
+      if (leads) shared().exact_squares[slot & 1][my_row][warp()] = exact;
     }
     float scale = 1;  // the largest to below 2^15
     if constexpr (!THIRD) {
@@ -566,8 +744,8 @@ struct Products {
   }
 
   // Shares of the scores of eight references, to shared memory.
-  __device__ __forceinline__ void score_block(Mine& mine, uint32_t refs, int block, int parity, bool first,
-                                              int rows) const {
+  __device__ __forceinline__ void score_block(const Mine& mine, uint32_t refs, int block, int parity,
+                                              bool first, int slot, int rows) const {
     const int g = lane() >> 2, t = lane() & 3;
     float norms[2] = {}, dots[4] = {},
           thirds[2][4] = {};  // thirds: of the first and the second of two chunks
@@ -601,32 +779,38 @@ struct Products {
       dot += __shfl_xor_sync(0xffffffffu, dot, 2);
     }
     const float share = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
-    if (first && block == 0) {
-      mine.offset = __shfl_sync(0xffffffffu, share, t);
-      if (lane() < rows) shared().offsets[t][warp()] = share;
-      if (lane() == 3) shared().r_squares[warp()] = norm;
-    }
-    if (t < rows) shared().scores[parity][t][8 * block + g][warp()] = share - mine.offset;
+    if (first && block == 0 && lane() == 0) shared().r_squares[slot & 1][warp()] = norm;
+    if (t < rows) shared().scores[parity][t][8 * block + g][warp()] = share;
   }
 
-  // The scores of a tile, by one warp, from the shares of the block's warps. Lanes: row lane / 8 and
-  // reference lane % 8 of eight, with several lanes for each, which add up some warps' shares.
-  __device__ __forceinline__ void add_shares(int parity, int lane, float (&scores)[BLOCKS]) const {
-    constexpr int LANES = 4 / ROWS, EACH = WARPS / LANES;
-    const int my_row = lane / 8 % ROWS, n = lane % 8, lanes_part = lane / 8 / ROWS;
+  // Of the shares of a score a lane adds up so many: those of the warps, of half of them, or of a cluster's
+  // blocks.
+  static constexpr int SHARES = WARPS * ROWS / 4;
+  static_assert(!CLUSTERED || PRODUCTS_MOST_BLOCKS == SHARES);
+
+  // The scores of a tile, by one warp, from the shares of the block's warps, less `base`. Lanes: row lane / 8
+  // and reference lane % 8 of eight; of two rows two lanes for each.
+  __device__ __forceinline__ void add_shares(int parity, int lane, const float (&base)[SHARES],
+                                             float (&scores)[BLOCKS]) const {
+    const int my_row = lane / 8 % ROWS, n = lane % 8, half = lane / 8 / ROWS;
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
-      const float* const from = &shared().scores[parity][my_row][8 * b + n][lanes_part * EACH];
+      const float* const from = &shared().scores[parity][my_row][8 * b + n][half * SHARES];
       float sum = 0;
 #pragma unroll
-      for (int w = 0; w < EACH; w += 4) {
+      for (int w = 0; w < SHARES; w += 4) {
         const float4 four = *reinterpret_cast<const float4*>(from + w);
-        sum += (four.x + four.y) + (four.z + four.w);
+        sum +=
+            ((four.x - base[w]) + (four.y - base[w + 1])) + ((four.z - base[w + 2]) + (four.w - base[w + 3]));
       }
-#pragma unroll
-      for (int hop = 8 * ROWS; hop < 32; hop *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, hop);
-      scores[b] = sum;
+      scores[b] = over_lanes(sum);
     }
+  }
+
+  // Over the lanes that have the same row and reference.
+  template <typename V>
+  __device__ __forceinline__ static V over_lanes(V v) {
+    return FULL ? v : v + __shfl_xor_sync(0xffffffffu, v, 8 * ROWS);
   }
 
   // The mailer of a block of a cluster, one warp: sends the block's shares of the scores, and with the first
@@ -644,9 +828,10 @@ struct Products {
         wait_barrier(&shared().given[parity], phases >> parity & 1);
         phases ^= 1 << parity, parity ^= 1;
         float scores[BLOCKS];
-        add_shares(parity ^ 1, lane, scores);
+        constexpr float NONE[SHARES] = {};
+        add_shares(parity ^ 1, lane, NONE, scores);
         send_scores(scores, letter, lane);
-        if (left == references) send_figures(segment, my_row, letter, told, lane);
+        if (left == references) send_figures(segment, slot, my_row, letter, told, lane);
         letter = (letter + 1) % PRODUCTS_LETTERS;
       }
       if (references > 0) told ^= 1;
@@ -673,33 +858,87 @@ struct Products {
     }
   }
   // The lanes of a row, each to a block.
-  __device__ __forceinline__ void send_figures(const Segment<ROWS>& segment, int my_row, int letter, int told,
-                                               int lane) const {
-    const ProductsFigures own = figures_of_block(segment, my_row, my_row < segment.count);
+  __device__ __forceinline__ void send_figures(const Segment<ROWS>& segment, int slot, int my_row, int letter,
+                                               int told, int lane) const {
+    const ProductsFigures own = figures_of_block(segment, slot, my_row, my_row < segment.count);
     const ProductsFigures& to = shared().mail.from[rank].figures[told][my_row];
     const uint32_t arrived = shared_address(&shared().mail.arrived[letter]);
 #pragma unroll 1
     for (int peer = lane % 8 + lane / 16 * 8; peer < slices; peer += 16) {
       const uint32_t its = peer_address(arrived, peer);
-      send(peer_address(shared_address(&to.offset), peer), its, own.offset);
       send(peer_address(shared_address(&to.exact_square), peer), its, own.exact_square);
       send(peer_address(shared_address(&to.square), peer), its, own.square, own.norm);
+      send(peer_address(shared_address(&to.x_square), peer), its, own.x_square, 0.0f);
     }
   }
-  // What all have sent, added up.
-  __device__ __forceinline__ void take_scores(float (&scores)[BLOCKS], bool first, int letter, int phase,
-                                              int lane) const {
-    const auto& mail = shared().mail;
+  __device__ __forceinline__ void await_letter(bool first, int letter, int phase, int lane) const {
     const int bytes = TR * ROWS * static_cast<int>(sizeof(float)) +
                       (first ? ROWS * static_cast<int>(sizeof(ProductsFigures)) : 0);
     if (lane == 0) arrive_expecting(&shared().mail.arrived[letter], slices * bytes);
     wait_barrier(&shared().mail.arrived[letter], phase);
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      scores[b] = 0;
-#pragma unroll 2
-      for (int p = 0; p < slices; ++p) scores[b] += mail.from[p].scores[letter][b][lane % (8 * ROWS)];
+  }
+
+  // Of a row, in the warp that weighs. Scores are relative to the best so far, share by share: so those that
+  // matter are small, and their sums in float32 lose nothing. Weights are relative to that of the best, too.
+  struct Weighed {
+    float rate;
+    float base[SHARES] = {};  // of the best so far: the shares that this lane adds up
+    float over = -INFINITY;   // what a score has to be above to be better
+    int best = 0;             // which of the segment that is
+    double level = 0;         // by how much scores have risen, in units of log 2
+    float total = 0;          // of the weights
+    int equals = 0;           // references as good as the best in each share, among this lane's
+    float window = -1;        // how far below the best one references are listed, in units of log 2
+    int listed = 0;           // of the part, more than there is room for included
+    int place = 0;            // of the best in the list
+  };
+
+  // Share k of a reference of the tile; at: its parity, or its letter.
+  __device__ __forceinline__ float share_of(int at, int reference, int k, int lane) const {
+    const int my_row = lane / 8 % ROWS;
+    if constexpr (CLUSTERED) {
+      return k < slices ? shared().mail.from[k].scores[at][reference / 8][8 * my_row + reference % 8] : 0;
+    } else {
+      return shared().scores[at][my_row][reference][lane / 8 / ROWS * SHARES + k];
     }
+  }
+  __device__ __forceinline__ void take_scores(const float (&base)[SHARES], int at, int lane,
+                                              float (&scores)[BLOCKS]) const {
+    if constexpr (CLUSTERED) {
+#pragma unroll
+      for (int b = 0; b < BLOCKS; ++b) {
+        scores[b] = 0;
+#pragma unroll
+        for (int k = 0; k < SHARES; ++k) scores[b] += share_of(at, 8 * b + lane % 8, k, lane) - base[k];
+      }
+    } else {
+      add_shares(at, lane, base, scores);
+    }
+  }
+  // Where `rises`, `best` of the tile's scores is better than all before; what the row's sums are to be
+  // multiplied by. before: references of the segment before the tile.
+  __device__ __forceinline__ float raise(Weighed& my, bool rises, float best, const float (&scores)[BLOCKS],
+                                         int at, int before, int lane) const {
+    int reference = TR - 1;  // the first one that is so good
+#pragma unroll
+    for (int b = BLOCKS - 1; b >= 0; --b) {
+      if (scores[b] == best) reference = 8 * b + lane % 8;
+    }
+#pragma unroll
+    for (int hop : {1, 2, 4}) reference = min(reference, __shfl_xor_sync(0xffffffffu, reference, hop));
+    if (!rises) return 1;
+#pragma unroll
+    for (int k = 0; k < SHARES; ++k) my.base[k] = share_of(at, reference, k, lane);
+    const float rise = best * my.rate, scale = my.over < 0 ? 0.0f : power_of_two(-rise);
+    my.over = 0, my.best = before + (reference & ~7) + stored(reference & 7), my.level += rise;
+    my.total *= scale, my.equals = 0;
+    return scale;
+  }
+  __device__ __forceinline__ bool is_like_base(const Weighed& my, int at, int reference, int lane) const {
+    bool like = true;
+#pragma unroll
+    for (int k = 0; k < SHARES; ++k) like = like && share_of(at, reference, k, lane) == my.base[k];
+    return over_lanes(like ? 0 : 1) == 0;
   }
 
   // The softmax, one warp. Lanes: as in `add_shares`.
@@ -712,58 +951,65 @@ struct Products {
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) return;
       const bool present = my_row < segment.count;
-      RowScores my;
+      Weighed my;
       my.rate = segment.rows[present ? my_row : 0].rate;
-      my.reset();
+      if (present && !(segment.flags & SEGMENT_PART_BEGIN)) my.listed = shared().moved[my_row].ties;
 #pragma unroll 1
       for (int left = segment.references; left > 0; left -= TR) {
-        float scores[BLOCKS], best = -INFINITY;
+        const int at = CLUSTERED ? letter : parity;
         if constexpr (CLUSTERED) {
-          take_scores(scores, left == segment.references, letter, letter_phase, lane);
+          await_letter(left == segment.references, letter, letter_phase, lane);
           if (++letter == PRODUCTS_LETTERS) letter = 0, letter_phase ^= 1;
         } else {
           wait_barrier(&shared().given[parity], phases >> parity & 1);
           phases ^= 1 << parity;
-          add_shares(parity, lane, scores);
         }
+        float scores[BLOCKS], best = -INFINITY;
+        const auto take = [&] {
+          take_scores(my.base, at, lane, scores);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) {
-          const float sum = scores[b];
-          scores[b] = present && 8 * b + stored(n) < left ? sum : -INFINITY;
-          if (lane < 8 * ROWS && 8 * b + stored(n) < left)
-            shared().kept[my_row][segment.references - left + 8 * b + stored(n)] = scores[b];
-          best = fmaxf(best, scores[b]);
-        }
+          for (int b = 0; b < BLOCKS; ++b)
+            scores[b] = present && 8 * b + stored(n) < left ? scores[b] : -INFINITY;
+        };
+        take();
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b) best = fmaxf(best, scores[b]);
 #pragma unroll
         for (int hop = 4; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
-        int used = 0;
-        if (__any_sync(0xffffffffu, best > my.base)) {  // rarely, after the first tiles
-          float scale = 1;
-          if (best > my.base) {
-            const double bound = static_cast<double>(best) * my.rate, top = fmax(ceil(bound), my.top);
-            scale = power_of_two(my.top - top);
-            my.base = best, my.rest = static_cast<float>(top - bound), my.top = top, my.total *= scale;
-          }
+        int used = 0, likes = 0;
+        const float closest = best > my.over ? 0 : best;  // to the best so far
+        if (__any_sync(0xffffffffu, best > my.over)) {    // rarely, after the first tiles
+          const float scale = raise(my, best > my.over, best, scores, at, segment.references - left, lane);
+          take();
           used = RAISED;
           if (n == 0) shared().scales[parity][my_row] = scale;
         }
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) {
           const bool counts = present && 8 * b + stored(n) < left;
-          const float weight = counts ? power_of_two(fmaf(scores[b] - my.base, my.rate, -my.rest)) : 0.0f;
+          const float exponent = scores[b] * my.rate;
+          if (lane < 8 * ROWS && 8 * b + stored(n) < left)
+            shared().kept[my_row][segment.references - left + 8 * b + stored(n)] = exponent;
+          const float weight = counts ? power_of_two(exponent) : 0.0f;
           if (!__any_sync(0xffffffffu, !(weight < PRODUCTS_NO_WEIGHT))) continue;
           used |= 1 << b;
           my.total += hand_out(weight, parity, b, lane);
+          if (__any_sync(0xffffffffu, scores[b] == 0) && is_like_base(my, at, 8 * b + n, lane) && counts)
+            ++my.equals, likes |= 1 << b;
         }
         if (lane == 0) shared().used[parity] = used;
+        if (n == 0 && lane < 8 * ROWS) shared().levels[my_row][(segment.references - left) / TR] = my.level;
         __syncwarp();
         if (lane == 0) arrive(&shared().weighed[parity]);
         parity ^= 1;
+        if (left == segment.references) know(segment, slot, my_row, present, my, told);
+        if (__any_sync(0xffffffffu, closest * my.rate >= -my.window))
+          list_tile(segment, my, used, likes, scores, segment.references - left, lane);
       }
-      settle(segment, slot, my_row, present, my, told);
+      settle(segment, slot, my_row, present, my);
       if (segment.references > 0) told ^= 1;
       __syncwarp();
-      if (lane == 0) arrive(&shared().settled), arrive(&shared().announced.done[slot]);
+      if (lane == 0) arrive(&shared().settled[slot]), arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
   }
@@ -811,11 +1057,11 @@ struct Products {
   }
 
   // A tile; refs: see `consume`.
-  __device__ __forceinline__ void score_tile(Mine& mine, uint32_t refs, int rows, int parity,
-                                             bool first) const {
+  __device__ __forceinline__ void score_tile(Mine& mine, uint32_t refs, int rows, int parity, bool first,
+                                             int slot) const {
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block)
-      score_block(mine, refs + block * 8 * REF_BYTES, block, parity, first, rows);
+      score_block(mine, refs + block * 8 * REF_BYTES, block, parity, first, slot, rows);
     __syncwarp();
   }
   // Of the tile `many` references count; what is beyond them has not come from memory.
@@ -840,8 +1086,8 @@ struct Products {
   }
 
   // Of a row, in all its lanes; lanes as in `weigh`, the warps' shares to a lane each.
-  __device__ __forceinline__ ProductsFigures figures_of_block(const Segment<ROWS>& segment, int my_row,
-                                                              bool present) const {
+  __device__ __forceinline__ ProductsFigures figures_of_block(const Segment<ROWS>& segment, int slot,
+                                                              int my_row, bool present) const {
     static_assert(8 * ROWS <= 32 && WARPS == 16, "eight lanes for each row, or two times eight");
     const auto sum = [](auto v) {  // over the lanes of a row
 #pragma unroll
@@ -851,71 +1097,241 @@ struct Products {
       return v;
     };
     const int w = (lane() & 7) + (FULL ? 0 : (lane() & 16) / 2);
-    ProductsFigures own = figures_of_warp(segment, my_row, present, w);
+    ProductsFigures own = figures_of_warp(segment, slot, my_row, present, w);
     if constexpr (FULL) {
-      const ProductsFigures second = figures_of_warp(segment, my_row, present, w + 8);
-      own.offset += second.offset, own.exact_square += second.exact_square;
+      const ProductsFigures second = figures_of_warp(segment, slot, my_row, present, w + 8);
+      own.exact_square += second.exact_square, own.x_square += second.x_square;
       own.square += second.square, own.norm += second.norm;
     }
-    own.offset = sum(own.offset), own.exact_square = segment.squares ? sum(own.exact_square) : 0;
-    own.square = sum(own.square), own.norm = sum(own.norm);
+    own.exact_square = segment.squares ? sum(own.exact_square) : 0;
+    own.x_square = sum(own.x_square), own.square = sum(own.square), own.norm = sum(own.norm);
     return own;
   }
   // The share of warp `w`.
-  __device__ __forceinline__ ProductsFigures figures_of_warp(const Segment<ROWS>& segment, int my_row,
-                                                             bool present, int w) const {
-    const float x = shared().x_squares[my_row][w], r = shared().r_squares[w];
-    const float half = 0.25f * segment.rows[present ? my_row : 0].half_alpha * r;
+  __device__ __forceinline__ ProductsFigures figures_of_warp(const Segment<ROWS>& segment, int slot,
+                                                             int my_row, bool present, int w) const {
+    const float x = shared().x_squares[slot & 1][my_row][w], r = shared().r_squares[slot & 1][w];
+    const float half = segment.rows[present ? my_row : 0].half_alpha * r;
     ProductsFigures own;
-    own.offset = static_cast<double>(shared().offsets[my_row][w]);
-    own.exact_square = segment.squares ? shared().exact_squares[my_row][w] : 0;
-    own.square = fmaf(half, half, x * r * (1.0f / (32 * CHUNKS))), own.norm = r;
+    own.exact_square = segment.squares ? shared().exact_squares[slot & 1][my_row][w] : 0;
+    own.x_square = x, own.norm = r, own.square = fmaf(half, half, x * r * (1.0f / (32 * CHUNKS)));
     return own;
   }
 
-  // How far below the best score, in units of log 2, references have to be evaluated again; negative: none
-  // has. A score is wrong by SCORE_ERROR |x_i r_i| for each element, at random, and by the rounding of a
-  // warp's share of it. That matters where several references have weight, here or in other blocks, which are
-  // then about sigma / alpha apart: what it makes of the mean, beside the result's size. Of all warps:
-  // `square` of the products of their |x| and |r| and of their share of alpha/2 |r|^2, `norm` = |r|^2.
-  __device__ __forceinline__ float doubt(const RowState& row, float square, float norm) const {
-    const double per_variance = 2 / LOG2_E * row.per_square;  // 1 / sigma^2
-    const double of_data = fma(row.a, row.alpha, row.b), of_result = row.b * per_variance;
-    const double wrong = of_result * of_result * (SCORE_ERROR * SCORE_ERROR * square);
-    double most = fma(of_data * of_data * per_variance, norm, row.a * row.a * d);
-    if (in.lse.data)  // the mean may become any prediction: itself, the velocity, the noise
-      most = fmin(per_variance * norm, fmin(d + norm, d / (row.alpha * row.alpha)));
-    if (wrong <= MOST_ERROR * MOST_ERROR * most) return -1;
-    // Weights below 2^-36, and errors.
-    return 36 + 8 * static_cast<float>(SCORE_ERROR) * sqrtf(square) * row.rate;
+  // PartRow::scale. A score is wrong by SCORE_ERROR times what its sums go through, at random: alpha/2 |r|^2
+  // of a warp and |x_i r_i| of an element, and a block's share of it in a cluster. That moves the mean by its
+  // part of the distance between references that have weight. They are about as far from x / alpha as the
+  // best one, and no further from one another than twice their size, of which the segment's first is an
+  // example unless it is small. `square`: of the sums, together; `norm`: |r|^2.
+  __device__ __forceinline__ ProductsKnown known_of(const RowState& row, const ProductsFigures& of) const {
+    const float a = static_cast<float>(row.a), b = static_cast<float>(row.b), alpha = 2 * row.half_alpha;
+    const float variance = __fdividef(1, variances(row)), elements = static_cast<float>(d);
+    const float of_data = fmaf(a, alpha, b);
+    // |result|^2; as the mean may become any prediction where lse is wanted, the smallest of them
+    const float size = in.lse.data ? fminf(of.norm, elements * variance)
+                                   : fmaf(of_data * of_data, of.norm, a * a * elements * variance);
+    ProductsKnown known;
+    known.shift = row.per_square * of.exact_square, known.square = of.square, known.x_square = of.x_square;
+    known.bits = bits_of(row, of.square), known.most_apart = fmaxf(of.norm, elements);
+    known.per_bit = static_cast<float>(2 / LOG2_E) * fabsf(b) * square_root(__fdividef(1, size));
+    return known;
   }
-  static constexpr double MOST_ERROR = 1e-6, SCORE_ERROR = CHUNKS < 4 ? 0x1p-21 : 0x1p-22;
+  __device__ __forceinline__ static float variances(const RowState& row) {  // 1 / sigma^2
+    return static_cast<float>(2 / LOG2_E) * static_cast<float>(row.per_square);
+  }
+  // Times what little weight can become.
+  __device__ __forceinline__ static float bits_of(const RowState& row, float square) {
+    const float bits = SCORE_ERROR * square_root(square) * row.rate;
+    return bits > 0.1f ? bits * power_of_two(fminf(2 * bits, 60.0f)) : bits;
+  }
+  __device__ __forceinline__ float what_is_wrong(const RowState& row, const ProductsKnown& of, float score,
+                                                 float of_cluster) const {
+    if (PARTS && is_of_another(in, row.index)) return elsewhere_in_doubt(row, of) ? IN_DOUBT : 0;
+    const float alpha = 2 * row.half_alpha;
+    const float gap = fmaxf(fmaf(-2 * alpha, score, of.x_square), 1e-6f * of.x_square);  // |x - alpha r|^2
+    const float bits = CLUSTERED ? bits_of(row, of.square + of_cluster) : of.bits;
+    return bits * of.per_bit * square_root(fminf(__fdividef(gap, alpha * alpha), of.most_apart));
+  }
+  // Of a row of another process, whose own references may be so much nearer that these have no weight: whether
+  // errors would show if those that have weight are about sigma / alpha apart.
+  static constexpr float IN_DOUBT = 1, SCORE_ERROR_ELSEWHERE = (CHUNKS < 4 ? 2.5f : 1.25f) * 0x1p-24f;
+  __device__ __forceinline__ static bool elsewhere_in_doubt(const RowState& row, const ProductsKnown& of) {
+    constexpr float TIMES = 0.5f * SCORE_ERROR_ELSEWHERE / SCORE_ERROR;
+    return TIMES * of.bits * of.per_bit > 1e-6f * 2 * row.half_alpha * square_root(variances(row));
+  }
+  __device__ __forceinline__ static float square_root(float v) {
+    float root;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(v));
+    return root;
+  }
+  static constexpr float SCORE_ERROR = 3 * 0x1p-24f;  // nine of ten are less
 
-  // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
-  __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
-                                         const RowScores& my, int told) const {
-    const RowState& row = segment.rows[present ? my_row : 0];
+  // A list that has become too long, once more, from `floor` on or higher: of the part's segments before the
+  // `listed` that are there, then the best with its equals as one, and the segment's others. All lanes; how
+  // many there are then, at most `most`, is returned.
+  __device__ __forceinline__ int list_again(const Segment<ROWS>& segment, int row, int most, int listed,
+                                            double floor, ProductsTie best, double of_level) const {
+    ProductsTie* const ties = shared().ties[row];
+    for (;; floor += 2) {
+      int count = 0;  // of those listed before, what counts beside the best; in place
+#pragma unroll 1
+      for (int first = 0; first < listed; first += 32) {
+        const int i = first + lane();
+        const ProductsTie tie = ties[min(i, listed - 1)];
+        const bool stays = i < listed && tie.log2_weight >= floor;
+        const unsigned all = __ballot_sync(0xffffffffu, stays);
+        if (stays) ties[count + __popc(all & ((1u << lane()) - 1))] = tie;
+        count += __popc(all);
+        __syncwarp();
+      }
+      listed = count;
+      if (count < most && lane() == 0) ties[count] = best;
+      ++count;
+#pragma unroll 1
+      for (int first = 0; first < segment.references && count <= most; first += 32) {
+        const int j = first + lane();
+        double log2_weight = -INFINITY;
+        if (j < segment.references)
+          log2_weight = of_level + shared().levels[row][j / TR] + shared().kept[row][j];
+        const bool stays = log2_weight >= floor && log2_weight < best.log2_weight - 1e-9;
+        const unsigned all = __ballot_sync(0xffffffffu, stays);
+        const int place = count + __popc(all & ((1u << lane()) - 1));
+        if (stays && place < most)
+          ties[place] = {log2_weight, static_cast<int>(segment.first) + j, 1};
+        count += __popc(all);
+      }
+      __syncwarp();
+      if (count <= most) return count;
+    }
+  }
+
+  // When the first tile has been weighed, while others are on their way.
+  __device__ __forceinline__ void know(const Segment<ROWS>& segment, int slot, int my_row, bool present,
+                                       Weighed& my, int told) const {
     ProductsFigures all{};
     if constexpr (CLUSTERED) {
 #pragma unroll 1
       for (int p = 0; p < slices; ++p) {
         const ProductsFigures& one = shared().mail.from[p].figures[told][my_row];
-        all.offset += one.offset, all.exact_square += one.exact_square;
+        all.exact_square += one.exact_square, all.x_square += one.x_square;
         all.square += one.square, all.norm += one.norm;
       }
     } else {
-      all = figures_of_block(segment, my_row, present);
+      all = figures_of_block(segment, slot, my_row, present);
     }
-    const double shift = row.per_square * all.exact_square;
-    const float margin = doubt(row, all.square, all.norm);
-    if (!present || (lane() & ~(8 * ROWS - 8)) != 0) return;
-    ProductsEnd& end = shared().ends[slot][my_row];
-    end.margin = segment.references > 0 ? margin : -1, end.shift = shift;
-    const double top = segment.references > 0 ? fma(row.exact_rate(), all.offset, my.top) - shift : -INFINITY;
-    if (margin < 0 || segment.references == 0) join(segment, slot, my_row, {top, my.total});
+    const RowState& row = segment.rows[present ? my_row : 0];
+    const ProductsKnown known = known_of(row, all);
+    const float bits = CLUSTERED ? bits_of(row, all.square + square_of_base(my)) : known.bits;
+    const float scale = bits * known.per_bit * square_root(known.most_apart);
+    if (PARTS && is_of_another(in, row.index)) {
+      if (present && elsewhere_in_doubt(row, known)) my.window = MOST_WINDOW;
+    } else if (present && !is_beyond_doubt(scale)) {
+      my.window = window_of(scale);
+    }
+    if (leads_row()) shared().known[my_row] = known;
+  }
+  __device__ __forceinline__ static float square_of_base(const Weighed& my) {
+    float square = 0;
+#pragma unroll
+    for (int k = 0; k < SHARES; ++k) square = fmaf(my.base[k], my.base[k], square);
+    return square;
+  }
+  // What is below has no weight that could show, or none at all.
+  static constexpr float MOST_WINDOW = 40;
+  __device__ __forceinline__ static float window_of(float scale) {
+    float exponent;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(exponent) : "f"(scale));
+    return fminf(fmaxf(exponent + 23, 0.0f), MOST_WINDOW);  // 2^-23
   }
 
-  // Whether the unit's rows end with the segment, and with all that they have.
+  // A tile's references that may tie with the best so far, to the row's list; those equal to it as one. Their
+  // weights are relative to the level until the segment ends.
+  __device__ __forceinline__ void list_tile(const Segment<ROWS>& segment, Weighed& my, int used, int likes,
+                                            const float (&scores)[BLOCKS], int before, int lane) const {
+    const int my_row = lane / 8 % ROWS, n = lane % 8;
+    const auto of_row = [&](bool what) { return __ballot_sync(0xffffffffu, what) >> 8 * my_row & 0xffu; };
+    ProductsTie* const ties = shared().ties[my_row];
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      if (!(used >> b & 1)) continue;
+      const int reference = before + 8 * b + stored(n);
+      const bool like = likes >> b & 1, is_best = reference == my.best;
+      const bool near = scores[b] * my.rate >= -my.window;
+      const unsigned those = of_row(near && (!like || is_best)), equals = of_row(near && like && !is_best);
+      const int place = my.listed + __popc(those & ((1u << n) - 1));
+      if (near && (!like || is_best) && lane < 8 * ROWS && place < PRODUCTS_TIES)
+        ties[place] = {my.level + scores[b] * my.rate, static_cast<int>(segment.first) + reference, 1};
+      const unsigned best = of_row(near && is_best);
+      if (best) my.place = my.listed + __popc(those & (best - 1));
+      my.listed += __popc(those);
+      __syncwarp();
+      if (equals && lane == 8 * my_row && my.place < PRODUCTS_TIES) ties[my.place].count += __popc(equals);
+    }
+    __syncwarp();
+  }
+
+  // Of the lanes of a row, as in `weigh`, one.
+  __device__ __forceinline__ static bool leads_row() { return (lane() & ~(8 * ROWS - 8)) == 0; }
+
+  // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
+  __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
+                                         const Weighed& my) const {
+    const RowState& row = segment.rows[present ? my_row : 0];
+    const ProductsKnown& known = shared().known[my_row];
+    const bool any = segment.references > 0, begins = segment.flags & SEGMENT_PART_BEGIN;
+    int equals = my.equals;
+#pragma unroll
+    for (int hop : {1, 2, 4}) equals += __shfl_xor_sync(0xffffffffu, equals, hop);
+    double score = 0;
+    unsigned print = 0;
+#pragma unroll
+    for (int k = 0; k < SHARES; ++k)
+      score += static_cast<double>(my.base[k]), print = print * 0x9e3779b1u + __float_as_uint(my.base[k]);
+    if constexpr (!CLUSTERED) {
+      score = over_lanes(score);
+      if constexpr (!FULL) print += __shfl_down_sync(0xffffffffu, print, 8 * ROWS) * 0x85ebca6bu;
+    }
+    const double best = any ? fma(row.exact_rate(), score, -known.shift) : -INFINITY;
+    const float scale =
+        any ? what_is_wrong(row, known, static_cast<float>(score), CLUSTERED ? square_of_base(my) : 0) : 0;
+    const int before = begins || !present ? 0 : shared().moved[my_row].ties;
+    const double of_level = best - my.level;
+    int listed = my.listed;
+    const bool part_ends = segment.flags & SEGMENT_PART_END;
+    const int most = part_ends ? parts.listed : PRODUCTS_TIES;
+    const unsigned too_long = __ballot_sync(0xffffffffu, listed > most);
+    if (too_long) {
+#pragma unroll 1
+      for (int r = 0; r < segment.count; ++r) {
+        if (!(too_long >> 8 * r & 1)) continue;
+        const auto of_row = [r](auto v) { return __shfl_sync(0xffffffffu, v, 8 * r); };
+        const int now =
+            list_again(segment, r, most, of_row(before), of_row(best - my.window),
+                       {of_row(best), of_row(static_cast<int>(segment.first) + my.best), of_row(equals)},
+                       of_row(of_level));
+        if (my_row == r) listed = now;
+      }
+    }
+    if (present && leads_row())
+      join(segment, slot, my_row,
+           any ? PartRow{best, my.total, static_cast<float>(equals), scale, listed, static_cast<int>(print)}
+               : PartRow{-INFINITY, 0, 0, 0, listed, 0});
+    ProductsTie* const to = parts.ties + part_of(segment, min(my_row, segment.count - 1)) * parts.listed;
+    if (!present) return;
+#pragma unroll 1
+    for (int i = lane() % 8 + lane() / (8 * ROWS) * 8; i < listed; i += 32 / ROWS) {
+      ProductsTie tie = shared().ties[my_row][i];
+      if (i >= before && !(too_long >> 8 * my_row & 1)) tie.log2_weight += of_level;
+      shared().ties[my_row][i] = tie;
+      if (part_ends && rank == 0) to[i] = tie;
+    }
+  }
+  // Which part this is among all in memory.
+  __device__ __forceinline__ int64_t part_of(const Segment<ROWS>& segment, int my_row) const {
+    return segment.flags & SEGMENT_UNIT_BEGIN ? segment.rows[my_row].index : in.n + team * ROWS + my_row;
+  }
+
+  // Whether the unit's rows end with the segment, and with all that they have, if they are not in doubt.
   __device__ __forceinline__ bool ends_here(const Segment<ROWS>& segment) const {
     constexpr int WHOLE = SEGMENT_UNIT_BEGIN | SEGMENT_PART_END;
     return FULL && parts.ends && segment.from == segment.to && (segment.flags & WHOLE) == WHOLE;
@@ -929,124 +1345,37 @@ struct Products {
     ProductsEnd& end = shared().ends[slot][my_row];
     end.before = 0, end.now = 1;
     if (!(segment.flags & SEGMENT_PART_BEGIN)) {
-      const Joined joined = svel::cuda::join(shared().moved[my_row], own);
-      own = joined.all, end.before = joined.by_first, end.now = joined.by_second;
+      const PartRow& before = shared().moved[my_row];
+      const Joined joined = svel::cuda::join(before, own);
+      Equals equals;
+      equals.add(before, joined.all.log2_weight), equals.add(own, joined.all.log2_weight);
+      own = {joined.all.log2_weight,         joined.all.total, static_cast<float>(equals.count),
+             fmaxf(before.scale, own.scale), own.ties,         equals.print};
+      end.before = joined.by_first, end.now = joined.by_second;
     }
-    if (PARTS || FULL) end.log2_weight = own.log2_weight, end.total = own.total;
+    if (PARTS || FULL) end.part = own;
+    if (FULL) end.ends = ends_here(segment) && !is_doubtful(own.scale, own.total, static_cast<int>(own.lead));
     if (!(segment.flags & SEGMENT_PART_END)) {
       shared().moved[my_row] = own;
     } else if (rank > 0) {  // the first block of a cluster does it for all
     } else if (segment.flags & SEGMENT_UNIT_BEGIN) {
-      const int others = ends_here(segment) ? ROW_HAS_ENDED : segment.to - segment.from;
+      const int others = FULL && end.ends ? ROW_HAS_ENDED : segment.to - segment.from;
       parts.rows[row.index] = {own, row.a, row.b, segment.from, segment.from + others, my_row};
     } else {
       parts.others[team * ROWS + my_row] = own;
     }
   }
 
-  // All consumers of a cluster, the blocks' shared memory included; `turn` 0 and 1 alternate, so that who
-  // goes ahead is not taken for another.
-  __device__ __forceinline__ void meet(int turn) const {
-    auto& mail = shared().mail;
-    barrier();
-    if (thread() < slices) arrive_released(peer_address(shared_address(&mail.met[turn]), thread()));
-    wait_barrier_acquired(shared_address(&mail.met[turn]), mail.meetings & 1);
+  // Whether warps need what `settle` finds before they go on; figures in letters have room for two segments.
+  __device__ __forceinline__ bool waits_for_end(const Segment<ROWS>& segment) const {
+    return CLUSTERED || !(segment.flags & SEGMENT_PART_BEGIN) || ends_here(segment) ||
+           (PARTS && segment.flags & SEGMENT_PART_END);
   }
-  // From this block's shares of `count` scores to the cluster's sums.
-  __device__ __forceinline__ void add_up_in_cluster(double* scores, int count) const {
-    meet(0);
-    const int j = thread();
-    double all = 0;
-#pragma unroll 1
-    for (int p = 0; p < slices && j < count; ++p)
-      all += load_from_peer(peer_address(shared_address(scores + j), p));
-    meet(1);
-    if (j < count) scores[j] = all;
-    if (j == 0) ++shared().mail.meetings;
-    barrier();
-  }
-
-  // The row once more, from memory and with all digits: the references that may have weight. Its sums to
-  // parts.reviewed; of what weights is returned.
-  __device__ __forceinline__ PartRow review(const Segment<ROWS>& segment, int my_row, float margin) const {
-    const RowState& row = segment.rows[my_row];
-    const T* const refs = static_cast<const T*>(in.refs.data) + segment.first * in.d + offset;
-    double* const scores = shared().reviewed;
-    const double rate = row.exact_rate();
-    barrier();  // what was reviewed before is read
-    if (warp() == 0) {
-      const float* const kept = shared().kept[my_row];
-      float best = -INFINITY;
-#pragma unroll 1
-      for (int j = lane(); j < segment.references; j += 32) best = fmaxf(best, kept[j]);
-#pragma unroll
-      for (int hop = 16; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
-      int count = 0;
-#pragma unroll 1
-      for (int first = 0; first < segment.references; first += 32) {
-        const int j = first + lane();
-        const bool matters = j < segment.references && !((best - kept[j]) * row.rate > margin);  // NaN too
-        const unsigned all = __ballot_sync(0xffffffffu, matters);
-        if (matters) shared().listed[count + __popc(all & ((1u << lane()) - 1))] = static_cast<short>(j);
-        count += __popc(all);
-      }
-      if (lane() == 0) shared().listed_count = count;
-    }
-    barrier();
-    const int references = shared().listed_count;
-#pragma unroll 1
-    for (int i = warp(); i < references; i += WARPS) {
-      const T* const from = refs + int64_t{shared().listed[i]} * d;
-      double share = 0;
-#pragma unroll 4
-      for (int e = 2 * lane(); e < length; e += 64) {
-        const float2 x = *reinterpret_cast<const float2*>(static_cast<const float*>(row.x) +
-                                                          row.index * in.d + offset + e);
-        const double a = to_float(from[e]), b = to_float(from[e + 1]);
-        share = fma(fma(-0.5 * row.alpha, a, static_cast<double>(row.sign * x.x)), a, share);
-        share = fma(fma(-0.5 * row.alpha, b, static_cast<double>(row.sign * x.y)), b, share);
-      }
-      share = warp_sum(share);
-      if (lane() == 0) scores[i] = share * rate;
-    }
-    if constexpr (CLUSTERED) {
-      add_up_in_cluster(scores, references);
-    } else {
-      barrier();
-    }
-    double best = -INFINITY, total = 0;
-#pragma unroll 1
-    for (int j = 0; j < references; ++j) best = scores[j] > best ? scores[j] : best;
-    barrier();
-#pragma unroll 1
-    for (int j = thread(); j < references; j += THREADS) scores[j] = power(scores[j] - best);
-    barrier();
-#pragma unroll 1
-    for (int j = 0; j < references; ++j) total += scores[j];
-#pragma unroll 1
-    for (int e = 4 * thread(); e < length; e += 4 * THREADS) {
-      double sums[4] = {};
-#pragma unroll 1
-      for (int j = 0; j < references; ++j) {
-        const T* const from = refs + int64_t{shared().listed[j]} * d + e;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) sums[k] = fma(scores[j], static_cast<double>(to_float(from[k])), sums[k]);
-      }
-      __stcg(reinterpret_cast<float4*>(reviewed_sums() + e),
-             make_float4(static_cast<float>(sums[0]), static_cast<float>(sums[1]),
-                         static_cast<float>(sums[2]), static_cast<float>(sums[3])));
-    }
-    barrier();
-    return {best, total};
-  }
-
-  __device__ __forceinline__ float* reviewed_sums() const { return parts.reviewed + team * in.d + offset; }
 
   // A segment's sums from the warps' registers to memory, where they join those of the part so far: to the
   // row's result where the unit begins, which `end_kernel` completes, else to the block's place for others.
   __device__ __forceinline__ void end_segment(Mine& mine, const Segment<ROWS>& segment, int slot) const {
     const int g = lane() >> 2, my_row = THIRD ? (lane() & 3) >> 1 : lane() & 3;
-    bool reviewed = false;
     if constexpr (THIRD) {  // of two lanes each has parts of the weights
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
@@ -1054,28 +1383,6 @@ struct Products {
         for (int k = 0; k < 4; ++k) mine.sum[q][k] += __shfl_xor_sync(0xffffffffu, mine.sum[q][k], 1);
       }
     }
-#pragma unroll 1
-    for (int r = 0; r < segment.count; ++r) {
-      const float margin = shared().ends[slot][r].margin;
-      if (margin < 0) continue;
-      const PartRow own = review(segment, r, margin);
-      if (thread() == 0) {
-        const double shift = shared().ends[slot][r].shift;
-        join(segment, slot, r, {own.log2_weight - shift, own.total});
-      }
-      if (my_row == r) {
-#pragma unroll
-        for (int q = 0; q < CHUNKS; ++q) {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int e = 32 * chunk(q) + 8 * k + g;
-            if (e < length) mine.sum[q][k] = __ldcg(reviewed_sums() + e);
-          }
-        }
-      }
-      reviewed = true;
-    }
-    if (reviewed) barrier();  // the rows' ends are there
     if (my_row < segment.count && !(THIRD && lane() & 1)) store_sums(mine, segment, slot, my_row);
     if (PARTS && segment.flags & SEGMENT_PART_END) end_part(segment, slot);
   }
@@ -1102,11 +1409,74 @@ struct Products {
       if (!is_of_another(in, row.index)) continue;
       const ProductsEnd& end = shared().ends[slot][r];
       double* const lse = static_cast<double*>(lse_of(in, row.index).data) + row.index;
+      if (end.part.scale > 0) {
+        send_aligned(in, parts, layout, slot, r);
+        continue;
+      }
       send_home({parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + r,
                  parts.sums + ((team + 1) * ROWS + r) * in.d + offset, parts.ready + (team + 1) * slices,
                  static_cast<float*>(row.out) + row.index * in.d + offset, rank == 0 ? lse : nullptr,
-                 end.log2_weight, end.total, d, length, segment.to - segment.from, slices, rank});
+                 end.part.log2_weight, end.part.total, d, length, segment.to - segment.from, slices, rank});
     }
+  }
+
+  // The same as send_home for a row whose weights may be wrong, see `merge_aligned`: the part that began last
+  // in this block. Rare, so its code is out of the way.
+  __device__ __noinline__ static void send_aligned(const Inputs& in, const ProductsParts& parts,
+                                                   const ProductsLayout& layout, int slot, int my_row) {
+    constexpr int VECTORS = 2;  // of a slice
+    static_assert(HELD <= VECTORS * 4 * THREADS);
+    const Segment<ROWS>& segment = shared().announced.segments[slot];
+    const RowState& row = segment.rows[my_row];
+    const int slices = CLUSTERED ? layout.slices : 1, block = static_cast<int>(blockIdx.x);
+    const int rank = block % slices, offset = rank * layout.slice, count = segment.to - segment.from;
+    const int length = CLUSTERED ? min(layout.slice, static_cast<int>(in.d) - offset) : static_cast<int>(in.d);
+    const int64_t next = int64_t{block / slices + 1} * ROWS + my_row;
+    auto& memory = reinterpret_cast<AlignedMemory<WARPS>&>(shared().scores);
+    static_assert(sizeof(memory) <= sizeof(Shared::scores), "which nobody needs between segments");
+    const ProductsPieces pieces{shared().ends[slot][my_row].part,
+                                parts.others + next,
+                                parts.firsts + row.index * in.d + offset,
+                                parts.sums + next * in.d + offset,
+                                shared().ties[my_row],
+                                parts.ties + (in.n + next) * parts.listed,
+                                in.d,
+                                ROWS,
+                                parts.listed};
+    await_parts(parts.ready + (block / slices + 1) * slices, count, slices, rank);
+    double square = 0, shift = 0, most = pieces.first.log2_weight;
+    const float* const x = static_cast<const float*>(row.x) + row.index * in.d;
+#pragma unroll 1
+    for (int j = 0; j < count; ++j) most = fmax(most, pieces.part(j).log2_weight);
+#pragma unroll 1
+    for (int e = thread(); e < in.d; e += THREADS)
+      square = fma(static_cast<double>(x[e]), static_cast<double>(x[e]), square);
+    square = warp_sum(square);
+    barrier();  // what was there before is read
+    if (lane() == 0) memory.shares[warp()] = square;
+    barrier();
+    for (int w = 0; w < WARPS; ++w) shift += memory.shares[w];
+    shift *= row.per_square;
+    barrier();
+    int at[VECTORS];
+    bool within[VECTORS];
+    double sum[VECTORS][4] = {};
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) at[v] = 4 * (thread() + v * THREADS), within[v] = at[v] < length;
+    const auto wait = [] { barrier(); };
+    const PartRow all = merge_aligned<T, WARPS>(in, row, pieces, count, shift, most, wait, memory, offset, at,
+                                                within, sum);
+    const double by = 1 / all.total;
+    float* const to = static_cast<float*>(row.out) + row.index * in.d + offset;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (within[v])
+        *reinterpret_cast<float4*>(to + at[v]) =
+            make_float4(static_cast<float>(by * sum[v][0]), static_cast<float>(by * sum[v][1]),
+                        static_cast<float>(by * sum[v][2]), static_cast<float>(by * sum[v][3]));
+    }
+    if (rank == 0 && thread() == 0)
+      static_cast<double*>(lse_of(in, row.index).data)[row.index] = lse_of_row(in, all);
   }
 
   __device__ __forceinline__ void store_sums(Mine& mine, const Segment<ROWS>& segment, int slot,
@@ -1129,7 +1499,8 @@ struct Products {
       }
     }
     if constexpr (FULL) {
-      if (ends_here(segment)) end_row(mine, segment.rows[my_row], shared().ends[slot][my_row].total);
+      const ProductsEnd& end = shared().ends[slot][my_row];
+      if (ends_here(segment) && end.ends) end_row(mine, segment.rows[my_row], end.part.total);
     }
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
@@ -1186,7 +1557,7 @@ struct Products {
     const uint32_t to_scores = ring + stored(lane() >> 2) * REF_BYTES + 16 * (lane() & 3);
     const uint32_t to_sums = ring + stored(lane() & 7) * REF_BYTES + 16 * (lane() >> 3);
     Place scored, added;
-    int slot = 0, slot_phase = 0, settled = 0;
+    int slot = 0, slot_phase = 0;
     int scores = 0, weights = 0;  // tiles so far, of which two are told apart
     bool awaits = PARTS && parts.home.awaits_x;
     for (;;) {
@@ -1203,7 +1574,7 @@ struct Products {
         const int ahead = to_add - to_score;
         if (to_score > 0 && (ahead == 0 || ahead == TR)) {
           await(scored);
-          score_tile(mine, to_scores + scored.offset, rows, scores & 1, to_score == references);
+          score_tile(mine, to_scores + scored.offset, rows, scores & 1, to_score == references, slot);
           if (lane() == 0) arrive(&shared().given[scores & 1]);
           scored.advance(), ++scores;
           to_score -= TR;
@@ -1222,8 +1593,7 @@ struct Products {
         if (lane() == 0) arrive(&shared().empty[added.stage]);
         scored.advance(), added.advance();
       }
-      wait_barrier(&shared().settled, settled);
-      settled ^= 1;
+      if (waits_for_end(segment)) wait_barrier(&shared().settled[slot], slot_phase);
       end_segment(mine, segment, slot);
       __syncwarp();
       if (lane() == 0) arrive(&shared().announced.done[slot]);
@@ -1265,13 +1635,11 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       init_barrier(&shared.given[i], Kernel::WARPS);
       init_barrier(&shared.weighed[i], 1);
     }
-    init_barrier(&shared.settled, 1);
+#pragma unroll 1
+    for (int s = 0; s < SEGMENT_SLOTS; ++s) init_barrier(&shared.settled[s], 1);
     if constexpr (CLUSTERED) {
 #pragma unroll 1
       for (int i = 0; i < PRODUCTS_LETTERS; ++i) init_barrier(&shared.mail.arrived[i], 1);
-#pragma unroll 1
-      for (int i = 0; i < 2; ++i) init_barrier(&shared.mail.met[i], kernel.slices);
-      shared.mail.meetings = 0;
     }
     publish_barriers();
   }
