@@ -256,8 +256,8 @@ struct RowWeights {
 template <int VECTORS>
 __device__ __forceinline__ bool merge_at_home(const Inputs& in, const AtHome& home, int64_t row, double lse,
                                               const RowWeights& own_parts, const int (&at)[VECTORS],
-                                              const bool (&within)[VECTORS],
-                                              const float4 (&x)[VECTORS], float4 (&mean)[VECTORS]) {
+                                              const bool (&within)[VECTORS], const float4 (&x)[VECTORS],
+                                              float4 (&mean)[VECTORS]) {
   const int q = static_cast<int>(threadIdx.x);
   const double t = clamp_time(load_as<double>(in.time_or_alpha, in.part * in.rows_each + row));
   const PredictionCoefficients at_time =

@@ -206,14 +206,14 @@ constexpr float PRODUCTS_NO_WEIGHT = 9.0949470177292824e-13f;
 constexpr int RAISED = 1 << 30;
 
 // In PartRow here: `lead` is how often the best reference is there, each time with weight 1, and `scale` how
-// large the error of a result would be, beside its size, if weights were wrong where they are shared evenly.
-// Whether it shows in a row of parts whose weights are `total`, `count` of them that of the best. The limit
-// is 2e-6; a thread may know of some parts only.
+// large the error of a result would be, beside its size, if weights were wrong where they are shared evenly;
+// infinite where that is in doubt however they are shared. Whether it shows in a row of parts whose weights
+// are `total`, `count` of them that of the best. The limit is 2e-6; a thread may know of some parts only.
 constexpr float PRODUCTS_MOST_ERROR = 1.2e-6f;
 __device__ __forceinline__ bool is_doubtful(float scale, double total, int count) {
   const float all = static_cast<float>(total), wrong = scale * static_cast<float>(total - count);
-  return wrong * wrong * static_cast<float>(count) >
-         PRODUCTS_MOST_ERROR * PRODUCTS_MOST_ERROR * all * all * all;
+  return scale == INFINITY || wrong * wrong * static_cast<float>(count) >
+                                  PRODUCTS_MOST_ERROR * PRODUCTS_MOST_ERROR * all * all * all;
 }
 // How often the best reference is there, over several parts: repeated samples, which tie and may, as what
 // they share has no error.
@@ -286,10 +286,13 @@ struct ProductsShared {
   // |x|^2 and |r|^2 of the first reference, |x|^2 where all its digits are wanted.
   float x_squares[2][ROWS][WARPS], r_squares[2][WARPS];
   double exact_squares[2][ROWS][WARPS];
-  float kept[ROWS][SEGMENT_REFS];          // logarithms of the segment's weights, relative to the best, at the
+  float kept[ROWS][SEGMENT_REFS];  // logarithms of the segment's weights, relative to the best, at the
   double levels[ROWS][SEGMENT_REFS / TR];  // level of the tile
-  ProductsTie ties[ROWS][PRODUCTS_TIES];   // of the part so far
-  PartRow moved[ROWS];                     // of the part, with the segments so far
+  // The shares of the best reference's score, of the warps, or of a cluster's blocks: what scores are
+  // relative to.
+  alignas(16) float base[ROWS][WARPS];
+  ProductsTie ties[ROWS][PRODUCTS_TIES];  // of the part so far
+  PartRow moved[ROWS];                    // of the part, with the segments so far
   ProductsKnown known[ROWS];
   bool is_last;                    // of the blocks
   Barrier settled[SEGMENT_SLOTS];  // the segment's ends are there
@@ -783,34 +786,43 @@ struct Products {
     if (t < rows) shared().scores[parity][t][8 * block + g][warp()] = share;
   }
 
-  // Of the shares of a score a lane adds up so many: those of the warps, of half of them, or of a cluster's
-  // blocks.
-  static constexpr int SHARES = WARPS * ROWS / 4;
-  static_assert(!CLUSTERED || PRODUCTS_MOST_BLOCKS == SHARES);
+  // Of the warps' shares of a score a lane adds up so many: all, or half of them where rows are two.
+  static constexpr int EACH = WARPS * ROWS / 4;
 
-  // The scores of a tile, by one warp, from the shares of the block's warps, less `base`. Lanes: row lane / 8
-  // and reference lane % 8 of eight; of two rows two lanes for each.
-  __device__ __forceinline__ void add_shares(int parity, int lane, const float (&base)[SHARES],
-                                             float (&scores)[BLOCKS]) const {
-    const int my_row = lane / 8 % ROWS, n = lane % 8, half = lane / 8 / ROWS;
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      const float* const from = &shared().scores[parity][my_row][8 * b + n][half * SHARES];
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < SHARES; w += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(from + w);
-        sum +=
-            ((four.x - base[w]) + (four.y - base[w + 1])) + ((four.z - base[w + 2]) + (four.w - base[w + 3]));
-      }
-      scores[b] = over_lanes(sum);
-    }
-  }
-
-  // Over the lanes that have the same row and reference.
+  // Lanes of the warps that mail and weigh: row lane / 8 and reference lane % 8 of eight; of two rows two
+  // lanes for each. What is over the latter, and over all lanes of a row.
+  static constexpr int ROW_LANES = 32 / ROWS;
+  __device__ __forceinline__ static int lane_of_row(int lane) { return lane % 8 + lane / (8 * ROWS) * 8; }
   template <typename V>
   __device__ __forceinline__ static V over_lanes(V v) {
     return FULL ? v : v + __shfl_xor_sync(0xffffffffu, v, 8 * ROWS);
+  }
+  template <typename V>
+  __device__ __forceinline__ static V over_row(V v) {
+#pragma unroll
+    for (int hop : {1, 2, 4}) v += __shfl_xor_sync(0xffffffffu, v, hop);
+    return over_lanes(v);
+  }
+
+  // The scores of a tile, by one warp, from the shares of the block's warps; RELATIVE: to the best so far.
+  template <bool RELATIVE>
+  __device__ __forceinline__ void add_shares(int parity, int lane, float (&scores)[BLOCKS]) const {
+    const int my_row = lane / 8 % ROWS, n = lane % 8, first = lane / 8 / ROWS * EACH;
+    float4 base[EACH / 4] = {};
+#pragma unroll
+    for (int w = 0; RELATIVE && w < EACH; w += 4)
+      base[w / 4] = *reinterpret_cast<const float4*>(&shared().base[my_row][first + w]);
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+      const float* const from = &shared().scores[parity][my_row][8 * b + n][first];
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < EACH; w += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(from + w), less = base[w / 4];
+        sum += ((four.x - less.x) + (four.y - less.y)) + ((four.z - less.z) + (four.w - less.w));
+      }
+      scores[b] = over_lanes(sum);
+    }
   }
 
   // The mailer of a block of a cluster, one warp: sends the block's shares of the scores, and with the first
@@ -828,8 +840,7 @@ struct Products {
         wait_barrier(&shared().given[parity], phases >> parity & 1);
         phases ^= 1 << parity, parity ^= 1;
         float scores[BLOCKS];
-        constexpr float NONE[SHARES] = {};
-        add_shares(parity ^ 1, lane, NONE, scores);
+        add_shares<false>(parity ^ 1, lane, scores);
         send_scores(scores, letter, lane);
         if (left == references) send_figures(segment, slot, my_row, letter, told, lane);
         letter = (letter + 1) % PRODUCTS_LETTERS;
@@ -882,37 +893,38 @@ struct Products {
   // matter are small, and their sums in float32 lose nothing. Weights are relative to that of the best, too.
   struct Weighed {
     float rate;
-    float base[SHARES] = {};  // of the best so far: the shares that this lane adds up
-    float over = -INFINITY;   // what a score has to be above to be better
-    int best = 0;             // which of the segment that is
-    double level = 0;         // by how much scores have risen, in units of log 2
-    float total = 0;          // of the weights
-    int equals = 0;           // references as good as the best in each share, among this lane's
-    float window = -1;        // how far below the best one references are listed, in units of log 2
-    int listed = 0;           // of the part, more than there is room for included
-    int place = 0;            // of the best in the list
+    float over = -INFINITY;  // what a score has to be above to be better
+    int best = 0;            // which of the segment that is
+    double level = 0;        // by how much scores have risen, in units of log 2
+    float total = 0;         // of the weights
+    int equals = 0;          // references like the best in each share, itself among them, of this lane
+    float window = -1;       // how far below the best one references are listed, in units of log 2
+    int listed = 0;          // of the part, more than there is room for included
+    int place = 0;           // of the best in the list
   };
 
-  // Share k of a reference of the tile; at: its parity, or its letter.
-  __device__ __forceinline__ float share_of(int at, int reference, int k, int lane) const {
-    const int my_row = lane / 8 % ROWS;
+  // Share k of a reference of the tile; at: its parity, or its letter. There are PRODUCTS_MOST_BLOCKS or
+  // WARPS.
+  static constexpr int SHARES = CLUSTERED ? PRODUCTS_MOST_BLOCKS : WARPS;
+  __device__ __forceinline__ float share_of(int at, int reference, int k, int my_row) const {
     if constexpr (CLUSTERED) {
       return k < slices ? shared().mail.from[k].scores[at][reference / 8][8 * my_row + reference % 8] : 0;
     } else {
-      return shared().scores[at][my_row][reference][lane / 8 / ROWS * SHARES + k];
+      return shared().scores[at][my_row][reference][k];
     }
   }
-  __device__ __forceinline__ void take_scores(const float (&base)[SHARES], int at, int lane,
-                                              float (&scores)[BLOCKS]) const {
+  __device__ __forceinline__ void take_scores(int at, int lane, float (&scores)[BLOCKS]) const {
     if constexpr (CLUSTERED) {
+      const int my_row = lane / 8 % ROWS;
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b) {
         scores[b] = 0;
 #pragma unroll
-        for (int k = 0; k < SHARES; ++k) scores[b] += share_of(at, 8 * b + lane % 8, k, lane) - base[k];
+        for (int k = 0; k < SHARES; ++k)
+          scores[b] += share_of(at, 8 * b + lane % 8, k, my_row) - shared().base[my_row][k];
       }
     } else {
-      add_shares(at, lane, base, scores);
+      add_shares<true>(at, lane, scores);
     }
   }
   // Where `rises`, `best` of the tile's scores is better than all before; what the row's sums are to be
@@ -926,22 +938,40 @@ struct Products {
     }
 #pragma unroll
     for (int hop : {1, 2, 4}) reference = min(reference, __shfl_xor_sync(0xffffffffu, reference, hop));
-    if (!rises) return 1;
+    __syncwarp();  // all have read what scores were relative to
+    float scale = 1;
+    if (rises) {
+      const int my_row = lane / 8 % ROWS;
 #pragma unroll
-    for (int k = 0; k < SHARES; ++k) my.base[k] = share_of(at, reference, k, lane);
-    const float rise = best * my.rate, scale = my.over < 0 ? 0.0f : power_of_two(-rise);
-    my.over = 0, my.best = before + (reference & ~7) + stored(reference & 7), my.level += rise;
-    my.total *= scale, my.equals = 0;
+      for (int k = lane_of_row(lane); k < SHARES; k += ROW_LANES)
+        shared().base[my_row][k] = share_of(at, reference, k, my_row);
+      const float rise = best * my.rate;
+      scale = my.over < 0 ? 0.0f : power_of_two(-rise);
+      my.over = 0, my.best = before + (reference & ~7) + stored(reference & 7), my.level += rise;
+      my.total *= scale, my.equals = lane % 8 == reference % 8;
+    }
+    __syncwarp();
     return scale;
   }
-  __device__ __forceinline__ bool is_like_base(const Weighed& my, int at, int reference, int lane) const {
+  __device__ __forceinline__ bool is_like_base(int at, int reference, int lane) const {
+    const int my_row = lane / 8 % ROWS;
     bool like = true;
+#pragma unroll 4
+    for (int k = 0; k < SHARES; ++k)
+      like = like && share_of(at, reference, k, my_row) == shared().base[my_row][k];
+    return like;
+  }
+  // Of a row, what its lanes find of the base's shares k, added up.
+  template <typename Of>
+  __device__ __forceinline__ static auto over_base(const Of& of) {
+    const int my_row = lane() / 8 % ROWS;
+    decltype(of(0, 0.0f)) sum = 0;
 #pragma unroll
-    for (int k = 0; k < SHARES; ++k) like = like && share_of(at, reference, k, lane) == my.base[k];
-    return over_lanes(like ? 0 : 1) == 0;
+    for (int k = lane_of_row(lane()); k < SHARES; k += ROW_LANES) sum += of(k, shared().base[my_row][k]);
+    return over_row(sum);
   }
 
-  // The softmax, one warp. Lanes: as in `add_shares`.
+  // The softmax, one warp.
   __device__ __forceinline__ void weigh(int lane) const {
     const int my_row = lane / 8 % ROWS, n = lane % 8;
     int slot = 0, slot_phase = 0, parity = 0, phases = 0;
@@ -954,9 +984,12 @@ struct Products {
       Weighed my;
       my.rate = segment.rows[present ? my_row : 0].rate;
       if (present && !(segment.flags & SEGMENT_PART_BEGIN)) my.listed = shared().moved[my_row].ties;
+#pragma unroll
+      for (int k = lane_of_row(lane); k < SHARES; k += ROW_LANES) shared().base[my_row][k] = 0;
+      __syncwarp();
 #pragma unroll 1
       for (int left = segment.references; left > 0; left -= TR) {
-        const int at = CLUSTERED ? letter : parity;
+        const int at = CLUSTERED ? letter : parity, before = segment.references - left;
         if constexpr (CLUSTERED) {
           await_letter(left == segment.references, letter, letter_phase, lane);
           if (++letter == PRODUCTS_LETTERS) letter = 0, letter_phase ^= 1;
@@ -966,7 +999,7 @@ struct Products {
         }
         float scores[BLOCKS], best = -INFINITY;
         const auto take = [&] {
-          take_scores(my.base, at, lane, scores);
+          take_scores(at, lane, scores);
 #pragma unroll
           for (int b = 0; b < BLOCKS; ++b)
             scores[b] = present && 8 * b + stored(n) < left ? scores[b] : -INFINITY;
@@ -979,7 +1012,7 @@ struct Products {
         int used = 0, likes = 0;
         const float closest = best > my.over ? 0 : best;  // to the best so far
         if (__any_sync(0xffffffffu, best > my.over)) {    // rarely, after the first tiles
-          const float scale = raise(my, best > my.over, best, scores, at, segment.references - left, lane);
+          const float scale = raise(my, best > my.over, best, scores, at, before, lane);
           take();
           used = RAISED;
           if (n == 0) shared().scales[parity][my_row] = scale;
@@ -989,22 +1022,23 @@ struct Products {
           const bool counts = present && 8 * b + stored(n) < left;
           const float exponent = scores[b] * my.rate;
           if (lane < 8 * ROWS && 8 * b + stored(n) < left)
-            shared().kept[my_row][segment.references - left + 8 * b + stored(n)] = exponent;
+            shared().kept[my_row][before + 8 * b + stored(n)] = exponent;
           const float weight = counts ? power_of_two(exponent) : 0.0f;
           if (!__any_sync(0xffffffffu, !(weight < PRODUCTS_NO_WEIGHT))) continue;
           used |= 1 << b;
           my.total += hand_out(weight, parity, b, lane);
-          if (__any_sync(0xffffffffu, scores[b] == 0) && is_like_base(my, at, 8 * b + n, lane) && counts)
+          const bool another = counts && scores[b] == 0 && before + 8 * b + stored(n) != my.best;
+          if (__any_sync(0xffffffffu, another) && another && is_like_base(at, 8 * b + n, lane))
             ++my.equals, likes |= 1 << b;
         }
         if (lane == 0) shared().used[parity] = used;
-        if (n == 0 && lane < 8 * ROWS) shared().levels[my_row][(segment.references - left) / TR] = my.level;
+        if (n == 0 && lane < 8 * ROWS) shared().levels[my_row][before / TR] = my.level;
         __syncwarp();
         if (lane == 0) arrive(&shared().weighed[parity]);
         parity ^= 1;
         if (left == segment.references) know(segment, slot, my_row, present, my, told);
         if (__any_sync(0xffffffffu, closest * my.rate >= -my.window))
-          list_tile(segment, my, used, likes, scores, segment.references - left, lane);
+          list_tile(segment, my, used, likes, scores, before, lane);
       }
       settle(segment, slot, my_row, present, my);
       if (segment.references > 0) told ^= 1;
@@ -1089,22 +1123,15 @@ struct Products {
   __device__ __forceinline__ ProductsFigures figures_of_block(const Segment<ROWS>& segment, int slot,
                                                               int my_row, bool present) const {
     static_assert(8 * ROWS <= 32 && WARPS == 16, "eight lanes for each row, or two times eight");
-    const auto sum = [](auto v) {  // over the lanes of a row
-#pragma unroll
-      for (int hop : {1, 2, 4, 16}) {
-        if (hop < 16 || !FULL) v += __shfl_xor_sync(0xffffffffu, v, hop);
-      }
-      return v;
-    };
-    const int w = (lane() & 7) + (FULL ? 0 : (lane() & 16) / 2);
+    const int w = lane_of_row(lane());
     ProductsFigures own = figures_of_warp(segment, slot, my_row, present, w);
     if constexpr (FULL) {
       const ProductsFigures second = figures_of_warp(segment, slot, my_row, present, w + 8);
       own.exact_square += second.exact_square, own.x_square += second.x_square;
       own.square += second.square, own.norm += second.norm;
     }
-    own.exact_square = segment.squares ? sum(own.exact_square) : 0;
-    own.x_square = sum(own.x_square), own.square = sum(own.square), own.norm = sum(own.norm);
+    own.exact_square = segment.squares ? over_row(own.exact_square) : 0;
+    own.x_square = over_row(own.x_square), own.square = over_row(own.square), own.norm = over_row(own.norm);
     return own;
   }
   // The share of warp `w`.
@@ -1146,17 +1173,20 @@ struct Products {
   }
   __device__ __forceinline__ float what_is_wrong(const RowState& row, const ProductsKnown& of, float score,
                                                  float of_cluster) const {
-    if (PARTS && is_of_another(in, row.index)) return elsewhere_in_doubt(row, of) ? IN_DOUBT : 0;
+    if (is_merged_later(row)) return part_in_doubt(row, of) ? INFINITY : 0;
     const float alpha = 2 * row.half_alpha;
     const float gap = fmaxf(fmaf(-2 * alpha, score, of.x_square), 1e-6f * of.x_square);  // |x - alpha r|^2
     const float bits = CLUSTERED ? bits_of(row, of.square + of_cluster) : of.bits;
     return bits * of.per_bit * square_root(fminf(__fdividef(gap, alpha * alpha), of.most_apart));
   }
-  // Of a row of another process, whose own references may be so much nearer that these have no weight: whether
-  // errors would show if those that have weight are about sigma / alpha apart.
-  static constexpr float IN_DOUBT = 1, SCORE_ERROR_ELSEWHERE = (CHUNKS < 4 ? 2.5f : 1.25f) * 0x1p-24f;
-  __device__ __forceinline__ static bool elsewhere_in_doubt(const RowState& row, const ProductsKnown& of) {
-    constexpr float TIMES = 0.5f * SCORE_ERROR_ELSEWHERE / SCORE_ERROR;
+  // A row that is merged with what others have of it, where nobody knows of doubt. References elsewhere may
+  // be so much nearer that these have no weight, and often two of these tie. So what counts is whether errors
+  // would show if references that have weight are about sigma / alpha apart.
+  __device__ __forceinline__ bool is_merged_later(const RowState& row) const {
+    return in.partial && !(PARTS && parts.home.merged && !is_of_another(in, row.index));
+  }
+  __device__ __forceinline__ static bool part_in_doubt(const RowState& row, const ProductsKnown& of) {
+    constexpr float TIMES = 0.5f * (CHUNKS < 4 ? 2.5f : 1.25f) * 0x1p-24f / SCORE_ERROR;
     return TIMES * of.bits * of.per_bit > 1e-6f * 2 * row.half_alpha * square_root(variances(row));
   }
   __device__ __forceinline__ static float square_root(float v) {
@@ -1196,8 +1226,7 @@ struct Products {
         const bool stays = log2_weight >= floor && log2_weight < best.log2_weight - 1e-9;
         const unsigned all = __ballot_sync(0xffffffffu, stays);
         const int place = count + __popc(all & ((1u << lane()) - 1));
-        if (stays && place < most)
-          ties[place] = {log2_weight, static_cast<int>(segment.first) + j, 1};
+        if (stays && place < most) ties[place] = {log2_weight, static_cast<int>(segment.first) + j, 1};
         count += __popc(all);
       }
       __syncwarp();
@@ -1221,20 +1250,17 @@ struct Products {
     }
     const RowState& row = segment.rows[present ? my_row : 0];
     const ProductsKnown known = known_of(row, all);
-    const float bits = CLUSTERED ? bits_of(row, all.square + square_of_base(my)) : known.bits;
+    const float bits = CLUSTERED ? bits_of(row, all.square + square_of_base()) : known.bits;
     const float scale = bits * known.per_bit * square_root(known.most_apart);
-    if (PARTS && is_of_another(in, row.index)) {
-      if (present && elsewhere_in_doubt(row, known)) my.window = MOST_WINDOW;
+    if (is_merged_later(row)) {
+      if (present && part_in_doubt(row, known)) my.window = MOST_WINDOW;
     } else if (present && !is_beyond_doubt(scale)) {
       my.window = window_of(scale);
     }
     if (leads_row()) shared().known[my_row] = known;
   }
-  __device__ __forceinline__ static float square_of_base(const Weighed& my) {
-    float square = 0;
-#pragma unroll
-    for (int k = 0; k < SHARES; ++k) square = fmaf(my.base[k], my.base[k], square);
-    return square;
+  __device__ __forceinline__ static float square_of_base() {
+    return over_base([](int, float share) { return share * share; });
   }
   // What is below has no weight that could show, or none at all.
   static constexpr float MOST_WINDOW = 40;
@@ -1255,13 +1281,12 @@ struct Products {
     for (int b = 0; b < BLOCKS; ++b) {
       if (!(used >> b & 1)) continue;
       const int reference = before + 8 * b + stored(n);
-      const bool like = likes >> b & 1, is_best = reference == my.best;
-      const bool near = scores[b] * my.rate >= -my.window;
-      const unsigned those = of_row(near && (!like || is_best)), equals = of_row(near && like && !is_best);
+      const bool like = likes >> b & 1, near = scores[b] * my.rate >= -my.window;
+      const unsigned those = of_row(near && !like), equals = of_row(near && like);
       const int place = my.listed + __popc(those & ((1u << n) - 1));
-      if (near && (!like || is_best) && lane < 8 * ROWS && place < PRODUCTS_TIES)
+      if (near && !like && lane < 8 * ROWS && place < PRODUCTS_TIES)
         ties[place] = {my.level + scores[b] * my.rate, static_cast<int>(segment.first) + reference, 1};
-      const unsigned best = of_row(near && is_best);
+      const unsigned best = of_row(near && reference == my.best);
       if (best) my.place = my.listed + __popc(those & (best - 1));
       my.listed += __popc(those);
       __syncwarp();
@@ -1282,18 +1307,12 @@ struct Products {
     int equals = my.equals;
 #pragma unroll
     for (int hop : {1, 2, 4}) equals += __shfl_xor_sync(0xffffffffu, equals, hop);
-    double score = 0;
-    unsigned print = 0;
-#pragma unroll
-    for (int k = 0; k < SHARES; ++k)
-      score += static_cast<double>(my.base[k]), print = print * 0x9e3779b1u + __float_as_uint(my.base[k]);
-    if constexpr (!CLUSTERED) {
-      score = over_lanes(score);
-      if constexpr (!FULL) print += __shfl_down_sync(0xffffffffu, print, 8 * ROWS) * 0x85ebca6bu;
-    }
+    const double score = over_base([](int, float share) { return static_cast<double>(share); });
+    const unsigned print =
+        over_base([](int k, float share) { return __float_as_uint(share) * (0x9e3779b1u * (2 * k + 1)); });
     const double best = any ? fma(row.exact_rate(), score, -known.shift) : -INFINITY;
     const float scale =
-        any ? what_is_wrong(row, known, static_cast<float>(score), CLUSTERED ? square_of_base(my) : 0) : 0;
+        any ? what_is_wrong(row, known, static_cast<float>(score), CLUSTERED ? square_of_base() : 0) : 0;
     const int before = begins || !present ? 0 : shared().moved[my_row].ties;
     const double of_level = best - my.level;
     int listed = my.listed;
@@ -1319,7 +1338,7 @@ struct Products {
     ProductsTie* const to = parts.ties + part_of(segment, min(my_row, segment.count - 1)) * parts.listed;
     if (!present) return;
 #pragma unroll 1
-    for (int i = lane() % 8 + lane() / (8 * ROWS) * 8; i < listed; i += 32 / ROWS) {
+    for (int i = lane_of_row(lane()); i < listed; i += ROW_LANES) {
       ProductsTie tie = shared().ties[my_row][i];
       if (i >= before && !(too_long >> 8 * my_row & 1)) tie.log2_weight += of_level;
       shared().ties[my_row][i] = tie;
@@ -1430,7 +1449,8 @@ struct Products {
     const RowState& row = segment.rows[my_row];
     const int slices = CLUSTERED ? layout.slices : 1, block = static_cast<int>(blockIdx.x);
     const int rank = block % slices, offset = rank * layout.slice, count = segment.to - segment.from;
-    const int length = CLUSTERED ? min(layout.slice, static_cast<int>(in.d) - offset) : static_cast<int>(in.d);
+    const int length =
+        CLUSTERED ? min(layout.slice, static_cast<int>(in.d) - offset) : static_cast<int>(in.d);
     const int64_t next = int64_t{block / slices + 1} * ROWS + my_row;
     auto& memory = reinterpret_cast<AlignedMemory<WARPS>&>(shared().scores);
     static_assert(sizeof(memory) <= sizeof(Shared::scores), "which nobody needs between segments");
@@ -1464,8 +1484,8 @@ struct Products {
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) at[v] = 4 * (thread() + v * THREADS), within[v] = at[v] < length;
     const auto wait = [] { barrier(); };
-    const PartRow all = merge_aligned<T, WARPS>(in, row, pieces, count, shift, most, wait, memory, offset, at,
-                                                within, sum);
+    const PartRow all =
+        merge_aligned<T, WARPS>(in, row, pieces, count, shift, most, wait, memory, offset, at, within, sum);
     const double by = 1 / all.total;
     float* const to = static_cast<float*>(row.out) + row.index * in.d + offset;
 #pragma unroll

@@ -7,7 +7,7 @@ from kernel_cases import between
 from torch import Tensor
 
 import stablevelocity_kernels as svel
-from stablevelocity_kernels import reference
+from stablevelocity_kernels import info, reference
 from stablevelocity_kernels.paths import path_coefficients
 from stablevelocity_kernels.testing import TOLERANCE, relative_error
 
@@ -76,11 +76,17 @@ def test_classes(d, dtype):
     check(x, refs, t, labels)
 
 
-@pytest.mark.parametrize("n", [1, 3, 40, 256])
-def test_rows_that_share_a_class(n):
-    """One to four rows take a class together; two rows of 256 take it in several parts."""
-    x, refs, t, labels, *_ = make_ties(n, 3, 700, 1024)
+@pytest.mark.parametrize("d", [1024, 4096])
+@pytest.mark.parametrize(
+    ("n", "k", "m"), [(1, 3, 700), (3, 3, 700), (40, 3, 700), (256, 3, 700), (700, 3, 700), (2000, 500, 40)]
+)
+@pytest.mark.parametrize("copies", [1, 4])
+def test_rows_that_share_a_class(n, k, m, d, copies):
+    """One to four rows take a class together, in one part or several, in one segment or several."""
+    x, refs, t, labels, *_ = make_ties(n, k, m, d, copies=copies)
     check(x, refs, t, labels)
+    if n >= 700:
+        assert info.plan(n, m, d, k, refs_dtype=refs.dtype)["tile_rows"] == 4
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
