@@ -441,28 +441,16 @@ __device__ __noinline__ void end_aligned(const Inputs& in, const ProductsParts& 
   __shared__ AlignedMemory<WARPS> memory;
   const int64_t index = number + in.part * in.rows_each;
   const ProductsRow left = parts.rows[index];
-  const int64_t next = int64_t{left.from + 1} * parts.unit_rows + left.row;
-  const ProductsPieces pieces{left.own,
-                              parts.others + next,
-                              parts.firsts + index * in.d,
-                              parts.sums + next * in.d,
-                              parts.ties + index * parts.listed,
-                              parts.ties + (in.n + next) * parts.listed,
-                              in.d,
-                              parts.unit_rows,
-                              parts.listed};
-  const int others = left.to - left.from;
   RowState row;
   set_row(in, index, row);
   const float* const x = static_cast<const float*>(row.x) + index * in.d;
-  double shift = 0, most = left.own.log2_weight;
+  double shift = 0;
   __syncthreads();  // what is shared is read
   if (in.lse.data || in.labels[index] < 0) {
     for (int64_t e = threadIdx.x; e < in.d; e += END_THREADS)
       shift = fma(static_cast<double>(x[e]), static_cast<double>(x[e]), shift);
     shift = row.per_square * block_sum<double>(shift, scratch);
   }
-  for (int j = 0; j < others; ++j) most = fmax(most, pieces.part(j).log2_weight);
   int at[VECTORS];
   bool within[VECTORS];
   double sum[VECTORS][4] = {};
@@ -472,11 +460,11 @@ __device__ __noinline__ void end_aligned(const Inputs& in, const ProductsParts& 
     within[v] = static_cast<int>(threadIdx.x) < LANES && at[v] < in.d;
   }
   const auto wait = [] { __syncthreads(); };
-  PartRow all = in.refs.dtype == Dtype::f16
-                    ? merge_aligned<__half, WARPS>(in, row, pieces, others, shift, most, wait, memory, 0, at,
-                                                   within, sum)
-                    : merge_aligned<__nv_bfloat16, WARPS>(in, row, pieces, others, shift, most, wait, memory,
-                                                          0, at, within, sum);
+  PartRow all =
+      in.refs.dtype == Dtype::f16
+          ? merge_aligned<__half, WARPS>(in, row, parts, left, shift, wait, memory, 0, at, within, sum)
+          : merge_aligned<__nv_bfloat16, WARPS>(in, row, parts, left, shift, wait, memory, 0, at, within,
+                                                sum);
   if (in.source.data) {
     const float* const source = static_cast<const float*>(in.source.data) + index * in.d;
     const Joined joined = join(all, {score_of_source(in, index, scratch), 1, 0, 0, 0, 0});

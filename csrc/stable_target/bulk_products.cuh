@@ -127,6 +127,7 @@ struct ProductsRow {
   double a, b;   // out = a x + b mean
   int from, to;  // blocks that have parts of the row; none where it has nothing to read: to < from
   int row;       // of the unit
+  int next;      // that is sent late, see `send_late`
 };
 constexpr int ROW_HAS_ENDED = -2;  // to - from, where the result is there
 struct ProductsParts {
@@ -295,6 +296,7 @@ struct ProductsShared {
   PartRow moved[ROWS];                    // of the part, with the segments so far
   ProductsKnown known[ROWS];
   bool is_last;                    // of the blocks
+  int late;                        // the first of the rows that are sent late
   Barrier settled[SEGMENT_SLOTS];  // the segment's ends are there
   ProductsEnd ends[SEGMENT_SLOTS][ROWS];
   std::conditional_t<CLUSTERED, ProductsMail<TR / 8>, ProductsNoMail> mail;  // the last: its end is cut off
@@ -342,25 +344,24 @@ __device__ __forceinline__ PartRow load_part(const PartRow* from) {
   return {weights.x, weights.y, __int_as_float(rest.x), __int_as_float(rest.y), rest.z, rest.w};
 }
 
-// Parts of a row for `merge_aligned`; -1 is the first, which has its list in memory or nearer.
+// Parts of a row for `merge_aligned`; -1 is the first.
 struct ProductsPieces {
-  PartRow first;
-  const PartRow* others;  // `rows` apart, as their
-  const float* first_sums;
-  const float* sums;
-  const ProductsTie* first_ties;
-  const ProductsTie* ties;
-  int64_t d;
-  int rows, listed;
+  const Inputs& in;
+  const ProductsParts& parts;
+  const ProductsRow& left;
+  const int64_t index;
 
+  __device__ __forceinline__ int64_t place(int j) const {
+    return int64_t{left.from + 1 + j} * parts.unit_rows + left.row;
+  }
   __device__ __forceinline__ PartRow part(int j) const {
-    return j < 0 ? first : load_part(others + j * rows);
+    return j < 0 ? left.own : load_part(parts.others + place(j));
   }
-  __device__ __forceinline__ const float* sums_of(int j) const {
-    return j < 0 ? first_sums : sums + int64_t{j} * rows * d;
+  __device__ __forceinline__ const float* sums(int j) const {
+    return j < 0 ? parts.firsts + index * in.d : parts.sums + place(j) * in.d;
   }
-  __device__ __forceinline__ const ProductsTie* ties_of(int j) const {
-    return j < 0 ? first_ties : ties + int64_t{j} * rows * listed;
+  __device__ __forceinline__ const ProductsTie* ties(int j) const {
+    return parts.ties + (j < 0 ? index : in.n + place(j)) * parts.listed;
   }
 };
 
@@ -371,21 +372,26 @@ struct AlignedMemory {
 
 // The parts of a row together, each with the references that it has listed weighed by exact scores, and with
 // them all the others in its place beside other parts. By all threads of a block: this one has the elements
-// `at`, from `offset` on. most: the largest log2_weight; memory: shared.
+// `at`, from `offset` on. memory: shared.
 template <typename T, int WARPS, int VECTORS, typename Wait>
 __device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowState& row,
-                                                 const ProductsPieces& pieces, int count, double shift,
-                                                 double most, const Wait& wait, AlignedMemory<WARPS>& memory,
-                                                 int64_t offset, const int (&at)[VECTORS],
+                                                 const ProductsParts& parts, const ProductsRow& left,
+                                                 double shift, const Wait& wait, AlignedMemory<WARPS>& memory,
+                                                 int offset, const int (&at)[VECTORS],
                                                  const bool (&within)[VECTORS], double (&sum)[VECTORS][4]) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const ProductsPieces pieces{in, parts, left, row.index};
+  const int count = left.to - left.from;
   double* const exact = memory.exact;
+  double most = left.own.log2_weight;
+#pragma unroll 1
+  for (int j = 0; j < count; ++j) most = fmax(most, pieces.part(j).log2_weight);
   PartRow all{-INFINITY, 0, 0, 0, 0, 0};
 #pragma unroll 1
   for (int j = -1; j < count; ++j) {
     const PartRow part = pieces.part(j);
-    if (!(part.total > 0 && part.log2_weight > most - 80)) continue;
-    const ProductsTie* const ties = pieces.ties_of(j);
+    if (part.total == 0 || part.log2_weight <= most - 80) continue;
+    const ProductsTie* const ties = pieces.ties(j);
     int each = WARPS;  // warps for a reference
     while (each > 1 && each * part.ties > WARPS) each /= 2;
 #pragma unroll 1
@@ -412,7 +418,7 @@ __device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowStat
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
       float4 four = make_float4(0, 0, 0, 0);
-      if (within[v]) four = __ldcg(reinterpret_cast<const float4*>(pieces.sums_of(j) + at[v]));
+      if (within[v]) four = __ldcg(reinterpret_cast<const float4*>(pieces.sums(j) + offset + at[v]));
       own[v][0] = four.x, own[v][1] = four.y, own[v][2] = four.z, own[v][3] = four.w;
     }
 #pragma unroll 1
@@ -431,7 +437,7 @@ __device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowStat
     }
     wait();  // the scores are read
     const Joined joined = join(all, {aligned, total, 0, 0, 0, 0});
-    const bool alone = !(all.total > 0);
+    const bool alone = all.total == 0;
     all = alone ? PartRow{aligned, total, 0, 0, 0, 0} : joined.all;
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
@@ -903,8 +909,7 @@ struct Products {
     int place = 0;           // of the best in the list
   };
 
-  // Share k of a reference of the tile; at: its parity, or its letter. There are PRODUCTS_MOST_BLOCKS or
-  // WARPS.
+  // Share k of SHARES of a reference of the tile; at: its parity, or its letter.
   static constexpr int SHARES = CLUSTERED ? PRODUCTS_MOST_BLOCKS : WARPS;
   __device__ __forceinline__ float share_of(int at, int reference, int k, int my_row) const {
     if constexpr (CLUSTERED) {
@@ -1119,7 +1124,7 @@ struct Products {
     }
   }
 
-  // Of a row, in all its lanes; lanes as in `weigh`, the warps' shares to a lane each.
+  // Of a row, in all its lanes, which take the warps' shares.
   __device__ __forceinline__ ProductsFigures figures_of_block(const Segment<ROWS>& segment, int slot,
                                                               int my_row, bool present) const {
     static_assert(8 * ROWS <= 32 && WARPS == 16, "eight lanes for each row, or two times eight");
@@ -1295,10 +1300,10 @@ struct Products {
     __syncwarp();
   }
 
-  // Of the lanes of a row, as in `weigh`, one.
+  // One lane of each row.
   __device__ __forceinline__ static bool leads_row() { return (lane() & ~(8 * ROWS - 8)) == 0; }
 
-  // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
+  // A segment's end, by the warp that weighs.
   __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
                                          const Weighed& my) const {
     const RowState& row = segment.rows[present ? my_row : 0];
@@ -1429,7 +1434,7 @@ struct Products {
       const ProductsEnd& end = shared().ends[slot][r];
       double* const lse = static_cast<double*>(lse_of(in, row.index).data) + row.index;
       if (end.part.scale > 0) {
-        send_aligned(in, parts, layout, slot, r);
+        if (thread() == 0) parts.rows[row.index].next = shared().late, shared().late = row.index;
         continue;
       }
       send_home({parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + r,
@@ -1439,35 +1444,30 @@ struct Products {
     }
   }
 
-  // The same as send_home for a row whose weights may be wrong, see `merge_aligned`: the part that began last
-  // in this block. Rare, so its code is out of the way.
+  // The rows of another process whose weights may be wrong, when the block has done all else: a call where a
+  // row ends would have its caller keep in memory what a tile needs, and wait behind the copies for it.
+  __device__ __forceinline__ void send_late() const {
+    barrier();
+    for (int index = shared().late; index != NO_ROW; index = parts.rows[index].next)
+      send_aligned(in, parts, layout, index);
+  }
+  // From the row's parts to its mean, see `merge_aligned`, by all consumers.
   __device__ __noinline__ static void send_aligned(const Inputs& in, const ProductsParts& parts,
-                                                   const ProductsLayout& layout, int slot, int my_row) {
+                                                   const ProductsLayout& layout, int64_t index) {
     constexpr int VECTORS = 2;  // of a slice
     static_assert(HELD <= VECTORS * 4 * THREADS);
-    const Segment<ROWS>& segment = shared().announced.segments[slot];
-    const RowState& row = segment.rows[my_row];
-    const int slices = CLUSTERED ? layout.slices : 1, block = static_cast<int>(blockIdx.x);
-    const int rank = block % slices, offset = rank * layout.slice, count = segment.to - segment.from;
+    auto& memory = reinterpret_cast<AlignedMemory<WARPS>&>(shared().scores);
+    static_assert(sizeof(memory) <= sizeof(Shared::scores), "which nobody needs any more");
+    const int slices = CLUSTERED ? layout.slices : 1, rank = static_cast<int>(blockIdx.x) % slices;
+    const int offset = CLUSTERED ? rank * layout.slice : 0;
     const int length =
         CLUSTERED ? min(layout.slice, static_cast<int>(in.d) - offset) : static_cast<int>(in.d);
-    const int64_t next = int64_t{block / slices + 1} * ROWS + my_row;
-    auto& memory = reinterpret_cast<AlignedMemory<WARPS>&>(shared().scores);
-    static_assert(sizeof(memory) <= sizeof(Shared::scores), "which nobody needs between segments");
-    const ProductsPieces pieces{shared().ends[slot][my_row].part,
-                                parts.others + next,
-                                parts.firsts + row.index * in.d + offset,
-                                parts.sums + next * in.d + offset,
-                                shared().ties[my_row],
-                                parts.ties + (in.n + next) * parts.listed,
-                                in.d,
-                                ROWS,
-                                parts.listed};
-    await_parts(parts.ready + (block / slices + 1) * slices, count, slices, rank);
-    double square = 0, shift = 0, most = pieces.first.log2_weight;
-    const float* const x = static_cast<const float*>(row.x) + row.index * in.d;
-#pragma unroll 1
-    for (int j = 0; j < count; ++j) most = fmax(most, pieces.part(j).log2_weight);
+    const ProductsRow left = parts.rows[index];
+    await_parts(parts.ready + (left.from + 1) * slices, left.to - left.from, slices, rank);
+    RowState row;
+    set_row(in, index, row);
+    double square = 0;
+    const float* const x = static_cast<const float*>(row.x) + index * in.d;
 #pragma unroll 1
     for (int e = thread(); e < in.d; e += THREADS)
       square = fma(static_cast<double>(x[e]), static_cast<double>(x[e]), square);
@@ -1475,8 +1475,8 @@ struct Products {
     barrier();  // what was there before is read
     if (lane() == 0) memory.shares[warp()] = square;
     barrier();
+    double shift = 0;
     for (int w = 0; w < WARPS; ++w) shift += memory.shares[w];
-    shift *= row.per_square;
     barrier();
     int at[VECTORS];
     bool within[VECTORS];
@@ -1484,10 +1484,10 @@ struct Products {
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) at[v] = 4 * (thread() + v * THREADS), within[v] = at[v] < length;
     const auto wait = [] { barrier(); };
-    const PartRow all =
-        merge_aligned<T, WARPS>(in, row, pieces, count, shift, most, wait, memory, offset, at, within, sum);
+    const PartRow all = merge_aligned<T, WARPS>(in, row, parts, left, shift * row.per_square, wait, memory,
+                                                offset, at, within, sum);
     const double by = 1 / all.total;
-    float* const to = static_cast<float*>(row.out) + row.index * in.d + offset;
+    float* const to = static_cast<float*>(row.out) + index * in.d + offset;
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
       if (within[v])
@@ -1495,8 +1495,7 @@ struct Products {
             make_float4(static_cast<float>(by * sum[v][0]), static_cast<float>(by * sum[v][1]),
                         static_cast<float>(by * sum[v][2]), static_cast<float>(by * sum[v][3]));
     }
-    if (rank == 0 && thread() == 0)
-      static_cast<double*>(lse_of(in, row.index).data)[row.index] = lse_of_row(in, all);
+    if (rank == 0 && thread() == 0) static_cast<double*>(lse_of(in, index).data)[index] = lse_of_row(in, all);
   }
 
   __device__ __forceinline__ void store_sums(Mine& mine, const Segment<ROWS>& segment, int slot,
@@ -1649,6 +1648,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       for (int piece = 0; piece < Kernel::PIECES; ++piece) init_barrier(&shared.full[s][piece], 1);
       init_barrier(&shared.empty[s], Kernel::WARPS);
     }
+    shared.late = NO_ROW;
     shared.announced.init(Kernel::WARPS + (CLUSTERED ? 2 : 1));
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
@@ -1670,6 +1670,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     if (layout.own_list && threadIdx.x < BULK_PRODUCERS)
       prefetch_references(in, *scratch, kernel.place(), kernel.teams, kernel.team, threadIdx.x);
     kernel.consume();
+    if constexpr (PARTS) kernel.send_late();
   } else {
     give_up_registers<PRODUCTS_PRODUCER_REGISTERS>();
     if (layout.own_list) {
