@@ -1648,7 +1648,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       for (int piece = 0; piece < Kernel::PIECES; ++piece) init_barrier(&shared.full[s][piece], 1);
       init_barrier(&shared.empty[s], Kernel::WARPS);
     }
-    shared.late = NO_ROW;
+    if constexpr (PARTS) shared.late = NO_ROW;
     shared.announced.init(Kernel::WARPS + (CLUSTERED ? 2 : 1));
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
