@@ -1444,16 +1444,19 @@ struct Products {
     }
   }
 
-  // The rows of another process whose weights may be wrong, when the block has done all else: a call where a
-  // row ends would have its caller keep in memory what a tile needs, and wait behind the copies for it.
-  __device__ __forceinline__ void send_late() const {
+  // The rows of another process whose weights may be wrong, when the block, or its cluster, has done all
+  // else: a call where a row ends would have its caller keep in memory what a tile needs, and wait behind the
+  // copies for it.
+  __device__ __noinline__ static void send_late(const Inputs& in, const ProductsParts& parts,
+                                                const ProductsLayout& layout) {
     barrier();
+#pragma unroll 1
     for (int index = shared().late; index != NO_ROW; index = parts.rows[index].next)
       send_aligned(in, parts, layout, index);
   }
   // From the row's parts to its mean, see `merge_aligned`, by all consumers.
-  __device__ __noinline__ static void send_aligned(const Inputs& in, const ProductsParts& parts,
-                                                   const ProductsLayout& layout, int64_t index) {
+  __device__ __forceinline__ static void send_aligned(const Inputs& in, const ProductsParts& parts,
+                                                      const ProductsLayout& layout, int64_t index) {
     constexpr int VECTORS = 2;  // of a slice
     static_assert(HELD <= VECTORS * 4 * THREADS);
     auto& memory = reinterpret_cast<AlignedMemory<WARPS>&>(shared().scores);
@@ -1579,6 +1582,7 @@ struct Products {
     int slot = 0, slot_phase = 0;
     int scores = 0, weights = 0;  // tiles so far, of which two are told apart
     bool awaits = PARTS && parts.home.awaits_x;
+    if (PARTS && thread() == 0) shared().late = NO_ROW;
     for (;;) {
       wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
@@ -1648,7 +1652,6 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       for (int piece = 0; piece < Kernel::PIECES; ++piece) init_barrier(&shared.full[s][piece], 1);
       init_barrier(&shared.empty[s], Kernel::WARPS);
     }
-    if constexpr (PARTS) shared.late = NO_ROW;
     shared.announced.init(Kernel::WARPS + (CLUSTERED ? 2 : 1));
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
@@ -1670,7 +1673,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     if (layout.own_list && threadIdx.x < BULK_PRODUCERS)
       prefetch_references(in, *scratch, kernel.place(), kernel.teams, kernel.team, threadIdx.x);
     kernel.consume();
-    if constexpr (PARTS) kernel.send_late();
+    if constexpr (PARTS && !CLUSTERED) Kernel::send_late(in, parts, layout);
   } else {
     give_up_registers<PRODUCTS_PRODUCER_REGISTERS>();
     if (layout.own_list) {
@@ -1713,6 +1716,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     __syncwarp();
     meet_cluster();
   }
+  if (PARTS && CLUSTERED && Kernel::thread() < GROUPS_CONSUMERS) Kernel::send_late(in, parts, layout);
   if (!PARTS || !parts.home.merged) return;
   Header* const own = reinterpret_cast<Header*>(parts.home.mailbox);
   if (is_last_block(own, gridDim.x, &shared.is_last) && threadIdx.x < in.parts)
