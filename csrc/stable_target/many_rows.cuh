@@ -11,7 +11,7 @@
 //  * place: the other rows are dense, and rows of long lists where they fill the last tile up
 //  * where dense rows were not expected: gather: they come together in the first places, where most of them
 //    are already; score: adds y_lo.d
-//  * review: of dense rows whose scores are large for their digits, those of most weight go to a list
+//  * review: of dense rows whose scores are large for their digits, references of most weight go to a list
 //  * weights, dense rows: p_j to 22 bits, as two halves, in those places
 //  * sum, dense rows: sum_j p_j d_j
 //  * merge: references of lists are scored and summed, while sums are under way where these leave
@@ -41,7 +41,7 @@ struct ManyFacts {
   int dense;                   // rows that are dense in this round,
   int late;                    // of which so many lack y_lo.d
   int early;                   // rows of the pass expected to be dense, see early_rows
-  int reviewed;                // dense rows of this round whose scores are large for their digits
+  int reviewed;                // dense rows of this round that want a review
   int splits, narrow_splits;   // of the sums, see ManySums
 };
 
@@ -81,7 +81,7 @@ struct Many {
   int* survivors;        // (rows, MANY_SURVIVORS)
   int* counts;           // (rows,) of them; more than the list holds: all that may matter
   int* fills;            // (rows,) the same, 0 for lists that must stay ones
-  int* doubtful;         // (rows,) whether a dense row's scores want a review
+  int* review_most;      // (rows,) references at most that a review of a dense row lists; 0: none
   int* listed;           // (rows,) whether a dense row's list is in its sums
   int* places;           // (rows,) among the dense rows; -1: not dense
   double* totals;        // (rows, WEIGHT_UNITS) of the weights of dense rows in this round
