@@ -133,9 +133,14 @@ __device__ inline void bulk_copy(void* shared, const void* global, uint32_t byte
       "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy) : "memory");
 }
 
-// Four bytes to shared memory, without waiting; and until all that this thread has begun are there.
+// Four bytes to shared memory, or sixteen, aligned to that, without waiting; and until all that this thread
+// has begun are there.
 __device__ inline void copy_async(float* shared, const float* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global)
+               : "memory");
+}
+__device__ inline void copy_async(float4* shared, const float* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
                : "memory");
 }
 __device__ inline void wait_copies() {

@@ -234,12 +234,13 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
 
 // Blocks to a multiprocessor: of few rows, of many.
 constexpr int END_THREADS = 128, END_FEW_BLOCKS = 4, END_BLOCKS = 1024 / END_THREADS;
+constexpr unsigned WARP = 0xffffffffu;
 
 // The results of an own row over the elements `at`, from its mean over this part and those that the others
 // have left in the mailbox, when these are there. All threads.
 template <int VECTORS>
 __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& home, int64_t row, double lse,
-                                              const int64_t (&at)[VECTORS], const bool (&within)[VECTORS],
+                                              const int (&at)[VECTORS], const bool (&within)[VECTORS],
                                               const float4 (&x)[VECTORS], float4 (&mean)[VECTORS]) {
   const int q = static_cast<int>(threadIdx.x);
   const double t = clamp_time(load_as<double>(in.time_or_alpha, in.part * in.rows_each + row));
@@ -289,172 +290,254 @@ __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& ho
   }
 }
 
+// A row that products_kernel has left in parts.
+struct EndingRow {
+  const ProductsParts& parts;
+  const ProductsRow& left;
+  const int others, d;  // others: parts beside the first; negative: nothing to read
+  const int64_t to_next = int64_t{d} * parts.unit_rows;  // from a part's sums
+
+  __device__ __forceinline__ int64_t place(int j) const {
+    return int64_t{left.from + 1 + j} * parts.unit_rows + left.row;
+  }
+  __device__ __forceinline__ double2 weights(int j) const {  // log2_weight, total
+    return __ldcg(reinterpret_cast<const double2*>(&parts.others[place(j)].log2_weight));
+  }
+  __device__ __forceinline__ const float* sums(int j) const { return parts.sums + place(j) * d; }
+};
+
+// The score of a row's source, in units of log 2, by all threads.
+__device__ __forceinline__ double score_of_source(const Inputs& in, int64_t index, double* scratch) {
+  const float* const x = static_cast<const float*>(in.x.data) + index * in.d;
+  const float* const source = static_cast<const float*>(in.source.data) + index * in.d;
+  const Row row = row_coefficients(in, index);
+  double score = 0, square = 0;
+  for (int64_t i = threadIdx.x; i < in.d; i += END_THREADS) {
+    const double s = source[i], y = row.sign * x[i];
+    score = fma(fma(-0.5 * row.alpha, s, y), s, score);
+    square = fma(y, y, square);
+  }
+  score = row.rate() * fma(score, 0.0, score);  // what is not finite becomes NaN
+  if (in.lse.data || in.labels[index] < 0) score -= 0.5 * square / (row.sigma * row.sigma);
+  return LOG2_E * block_sum<double>(score, scratch);
+}
+
+// What a row's parts weigh beside the heaviest. Each warp finds that for itself, the first part and NEAR
+// others by a lane for each; the weights of those beyond are in shared memory.
+constexpr int NEAR = 31;
+struct RowWeights {
+  double top, total;    // log2_weight of the heaviest; sum over all that they hold
+  double mine, source;  // of the lane's part; of the row's source
+};
+
+template <bool SOURCE>
+__device__ __forceinline__ RowWeights weigh_parts(const Inputs& in, int64_t index, const EndingRow& row,
+                                                  double* far, double* scratch) {
+  const PartRow& first = row.left.own;
+  if (row.others < 0) return {first.log2_weight, NAN, 1, 0};
+  if (!SOURCE && row.others == 0) return {first.log2_weight, first.total, 1, 0};
+  const int part = static_cast<int>(threadIdx.x) % 32 - 1;
+  double2 mine = make_double2(-INFINITY, 0);
+  if (part < 0) {
+    mine = make_double2(first.log2_weight, first.total);
+  } else if (part < row.others) {
+    mine = row.weights(part);
+  }
+  const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
+  double top = mine.x, source = 0;
+  if constexpr (SOURCE) {  // a part like any other
+    source = score_of_source(in, index, scratch);
+    top = greater(top, source);
+  }
+#pragma unroll 1
+  for (int j = NEAR + 1 + part; j < row.others; j += 32) top = greater(top, row.weights(j).x);
+#pragma unroll 1
+  for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(WARP, top, hop));
+  const double weight = power(mine.x - top);
+  double total = weight * mine.y;
+#pragma unroll 1
+  for (int j = NEAR + 1 + part; j < row.others; j += 32) {
+    const double2 its = row.weights(j);
+    far[j] = power(its.x - top);
+    total = fma(far[j], its.y, total);
+  }
+#pragma unroll 1
+  for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(WARP, total, hop);
+  if constexpr (SOURCE) source = power(source - top), total += source;
+  return {top, total, weight, source};
+}
+
+// Four elements of a row's sum over its parts.
+template <typename Sum>
+struct FourSums {
+  Sum v[4] = {};
+
+  __device__ __forceinline__ void add(Sum weight, float4 part) {
+    v[0] = fma(weight, static_cast<Sum>(part.x), v[0]), v[1] = fma(weight, static_cast<Sum>(part.y), v[1]);
+    v[2] = fma(weight, static_cast<Sum>(part.z), v[2]), v[3] = fma(weight, static_cast<Sum>(part.w), v[3]);
+  }
+  // a x + by sum; the sum by itself
+  __device__ __forceinline__ float4 result(double a, float4 x, double by) const {
+    return make_float4(static_cast<float>(fma(a, static_cast<double>(x.x), by * v[0])),
+                       static_cast<float>(fma(a, static_cast<double>(x.y), by * v[1])),
+                       static_cast<float>(fma(a, static_cast<double>(x.z), by * v[2])),
+                       static_cast<float>(fma(a, static_cast<double>(x.w), by * v[3])));
+  }
+  __device__ __forceinline__ float4 mean(double by) const {
+    return make_float4(static_cast<float>(by * v[0]), static_cast<float>(by * v[1]),
+                       static_cast<float>(by * v[2]), static_cast<float>(by * v[3]));
+  }
+};
+
+// The threads of a block take LANES by LANES shares of the parts: to the first of them the sum over all.
+template <int LANES, int VECTORS, typename Sum>
+__device__ __forceinline__ void add_shares(FourSums<Sum> (&sum)[VECTORS]) {
+  constexpr int SHARES = END_THREADS / LANES;
+  __shared__ Sum sums[SHARES][VECTORS][LANES][4];
+  const int lane = threadIdx.x % LANES, share = threadIdx.x / LANES;
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    for (int k = 0; k < 4; ++k) sums[share][v][lane][k] = sum[v].v[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    for (int k = 0; k < 4; ++k) {
+      for (int other = 1; other < SHARES; ++other) sum[v].v[k] += sums[other][v][lane][k];
+    }
+  }
+}
+
+template <int LANES, int VECTORS>
+__host__ __device__ __forceinline__ unsigned chunks_of_row(const Inputs& in) {
+  return ceil_div(static_cast<unsigned>(in.d), 4u * LANES * VECTORS);
+}
+
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
 // take LANES by LANES shares of the parts. MERGES: the result is over the parts of all processes. WAITED: for
-// products_kernel, else that comes here, after what does not depend on it.
-template <int LANES, int VECTORS, bool MERGES, bool WAITED>
-__device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& parts, int64_t row,
-                                        int64_t chunk) {
+// products_kernel, else that comes here, after what does not depend on it. What comes while the parts are
+// weighed is parked in shared memory: there are no registers for it, and a spill would wait for each load.
+// The code, too, comes from memory: rows of one part or two, most of them, run straight through little of it.
+template <int LANES, int VECTORS, bool MERGES, bool SOURCE, bool WAITED>
+__device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& parts, unsigned row,
+                                        unsigned chunk) {
   constexpr int SHARES = END_THREADS / LANES;
   static_assert(!MERGES || SHARES == 1, "a thread has all of its elements");
   using Sum = std::conditional_t<(SHARES > 1), float, double>;  // few rows wait for its latency
+  using Parked = float4[VECTORS][END_THREADS];                  // each thread its own
   extern __shared__ double weights[];                           // (blocks,) of the row's other parts
   __shared__ double scratch[33];
-  __shared__ Sum sums[SHARES][VECTORS][LANES][4];
-  const int64_t index = row + in.part * in.rows_each;
-  const int lane = threadIdx.x % LANES, share = threadIdx.x / LANES;
-  const float* const x = static_cast<const float*>(in.x.data) + index * in.d;  // parts give means: a = 0
-  int64_t at[VECTORS];
+  __shared__ Parked x, first, early;  // early: of the first part that a thread adds
+  const int64_t index = row + in.part * in.rows_each, from = index * in.d;
+  const int d = static_cast<int>(in.d), tid = static_cast<int>(threadIdx.x);
+  const int lane = SHARES > 1 ? tid % LANES : tid, share = SHARES > 1 ? tid / LANES : 0;
+  int at[VECTORS];
   bool within[VECTORS];
-  float4 mine[VECTORS], first[VECTORS];
 #pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
-    at[v] = 4 * ((chunk * VECTORS + v) * LANES + lane), within[v] = at[v] < in.d;
-    mine[v] = first[v] = make_float4(0, 0, 0, 0);
-    if (MERGES && within[v]) mine[v] = *reinterpret_cast<const float4*>(parts.home.x + row * in.d + at[v]);
-    if (within[v] && share == 0 && !in.mailboxes) mine[v] = *reinterpret_cast<const float4*>(x + at[v]);
+  for (int v = 0; v < VECTORS; ++v)
+    at[v] = static_cast<int>(4 * ((chunk * VECTORS + v) * LANES + lane)), within[v] = at[v] < d;
+  const auto park = [&](Parked& to, const float* its) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (within[v]) copy_async(&to[v][tid], its + at[v]);
+    }
+  };
+  if (MERGES) {
+    park(x, parts.home.x + row * in.d);
+  } else if (in.mailboxes) {  // a mean: a = 0
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) x[v][tid] = make_float4(0, 0, 0, 0);
+  } else if (share == 0) {
+    park(x, static_cast<const float*>(in.x.data) + from);
   }
   if (!WAITED) wait_for_previous_launch();
-#pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
-    if (within[v] && share == 0)
-      first[v] = __ldcg(reinterpret_cast<const float4*>(parts.firsts + index * in.d + at[v]));
-  }
+  if (share == 0) park(first, parts.firsts + from);
   const ProductsRow left = parts.rows[index];
-  const int others = left.to - left.from;  // negative: nothing to read
-  const auto part_of = [&](int j) { return (left.from + 1 + j) * parts.unit_rows + left.row; };
-  const auto load_other = [&](int j) {
-    const PartRow* const from = parts.others + part_of(j);
-    const double2 weights = __ldcg(reinterpret_cast<const double2*>(&from->log2_weight));
-    return PartRow{weights.x, weights.y, 0, 0};
+  const EndingRow ending{parts, left, left.to - left.from, d};
+  const int others = ending.others;
+  const float* part = ending.sums(share);  // of those that this thread adds, every SHARES-th
+  if (share < others) park(early, part);
+  const RowWeights its = weigh_parts<SOURCE>(in, index, ending, weights, scratch);
+  const Sum mine = static_cast<Sum>(its.mine), by_first = __shfl_sync(WARP, mine, 0);
+  const auto weight_of = [&](int j) {  // of no other part: any
+    const Sum near = __shfl_sync(WARP, mine, min(j, NEAR - 1) + 1);
+    return j < NEAR || j >= others ? near : static_cast<Sum>(weights[j]);
   };
-  const auto load_sums = [&](int j, int v) {
-    return __ldcg(reinterpret_cast<const float4*>(parts.sums + part_of(j) * in.d + at[v]));
-  };
-  float4 early[VECTORS];  // of the first part that this thread adds: its weight takes a while
-#pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
-    early[v] = make_float4(0, 0, 0, 0);
-    if (within[v] && share < others) early[v] = load_sums(share, v);
-  }
-  // Each warp weighs the parts, the first and up to 31 others by a lane for each.
-  const int part = threadIdx.x % 32 - 1;
-  constexpr int NEAR = 31;
-  PartRow all = left.own;
-  if (others < 0) all.total = NAN;
-  double weight = 1, by_source = 0;
-  const float* source = nullptr;
-  if (in.source.data && others >= 0) source = static_cast<const float*>(in.source.data) + index * in.d;
-  if (others > 0 || source) {
-    PartRow mine{-INFINITY, 0, 0, 0};
-    if (part < 0) {
-      mine = left.own;
-    } else if (part < others) {
-      mine = load_other(part);
-    }
-    const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
-    double top = mine.log2_weight;
-    if (source) {  // a part like any other
-      const Row row = row_coefficients(in, index);
-      double score = 0, square = 0;
-      for (int64_t i = threadIdx.x; i < in.d; i += END_THREADS) {
-        const double s = source[i], y = row.sign * x[i];
-        score = fma(fma(-0.5 * row.alpha, s, y), s, score);
-        square = fma(y, y, square);
-      }
-      score = row.rate() * fma(score, 0.0, score);  // what is not finite becomes NaN
-      if (in.lse.data || in.labels[index] < 0) score -= 0.5 * square / (row.sigma * row.sigma);
-      by_source = LOG2_E * block_sum<double>(score, scratch);
-      top = greater(top, by_source);
-    }
-#pragma unroll 1
-    for (int j = NEAR + 1 + part; j < others; j += 32) top = greater(top, load_other(j).log2_weight);
-#pragma unroll 1
-    for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(0xffffffffu, top, hop));
-    weight = power(mine.log2_weight - top);
-    double total = weight * mine.total;
-#pragma unroll 1
-    for (int j = NEAR + 1 + part; j < others; j += 32) {
-      const PartRow far = load_other(j);
-      weights[j] = power(far.log2_weight - top);
-      total = fma(weights[j], far.total, total);
-    }
-#pragma unroll 1
-    for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(0xffffffffu, total, hop);
-    if (source) by_source = power(by_source - top);
-    all.log2_weight = top, all.total = total + by_source;
-  }
-  const Sum mine_by = static_cast<Sum>(weight), by_first = __shfl_sync(0xffffffffu, mine_by, 0);
   if (others > NEAR) __syncthreads();
-  const double by = (MERGES ? 1 : left.b) / all.total;
-  const Array out = out_of(in, index);
+  FourSums<Sum> sum[VECTORS];
+  wait_copies();
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    Sum sum[4] = {by_first * first[v].x, by_first * first[v].y, by_first * first[v].z, by_first * first[v].w};
-    const auto add = [&](Sum weight, float4 four) {
-      sum[0] = fma(weight, static_cast<Sum>(four.x), sum[0]);
-      sum[1] = fma(weight, static_cast<Sum>(four.y), sum[1]);
-      sum[2] = fma(weight, static_cast<Sum>(four.z), sum[2]);
-      sum[3] = fma(weight, static_cast<Sum>(four.w), sum[3]);
-    };
-#pragma unroll 4
-    for (int first = 0; first < others; first += SHARES) {
-      const int j = first + share;
-      const Sum near = __shfl_sync(0xffffffffu, mine_by, min(j, NEAR - 1) + 1);
-      if (within[v] && j < others)
-        add(j < NEAR ? near : static_cast<Sum>(weights[j]), first == 0 ? early[v] : load_sums(j, v));
-    }
-    if (SHARES > 1) {
-      for (int k = 0; k < 4; ++k) sums[share][v][lane][k] = sum[k];
-      __syncthreads();
-      for (int k = 0; k < 4; ++k) {
-        for (int other = 1; other < SHARES; ++other) sum[k] += sums[other][v][lane][k];
-      }
-    }
-    if (!within[v] || share > 0) continue;
-    if (source) add(static_cast<Sum>(by_source), *reinterpret_cast<const float4*>(source + at[v]));
-    if constexpr (MERGES) {
-      early[v] = make_float4(static_cast<float>(by * sum[0]), static_cast<float>(by * sum[1]),
-                             static_cast<float>(by * sum[2]), static_cast<float>(by * sum[3]));
-      continue;
-    }
-    *reinterpret_cast<float4*>(static_cast<float*>(out.data) + index * in.d + at[v]) =
-        make_float4(static_cast<float>(fma(left.a, static_cast<double>(mine[v].x), by * sum[0])),
-                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].y), by * sum[1])),
-                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].z), by * sum[2])),
-                    static_cast<float>(fma(left.a, static_cast<double>(mine[v].w), by * sum[3])));
+    if (within[v] && share == 0) sum[v].add(by_first, first[v][tid]);
   }
+  if (others > 0) {
+    const Sum by = weight_of(share);
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (within[v] && share < others) sum[v].add(by, early[v][tid]);
+    }
+  }
+#pragma unroll(SHARES > 1 ? 4 : 1)
+  for (int so_far = SHARES; so_far < others; so_far += SHARES) {
+    const int j = so_far + share;
+    const Sum by = weight_of(j);
+    part += ending.to_next * SHARES;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (within[v] && j < others) sum[v].add(by, __ldcg(reinterpret_cast<const float4*>(part + at[v])));
+    }
+  }
+  if constexpr (SHARES > 1) add_shares<LANES>(sum);
+  if constexpr (SOURCE) {
+    const float* const source = static_cast<const float*>(in.source.data) + from;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (within[v] && share == 0 && others >= 0)
+        sum[v].add(static_cast<Sum>(its.source), *reinterpret_cast<const float4*>(source + at[v]));
+    }
+  }
+  const double by = (MERGES ? 1 : left.b) / its.total;
+  const PartRow all{its.top, its.total, 0, 0};
   if constexpr (MERGES) {
     const double lse = others < 0 ? lse_of_nothing(in, index) : lse_of_row(in, all);
-    merge_at_home<VECTORS>(in, parts.home, row, lse, at, within, mine, early);
+    float4 own[VECTORS], mean[VECTORS];
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) own[v] = x[v][tid], mean[v] = sum[v].mean(by);
+    merge_at_home<VECTORS>(in, parts.home, row, lse, at, within, own, mean);
   } else {
-    if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
+    float* const out = static_cast<float*>(out_of(in, index).data) + from;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (within[v] && share == 0)
+        *reinterpret_cast<float4*>(out + at[v]) = sum[v].result(left.a, x[v][tid], by);
+    }
+    if (in.lse.data && chunk == 0 && tid == 0) write_lse(in, index, all);
   }
 }
 
 // Grid: rows, those of this process, x chunks of D.
-template <int LANES, int VECTORS, bool MERGES>
+template <int LANES, int VECTORS, bool MERGES, bool SOURCE>
 __global__ void __launch_bounds__(END_THREADS, LANES < END_THREADS ? END_FEW_BLOCKS : END_BLOCKS)
     end_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
-  const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS);
-  end_row<LANES, VECTORS, MERGES, false>(in, parts, blockIdx.x / chunks, blockIdx.x % chunks);
+  const unsigned chunks = chunks_of_row<LANES, VECTORS>(in);
+  end_row<LANES, VECTORS, MERGES, SOURCE, false>(in, parts, blockIdx.x / chunks, blockIdx.x % chunks);
 }
 
 // Of many rows, most of which have ended. Grid: any.
 template <int LANES, int VECTORS>
 __global__ void __launch_bounds__(END_THREADS, END_BLOCKS)
     end_open_kernel(const __grid_constant__ Inputs in, const __grid_constant__ ProductsParts parts) {
-  const int64_t chunks = ceil_div(in.d, 4 * LANES * VECTORS), all = in.n * chunks;
+  const unsigned chunks = chunks_of_row<LANES, VECTORS>(in), all = static_cast<unsigned>(in.n) * chunks;
   wait_for_previous_launch();
 #pragma unroll 1
-  for (int64_t first = blockIdx.x; first < all; first += 32 * gridDim.x) {
-    const int64_t mine = first + threadIdx.x % 32 * gridDim.x;
+  for (unsigned first = blockIdx.x; first < all; first += 32 * gridDim.x) {
+    const unsigned mine = first + threadIdx.x % 32 * gridDim.x;
     bool open = mine < all;
     if (open) open = parts.rows[mine / chunks].to - parts.rows[mine / chunks].from != ROW_HAS_ENDED;
 #pragma unroll 1
-    for (unsigned left = __ballot_sync(0xffffffffu, open); left != 0; left &= left - 1) {
-      const int64_t one = first + (__ffs(left) - 1) * int64_t{gridDim.x};
-      end_row<LANES, VECTORS, false, true>(in, parts, one / chunks, one % chunks);
+    for (unsigned left = __ballot_sync(WARP, open); left != 0; left &= left - 1) {
+      const unsigned one = first + (__ffs(left) - 1) * gridDim.x;
+      end_row<LANES, VECTORS, false, false, true>(in, parts, one / chunks, one % chunks);
       __syncthreads();  // weights are read
     }
   }
@@ -463,12 +546,14 @@ __global__ void __launch_bounds__(END_THREADS, END_BLOCKS)
 template <int LANES, int VECTORS>
 bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                    cudaStream_t stream) {
-  const int64_t grid = (in.mailboxes ? in.rows_each : in.n) * ceil_div(in.d, 4 * LANES * VECTORS);
+  const int64_t grid = (in.mailboxes ? in.rows_each : in.n) * chunks_of_row<LANES, VECTORS>(in);
   if (LANES < END_THREADS && (grid > END_FEW_BLOCKS * blocks || parts.home.merged)) return false;
   constexpr bool MERGES = LANES == END_THREADS;
-  launch_following(
-      op, true, parts.home.merged ? end_kernel<LANES, VECTORS, MERGES> : end_kernel<LANES, VECTORS, false>,
-      dim3(static_cast<unsigned>(grid)), END_THREADS, blocks * sizeof(double), stream, in, parts);
+  const auto kernel = parts.home.merged ? end_kernel<LANES, VECTORS, MERGES, false>  // have no source
+                      : in.source.data  ? end_kernel<LANES, VECTORS, false, true>
+                                        : end_kernel<LANES, VECTORS, false, false>;
+  launch_following(op, true, kernel, dim3(static_cast<unsigned>(grid)), END_THREADS, blocks * sizeof(double),
+                   stream, in, parts);
   return true;
 }
 
