@@ -244,7 +244,8 @@ def test_every_multiprocessor_has_a_part_of_a_class_bank():
         (257, 4096, 1001, 4),
         (2048, 2048, 1001, 4),
         (256, 4096, 128, 4),
-        (256, 4096, 129, 2),
+        (256, 4096, 320, 4),
+        (256, 4096, 350, 2),
         (257, 1024, 1001, 2),
         (2048, 1024, 1001, 4),
         (256, 1024, 32, 4),
@@ -258,6 +259,27 @@ def test_many_rows_of_class_banks_share_a_pass_by_four(n, d, k, rows):
     assert plan["products"]
     assert plan["tile_rows"] == rows
     assert info.plan(n, 256, d, k, refs_dtype=torch.bfloat16, **H100)["tile_rows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d", "k", "rows"),
+    [
+        (256, 1000, 4096, 501, 4),
+        (256, 512, 4096, 501, 4),
+        (256, 512, 4096, 1001, 2),
+        (64, 4096, 4096, 65, 4),
+        (32, 4096, 4096, 17, 2),
+        (64, 256, 4096, 17, 2),
+        (256, 1000, 2048, 201, 4),
+        (256, 1024, 2048, 501, 2),
+    ],
+)
+def test_rows_of_long_classes_share_a_pass_by_four(n, m, d, k, rows):
+    """Where reading a class again costs more than such units do, and the list of units leaves them room."""
+    plan = info.plan(n, m, d, k, **H100)
+    assert plan["products"]
+    assert (plan["tile_rows"], plan["deal"]) == (rows, rows == 4)
+    assert plan["smem_bytes"] <= info.DEVICES["h100"].smem_limit
 
 
 def test_before_hopper_a_class_bank_keeps_64_kilobytes_a_tile_in_flight_twice():

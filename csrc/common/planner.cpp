@@ -122,18 +122,25 @@ int64_t products_slices(int64_t least) {
   return slices;
 }
 
-// Bytes of a class from which on units that share it are dealt out, by groups of many warps and in clusters.
-// On an H100, 256 rows of 301 classes of 256: float32 297 to 275 us, D 16,384 607 to 570, 8,192 (of 501) 321
-// to 307. The list takes 2 to 3 us longer to make (256 x 1,001 x 256 x 4,096 float16 164 to 166, D 1,024 74
-// to 77), and a team of the grid begins 3 to 7 later, so not there; but on the matrix units always where a
-// launch of its own makes the list: 1,024 rows 561 to 512 us.
+int64_t class_bytes(const Problem& p) {
+  return p.m * p.d * p.refs_size;
+}
+
+// Bytes of a class from which on units that share it are dealt out, by groups of many warps, in clusters, and
+// of bfloat16. On an H100, 256 rows of 301 classes of 256: float32 297 to 275 us, D 16,384 607 to 570, 8,192
+// (of 501) 321 to 307; on an H200 bfloat16, 301 classes of 1,000 x 4,096, 451 to 431. The list takes 2 to 3
+// us longer to make (256 x 1,001 x 256 x 4,096 float16 164 to 166, D 1,024 74 to 77), and a team of the grid
+// begins 3 to 7 later, so not there; but on the matrix units always where a launch of its own makes the list
+// (1,024 rows 561 to 512 us) or units have four rows.
 constexpr int64_t DEALT_BYTES = int64_t{4} << 20;
 
 bool deals_units(const Problem& p, const BulkTile& tile, int rows, bool own_list, int64_t slices,
                  int64_t teams) {
-  if (!p.has_labels || p.shared_rows || p.n < teams) return false;  // else no team could have a whole unit
-  const bool large = p.m * p.d * p.refs_size >= DEALT_BYTES;
-  if (tile.products()) return !own_list || rows > PRODUCTS_ROWS || (slices > 1 && large);
+  if (!p.has_labels || p.shared_rows) return false;
+  if (tile.products() && rows > PRODUCTS_ROWS) return true;
+  if (p.n < teams) return false;  // no team could have a whole unit
+  const bool large = class_bytes(p) >= DEALT_BYTES;
+  if (tile.products()) return !own_list || (large && (slices > 1 || p.refs_bf16));
   return slices == 1 && tile.group >= GROUPS_DEALT && large;
 }
 
@@ -141,11 +148,21 @@ bool deals_units(const Problem& p, const BulkTile& tile, int rows, bool own_list
 // 1,001 x 256 x 4,096: 880 us with two, 740 with four, 1,024 rows 516 and 493. On an H200 256 rows of 10 and
 // of 100 classes 85 to 66 and 102 to 89; with D 1,024, where a tile waits for its weights rather than for
 // memory, 47 to 42 and 52 to 55, 2,048 rows of 1,001 classes 250 to 209, 512 rows 92 to 97.
+//
+// Such units take 6 to 10 us more to begin and to end, and save reading a class again, which pays where rows
+// have many bytes and few classes. On an H100, 256 rows, 4,096 elements: 301 classes of 256 154 to 147 us,
+// 501 of 512 and of 1,000 305 to 294 and 589 to 557, 301 of 1,000 589 to 502, 64 rows of 65 classes of 4,096
+// 605 to 529; but 501 of 256 155 to 159, 1,001 of 256 and of 512 165 to 171 and 314 to 319, 64 rows of 101
+// classes 50 to 57, 16 rows 29 to 39.
+constexpr int64_t MANY_ROWS_BYTES = 400'000'000, MANY_ROWS_CLASS_BYTES = 1'600'000;
+
 int products_rows(const Problem& p, bool own_list, int64_t slices, int64_t teams) {
-  if (p.refs_bf16 || slices > 1 || p.shared_rows || p.n < teams) return PRODUCTS_ROWS;
-  const int64_t each = p.n / groups(p);  // rows of a class
+  if (p.refs_bf16 || slices > 1 || p.shared_rows) return PRODUCTS_ROWS;
+  const int64_t each = p.n / groups(p), bytes = p.n * class_bytes(p);  // rows of a class
+  const bool heavy = p.d > 1024 && p.n > WARP_LIST_ROWS && bytes >= MANY_ROWS_BYTES &&
+                     bytes >= MANY_ROWS_CLASS_BYTES * groups(p);
   const bool many = p.d > 1024 ? !own_list || each >= 2 : each >= (own_list ? 8 : 2);
-  return many ? PRODUCTS_MANY_ROWS : PRODUCTS_ROWS;
+  return heavy || (many && p.n >= teams) ? PRODUCTS_MANY_ROWS : PRODUCTS_ROWS;
 }
 
 // Measured on an H100, 256 rows x 1,001 classes x 256 x 4,096: 173 us, where groups of warps take 207, with
@@ -175,16 +192,20 @@ bool plan_bulk(const Problem& p, Plan& plan) {
         products ? tile.tile_refs * products_ref_bytes(held) : tile.tile_refs * slice * p.refs_size;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
     const int64_t teams = std::max<int64_t>(1, std::min(p.sm_count / slices, units));
-    const int rows = products      ? products_rows(p, plan.own_list, slices, teams)
-                     : slices == 1 ? std::min(GROUPS_CONSUMERS / tile.group, GROUPS_MOST_ROWS)
-                                   : 1;
-    const int64_t fixed = (products      ? products_smem(tile.tile_refs, slices, rows)
-                           : slices == 1 ? BULK_FIXED_SMEM + groups_sums_smem(tile.elements)
-                                         : BULK_FIXED_SMEM) +
-                          (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
+    int rows = products      ? products_rows(p, plan.own_list, slices, teams)
+               : slices == 1 ? std::min(GROUPS_CONSUMERS / tile.group, GROUPS_MOST_ROWS)
+                             : 1;
+    const auto fixed_beside = [&](int rows) {
+      const int64_t shared = products      ? products_smem(tile.tile_refs, slices, rows)
+                             : slices == 1 ? BULK_FIXED_SMEM + groups_sums_smem(tile.elements)
+                                           : BULK_FIXED_SMEM;
+      return shared + (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
+    };
     const int64_t most_stages = products      ? products_stages(tile.tile_refs * tile.elements)
                                 : slices == 1 ? GROUPS_MAX_STAGES
                                               : BULK_MAX_STAGES;
+    if (products && fixed_beside(rows) + most_stages * stage > p.smem_limit) rows = PRODUCTS_ROWS;
+    const int64_t fixed = fixed_beside(rows);
     int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
     if (products && (stages < most_stages || !serves_products(p))) continue;
     if (slices == 1 && !products) stages -= stages % (GROUPS_CONSUMERS / tile.group);  // see bulk_groups.cuh

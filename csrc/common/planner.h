@@ -99,7 +99,7 @@ constexpr int products_stages(int kilobytes) {
 }
 // Beside the stages of bulk_products.cuh: barriers, shares of scores.
 constexpr int64_t products_smem(int tile_refs, int64_t slices, int rows) {
-  return 1024 + 3424 * rows + (160 * rows + 32) * tile_refs +
+  return 512 + 3648 * rows + (136 * rows + 64) * tile_refs +
          (slices > 1 ? slices * (96 + 32 * tile_refs) + 64 : 0);
 }
 // Of a reference there: apart by 16 bytes more than a multiple of 128, so that eight of them meet all banks.

@@ -11,12 +11,12 @@
 //  * place: the other rows are dense, and rows of long lists where they fill the last tile up
 //  * where dense rows were not expected: gather: they come together in the first places, where most of them
 //    are already; score: adds y_lo.d
-//  * review: of dense rows whose scores are large for their digits, those of most weight go to a list
 //  * weights, dense rows: p_j to 22 bits, as two halves, in those places
 //  * sum, dense rows: sum_j p_j d_j
 //  * merge: references of lists are scored and summed, while sums are under way where these leave
-//    multiprocessors; dense rows add what the thread blocks of the last step left; after the last round,
-//    writes the output
+//    multiprocessors. Of dense rows whose scores are large for their digits, those of most weight make a list
+//    too, of what they weigh beyond what they do in the sums. Dense rows add what the thread blocks of the
+//    last step left; after the last round, writes the output
 //
 // Exact arithmetic: references are exact in halves, and so is d_j for a c of few digits wherever r_j is near
 // c; where it is not, the remainder is multiplied too. The matrix units truncate what they add up, so at most
@@ -41,15 +41,14 @@ struct ManyFacts {
   int dense;                   // rows that are dense in this round,
   int late;                    // of which so many lack y_lo.d
   int early;                   // rows of the pass expected to be dense, see early_rows
-  int reviewed;                // dense rows of this round whose scores are large for their digits
   int splits, narrow_splits;   // of the sums, see ManySums
 };
 
 struct ManySlot {  // one row of a pass
   Row row;
   double y_square;
-  double best;   // largest score so far
-  double total;  // sum of exp(rate (s_j - best)) so far: 0 before any
+  double best;   // largest score so far: -INFINITY before any
+  double total;  // sum of exp(rate (s_j - best)) so far; between list and sums of a dense row, of either sign
   float own;     // bound of |(y_hi - y).d_j| / |d_j|, with the rounding of the sums,
   float summed;  // and of this alone
   float rate2;   // rate log2(e)
@@ -81,7 +80,7 @@ struct Many {
   int* survivors;        // (rows, MANY_SURVIVORS)
   int* counts;           // (rows,) of them; more than the list holds: all that may matter
   int* fills;            // (rows,) the same, 0 for lists that must stay ones
-  int* doubtful;         // (rows,) whether a dense row's scores want a review
+  int* review_most;      // (rows,) references at most that the list of a dense row has; 0: it has no list
   int* listed;           // (rows,) whether a dense row's list is in its sums
   int* places;           // (rows,) among the dense rows; -1: not dense
   double* totals;        // (rows, WEIGHT_UNITS) of the weights of dense rows in this round

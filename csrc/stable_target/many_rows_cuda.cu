@@ -472,6 +472,11 @@ __device__ float row_maximum(const Many& many, int64_t at, int64_t groups, int* 
   return block_maximum(best, scratch);
 }
 
+// Whether a row has sums of what came before: else nothing has been stored.
+__device__ inline bool has_sums(const ManySlot& slot) {
+  return slot.best != -INFINITY;
+}
+
 // What weights of a dense row are relative to: the largest score so far.
 __device__ inline float dense_best(const ManySlot& slot, float top) {
   return static_cast<float>(fmax(static_cast<double>(top), slot.best));
@@ -488,8 +493,16 @@ constexpr float LISTED_SECONDS = 0.15e-6f;
 // are large for their digits.
 constexpr int SHORTEST_LIST_EXACT = 64, SHORTEST_LIST_FAST = 16, LIMITS = 5;
 constexpr double FILL_DOUBT = 0.5;
-// From so much doubt on scores of y_hi and y_lo may be too far off as well: by some 1e-4 in log weight.
-constexpr double REVIEW_DOUBT = 0.25;
+// From so much doubt on scores of y_hi and y_lo may be too far off as well: by some 1e-4 in log weight; from
+// little doubt on by 1e-6, which shows where few references have much of the weight. Then so few of them are
+// scored again: by simulation, of 80 rows over 8,192 Gaussian references of 4,096 elements the worst is off
+// by 2.0e-6, with the best four right by 1.2e-6, with eight by 7e-7.
+constexpr double REVIEW_DOUBT = 0.25, REVIEW_LITTLE_DOUBT = 0.03;
+constexpr int REVIEW_FEW = 8;
+__device__ inline int most_reviewed(double doubt) {
+  if (doubt > REVIEW_DOUBT) return static_cast<int>(MANY_SURVIVORS);
+  return doubt > REVIEW_LITTLE_DOUBT ? REVIEW_FEW : 0;
+}
 
 __device__ inline double largest_norm(const ManyFacts& facts) {  // |d_j|^2
   return static_cast<double>(__int_as_float(facts.max_norm)) * facts.inverse_scale * facts.inverse_scale;
@@ -637,7 +650,7 @@ __global__ void __launch_bounds__(SELECT_THREADS)
     many.counts[at] = found;
     const double doubt_of_hi = doubt_of(slot, facts);
     many.fills[at] = found > MANY_SURVIVORS || doubt_of_hi <= FILL_DOUBT ? found : 0;
-    many.doubtful[at] = many.exact && doubt_of_hi > REVIEW_DOUBT;
+    many.review_most[at] = many.exact ? most_reviewed(doubt_of_hi) : 0;
   }
 }
 
@@ -665,7 +678,6 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
     const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32, early = early_rows(many);
     const bool is_row = real && slot < many.rows;
     const int count = is_row ? many.fills[slot] : 0, listed = is_row ? many.counts[slot] : 0;
-    const bool doubtful = is_row && many.doubtful[slot];
     const float elements = static_cast<float>(many_valid(in, many)) * static_cast<float>(in.d);
     const auto product = [&](int products, int width) {  // so many with the same references
       return fmaxf(2.0f * products * width * elements / PRODUCT_RATE, 2.0f * elements / PRODUCT_BANDWIDTH);
@@ -719,12 +731,9 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
     __syncthreads();
     const int full = ManyTiles(total).full, narrow = ManyTiles(total).narrow;
     const int late = __syncthreads_count(dense && slot >= early);
-    const int reviewed = __syncthreads_count(dense && doubtful);
     if (is_row) many.places[slot] = -1, many.listed[slot] = 0;
-    if (is_row && dense) many.counts[slot] = 0;  // references beside the sums, see review_kernel
     if (real && slot == 0) {
       many.facts->dense = total, many.facts->late = many.exact ? late : 0;
-      many.facts->reviewed = reviewed;
       many.facts->splits = splits[2 * full + narrow].x,
       many.facts->narrow_splits = splits[2 * full + narrow].y;
     }
@@ -759,79 +768,6 @@ __global__ void __launch_bounds__(THREADS) gather_kernel(const Inputs in, const 
 #pragma unroll 4
     for (int64_t k = thread; k < refs / 4; k += GATHER_BLOCKS * THREADS) now[k] = old[k];
   }
-}
-
-// One block per dense row. Where its scores are large for their digits, as of smooth images near one another
-// and far from the centre, even those of y_hi and y_lo may be off by a hundredth in log weight. Then the
-// references of most weight become the row's list, to be scored one by one, and weigh nothing in its sums:
-// all within REVIEW_BITS of the largest weight, or as many as the list holds. What others are off by averages
-// out.
-constexpr int REVIEW_BITS = 8, REVIEW_BINS = 64;
-__global__ void __launch_bounds__(SELECT_THREADS) review_kernel(const Inputs in, const Many many) {
-  wait_for_previous_launch();
-  allow_next_launch();  // weights_kernel takes rows without a review before it waits
-  if (many.facts->reviewed == 0) return;
-  constexpr int SCORES = static_cast<int>(MANY_SURVIVORS);
-  __shared__ int bins[REVIEW_BINS], of_warps[SELECT_THREADS / 32], found[SCORES], kept, count;
-  const int64_t at = blockIdx.x, valid = many_valid(in, many);
-  if (at >= many.facts->dense) return;
-  const int64_t source = many.dense_slots[at];
-  if (!many.doubtful[source]) return;
-  const ManySlot& slot = many.slots[source];
-  const int64_t row = many.facts->late > 0 ? at : source;
-  float* const scores = many.scores + row * many.score_stride;
-  if (threadIdx.x < REVIEW_BINS) bins[threadIdx.x] = 0;
-  if (threadIdx.x == 0) count = 0;
-  const float* const maxima = many.maxima + row * (many.score_stride / MANY_GROUP);
-  const int groups = static_cast<int>((valid + MANY_GROUP - 1) / MANY_GROUP);
-  const float rate2 = slot.rate2, best = dense_best(slot, row_maximum(many, row, groups, of_warps));
-  __syncthreads();
-  // visit(j, bin) of all within REVIEW_BITS. Of groups whose best is not nothing is read.
-  const auto bits_of = [&](float score) { return (best - score) * rate2; };
-  const auto each = [&](const auto& visit) {
-#pragma unroll 1
-    for (int k = threadIdx.x; k < groups; k += SELECT_THREADS) {
-      if (!(bits_of(maxima[k]) < REVIEW_BITS)) continue;
-      const int first = k * static_cast<int>(MANY_GROUP);
-      float4 four[MANY_GROUP / 4];
-#pragma unroll
-      for (int i = 0; i < MANY_GROUP / 4; ++i)
-        four[i] = *reinterpret_cast<const float4*>(scores + first + 4 * i);
-#pragma unroll
-      for (int i = 0; i < MANY_GROUP; ++i) {
-        const float4 v = four[i / 4];
-        const float bits = bits_of(i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w);
-        if (bits < REVIEW_BITS) visit(first + i, static_cast<int>(bits * (REVIEW_BINS / REVIEW_BITS)));
-      }
-    }
-  };
-  each([&](int, int bin) { atomicAdd(&bins[bin], 1); });
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    static_assert(REVIEW_BINS == 64, "two to a lane");
-    const int lane = threadIdx.x, low = bins[2 * lane], both = low + bins[2 * lane + 1];
-    int until = both;  // in this lane's bins and all before
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, until, offset);
-      if (lane >= offset) until += other;
-    }
-    const int whole = (until - both + low <= SCORES) + (until <= SCORES);
-    const int all = __reduce_add_sync(0xffffffffu, whole);
-    if (lane == 0) kept = all;
-  }
-  __syncthreads();
-  each([&](int j, int bin) {
-    if (bin < kept) found[atomicAdd(&count, 1)] = j, scores[j] = -INFINITY;
-  });
-  __syncthreads();
-  // In the order of the references, so that results do not depend on which came first.
-  if (static_cast<int>(threadIdx.x) < count) {
-    const int own = found[threadIdx.x];
-    int place = 0;
-    for (int i = 0; i < count; ++i) place += found[i] < own;
-    many.survivors[source * MANY_SURVIVORS + place] = own;
-  }
-  if (threadIdx.x == 0) many.counts[source] = count;
 }
 
 // 2^v as exp2f has it, but for results that are no normal numbers: they become zero.
@@ -895,6 +831,22 @@ __device__ __forceinline__ void store_eight(float* scores, int j, uint4 upper, u
   if (EXACT) *reinterpret_cast<uint4*>(halves + 16) = lower;
 }
 
+// What it has stored, exact, of a group of references from j on: weights as the sums have them.
+__device__ inline void load_group(const float* scores, int j, float (&weights)[MANY_GROUP]) {
+  constexpr int REFS = many_sum_refs(true);
+  const float* const halves = scores + j / REFS * REFS + j % REFS / 2;
+#pragma unroll
+  for (int eight = 0; eight < MANY_GROUP / 8; ++eight) {
+    const uint4 upper = *reinterpret_cast<const uint4*>(halves + 4 * eight);
+    const uint4 lower = *reinterpret_cast<const uint4*>(halves + REFS / 2 + 4 * eight);
+    const __half* const high = reinterpret_cast<const __half*>(&upper);
+    const __half* const low = reinterpret_cast<const __half*>(&lower);
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+      weights[8 * eight + k] = (__half2float(high[k]) + __half2float(low[k])) * (1 / WEIGHT_SCALE);
+  }
+}
+
 // Unit `rank` of WEIGHT_UNITS of a dense row. What a warp writes it has read before, or lies in a row that is
 // not dense.
 template <bool EXACT>
@@ -931,20 +883,9 @@ template <bool EXACT>
 __global__ void __launch_bounds__(THREADS, RESIDENT) weights_kernel(const Inputs in, const Many many) {
   allow_next_launch();
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  bool guessed = false;
   if constexpr (EXACT) {
-    // First what review_kernel, whose blocks run or have, does not change.
-    const int units = many.facts->dense * WEIGHT_UNITS, reviewed = many.facts->reviewed;
-#pragma unroll 1
-    for (int after = 0; after < 2; ++after) {
-      if (after) wait_for_previous_launch();
-      if (after && reviewed == 0) break;
-#pragma unroll 1
-      for (int unit = block; unit < units; unit += blocks) {
-        const int place = unit / WEIGHT_UNITS;
-        const bool of_review = reviewed > 0 && many.doubtful[many.dense_slots[place]];
-        if (of_review == (after != 0)) store_weights<EXACT>(in, many, place, unit % WEIGHT_UNITS);
-      }
-    }
+    wait_for_previous_launch();
   } else {
     __shared__ double scratch[33];
     // place_kernel's block runs, or has: select_kernel is through.
@@ -962,8 +903,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) weights_kernel(const Inputs
       total = block_sum(total, scratch);
     }
     wait_for_previous_launch();
-    const int dense = many.facts->dense;
-    const bool guessed = guesses && at < dense && many.dense_slots[at] == at;
+    guessed = guesses && at < many.facts->dense && many.dense_slots[at] == at;
     if (guessed) {
 #pragma unroll
       for (int q = 0; q < EACH; ++q)
@@ -971,10 +911,11 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) weights_kernel(const Inputs
           store_eight<EXACT>(scores, first + q * EIGHTS_APART, ahead[q], {});
       if (threadIdx.x == 0) many.totals[block] = total;
     }
-#pragma unroll 1
-    for (int unit = guessed ? block + blocks : block; unit < dense * WEIGHT_UNITS; unit += blocks)
-      store_weights<EXACT>(in, many, unit / WEIGHT_UNITS, unit % WEIGHT_UNITS);
   }
+  const int units = many.facts->dense * WEIGHT_UNITS;
+#pragma unroll 1
+  for (int unit = guessed ? block + blocks : block; unit < units; unit += blocks)
+    store_weights<EXACT>(in, many, unit / WEIGHT_UNITS, unit % WEIGHT_UNITS);
 }
 
 constexpr int LISTED = 4;  // references that a block scores and sums at a time,
@@ -987,10 +928,93 @@ __device__ inline float power_of_two(double v) {
   return ldexpf(exp2f(static_cast<float>(v - whole)), static_cast<int>(whole));
 }
 
+// References of a row that are scored one by one. Those of a dense row are in its sums too, by scores that
+// may be off: the list adds what they weigh beyond that.
+struct List {
+  int references[MANY_SURVIVORS];
+  float weights[MANY_SURVIVORS];  // of a dense row, in its sums
+};
+
+// The list of a dense row, at `place` among these; returns its length. Where scores are large for their
+// digits, as of smooth images near one another and far from the centre, even those of y_hi and y_lo may be
+// off by a hundredth in log weight. So the references of most weight are listed: those within 8 bits of the
+// largest weight, or 2 where a few are wanted, `most` at most. What others are off by averages out. Bins are
+// of the bits of weights, 8 or 32 to a factor of two: the first that hold no more than `most` are listed.
+constexpr int REVIEW_BINS = 64, REVIEW_SHIFT = 20, REVIEW_FEW_SHIFT = 18;
+constexpr int REVIEW_AHEAD = 8;  // maxima of a thread that are on their way at once
+__device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_t at, int place, int most,
+                                      List& list) {
+  __shared__ int bins[REVIEW_BINS], kept, count;
+  __shared__ List found;
+  if (threadIdx.x < REVIEW_BINS) bins[threadIdx.x] = 0;
+  if (threadIdx.x == 0) count = 0;
+  const ManySlot& slot = many.slots[at];
+  const float* const scores = many.scores + place * many.score_stride;  // weights by now
+  const float* const maxima =  // of scores, which gather_kernel may have moved
+      many.maxima + (many.facts->late > 0 ? place : at) * (many.score_stride / MANY_GROUP);
+  const int groups = static_cast<int>((many_valid(in, many) + MANY_GROUP - 1) / MANY_GROUP);
+  const int shift = most > REVIEW_FEW ? REVIEW_SHIFT : REVIEW_FEW_SHIFT;
+  const float rate2 = slot.rate2, top = slot.top, reach = static_cast<float>(REVIEW_BINS >> (23 - shift));
+  __syncthreads();
+  // visit(j, weight, bin) of all within reach. Of groups whose best is not nothing is read.
+  const auto each = [&](const auto& visit) {
+#pragma unroll 1
+    for (int first = threadIdx.x; first < groups; first += REVIEW_AHEAD * THREADS) {
+      unsigned near = 0;
+#pragma unroll
+      for (int i = 0; i < REVIEW_AHEAD; ++i) {
+        const int k = first + i * THREADS;
+        const float best = k < groups ? maxima[k] : -INFINITY;
+        near |= ((top - best) * rate2 < reach ? 1u : 0u) << i;
+      }
+#pragma unroll 1
+      for (; near; near &= near - 1) {
+        const int j = (first + (__ffs(near) - 1) * THREADS) * static_cast<int>(MANY_GROUP);
+        float weights[MANY_GROUP];
+        load_group(scores, j, weights);
+#pragma unroll
+        for (int i = 0; i < MANY_GROUP; ++i) {
+          const int bin = max(__float_as_int(1.0f) - __float_as_int(weights[i]), 0) >> shift;
+          if (bin < REVIEW_BINS) visit(j + i, weights[i], bin);
+        }
+      }
+    }
+  };
+  each([&](int, float, int bin) { atomicAdd(&bins[bin], 1); });
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    static_assert(REVIEW_BINS == 64, "two to a lane");
+    const int lane = threadIdx.x, low = bins[2 * lane], both = low + bins[2 * lane + 1];
+    int until = both;  // in this lane's bins and all before
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, until, offset);
+      if (lane >= offset) until += other;
+    }
+    const int whole = (until - both + low <= most) + (until <= most);
+    const int all = __reduce_add_sync(0xffffffffu, whole);
+    if (lane == 0) kept = all;
+  }
+  __syncthreads();
+  each([&](int j, float weight, int bin) {
+    if (bin >= kept) return;
+    const int k = atomicAdd(&count, 1);
+    found.references[k] = j, found.weights[k] = weight;
+  });
+  __syncthreads();
+  // In the order of the references, so that results do not depend on which came first.
+  static_assert(THREADS == MANY_SURVIVORS, "a thread to each");
+  if (static_cast<int>(threadIdx.x) < count) {
+    const int own = found.references[threadIdx.x];
+    int rank = 0;
+    for (int i = 0; i < count; ++i) rank += found.references[i] < own;
+    list.references[rank] = own, list.weights[rank] = found.weights[threadIdx.x];
+  }
+  return count;
+}
+
 struct Listed {
   double score[MANY_SURVIVORS];
   float weight[MANY_SURVIVORS];
-  int64_t reference[MANY_SURVIVORS];
   double scratch[33];
   double keep, total, best;
 };
@@ -1009,16 +1033,17 @@ __device__ void load_differences(const Inputs& in, const Many& many, int64_t ref
   for (int k = 0; k < 8; ++k) d[k] = fmaf(to_float(values[k]), scale, -c[k]);
 }
 
-// Scores and weights of a row's listed references; best and total with those before.
+// Scores and weights of a row's listed references; best and total with those before. in_sums: what their
+// weights in the sums are relative to; -INFINITY: they are in none.
 template <typename T>
-__device__ void score_listed(const Inputs& in, const Many& many, int64_t at, int count, double best_before,
-                             double total_before, Listed& listed) {
+__device__ void score_listed(const Inputs& in, const Many& many, int64_t at, const List& list, int count,
+                             float in_sums, Listed& listed) {
   const ManySlot& slot = many.slots[at];
   const ManyFactor factor = many.factors[at];
   const float scale = many.facts->scale;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int k = warp; k < count; k += THREADS / 32) {
-    const int64_t reference = many.first_ref + many.survivors[at * MANY_SURVIVORS + k];
+    const int64_t reference = many.first_ref + list.references[k];
     double score = 0;
     for (int64_t e = 8 * lane; e < in.d; e += 8 * 32) {
       float d[8];
@@ -1036,26 +1061,24 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, int
       score += part;
     }
     for (int offset = 16; offset > 0; offset /= 2) score += __shfl_xor_sync(0xffffffffu, score, offset);
-    if (lane == 0) {
-      listed.score[k] = score + static_cast<double>(factor.half_alpha) * many.facts->mean_norm;
-      listed.reference[k] = reference;
-    }
+    if (lane == 0) listed.score[k] = score + static_cast<double>(factor.half_alpha) * many.facts->mean_norm;
   }
   __syncthreads();
-  double best = best_before;
+  double best = fmax(slot.best, static_cast<double>(in_sums));
   for (int k = threadIdx.x; k < count; k += THREADS) best = fmax(best, listed.score[k]);
   best = block_max(best, listed.scratch);
-  const double rate2 = slot.rate2;
+  const double rate2 = slot.rate2, of_sums = exp2(rate2 * (in_sums - best));
   double total = 0;
   for (int k = threadIdx.x; k < count; k += THREADS) {
-    const double p = exp2(rate2 * (listed.score[k] - best));
+    double p = exp2(rate2 * (listed.score[k] - best));
+    if (of_sums > 0) p -= list.weights[k] * of_sums;
     listed.weight[k] = static_cast<float>(p);
     total += p;
   }
   total = block_sum(total, listed.scratch);
   if (threadIdx.x == 0) {
-    listed.keep = best_before == -INFINITY ? 0.0 : exp2(rate2 * (best_before - best));
-    listed.total = total_before * listed.keep + total;
+    listed.keep = has_sums(slot) ? exp2(rate2 * (slot.best - best)) : 0.0;
+    listed.total = slot.total * listed.keep + total;
     listed.best = best;
   }
   __syncthreads();
@@ -1137,27 +1160,25 @@ __device__ __forceinline__ void leave_list(const Inputs& in, const Many& many, M
 
 // A row with a list: scores and sums its references, up to 2,048 VECTORS elements, from shared memory. Each
 // is read once, LISTED at a time while as many or twice as many are on their way; sums are relative to the
-// best score so far. PLAIN: as ManyFacts has it.
+// best score so far. in_sums: as above. PLAIN: as ManyFacts has it.
 template <typename T, int VECTORS, bool PLAIN>
-__device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, int64_t at, int count,
-                                           bool last) {
+__device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, int64_t at, const List& list,
+                                           int count, float in_sums, bool last) {
   extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times
   __shared__ Barrier barriers[LISTS];
   __shared__ double parts[THREADS / 32][LISTED];
-  __shared__ int list[MANY_SURVIVORS];
   static_assert(THREADS / 32 * LISTED == 32, "a lane to each");
   ManySlot& slot = many.slots[at];
   double total = slot.total, best = slot.best;
-  const bool has_sums = total > 0;  // else nothing has been stored
-  for (int k = threadIdx.x; k < count; k += THREADS) list[k] = many.survivors[at * MANY_SURVIVORS + k];
   const int64_t bytes = in.d * static_cast<int64_t>(sizeof(T));
   const auto fetch = [&](int first) {
     const int buffer = first / LISTED % LISTS, some = min(LISTED, count - first);
     arrive_expecting(barriers + buffer, static_cast<uint32_t>(some * bytes));
     for (int k = 0; k < some; ++k)
-      bulk_copy(memory + (buffer * LISTED + k) * bytes,
-                static_cast<const char*>(in.refs.data) + (many.first_ref + list[first + k]) * bytes,
-                static_cast<uint32_t>(bytes), barriers + buffer, usual_policy());
+      bulk_copy(
+          memory + (buffer * LISTED + k) * bytes,
+          static_cast<const char*>(in.refs.data) + (many.first_ref + list.references[first + k]) * bytes,
+          static_cast<uint32_t>(bytes), barriers + buffer, usual_policy());
   };
   if (threadIdx.x == 0) {
     for (int k = 0; k < LISTS; ++k) init_barrier(barriers + k, 1);
@@ -1189,7 +1210,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       y[v][q] = (__half2float(hi[q]) + __half2float(lo[q])) * factor.unit;
       if (!PLAIN) centre[v][q] = many.centre_float[e + q];
     }
-    if (has_sums) {
+    if (has_sums(slot)) {
 #pragma unroll
       for (int q = 0; q < 8; ++q) sums[v][q] = many.sums[at * many.d_stride + e + q];
     }
@@ -1242,8 +1263,11 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
     double top = score;
     for (int offset = LISTED / 2; offset > 0; offset /= 2)
       top = fmax(top, __shfl_xor_sync(0xffffffffu, top, offset));
-    top = fmax(top, best);
-    const float keep = power_of_two(rate2 * (best - top)), weight = power_of_two(rate2 * (score - top));
+    top = fmax(top, fmax(best, static_cast<double>(in_sums)));
+    const float keep = power_of_two(rate2 * (best - top));
+    float weight = power_of_two(rate2 * (score - top));
+    if (in_sums != -INFINITY && lane % LISTED < some)
+      weight -= list.weights[first + lane % LISTED] * power_of_two(rate2 * (in_sums - top));
     double weights = weight;
     for (int offset = LISTED / 2; offset > 0; offset /= 2)
       weights += __shfl_xor_sync(0xffffffffu, weights, offset);
@@ -1286,22 +1310,35 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
 template <typename T, int VECTORS>
 __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, int64_t at, bool last) {
   __shared__ std::conditional_t<VECTORS == 0, Listed, char> listed;
+  __shared__ List list;
   ManySlot& slot = many.slots[at];
-  const int place = many.places[at], count = many.counts[at];
-  const bool alive = slot.alive, has_list = alive && count > 0, ends = last && place < 0;
-  if (!has_list && (place >= 0 || (alive && !last))) return;
-  if (has_list && ends && count == 1 && slot.total == 0 && !in.lse.data && are_usual(in))
+  const int place = many.places[at], of_select = many.counts[at], most = many.review_most[at];
+  const bool alive = slot.alive, ends = last && place < 0;
+  int count = alive ? of_select : 0;
+  float in_sums = -INFINITY;
+  if (place >= 0) {
+    if (most == 0) return;
+    count = review(in, many, at, place, most, list);
+    if (count == 0 && threadIdx.x == 0) add_arrival(many.listed + at);
+    if (count == 0) return;
+    in_sums = slot.top;
+  } else if (count == 0 && alive && !last) {
+    return;
+  } else if (count == 1 && ends && !has_sums(slot) && !in.lse.data && are_usual(in)) {
     return store_reference<T>(in, slot.row, many.first_ref + many.survivors[at * MANY_SURVIVORS]);
+  } else if (static_cast<int>(threadIdx.x) < count) {
+    list.references[threadIdx.x] = many.survivors[at * MANY_SURVIVORS + threadIdx.x];
+  }
+  __syncthreads();
   if constexpr (VECTORS > 0) {
-    if (has_list && DtypeOf<T>::value == Dtype::f16 && many.facts->plain)
-      return sum_listed<T, VECTORS, true>(in, many, at, count, ends);
-    if (has_list) return sum_listed<T, VECTORS, false>(in, many, at, count, ends);
+    if (count > 0 && DtypeOf<T>::value == Dtype::f16 && many.facts->plain)
+      return sum_listed<T, VECTORS, true>(in, many, at, list, count, in_sums, ends);
+    if (count > 0) return sum_listed<T, VECTORS, false>(in, many, at, list, count, in_sums, ends);
   }
   double keep = 1, total = slot.total, best = slot.best;
-  const bool has_sums = total > 0;  // else nothing has been stored
   if constexpr (VECTORS == 0) {
-    if (has_list) {
-      score_listed<T>(in, many, at, count, best, total, listed);
+    if (count > 0) {
+      score_listed<T>(in, many, at, list, count, in_sums, listed);
       total = listed.total, best = listed.best, keep = listed.keep;
     }
   }
@@ -1313,15 +1350,15 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
     float* const sums = many.sums + at * many.d_stride + e;
     double sum[8];
 #pragma unroll
-    for (int k = 0; k < 8; ++k) sum[k] = has_sums ? keep * sums[k] : 0;
+    for (int k = 0; k < 8; ++k) sum[k] = has_sums(slot) ? keep * sums[k] : 0;
     if constexpr (VECTORS == 0) {
-      for (int first = 0; has_list && first < count; first += 16) {
+      for (int first = 0; first < count; first += 16) {
         float part[8] = {};
 #pragma unroll 4
         for (int j = first; j < min(count, first + 16); ++j) {
           const float p = listed.weight[j];
           float d[8];
-          load_differences<T>(in, many, listed.reference[j], e, scale, d);
+          load_differences<T>(in, many, many.first_ref + list.references[j], e, scale, d);
 #pragma unroll
           for (int k = 0; k < 8; ++k) part[k] = fmaf(p, d[k], part[k]);
         }
@@ -1344,7 +1381,7 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
 __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, int place, int part, int parts,
                                            bool last) {
   const int64_t at = many.dense_slots[place];
-  if (many.counts[at] > 0) {  // its block, one of the first, is there
+  if (many.review_most[at] > 0) {  // its list's block, one of the first, is there
     if (threadIdx.x == 0)
       while (read_arrivals(many.listed + at) == 0) {
       }
@@ -1358,7 +1395,7 @@ __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, i
       many.partial +
       (static_cast<int64_t>(grid.index(row_tile, 0, 0)) * MANY_ROWS + place % MANY_ROWS) * MANY_TILE;
   const double best = fmax(static_cast<double>(slot.top), slot.best), rate2 = slot.rate2;
-  const double keep = slot.best == -INFINITY ? 0.0 : exp2(rate2 * (slot.best - best)),
+  const double keep = has_sums(slot) ? exp2(rate2 * (slot.best - best)) : 0.0,
                keep_own = exp2(rate2 * (slot.top - best)), unit = keep_own / WEIGHT_SCALE;
   double total = 0;
   for (int k = 0; k < WEIGHT_UNITS; ++k) total += many.totals[place * WEIGHT_UNITS + k];
@@ -1380,7 +1417,7 @@ __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, i
         own.x += v[i].x, own.y += v[i].y, own.z += v[i].z, own.w += v[i].w;
     }
     float4* const sums = reinterpret_cast<float4*>(many.sums + at * many.d_stride + e);
-    const float4 old = slot.total > 0 ? *sums : float4{};  // else nothing has been stored
+    const float4 old = has_sums(slot) ? *sums : float4{};
     const double sum[4] = {keep * old.x + unit * own.x, keep * old.y + unit * own.y,
                            keep * old.z + unit * own.z, keep * old.w + unit * own.w};
     if (last) {
@@ -1480,7 +1517,6 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
       if (many.exact) {
         launch(gather_kernel, 4 * static_cast<unsigned>(many.blocks), THREADS, 0, in, many);
         launch_many_score(op, in, many, true, stream);
-        launch(review_kernel, slots, SELECT_THREADS, 0, in, many);
       }
       const unsigned blocks = static_cast<unsigned>(many.blocks);
       launch(many.exact ? weights_kernel<true> : weights_kernel<false>,
@@ -1523,7 +1559,7 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   many.counts = rows.take<int>(plan.rows_per_pass);
   many.places = rows.take<int>(plan.rows_per_pass);
   many.fills = rows.take<int>(plan.rows_per_pass);
-  many.doubtful = rows.take<int>(plan.rows_per_pass);
+  many.review_most = rows.take<int>(plan.rows_per_pass);
   many.listed = rows.take<int>(plan.rows_per_pass);
   many.totals = rows.take<double>(plan.rows_per_pass * WEIGHT_UNITS);
   static_assert(2 * sizeof(ManyFactor) + sizeof(ManySlot) + 6 * sizeof(int) + WEIGHT_UNITS * sizeof(double) <=

@@ -164,10 +164,13 @@ def test_many_rows_of_class_banks(rng, d, n, m, dtype):
         (700, 300, 21, 4096, torch.float16),
         (700, 300, 21, 4096, torch.bfloat16),
         (300, 40, 600, 2056, torch.float16),
+        (40, 7, 1300, 4096, torch.float16),
     ],
 )
 def test_classes_of_a_few_rows(rng, n, k, m, d, dtype, source):
-    """Up to four rows share a pass; of some rows one block has all, in one segment or in several."""
+    """Up to four rows share a pass; of some rows one block has all, in one segment or in several; of few rows none."""
+    if torch.cuda.get_device_capability() >= (9, 0) and dtype == torch.float16 and d > 1032:
+        assert info.plan(n, m, d, k)["tile_rows"] == 4
     x, refs, t, labels, counts = make_bank(n, k, m, d, dtype, rng, "manifold")
     check_bank(x, refs, t, labels, counts, x.flip(0) * 0.5 if source else None)
 
