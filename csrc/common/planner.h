@@ -91,7 +91,7 @@ constexpr int PRODUCTS_ROWS = 2, PRODUCTS_MANY_ROWS = 4;    // of a unit
 constexpr int PRODUCTS_MOST_BLOCKS = 8;                     // that share a sample
 constexpr int PRODUCTS_TIES = 64, PRODUCTS_TIE_BYTES = 16;  // references that a part may list
 constexpr int products_ties(int64_t rows) {  // there in memory, beside what rows themselves take
-  return rows <= int64_t{1} << 15 ? PRODUCTS_TIES : 8;
+  return rows <= int64_t{1} << 15 ? PRODUCTS_TIES : 32;
 }
 // Tiles in the ring, of so many KB: 192 KB together.
 constexpr int products_stages(int kilobytes) {
@@ -99,7 +99,7 @@ constexpr int products_stages(int kilobytes) {
 }
 // Beside the stages of bulk_products.cuh: barriers, shares of scores.
 constexpr int64_t products_smem(int tile_refs, int64_t slices, int rows) {
-  return 512 + 3648 * rows + (136 * rows + 64) * tile_refs +
+  return 512 + 2240 * rows + (152 * rows + 64) * tile_refs +
          (slices > 1 ? slices * (96 + 32 * tile_refs) + 64 : 0);
 }
 // Of a reference there: apart by 16 bytes more than a multiple of 128, so that eight of them meet all banks.

@@ -287,8 +287,6 @@ struct ProductsShared {
   // |x|^2 and |r|^2 of the first reference, |x|^2 where all its digits are wanted.
   float x_squares[2][ROWS][WARPS], r_squares[2][WARPS];
   double exact_squares[2][ROWS][WARPS];
-  float kept[ROWS][SEGMENT_REFS];  // logarithms of the segment's weights, relative to the best, at the
-  double levels[ROWS][SEGMENT_REFS / TR];  // level of the tile
   // The shares of the best reference's score, of the warps, or of a cluster's blocks: what scores are
   // relative to.
   alignas(16) float base[ROWS][WARPS];
@@ -905,8 +903,9 @@ struct Products {
     float total = 0;         // of the weights
     int equals = 0;          // references like the best in each share, itself among them, of this lane
     float window = -1;       // how far below the best one references are listed, in units of log 2
-    int listed = 0;          // of the part, more than there is room for included
-    int place = 0;           // of the best in the list
+    int listed = 0;          // of the part,
+    int earlier = 0;         // of its segments before this one, and
+    int place = 0;           // where the best is among them
   };
 
   // Share k of SHARES of a reference of the tile; at: its parity, or its letter.
@@ -988,7 +987,8 @@ struct Products {
       const bool present = my_row < segment.count;
       Weighed my;
       my.rate = segment.rows[present ? my_row : 0].rate;
-      if (present && !(segment.flags & SEGMENT_PART_BEGIN)) my.listed = shared().moved[my_row].ties;
+      if (present && !(segment.flags & SEGMENT_PART_BEGIN))
+        my.listed = my.earlier = shared().moved[my_row].ties;
 #pragma unroll
       for (int k = lane_of_row(lane); k < SHARES; k += ROW_LANES) shared().base[my_row][k] = 0;
       __syncwarp();
@@ -1026,8 +1026,6 @@ struct Products {
         for (int b = 0; b < BLOCKS; ++b) {
           const bool counts = present && 8 * b + stored(n) < left;
           const float exponent = scores[b] * my.rate;
-          if (lane < 8 * ROWS && 8 * b + stored(n) < left)
-            shared().kept[my_row][before + 8 * b + stored(n)] = exponent;
           const float weight = counts ? power_of_two(exponent) : 0.0f;
           if (!__any_sync(0xffffffffu, !(weight < PRODUCTS_NO_WEIGHT))) continue;
           used |= 1 << b;
@@ -1037,7 +1035,6 @@ struct Products {
             ++my.equals, likes |= 1 << b;
         }
         if (lane == 0) shared().used[parity] = used;
-        if (n == 0 && lane < 8 * ROWS) shared().levels[my_row][before / TR] = my.level;
         __syncwarp();
         if (lane == 0) arrive(&shared().weighed[parity]);
         parity ^= 1;
@@ -1201,41 +1198,47 @@ struct Products {
   }
   static constexpr float SCORE_ERROR = 3 * 0x1p-24f;  // nine of ten are less
 
-  // A list that has become too long, once more, from `floor` on or higher: of the part's segments before the
-  // `listed` that are there, then the best with its equals as one, and the segment's others. All lanes; how
-  // many there are then, at most `most`, is returned.
-  __device__ __forceinline__ int list_again(const Segment<ROWS>& segment, int row, int most, int listed,
-                                            double floor, ProductsTie best, double of_level) const {
-    ProductsTie* const ties = shared().ties[row];
-    for (;; floor += 2) {
-      int count = 0;  // of those listed before, what counts beside the best; in place
+  // Of the best. All lanes.
+  __device__ __forceinline__ static double score_of_base() {
+    return over_base([](int, float share) { return static_cast<double>(share); });
+  }
+  // What its logarithm of a weight is.
+  __device__ __forceinline__ static double weight_of(const Segment<ROWS>& segment, int my_row, double score) {
+    const RowState& row = segment.rows[min(my_row, segment.count - 1)];
+    return fma(row.exact_rate(), score, -shared().known[my_row].shift);
+  }
+  // Of lists that are `too_long` what has least weight, until `most` references are left, the best in any
+  // case. All lanes.
+  __device__ __forceinline__ void shorten(Weighed& my, bool too_long, int most, double best) const {
+    const unsigned those = __ballot_sync(0xffffffffu, too_long);
 #pragma unroll 1
-      for (int first = 0; first < listed; first += 32) {
-        const int i = first + lane();
-        const ProductsTie tie = ties[min(i, listed - 1)];
-        const bool stays = i < listed && tie.log2_weight >= floor;
-        const unsigned all = __ballot_sync(0xffffffffu, stays);
-        if (stays) ties[count + __popc(all & ((1u << lane()) - 1))] = tie;
-        count += __popc(all);
-        __syncwarp();
-      }
-      listed = count;
-      if (count < most && lane() == 0) ties[count] = best;
-      ++count;
+    for (int r = 0; r < ROWS; ++r) {
+      if (!(those >> 8 * r & 1)) continue;
+      const auto of_row = [r](auto v) { return __shfl_sync(0xffffffffu, v, 8 * r); };
+      ProductsTie* const ties = shared().ties[r];
+      const double of_level = of_row(best - my.level);
+      double floor = of_row(best - my.window);
+      int listed = of_row(my.listed), earlier = of_row(my.earlier), place = of_row(my.place);
 #pragma unroll 1
-      for (int first = 0; first < segment.references && count <= most; first += 32) {
-        const int j = first + lane();
-        double log2_weight = -INFINITY;
-        if (j < segment.references)
-          log2_weight = of_level + shared().levels[row][j / TR] + shared().kept[row][j];
-        const bool stays = log2_weight >= floor && log2_weight < best.log2_weight - 1e-9;
-        const unsigned all = __ballot_sync(0xffffffffu, stays);
-        const int place = count + __popc(all & ((1u << lane()) - 1));
-        if (stays && place < most) ties[place] = {log2_weight, static_cast<int>(segment.first) + j, 1};
-        count += __popc(all);
+      for (; listed > most; floor += 0.5) {
+        int count = 0, first_ones = 0, best_one = 0;
+#pragma unroll 1
+        for (int first = 0; first < listed; first += 32) {  // in place
+          const int i = first + lane();
+          const ProductsTie tie = ties[min(i, listed - 1)];
+          const double log2_weight = tie.log2_weight + (i < earlier ? 0 : of_level);
+          const bool stays = i < listed && (log2_weight >= floor || i == place);
+          const unsigned all = __ballot_sync(0xffffffffu, stays), below = (1u << lane()) - 1;
+          if (stays) ties[count + __popc(all & below)] = tie;
+          first_ones += __popc(__ballot_sync(0xffffffffu, stays && i < earlier));
+          if (place >= first && place < first + 32)
+            best_one = count + __popc(all & ((1u << (place - first)) - 1));
+          count += __popc(all);
+          __syncwarp();
+        }
+        listed = count, earlier = first_ones, place = best_one;
       }
-      __syncwarp();
-      if (count <= most) return count;
+      if (lane() / 8 % ROWS == r) my.listed = listed, my.earlier = earlier, my.place = place;
     }
   }
 
@@ -1282,6 +1285,9 @@ struct Products {
     const int my_row = lane / 8 % ROWS, n = lane % 8;
     const auto of_row = [&](bool what) { return __ballot_sync(0xffffffffu, what) >> 8 * my_row & 0xffu; };
     ProductsTie* const ties = shared().ties[my_row];
+    const int most = parts.listed - TR;
+    if (__any_sync(0xffffffffu, my.listed > most))
+      shorten(my, my.listed > most, most, weight_of(segment, my_row, score_of_base()));
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
       if (!(used >> b & 1)) continue;
@@ -1289,13 +1295,13 @@ struct Products {
       const bool like = likes >> b & 1, near = scores[b] * my.rate >= -my.window;
       const unsigned those = of_row(near && !like), equals = of_row(near && like);
       const int place = my.listed + __popc(those & ((1u << n) - 1));
-      if (near && !like && lane < 8 * ROWS && place < PRODUCTS_TIES)
+      if (near && !like && lane < 8 * ROWS)
         ties[place] = {my.level + scores[b] * my.rate, static_cast<int>(segment.first) + reference, 1};
       const unsigned best = of_row(near && reference == my.best);
       if (best) my.place = my.listed + __popc(those & (best - 1));
       my.listed += __popc(those);
       __syncwarp();
-      if (equals && lane == 8 * my_row && my.place < PRODUCTS_TIES) ties[my.place].count += __popc(equals);
+      if (equals && lane == 8 * my_row) ties[my.place].count += __popc(equals);
     }
     __syncwarp();
   }
@@ -1308,44 +1314,27 @@ struct Products {
                                          const Weighed& my) const {
     const RowState& row = segment.rows[present ? my_row : 0];
     const ProductsKnown& known = shared().known[my_row];
-    const bool any = segment.references > 0, begins = segment.flags & SEGMENT_PART_BEGIN;
+    const bool any = segment.references > 0;
     int equals = my.equals;
 #pragma unroll
     for (int hop : {1, 2, 4}) equals += __shfl_xor_sync(0xffffffffu, equals, hop);
-    const double score = over_base([](int, float share) { return static_cast<double>(share); });
     const unsigned print =
         over_base([](int k, float share) { return __float_as_uint(share) * (0x9e3779b1u * (2 * k + 1)); });
-    const double best = any ? fma(row.exact_rate(), score, -known.shift) : -INFINITY;
+    const double score = score_of_base(), best = any ? weight_of(segment, my_row, score) : -INFINITY;
     const float scale =
         any ? what_is_wrong(row, known, static_cast<float>(score), CLUSTERED ? square_of_base() : 0) : 0;
-    const int before = begins || !present ? 0 : shared().moved[my_row].ties;
-    const double of_level = best - my.level;
-    int listed = my.listed;
     const bool part_ends = segment.flags & SEGMENT_PART_END;
-    const int most = part_ends ? parts.listed : PRODUCTS_TIES;
-    const unsigned too_long = __ballot_sync(0xffffffffu, listed > most);
-    if (too_long) {
-#pragma unroll 1
-      for (int r = 0; r < segment.count; ++r) {
-        if (!(too_long >> 8 * r & 1)) continue;
-        const auto of_row = [r](auto v) { return __shfl_sync(0xffffffffu, v, 8 * r); };
-        const int now =
-            list_again(segment, r, most, of_row(before), of_row(best - my.window),
-                       {of_row(best), of_row(static_cast<int>(segment.first) + my.best), of_row(equals)},
-                       of_row(of_level));
-        if (my_row == r) listed = now;
-      }
-    }
     if (present && leads_row())
-      join(segment, slot, my_row,
-           any ? PartRow{best, my.total, static_cast<float>(equals), scale, listed, static_cast<int>(print)}
-               : PartRow{-INFINITY, 0, 0, 0, listed, 0});
+      join(
+          segment, slot, my_row,
+          any ? PartRow{best, my.total, static_cast<float>(equals), scale, my.listed, static_cast<int>(print)}
+              : PartRow{-INFINITY, 0, 0, 0, my.listed, 0});
     ProductsTie* const to = parts.ties + part_of(segment, min(my_row, segment.count - 1)) * parts.listed;
     if (!present) return;
 #pragma unroll 1
-    for (int i = lane_of_row(lane()); i < listed; i += ROW_LANES) {
+    for (int i = lane_of_row(lane()); i < my.listed; i += ROW_LANES) {
       ProductsTie tie = shared().ties[my_row][i];
-      if (i >= before && !(too_long >> 8 * my_row & 1)) tie.log2_weight += of_level;
+      if (i >= my.earlier) tie.log2_weight += best - my.level;
       shared().ties[my_row][i] = tie;
       if (part_ends && rank == 0) to[i] = tie;
     }
