@@ -1211,13 +1211,16 @@ struct Products {
   // case. All lanes.
   __device__ __forceinline__ void shorten(Weighed& my, bool too_long, int most, double best) const {
     const unsigned those = __ballot_sync(0xffffffffu, too_long);
+    __syncwarp();
 #pragma unroll 1
     for (int r = 0; r < ROWS; ++r) {
       if (!(those >> 8 * r & 1)) continue;
       const auto of_row = [r](auto v) { return __shfl_sync(0xffffffffu, v, 8 * r); };
       ProductsTie* const ties = shared().ties[r];
       const double of_level = of_row(best - my.level);
-      double floor = of_row(best - my.window);
+      double floor = of_row(best);
+      if (of_row(my.earlier) > 0) floor = fmax(floor, shared().moved[r].log2_weight);
+      floor -= of_row(my.window);
       int listed = of_row(my.listed), earlier = of_row(my.earlier), place = of_row(my.place);
 #pragma unroll 1
       for (; listed > most; floor += 0.5) {
