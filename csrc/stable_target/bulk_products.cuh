@@ -169,9 +169,12 @@ __device__ __forceinline__ void prefetch_references(const Inputs& in, const RowP
 // From what the list is made of or, for who comes late, from anything.
 __device__ __forceinline__ void prefetch_references(const Inputs& in, const ListScratch& scratch,
                                                     const RowPlace& place, int teams, int team, int tid) {
-  const auto group_of = [&](int64_t row) { return int64_t{scratch.keys[row]} - 1; };
+  // Each once: by then it may be something else.
+  const auto read = [](const int& from) { return static_cast<int>(load_shared(shared_address(&from))); };
+  const auto group_of = [&](int64_t row) { return int64_t{read(scratch.keys[row])} - 1; };
   prefetch_references(
-      in, place, teams, team, in.n, group_of, [&](int64_t group) { return scratch.counts[group]; }, tid);
+      in, place, teams, team, in.n, group_of, [&](int64_t group) { return read(scratch.counts[group]); },
+      tid);
 }
 // Where the list comes from another launch, which hears of the rows of other processes meanwhile.
 __device__ __forceinline__ void prefetch_of_own_rows(const Inputs& in, const ProductsParts& parts,
@@ -247,11 +250,13 @@ struct ProductsShared {
   double exact_squares[ROWS][WARPS];  // |x|^2 where all its digits are wanted
   float kept[ROWS][SEGMENT_REFS];     // scores of the segment, relative to the first reference's
   double reviewed[SEGMENT_REFS];      // of those that matter, and which these are
-  short listed[SEGMENT_REFS];
+  uint8_t listed[SEGMENT_REFS];
   int listed_count;
   PartRow moved[ROWS];  // of the part, with the segments so far
   bool is_last;         // of the blocks
-  Barrier settled;      // the segment's ends are there
+  // The segment's ends are there. One for each slot: where segments have no references nothing keeps the warp
+  // that weighs from going several ahead.
+  Barrier settled[SEGMENT_SLOTS];
   ProductsEnd ends[SEGMENT_SLOTS][ROWS];
   std::conditional_t<CLUSTERED, ProductsMail<TR / 8>, ProductsNoMail> mail;  // the last: its end is cut off
 };
@@ -763,7 +768,7 @@ struct Products {
       settle(segment, slot, my_row, present, my, told);
       if (segment.references > 0) told ^= 1;
       __syncwarp();
-      if (lane == 0) arrive(&shared().settled), arrive(&shared().announced.done[slot]);
+      if (lane == 0) arrive(&shared().settled[slot]), arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
   }
@@ -895,24 +900,25 @@ struct Products {
   __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
                                          const RowScores& my, int told) const {
     const RowState& row = segment.rows[present ? my_row : 0];
+    const bool any = segment.references > 0;  // else nobody says when its figures are there
     ProductsFigures all{};
     if constexpr (CLUSTERED) {
 #pragma unroll 1
-      for (int p = 0; p < slices; ++p) {
+      for (int p = 0; p < slices && any; ++p) {
         const ProductsFigures& one = shared().mail.from[p].figures[told][my_row];
         all.offset += one.offset, all.exact_square += one.exact_square;
         all.square += one.square, all.norm += one.norm;
       }
-    } else {
+    } else if (any) {
       all = figures_of_block(segment, my_row, present);
     }
     const double shift = row.per_square * all.exact_square;
     const float margin = doubt(row, all.square, all.norm);
     if (!present || (lane() & ~(8 * ROWS - 8)) != 0) return;
     ProductsEnd& end = shared().ends[slot][my_row];
-    end.margin = segment.references > 0 ? margin : -1, end.shift = shift;
-    const double top = segment.references > 0 ? fma(row.exact_rate(), all.offset, my.top) - shift : -INFINITY;
-    if (margin < 0 || segment.references == 0) join(segment, slot, my_row, {top, my.total});
+    end.margin = any ? margin : -1, end.shift = shift;
+    const double top = any ? fma(row.exact_rate(), all.offset, my.top) - shift : -INFINITY;
+    if (margin < 0 || !any) join(segment, slot, my_row, {top, my.total});
   }
 
   // Whether the unit's rows end with the segment, and with all that they have.
@@ -987,7 +993,7 @@ struct Products {
         const int j = first + lane();
         const bool matters = j < segment.references && !((best - kept[j]) * row.rate > margin);  // NaN too
         const unsigned all = __ballot_sync(0xffffffffu, matters);
-        if (matters) shared().listed[count + __popc(all & ((1u << lane()) - 1))] = static_cast<short>(j);
+        if (matters) shared().listed[count + __popc(all & ((1u << lane()) - 1))] = static_cast<uint8_t>(j);
         count += __popc(all);
       }
       if (lane() == 0) shared().listed_count = count;
@@ -1186,7 +1192,7 @@ struct Products {
     const uint32_t to_scores = ring + stored(lane() >> 2) * REF_BYTES + 16 * (lane() & 3);
     const uint32_t to_sums = ring + stored(lane() & 7) * REF_BYTES + 16 * (lane() >> 3);
     Place scored, added;
-    int slot = 0, slot_phase = 0, settled = 0;
+    int slot = 0, slot_phase = 0;
     int scores = 0, weights = 0;  // tiles so far, of which two are told apart
     bool awaits = PARTS && parts.home.awaits_x;
     for (;;) {
@@ -1222,8 +1228,7 @@ struct Products {
         if (lane() == 0) arrive(&shared().empty[added.stage]);
         scored.advance(), added.advance();
       }
-      wait_barrier(&shared().settled, settled);
-      settled ^= 1;
+      wait_barrier(&shared().settled[slot], slot_phase);
       end_segment(mine, segment, slot);
       __syncwarp();
       if (lane() == 0) arrive(&shared().announced.done[slot]);
@@ -1265,7 +1270,8 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       init_barrier(&shared.given[i], Kernel::WARPS);
       init_barrier(&shared.weighed[i], 1);
     }
-    init_barrier(&shared.settled, 1);
+#pragma unroll 1
+    for (int s = 0; s < SEGMENT_SLOTS; ++s) init_barrier(&shared.settled[s], 1);
     if constexpr (CLUSTERED) {
 #pragma unroll 1
       for (int i = 0; i < PRODUCTS_LETTERS; ++i) init_barrier(&shared.mail.arrived[i], 1);
