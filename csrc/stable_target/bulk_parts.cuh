@@ -110,10 +110,13 @@ struct RowState {
   __device__ double exact_rate() const { return 2 * alpha * per_square; }
 };
 
+// What others may read of a row before they are told of the rest, and the rest.
+__device__ __forceinline__ void name_row(const Inputs& in, int64_t index, RowState& row) {
+  row.index = index, row.x = x_of(in, index).data;
+}
 __device__ __forceinline__ void set_row(const Inputs& in, int64_t index, RowState& row) {
   const Row at = row_coefficients(in, index);
-  row.index = index, row.a = at.a, row.b = at.b, row.alpha = at.alpha;
-  row.x = x_of(in, index).data, row.out = out_of(in, index).data;
+  row.a = at.a, row.b = at.b, row.alpha = at.alpha, row.out = out_of(in, index).data;
   row.per_square = LOG2_E / (2 * at.sigma * at.sigma);
   row.sign = static_cast<float>(at.sign), row.half_alpha = static_cast<float>(0.5 * at.alpha);
   row.high_alpha = static_cast<float>(at.alpha);
@@ -290,21 +293,20 @@ __device__ __forceinline__ bool place_first(const Inputs& in, const LaneUnit& un
                     (begin + tiles * TILE_WEIGHT >= high && up_to == to ? SEGMENT_LAST : 0);
     segment.squares = in.lse.data != nullptr;
     segment.alone = unit.alone, segment.count = 1, segment.order = unit.first;
-    segment.rows[0].index = lane, segment.rows[0].x = x_of(in, lane).data;
+    name_row(in, lane, segment.rows[0]);
   }
   return __any_sync(ALL, simple);
 }
 
 // The announcer, a warp: tells the producer and the consumers of each segment in the team's range.
-// most_tiles(rows): of a segment. name_row(index, state) is called for each row before the segment is placed,
-// know_row(index, state) before it is told; await(barrier, phase) until consumers have done with an earlier
-// one. begun: place_first has placed the first one.
-template <int TR, bool DEAL, int ROWS, typename MostTiles, typename NameRow, typename KnowRow, typename Await>
+// most_tiles(rows): of a segment. know_row(index, state) is called for each row before the segment is told;
+// await(barrier, phase) until consumers have done with an earlier one. begun: place_first has placed the
+// first one.
+template <int TR, bool DEAL, int ROWS, typename MostTiles, typename KnowRow, typename Await>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
                                          int64_t teams, int64_t team, Announcements<ROWS>& announced,
-                                         const MostTiles& most_tiles, const NameRow& name_row,
-                                         const KnowRow& know_row, const Await& await, int lane,
-                                         bool begun = false) {
+                                         const MostTiles& most_tiles, const KnowRow& know_row,
+                                         const Await& await, int lane, bool begun = false) {
   int slot = 0, phase = 1;
   const auto find = [&](int64_t at) { return find_unit(list, at, lane); };
   walk_units<DEAL>(list, teams, team, find, [&](const UnitShare& share, const Ranges<DEAL>& ranges) {
@@ -334,10 +336,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
         int64_t index = 0;
         if (lane < rows) {
           index = list.order[unit.first + lane];
-          if (!begun) {
-            segment.rows[lane].index = index;
-            name_row(index, segment.rows[lane]);
-          }
+          if (!begun) name_row(in, index, segment.rows[lane]);
         }
         __syncwarp();
         if (lane == 0) {
@@ -377,10 +376,9 @@ template <int TR, bool DEAL, int ROWS, typename MostTiles>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
                                          int64_t teams, int64_t team, Announcements<ROWS>& announced,
                                          const MostTiles& most_tiles, int lane) {
-  const auto name_row = [](int64_t, RowState&) {};
   const auto know_row = [&](int64_t index, RowState& row) { set_row(in, index, row); };
   const auto await = [](Barrier* barrier, int phase) { wait_barrier(barrier, phase); };
-  announce<TR, DEAL>(in, list, place, teams, team, announced, most_tiles, name_row, know_row, await, lane);
+  announce<TR, DEAL>(in, list, place, teams, team, announced, most_tiles, know_row, await, lane);
 }
 
 // Of the online softmax, the same in all threads that share a row. The largest score, and the integer `top`

@@ -291,9 +291,6 @@ struct Teams {
     const bool posting = layout.team == Team::grid;
     Posts posts;
     const auto most_tiles = [](int) { return SEGMENT_TILES; };
-    const auto name_row = [&](int64_t index, RowState& row) {
-      row.index = index, row.x = x_of(in, index).data;
-    };
     const auto know_row = [&](int64_t index, RowState& row) {
       if (!knows_rows()) set_row(in, index, row);
     };
@@ -302,8 +299,8 @@ struct Teams {
         if (posting) post(posts, lane);
       }
     };
-    announce<TR, false>(in, list, place(), teams, team, shared().announced, most_tiles, name_row, know_row,
-                        await, lane, begun);
+    announce<TR, false>(in, list, place(), teams, team, shared().announced, most_tiles, know_row, await, lane,
+                        begun);
     while (posting && !posts.done) {
       wait_barrier(next_given(posts), posts.number / TEAMS_SLOTS & 1);
       post(posts, lane);
@@ -704,6 +701,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   } else if (short_list && other < 32) {
     begun = kernel.begin(lane);
   } else if (short_list && other >= 64 && other < 64 + in.n) {
+    name_row(in, other - 64, shared.known[other - 64]);
     set_row(in, other - 64, shared.known[other - 64]);
   }
   __syncthreads();
