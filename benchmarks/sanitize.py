@@ -1,10 +1,14 @@
-"""Every CUDA kernel once at small sizes, to run under compute-sanitizer:
+"""Every CUDA kernel once at small sizes, or those of the parts that are named, to run under compute-sanitizer:
 
 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
-compute-sanitizer --tool racecheck python benchmarks/sanitize.py
+compute-sanitizer --tool racecheck --print-limit 0 --kernel-name kns=products_kernel python benchmarks/sanitize.py mixed
+
+racecheck follows the bulk kernels only in a build with NVCC_APPEND_FLAGS="-DSVEL_RACECHECK -lineinfo" (hopper.cuh).
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 
@@ -44,6 +48,21 @@ def banks(rng: torch.Generator) -> None:
             svel.stable_target(x, refs, t, labels, counts, x)
             svel.posterior_mean(x, refs, 1 - t, t, labels, counts)
             svel.stable_target(x[:1], refs[0], t[:1])
+
+
+def mixed(rng: torch.Generator) -> None:
+    """One launch of each form of the bulk kernels in which blocks have several units, some without references."""
+    for d, n, dtype in (
+        (1032, 800, torch.float16),
+        (4096, 300, torch.bfloat16),
+        (8200, 130, torch.float16),
+        (256, 300, torch.float32),
+        (8200, 80, torch.float32),
+    ):
+        labels, t = torch.arange(n, device="cuda"), torch.full((n,), 0.1, device="cuda")
+        x = torch.randn(n, d, device="cuda", generator=rng)
+        refs = torch.randn(n, 9, d, device="cuda", generator=rng).to(dtype)
+        svel.stable_target(x, refs, t, labels // 2, 9 * (labels % 4 == 0), x)
 
 
 def pools(rng: torch.Generator) -> None:
@@ -102,12 +121,20 @@ def draws(rng: torch.Generator) -> None:
             svel.conditional_target_(x_t, x0, rows, u[:, 0], t_set.float())
 
 
+PARTS = {part.__name__: part for part in (targets, banks, mixed, pools, steps, losses, pushes, draws)}
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all of them if none is named")
+    names = parser.parse_args().parts or list(PARTS)
+    if unknown := set(names) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
     rng = torch.Generator("cuda").manual_seed(0)
-    for part in (targets, banks, pools, steps, losses, pushes, draws):
-        part(rng)
+    for name in names:
+        PARTS[name](rng)
         torch.cuda.synchronize()
-        print(f"{part.__name__}: done")
+        print(f"{name}: done")
 
 
 if __name__ == "__main__":

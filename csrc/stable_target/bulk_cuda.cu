@@ -442,6 +442,7 @@ __device__ __noinline__ void end_aligned(const Inputs& in, const ProductsParts& 
   const int64_t index = number + in.part * in.rows_each;
   const ProductsRow left = parts.rows[index];
   RowState row;
+  name_row(in, index, row);
   set_row(in, index, row);
   const float* const x = static_cast<const float*>(row.x) + index * in.d;
   double shift = 0;

@@ -113,10 +113,13 @@ struct RowState {
   __device__ double exact_rate() const { return 2 * alpha * per_square; }
 };
 
+// What others may read of a row before they are told of the rest, and the rest.
+__device__ __forceinline__ void name_row(const Inputs& in, int64_t index, RowState& row) {
+  row.index = index, row.x = x_of(in, index).data;
+}
 __device__ __forceinline__ void set_row(const Inputs& in, int64_t index, RowState& row) {
   const Row at = row_coefficients(in, index);
-  row.index = index, row.a = at.a, row.b = at.b, row.alpha = at.alpha;
-  row.x = x_of(in, index).data, row.out = out_of(in, index).data;
+  row.a = at.a, row.b = at.b, row.alpha = at.alpha, row.out = out_of(in, index).data;
   row.per_square = LOG2_E / (2 * at.sigma * at.sigma);
   row.sign = static_cast<float>(at.sign), row.half_alpha = static_cast<float>(0.5 * at.alpha);
   row.high_alpha = static_cast<float>(at.alpha);
@@ -252,12 +255,12 @@ struct Announcements {
   Barrier placed[SEGMENT_SLOTS], told[SEGMENT_SLOTS], done[SEGMENT_SLOTS];
   Segment<ROWS> segments[SEGMENT_SLOTS];
 
-  __device__ void init(int warps) {
+  __device__ void init(int arrivals) {
 #pragma unroll 1
     for (int s = 0; s < SEGMENT_SLOTS; ++s) {
-      init_barrier(&placed[s], 1);
-      init_barrier(&told[s], 1);
-      init_barrier(&done[s], warps);
+      init_barrier(&placed[s], WARP_ARRIVALS);
+      init_barrier(&told[s], WARP_ARRIVALS);
+      init_barrier(&done[s], arrivals);
     }
   }
 };
@@ -293,21 +296,20 @@ __device__ __forceinline__ bool place_first(const Inputs& in, const LaneUnit& un
                     (begin + tiles * TILE_WEIGHT >= high && up_to == to ? SEGMENT_LAST : 0);
     segment.squares = in.lse.data != nullptr;
     segment.alone = unit.alone, segment.count = 1, segment.order = unit.first;
-    segment.rows[0].index = lane, segment.rows[0].x = x_of(in, lane).data;
+    name_row(in, lane, segment.rows[0]);
   }
   return __any_sync(ALL, simple);
 }
 
 // The announcer, a warp: tells the producer and the consumers of each segment in the team's range.
-// most_tiles(rows): of a segment. name_row(index, state) is called for each row before the segment is placed,
-// know_row(index, state) before it is told; await(barrier, phase) until consumers have done with an earlier
-// one. begun: place_first has placed the first one.
-template <int TR, bool DEAL, int ROWS, typename MostTiles, typename NameRow, typename KnowRow, typename Await>
+// most_tiles(rows): of a segment. know_row(index, state) is called for each row before the segment is told;
+// await(barrier, phase) until consumers have done with an earlier one. begun: place_first has placed the
+// first one.
+template <int TR, bool DEAL, int ROWS, typename MostTiles, typename KnowRow, typename Await>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
                                          int64_t teams, int64_t team, Announcements<ROWS>& announced,
-                                         const MostTiles& most_tiles, const NameRow& name_row,
-                                         const KnowRow& know_row, const Await& await, int lane,
-                                         bool begun = false) {
+                                         const MostTiles& most_tiles, const KnowRow& know_row,
+                                         const Await& await, int lane, bool begun = false) {
   int slot = 0, phase = 1;
   const auto find = [&](int64_t at) { return find_unit(list, at, lane); };
   walk_units<DEAL>(list, teams, team, find, [&](const UnitShare& share, const Ranges<DEAL>& ranges) {
@@ -337,10 +339,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
         int64_t index = 0;
         if (lane < rows) {
           index = list.order[unit.first + lane];
-          if (!begun) {
-            segment.rows[lane].index = index;
-            name_row(index, segment.rows[lane]);
-          }
+          if (!begun) name_row(in, index, segment.rows[lane]);
         }
         __syncwarp();
         if (lane == 0) {
@@ -350,6 +349,8 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
           } else {
             ranges.teams_of(list, share.number, segment.from, segment.to);
           }
+        } else if (arrives(lane)) {
+          if (!begun) arrive(&announced.placed[slot]);
         }
         if (lane < rows) {
           const bool here = !in.mailboxes || owner_of(in, index) == in.part;
@@ -361,7 +362,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
         }
         begun = false;
         __syncwarp();
-        if (lane == 0) arrive(&announced.told[slot]);
+        if (arrives(lane)) arrive(&announced.told[slot]);
         if (++slot == SEGMENT_SLOTS) slot = 0, phase ^= 1;
         tile += count;
         begins = 0;
@@ -369,8 +370,8 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
     }
   });
   await(&announced.done[slot], phase);
-  if (lane == 0) {
-    announced.segments[slot].flags = SEGMENT_LIST_DONE;
+  if (lane == 0) announced.segments[slot].flags = SEGMENT_LIST_DONE;
+  if (arrives(lane)) {
     arrive(&announced.placed[slot]);
     arrive(&announced.told[slot]);
   }
@@ -380,10 +381,9 @@ template <int TR, bool DEAL, int ROWS, typename MostTiles>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
                                          int64_t teams, int64_t team, Announcements<ROWS>& announced,
                                          const MostTiles& most_tiles, int lane) {
-  const auto name_row = [](int64_t, RowState&) {};
   const auto know_row = [&](int64_t index, RowState& row) { set_row(in, index, row); };
   const auto await = [](Barrier* barrier, int phase) { wait_barrier(barrier, phase); };
-  announce<TR, DEAL>(in, list, place, teams, team, announced, most_tiles, name_row, know_row, await, lane);
+  announce<TR, DEAL>(in, list, place, teams, team, announced, most_tiles, know_row, await, lane);
 }
 
 // Of the online softmax, the same in all threads that share a row. The largest score, and the integer `top`

@@ -181,9 +181,12 @@ __device__ __forceinline__ void prefetch_references(const Inputs& in, const RowP
 // From what the list is made of or, for who comes late, from anything.
 __device__ __forceinline__ void prefetch_references(const Inputs& in, const ListScratch& scratch,
                                                     const RowPlace& place, int teams, int team, int tid) {
-  const auto group_of = [&](int64_t row) { return int64_t{scratch.keys[row]} - 1; };
+  // Each once: by then it may be something else.
+  const auto read = [](const int& from) { return static_cast<int>(load_shared(shared_address(&from))); };
+  const auto group_of = [&](int64_t row) { return int64_t{read(scratch.keys[row])} - 1; };
   prefetch_references(
-      in, place, teams, team, in.n, group_of, [&](int64_t group) { return scratch.counts[group]; }, tid);
+      in, place, teams, team, in.n, group_of, [&](int64_t group) { return read(scratch.counts[group]); },
+      tid);
 }
 // Where the list comes from another launch, which hears of the rows of other processes meanwhile.
 __device__ __forceinline__ void prefetch_of_own_rows(const Inputs& in, const ProductsParts& parts,
@@ -293,9 +296,11 @@ struct ProductsShared {
   ProductsTie ties[ROWS][PRODUCTS_TIES];  // of the part so far
   PartRow moved[ROWS];                    // of the part, with the segments so far
   ProductsKnown known[ROWS];
-  bool is_last;                    // of the blocks
-  int late;                        // the first of the rows that are sent late
-  Barrier settled[SEGMENT_SLOTS];  // the segment's ends are there
+  bool is_last;  // of the blocks
+  int late;      // the first of the rows that are sent late
+  // The segment's ends are there. One for each slot: where segments have no references nothing keeps the warp
+  // that weighs from going several ahead.
+  Barrier settled[SEGMENT_SLOTS];
   ProductsEnd ends[SEGMENT_SLOTS][ROWS];
   std::conditional_t<CLUSTERED, ProductsMail<TR / 8>, ProductsNoMail> mail;  // the last: its end is cut off
 };
@@ -851,7 +856,7 @@ struct Products {
       }
       if (references > 0) told ^= 1;
       __syncwarp();
-      if (lane == 0) arrive(&shared().announced.done[slot]);
+      if (arrives(lane)) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
   }
@@ -1036,7 +1041,7 @@ struct Products {
         }
         if (lane == 0) shared().used[parity] = used;
         __syncwarp();
-        if (lane == 0) arrive(&shared().weighed[parity]);
+        if (arrives(lane)) arrive(&shared().weighed[parity]);
         parity ^= 1;
         if (left == segment.references) know(segment, slot, my_row, present, my, told);
         if (__any_sync(0xffffffffu, closest * my.rate >= -my.window))
@@ -1045,7 +1050,7 @@ struct Products {
       settle(segment, slot, my_row, present, my);
       if (segment.references > 0) told ^= 1;
       __syncwarp();
-      if (lane == 0) arrive(&shared().settled[slot]), arrive(&shared().announced.done[slot]);
+      if (arrives(lane)) arrive(&shared().settled[slot]), arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
   }
@@ -1460,6 +1465,7 @@ struct Products {
     const ProductsRow left = parts.rows[index];
     await_parts(parts.ready + (left.from + 1) * slices, left.to - left.from, slices, rank);
     RowState row;
+    name_row(in, index, row);
     set_row(in, index, row);
     double square = 0;
     const float* const x = static_cast<const float*>(row.x) + index * in.d;
@@ -1590,14 +1596,14 @@ struct Products {
         if (to_score > 0 && (ahead == 0 || ahead == TR)) {
           await(scored);
           score_tile(mine, to_scores + scored.offset, rows, scores & 1, to_score == references, slot);
-          if (lane() == 0) arrive(&shared().given[scores & 1]);
+          if (arrives(lane())) arrive(&shared().given[scores & 1]);
           scored.advance(), ++scores;
           to_score -= TR;
         } else {
           wait_barrier(&shared().weighed[weights & 1], weights >> 1 & 1);
           add_tile(mine, to_sums + added.offset, min(to_add, TR), weights & 1);
           __syncwarp();
-          if (lane() == 0) arrive(&shared().empty[added.stage]);
+          if (arrives(lane())) arrive(&shared().empty[added.stage]);
           added.advance(), ++weights;
           to_add -= TR;
         }
@@ -1605,13 +1611,13 @@ struct Products {
       if (references == 0) {  // a tile that holds none
         await(scored);
         __syncwarp();
-        if (lane() == 0) arrive(&shared().empty[added.stage]);
+        if (arrives(lane())) arrive(&shared().empty[added.stage]);
         scored.advance(), added.advance();
       }
       if (waits_for_end(segment)) wait_barrier(&shared().settled[slot], slot_phase);
       end_segment(mine, segment, slot);
       __syncwarp();
-      if (lane() == 0) arrive(&shared().announced.done[slot]);
+      if (arrives(lane())) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
   }
@@ -1642,16 +1648,16 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     for (int s = 0; s < Kernel::STAGES; ++s) {
 #pragma unroll
       for (int piece = 0; piece < Kernel::PIECES; ++piece) init_barrier(&shared.full[s][piece], 1);
-      init_barrier(&shared.empty[s], Kernel::WARPS);
+      init_barrier(&shared.empty[s], WARP_ARRIVALS * Kernel::WARPS);
     }
-    shared.announced.init(Kernel::WARPS + (CLUSTERED ? 2 : 1));
+    shared.announced.init(WARP_ARRIVALS * (Kernel::WARPS + (CLUSTERED ? 2 : 1)));
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
-      init_barrier(&shared.given[i], Kernel::WARPS);
-      init_barrier(&shared.weighed[i], 1);
+      init_barrier(&shared.given[i], WARP_ARRIVALS * Kernel::WARPS);
+      init_barrier(&shared.weighed[i], WARP_ARRIVALS);
     }
 #pragma unroll 1
-    for (int s = 0; s < SEGMENT_SLOTS; ++s) init_barrier(&shared.settled[s], 1);
+    for (int s = 0; s < SEGMENT_SLOTS; ++s) init_barrier(&shared.settled[s], WARP_ARRIVALS);
     if constexpr (CLUSTERED) {
 #pragma unroll 1
       for (int i = 0; i < PRODUCTS_LETTERS; ++i) init_barrier(&shared.mail.arrived[i], 1);

@@ -269,6 +269,29 @@ def test_empty_classes_and_rows_that_are_not_finite(rng, d, source):
     check_bank(x, refs, t * math.nan, labels, counts, own)
 
 
+@pytest.mark.parametrize(
+    ("d", "n", "dtype"),
+    [
+        (16, 3000, torch.float16),
+        (1032, 600, torch.float16),
+        (4096, 600, torch.float16),
+        (4096, 600, torch.bfloat16),
+        (4096, 600, torch.float32),
+        (16_384, 150, torch.float16),
+        (65_544, 6, torch.float16),
+    ],
+)
+def test_many_classes_without_references(rng, d, n, dtype):
+    """A block has several of them in turn, behind one whose references are evaluated again; rows have their sources."""
+    labels, t = torch.arange(n), torch.full((n,), 0.1)
+    counts = 5 * (labels % 4 == 0)
+    refs = make_references(5 * n, d, "gaussian", rng).reshape(n, 5, d).to(dtype)
+    x = make_noisy(refs[:, 0].float(), t, rng)
+    refs[counts == 0] = math.nan
+    check_bank(x, refs, t, labels, counts, x * 0.5)
+    check_bank(x, refs, t, labels, counts * 0, x * 0.5)
+
+
 @pytest.mark.parametrize("source", [False, True])
 @pytest.mark.parametrize(("d", "k"), [(16, 900), (1032, 300), (4096, 100), (8200, 40), (40_000, 12), (65_544, 9)])
 def test_rows_that_take_all_of_many_classes(rng, d, k, source):
