@@ -232,8 +232,8 @@ __device__ Distances distances_of(const float4 (&of_warps)[THREADS / 32][32]) {
 // tell apart all of them matter.
 __device__ bool expect_dense(const Row& row, float doubt, const Distances& distances, float references,
                              bool one_tile) {
-  if (references <= static_cast<float>(MANY_SURVIVORS)) return false;
   const float ratio = static_cast<float>(row.alpha / row.sigma), v = 0.5f * ratio * ratio * distances.mean;
+  if (references <= static_cast<float>(MANY_SURVIVORS) || !isfinite(v)) return false;
   const float cut = 0.7f * (static_cast<float>(FORGOTTEN_LOG2_EXACT + 9) + doubt), shape = distances.shape;
   if (v <= cut) return true;
   const float above = 1 - cut / v, linear = 2 + cut / shape;
@@ -565,7 +565,8 @@ constexpr int BINS = 64;
 constexpr int GATHER_BLOCKS = 8;
 constexpr int PLACE_THREADS = static_cast<int>(MANY_PASS_ROWS);
 // What dense rows and lists take, as measured on an H100: operations and bytes per second of the products,
-// bytes per second of lists, and seconds for a reference of a list beside others.
+// bytes per second of lists, and seconds for a reference of a list, alone 0.15e-6, beside others up to twice
+// that or more.
 constexpr float PRODUCT_RATE = 600e12f, PRODUCT_BANDWIDTH = 2.6e12f, LIST_BANDWIDTH = 2.2e12f;
 constexpr float LISTED_SECONDS = 0.3e-6f;
 // No row of a shorter list becomes dense, since lists are more exact; nor one of more doubt, where scores are
