@@ -22,7 +22,7 @@ ManyLayout many_layout(int64_t n, int64_t m, int64_t d, int64_t rows_per_pass, i
   const int64_t tiles = d_tiles * ceil_div(rows_per_pass, MANY_ROWS);
   ManyLayout layout;
   layout.order = n > rows_per_pass ? round_up(4 * std::min(n, MANY_LIST_ROWS), 256) : 0;
-  layout.centre = round_up(16 * d_padded + 64 * d_tiles + 256, 256);
+  layout.centre = round_up(16 * d_padded + (64 + 4 * MANY_PAIRS) * d_tiles + 256, 256);
   layout.norms = n >= MANY_NORMS_ROWS && m <= MANY_NORMS_REFS ? round_up(4 * m, 256) : 0;
   layout.rows = round_up(rows_per_pass * MANY_ROW_BYTES + 256, 256);
   layout.queries = 6 * rows_per_pass * d_padded;

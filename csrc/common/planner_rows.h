@@ -19,6 +19,7 @@ constexpr int64_t MANY_SURVIVORS = 256;   // references of a row that are scored
 constexpr int64_t MANY_SEGMENTS = 400;    // most tiles of partial sums
 constexpr int64_t MANY_ROW_BYTES = 240;   // of a row of a pass: its slot, factors, places, totals
 constexpr int64_t MANY_SAMPLES = 64;      // references that decide on the centre
+constexpr int64_t MANY_PAIRS = 128;       // of them whose distances tell which rows will be dense
 constexpr int64_t MANY_PASS_ROWS = 1024;  // most rows of a pass,
 constexpr int64_t MANY_WHOLE_ROWS = 512;  // or so many, if it holds their scores of all references
 constexpr int64_t MANY_LIST_ROWS = int64_t{1} << 14;  // most rows that are sorted together

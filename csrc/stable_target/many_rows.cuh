@@ -67,6 +67,7 @@ struct Many {
   float* centre_float;  // (d_stride,) c scale
   __half* centre_half;  // (d_stride,) c
   double* statistics;   // (d_tiles, 8)
+  float* distances;     // (d_tiles, MANY_PAIRS) squared, of pairs of references; where exact
   ManyFacts* facts;     // one
   ManySlot* slots;      // (rows,)
   ManyFactor* factors;  // (rows,)
@@ -82,6 +83,7 @@ struct Many {
   int* fills;            // (rows,) the same, 0 for lists that must stay ones
   int* review_most;      // (rows,) references at most that the list of a dense row has; 0: it has no list
   int* listed;           // (rows,) whether a dense row's list is in its sums
+  int* list_order;       // (rows,) slots in the order in which lists are merged: long ones first
   int* places;           // (rows,) among the dense rows; -1: not dense
   double* totals;        // (rows, WEIGHT_UNITS) of the weights of dense rows in this round
   float* sums;           // (rows, d_stride) sum of p_j d_j scale, where total > 0

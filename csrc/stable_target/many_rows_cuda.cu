@@ -32,6 +32,8 @@ enum Statistic {
   MAX_CENTRED,
   STATISTICS
 };
+constexpr int HELD_SAMPLES = static_cast<int>(MANY_SAMPLES) / CENTRE_LANES;  // of a thread of centre_kernel
+static_assert(MANY_PAIRS == 2 * MANY_SAMPLES);
 
 // c with four binary digits, so that differences of it and halves near it are exact; zero where it is too
 // small or large for halves.
@@ -40,29 +42,32 @@ __device__ float coarse(double mean) {
   return fabsf(c) >= 1.0f / 8192 && fabsf(c) <= 4096.0f ? c : 0.0f;
 }
 
-// Mean and variance of a sample of the references, per element; what follows from either choice of c, per
-// tile. many.centre: first c = coarse mean wherever the mean is many deviations from zero, then c everywhere.
+// Mean and variance of a sample of the references, per element; what follows from either choice of c, and
+// squared distances of some pairs of them, per tile. many.centre: first c = coarse mean wherever the mean is
+// many deviations from zero, then c everywhere.
 template <typename T>
 __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const Inputs in, const Many many) {
   allow_next_launch();
   __shared__ double sums[CENTRE_LANES][MANY_TILE], squares[CENTRE_LANES][MANY_TILE];
   __shared__ float lowest[CENTRE_LANES][MANY_TILE], highest[CENTRE_LANES][MANY_TILE];
   __shared__ double of_warps[STATISTICS][MANY_TILE / 32];
+  constexpr int PAIRS = 2 * HELD_SAMPLES;  // of a thread
+  __shared__ float distances[MANY_TILE / 32][CENTRE_LANES * PAIRS];
   const int column = threadIdx.x % MANY_TILE, part = threadIdx.x / MANY_TILE;
   const int64_t e = static_cast<int64_t>(blockIdx.x) * MANY_TILE + column;
   const int64_t valid = valid_count(in, 0), samples = valid < MANY_SAMPLES ? valid : MANY_SAMPLES;
   double sum = 0, square = 0;
   float low = INFINITY, high = -INFINITY;
-  float seen[MANY_SAMPLES / CENTRE_LANES];  // all are loaded before the first is looked at
+  float seen[HELD_SAMPLES];  // all are loaded before the first is looked at
 #pragma unroll
-  for (int i = 0; i < MANY_SAMPLES / CENTRE_LANES; ++i) {
+  for (int i = 0; i < HELD_SAMPLES; ++i) {
     const int64_t s = part + i * CENTRE_LANES;
     const int64_t sample = valid < MANY_SAMPLES ? s : valid * s / MANY_SAMPLES;
     seen[i] =
         e < in.d && s < samples ? to_float(static_cast<const T*>(in.refs.data)[sample * in.d + e]) : 0.0f;
   }
 #pragma unroll
-  for (int i = 0; i < MANY_SAMPLES / CENTRE_LANES; ++i) {
+  for (int i = 0; i < HELD_SAMPLES; ++i) {
     const float v = seen[i];
     if (e >= in.d || part + i * CENTRE_LANES >= samples) continue;
     sum += v, square += static_cast<double>(v) * v;
@@ -103,8 +108,26 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
       if (column % 32 == 0) of_warps[k][column / 32] = value;
     }
   }
+  if (many.exact) {  // most warps have nothing else to do by now
+    float pairs[PAIRS];
+#pragma unroll
+    for (int k = 0; k < PAIRS; ++k) {
+      const int next = k < HELD_SAMPLES ? 1 : 3;  // each with the next, around, and with the third from it
+      const float apart = seen[k % HELD_SAMPLES] - seen[(k + next) % HELD_SAMPLES];
+      pairs[k] = apart * apart;
+    }
+    const int lane = column % 32;
+    const float of_warp = warp_sums<PAIRS>(pairs, lane);
+    if (lane % (32 / PAIRS) == 0) distances[column / 32][part * PAIRS + lane / (32 / PAIRS)] = of_warp;
+  }
   __syncthreads();
   const int k = threadIdx.x;
+  if (many.exact && k < MANY_PAIRS) {
+    float of_tile = 0;
+#pragma unroll
+    for (int warp = 0; warp < MANY_TILE / 32; ++warp) of_tile += distances[warp][k];
+    many.distances[blockIdx.x * MANY_PAIRS + k] = of_tile;
+  }
   if (k >= STATISTICS) return;
   double value = of_warps[k][0];
   for (int warp = 1; warp < MANY_TILE / 32; ++warp) value = joined(k, value, of_warps[k][warp]);
@@ -173,19 +196,52 @@ __global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Inputs in, c
   }
 }
 
+// Squared distances of references: their mean, and the shape of the gamma distribution that is most likely
+// (nearly: Minka, 2002). Where all directions are alike it comes to D / 2, of photographs to about one.
+struct Distances {
+  float mean, shape;
+};
+// By a warp. of_warps: sums over the tiles of D, in parts.
+__device__ Distances distances_of(const float4 (&of_warps)[THREADS / 32][32]) {
+  constexpr int EACH = 4;
+  float pairs[EACH] = {}, sum = 0, logs = 0;
+#pragma unroll
+  for (int warp = 0; warp < THREADS / 32; ++warp) {
+    const float4 v = of_warps[warp][threadIdx.x % 32];
+    pairs[0] += v.x, pairs[1] += v.y, pairs[2] += v.z, pairs[3] += v.w;
+  }
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) sum += pairs[i];
+  const float mean = warp_sum(sum) / MANY_PAIRS;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) logs += __logf(fmaxf(pairs[i] / mean, 1e-6f));  // equal ones are alike too
+  const float s = fmaxf(-warp_sum(logs) / MANY_PAIRS, 1e-5f);
+  return {mean, (3 - s + sqrtf((s - 3) * (s - 3) + 24 * s)) / (12 * s)};
+}
+
 // Whether a row is likely to be dense, so that its scores are better had in full at once. As if x were a
-// noisy reference, and those far apart in every direction alike: with v = (alpha / sigma)^2 times the sum of
-// the variances of d, logits lie v below that of the reference, give or take sqrt(v). Nothing but time
-// depends on it. A product for rows that were not expected takes no less than reading the references; for the
-// rows of one tile more than it would have beside the first: these are expected to be dense sooner. Passes of
-// more have all rows early or none, see early_rows.
-__device__ bool expect_dense(const Row& row, double spread, float references, bool one_tile) {
-  const float ratio = static_cast<float>(row.alpha / row.sigma),
-              v = ratio * ratio * static_cast<float>(spread);
+// noisy reference: with v = (alpha / sigma)^2 / 2 times the squared distance of another, the logit of that
+// lies v below, give or take sqrt(2 v). It matters if that is less than `cut`. For distances of a gamma
+// distribution a share of at most exp(-rarity) do, the largest over s of
+//   rarity(s) = shape log(1 + (s - s^2) v / shape) - s cut, with the mean of v;
+// the derivative is zero where (cut / shape) s^2 - (2 + cut / shape) s + 1 - cut / v is. Nothing but time
+// depends on it. A product for rows that were not expected takes no less than reading the references; for
+// the rows of one tile more than it would have beside the first: these are expected to be dense sooner, the
+// more so where few rows have most of what matters, as those of smooth images. Passes of more have all rows
+// early or none, see early_rows. doubt: of scores of y_hi, in bits; among references nearer than they can
+// tell apart all of them matter.
+__device__ bool expect_dense(const Row& row, float doubt, const Distances& distances, float references,
+                             bool one_tile) {
+  const float ratio = static_cast<float>(row.alpha / row.sigma), v = 0.5f * ratio * ratio * distances.mean;
+  if (references <= static_cast<float>(MANY_SURVIVORS) || !isfinite(v)) return false;
+  const float cut = 0.7f * (static_cast<float>(FORGOTTEN_LOG2_EXACT + 9) + doubt), shape = distances.shape;
+  if (v <= cut) return true;
+  const float above = 1 - cut / v, linear = 2 + cut / shape;
+  const float s = 2 * above / (linear + sqrtf(linear * linear - 4 * cut / shape * above));
+  const float rarity = shape * log1pf((s - s * s) * v / shape) - s * cut;
   const float few = one_tile ? 32 : static_cast<float>(MANY_SURVIVORS);
-  const float odds = sqrtf(2 * logf(fmaxf(references / few, 2.0f)));  // deviations that so few exceed, nearly
-  constexpr float CUT = 0.7f * static_cast<float>(FORGOTTEN_LOG2_EXACT + 9);
-  return v - CUT < (odds + (one_tile ? 0.5f : -0.6f)) * sqrtf(v);
+  const float odds = sqrtf(2 * logf(fmaxf(references / few, 2.0f))) + (one_tile ? 0.5f : -0.6f);
+  return rarity < 0.25f * odds * odds + (one_tile ? 2 / (1 + shape / 16) : 0.0f);
 }
 
 // x and out are float32 and aligned to 16 bytes, and there is no source.
@@ -194,11 +250,11 @@ __host__ __device__ inline bool are_usual(const Inputs& in) {
 }
 
 // y of a row in two halves, its slot and factors, the part of its source. Y: the type of y, in which it is
-// exact.
+// exact. distances: where exact, of the first warp.
 template <typename Y, bool USUAL>
 __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, const Row& row, bool alive,
                                           int64_t at, const Choice& choice, const float* candidate,
-                                          double spread) {
+                                          const Distances& distances) {
   __shared__ double scratch[33];
   const int tid = threadIdx.x;
   const int64_t base = row.index * in.d;
@@ -299,9 +355,12 @@ __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, co
     slot.own =
         static_cast<float>(1.001 * (sqrtf(static_cast<float>(rest_square)) * unpower + rounding * length));
     slot.summed = static_cast<float>(1.001 * 2 * rounding * length);  // twice as many products
-    if (many.exact && expect_dense(row, spread, static_cast<float>(row.count), many.rows <= MANY_ROWS))
-      atomicMax(&many.facts->early, static_cast<int>(at) + 1);
     slot.rate2 = static_cast<float>(fmin(row.rate() * LOG2_E, 1e30));
+    // As doubt_of has it, the largest norm taken for twice the mean.
+    const float doubt = 2 * slot.own * slot.rate2 * sqrtf(2 * choice.mean_norm) * static_cast<float>(inverse);
+    if (many.exact &&
+        expect_dense(row, doubt, distances, static_cast<float>(row.count), many.rows <= MANY_ROWS))
+      atomicMax(&many.facts->early, static_cast<int>(at) + 1);
     if (in.source.data) {
       slot.best = score + 0.5 * row.alpha * choice.mean_norm * inverse * inverse;
       slot.total = 1;
@@ -364,7 +423,27 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
       value = joined(value, __shfl_xor_sync(0xffffffffu, value, offset));
     if (tid % 32 == 0) statistics[k] = value;
   }
+  __shared__ float4 of_warps[THREADS / 32][32];
+  static_assert(MANY_PAIRS == 4 * 32, "four to a lane");
+  if (many.exact) {
+    const int tiles = static_cast<int>(many.d_stride / MANY_TILE);
+    float4 sum{};
+#pragma unroll 1
+    for (int first = tid / 32; first < tiles; first += 4 * (THREADS / 32)) {
+      float4 v[4];  // on their way at once
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int tile = first + i * (THREADS / 32);
+        v[i] =
+            tile < tiles ? reinterpret_cast<const float4*>(many.distances)[tile * 32 + tid % 32] : float4{};
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
+    }
+    of_warps[tid / 32][tid % 32] = sum;
+  }
   __syncthreads();
+  const Distances distances = many.exact && tid < 32 ? distances_of(of_warps) : Distances{};
   const Choice choice = choose_centre(in, statistics);
   const float* const candidate = many.centre + (choice.which == 2 ? many.d_stride : 0);
   const auto centre = [&](int64_t e) { return choice.which ? candidate[e] : 0.0f; };
@@ -393,9 +472,9 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   }
   // Without a centre y is x, which float32 holds: conversions to float64 would take most of the time.
   if (USUAL && !choice.which && !in.lse.data) {
-    store_row<float, USUAL>(in, many, row, has_references, at, choice, candidate, statistics[SPREAD]);
+    store_row<float, USUAL>(in, many, row, has_references, at, choice, candidate, distances);
   } else {
-    store_row<double, USUAL>(in, many, row, has_references, at, choice, candidate, statistics[SPREAD]);
+    store_row<double, USUAL>(in, many, row, has_references, at, choice, candidate, distances);
   }
 }
 
@@ -486,21 +565,27 @@ constexpr int BINS = 64;
 constexpr int GATHER_BLOCKS = 8;
 constexpr int PLACE_THREADS = static_cast<int>(MANY_PASS_ROWS);
 // What dense rows and lists take, as measured on an H100: operations and bytes per second of the products,
-// bytes per second of lists, and seconds for a reference of a single one.
+// bytes per second of lists, and seconds for a reference of a list, alone 0.15e-6, beside others up to twice
+// that or more.
 constexpr float PRODUCT_RATE = 600e12f, PRODUCT_BANDWIDTH = 2.6e12f, LIST_BANDWIDTH = 2.2e12f;
-constexpr float LISTED_SECONDS = 0.15e-6f;
-// No row of a shorter list becomes dense, since lists are more exact; nor one of so much doubt, where scores
-// are large for their digits.
+constexpr float LISTED_SECONDS = 0.3e-6f;
+// No row of a shorter list becomes dense, since lists are more exact; nor one of more doubt, where scores are
+// large for their digits. Exact: as a dense row it would have as long a list. Fast: for small t the few
+// digits of weights show; up to there the worst such row is off by 4e-4 (photographs, by simulation).
 constexpr int SHORTEST_LIST_EXACT = 64, SHORTEST_LIST_FAST = 16, LIMITS = 5;
-constexpr double FILL_DOUBT = 0.5;
+constexpr double FILL_DOUBT_EXACT = 1, FILL_DOUBT_FAST = 512;
+constexpr int LONG_LIST = 32;  // more references: its block is among the first
 // From so much doubt on scores of y_hi and y_lo may be too far off as well: by some 1e-4 in log weight; from
 // little doubt on by 1e-6, which shows where few references have much of the weight. Then so few of them are
 // scored again: by simulation, of 80 rows over 8,192 Gaussian references of 4,096 elements the worst is off
-// by 2.0e-6, with the best four right by 1.2e-6, with eight by 7e-7.
-constexpr double REVIEW_DOUBT = 0.25, REVIEW_LITTLE_DOUBT = 0.03;
-constexpr int REVIEW_FEW = 8;
+// by 2.0e-6, with the best four right by 1.2e-6, with eight by 7e-7. The worst of 48 dense rows over 50,000
+// pieces of photographs, at doubt 0.95 (t = 0.68), by 1.8e-6 with 32 and 1.3e-6 with 256; at 1.1 by 2.4e-6
+// and 1.5e-6, at 1.4 by 3.3e-6 and 1.9e-6.
+constexpr double REVIEW_DOUBT = FILL_DOUBT_EXACT, REVIEW_SOME_DOUBT = 0.25, REVIEW_LITTLE_DOUBT = 0.03;
+constexpr int REVIEW_SOME = 32, REVIEW_FEW = 8;
 __device__ inline int most_reviewed(double doubt) {
   if (doubt > REVIEW_DOUBT) return static_cast<int>(MANY_SURVIVORS);
+  if (doubt > REVIEW_SOME_DOUBT) return REVIEW_SOME;
   return doubt > REVIEW_LITTLE_DOUBT ? REVIEW_FEW : 0;
 }
 
@@ -649,7 +734,8 @@ __global__ void __launch_bounds__(SELECT_THREADS)
     many.slots[at].top = static_cast<float>(top);
     many.counts[at] = found;
     const double doubt_of_hi = doubt_of(slot, facts);
-    many.fills[at] = found > MANY_SURVIVORS || doubt_of_hi <= FILL_DOUBT ? found : 0;
+    const bool fills = doubt_of_hi <= (many.exact ? FILL_DOUBT_EXACT : FILL_DOUBT_FAST);
+    many.fills[at] = fills || found > MANY_SURVIVORS ? found : 0;
     many.review_most[at] = many.exact ? most_reviewed(doubt_of_hi) : 0;
   }
 }
@@ -678,6 +764,7 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
     const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32, early = early_rows(many);
     const bool is_row = real && slot < many.rows;
     const int count = is_row ? many.fills[slot] : 0, listed = is_row ? many.counts[slot] : 0;
+    const int reviewed = is_row ? many.review_most[slot] : 0;
     const float elements = static_cast<float>(many_valid(in, many)) * static_cast<float>(in.d);
     const auto product = [&](int products, int width) {  // so many with the same references
       return fmaxf(2.0f * products * width * elements / PRODUCT_RATE, 2.0f * elements / PRODUCT_BANDWIDTH);
@@ -716,14 +803,21 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
     __syncthreads();
     const int limit = best_limit;
     const bool dense = count > limit;
-    const unsigned in_warp = __ballot_sync(0xffffffffu, dense);
-    if (lane == 0) of_warps[warp] = __popc(in_warp);
+    // Two counts in one: of dense rows, and of those of long lists above.
+    constexpr int ABOVE = 1 << 16;
+    const bool is_long = (dense ? reviewed : listed) > LONG_LIST;
+    const unsigned in_warp = __ballot_sync(0xffffffffu, dense), longs = __ballot_sync(0xffffffffu, is_long);
+    if (lane == 0) of_warps[warp] = __popc(in_warp) + ABOVE * __popc(longs);
     __syncthreads();
-    int rank = __popc(in_warp & ((1u << lane) - 1)), total = 0;
+    const unsigned before = (1u << lane) - 1;
+    int rank = __popc(in_warp & before) + ABOVE * __popc(longs & before), total = 0;
     for (int other = 0; other < PLACE_THREADS / 32; ++other) {
       if (other < warp) rank += of_warps[other];
       total += of_warps[other];
     }
+    const int long_rank = rank / ABOVE, all_long = total / ABOVE;
+    rank %= ABOVE, total %= ABOVE;
+    if (is_row) many.list_order[is_long ? long_rank : all_long + slot - long_rank] = slot;
     if (slot == total) before_last = rank;  // dense rows that are in the first places
     __syncthreads();
     const int staying = total < PLACE_THREADS ? before_last : total;
@@ -1445,7 +1539,7 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
   allow_next_launch();
   const int rows = static_cast<int>(many.rows), block = static_cast<int>(blockIdx.x) - rows;
   if (block < 0) {
-    merge_list<T, VECTORS>(in, many, blockIdx.x, last);
+    merge_list<T, VECTORS>(in, many, many.list_order[blockIdx.x], last);
     if (blockIdx.x > 0) return;
     wait_for_previous_launch();                           // launches end in their order
     if (last && threadIdx.x == 0) many.facts->early = 0;  // of the next pass
@@ -1549,6 +1643,7 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   many.centre_float = centre.take<float>(many.d_stride);
   many.centre = centre.take<float>(2 * many.d_stride);
   many.statistics = centre.take<double>(d_tiles * STATISTICS);
+  many.distances = centre.take<float>(d_tiles * MANY_PAIRS);
   void* const norms = take(layout.norms);
   many.norms = layout.norms > 0 && in.refs.dtype == Dtype::f16 ? static_cast<float*>(norms) : nullptr;
   Carver rows(take(layout.rows));
@@ -1561,8 +1656,9 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   many.fills = rows.take<int>(plan.rows_per_pass);
   many.review_most = rows.take<int>(plan.rows_per_pass);
   many.listed = rows.take<int>(plan.rows_per_pass);
+  many.list_order = rows.take<int>(plan.rows_per_pass);
   many.totals = rows.take<double>(plan.rows_per_pass * WEIGHT_UNITS);
-  static_assert(2 * sizeof(ManyFactor) + sizeof(ManySlot) + 6 * sizeof(int) + WEIGHT_UNITS * sizeof(double) <=
+  static_assert(2 * sizeof(ManyFactor) + sizeof(ManySlot) + 7 * sizeof(int) + WEIGHT_UNITS * sizeof(double) <=
                 MANY_ROW_BYTES);
   many.hi = reinterpret_cast<__half*>(take(layout.queries));
   many.lo = many.hi + plan.rows_per_pass * many.d_stride;

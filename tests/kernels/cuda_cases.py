@@ -22,9 +22,9 @@ def make_pool(n, m, d, geometry, rng, times=ALL_T, dtype=torch.float16):
     return rows_of(make_references(m, d, geometry, rng).to(dtype), n, rng, times)
 
 
-def make_photograph_pool(n, m, side, rng, dtype=torch.float16):
+def make_photograph_pool(n, m, side, rng, dtype=torch.float16, times=ALL_T):
     """The same of pieces of photographs, d = 3 side side."""
-    return rows_of(photographs(m, side, rng).to(dtype), n, rng)
+    return rows_of(photographs(m, side, rng).to(dtype), n, rng, times)
 
 
 def rows_of(refs, n, rng, times=ALL_T):

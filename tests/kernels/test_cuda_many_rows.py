@@ -70,6 +70,14 @@ def test_photographs(rng, n, m, side, dtype, precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("time", [0.02, 0.1, 0.3, 0.6, 0.68, 0.8])
+@pytest.mark.parametrize("n", [256, 520])
+def test_photographs_at_one_time(rng, n, time, precision):
+    """Rows near some references have thousands that matter, others one; all are expected to be dense, or none."""
+    check(*make_photograph_pool(n, 20_000, 32, rng, times=(time,)), precision=precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("time", [0.05, 0.5, 0.8, 0.95, 0.999])
 def test_one_time_for_all_rows(rng, time, geometry, precision):
