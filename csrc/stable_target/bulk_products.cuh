@@ -1193,7 +1193,7 @@ struct Products {
     return in.partial && !(PARTS && parts.home.merged && !is_of_another(in, row.index));
   }
   __device__ __forceinline__ static bool part_in_doubt(const RowState& row, const ProductsKnown& of) {
-    constexpr float TIMES = 0.5f * (CHUNKS < 4 ? 2.5f : 1.25f) * 0x1p-24f / SCORE_ERROR;
+    constexpr float TIMES = 0.5f * (CHUNKS < 4 ? 2.3f : 0.86f) * 0x1p-24f / SCORE_ERROR;
     return TIMES * of.bits * of.per_bit > 1e-6f * 2 * row.half_alpha * square_root(variances(row));
   }
   __device__ __forceinline__ static float square_root(float v) {
