@@ -82,16 +82,6 @@ __device__ inline void arrive_for(Barrier* barrier, int arrivals) {
   SVEL_HOPPER_ASM("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                   "r"(arrivals) : "memory");
 }
-// A warp arrives by one lane, behind a __syncwarp. SVEL_RACECHECK: by each, since racecheck takes an arrival
-// to be behind what its own thread did, and no more.
-#ifdef SVEL_RACECHECK
-constexpr int WARP_ARRIVALS = 32;
-#else
-constexpr int WARP_ARRIVALS = 1;
-#endif
-__device__ inline bool arrives(int lane) {
-  return WARP_ARRIVALS == 32 || lane == 0;
-}
 // Arrives, and the phase ends only after so many bytes more.
 __device__ inline void arrive_expecting(Barrier* barrier, uint32_t bytes) {
   SVEL_HOPPER_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),

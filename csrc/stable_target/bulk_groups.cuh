@@ -144,7 +144,7 @@ struct Groups {
         wait_barrier(&shared().full[behind.stage], behind.phase);
         advance(behind, 1);
         wait_barrier(&shared().empty[at.stage], at.phase);
-        if (others > 0) arrive_for(&shared().empty[at.stage], WARP_ARRIVALS * others);
+        if (others > 0) arrive_for(&shared().empty[at.stage], others);
         if (bytes > 0) {
           const int here = min(bytes, tile_bytes);
           arrive_expecting(full, here);
@@ -303,7 +303,7 @@ struct Groups {
 
   __device__ __forceinline__ void release(int s) const {
     __syncwarp();
-    if (arrives(thread() % 32)) arrive(&shared().empty[s]);
+    if (thread() % 32 == 0) arrive(&shared().empty[s]);
   }
 
   // One tile of `many` references, at stage s.
@@ -441,7 +441,7 @@ struct Groups {
       }
     }
     __syncwarp();
-    if (arrives(lane)) {
+    if (lane == 0) {
       for (int g = group() + 1; g < group() + groups; ++g) arrive(&shared().taken[g]);
     }
     if (final) {
@@ -461,7 +461,7 @@ struct Groups {
 
   __device__ __forceinline__ void file(int lane) const {
     __syncwarp();
-    if (arrives(lane)) arrive(&shared().filed);
+    if (lane == 0) arrive(&shared().filed);
   }
 
   // The row's result from its parts, by one group.
@@ -509,7 +509,7 @@ struct Groups {
       advance(at, segment.tiles % layout.stages);
       if (segment.tiles / layout.stages % 2) at.phase ^= 1;
       __syncwarp();
-      if (arrives(thread() % 32)) arrive(&shared().announced.done[slot]);
+      if (thread() % 32 == 0) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
     if (!layout.merge_last) return;  // where merge_kernel waits for the last of them
@@ -549,15 +549,15 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
 #pragma unroll 1
     for (int s = 0; s < layout.stages; ++s) {
       init_barrier(&shared.full[s], 1);
-      init_barrier(&shared.empty[s], WARP_ARRIVALS * Kernel::ALL_WARPS);
+      init_barrier(&shared.empty[s], Kernel::ALL_WARPS);
     }
-    shared.announced.init(WARP_ARRIVALS * Kernel::ALL_WARPS + 1);
-    init_barrier(&shared.filed, WARP_ARRIVALS * Kernel::ALL_WARPS);
+    shared.announced.init(Kernel::ALL_WARPS + 1);
+    init_barrier(&shared.filed, Kernel::ALL_WARPS);
     init_barrier(&shared.closed, 1);
     shared.unmerged = 0;
     shared.doubtful = NO_ROW;
 #pragma unroll 1
-    for (int g = 0; g < Kernel::G; ++g) init_barrier(&shared.taken[g], WARP_ARRIVALS * Kernel::WARPS);
+    for (int g = 0; g < Kernel::G; ++g) init_barrier(&shared.taken[g], Kernel::WARPS);
     publish_barriers();
   }
   __syncthreads();

@@ -255,12 +255,12 @@ struct Announcements {
   Barrier placed[SEGMENT_SLOTS], told[SEGMENT_SLOTS], done[SEGMENT_SLOTS];
   Segment<ROWS> segments[SEGMENT_SLOTS];
 
-  __device__ void init(int arrivals) {
+  __device__ void init(int warps) {
 #pragma unroll 1
     for (int s = 0; s < SEGMENT_SLOTS; ++s) {
-      init_barrier(&placed[s], WARP_ARRIVALS);
-      init_barrier(&told[s], WARP_ARRIVALS);
-      init_barrier(&done[s], arrivals);
+      init_barrier(&placed[s], 1);
+      init_barrier(&told[s], 1);
+      init_barrier(&done[s], warps);
     }
   }
 };
@@ -349,8 +349,6 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
           } else {
             ranges.teams_of(list, share.number, segment.from, segment.to);
           }
-        } else if (arrives(lane)) {
-          if (!begun) arrive(&announced.placed[slot]);
         }
         if (lane < rows) {
           const bool here = !in.mailboxes || owner_of(in, index) == in.part;
@@ -362,7 +360,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
         }
         begun = false;
         __syncwarp();
-        if (arrives(lane)) arrive(&announced.told[slot]);
+        if (lane == 0) arrive(&announced.told[slot]);
         if (++slot == SEGMENT_SLOTS) slot = 0, phase ^= 1;
         tile += count;
         begins = 0;
@@ -370,8 +368,8 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
     }
   });
   await(&announced.done[slot], phase);
-  if (lane == 0) announced.segments[slot].flags = SEGMENT_LIST_DONE;
-  if (arrives(lane)) {
+  if (lane == 0) {
+    announced.segments[slot].flags = SEGMENT_LIST_DONE;
     arrive(&announced.placed[slot]);
     arrive(&announced.told[slot]);
   }

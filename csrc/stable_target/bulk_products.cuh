@@ -856,7 +856,7 @@ struct Products {
       }
       if (references > 0) told ^= 1;
       __syncwarp();
-      if (arrives(lane)) arrive(&shared().announced.done[slot]);
+      if (lane == 0) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
   }
@@ -1041,7 +1041,7 @@ struct Products {
         }
         if (lane == 0) shared().used[parity] = used;
         __syncwarp();
-        if (arrives(lane)) arrive(&shared().weighed[parity]);
+        if (lane == 0) arrive(&shared().weighed[parity]);
         parity ^= 1;
         if (left == segment.references) know(segment, slot, my_row, present, my, told);
         if (__any_sync(0xffffffffu, closest * my.rate >= -my.window))
@@ -1050,7 +1050,7 @@ struct Products {
       settle(segment, slot, my_row, present, my);
       if (segment.references > 0) told ^= 1;
       __syncwarp();
-      if (arrives(lane)) arrive(&shared().settled[slot]), arrive(&shared().announced.done[slot]);
+      if (lane == 0) arrive(&shared().settled[slot]), arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
   }
@@ -1596,14 +1596,14 @@ struct Products {
         if (to_score > 0 && (ahead == 0 || ahead == TR)) {
           await(scored);
           score_tile(mine, to_scores + scored.offset, rows, scores & 1, to_score == references, slot);
-          if (arrives(lane())) arrive(&shared().given[scores & 1]);
+          if (lane() == 0) arrive(&shared().given[scores & 1]);
           scored.advance(), ++scores;
           to_score -= TR;
         } else {
           wait_barrier(&shared().weighed[weights & 1], weights >> 1 & 1);
           add_tile(mine, to_sums + added.offset, min(to_add, TR), weights & 1);
           __syncwarp();
-          if (arrives(lane())) arrive(&shared().empty[added.stage]);
+          if (lane() == 0) arrive(&shared().empty[added.stage]);
           added.advance(), ++weights;
           to_add -= TR;
         }
@@ -1611,13 +1611,13 @@ struct Products {
       if (references == 0) {  // a tile that holds none
         await(scored);
         __syncwarp();
-        if (arrives(lane())) arrive(&shared().empty[added.stage]);
+        if (lane() == 0) arrive(&shared().empty[added.stage]);
         scored.advance(), added.advance();
       }
       if (waits_for_end(segment)) wait_barrier(&shared().settled[slot], slot_phase);
       end_segment(mine, segment, slot);
       __syncwarp();
-      if (arrives(lane())) arrive(&shared().announced.done[slot]);
+      if (lane() == 0) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
   }
@@ -1648,16 +1648,16 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     for (int s = 0; s < Kernel::STAGES; ++s) {
 #pragma unroll
       for (int piece = 0; piece < Kernel::PIECES; ++piece) init_barrier(&shared.full[s][piece], 1);
-      init_barrier(&shared.empty[s], WARP_ARRIVALS * Kernel::WARPS);
+      init_barrier(&shared.empty[s], Kernel::WARPS);
     }
-    shared.announced.init(WARP_ARRIVALS * (Kernel::WARPS + (CLUSTERED ? 2 : 1)));
+    shared.announced.init(Kernel::WARPS + (CLUSTERED ? 2 : 1));
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
-      init_barrier(&shared.given[i], WARP_ARRIVALS * Kernel::WARPS);
-      init_barrier(&shared.weighed[i], WARP_ARRIVALS);
+      init_barrier(&shared.given[i], Kernel::WARPS);
+      init_barrier(&shared.weighed[i], 1);
     }
 #pragma unroll 1
-    for (int s = 0; s < SEGMENT_SLOTS; ++s) init_barrier(&shared.settled[s], WARP_ARRIVALS);
+    for (int s = 0; s < SEGMENT_SLOTS; ++s) init_barrier(&shared.settled[s], 1);
     if constexpr (CLUSTERED) {
 #pragma unroll 1
       for (int i = 0; i < PRODUCTS_LETTERS; ++i) init_barrier(&shared.mail.arrived[i], 1);

@@ -113,14 +113,14 @@ struct Teams {
     if (tid == 32 || tid == 64) {
 #pragma unroll 1
       for (int i = 0; i < layout.stages; ++i)
-        init_barrier((tid == 32 ? s.full : s.empty) + i, tid == 32 ? 1 : WARP_ARRIVALS * WARPS);
+        init_barrier((tid == 32 ? s.full : s.empty) + i, tid == 32 ? 1 : WARPS);
     } else if (tid == 96 || tid == 128) {
 #pragma unroll 1
       for (int i = 0; i < TEAMS_SLOTS; ++i)
-        init_barrier((tid == 96 ? s.given : s.mailed) + i, tid == 96 ? WARP_ARRIVALS * WARPS : 1);
+        init_barrier((tid == 96 ? s.given : s.mailed) + i, tid == 96 ? WARPS : 1);
     } else if (tid == 160) {
       init_barrier(&s.cleared, 1);
-      s.announced.init(WARP_ARRIVALS * WARPS);
+      s.announced.init(WARPS);
       s.doubtful = NO_ROW;
       if (!knows_rows()) s.early = 0;
     }
@@ -373,7 +373,7 @@ struct Teams {
     const int slot = number % TEAMS_SLOTS;
     __syncwarp();
     if (tid == 0) shared().kinds[slot] = kind;
-    if (arrives(tid % 32)) arrive(&shared().given[slot]);
+    if (tid % 32 == 0) arrive(&shared().given[slot]);
   }
   __device__ __forceinline__ void give_square(int number, double share, int tid) const {
     double (&shares)[WORDS] = shared().shares[number % TEAMS_SLOTS][tid / 32];
@@ -651,7 +651,7 @@ struct Teams {
         if (const int added = i - layout.lag; added >= 0) {
           if (references > 0) add_tile(mine, behind, references - added * TR, exchanges + added, tid);
           __syncwarp();
-          if (arrives(tid % 32)) arrive(&shared().empty[behind]);
+          if (tid % 32 == 0) arrive(&shared().empty[behind]);
           if (++behind == layout.stages) behind = 0;
         }
       }
@@ -665,7 +665,7 @@ struct Teams {
         end_segment(mine, segment, tid);
       }
       __syncwarp();
-      if (arrives(tid % 32)) arrive(&shared().announced.done[slot]);
+      if (tid % 32 == 0) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
 #pragma unroll 1
@@ -711,7 +711,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     take_registers<teams_consumer_registers(Q)>();
     kernel.consume(tid);
   } else {
-    if (begun && other / WARP_ARRIVALS == 0) arrive(&shared.announced.placed[0]);
+    if (begun && other == 0) arrive(&shared.announced.placed[0]);
     give_up_registers<teams_other_registers(Q)>();
     if (layout.own_list && !short_list) build_own_list<TR, 1, false>(in, list, *scratch, other);
     if (other < 32) {
