@@ -2,8 +2,6 @@
 
 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
 compute-sanitizer --tool racecheck --print-limit 0 --kernel-name kns=products_kernel python benchmarks/sanitize.py mixed
-
-racecheck follows the bulk kernels only in a build with NVCC_APPEND_FLAGS="-DSVEL_RACECHECK -lineinfo" (hopper.cuh).
 """
 
 from __future__ import annotations
