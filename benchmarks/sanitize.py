@@ -2,7 +2,7 @@
 
 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
 compute-sanitizer --tool racecheck --print-limit 0 --kernel-name kns=products_kernel python benchmarks/sanitize.py mixed
-
+"""
 
 from __future__ import annotations
 
