@@ -224,16 +224,19 @@ __device__ Distances distances_of(const float4 (&of_warps)[THREADS / 32][32]) {
 // lies v below, give or take sqrt(2 v). It matters if that is less than `cut`. For distances of a gamma
 // distribution a share of at most exp(-rarity) do, the largest over s of
 //   rarity(s) = shape log(1 + (s - s^2) v / shape) - s cut, with the mean of v;
-// the derivative is zero where (cut / shape) s^2 - (2 + cut / shape) s + 1 - cut / v is. Nothing but time
+// the derivative is zero where (cut / shape) s^2 - (2 + cut / shape) s + 1 - cut / v is. Little but time
 // depends on it. A product for rows that were not expected takes no less than reading the references; for
 // the rows of one tile more than it would have beside the first: these are expected to be dense sooner, the
 // more so where few rows have most of what matters, as those of smooth images. Passes of more have all rows
 // early or none, see early_rows. doubt: of scores of y_hi, in bits; among references nearer than they can
-// tell apart all of them matter.
+// tell apart all of them matter. Where it is large the halves' products are better had apart: y_lo.d is
+// small, and so is what its sums drop, which in one sum with y_hi.d is twice as much.
+constexpr float MOST_DOUBT_EARLY = 2;
 __device__ bool expect_dense(const Row& row, float doubt, const Distances& distances, float references,
                              bool one_tile) {
   const float ratio = static_cast<float>(row.alpha / row.sigma), v = 0.5f * ratio * ratio * distances.mean;
-  if (references <= static_cast<float>(MANY_SURVIVORS) || !isfinite(v)) return false;
+  if (references <= static_cast<float>(MANY_SURVIVORS) || doubt > MOST_DOUBT_EARLY || !isfinite(v))
+    return false;
   const float cut = 0.7f * (static_cast<float>(FORGOTTEN_LOG2_EXACT + 9) + doubt), shape = distances.shape;
   if (v <= cut) return true;
   const float above = 1 - cut / v, linear = 2 + cut / shape;
