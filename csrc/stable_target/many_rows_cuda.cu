@@ -1034,10 +1034,14 @@ struct List {
 
 // The list of a dense row, at `place` among these; returns its length. Where scores are large for their
 // digits, as of smooth images near one another and far from the centre, even those of y_hi and y_lo may be
-// off by a hundredth in log weight. So the references of most weight are listed: those within 8 bits of the
-// largest weight, or 2 where a few are wanted, `most` at most. What others are off by averages out. Bins are
-// of the bits of weights, 8 or 32 to a factor of two: the first that hold no more than `most` are listed.
-constexpr int REVIEW_BINS = 64, REVIEW_SHIFT = 20, REVIEW_FEW_SHIFT = 18;
+// off by a hundredth in log weight. So the references of most weight are listed: those within 16 bits of the
+// largest weight where most are wanted, 8 or 2 where fewer are, `most` at most. What others are off by
+// averages out. Bins are of the bits of weights, 4, 8 or 32 to a factor of two: the first that hold no more
+// than `most` are listed.
+constexpr int REVIEW_BINS = 64;
+__device__ inline int review_shift(int most) {
+  return most > REVIEW_SOME ? 21 : most > REVIEW_FEW ? 20 : 18;
+}
 constexpr int REVIEW_AHEAD = 8;  // maxima of a thread that are on their way at once
 __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_t at, int place, int most,
                                       List& list) {
@@ -1050,7 +1054,7 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
   const float* const maxima =  // of scores, which gather_kernel may have moved
       many.maxima + (many.facts->late > 0 ? place : at) * (many.score_stride / MANY_GROUP);
   const int groups = static_cast<int>((many_valid(in, many) + MANY_GROUP - 1) / MANY_GROUP);
-  const int shift = most > REVIEW_FEW ? REVIEW_SHIFT : REVIEW_FEW_SHIFT;
+  const int shift = review_shift(most);
   const float rate2 = slot.rate2, top = slot.top, reach = static_cast<float>(REVIEW_BINS >> (23 - shift));
   __syncthreads();
   // visit(j, weight, bin) of all within reach. Of groups whose best is not nothing is read.
