@@ -242,22 +242,75 @@ constexpr int NEAR = 31;
 struct RowWeights {
   double top, total;    // log2_weight of the heaviest; sum over all that they hold
   double mine, source;  // of the lane's part; of the row's source
-  float wrong;          // the largest PartRow::scale that the lane knows of
-  int equals;           // how often the best reference is there
+};
 
-  // Beside all else that the row has, `times` what its parts hold.
-  __device__ __forceinline__ bool in_doubt(double times) const {
-    return __any_sync(WARP, is_doubtful(wrong, times * total, equals));
+// Of a part, in shared memory: what else it has left, there are no registers for it, and its weight beyond
+// NEAR.
+struct EndPart {
+  struct Rest {
+    float lead, scale;
+    int ties, print;
+  };
+  static_assert(sizeof(Rest) == 16 && sizeof(PartRow) == 32);
+  alignas(16) Rest rest;
+  double weight;
+};
+// Whether it shows that a row's weights are wrong, by whole warps, each lane of which has brought the rest of
+// its parts near.
+struct RowDoubts {
+  EndPart* ends;  // of the first part and others
+  int others;
+
+  // from(j): part j; the first is -1.
+  template <typename From>
+  __device__ __forceinline__ void bring(const From& from) const {
+#pragma unroll 1
+    for (int j = static_cast<int>(threadIdx.x) % 32 - 1; j < others; j += 32)
+      copy_async(reinterpret_cast<float4*>(&ends[1 + j].rest), &from(j)->lead);
+  }
+  // Beside all else that the row has, `times` what its parts hold, and `elsewhere` equals of the best. When
+  // the copies are there.
+  __device__ __forceinline__ bool any(const RowWeights& its, double times = 1, int elsewhere = 0) const {
+    float wrong = 0;
+    Equals best;
+#pragma unroll 1
+    for (int j = static_cast<int>(threadIdx.x) % 32 - 1; j < others; j += 32) {
+      const EndPart::Rest rest = ends[1 + j].rest;
+      wrong = fmaxf(wrong, rest.scale);
+      if ((j < NEAR ? its.mine : ends[1 + j].weight) == 1) best.add(rest.lead, rest.print);
+    }
+    const unsigned those = __ballot_sync(WARP, best.count > 0);
+    const int print = __shfl_sync(WARP, best.print, __ffs(those) - 1);
+    int equals = __reduce_add_sync(WARP, best.print == print ? best.count : 0);
+    if (its.source == 1) equals = max(equals, 1);
+    return __any_sync(WARP, is_doubtful(wrong, times * its.total, equals + elsewhere));
   }
 };
+
+// How often other processes have the best reference of an own row, where that is all that has weight there:
+// the same elements have the same score here and there, to the last bit, if neither part has been evaluated.
+__device__ __forceinline__ int copies_elsewhere(const Inputs& in, const AtHome& home, int64_t row,
+                                                double top) {
+  const double lse_of_one = lse_of_row(in, {top, 1, 0, 0, 0, 0});
+  int copies = 0;
+#pragma unroll 1
+  for (int of = 0; of < in.parts; ++of) {
+    if (of == in.part) continue;
+    const double its =
+        __ldcg(reinterpret_cast<const double*>(home.mailbox + in.lse_at) + of * in.rows_each + row);
+    const double times = power(LOG2_E * (its - lse_of_one)), whole = rint(times);
+    if (whole < 1 << 20 && fabs(times - whole) <= 1e-8 * whole) copies += static_cast<int>(whole);
+  }
+  return copies;
+}
 
 // The results of an own row over the elements `at`, from its mean over this part and those that the others
 // have left in the mailbox, when these are there; false where it is in doubt. All threads.
 template <int VECTORS>
 __device__ __forceinline__ bool merge_at_home(const Inputs& in, const AtHome& home, int64_t row, double lse,
-                                              const RowWeights& own_parts, const int (&at)[VECTORS],
-                                              const bool (&within)[VECTORS], const float4 (&x)[VECTORS],
-                                              float4 (&mean)[VECTORS]) {
+                                              const RowWeights& own_parts, const RowDoubts& doubts,
+                                              const int (&at)[VECTORS], const bool (&within)[VECTORS],
+                                              const float4 (&x)[VECTORS], float4 (&mean)[VECTORS]) {
   const int q = static_cast<int>(threadIdx.x);
   const double t = clamp_time(load_as<double>(in.time_or_alpha, in.part * in.rows_each + row));
   const PredictionCoefficients at_time =
@@ -293,7 +346,12 @@ __device__ __forceinline__ bool merge_at_home(const Inputs& in, const AtHome& ho
       add(mean[v].x, other[v].x), add(mean[v].y, other[v].y), add(mean[v].z, other[v].z),
           add(mean[v].w, other[v].w);
   }
-  if (own_parts.in_doubt(total / share)) return false;
+  int elsewhere = -1;
+#pragma unroll 1
+  while (doubts.any(own_parts, total / share, max(elsewhere, 0))) {
+    if (elsewhere >= 0) return false;
+    elsewhere = copies_elsewhere(in, home, row, own_parts.top);
+  }
   const double by = at_time.b / total;
   const auto result = [&](float x, float sum) {
     return static_cast<float>(fma(at_time.a, static_cast<double>(x), by * static_cast<double>(sum)));
@@ -318,7 +376,9 @@ struct EndingRow {
   __device__ __forceinline__ int64_t place(int j) const {
     return int64_t{left.from + 1 + j} * parts.unit_rows + left.row;
   }
-  __device__ __forceinline__ PartRow part(int j) const { return load_part(parts.others + place(j)); }
+  __device__ __forceinline__ double2 weights(int j) const {  // log2_weight, total
+    return __ldcg(reinterpret_cast<const double2*>(&parts.others[place(j)].log2_weight));
+  }
   __device__ __forceinline__ const float* sums(int j) const { return parts.sums + place(j) * d; }
 };
 
@@ -340,50 +400,39 @@ __device__ __forceinline__ double score_of_source(const Inputs& in, int64_t inde
 
 template <bool SOURCE>
 __device__ __forceinline__ RowWeights weigh_parts(const Inputs& in, int64_t index, const EndingRow& row,
-                                                  double* far, double* scratch) {
+                                                  EndPart* ends, double* scratch) {
   const PartRow& first = row.left.own;
-  if (row.others < 0) return {first.log2_weight, NAN, 1, 0, 0, 0};
-  if (!SOURCE && row.others == 0)
-    return {first.log2_weight, first.total, 1, 0, first.scale, static_cast<int>(first.lead)};
+  if (row.others < 0) return {first.log2_weight, NAN, 1, 0};
+  if (!SOURCE && row.others == 0) return {first.log2_weight, first.total, 1, 0};
   const int part = static_cast<int>(threadIdx.x) % 32 - 1;
-  PartRow mine{-INFINITY, 0, 0, 0, 0, 0};
+  double2 mine = make_double2(-INFINITY, 0);
   if (part < 0) {
-    mine = first;
+    mine = make_double2(first.log2_weight, first.total);
   } else if (part < row.others) {
-    mine = row.part(part);
+    mine = row.weights(part);
   }
   const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
-  double top = mine.log2_weight, source = 0;
+  double top = mine.x, source = 0;
   if constexpr (SOURCE) {  // a part like any other
     source = score_of_source(in, index, scratch);
     top = greater(top, source);
   }
 #pragma unroll 1
-  for (int j = NEAR + 1 + part; j < row.others; j += 32) top = greater(top, row.part(j).log2_weight);
+  for (int j = NEAR + 1 + part; j < row.others; j += 32) top = greater(top, row.weights(j).x);
 #pragma unroll 1
   for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(WARP, top, hop));
-  const double weight = power(mine.log2_weight - top);
-  double total = weight * mine.total;
-  float wrong = mine.scale;
-  Equals best;
-  best.add(mine, top);
+  const double weight = power(mine.x - top);
+  double total = weight * mine.y;
 #pragma unroll 1
   for (int j = NEAR + 1 + part; j < row.others; j += 32) {
-    const PartRow its = row.part(j);
-    far[j] = power(its.log2_weight - top);
-    total = fma(far[j], its.total, total);
-    wrong = fmaxf(wrong, its.scale), best.add(its, top);
+    const double2 its = row.weights(j);
+    const double by = power(its.x - top);
+    ends[1 + j].weight = by, total = fma(by, its.y, total);
   }
 #pragma unroll 1
   for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(WARP, total, hop);
-  const unsigned those = __ballot_sync(WARP, best.count > 0);
-  const int print = __shfl_sync(WARP, best.print, __ffs(those) - 1);
-  int equals = __reduce_add_sync(WARP, best.print == print ? best.count : 0);
-  if constexpr (SOURCE) {
-    if (source >= top) equals = max(equals, 1);
-    source = power(source - top), total += source;
-  }
-  return {top, total, weight, source, wrong, equals};
+  if constexpr (SOURCE) source = power(source - top), total += source;
+  return {top, total, weight, source};
 }
 
 // Four elements of a row's sum over its parts.
@@ -488,7 +537,8 @@ __device__ __noinline__ void end_aligned(const Inputs& in, const ProductsParts& 
       mean[v] = make_float4(static_cast<float>(by * sum[v][0]), static_cast<float>(by * sum[v][1]),
                             static_cast<float>(by * sum[v][2]), static_cast<float>(by * sum[v][3]));
     }
-    merge_at_home<VECTORS>(in, parts.home, number, lse_of_row(in, all), {}, at, within, mine, mean);
+    merge_at_home<VECTORS>(in, parts.home, number, lse_of_row(in, all), {}, {nullptr, -1}, at, within, mine,
+                           mean);
   } else {
     float* const to = static_cast<float*>(out_of(in, index).data) + index * in.d;
     const double a = in.mailboxes ? 0 : left.a;
@@ -515,7 +565,7 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
   static_assert(!MERGES || SHARES == 1, "a thread has all of its elements");
   using Sum = std::conditional_t<(SHARES > 1), float, double>;  // few rows wait for its latency
   using Parked = float4[VECTORS][END_THREADS];                  // each thread its own
-  extern __shared__ double weights[];                           // (blocks,) of the row's other parts
+  extern __shared__ EndPart ends[];                             // (blocks + 1,) of the row's parts
   __shared__ double scratch[33];
   __shared__ Parked x, first, early;  // early: of the first part that a thread adds
   const int64_t index = row + in.part * in.rows_each, from = index * in.d;
@@ -547,19 +597,18 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
   const int others = ending.others;
   const float* part = ending.sums(share);  // of those that this thread adds, every SHARES-th
   if (share < others) park(early, part);
-  const RowWeights its = weigh_parts<SOURCE>(in, index, ending, weights, scratch);
-  if (!MERGES && its.in_doubt(1)) {
-    wait_copies();
-    return end_aligned<LANES, VECTORS, false>(in, parts, row, chunk, scratch);
-  }
+  const RowDoubts doubts{ends, others};
+  doubts.bring([&](int j) { return j < 0 ? &parts.rows[index].own : parts.others + ending.place(j); });
+  const RowWeights its = weigh_parts<SOURCE>(in, index, ending, ends, scratch);
   const Sum mine = static_cast<Sum>(its.mine), by_first = __shfl_sync(WARP, mine, 0);
   const auto weight_of = [&](int j) {  // of no other part: any
     const Sum near = __shfl_sync(WARP, mine, min(j, NEAR - 1) + 1);
-    return j < NEAR || j >= others ? near : static_cast<Sum>(weights[j]);
+    return j < NEAR || j >= others ? near : static_cast<Sum>(ends[1 + j].weight);
   };
   if (others > NEAR) __syncthreads();
   FourSums<Sum> sum[VECTORS];
   wait_copies();
+  if (!MERGES && doubts.any(its)) return end_aligned<LANES, VECTORS, false>(in, parts, row, chunk, scratch);
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     if (within[v] && share == 0) sum[v].add(by_first, first[v][tid]);
@@ -597,7 +646,7 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
     float4 own[VECTORS], mean[VECTORS];
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) own[v] = x[v][tid], mean[v] = sum[v].mean(by);
-    if (!merge_at_home<VECTORS>(in, parts.home, row, lse, its, at, within, own, mean))
+    if (!merge_at_home<VECTORS>(in, parts.home, row, lse, its, doubts, at, within, own, mean))
       end_aligned<LANES, VECTORS, true>(in, parts, row, chunk, scratch);
   } else {
     float* const out = static_cast<float*>(out_of(in, index).data) + from;
@@ -638,6 +687,9 @@ __global__ void __launch_bounds__(END_THREADS, END_BLOCKS)
   }
 }
 
+size_t end_smem(int64_t blocks) {
+  return (blocks + 1) * sizeof(EndPart);
+}
 template <int LANES, int VECTORS>
 bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                    cudaStream_t stream) {
@@ -647,8 +699,8 @@ bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts,
   const auto kernel = parts.home.merged ? end_kernel<LANES, VECTORS, MERGES, false>  // have no source
                       : in.source.data  ? end_kernel<LANES, VECTORS, false, true>
                                         : end_kernel<LANES, VECTORS, false, false>;
-  launch_following(op, true, kernel, dim3(static_cast<unsigned>(grid)), END_THREADS, blocks * sizeof(double),
-                   stream, in, parts);
+  launch_following(op, true, kernel, dim3(static_cast<unsigned>(grid)), END_THREADS, end_smem(blocks), stream,
+                   in, parts);
   return true;
 }
 
@@ -663,8 +715,8 @@ void end_products(const char* op, const Inputs& in, const ProductsParts& parts, 
                   cudaStream_t stream) {
   if (parts.ends) {
     launch_following(op, true, end_open_kernel<END_THREADS, 2>,
-                     dim3(static_cast<unsigned>(END_BLOCKS * blocks)), END_THREADS, blocks * sizeof(double),
-                     stream, in, parts);
+                     dim3(static_cast<unsigned>(END_BLOCKS * blocks)), END_THREADS, end_smem(blocks), stream,
+                     in, parts);
     return;
   }
   launch_end_if<8, 1>(op, in, parts, blocks, stream) || launch_end_if<32, 1>(op, in, parts, blocks, stream) ||

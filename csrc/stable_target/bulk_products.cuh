@@ -24,13 +24,14 @@
 //   -|x - alpha r_j|^2 / (2 sigma^2) = s_j - |x|^2 / (2 sigma^2).
 // References are exact in the matrix units; x is the sum of two values of float16 or of three of bfloat16,
 // and so are weights. The sums of the matrix units, which round towards zero, are over 64 elements or 8
-// references. Weights are 2^(s_j - top) with an integer `top` that is no smaller than any score.
+// references. Weights are relative to that of the best.
 //
 // Sums of shares are of their differences from those of the best reference so far, which are small where they
 // matter. What is left has the digits of float32 for values as large as x and r_j, too few where references
 // that share the weight are far apart beside the noise, as at small t. So a part lists the references whose
-// weight may be wrong; where a row ends and finds that it would show, they are scored again, in float64
-// (`merge_aligned`). Most rows have one reference with all the weight, and need nothing.
+// weight may be wrong, by an estimate that another warp makes; where a row ends and finds that it would show,
+// they are scored again, in float64 (`merge_aligned`). Most rows have one reference with all the weight, and
+// need nothing.
 #pragma once
 
 #include <type_traits>
@@ -224,10 +225,10 @@ __device__ __forceinline__ bool is_doubtful(float scale, double total, int count
 struct Equals {
   int count = 0, print = 0;
 
-  __device__ __forceinline__ void add(const PartRow& part, double top) {
-    if (part.log2_weight != top) return;
-    if (count == 0) print = part.print;
-    if (print == part.print) count += static_cast<int>(part.lead);
+  // Of a part that has one.
+  __device__ __forceinline__ void add(float lead, int its) {
+    if (count == 0) print = its;
+    if (print == its) count += static_cast<int>(lead);
   }
 };
 // What cannot show, however weights are shared: other sqrt(lead) is 0.385 at most.
@@ -248,11 +249,16 @@ struct ProductsFigures {
   double exact_square;
   float square, norm, x_square;
 };
-// What a segment's end needs of it, known from its first tile on. PartRow::scale is `per_bit` times the root
-// of the squared distance of references, `most_apart` at most, for each bit that a score is wrong by: `bits`.
+// What a segment's end needs of it, known from its first tile on. PartRow::scale is `wrong` times the root of
+// the squared distance of references, `most_apart` at most, or that of the best one from x / alpha: `from_x`
+// and `per_score` times its score.
 struct ProductsKnown {
   double shift;  // |x|^2 / (2 sigma^2) in units of log 2, where it is wanted
-  float square, x_square, bits, per_bit, most_apart;
+  double rate;   // of scores
+  float wrong;   // in a cluster for each bit that a score is wrong by
+  float from_x, per_score, most_apart;
+  float square;  // see `bits_of`
+  float window;  // how far below the best one references are listed, in units of log 2
 };
 
 // What a block of a cluster tells the others. A letter has memory of its own until that of four tiles later:
@@ -294,8 +300,12 @@ struct ProductsShared {
   // relative to.
   alignas(16) float base[ROWS][WARPS];
   ProductsTie ties[ROWS][PRODUCTS_TIES];  // of the part so far
+  int earlier[ROWS];                      // those of segments that have ended
   PartRow moved[ROWS];                    // of the part, with the segments so far
   ProductsKnown known[ROWS];
+  // Where there is no cluster, another warp finds that out: of the segment in this slot, and it is there.
+  int asked_slot;
+  Barrier asked, answered;
   bool is_last;  // of the blocks
   int late;      // the first of the rows that are sent late
   // The segment's ends are there. One for each slot: where segments have no references nothing keeps the warp
@@ -907,11 +917,12 @@ struct Products {
     double level = 0;        // by how much scores have risen, in units of log 2
     float total = 0;         // of the weights
     int equals = 0;          // references like the best in each share, itself among them, of this lane
-    float window = -1;       // how far below the best one references are listed, in units of log 2
-    int listed = 0;          // of the part,
-    int earlier = 0;         // of its segments before this one, and
-    int place = 0;           // where the best is among them
+    float window = UNKNOWN;  // see ProductsKnown
+    int listed = 0;          // of the part, the best of this segment not among them before it ends
   };
+  // What is below has no weight that could show, or none at all. Until it is known, all that may be added are
+  // within the window.
+  static constexpr float MOST_WINDOW = 40, UNKNOWN = 41;
 
   // Share k of SHARES of a reference of the tile; at: its parity, or its letter.
   static constexpr int SHARES = CLUSTERED ? PRODUCTS_MOST_BLOCKS : WARPS;
@@ -936,25 +947,49 @@ struct Products {
       add_shares<true>(at, lane, scores);
     }
   }
+  // To the rows' lists what lanes have that are `near`: a reference of the segment, that much below the best
+  // so far, and its equals. Weights are relative to the level until the segment ends.
+  __device__ __forceinline__ void enlist(const Segment<ROWS>& segment, Weighed& my, bool near, float below,
+                                         int reference, int count, int lane) const {
+    const int my_row = lane / 8 % ROWS;
+    const unsigned those = __ballot_sync(0xffffffffu, near) >> 8 * my_row & 0xffu;
+    if (near && lane < 8 * ROWS)
+      shared().ties[my_row][my.listed + __popc(those & ((1u << lane % 8) - 1))] = {
+          my.level + below, static_cast<int>(segment.first) + reference, count};
+    my.listed += __popc(those);
+  }
+  __device__ __forceinline__ static int over_eight(int v) {
+#pragma unroll
+    for (int hop : {1, 2, 4}) v += __shfl_xor_sync(0xffffffffu, v, hop);
+    return v;
+  }
+
   // Where `rises`, `best` of the tile's scores is better than all before; what the row's sums are to be
-  // multiplied by. before: references of the segment before the tile.
-  __device__ __forceinline__ float raise(Weighed& my, bool rises, float best, const float (&scores)[BLOCKS],
-                                         int at, int before, int lane) const {
+  // multiplied by. before: references of the segment before the tile. The best one so far is not in the list:
+  // mostly there is no other with any weight, and none is listed. lists: set where one is.
+  __device__ __forceinline__ float raise(const Segment<ROWS>& segment, Weighed& my, bool rises, float best,
+                                         const float (&scores)[BLOCKS], int at, int before, int lane,
+                                         bool& lists) const {
+    const int my_row = lane / 8 % ROWS;
     int reference = TR - 1;  // the first one that is so good
 #pragma unroll
     for (int b = BLOCKS - 1; b >= 0; --b) {
-      if (scores[b] == best) reference = 8 * b + lane % 8;
+      const unsigned those = __ballot_sync(0xffffffffu, scores[b] == best) >> 8 * my_row & 0xffu;
+      if (those) reference = 8 * b + __ffs(those) - 1;
     }
-#pragma unroll
-    for (int hop : {1, 2, 4}) reference = min(reference, __shfl_xor_sync(0xffffffffu, reference, hop));
+    const float rise = best * my.rate;
+    const bool near = rises && my.over == 0 && rise <= my.window;
+    if (__any_sync(0xffffffffu, near)) {
+      enlist(segment, my, near && lane % 8 == 0, 0, my.best, over_eight(my.equals), lane);
+      lists = true;
+    }
     __syncwarp();  // all have read what scores were relative to
     float scale = 1;
     if (rises) {
-      const int my_row = lane / 8 % ROWS;
 #pragma unroll
       for (int k = lane_of_row(lane); k < SHARES; k += ROW_LANES)
         shared().base[my_row][k] = share_of(at, reference, k, my_row);
-      const float rise = best * my.rate;
+      if (!near) my.listed = shared().earlier[my_row];  // the segment's others are still further below
       scale = my.over < 0 ? 0.0f : power_of_two(-rise);
       my.over = 0, my.best = before + (reference & ~7) + stored(reference & 7), my.level += rise;
       my.total *= scale, my.equals = lane % 8 == reference % 8;
@@ -988,12 +1023,10 @@ struct Products {
     for (;;) {
       wait_barrier(&shared().announced.told[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
-      if (segment.flags & SEGMENT_LIST_DONE) return;
+      if (segment.flags & SEGMENT_LIST_DONE) break;
       const bool present = my_row < segment.count;
       Weighed my;
-      my.rate = segment.rows[present ? my_row : 0].rate;
-      if (present && !(segment.flags & SEGMENT_PART_BEGIN))
-        my.listed = my.earlier = shared().moved[my_row].ties;
+      my.rate = segment.rows[present ? my_row : 0].rate, my.listed = shared().earlier[my_row];
 #pragma unroll
       for (int k = lane_of_row(lane); k < SHARES; k += ROW_LANES) shared().base[my_row][k] = 0;
       __syncwarp();
@@ -1001,29 +1034,30 @@ struct Products {
       for (int left = segment.references; left > 0; left -= TR) {
         const int at = CLUSTERED ? letter : parity, before = segment.references - left;
         if constexpr (CLUSTERED) {
-          await_letter(left == segment.references, letter, letter_phase, lane);
+          await_letter(before == 0, letter, letter_phase, lane);
           if (++letter == PRODUCTS_LETTERS) letter = 0, letter_phase ^= 1;
         } else {
           wait_barrier(&shared().given[parity], phases >> parity & 1);
           phases ^= 1 << parity;
+          if (before == 0 && lane == 0) ask(slot);
         }
-        float scores[BLOCKS], best = -INFINITY;
-        const auto take = [&] {
+        float scores[BLOCKS];
+        int used = 0;
+        bool lists = false;
+#pragma unroll 1
+        for (bool again = false;; again = true) {
           take_scores(at, lane, scores);
+          float best = -INFINITY;
 #pragma unroll
-          for (int b = 0; b < BLOCKS; ++b)
+          for (int b = 0; b < BLOCKS; ++b) {
             scores[b] = present && 8 * b + stored(n) < left ? scores[b] : -INFINITY;
-        };
-        take();
+            best = fmaxf(best, scores[b]);
+          }
+          if (again) break;
 #pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) best = fmaxf(best, scores[b]);
-#pragma unroll
-        for (int hop = 4; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
-        int used = 0, likes = 0;
-        const float closest = best > my.over ? 0 : best;  // to the best so far
-        if (__any_sync(0xffffffffu, best > my.over)) {    // rarely, after the first tiles
-          const float scale = raise(my, best > my.over, best, scores, at, before, lane);
-          take();
+          for (int hop = 4; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
+          if (!__any_sync(0xffffffffu, best > my.over)) break;  // mostly, after the first tiles
+          const float scale = raise(segment, my, best > my.over, best, scores, at, before, lane, lists);
           used = RAISED;
           if (n == 0) shared().scales[parity][my_row] = scale;
         }
@@ -1032,20 +1066,29 @@ struct Products {
           const bool counts = present && 8 * b + stored(n) < left;
           const float exponent = scores[b] * my.rate;
           const float weight = counts ? power_of_two(exponent) : 0.0f;
-          if (!__any_sync(0xffffffffu, !(weight < PRODUCTS_NO_WEIGHT))) continue;
+          const bool adds = !(weight < PRODUCTS_NO_WEIGHT);
+          if (!__any_sync(0xffffffffu, adds)) continue;
           used |= 1 << b;
           my.total += hand_out(weight, parity, b, lane);
-          const bool another = counts && scores[b] == 0 && before + 8 * b + stored(n) != my.best;
-          if (__any_sync(0xffffffffu, another) && another && is_like_base(at, 8 * b + n, lane))
-            ++my.equals, likes |= 1 << b;
+          const int reference = before + 8 * b + stored(n);
+          const bool close = adds && reference != my.best && exponent >= fminf(-my.window, 0.0f);
+          if (!__any_sync(0xffffffffu, close)) continue;
+          const bool like = close && scores[b] == 0 && is_like_base(at, 8 * b + n, lane);
+          my.equals += like;
+          enlist(segment, my, close && !like && exponent >= -my.window, exponent, reference, 1, lane);
+          lists = true;
         }
         if (lane == 0) shared().used[parity] = used;
         __syncwarp();
         if (lane == 0) arrive(&shared().weighed[parity]);
         parity ^= 1;
-        if (left == segment.references) know(segment, slot, my_row, present, my, told);
-        if (__any_sync(0xffffffffu, closest * my.rate >= -my.window))
-          list_tile(segment, my, used, likes, scores, before, lane);
+        // What else there is to know of the segment, when its first tiles are on their way, or it is needed.
+        if (lists || left <= TR || (CLUSTERED && before == 4 * TR)) {
+          const int most = parts.listed - TR - 1;
+          if (my.window == UNKNOWN) learn(segment, slot, my_row, present, my, told);
+          if (__any_sync(0xffffffffu, my.listed > most))
+            shorten(my, most, weight_of(my_row, score_of_base()));
+        }
       }
       settle(segment, slot, my_row, present, my);
       if (segment.references > 0) told ^= 1;
@@ -1053,6 +1096,44 @@ struct Products {
       if (lane == 0) arrive(&shared().settled[slot]), arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
+    if (!CLUSTERED && lane == 0) ask(NO_SLOT);
+  }
+  static constexpr int NO_SLOT = -1;
+  __device__ __forceinline__ static void ask(int slot) {
+    shared().asked_slot = slot;
+    arrive(&shared().asked);
+  }
+  // Where there is no cluster, a warp beside the one that weighs.
+  __device__ __forceinline__ void answer(int lane) const {
+    const int my_row = lane / 8 % ROWS;
+    for (int phase = 0;; phase ^= 1) {
+      wait_barrier(&shared().asked, phase);
+      const int slot = shared().asked_slot;
+      if (slot == NO_SLOT) return;
+      const Segment<ROWS>& segment = shared().announced.segments[slot];
+      const bool present = my_row < segment.count;
+      know(segment, my_row, present, figures_of_block(segment, slot, my_row, present));
+      __syncwarp();
+      if (lane == 0) arrive(&shared().answered);
+    }
+  }
+  __device__ __forceinline__ void learn(const Segment<ROWS>& segment, int slot, int my_row, bool present,
+                                        Weighed& my, int told) const {
+    if constexpr (CLUSTERED) {
+      ProductsFigures all{};
+#pragma unroll 1
+      for (int p = 0; p < slices; ++p) {
+        const ProductsFigures& one = shared().mail.from[p].figures[told][my_row];
+        all.exact_square += one.exact_square, all.x_square += one.x_square;
+        all.square += one.square, all.norm += one.norm;
+      }
+      know(segment, my_row, present, all);
+      __syncwarp();
+    } else {
+      wait_barrier(&shared().answered, told);
+    }
+    my.window = shared().known[my_row].window;
+    if (my.window < 0) my.listed = shared().earlier[my_row];
   }
 
   // Part `split` of a weight, as the products see it.
@@ -1157,34 +1238,47 @@ struct Products {
   // part of the distance between references that have weight. They are about as far from x / alpha as the
   // best one, and no further from one another than twice their size, of which the segment's first is an
   // example unless it is small. `square`: of the sums, together; `norm`: |r|^2.
-  __device__ __forceinline__ ProductsKnown known_of(const RowState& row, const ProductsFigures& of) const {
+  __device__ __forceinline__ void know(const Segment<ROWS>& segment, int my_row, bool present,
+                                       const ProductsFigures& of) const {
+    const RowState& row = segment.rows[present ? my_row : 0];
     const float a = static_cast<float>(row.a), b = static_cast<float>(row.b), alpha = 2 * row.half_alpha;
     const float variance = __fdividef(1, variances(row)), elements = static_cast<float>(d);
     const float of_data = fmaf(a, alpha, b);
     // |result|^2; as the mean may become any prediction where lse is wanted, the smallest of them
     const float size = in.lse.data ? fminf(of.norm, elements * variance)
                                    : fmaf(of_data * of_data, of.norm, a * a * elements * variance);
+    const float per_bit = static_cast<float>(2 / LOG2_E) * fabsf(b) * square_root(__fdividef(1, size));
+    const float bits = bits_of(row, CLUSTERED ? of.square + square_of_base() : of.square);
     ProductsKnown known;
-    known.shift = row.per_square * of.exact_square, known.square = of.square, known.x_square = of.x_square;
-    known.bits = bits_of(row, of.square), known.most_apart = fmaxf(of.norm, elements);
-    known.per_bit = static_cast<float>(2 / LOG2_E) * fabsf(b) * square_root(__fdividef(1, size));
-    return known;
+    known.shift = row.per_square * of.exact_square, known.rate = row.exact_rate();
+    known.wrong = CLUSTERED ? per_bit : bits * per_bit;
+    known.from_x = __fdividef(of.x_square, alpha * alpha), known.per_score = __fdividef(-2, alpha);
+    known.most_apart = fmaxf(of.norm, elements), known.square = of.square, known.window = -1;
+    const float scale = bits * per_bit * square_root(known.most_apart);
+    if (is_merged_later(row)) {
+      const bool in_doubt = part_in_doubt(row, CLUSTERED ? bits_of(row, of.square) : bits, per_bit);
+      known.wrong = in_doubt ? INFINITY : 0;
+      known.from_x = known.most_apart = 1, known.per_score = 0;
+      if (in_doubt) known.window = MOST_WINDOW;
+    } else if (!is_beyond_doubt(scale)) {
+      known.window = window_of(scale);
+    }
+    if (!present) known.window = -1;
+    if (leads_row()) shared().known[my_row] = known;
   }
   __device__ __forceinline__ static float variances(const RowState& row) {  // 1 / sigma^2
     return static_cast<float>(2 / LOG2_E) * static_cast<float>(row.per_square);
   }
-  // Times what little weight can become.
+  // By how many bits a score is wrong, times what little weight can become.
   __device__ __forceinline__ static float bits_of(const RowState& row, float square) {
     const float bits = SCORE_ERROR * square_root(square) * row.rate;
     return bits > 0.1f ? bits * power_of_two(fminf(2 * bits, 60.0f)) : bits;
   }
-  __device__ __forceinline__ float what_is_wrong(const RowState& row, const ProductsKnown& of, float score,
-                                                 float of_cluster) const {
-    if (is_merged_later(row)) return part_in_doubt(row, of) ? INFINITY : 0;
-    const float alpha = 2 * row.half_alpha;
-    const float gap = fmaxf(fmaf(-2 * alpha, score, of.x_square), 1e-6f * of.x_square);  // |x - alpha r|^2
-    const float bits = CLUSTERED ? bits_of(row, of.square + of_cluster) : of.bits;
-    return bits * of.per_bit * square_root(fminf(__fdividef(gap, alpha * alpha), of.most_apart));
+  __device__ __forceinline__ static float what_is_wrong(const RowState& row, const ProductsKnown& of,
+                                                        float score, float of_cluster) {
+    const float apart = fmaxf(fmaf(of.per_score, score, of.from_x), 1e-6f * of.from_x);
+    const float wrong = of.wrong * square_root(fminf(apart, of.most_apart));
+    return CLUSTERED && of.wrong < INFINITY ? bits_of(row, of.square + of_cluster) * wrong : wrong;
   }
   // A row that is merged with what others have of it, where nobody knows of doubt. References elsewhere may
   // be so much nearer that these have no weight, and often two of these tie. So what counts is whether errors
@@ -1192,9 +1286,9 @@ struct Products {
   __device__ __forceinline__ bool is_merged_later(const RowState& row) const {
     return in.partial && !(PARTS && parts.home.merged && !is_of_another(in, row.index));
   }
-  __device__ __forceinline__ static bool part_in_doubt(const RowState& row, const ProductsKnown& of) {
+  __device__ __forceinline__ static bool part_in_doubt(const RowState& row, float bits, float per_bit) {
     constexpr float TIMES = 0.5f * (CHUNKS < 4 ? 2.3f : 0.86f) * 0x1p-24f / SCORE_ERROR;
-    return TIMES * of.bits * of.per_bit > 1e-6f * 2 * row.half_alpha * square_root(variances(row));
+    return TIMES * bits * per_bit > 1e-6f * 2 * row.half_alpha * square_root(variances(row));
   }
   __device__ __forceinline__ static float square_root(float v) {
     float root;
@@ -1207,15 +1301,16 @@ struct Products {
   __device__ __forceinline__ static double score_of_base() {
     return over_base([](int, float share) { return static_cast<double>(share); });
   }
-  // What its logarithm of a weight is.
-  __device__ __forceinline__ static double weight_of(const Segment<ROWS>& segment, int my_row, double score) {
-    const RowState& row = segment.rows[min(my_row, segment.count - 1)];
-    return fma(row.exact_rate(), score, -shared().known[my_row].shift);
+  __device__ __forceinline__ static float square_of_base() {
+    return over_base([](int, float share) { return share * share; });
   }
-  // Of lists that are `too_long` what has least weight, until `most` references are left, the best in any
-  // case. All lanes.
-  __device__ __forceinline__ void shorten(Weighed& my, bool too_long, int most, double best) const {
-    const unsigned those = __ballot_sync(0xffffffffu, too_long);
+  // What its logarithm of a weight is.
+  __device__ __forceinline__ static double weight_of(int my_row, double score) {
+    return fma(shared().known[my_row].rate, score, -shared().known[my_row].shift);
+  }
+  // Of lists that are longer than `most` what has least weight, until they are not. All lanes.
+  __device__ __forceinline__ void shorten(Weighed& my, int most, double best) const {
+    const unsigned those = __ballot_sync(0xffffffffu, my.listed > most);
     __syncwarp();
 #pragma unroll 1
     for (int r = 0; r < ROWS; ++r) {
@@ -1223,95 +1318,37 @@ struct Products {
       const auto of_row = [r](auto v) { return __shfl_sync(0xffffffffu, v, 8 * r); };
       ProductsTie* const ties = shared().ties[r];
       const double of_level = of_row(best - my.level);
+      int listed = of_row(my.listed), earlier = shared().earlier[r];
       double floor = of_row(best);
-      if (of_row(my.earlier) > 0) floor = fmax(floor, shared().moved[r].log2_weight);
+      if (earlier > 0) floor = fmax(floor, shared().moved[r].log2_weight);
       floor -= of_row(my.window);
-      int listed = of_row(my.listed), earlier = of_row(my.earlier), place = of_row(my.place);
 #pragma unroll 1
       for (; listed > most; floor += 0.5) {
-        int count = 0, first_ones = 0, best_one = 0;
+        int count = 0, first_ones = 0;
 #pragma unroll 1
         for (int first = 0; first < listed; first += 32) {  // in place
           const int i = first + lane();
           const ProductsTie tie = ties[min(i, listed - 1)];
           const double log2_weight = tie.log2_weight + (i < earlier ? 0 : of_level);
-          const bool stays = i < listed && (log2_weight >= floor || i == place);
+          const bool stays = i < listed && log2_weight >= floor;
           const unsigned all = __ballot_sync(0xffffffffu, stays), below = (1u << lane()) - 1;
           if (stays) ties[count + __popc(all & below)] = tie;
           first_ones += __popc(__ballot_sync(0xffffffffu, stays && i < earlier));
-          if (place >= first && place < first + 32)
-            best_one = count + __popc(all & ((1u << (place - first)) - 1));
           count += __popc(all);
           __syncwarp();
         }
-        listed = count, earlier = first_ones, place = best_one;
+        listed = count, earlier = first_ones;
       }
-      if (lane() / 8 % ROWS == r) my.listed = listed, my.earlier = earlier, my.place = place;
+      if (lane() == 0) shared().earlier[r] = earlier;
+      if (lane() / 8 % ROWS == r) my.listed = listed;
     }
+    __syncwarp();
   }
 
-  // When the first tile has been weighed, while others are on their way.
-  __device__ __forceinline__ void know(const Segment<ROWS>& segment, int slot, int my_row, bool present,
-                                       Weighed& my, int told) const {
-    ProductsFigures all{};
-    if constexpr (CLUSTERED) {
-#pragma unroll 1
-      for (int p = 0; p < slices; ++p) {
-        const ProductsFigures& one = shared().mail.from[p].figures[told][my_row];
-        all.exact_square += one.exact_square, all.x_square += one.x_square;
-        all.square += one.square, all.norm += one.norm;
-      }
-    } else {
-      all = figures_of_block(segment, slot, my_row, present);
-    }
-    const RowState& row = segment.rows[present ? my_row : 0];
-    const ProductsKnown known = known_of(row, all);
-    const float bits = CLUSTERED ? bits_of(row, all.square + square_of_base()) : known.bits;
-    const float scale = bits * known.per_bit * square_root(known.most_apart);
-    if (is_merged_later(row)) {
-      if (present && part_in_doubt(row, known)) my.window = MOST_WINDOW;
-    } else if (present && !is_beyond_doubt(scale)) {
-      my.window = window_of(scale);
-    }
-    if (leads_row()) shared().known[my_row] = known;
-  }
-  __device__ __forceinline__ static float square_of_base() {
-    return over_base([](int, float share) { return share * share; });
-  }
-  // What is below has no weight that could show, or none at all.
-  static constexpr float MOST_WINDOW = 40;
   __device__ __forceinline__ static float window_of(float scale) {
     float exponent;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(exponent) : "f"(scale));
     return fminf(fmaxf(exponent + 23, 0.0f), MOST_WINDOW);  // 2^-23
-  }
-
-  // A tile's references that may tie with the best so far, to the row's list; those equal to it as one. Their
-  // weights are relative to the level until the segment ends.
-  __device__ __forceinline__ void list_tile(const Segment<ROWS>& segment, Weighed& my, int used, int likes,
-                                            const float (&scores)[BLOCKS], int before, int lane) const {
-    const int my_row = lane / 8 % ROWS, n = lane % 8;
-    const auto of_row = [&](bool what) { return __ballot_sync(0xffffffffu, what) >> 8 * my_row & 0xffu; };
-    ProductsTie* const ties = shared().ties[my_row];
-    const int most = parts.listed - TR;
-    if (__any_sync(0xffffffffu, my.listed > most))
-      shorten(my, my.listed > most, most, weight_of(segment, my_row, score_of_base()));
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      if (!(used >> b & 1)) continue;
-      const int reference = before + 8 * b + stored(n);
-      const bool like = likes >> b & 1, near = scores[b] * my.rate >= -my.window;
-      const unsigned those = of_row(near && !like), equals = of_row(near && like);
-      const int place = my.listed + __popc(those & ((1u << n) - 1));
-      if (near && !like && lane < 8 * ROWS)
-        ties[place] = {my.level + scores[b] * my.rate, static_cast<int>(segment.first) + reference, 1};
-      const unsigned best = of_row(near && reference == my.best);
-      if (best) my.place = my.listed + __popc(those & (best - 1));
-      my.listed += __popc(those);
-      __syncwarp();
-      if (equals && lane == 8 * my_row) ties[my.place].count += __popc(equals);
-    }
-    __syncwarp();
   }
 
   // One lane of each row.
@@ -1319,33 +1356,35 @@ struct Products {
 
   // A segment's end, by the warp that weighs.
   __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
-                                         const Weighed& my) const {
-    const RowState& row = segment.rows[present ? my_row : 0];
-    const ProductsKnown& known = shared().known[my_row];
+                                         Weighed& my) const {
     const bool any = segment.references > 0;
-    int equals = my.equals;
-#pragma unroll
-    for (int hop : {1, 2, 4}) equals += __shfl_xor_sync(0xffffffffu, equals, hop);
+    const int equals = over_eight(my.equals);
     const unsigned print =
         over_base([](int k, float share) { return __float_as_uint(share) * (0x9e3779b1u * (2 * k + 1)); });
-    const double score = score_of_base(), best = any ? weight_of(segment, my_row, score) : -INFINITY;
-    const float scale =
-        any ? what_is_wrong(row, known, static_cast<float>(score), CLUSTERED ? square_of_base() : 0) : 0;
+    const double score = score_of_base();
+    const float of_cluster = CLUSTERED ? square_of_base() : 0;
+    PartRow own{-INFINITY, 0, 0, 0, 0, 0};
+    if (any) {  // else nobody knows
+      own.log2_weight = weight_of(my_row, score), own.total = my.total, own.lead = static_cast<float>(equals);
+      own.scale = what_is_wrong(segment.rows[present ? my_row : 0], shared().known[my_row],
+                                static_cast<float>(score), of_cluster);
+      own.print = static_cast<int>(print);
+    }
+    enlist(segment, my, any && my.window >= 0 && lane() % 8 == 0, 0, my.best, equals, lane());
+    own.ties = my.listed;
+    if (present && leads_row()) join(segment, slot, my_row, own);
+    __syncwarp();  // the list is there
     const bool part_ends = segment.flags & SEGMENT_PART_END;
-    if (present && leads_row())
-      join(
-          segment, slot, my_row,
-          any ? PartRow{best, my.total, static_cast<float>(equals), scale, my.listed, static_cast<int>(print)}
-              : PartRow{-INFINITY, 0, 0, 0, my.listed, 0});
     ProductsTie* const to = parts.ties + part_of(segment, min(my_row, segment.count - 1)) * parts.listed;
-    if (!present) return;
 #pragma unroll 1
     for (int i = lane_of_row(lane()); i < my.listed; i += ROW_LANES) {
       ProductsTie tie = shared().ties[my_row][i];
-      if (i >= my.earlier) tie.log2_weight += best - my.level;
+      if (i >= shared().earlier[my_row]) tie.log2_weight += own.log2_weight - my.level;
       shared().ties[my_row][i] = tie;
       if (part_ends && rank == 0) to[i] = tie;
     }
+    __syncwarp();
+    if (leads_row()) shared().earlier[my_row] = part_ends ? 0 : my.listed;
   }
   // Which part this is among all in memory.
   __device__ __forceinline__ int64_t part_of(const Segment<ROWS>& segment, int my_row) const {
@@ -1369,7 +1408,8 @@ struct Products {
       const PartRow& before = shared().moved[my_row];
       const Joined joined = svel::cuda::join(before, own);
       Equals equals;
-      equals.add(before, joined.all.log2_weight), equals.add(own, joined.all.log2_weight);
+      if (before.log2_weight == joined.all.log2_weight) equals.add(before.lead, before.print);
+      if (own.log2_weight == joined.all.log2_weight) equals.add(own.lead, own.print);
       own = {joined.all.log2_weight,         joined.all.total, static_cast<float>(equals.count),
              fmaxf(before.scale, own.scale), own.ties,         equals.print};
       end.before = joined.by_first, end.now = joined.by_second;
@@ -1387,10 +1427,11 @@ struct Products {
     }
   }
 
-  // Whether warps need what `settle` finds before they go on; figures in letters have room for two segments.
+  // Whether warps need what `settle` finds before they go on; figures have room for two segments, and those
+  // in letters are read late.
   __device__ __forceinline__ bool waits_for_end(const Segment<ROWS>& segment) const {
     return CLUSTERED || !(segment.flags & SEGMENT_PART_BEGIN) || ends_here(segment) ||
-           (PARTS && segment.flags & SEGMENT_PART_END);
+           segment.references == 0 || (PARTS && segment.flags & SEGMENT_PART_END);
   }
 
   // A segment's sums from the warps' registers to memory, where they join those of the part so far: to the
@@ -1656,6 +1697,8 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       init_barrier(&shared.given[i], Kernel::WARPS);
       init_barrier(&shared.weighed[i], 1);
     }
+    init_barrier(&shared.asked, 1);
+    init_barrier(&shared.answered, 1);
 #pragma unroll 1
     for (int s = 0; s < SEGMENT_SLOTS; ++s) init_barrier(&shared.settled[s], 1);
     if constexpr (CLUSTERED) {
@@ -1699,6 +1742,8 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     } else if (tid < 64) {
       kernel.produce(lane);
     } else if (tid < 96) {
+      if (lane < ROWS) shared.earlier[lane] = 0;
+      __syncwarp();
       kernel.weigh(lane);
     } else {
       const int64_t lanes = 32 * gridDim.x;
@@ -1707,7 +1752,11 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
         parts.rows[index] = {{}, 0, 0, 0, -1, 0};  // nothing to read
         if (PARTS && is_of_another(in, index)) store_as(lse_of(in, index), index, lse_of_nothing(in, index));
       }
-      if constexpr (CLUSTERED) kernel.carry_mail(lane);
+      if constexpr (CLUSTERED) {
+        kernel.carry_mail(lane);
+      } else {
+        kernel.answer(lane);
+      }
     }
   }
   if constexpr (CLUSTERED) {  // no block leaves while another may write to its shared memory
