@@ -912,11 +912,10 @@ struct Products {
   // matter are small, and their sums in float32 lose nothing. Weights are relative to that of the best, too.
   struct Weighed {
     float rate;
-    float over = -INFINITY;  // what a score has to be above to be better
-    int best = 0;            // which of the segment that is
+    int best = 0;            // which of the segment that is, `logical`
     double level = 0;        // by how much scores have risen, in units of log 2
     float total = 0;         // of the weights
-    int equals = 0;          // references like the best in each share, itself among them, of this lane
+    int equals = 0;          // other references like the best in each share, of this lane
     float window = UNKNOWN;  // see ProductsKnown
     int listed = 0;          // of the part, the best of this segment not among them before it ends
   };
@@ -947,30 +946,35 @@ struct Products {
       add_shares<true>(at, lane, scores);
     }
   }
+  // Which row a lane has is found out again where that is rarely wanted: there are few registers.
+  __device__ __forceinline__ static int row_of_lane() { return lane() / 8 % ROWS; }
   // To the rows' lists what lanes have that are `near`: a reference of the segment, that much below the best
   // so far, and its equals. Weights are relative to the level until the segment ends.
-  __device__ __forceinline__ void enlist(const Segment<ROWS>& segment, Weighed& my, bool near, float below,
-                                         int reference, int count, int lane) const {
-    const int my_row = lane / 8 % ROWS;
+  __device__ __forceinline__ static void enlist(const Segment<ROWS>& segment, Weighed& my, bool near,
+                                                float below, int reference, int count) {
+    const int my_row = row_of_lane();
     const unsigned those = __ballot_sync(0xffffffffu, near) >> 8 * my_row & 0xffu;
-    if (near && lane < 8 * ROWS)
-      shared().ties[my_row][my.listed + __popc(those & ((1u << lane % 8) - 1))] = {
-          my.level + below, static_cast<int>(segment.first) + reference, count};
+    if (near && lane() < 8 * ROWS)
+      shared().ties[my_row][my.listed + __popc(those & ((1u << lane() % 8) - 1))] = {
+          my.level + below, static_cast<int>(segment.first) + (reference & ~7) + stored(reference & 7),
+          count};
     my.listed += __popc(those);
   }
-  __device__ __forceinline__ static int over_eight(int v) {
+  // Like the best in each share, itself among them.
+  __device__ __forceinline__ static int equals_of(const Weighed& my) {
+    int others = my.equals;
 #pragma unroll
-    for (int hop : {1, 2, 4}) v += __shfl_xor_sync(0xffffffffu, v, hop);
-    return v;
+    for (int hop : {1, 2, 4}) others += __shfl_xor_sync(0xffffffffu, others, hop);
+    return 1 + others;
   }
 
   // Where `rises`, `best` of the tile's scores is better than all before; what the row's sums are to be
   // multiplied by. before: references of the segment before the tile. The best one so far is not in the list:
   // mostly there is no other with any weight, and none is listed. lists: set where one is.
   __device__ __forceinline__ float raise(const Segment<ROWS>& segment, Weighed& my, bool rises, float best,
-                                         const float (&scores)[BLOCKS], int at, int before, int lane,
+                                         const float (&scores)[BLOCKS], int at, int before,
                                          bool& lists) const {
-    const int my_row = lane / 8 % ROWS;
+    const int my_row = row_of_lane();
     int reference = TR - 1;  // the first one that is so good
 #pragma unroll
     for (int b = BLOCKS - 1; b >= 0; --b) {
@@ -978,27 +982,27 @@ struct Products {
       if (those) reference = 8 * b + __ffs(those) - 1;
     }
     const float rise = best * my.rate;
-    const bool near = rises && my.over == 0 && rise <= my.window;
-    if (__any_sync(0xffffffffu, near)) {
-      enlist(segment, my, near && lane % 8 == 0, 0, my.best, over_eight(my.equals), lane);
+    const bool near = rises && before > 0 && rise <= my.window;
+    if (__builtin_expect(__any_sync(0xffffffffu, near), 0)) {
+      enlist(segment, my, near && lane() % 8 == 0, 0, my.best, equals_of(my));
       lists = true;
     }
     __syncwarp();  // all have read what scores were relative to
     float scale = 1;
     if (rises) {
 #pragma unroll
-      for (int k = lane_of_row(lane); k < SHARES; k += ROW_LANES)
+      for (int k = lane_of_row(lane()); k < SHARES; k += ROW_LANES)
         shared().base[my_row][k] = share_of(at, reference, k, my_row);
       if (!near) my.listed = shared().earlier[my_row];  // the segment's others are still further below
-      scale = my.over < 0 ? 0.0f : power_of_two(-rise);
-      my.over = 0, my.best = before + (reference & ~7) + stored(reference & 7), my.level += rise;
-      my.total *= scale, my.equals = lane % 8 == reference % 8;
+      scale = before == 0 ? 0.0f : power_of_two(-rise);
+      my.best = before + reference, my.level += rise;
+      my.total *= scale, my.equals = 0;
     }
     __syncwarp();
     return scale;
   }
-  __device__ __forceinline__ bool is_like_base(int at, int reference, int lane) const {
-    const int my_row = lane / 8 % ROWS;
+  __device__ __forceinline__ bool is_like_base(int at, int reference) const {
+    const int my_row = row_of_lane();
     bool like = true;
 #pragma unroll 4
     for (int k = 0; k < SHARES; ++k)
@@ -1018,49 +1022,53 @@ struct Products {
   // The softmax, one warp.
   __device__ __forceinline__ void weigh(int lane) const {
     const int my_row = lane / 8 % ROWS, n = lane % 8;
-    int slot = 0, slot_phase = 0, parity = 0, phases = 0;
-    int letter = 0, letter_phase = 0, told = 0;  // told: parity of the segments that have references
-    for (;;) {
-      wait_barrier(&shared().announced.told[slot], slot_phase);
+    unsigned tiles = 0, segments = 0, told = 0;  // so far; told: those that have references
+    if (lane < ROWS) shared().earlier[lane] = 0;
+    clear_base();
+    for (;; ++segments) {
+      const int slot = segments % SEGMENT_SLOTS;
+      wait_barrier(&shared().announced.told[slot], segments / SEGMENT_SLOTS & 1);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) break;
       const bool present = my_row < segment.count;
       Weighed my;
-      my.rate = segment.rows[present ? my_row : 0].rate, my.listed = shared().earlier[my_row];
-#pragma unroll
-      for (int k = lane_of_row(lane); k < SHARES; k += ROW_LANES) shared().base[my_row][k] = 0;
-      __syncwarp();
+      my.rate = segment.rows[present ? my_row : 0].rate, my.listed = shared().earlier[row_of_lane()];
 #pragma unroll 1
-      for (int left = segment.references; left > 0; left -= TR) {
-        const int at = CLUSTERED ? letter : parity, before = segment.references - left;
+      for (int left = segment.references; left > 0; left -= TR, ++tiles) {
+        const int parity = tiles & 1, at = CLUSTERED ? tiles % PRODUCTS_LETTERS : parity;
+        const int before = segment.references - left;
         if constexpr (CLUSTERED) {
-          await_letter(before == 0, letter, letter_phase, lane);
-          if (++letter == PRODUCTS_LETTERS) letter = 0, letter_phase ^= 1;
+          await_letter(before == 0, at, tiles / PRODUCTS_LETTERS & 1, lane);
         } else {
-          wait_barrier(&shared().given[parity], phases >> parity & 1);
-          phases ^= 1 << parity;
+          wait_barrier(&shared().given[parity], tiles >> 1 & 1);
           if (before == 0 && lane == 0) ask(slot);
         }
         float scores[BLOCKS];
-        int used = 0;
-        bool lists = false;
+        int used = 0, again = 0;
+        bool lists = false, raises;
 #pragma unroll 1
-        for (bool again = false;; again = true) {
+        do {
           take_scores(at, lane, scores);
-          float best = -INFINITY;
 #pragma unroll
-          for (int b = 0; b < BLOCKS; ++b) {
+          for (int b = 0; b < BLOCKS; ++b)
             scores[b] = present && 8 * b + stored(n) < left ? scores[b] : -INFINITY;
-            best = fmaxf(best, scores[b]);
-          }
-          if (again) break;
+          raises = false;
+          if (!again) {
+            float best = -INFINITY;
 #pragma unroll
-          for (int hop = 4; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
-          if (!__any_sync(0xffffffffu, best > my.over)) break;  // mostly, after the first tiles
-          const float scale = raise(segment, my, best > my.over, best, scores, at, before, lane, lists);
-          used = RAISED;
-          if (n == 0) shared().scales[parity][my_row] = scale;
-        }
+            for (int b = 0; b < BLOCKS; ++b) best = fmaxf(best, scores[b]);
+#pragma unroll
+            for (int hop = 4; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
+            const bool rises = best > (before == 0 ? -INFINITY : 0.0f);
+            raises = __any_sync(0xffffffffu, rises);  // rarely, after the first tiles
+            if (raises) {
+              const float scale = raise(segment, my, rises, best, scores, at, before, lists);
+              if (n == 0) shared().scales[parity][my_row] = scale;
+              used = RAISED, again = 1;
+            }
+          }
+          asm volatile("" : "+r"(again));  // scores are taken again by the same code, which is there by then
+        } while (raises);
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) {
           const bool counts = present && 8 * b + stored(n) < left;
@@ -1070,31 +1078,29 @@ struct Products {
           if (!__any_sync(0xffffffffu, adds)) continue;
           used |= 1 << b;
           my.total += hand_out(weight, parity, b, lane);
-          const int reference = before + 8 * b + stored(n);
+          const int reference = before + 8 * b + n;
           const bool close = adds && reference != my.best && exponent >= fminf(-my.window, 0.0f);
-          if (!__any_sync(0xffffffffu, close)) continue;
-          const bool like = close && scores[b] == 0 && is_like_base(at, 8 * b + n, lane);
+          if (__builtin_expect(!__any_sync(0xffffffffu, close), 1)) continue;
+          const bool like = close && scores[b] == 0 && is_like_base(at, 8 * b + n);
           my.equals += like;
-          enlist(segment, my, close && !like && exponent >= -my.window, exponent, reference, 1, lane);
+          enlist(segment, my, close && !like && exponent >= -my.window, exponent, reference, 1);
           lists = true;
         }
         if (lane == 0) shared().used[parity] = used;
         __syncwarp();
         if (lane == 0) arrive(&shared().weighed[parity]);
-        parity ^= 1;
         // What else there is to know of the segment, when its first tiles are on their way, or it is needed.
         if (lists || left <= TR || (CLUSTERED && before == 4 * TR)) {
+          if (my.window == UNKNOWN) learn(segment, slot, present, my, told & 1);
           const int most = parts.listed - TR - 1;
-          if (my.window == UNKNOWN) learn(segment, slot, my_row, present, my, told);
-          if (__any_sync(0xffffffffu, my.listed > most))
-            shorten(my, most, weight_of(my_row, score_of_base()));
+          if (__builtin_expect(__any_sync(0xffffffffu, my.listed > most), 0))
+            shorten(my, most, weight_of(row_of_lane(), score_of_base()));
         }
       }
-      settle(segment, slot, my_row, present, my);
-      if (segment.references > 0) told ^= 1;
+      settle(segment, slot, my);
+      if (segment.references > 0) ++told;
       __syncwarp();
       if (lane == 0) arrive(&shared().settled[slot]), arrive(&shared().announced.done[slot]);
-      if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
     if (!CLUSTERED && lane == 0) ask(NO_SLOT);
   }
@@ -1117,8 +1123,9 @@ struct Products {
       if (lane == 0) arrive(&shared().answered);
     }
   }
-  __device__ __forceinline__ void learn(const Segment<ROWS>& segment, int slot, int my_row, bool present,
-                                        Weighed& my, int told) const {
+  __device__ __forceinline__ void learn(const Segment<ROWS>& segment, int slot, bool present, Weighed& my,
+                                        int told) const {
+    const int my_row = row_of_lane();
     if constexpr (CLUSTERED) {
       ProductsFigures all{};
 #pragma unroll 1
@@ -1304,6 +1311,12 @@ struct Products {
   __device__ __forceinline__ static float square_of_base() {
     return over_base([](int, float share) { return share * share; });
   }
+  // Before a segment begins.
+  __device__ __forceinline__ static void clear_base() {
+#pragma unroll
+    for (int k = lane_of_row(lane()); k < SHARES; k += ROW_LANES) shared().base[row_of_lane()][k] = 0;
+    __syncwarp();
+  }
   // What its logarithm of a weight is.
   __device__ __forceinline__ static double weight_of(int my_row, double score) {
     return fma(shared().known[my_row].rate, score, -shared().known[my_row].shift);
@@ -1355,10 +1368,10 @@ struct Products {
   __device__ __forceinline__ static bool leads_row() { return (lane() & ~(8 * ROWS - 8)) == 0; }
 
   // A segment's end, by the warp that weighs.
-  __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
-                                         Weighed& my) const {
-    const bool any = segment.references > 0;
-    const int equals = over_eight(my.equals);
+  __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, Weighed& my) const {
+    const int my_row = row_of_lane();
+    const bool any = segment.references > 0, present = my_row < segment.count;
+    const int equals = equals_of(my);
     const unsigned print =
         over_base([](int k, float share) { return __float_as_uint(share) * (0x9e3779b1u * (2 * k + 1)); });
     const double score = score_of_base();
@@ -1370,7 +1383,7 @@ struct Products {
                                 static_cast<float>(score), of_cluster);
       own.print = static_cast<int>(print);
     }
-    enlist(segment, my, any && my.window >= 0 && lane() % 8 == 0, 0, my.best, equals, lane());
+    enlist(segment, my, any && my.window >= 0 && lane() % 8 == 0, 0, my.best, equals);
     own.ties = my.listed;
     if (present && leads_row()) join(segment, slot, my_row, own);
     __syncwarp();  // the list is there
@@ -1385,6 +1398,7 @@ struct Products {
     }
     __syncwarp();
     if (leads_row()) shared().earlier[my_row] = part_ends ? 0 : my.listed;
+    clear_base();
   }
   // Which part this is among all in memory.
   __device__ __forceinline__ int64_t part_of(const Segment<ROWS>& segment, int my_row) const {
@@ -1742,8 +1756,6 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     } else if (tid < 64) {
       kernel.produce(lane);
     } else if (tid < 96) {
-      if (lane < ROWS) shared.earlier[lane] = 0;
-      __syncwarp();
       kernel.weigh(lane);
     } else {
       const int64_t lanes = 32 * gridDim.x;
