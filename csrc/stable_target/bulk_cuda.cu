@@ -242,49 +242,7 @@ constexpr int NEAR = 31;
 struct RowWeights {
   double top, total;    // log2_weight of the heaviest; sum over all that they hold
   double mine, source;  // of the lane's part; of the row's source
-};
-
-// Of a part, in shared memory: what else it has left, there are no registers for it, and its weight beyond
-// NEAR.
-struct EndPart {
-  struct Rest {
-    float lead, scale;
-    int ties, print;
-  };
-  static_assert(sizeof(Rest) == 16 && sizeof(PartRow) == 32);
-  alignas(16) Rest rest;
-  double weight;
-};
-// Whether it shows that a row's weights are wrong, by whole warps, each lane of which has brought the rest of
-// its parts near.
-struct RowDoubts {
-  EndPart* ends;  // of the first part and others
-  int others;
-
-  // from(j): part j; the first is -1.
-  template <typename From>
-  __device__ __forceinline__ void bring(const From& from) const {
-#pragma unroll 1
-    for (int j = static_cast<int>(threadIdx.x) % 32 - 1; j < others; j += 32)
-      copy_async(reinterpret_cast<float4*>(&ends[1 + j].rest), &from(j)->lead);
-  }
-  // Beside all else that the row has, `times` what its parts hold, and `elsewhere` equals of the best. When
-  // the copies are there.
-  __device__ __forceinline__ bool any(const RowWeights& its, double times = 1, int elsewhere = 0) const {
-    float wrong = 0;
-    Equals best;
-#pragma unroll 1
-    for (int j = static_cast<int>(threadIdx.x) % 32 - 1; j < others; j += 32) {
-      const EndPart::Rest rest = ends[1 + j].rest;
-      wrong = fmaxf(wrong, rest.scale);
-      if ((j < NEAR ? its.mine : ends[1 + j].weight) == 1) best.add(rest.lead, rest.print);
-    }
-    const unsigned those = __ballot_sync(WARP, best.count > 0);
-    const int print = __shfl_sync(WARP, best.print, __ffs(those) - 1);
-    int equals = __reduce_add_sync(WARP, best.print == print ? best.count : 0);
-    if (its.source == 1) equals = max(equals, 1);
-    return __any_sync(WARP, is_doubtful(wrong, times * its.total, equals + elsewhere));
-  }
+  float wrong;          // the largest PartRow::scale that the lane knows of
 };
 
 // How often other processes have the best reference of an own row, where that is all that has weight there:
@@ -305,10 +263,11 @@ __device__ __forceinline__ int copies_elsewhere(const Inputs& in, const AtHome& 
 }
 
 // The results of an own row over the elements `at`, from its mean over this part and those that the others
-// have left in the mailbox, when these are there; false where it is in doubt. All threads.
-template <int VECTORS>
+// have left in the mailbox, when these are there; false where it is in doubt: in_doubt(times, elsewhere), see
+// EndingRow. All threads.
+template <int VECTORS, typename InDoubt>
 __device__ __forceinline__ bool merge_at_home(const Inputs& in, const AtHome& home, int64_t row, double lse,
-                                              const RowWeights& own_parts, const RowDoubts& doubts,
+                                              double heaviest, const InDoubt& in_doubt,
                                               const int (&at)[VECTORS], const bool (&within)[VECTORS],
                                               const float4 (&x)[VECTORS], float4 (&mean)[VECTORS]) {
   const int q = static_cast<int>(threadIdx.x);
@@ -348,9 +307,9 @@ __device__ __forceinline__ bool merge_at_home(const Inputs& in, const AtHome& ho
   }
   int elsewhere = -1;
 #pragma unroll 1
-  while (doubts.any(own_parts, total / share, max(elsewhere, 0))) {
+  while (in_doubt(total / share, max(elsewhere, 0))) {
     if (elsewhere >= 0) return false;
-    elsewhere = copies_elsewhere(in, home, row, own_parts.top);
+    elsewhere = copies_elsewhere(in, home, row, heaviest);
   }
   const double by = at_time.b / total;
   const auto result = [&](float x, float sum) {
@@ -379,7 +338,30 @@ struct EndingRow {
   __device__ __forceinline__ double2 weights(int j) const {  // log2_weight, total
     return __ldcg(reinterpret_cast<const double2*>(&parts.others[place(j)].log2_weight));
   }
+  __device__ __forceinline__ float scale(int j) const { return __ldcg(&parts.others[place(j)].scale); }
   __device__ __forceinline__ const float* sums(int j) const { return parts.sums + place(j) * d; }
+
+  // Whether it shows that the row's weights are wrong, beside all else that it has: `times` what its parts
+  // hold, and `elsewhere` equals of the best. By whole warps. far: weights beyond NEAR.
+  __device__ __forceinline__ bool in_doubt(const RowWeights& its, const double* far, double times,
+                                           int elsewhere) const {
+    const double all = times * its.total;  // mostly there is not much beside the best
+    const bool clear =
+        its.wrong * static_cast<float>(all - 1) <= PRODUCTS_MOST_ERROR * static_cast<float>(all);
+    if (__builtin_expect(__all_sync(WARP, clear), 1)) return false;
+    Equals best;
+#pragma unroll 1
+    for (int j = static_cast<int>(threadIdx.x) % 32 - 1; j < others; j += 32) {
+      if ((j < NEAR ? its.mine : far[j]) != 1) continue;
+      const PartRow part = j < 0 ? left.own : load_part(parts.others + place(j));
+      best.add(part.lead, part.print);
+    }
+    const unsigned those = __ballot_sync(WARP, best.count > 0);
+    const int print = __shfl_sync(WARP, best.print, __ffs(those) - 1);
+    int equals = __reduce_add_sync(WARP, best.print == print ? best.count : 0);
+    if (its.source == 1) equals = max(equals, 1);
+    return __any_sync(WARP, is_doubtful(its.wrong, all, equals + elsewhere));
+  }
 };
 
 // The score of a row's source, in units of log 2, by all threads.
@@ -400,16 +382,17 @@ __device__ __forceinline__ double score_of_source(const Inputs& in, int64_t inde
 
 template <bool SOURCE>
 __device__ __forceinline__ RowWeights weigh_parts(const Inputs& in, int64_t index, const EndingRow& row,
-                                                  EndPart* ends, double* scratch) {
+                                                  double* far, double* scratch) {
   const PartRow& first = row.left.own;
-  if (row.others < 0) return {first.log2_weight, NAN, 1, 0};
-  if (!SOURCE && row.others == 0) return {first.log2_weight, first.total, 1, 0};
+  if (row.others < 0) return {first.log2_weight, NAN, 1, 0, 0};
+  if (!SOURCE && row.others == 0) return {first.log2_weight, first.total, 1, 0, first.scale};
   const int part = static_cast<int>(threadIdx.x) % 32 - 1;
   double2 mine = make_double2(-INFINITY, 0);
+  float wrong = 0;
   if (part < 0) {
-    mine = make_double2(first.log2_weight, first.total);
+    mine = make_double2(first.log2_weight, first.total), wrong = first.scale;
   } else if (part < row.others) {
-    mine = row.weights(part);
+    mine = row.weights(part), wrong = row.scale(part);
   }
   const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
   double top = mine.x, source = 0;
@@ -426,13 +409,13 @@ __device__ __forceinline__ RowWeights weigh_parts(const Inputs& in, int64_t inde
 #pragma unroll 1
   for (int j = NEAR + 1 + part; j < row.others; j += 32) {
     const double2 its = row.weights(j);
-    const double by = power(its.x - top);
-    ends[1 + j].weight = by, total = fma(by, its.y, total);
+    far[j] = power(its.x - top);
+    total = fma(far[j], its.y, total), wrong = fmaxf(wrong, row.scale(j));
   }
 #pragma unroll 1
   for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(WARP, total, hop);
   if constexpr (SOURCE) source = power(source - top), total += source;
-  return {top, total, weight, source};
+  return {top, total, weight, source, wrong};
 }
 
 // Four elements of a row's sum over its parts.
@@ -537,8 +520,9 @@ __device__ __noinline__ void end_aligned(const Inputs& in, const ProductsParts& 
       mean[v] = make_float4(static_cast<float>(by * sum[v][0]), static_cast<float>(by * sum[v][1]),
                             static_cast<float>(by * sum[v][2]), static_cast<float>(by * sum[v][3]));
     }
-    merge_at_home<VECTORS>(in, parts.home, number, lse_of_row(in, all), {}, {nullptr, -1}, at, within, mine,
-                           mean);
+    merge_at_home<VECTORS>(
+        in, parts.home, number, lse_of_row(in, all), all.log2_weight, [](double, int) { return false; }, at,
+        within, mine, mean);
   } else {
     float* const to = static_cast<float*>(out_of(in, index).data) + index * in.d;
     const double a = in.mailboxes ? 0 : left.a;
@@ -565,9 +549,10 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
   static_assert(!MERGES || SHARES == 1, "a thread has all of its elements");
   using Sum = std::conditional_t<(SHARES > 1), float, double>;  // few rows wait for its latency
   using Parked = float4[VECTORS][END_THREADS];                  // each thread its own
-  extern __shared__ EndPart ends[];                             // (blocks + 1,) of the row's parts
+  extern __shared__ double weights[];                           // (blocks,) of the row's other parts
   __shared__ double scratch[33];
   __shared__ Parked x, first, early;  // early: of the first part that a thread adds
+  __shared__ float4 of_row;           // ProductsRow::a, b
   const int64_t index = row + in.part * in.rows_each, from = index * in.d;
   const int d = static_cast<int>(in.d), tid = static_cast<int>(threadIdx.x);
   const int lane = SHARES > 1 ? tid % LANES : tid, share = SHARES > 1 ? tid / LANES : 0;
@@ -592,23 +577,23 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
   }
   if (!WAITED) wait_for_previous_launch();
   if (share == 0) park(first, parts.firsts + from);
+  if (!MERGES) copy_async(&of_row, reinterpret_cast<const float*>(&parts.rows[index].a));
   const ProductsRow left = parts.rows[index];
   const EndingRow ending{parts, left, left.to - left.from, d};
   const int others = ending.others;
   const float* part = ending.sums(share);  // of those that this thread adds, every SHARES-th
   if (share < others) park(early, part);
-  const RowDoubts doubts{ends, others};
-  doubts.bring([&](int j) { return j < 0 ? &parts.rows[index].own : parts.others + ending.place(j); });
-  const RowWeights its = weigh_parts<SOURCE>(in, index, ending, ends, scratch);
+  const RowWeights its = weigh_parts<SOURCE>(in, index, ending, weights, scratch);
   const Sum mine = static_cast<Sum>(its.mine), by_first = __shfl_sync(WARP, mine, 0);
   const auto weight_of = [&](int j) {  // of no other part: any
     const Sum near = __shfl_sync(WARP, mine, min(j, NEAR - 1) + 1);
-    return j < NEAR || j >= others ? near : static_cast<Sum>(ends[1 + j].weight);
+    return j < NEAR || j >= others ? near : static_cast<Sum>(weights[j]);
   };
   if (others > NEAR) __syncthreads();
   FourSums<Sum> sum[VECTORS];
   wait_copies();
-  if (!MERGES && doubts.any(its)) return end_aligned<LANES, VECTORS, false>(in, parts, row, chunk, scratch);
+  if (!MERGES && ending.in_doubt(its, weights, 1, 0))
+    return end_aligned<LANES, VECTORS, false>(in, parts, row, chunk, scratch);
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     if (within[v] && share == 0) sum[v].add(by_first, first[v][tid]);
@@ -639,21 +624,25 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
         sum[v].add(static_cast<Sum>(its.source), *reinterpret_cast<const float4*>(source + at[v]));
     }
   }
-  const double by = (MERGES ? 1 : left.b) / its.total;
+  const double2 out_by = reinterpret_cast<const double2&>(of_row);
+  const double by = (MERGES ? 1 : out_by.y) / its.total;
   const PartRow all{its.top, its.total, 0, 0, 0, 0};
   if constexpr (MERGES) {
     const double lse = others < 0 ? lse_of_nothing(in, index) : lse_of_row(in, all);
     float4 own[VECTORS], mean[VECTORS];
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) own[v] = x[v][tid], mean[v] = sum[v].mean(by);
-    if (!merge_at_home<VECTORS>(in, parts.home, row, lse, its, doubts, at, within, own, mean))
+    const auto in_doubt = [&](double times, int elsewhere) {
+      return ending.in_doubt(its, weights, times, elsewhere);
+    };
+    if (!merge_at_home<VECTORS>(in, parts.home, row, lse, its.top, in_doubt, at, within, own, mean))
       end_aligned<LANES, VECTORS, true>(in, parts, row, chunk, scratch);
   } else {
     float* const out = static_cast<float*>(out_of(in, index).data) + from;
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
       if (within[v] && share == 0)
-        *reinterpret_cast<float4*>(out + at[v]) = sum[v].result(left.a, x[v][tid], by);
+        *reinterpret_cast<float4*>(out + at[v]) = sum[v].result(out_by.x, x[v][tid], by);
     }
     if (in.lse.data && chunk == 0 && tid == 0) write_lse(in, index, all);
   }
@@ -687,9 +676,6 @@ __global__ void __launch_bounds__(END_THREADS, END_BLOCKS)
   }
 }
 
-size_t end_smem(int64_t blocks) {
-  return (blocks + 1) * sizeof(EndPart);
-}
 template <int LANES, int VECTORS>
 bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
                    cudaStream_t stream) {
@@ -699,8 +685,8 @@ bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts,
   const auto kernel = parts.home.merged ? end_kernel<LANES, VECTORS, MERGES, false>  // have no source
                       : in.source.data  ? end_kernel<LANES, VECTORS, false, true>
                                         : end_kernel<LANES, VECTORS, false, false>;
-  launch_following(op, true, kernel, dim3(static_cast<unsigned>(grid)), END_THREADS, end_smem(blocks), stream,
-                   in, parts);
+  launch_following(op, true, kernel, dim3(static_cast<unsigned>(grid)), END_THREADS, blocks * sizeof(double),
+                   stream, in, parts);
   return true;
 }
 
@@ -715,8 +701,8 @@ void end_products(const char* op, const Inputs& in, const ProductsParts& parts, 
                   cudaStream_t stream) {
   if (parts.ends) {
     launch_following(op, true, end_open_kernel<END_THREADS, 2>,
-                     dim3(static_cast<unsigned>(END_BLOCKS * blocks)), END_THREADS, end_smem(blocks), stream,
-                     in, parts);
+                     dim3(static_cast<unsigned>(END_BLOCKS * blocks)), END_THREADS, blocks * sizeof(double),
+                     stream, in, parts);
     return;
   }
   launch_end_if<8, 1>(op, in, parts, blocks, stream) || launch_end_if<32, 1>(op, in, parts, blocks, stream) ||
