@@ -1100,7 +1100,8 @@ struct Products {
       settle(segment, slot, my);
       if (segment.references > 0) ++told;
       __syncwarp();
-      if (lane == 0) arrive(&shared().settled[slot]), arrive(&shared().announced.done[slot]);
+      if (PARTS && lane == 0) arrive(&shared().settled[slot]);
+      if (lane == 0) arrive(&shared().announced.done[slot]);
     }
     if (!CLUSTERED && lane == 0) ask(NO_SLOT);
   }
@@ -1387,6 +1388,7 @@ struct Products {
     own.ties = my.listed;
     if (present && leads_row()) join(segment, slot, my_row, own);
     __syncwarp();  // the list is there
+    if (!PARTS && lane() == 0) arrive(&shared().settled[slot]);  // else others wait for the list, too
     const bool part_ends = segment.flags & SEGMENT_PART_END;
     ProductsTie* const to = parts.ties + part_of(segment, min(my_row, segment.count - 1)) * parts.listed;
 #pragma unroll 1
