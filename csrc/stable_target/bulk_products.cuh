@@ -1387,7 +1387,7 @@ struct Products {
     enlist(segment, my, any && my.window >= 0 && lane() % 8 == 0, 0, my.best, equals);
     own.ties = my.listed;
     if (present && leads_row()) join(segment, slot, my_row, own);
-    __syncwarp();  // the list is there
+    __syncwarp();                                                // the list is there
     if (!PARTS && lane() == 0) arrive(&shared().settled[slot]);  // else others wait for the list, too
     const bool part_ends = segment.flags & SEGMENT_PART_END;
     ProductsTie* const to = parts.ties + part_of(segment, min(my_row, segment.count - 1)) * parts.listed;
