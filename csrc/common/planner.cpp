@@ -158,7 +158,8 @@ constexpr int64_t MANY_ROWS_BYTES = 400'000'000, MANY_ROWS_CLASS_BYTES = 1'600'0
 
 int products_rows(const Problem& p, bool own_list, int64_t slices, int64_t teams) {
   if (p.refs_bf16 || slices > 1 || p.shared_rows) return PRODUCTS_ROWS;
-  const int64_t each = p.n / groups(p), bytes = p.n * class_bytes(p);  // rows of a class
+  const int64_t each = p.n / groups(p);        // rows of a class
+  const int64_t bytes = p.n * class_bytes(p);  // that rows would read one by one
   const bool heavy = p.d > 1024 && p.n > WARP_LIST_ROWS && bytes >= MANY_ROWS_BYTES &&
                      bytes >= MANY_ROWS_CLASS_BYTES * groups(p);
   const bool many = p.d > 1024 ? !own_list || each >= 2 : each >= (own_list ? 8 : 2);

@@ -86,7 +86,7 @@ struct Many {
   int* list_order;       // (rows,) slots in the order in which lists are merged: long ones first
   int* places;           // (rows,) among the dense rows; -1: not dense
   double* totals;        // (rows, WEIGHT_UNITS) of the weights of dense rows in this round
-  float* sums;           // (rows, d_stride) sum of p_j d_j scale, where total > 0
+  float* sums;           // (rows, d_stride) sum of p_j d_j scale, where has_sums
   float* partial;        // (splits, row tiles, d tiles, MANY_ROWS, MANY_TILE)
   int64_t first_row;     // of the pass
   int64_t first_ref;     // of the round
