@@ -1034,10 +1034,14 @@ struct List {
 
 // The list of a dense row, at `place` among these; returns its length. Where scores are large for their
 // digits, as of smooth images near one another and far from the centre, even those of y_hi and y_lo may be
-// off by a hundredth in log weight. So the references of most weight are listed: those within 8 bits of the
-// largest weight, or 2 where a few are wanted, `most` at most. What others are off by averages out. Bins are
-// of the bits of weights, 8 or 32 to a factor of two: the first that hold no more than `most` are listed.
-constexpr int REVIEW_BINS = 64, REVIEW_SHIFT = 20, REVIEW_FEW_SHIFT = 18;
+// off by a hundredth in log weight. So the references of most weight are listed: those within 16 bits of the
+// largest weight where most are wanted, 8 or 2 where fewer are, `most` at most. What others are off by
+// averages out. Bins are of the bits of weights, 4, 8 or 32 to a factor of two: the first that hold no more
+// than `most` are listed.
+constexpr int REVIEW_BINS = 64;
+__device__ inline int review_shift(int most) {
+  return most > REVIEW_SOME ? 21 : most > REVIEW_FEW ? 20 : 18;
+}
 constexpr int REVIEW_AHEAD = 8;  // maxima of a thread that are on their way at once
 __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_t at, int place, int most,
                                       List& list) {
@@ -1050,7 +1054,7 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
   const float* const maxima =  // of scores, which gather_kernel may have moved
       many.maxima + (many.facts->late > 0 ? place : at) * (many.score_stride / MANY_GROUP);
   const int groups = static_cast<int>((many_valid(in, many) + MANY_GROUP - 1) / MANY_GROUP);
-  const int shift = most > REVIEW_FEW ? REVIEW_SHIFT : REVIEW_FEW_SHIFT;
+  const int shift = review_shift(most);
   const float rate2 = slot.rate2, top = slot.top, reach = static_cast<float>(REVIEW_BINS >> (23 - shift));
   __syncthreads();
   // visit(j, weight, bin) of all within reach. Of groups whose best is not nothing is read.
@@ -1130,35 +1134,68 @@ __device__ void load_differences(const Inputs& in, const Many& many, int64_t ref
   for (int k = 0; k < 8; ++k) d[k] = fmaf(to_float(values[k]), scale, -c[k]);
 }
 
+// Eight elements of y of a row, to 22 bits.
+__device__ __forceinline__ void load_y(const Many& many, int64_t at, int64_t e, float unit, float (&y)[8]) {
+  const uint4 raw_hi = *reinterpret_cast<const uint4*>(many.hi + at * many.d_stride + e);
+  const uint4 raw_lo = *reinterpret_cast<const uint4*>(many.lo + at * many.d_stride + e);
+  const __half* const hi = reinterpret_cast<const __half*>(&raw_hi);
+  const __half* const lo = reinterpret_cast<const __half*>(&raw_lo);
+#pragma unroll
+  for (int q = 0; q < 8; ++q) y[q] = (__half2float(hi[q]) + __half2float(lo[q])) * unit;
+}
+
+// Rows of much doubt have large scores, but references that matter are near one another. With d_0 the first
+// that is listed and z = y - alpha d_0,
+//   s_k = s_0 + (z - alpha/2 (d_k - d_0)).(d_k - d_0),
+// where the differences are exact, and small. Of an element: y becomes z; returns its part of s_0.
+__device__ __forceinline__ double make_relative(float half_alpha, float d_0, float& y) {
+  const double part = (y - static_cast<double>(half_alpha) * d_0) * d_0;
+  y = fmaf(-2 * half_alpha, d_0, y);
+  return part;
+}
+
 // Scores and weights of a row's listed references; best and total with those before. in_sums: what their
-// weights in the sums are relative to; -INFINITY: they are in none.
+// weights in the sums are relative to; -INFINITY: they are in none. relative: scores are had as above.
 template <typename T>
 __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, const List& list, int count,
-                             float in_sums, Listed& listed) {
+                             float in_sums, bool relative, Listed& listed) {
   const ManySlot& slot = many.slots[at];
   const ManyFactor factor = many.factors[at];
   const float scale = many.facts->scale;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t first = many.first_ref + list.references[0];
+  double above = static_cast<double>(factor.half_alpha) * many.facts->mean_norm;
+  if (relative) {
+    double score = 0;
+    for (int64_t e = 8 * threadIdx.x; e < in.d; e += 8 * THREADS) {
+      float d_0[8], y[8];
+      load_differences<T>(in, many, first, e, scale, d_0);
+      load_y(many, at, e, factor.unit, y);
+#pragma unroll
+      for (int q = 0; q < 8; ++q) score += make_relative(factor.half_alpha, d_0[q], y[q]);
+    }
+    above += block_sum(score, listed.scratch);
+  }
   for (int k = warp; k < count; k += THREADS / 32) {
     const int64_t reference = many.first_ref + list.references[k];
     double score = 0;
     for (int64_t e = 8 * lane; e < in.d; e += 8 * 32) {
-      float d[8];
+      float d[8], y[8];
       load_differences<T>(in, many, reference, e, scale, d);
-      const uint4 raw_hi = *reinterpret_cast<const uint4*>(many.hi + at * many.d_stride + e);
-      const uint4 raw_lo = *reinterpret_cast<const uint4*>(many.lo + at * many.d_stride + e);
-      const __half* const hi = reinterpret_cast<const __half*>(&raw_hi);
-      const __half* const lo = reinterpret_cast<const __half*>(&raw_lo);
+      load_y(many, at, e, factor.unit, y);
+      if (relative) {
+        float d_0[8];
+        load_differences<T>(in, many, first, e, scale, d_0);
+#pragma unroll
+        for (int q = 0; q < 8; ++q) make_relative(factor.half_alpha, d_0[q], y[q]), d[q] -= d_0[q];
+      }
       float part = 0;
 #pragma unroll
-      for (int q = 0; q < 8; ++q) {
-        const float y = (__half2float(hi[q]) + __half2float(lo[q])) * factor.unit;
-        part = fmaf(fmaf(-factor.half_alpha, d[q], y), d[q], part);
-      }
+      for (int q = 0; q < 8; ++q) part = fmaf(fmaf(-factor.half_alpha, d[q], y[q]), d[q], part);
       score += part;
     }
     for (int offset = 16; offset > 0; offset /= 2) score += __shfl_xor_sync(0xffffffffu, score, offset);
-    if (lane == 0) listed.score[k] = score + static_cast<double>(factor.half_alpha) * many.facts->mean_norm;
+    if (lane == 0) listed.score[k] = score + above;
   }
   __syncthreads();
   double best = fmax(slot.best, static_cast<double>(in_sums));
@@ -1257,13 +1294,13 @@ __device__ __forceinline__ void leave_list(const Inputs& in, const Many& many, M
 
 // A row with a list: scores and sums its references, up to 2,048 VECTORS elements, from shared memory. Each
 // is read once, LISTED at a time while as many or twice as many are on their way; sums are relative to the
-// best score so far. in_sums: as above. PLAIN: as ManyFacts has it.
+// best score so far. in_sums, relative: as above. PLAIN: as ManyFacts has it.
 template <typename T, int VECTORS, bool PLAIN>
 __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, int64_t at, const List& list,
-                                           int count, float in_sums, bool last) {
-  extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times
+                                           int count, float in_sums, bool relative, bool last) {
+  extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times; the first
   __shared__ Barrier barriers[LISTS];
-  __shared__ double parts[THREADS / 32][LISTED];
+  __shared__ double parts[THREADS / 32][LISTED], scratch[33];
   static_assert(THREADS / 32 * LISTED == 32, "a lane to each");
   ManySlot& slot = many.slots[at];
   double total = slot.total, best = slot.best;
@@ -1289,7 +1326,8 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
 
   const ManyFactor factor = many.factors[at];
   const float scale = many.facts->scale;
-  const double rate2 = slot.rate2, above = static_cast<double>(factor.half_alpha) * many.facts->mean_norm;
+  const double rate2 = slot.rate2;
+  double above = static_cast<double>(factor.half_alpha) * many.facts->mean_norm;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const auto element = [&](int v) { return 8 * (static_cast<int64_t>(v) * THREADS + threadIdx.x); };
   float y[VECTORS][8] = {}, centre[VECTORS][8] = {}, part[VECTORS][8] = {};
@@ -1298,14 +1336,10 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
   for (int v = 0; v < VECTORS; ++v) {
     const int64_t e = element(v);
     if (e >= in.d) continue;
-    const uint4 raw_hi = *reinterpret_cast<const uint4*>(many.hi + at * many.d_stride + e);
-    const uint4 raw_lo = *reinterpret_cast<const uint4*>(many.lo + at * many.d_stride + e);
-    const __half* const hi = reinterpret_cast<const __half*>(&raw_hi);
-    const __half* const lo = reinterpret_cast<const __half*>(&raw_lo);
+    load_y(many, at, e, factor.unit, y[v]);
+    if (!PLAIN) {
 #pragma unroll
-    for (int q = 0; q < 8; ++q) {
-      y[v][q] = (__half2float(hi[q]) + __half2float(lo[q])) * factor.unit;
-      if (!PLAIN) centre[v][q] = many.centre_float[e + q];
+      for (int q = 0; q < 8; ++q) centre[v][q] = many.centre_float[e + q];
     }
     if (has_sums(slot)) {
 #pragma unroll
@@ -1327,6 +1361,24 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       }
     }
   };
+  // The same of what it differs by from the first reference.
+  char* const kept = memory + LISTS * LISTED * bytes;
+  const auto from_first = [&](int buffer, int k, auto visit) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (element(v) >= in.d) continue;
+      const int64_t own = element(v) * sizeof(T);
+      const uint4 raw = *reinterpret_cast<const uint4*>(memory + (buffer * LISTED + k) * bytes + own);
+      const uint4 raw_0 = *reinterpret_cast<const uint4*>(kept + own);
+      const T* const values = reinterpret_cast<const T*>(&raw);
+      const T* const values_0 = reinterpret_cast<const T*>(&raw_0);
+#pragma unroll
+      for (int q = 0; q < 8; ++q) {
+        const float apart = to_float(values[q]) - to_float(values_0[q]);
+        visit(v, q, PLAIN ? apart : apart * scale);
+      }
+    }
+  };
   const auto flush = [&] {
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v)
@@ -1334,6 +1386,19 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       for (int q = 0; q < 8; ++q) sums[v][q] += part[v][q], part[v][q] = 0;
   };
 
+  if (relative) {
+    wait_barrier(barriers, 0);
+    double score = 0;
+    differences(0, 0,
+                [&](int v, int q, float d_0) { score += make_relative(factor.half_alpha, d_0, y[v][q]); });
+    above += block_sum(score, scratch);
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {  // each thread its own
+      const int64_t own = element(v) * sizeof(T);
+      if (element(v) < in.d)
+        *reinterpret_cast<uint4*>(kept + own) = *reinterpret_cast<const uint4*>(memory + own);
+    }
+  }
   for (int first = 0; first < count; first += LISTED) {
     const int turn = first / LISTED, buffer = turn % LISTS, some = min(LISTED, count - first);
     const int ahead = first + (LISTS - 1) * LISTED;  // where the turn before was
@@ -1344,9 +1409,14 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
     for (int k = 0; k < LISTED; ++k) {
       if (k >= some) continue;
       float eight[VECTORS] = {};
-      differences(buffer, k, [&](int v, int q, float d) {
+      const auto add = [&](int v, int q, float d) {
         eight[v] = fmaf(fmaf(-factor.half_alpha, d, y[v][q]), d, eight[v]);
-      });
+      };
+      if (relative) {
+        from_first(buffer, k, add);
+      } else {
+        differences(buffer, k, add);
+      }
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) own[k] += eight[v];
     }
@@ -1410,7 +1480,7 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
   __shared__ List list;
   ManySlot& slot = many.slots[at];
   const int place = many.places[at], of_select = many.counts[at], most = many.review_most[at];
-  const bool alive = slot.alive, ends = last && place < 0;
+  const bool alive = slot.alive, ends = last && place < 0, relative = REVIEW_SOME < most;
   int count = alive ? of_select : 0;
   float in_sums = -INFINITY;
   if (place >= 0) {
@@ -1429,13 +1499,13 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
   __syncthreads();
   if constexpr (VECTORS > 0) {
     if (count > 0 && DtypeOf<T>::value == Dtype::f16 && many.facts->plain)
-      return sum_listed<T, VECTORS, true>(in, many, at, list, count, in_sums, ends);
-    if (count > 0) return sum_listed<T, VECTORS, false>(in, many, at, list, count, in_sums, ends);
+      return sum_listed<T, VECTORS, true>(in, many, at, list, count, in_sums, relative, ends);
+    if (count > 0) return sum_listed<T, VECTORS, false>(in, many, at, list, count, in_sums, relative, ends);
   }
   double keep = 1, total = slot.total, best = slot.best;
   if constexpr (VECTORS == 0) {
     if (count > 0) {
-      score_listed<T>(in, many, at, list, count, in_sums, listed);
+      score_listed<T>(in, many, at, list, count, in_sums, relative, listed);
       total = listed.total, best = listed.best, keep = listed.keep;
     }
   }
@@ -1586,7 +1656,7 @@ int early_blocks(const Many& many) {
 void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cudaStream_t stream) {
   const bool half = in.refs.dtype == Dtype::f16;
   const auto merge = half ? merge_kernel_for<__half>(in.d) : merge_kernel_for<__nv_bfloat16>(in.d);
-  const int merge_bytes = in.d > LISTED_D ? 0 : static_cast<int>(LISTS * LISTED * 2 * in.d);
+  const int merge_bytes = in.d > LISTED_D ? 0 : static_cast<int>((LISTS * LISTED + 1) * 2 * in.d);
   check_cuda(op, cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, merge_bytes));
   const auto launch = [&](auto* kernel, dim3 grid, int threads, int64_t bytes, const auto&... more) {
     launch_following(op, true, kernel, grid, threads, bytes, stream, more...);

@@ -70,11 +70,23 @@ def test_photographs(rng, n, m, side, dtype, precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("time", [0.02, 0.1, 0.3, 0.6, 0.68, 0.8])
+@pytest.mark.parametrize("time", [0.02, 0.1, 0.15, 0.2, 0.3, 0.6, 0.68, 0.8])
 @pytest.mark.parametrize("n", [256, 520])
 def test_photographs_at_one_time(rng, n, time, precision):
     """Rows near some references have thousands that matter, others one; all are expected to be dense, or none."""
     check(*make_photograph_pool(n, 20_000, 32, rng, times=(time,)), precision=precision)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("time", [0.05, 0.1, 0.15])
+def test_every_row_of_photographs_with_little_noise(rng, time, dtype):
+    """Scores are large for their digits, where references near one another share the weight. D whose lists fit shared
+    memory, and beyond."""
+    for m, side in ((50_000, 32), (5000, 40)):
+        x, refs, t = make_photograph_pool(256, m, side, rng, dtype, times=(time,))
+        out, expected = check(x, refs, t), reference.stable_target(x.double(), refs, t)
+        errors = (out - expected).norm(dim=1) / expected.norm(dim=1)
+        assert (errors <= TOLERANCE[torch.float32, "exact"]).all(), errors.max().item()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
