@@ -35,8 +35,8 @@ struct BulkParts {
   PartRow* rows;  // (2 blocks, rows)
   int* arrived;   // zero at first. (n, slices) teams that have left their part of a row of `order`
   uint2* mail;  // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
-  // Of finished rows, which of them are to be settled (bulk_settle.cuh): all errors, or a list of those that
-  // each block has found. One of the two, or none.
+  // Of finished rows, which of them are to be settled (bulk_settle.cuh): where merge_kernel follows, the errors
+  // of those that one team has, else a list of those that each block has found.
   float* errors;      // (n,)
   int* next;          // (slices, n) what follows a row in its block's list
   double* settled;    // room for sums: (blocks, slice) or (clusters, d)
