@@ -56,6 +56,7 @@ struct GroupState {
   double top;         // weights are 2^(score - top)
   float total;        // of the weights
   float lead, worst;  // the largest of them; the largest score, either way
+  float source;       // the weight of the row's own source
 };
 
 template <int G, int WARPS, int TR, int ROWS>
@@ -69,7 +70,7 @@ struct GroupsShared {
   double shifts[G][WARPS];  // |y|^2 / (2 sigma^2) in units of log 2; each warp has its own
   PartRow moved[G][WARPS];  // to memory already, too
   int final[G];
-  Barrier taken[G];       // the sums that the group left
+  Barrier taken;          // what groups left for others at the end of a segment
   Barrier filed, closed;  // a part is in memory; the clerk is done
   int unmerged;           // rows that the clerk has found to be complete
   RowEnd rows_left[ROWS];
@@ -340,11 +341,13 @@ struct Groups {
     mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
   }
 
-  // A segment's sums, from the row's groups to its result or to its part in memory. The row's first group
-  // does it; the others leave theirs.
+  // A segment's sums, from the row's groups to its result or to its part in memory. Up to four groups share
+  // the row's elements for that: to each the others leave what they have of its own.
   __device__ __forceinline__ void end_segment(Mine& mine, const Segment<ROWS>& segment, int& parity) const {
     const int groups = groups_of_a_row(segment.count), turn = group() % groups, my_row = group() / groups;
     const int used = min(segment.tiles, groups), lane = thread() % 32;  // used: groups that had a tile
+    const int leader = group() - turn, takers = min(groups, Q / 4);
+    const auto takes = [&](int q) { return (q / 4 & (takers - 1)) == turn; };  // groups are a power of two
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool filed = is_filed(segment);
     mine.source = 0;
@@ -352,47 +355,43 @@ struct Groups {
     const RowState& row = segment.rows[my_row];
     const RowPlace here = place();
     float4 x[Q / 4];
-    if (turn > 0) {
-      wait_barrier(&shared().taken[group()], parity >> 1);  // those of the segment before
-      parity ^= 2;
-      float* const to = sums_of(group());
+    await_taken(parity);
 #pragma unroll
-      for (int q = 0; q < Q; q += 4)
-        *reinterpret_cast<float4*>(to + element(q / EV) + q % EV) =
+    for (int q = 0; q < Q; q += 4) {
+      if (!takes(q))
+        *reinterpret_cast<float4*>(sums_of(group()) + element(q / EV) + q % EV) =
             make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
-      if (thread() == 0)
-        shared().states[group()] = {mine.scores.top, mine.scores.total, mine.scores.lead(),
-                                    mine.scores.worst};
-    } else if (flags & SEGMENT_PART_END && others == 0) {  // on their way meanwhile
+    }
+    if (thread() == 0)
+      shared().states[group()] = {mine.scores.top, mine.scores.total, mine.scores.lead(), mine.scores.worst,
+                                  mine.source};
+    if (flags & SEGMENT_PART_END && others == 0) {  // on their way meanwhile
 #pragma unroll
       for (int q = 0; q < Q; q += 4) {
         const int e = element(q / EV) + q % EV;
-        if (e < d) x[q / 4] = load_x(in, here, row, e);
+        if (takes(q) && e < d) x[q / 4] = load_x(in, here, row, e);
       }
     }
     row_barrier(groups);
-    if (turn > 0) {
-      if (filed) file(lane);
-      return;
-    }
 
-    double best = mine.scores.top;
+    double best = shared().states[leader].top;
 #pragma unroll 1
-    for (int g = group() + 1; g < group() + used; ++g) {
+    for (int g = leader + 1; g < leader + used; ++g) {
       const double top = shared().states[g].top;
       best = best >= top || top != top ? best : top;
     }
-    const float scale = power_of_two(mine.scores.top - best);
-    double total = static_cast<double>(scale) * static_cast<double>(mine.scores.total);
-    double source = static_cast<double>(scale) * static_cast<double>(mine.source);
-    float lead = scale * fmaxf(mine.scores.lead(), mine.source), worst = mine.scores.worst;
+    double total = 0;
+    float lead = 0, worst = 0;
 #pragma unroll 1
-    for (int g = group() + 1; g < group() + used; ++g) {
-      const GroupState& other = shared().states[g];
-      const float by = power_of_two(other.top - best);
-      total = fma(static_cast<double>(by), static_cast<double>(other.total), total);
-      lead = fmaxf(lead, by * other.lead), worst = fmaxf(worst, other.worst);
+    for (int g = leader; g < leader + used; ++g) {
+      const GroupState& one = shared().states[g];
+      const float by = power_of_two(one.top - best);
+      total = fma(static_cast<double>(by), static_cast<double>(one.total), total);
+      lead = fmaxf(lead, by * fmaxf(one.lead, one.source)), worst = fmaxf(worst, one.worst);
     }
+    const float scale = power_of_two(mine.scores.top - best);
+    const double source = static_cast<double>(power_of_two(shared().states[leader].top - best)) *
+                          static_cast<double>(shared().states[leader].source);
     const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, my_row);
     double* const sums = parts.sums + part * d;
     RowEnd end{
@@ -415,14 +414,15 @@ struct Groups {
 #pragma unroll
     for (int q = 0; q < Q; q += 4) {
       const int e = element(q / EV) + q % EV;
-      if (e >= d) continue;
+      if (!takes(q) || e >= d) continue;
       double w[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         w[k] = fma(static_cast<double>(scale), static_cast<double>(mine.sum[q + k]),
                    total * static_cast<double>(mine.c[q + k]));
 #pragma unroll 1
-      for (int g = group() + 1; g < group() + used; ++g) {
+      for (int g = leader; g < leader + used; ++g) {
+        if (g == group()) continue;
         const double other = power_of_two(shared().states[g].top - best);
         const float4 theirs = *reinterpret_cast<const float4*>(sums_of(g) + e);
         w[0] = fma(other, static_cast<double>(theirs.x), w[0]);
@@ -440,23 +440,31 @@ struct Groups {
         store_sums(sums + e, w);
       }
     }
-    __syncwarp();
-    if (lane == 0) {
-      for (int g = group() + 1; g < group() + groups; ++g) arrive(&shared().taken[g]);
-    }
+    leave_taken();
     if (final) {
-      if (thread() == 0) finish_row(in, parts, here, end.index, end.own, &shared().doubtful);
+      if (turn == 0 && thread() == 0) finish_row(in, parts, here, end.index, end.own, &shared().doubtful);
       return;
     }
     if (!(flags & SEGMENT_PART_END)) return;
-    if (thread() == 0) parts.rows[part] = end.own;
+    if (turn == 0 && thread() == 0) parts.rows[part] = end.own;
     if (filed) return file(lane);
     if (!layout.merge_last) return;
-    group_barrier();
+    row_barrier(groups);
+    if (turn > 0) return;
     if (thread() == 0) shared().final[group()] = count_part(parts, segment, my_row);
     group_barrier();
     final = shared().final[group()];
     if (final) merge(end);
+  }
+
+  // What was left at the end of the segment before is read; and what this warp reads of this one.
+  __device__ __forceinline__ void await_taken(int& parity) const {
+    wait_barrier(&shared().taken, parity >> 1);
+    parity ^= 2;
+  }
+  __device__ __forceinline__ void leave_taken() const {
+    __syncwarp();
+    if (thread() % 32 == 0) arrive(&shared().taken);
   }
 
   __device__ __forceinline__ void file(int lane) const {
@@ -472,7 +480,7 @@ struct Groups {
   __device__ __forceinline__ void consume() const {
     Place at{0, 0};
     int slot = 0, slot_phase = 0;
-    int parity = 2;  // of exchanges, and two times that of the sums left
+    int parity = 2;  // of exchanges, and two times that of what groups left
     for (;;) {
       wait_barrier(&shared().announced.told[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
@@ -503,7 +511,9 @@ struct Groups {
           release(here.stage);
           advance(here, groups);
         }
+        await_taken(parity);
         row_barrier(groups);
+        leave_taken();
         if (is_filed(segment)) file(thread() % 32);
       }
       advance(at, segment.tiles % layout.stages);
@@ -556,8 +566,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     init_barrier(&shared.closed, 1);
     shared.unmerged = 0;
     shared.doubtful = NO_ROW;
-#pragma unroll 1
-    for (int g = 0; g < Kernel::G; ++g) init_barrier(&shared.taken[g], Kernel::WARPS);
+    init_barrier(&shared.taken, Kernel::ALL_WARPS);
     publish_barriers();
   }
   __syncthreads();
