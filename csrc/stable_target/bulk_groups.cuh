@@ -74,7 +74,8 @@ struct GroupsShared {
   Barrier filed, closed;  // a part is in memory; the clerk is done
   int unmerged;           // rows that the clerk has found to be complete
   RowEnd rows_left[ROWS];
-  int doubtful;  // the first of the rows to be settled
+  int doubtful;       // the first of the rows to be settled
+  RowState only_row;  // where there is but one
 };
 
 // T: of the references. A group of GT threads owns Q elements of D each. TR: references per tile, which a
@@ -125,6 +126,21 @@ struct Groups {
     return rows == 1 ? G : rows == 2 ? G / 2 : G / 4;
   }
 
+  // One warp, before the others have met: the list of few rows. Of an only row it places the first segment,
+  // long before the rest can be known. Whether it did.
+  __device__ __forceinline__ bool begin(int lane) const {
+    const LaneUnit unit = build_list_in_warp<TR, ROWS>(in, list, lane);
+    Segment<ROWS>& first = shared().announced.segments[0];
+    const unsigned end_cost = static_cast<unsigned>(list.costs.row + list.costs.unit);
+    const bool placed = in.n == 1 && place_first<TR>(in, unit, gridDim.x, blockIdx.x, SEGMENT_TILES * G,
+                                                     end_cost, first, lane);
+    if (placed && lane == 0) {  // what consumers will need, ahead of the copies
+      if (layout.vectors && !in.mailboxes) prefetch_bulk(first.rows[0].x, d * size_of(in.x.dtype));
+      prefetch_bulk(static_cast<const T*>(in.refs.data) + first.centre * in.d, d * sizeof(T));
+    }
+    return placed;
+  }
+
   // The producer, one thread.
   __device__ __forceinline__ void produce() const {
     // `behind`: the tile that must have arrived before the next one is on its way. The first few are always
@@ -158,6 +174,22 @@ struct Groups {
       }
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
+  }
+
+  // The announcer.
+  template <bool DEAL>
+  __device__ __forceinline__ void tell(bool begun, int lane) const {
+    const auto most_tiles = [](int rows) { return SEGMENT_TILES * groups_of_a_row(rows); };
+    const auto know_row = [&](int64_t index, RowState& row) {
+      if (begun) {
+        row = shared().only_row;
+      } else {
+        set_row(in, index, row);
+      }
+    };
+    const auto await = [](Barrier* barrier, int phase) { wait_barrier(barrier, phase); };
+    announce<TR, DEAL>(in, list, place(), gridDim.x, blockIdx.x, shared().announced, most_tiles, know_row,
+                       await, lane, begun);
   }
 
   // The consumers.
@@ -555,7 +587,8 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   if (!layout.merge_last) allow_next_launch();
   const bool short_list = !DEAL && layout.own_list && in.n <= WARP_LIST_ROWS;  // the announcer makes it
   if (layout.own_list && !short_list) read_rows(in, *scratch);
-  if (tid == 0) {
+  bool begun = false;
+  if (tid == -GROUPS_CONSUMERS) {
 #pragma unroll 1
     for (int s = 0; s < layout.stages; ++s) {
       init_barrier(&shared.full[s], 1);
@@ -568,12 +601,18 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     shared.doubtful = NO_ROW;
     init_barrier(&shared.taken, Kernel::ALL_WARPS);
     publish_barriers();
+  } else if (short_list && tid >= 0 && tid < 32) {
+    begun = kernel.begin(tid);
+  } else if (short_list && tid == 64 && in.n == 1) {
+    name_row(in, 0, shared.only_row);
+    set_row(in, 0, shared.only_row);
   }
   __syncthreads();
   if (tid < 0) {
     take_registers<GROUPS_CONSUMER_REGISTERS>();
     kernel.consume();
   } else {
+    if (begun && tid == 0) arrive(&shared.announced.placed[0]);
     give_up_registers<GROUPS_PRODUCER_REGISTERS>();
     if (!layout.own_list) {
       wait_for_previous_launch();
@@ -581,9 +620,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       build_own_list<TR, Kernel::ROWS, DEAL>(in, list, *scratch, tid);
     }
     if (tid < 32) {
-      if (short_list) build_list_in_warp<TR, Kernel::ROWS>(in, list, tid);
-      const auto most_tiles = [](int rows) { return Kernel::SEGMENT_TILES * Kernel::groups_of_a_row(rows); };
-      announce<TR, DEAL>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, most_tiles, tid);
+      kernel.template tell<DEAL>(begun, tid);
       if constexpr (!DEAL) {  // units are dealt out where rows are many
         if (!layout.merge_last) {
           if (blockIdx.x == 0) leave_rows(in, list, parts, gridDim.x, tid);

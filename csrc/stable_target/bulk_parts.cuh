@@ -35,8 +35,8 @@ struct BulkParts {
   PartRow* rows;  // (2 blocks, rows)
   int* arrived;   // zero at first. (n, slices) teams that have left their part of a row of `order`
   uint2* mail;  // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
-  // Of finished rows, which of them are to be settled (bulk_settle.cuh): where merge_kernel follows, the errors
-  // of those that one team has, else a list of those that each block has found.
+  // Of finished rows, which of them are to be settled (bulk_settle.cuh): where merge_kernel follows, the
+  // errors of those that one team has, else a list of those that each block has found.
   float* errors;      // (n,)
   int* next;          // (slices, n) what follows a row in its block's list
   double* settled;    // room for sums: (blocks, slice) or (clusters, d)
@@ -263,10 +263,12 @@ struct Announcements {
 };
 
 // The first segment of a team, from what the lanes of a warp know of a list of units of one row that all cost
-// the same for a tile: long before it can be found in the list. False where that is not so simple.
-template <int TR>
+// the same for a tile: long before it can be found in the list. False where that is not so simple. end_cost:
+// of a unit, beside its tiles.
+template <int TR, int ROWS>
 __device__ __forceinline__ bool place_first(const Inputs& in, const LaneUnit& unit, unsigned teams,
-                                            unsigned team, int most_tiles, Segment<1>& segment, int lane) {
+                                            unsigned team, int most_tiles, unsigned end_cost,
+                                            Segment<ROWS>& segment, int lane) {
   constexpr unsigned ALL = 0xffffffffu;
   if (unit.cost >> 30 != 0) return false;
   const unsigned cost = static_cast<unsigned>(unit.cost), tiles = static_cast<unsigned>(unit.tiles);
@@ -290,7 +292,7 @@ __device__ __forceinline__ bool place_first(const Inputs& in, const LaneUnit& un
     segment.references = static_cast<int>(min(unit.count - before, static_cast<int64_t>(count) * TR));
     segment.flags = SEGMENT_PART_BEGIN | (from == 0 ? SEGMENT_UNIT_BEGIN : 0) |
                     (up_to == to ? SEGMENT_PART_END : 0) | (up_to == tiles ? SEGMENT_UNIT_END : 0) |
-                    (begin + tiles * TILE_WEIGHT >= high && up_to == to ? SEGMENT_LAST : 0);
+                    (begin + tiles * TILE_WEIGHT + end_cost >= high && up_to == to ? SEGMENT_LAST : 0);
     segment.squares = in.lse.data != nullptr;
     segment.alone = unit.alone, segment.count = 1, segment.order = unit.first;
     name_row(in, lane, segment.rows[0]);
