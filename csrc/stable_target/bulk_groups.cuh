@@ -72,6 +72,7 @@ struct GroupsShared {
   int final[G];
   Barrier taken;          // what groups left for others at the end of a segment
   Barrier filed, closed;  // a part is in memory; the clerk is done
+  Barrier left;           // where merge_kernel follows: all that it reads is in memory
   int unmerged;           // rows that the clerk has found to be complete
   RowEnd rows_left[ROWS];
   int doubtful;       // the first of the rows to be settled
@@ -554,7 +555,11 @@ struct Groups {
       if (thread() % 32 == 0) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
-    if (!layout.merge_last) return;  // where merge_kernel waits for the last of them
+    if (!layout.merge_last) {
+      __syncwarp();
+      if (thread() % 32 == 0) arrive(&shared().left);
+      return;
+    }
     wait_barrier(&shared().closed, 0);
 #pragma unroll 1
     for (int i = 0; i < shared().unmerged; ++i) {
@@ -584,7 +589,6 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   const Kernel kernel{in, list, parts, layout, staging};
   const int tid = threadIdx.x - GROUPS_CONSUMERS;
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
-  if (!layout.merge_last) allow_next_launch();
   const bool short_list = !DEAL && layout.own_list && in.n <= WARP_LIST_ROWS;  // the announcer makes it
   if (layout.own_list && !short_list) read_rows(in, *scratch);
   bool begun = false;
@@ -597,6 +601,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     shared.announced.init(Kernel::ALL_WARPS + 1);
     init_barrier(&shared.filed, Kernel::ALL_WARPS);
     init_barrier(&shared.closed, 1);
+    init_barrier(&shared.left, Kernel::ALL_WARPS + 1);
     shared.unmerged = 0;
     shared.doubtful = NO_ROW;
     init_barrier(&shared.taken, Kernel::ALL_WARPS);
@@ -627,10 +632,15 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
           write_dead_pieces(in, list, parts, gridDim.x, blockIdx.x, tid);
         }
       }
+      __syncwarp();
+      if (tid == 0) arrive(&shared.left);
     } else if (tid == 32) {
       kernel.produce();
     } else if (tid == 96) {
+      int* const left = layout.merge_last ? nullptr : parts.left + blockIdx.x;
+      if (left) begin_leaving(left);
       keep_files(parts, layout.merge_last, shared);
+      if (left) leave_all(left, &shared.left);
     }
   }
 }

@@ -182,6 +182,7 @@ struct Launch : BulkLaunch {
     } else {
       parts.errors = carver.take<float>(in.n);
       parts.merged = carver.take<MergedRow>(in.n);
+      parts.left = carver.take<int>(blocks);
     }
     parts.settled = carver.take<double>(blocks * slice);
   }

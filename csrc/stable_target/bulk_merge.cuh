@@ -67,7 +67,12 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS) SVEL_CLUSTER(MERG
   const int64_t step = SHARES * team * pairs;
   // Never. But what is not asked for here the compiler would find out behind the wait.
   if (!sums_from || !rows_from || step == 0) __trap();
-  wait_for_previous_launch();
+  if constexpr (LISTED) {
+    wait_for_previous_launch();
+  } else {  // until all blocks have left what they have, which is sooner: see leave_all
+    while (tid < layout.teams && read_arrivals(parts.left + tid) == 0) continue;
+    __syncthreads();
+  }
 
   const auto settle = [&] {
     if (chunk < MERGE_CLUSTER) settle_in_cluster<T>(in, index, parts.settled + index * in.d, again);
@@ -109,6 +114,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS) SVEL_CLUSTER(MERG
     if (row.count == 1) break;
   }
   if (row.count == 1) {  // its only team has the result
+    wait_for_previous_launch();
     if (parts.errors[index] > MOST_ERROR_OF_SCORES) settle();
     return;
   }
@@ -154,6 +160,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS) SVEL_CLUSTER(MERG
   const PartRow all{top, total, lead, scale};
   const bool doubtful = error_of_row(parts.rounding * scale, all) > MOST_ERROR_OF_SCORES;
   __syncthreads();
+  wait_for_previous_launch();  // what comes after this launch takes that one as done
   if (doubtful) return settle();
   if (tid < PAIRS && within) {
     const double by = row.b / total;

@@ -42,6 +42,7 @@ struct BulkParts {
   double* settled;    // room for sums: (blocks, slice) or (clusters, d)
   float rounding;     // of a score, see rounding_of_scores
   MergedRow* merged;  // (n,) where merge_kernel follows; of bulk_groups.cuh
+  int* left;          // (blocks,) the same: whether a block has left all that it has to
 };
 
 // How far a score may be off, of the largest one: sums of 16 terms are rounded one by one, and then their
@@ -710,6 +711,19 @@ __device__ __forceinline__ void keep_files(const BulkParts& parts, bool merge_la
     if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
   }
   arrive(&shared.closed);
+}
+
+// Where merge_kernel follows, the clerk tells it when the block has left all: sooner than the launch behind
+// hears that this one is done. That may begin when all blocks have allowed it, and so finds no word of an
+// earlier call; and since all of them run by then, it may wait for them in place.
+__device__ __forceinline__ void begin_leaving(int* left) {
+  set_arrivals(left, 0);
+  __threadfence();
+  allow_next_launch();
+}
+__device__ __forceinline__ void leave_all(int* left, Barrier* all) {
+  wait_barrier(all, 0);
+  set_arrivals(left, 1);
 }
 
 // Of the row at `place` of UnitList::order.
