@@ -25,7 +25,7 @@
 //
 // Where a unit lies in one block, that is the row's result. Else it is a part in memory, and the last block
 // to finish merges the parts, always in their order: results do not depend on who comes last. merge_kernel
-// does it where few units are cut into many parts.
+// (bulk_merge.cuh) does it where few units are cut into many parts.
 //
 // While all multiprocessors read, whatever else is read from memory takes several microseconds. So a unit's
 // end waits for nothing but its row of x: a part that is left for others is handed to the clerk, one more
