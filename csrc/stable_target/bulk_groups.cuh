@@ -215,6 +215,12 @@ struct Groups {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
     return static_cast<int>(tid / GT);
   }
+  // The row of the unit that it serves, and its turn there. groups: of a row, a power of two.
+  __device__ __forceinline__ static int by_groups(int number, int groups) {
+    return number >> (31 - __clz(groups));
+  }
+  __device__ __forceinline__ static int row_of_group(int groups) { return by_groups(group(), groups); }
+  __device__ __forceinline__ static int turn_of_group(int groups) { return group() & (groups - 1); }
   __device__ __forceinline__ static int element(int slot) { return (slot * GT + thread()) * EV; }
 
   __device__ __forceinline__ static void group_barrier() {
@@ -229,7 +235,7 @@ struct Groups {
     if (groups == 1) {
       group_barrier();
     } else {
-      named_barrier(G / groups + group() / groups, groups * GT);
+      named_barrier(by_groups(G, groups) + row_of_group(groups), groups * GT);
     }
   }
 
@@ -377,7 +383,8 @@ struct Groups {
   // A segment's sums, from the row's groups to its result or to its part in memory. Up to four groups share
   // the row's elements for that: to each the others leave what they have of its own.
   __device__ __forceinline__ void end_segment(Mine& mine, const Segment<ROWS>& segment, int& parity) const {
-    const int groups = groups_of_a_row(segment.count), turn = group() % groups, my_row = group() / groups;
+    const int groups = groups_of_a_row(segment.count), turn = turn_of_group(groups),
+              my_row = row_of_group(groups);
     const int used = min(segment.tiles, groups), lane = thread() % 32;  // used: groups that had a tile
     const int leader = group() - turn, takers = min(groups, Q / 4);
     const auto takes = [&](int q) { return (q / 4 & (takers - 1)) == turn; };  // groups are a power of two
@@ -518,12 +525,12 @@ struct Groups {
       wait_barrier(&shared().announced.told[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) break;
-      const int groups = groups_of_a_row(segment.count), turn = group() % groups;
+      const int groups = groups_of_a_row(segment.count), turn = turn_of_group(groups);
       Place here = at;
       advance(here, turn);
-      if (group() / groups < segment.count) {
+      if (row_of_group(groups) < segment.count) {
         Mine mine;
-        begin_segment(mine, segment, group() / groups);
+        begin_segment(mine, segment, row_of_group(groups));
         int left = segment.references - turn * TR;
 #pragma unroll 1
         for (int tiles = segment.tiles - turn; tiles > 0; tiles -= groups) {
