@@ -35,13 +35,14 @@ struct BulkParts {
   PartRow* rows;  // (2 blocks, rows)
   int* arrived;   // zero at first. (n, slices) teams that have left their part of a row of `order`
   uint2* mail;  // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
-  // Of finished rows, which of them are to be settled (bulk_settle.cuh): all errors, or a list of those that
-  // each block has found. One of the two, or none.
+  // Of finished rows, which of them are to be settled (bulk_settle.cuh): where merge_kernel follows, the
+  // errors of those that one team has, else a list of those that each block has found.
   float* errors;      // (n,)
   int* next;          // (slices, n) what follows a row in its block's list
   double* settled;    // room for sums: (blocks, slice) or (clusters, d)
   float rounding;     // of a score, see rounding_of_scores
   MergedRow* merged;  // (n,) where merge_kernel follows; of bulk_groups.cuh
+  int* left;          // (blocks,) the same: whether a block has left all that it has to
 };
 
 // How far a score may be off, of the largest one: sums of 16 terms are rounded one by one, and then their
@@ -263,10 +264,12 @@ struct Announcements {
 };
 
 // The first segment of a team, from what the lanes of a warp know of a list of units of one row that all cost
-// the same for a tile: long before it can be found in the list. False where that is not so simple.
-template <int TR>
+// the same for a tile: long before it can be found in the list. False where that is not so simple. end_cost:
+// of a unit, beside its tiles.
+template <int TR, int ROWS>
 __device__ __forceinline__ bool place_first(const Inputs& in, const LaneUnit& unit, unsigned teams,
-                                            unsigned team, int most_tiles, Segment<1>& segment, int lane) {
+                                            unsigned team, int most_tiles, unsigned end_cost,
+                                            Segment<ROWS>& segment, int lane) {
   constexpr unsigned ALL = 0xffffffffu;
   if (unit.cost >> 30 != 0) return false;
   const unsigned cost = static_cast<unsigned>(unit.cost), tiles = static_cast<unsigned>(unit.tiles);
@@ -290,7 +293,7 @@ __device__ __forceinline__ bool place_first(const Inputs& in, const LaneUnit& un
     segment.references = static_cast<int>(min(unit.count - before, static_cast<int64_t>(count) * TR));
     segment.flags = SEGMENT_PART_BEGIN | (from == 0 ? SEGMENT_UNIT_BEGIN : 0) |
                     (up_to == to ? SEGMENT_PART_END : 0) | (up_to == tiles ? SEGMENT_UNIT_END : 0) |
-                    (begin + tiles * TILE_WEIGHT >= high && up_to == to ? SEGMENT_LAST : 0);
+                    (begin + tiles * TILE_WEIGHT + end_cost >= high && up_to == to ? SEGMENT_LAST : 0);
     segment.squares = in.lse.data != nullptr;
     segment.alone = unit.alone, segment.count = 1, segment.order = unit.first;
     name_row(in, lane, segment.rows[0]);
@@ -708,6 +711,19 @@ __device__ __forceinline__ void keep_files(const BulkParts& parts, bool merge_la
     if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
   }
   arrive(&shared.closed);
+}
+
+// Where merge_kernel follows, the clerk tells it when the block has left all: sooner than the launch behind
+// hears that this one is done. That may begin when all blocks have allowed it, and so finds no word of an
+// earlier call; and since all of them run by then, it may wait for them in place.
+__device__ __forceinline__ void begin_leaving(int* left) {
+  set_arrivals(left, 0);
+  __threadfence();
+  allow_next_launch();
+}
+__device__ __forceinline__ void leave_all(int* left, Barrier* all) {
+  wait_barrier(all, 0);
+  set_arrivals(left, 1);
 }
 
 // Of the row at `place` of UnitList::order.

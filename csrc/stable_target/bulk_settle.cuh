@@ -4,8 +4,8 @@
 // between references are a guess. Whoever finishes a row knows what that may do to its result
 // (error_of_row), and rows where it would show are evaluated again, in float64. Few calls have any, so
 // this is made to cost nothing else: where a block has finished rows, it takes them when it has done all the
-// rest, by code that is not in the way of the other; where they were finished all over the grid, a kernel
-// behind that one does, with a cluster of blocks for each.
+// rest, by code that is not in the way of the other; where merge_kernel (bulk_merge.cuh) follows, the first
+// of a row's clusters of blocks does.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -251,32 +251,16 @@ __device__ __noinline__ void settle_rows(const Inputs& in, const BulkParts& part
   for (int index = first; index != NO_ROW; index = parts.next[place.rank * in.n + index]) settle(index);
 }
 
-// Behind the others: the rows whose `errors` (n,) say so, one after the other by every so many clusters.
-// sums: (clusters, d).
+// A row, by a cluster of blocks, all threads. sums: (d,).
 template <typename T>
-__global__ void __launch_bounds__(ClusterCrew::THREADS) SVEL_CLUSTER(ClusterCrew::BLOCKS)
-    settle_kernel(const __grid_constant__ Inputs in, const float* errors, double* sums) {
-  __shared__ SettleInCluster shared;
-  __shared__ float noted[ClusterCrew::THREADS];
-  constexpr int THREADS = ClusterCrew::THREADS, BLOCKS = ClusterCrew::BLOCKS;
-  const int64_t clusters = gridDim.x / BLOCKS, cluster = blockIdx.x / BLOCKS;
-  const int tid = threadIdx.x;
-  const int rank = blockIdx.x % BLOCKS;
+__device__ __noinline__ void settle_in_cluster(const Inputs& in, int64_t index, double* sums,
+                                               SettleInCluster& shared) {
+  constexpr int BLOCKS = ClusterCrew::BLOCKS;
+  const int rank = static_cast<int>(blockIdx.x) % BLOCKS;
   const int64_t slice = ((in.d + BLOCKS - 1) / BLOCKS + 3) / 4 * 4, low = min(rank * slice, in.d);
-  const Settle<T, ClusterCrew> settle{in,  {tid, rank},           shared, sums + cluster * in.d + low,
-                                      low, min(low + slice, in.d)};
-  wait_for_previous_launch();
-  for (int64_t begin = cluster; begin < in.n; begin += clusters * THREADS) {
-    const int64_t mine = begin + clusters * tid;
-    const float error = mine < in.n ? errors[mine] : 0;
-    if (!__syncthreads_or(error > MOST_ERROR_OF_SCORES)) continue;  // the same in all blocks
-    noted[tid] = error;
-    __syncthreads();
-    for (int i = 0; i < THREADS && begin + clusters * i < in.n; ++i) {
-      if (noted[i] > MOST_ERROR_OF_SCORES) settle(begin + clusters * i);
-    }
-    __syncthreads();
-  }
+  const Settle<T, ClusterCrew> settle{
+      in, {static_cast<int>(threadIdx.x), rank}, shared, sums + low, low, min(low + slice, in.d)};
+  settle(index);
 }
 
 }  // namespace svel::cuda

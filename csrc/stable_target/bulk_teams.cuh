@@ -139,7 +139,7 @@ struct Teams {
   __device__ __forceinline__ bool begin(int lane) const {
     const LaneUnit unit = build_list_in_warp<TR, 1>(in, list, lane);
     Segment<1>& first = shared().announced.segments[0];
-    const bool placed = place_first<TR>(in, unit, teams, team, SEGMENT_TILES, first, lane);
+    const bool placed = place_first<TR>(in, unit, teams, team, SEGMENT_TILES, 0, first, lane);
     named_barrier(READY, 64);
     const int tiles = placed ? copy_first(first, lane) : 0;
     if (lane == 0) shared().early = tiles;
