@@ -28,7 +28,7 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
       std::min<int64_t>(resident_clusters(op, entry, config, POOL_CLUSTER), plan.blocks / POOL_CLUSTER);
   const PoolParts cut = pool_parts(in.m, clusters);
   config.gridDim = dim3(static_cast<unsigned>(cut.clusters * POOL_CLUSTER));
-  config.numAttrs = 1;
+  config.numAttrs = 2;
 
   Carver carver(workspace);
   PoolRows made{};
@@ -72,14 +72,14 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
   check_launch(op);
   for (int64_t first = 0; first < in.n; first += POOL_ROWS) {
     args.rows = static_cast<int>(std::min<int64_t>(POOL_ROWS, in.n - first));
-    launch_following(op, false, pool_prepare_kernel, dim3(POOL_ROWS + 1), POOL_PREPARE_THREADS, 0, stream, in,
+    launch_following(op, true, pool_prepare_kernel, dim3(POOL_ROWS + 1), POOL_PREPARE_THREADS, 0, stream, in,
                      centre, mean_norm, first, made);
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, args, map));
     const unsigned rows = static_cast<unsigned>(args.rows);
     if (!plan.fast)
-      launch_following(op, false, pool_again_kernel, dim3(POOL_AGAIN_BLOCKS, rows), 32 * POOL_AGAIN_WARPS, 0,
+      launch_following(op, true, pool_again_kernel, dim3(POOL_AGAIN_BLOCKS, rows), 32 * POOL_AGAIN_WARPS, 0,
                        stream, in, args, made.rows, parts, static_cast<int>(cut.clusters), again, steps);
-    launch_following(op, false, pool_merge_kernel, dim3(merge_blocks, rows), POOL_MERGE_THREADS, 0, stream, in,
+    launch_following(op, true, pool_merge_kernel, dim3(merge_blocks, rows), POOL_MERGE_THREADS, 0, stream, in,
                      args, made.rows, parts, judged);
   }
   if (plan.fast) return;
