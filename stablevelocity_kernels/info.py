@@ -82,8 +82,6 @@ def plan(
 ) -> dict[str, Any]:
     """The CUDA launch that `posterior_mean` and `stable_target` make for a problem.
 
-    Of the kernel "pool": rows that it may have rounded too much are made by the kernel that serves next best.
-
     Args:
         n, m, d: rows, references per group, elements of a sample.
         k: groups of a class bank; None: one pool shared by all rows.

@@ -16,7 +16,6 @@ struct Problem {
   bool has_source = false;
   bool vectors = true;       // x, source and out are float32, aligned to 16 bytes
   bool shared_rows = false;  // with other processes, to which results go
-  bool pool = true;          // the pool kernel may serve: not for rows that it leaves
   int sm_count = 132;
   double bandwidth = 3.35e12;   // of the device's memory, bytes per second as specified
   int64_t smem_limit = 232448;  // bytes of shared memory that a block may ask for

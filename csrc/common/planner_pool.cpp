@@ -28,7 +28,7 @@ bool plan_pool(const Problem& p, Plan& plan) {
   const bool half = p.refs_size == 2 && !p.refs_bf16;
   if (p.cc != 90 || !p.has_sm90a || p.smem_limit < POOL_SMEM_BYTES || p.sm_count < 8 * POOL_CLUSTER)
     return false;
-  if (!p.pool || p.has_labels || p.has_source || !half || !p.aligned || p.x_size == 8) return false;
+  if (p.has_labels || p.has_source || !half || !p.aligned || p.x_size == 8) return false;
   if (p.n < 2 || p.n > POOL_MOST_ROWS || p.d % 8 != 0 || p.d > POOL_D) return false;
   if (p.m >= int64_t{1} << 31 || p.m * p.d < LEAST_ELEMENTS || ceil_div(p.n, 2) * p.d < LEAST_SHARE)
     return false;
@@ -53,8 +53,7 @@ bool plan_pool(const Problem& p, Plan& plan) {
                          POOL_ROWS * (256 + parts.clusters * POOL_LISTED * 24);
   plan.reason =
       "one pool of 2^24 elements or more, few rows: clusters of 8 blocks read it once for 32 rows, at a cost "
-      "that one pass for every two rows exceeds; exact: rows it may have rounded too much go to another "
-      "kernel";
+      "that one pass for every two rows exceeds; exact: the best references are scored again";
   return true;
 }
 

@@ -9,12 +9,7 @@
 
 namespace svel::cuda {
 
-// Exact: `doubtful` (n,) gets the times of the rows whose rounding errors may be too large, NaN for the
-// others. Given those times another kernel's result, `exact` (n, d) and `lse` (n,), replaces theirs.
-void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspace, double* doubtful,
-              cudaStream_t stream);
-void replace_doubtful(const char* op, const Inputs& in, const double* doubtful, const Array& exact,
-                      const Array& lse, cudaStream_t stream);
+void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_bulk(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_stream(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);

@@ -1,6 +1,8 @@
 // The best references of a row, as the clusters of the pool kernel list them, scored again in float64: those
 // whose weight times the error of a logit is more than POOL_MATTERS. See pool_sides.cuh for what is left of
-// the error. Bytes: those of the references, at most POOL_LISTED of each cluster and row, usually a few.
+// the error. Where logits are off by more than POOL_TOO_FAR, for t near 0, the kernel's weights are no good,
+// but tell which references may have weight: where all of those are listed, they make the row alone. Bytes:
+// those of the references, at most POOL_LISTED of each cluster and row, usually a few.
 #pragma once
 
 #include "stable_target/pool_sides.cuh"
@@ -8,7 +10,10 @@
 namespace svel::cuda {
 
 constexpr double POOL_MATTERS = 3e-9;
-constexpr double POOL_TOO_FAR = 0.5;  // an error of logits beyond which only one best reference is sure
+constexpr double POOL_TOO_FAR = 0.5;
+// There, what is so many bits below the best has no weight, however many there are, plus so many for an error
+// of one, 7 standard deviations, since the logits are that far off.
+constexpr double POOL_REACH = 60, POOL_REACH_ERRORS = 10;
 constexpr int POOL_AGAIN_WARPS = 16, POOL_AGAIN_BLOCKS = 4;  // of a row
 constexpr int POOL_AGAIN_ROUNDS = 2, POOL_MOST_CLUSTERS = POOL_AGAIN_ROUNDS * POOL_AGAIN_WARPS;
 
@@ -23,6 +28,8 @@ __global__ void __launch_bounds__(32 * POOL_AGAIN_WARPS)
   __shared__ float worst[POOL_MOST_CLUSTERS], tops[33];
   __shared__ double scratch[33];
   float* const x = reinterpret_cast<float*>(shared_x);  // exact: it has at most 32 bits
+  wait_for_previous_launch();
+  allow_next_launch();  // the merge begins with the parts, which are there
   const int slot = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int d = static_cast<int>(in.d);
   PoolBest best[ROUNDS];
@@ -56,6 +63,8 @@ __global__ void __launch_bounds__(32 * POOL_AGAIN_WARPS)
   // The logit is rounded where the kernel makes it, too.
   const double rounding = LOG_2 * 0x1p-24 * most;
   const double error = sqrt(row.logit_error * row.logit_error + rounding * rounding);
+  const bool far = error > POOL_TOO_FAR;
+  const double nearest = most - POOL_REACH - POOL_REACH_ERRORS * error;  // of those without weight if far
   const auto share = [&](float logit) {
     return POOL_WEIGHT_SCALE * exp2(static_cast<double>(logit) - most) / total;
   };
@@ -64,9 +73,8 @@ __global__ void __launch_bounds__(32 * POOL_AGAIN_WARPS)
 #pragma unroll
   for (int k = 0; k < ROUNDS; ++k) {
     shares[k] = share(best[k].logit);
-    const double moves = shares[k] * error;
-    all[k] = __ballot_sync(0xffffffffu,
-                           row.alive && error <= POOL_TOO_FAR && moves > POOL_MATTERS);  // none if NaN
+    const bool matters = far ? best[k].logit > nearest : shares[k] * error > POOL_MATTERS;
+    all[k] = __ballot_sync(0xffffffffu, row.alive && matters);  // none if NaN
     float least = best[k].logit;
     for (int offset = 16; offset > 0; offset /= 2)
       least = fminf(least, __shfl_xor_sync(0xffffffffu, least, offset));
@@ -85,6 +93,10 @@ __global__ void __launch_bounds__(32 * POOL_AGAIN_WARPS)
     }
     if (all[k] >> lane & 1) taken[at + __popc(all[k] & ((1u << lane) - 1))] = best[k];
   }
+  float least = -INFINITY;  // of a cluster's worst, the best: none that is not listed is better
+  for (int c = 0; c < clusters; ++c) least = fmaxf(least, worst[c]);
+  const bool alone = far && least <= nearest;
+  if (far && !alone) count = 0;
   __syncthreads();
 
   if (blockIdx.x == 0) {
@@ -99,17 +111,15 @@ __global__ void __launch_bounds__(32 * POOL_AGAIN_WARPS)
     }
     listed = block_sum<double>(listed, scratch), squares = block_sum<double>(squares, scratch);
     largest = block_max<float>(largest, tops);
-    float least = -INFINITY;
-    for (int c = 0; c < clusters; ++c) least = fmaxf(least, worst[c]);
     // Shares are only known to so many digits.
     const double unlisted = fmax(0.0, 1 - listed) + 1e-6;
     double unsure = squares + share(least) * unlisted;
-    if (error > POOL_TOO_FAR) {  // the best is the best if others have no weight, and lse is rounded
+    if (far) {  // else the best is the best if others have no weight, and lse is rounded
       const double first = POOL_WEIGHT_SCALE / total;
-      unsure = in.lse.data ? 1 : fmin(first, 1 - first);
+      unsure = alone ? 0 : in.lse.data ? 1 : fmin(first, 1 - first);
     }
     if (threadIdx.x == 0)
-      again[slot] = {count, error, unsure, fmax(static_cast<double>(largest), share(least))};
+      again[slot] = {count, alone, error, unsure, fmax(static_cast<double>(largest), share(least))};
   }
 
   const __half* const refs = static_cast<const __half*>(in.refs.data);
@@ -133,7 +143,9 @@ __global__ void __launch_bounds__(32 * POOL_AGAIN_WARPS)
     const double logit = row.rate * (score - row.centred) + row.rounded;
     const double grown = POOL_WEIGHT_SCALE * exp2(static_cast<double>(best.logit) - most) *
                          expm1(LOG_2 * (logit - best.logit));
-    if (lane == 0) steps[static_cast<int64_t>(slot) * clusters * POOL_LISTED + k] = {grown, best.reference};
+    if (lane == 0)
+      steps[static_cast<int64_t>(slot) * clusters * POOL_LISTED + k] = {alone ? logit - most : grown,
+                                                                        best.reference};
   }
 }
 

@@ -473,6 +473,7 @@ __global__ void __launch_bounds__(POOL_THREADS, 1)
   char* const memory = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
   const int cluster = static_cast<int>(blockIdx.x / POOL_CLUSTER);
   const int clusters = static_cast<int>(gridDim.x / POOL_CLUSTER);
+  wait_for_previous_launch();
   const int64_t m = *args.valid, tiles = (m + POOL_TILE - 1) / POOL_TILE;
   const int begin = static_cast<int>(tiles * cluster / clusters);
   const int count = static_cast<int>(tiles * (cluster + 1) / clusters) - begin;
@@ -521,6 +522,7 @@ __global__ void __launch_bounds__(POOL_THREADS, 1)
     }
     __syncwarp();
   }
+  allow_next_launch();
   __syncthreads();
   synchronize_cluster();  // peers send to this block's memory until they are done
 #endif

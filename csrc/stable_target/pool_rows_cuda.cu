@@ -1,32 +1,34 @@
-// Launches of the pool kernel: 32 rows at a time.
+// Launches of the pool kernel, 32 rows at a time, and of what is around it.
 #include <algorithm>
 
 #include "common/tensor_map.cuh"
 #include "stable_target/launch.cuh"
-#include "stable_target/pool_best.cuh"
+#include "stable_target/pool_settle.cuh"
 
 namespace svel::cuda {
 
-void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspace, double* doubtful,
-              cudaStream_t stream) {
+void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream) {
   const auto kernel = plan.fast ? pool_kernel<false> : pool_kernel<true>;
   const void* const entry = reinterpret_cast<const void*>(kernel);
   check_cuda(op, cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(plan.smem_bytes)));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {POOL_CLUSTER, 1, 1};
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {POOL_CLUSTER, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(POOL_CLUSTER);
   config.blockDim = dim3(POOL_THREADS);
   config.dynamicSmemBytes = static_cast<size_t>(plan.smem_bytes);
   config.stream = stream;
-  config.attrs = &attribute;
+  config.attrs = attributes;
   config.numAttrs = 1;
   const int64_t clusters =
       std::min<int64_t>(resident_clusters(op, entry, config, POOL_CLUSTER), plan.blocks / POOL_CLUSTER);
   const PoolParts cut = pool_parts(in.m, clusters);
   config.gridDim = dim3(static_cast<unsigned>(cut.clusters * POOL_CLUSTER));
+  config.numAttrs = 2;
 
   Carver carver(workspace);
   PoolRows made{};
@@ -38,14 +40,15 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
   made.lower = carver.take<__half>(POOL_ROWS * POOL_D);
   made.factors = carver.take<float4>(POOL_ROWS);
   made.rows = carver.take<PoolRow>(POOL_ROWS);
-  made.mean_norm = carver.take<float>(1);
+  made.merged = carver.take<int>(POOL_ROWS);
   made.total = carver.take<double>(made.parts * POOL_ROWS);
   float* const centre = carver.take<float>(POOL_D);
   int64_t* const valid = carver.take<int64_t>(2);
-  double* const scratch = carver.take<double>(2 * POOL_CLUSTER);
+  float* const mean_norm = carver.take<float>(1);
+  uint64_t* const doubtful = carver.take<uint64_t>(1);
+  double* const scratch = carver.take<double>(3 * POOL_CLUSTER);
   PoolArgs args{};
-  args.upper = made.upper, args.lower = made.lower, args.factors = made.factors,
-  args.mean_norm = made.mean_norm;
+  args.upper = made.upper, args.lower = made.lower, args.factors = made.factors, args.mean_norm = mean_norm;
   args.centre = centre, args.valid = valid, args.total = made.total;
   args.best = carver.take<float>(made.parts * POOL_ROWS);
   args.moment = carver.take<double>(made.parts * POOL_ROWS);
@@ -54,41 +57,41 @@ void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspac
   args.segments = static_cast<int>(cut.segments);
   args.segment_tiles = static_cast<int>(cut.segment_tiles);
 
-  const unsigned merge_blocks = static_cast<unsigned>((in.d + 255) / 256);
+  const unsigned merge_blocks = static_cast<unsigned>(ceil_div(in.d, POOL_MERGE_THREADS));
   PoolSums* const left = carver.take<PoolSums>(POOL_ROWS * merge_blocks);
+  PoolPart* const settled = carver.take<PoolPart>(config.gridDim.x);
   args.list = carver.take<PoolBest>(POOL_ROWS * most_steps);
   PoolAgain* const again = carver.take<PoolAgain>(POOL_ROWS);
   PoolStep* const steps = carver.take<PoolStep>(POOL_ROWS * most_steps);
 
   const CUtensorMap map = map_rows(op, in.refs.data, Dtype::f16, in.d, in.m, 2 * in.d, POOL_TILE);
-  pool_centre_kernel<<<POOL_CLUSTER, POOL_SLICE, 0, stream>>>(in, centre, valid, scratch);
+  const PoolJudged judged{plan.fast ? nullptr : again, steps, most_steps, left, made.merged, doubtful};
+  const int parts = static_cast<int>(made.parts);
+  pool_centre_kernel<<<POOL_CLUSTER, POOL_SLICE, 0, stream>>>(in, centre, valid, mean_norm, doubtful,
+                                                              scratch);
   check_launch(op);
   for (int64_t first = 0; first < in.n; first += POOL_ROWS) {
     args.rows = static_cast<int>(std::min<int64_t>(POOL_ROWS, in.n - first));
-    pool_prepare_kernel<<<POOL_ROWS + 1, POOL_PREPARE_THREADS, 0, stream>>>(in, centre, valid, first, made);
-    check_launch(op);
+    launch_following(op, true, pool_prepare_kernel, dim3(POOL_ROWS + 1), POOL_PREPARE_THREADS, 0, stream, in,
+                     centre, mean_norm, first, made);
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, args, map));
-    const int parts = static_cast<int>(made.parts);
-    if (!plan.fast) {
-      pool_again_kernel<<<dim3(POOL_AGAIN_BLOCKS, static_cast<unsigned>(args.rows)), 32 * POOL_AGAIN_WARPS, 0,
-                          stream>>>(in, args, made.rows, parts, static_cast<int>(cut.clusters), again, steps);
-      check_launch(op);
-    }
-    pool_merge_kernel<<<dim3(merge_blocks, static_cast<unsigned>(args.rows)), 256, 0, stream>>>(
-        in, args, made.rows, parts, plan.fast ? nullptr : again, steps, most_steps, left);
-    check_launch(op);
-    if (plan.fast) continue;
-    pool_judge_kernel<<<1, POOL_ROWS, 0, stream>>>(in, args, made.rows, again, left,
-                                                   static_cast<int>(merge_blocks), doubtful);
-    check_launch(op);
+    const unsigned rows = static_cast<unsigned>(args.rows);
+    if (!plan.fast)
+      launch_following(op, true, pool_again_kernel, dim3(POOL_AGAIN_BLOCKS, rows), 32 * POOL_AGAIN_WARPS, 0,
+                       stream, in, args, made.rows, parts, static_cast<int>(cut.clusters), again, steps);
+    launch_following(op, true, pool_merge_kernel, dim3(merge_blocks, rows), POOL_MERGE_THREADS, 0, stream, in,
+                     args, made.rows, parts, judged);
   }
-}
-
-void replace_doubtful(const char* op, const Inputs& in, const double* doubtful, const Array& exact,
-                      const Array& lse, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((in.d + 255) / 256), static_cast<unsigned>(in.n));
-  pool_replace_kernel<<<grid, 256, 0, stream>>>(in, doubtful, exact, lse);
-  check_launch(op);
+  if (plan.fast) return;
+  // The sums of the last rows are merged: there is room for as many in float64 as it has blocks.
+  static_assert(POOL_ROWS * sizeof(float) >= POOL_CLUSTER * sizeof(double));
+  attributes[0].id = cudaLaunchAttributeCooperative;  // its blocks wait for one another
+  attributes[0].val.cooperative = 1;
+  config.blockDim = dim3(POOL_SETTLE_THREADS);
+  config.dynamicSmemBytes = 0;
+  config.numAttrs = 1;
+  check_cuda(op, cudaLaunchKernelEx(&config, pool_settle_kernel, in, static_cast<const uint64_t*>(doubtful),
+                                    settled, reinterpret_cast<double*>(args.sums)));
 }
 
 }  // namespace svel::cuda

@@ -1,5 +1,6 @@
 // What comes before and after the pool kernel: the centre of the references, the rows as it takes them, the
-// merge of its parts, and which rows it may have rounded too much. Bytes: those of 33 samples, of the rows,
+// merge of its parts, and which rows it may have rounded too much. Each launch may begin while the one before
+// it ends, and waits for it before it reads what that one writes. Bytes: those of 33 samples, of the rows,
 // and of the parts.
 //
 // A logit is off by about e = 2^-24 rate S. S is what sums of 128 products in float32 come to, their squares
@@ -30,8 +31,12 @@ constexpr int POOL_MOST_PARTS = 512;
 constexpr int POOL_CHAIN = 128;  // products added up in float32 at a time
 constexpr double POOL_NORM_ERROR =
     0.15;  // of |r - c|^2, beside 2^-24 of its mean: of 4,096 additions in float32
-constexpr double POOL_DOUBT = 1.5e-6;  // of a row's output
+constexpr double POOL_SPREAD_ERROR = 0x1p-20;  // of |r - c|^2: what is known of the spread, squared
+constexpr double POOL_DOUBT = 1.5e-6;          // of a row's output
 constexpr int POOL_PREPARE_THREADS = 512, POOL_PREPARE_EACH = POOL_D / POOL_PREPARE_THREADS;
+constexpr int POOL_MERGE_THREADS = 256;
+static_assert(POOL_D / POOL_MERGE_THREADS <= 32, "a warp adds up what the merge blocks of a row leave");
+static_assert(POOL_MOST_ROWS <= 64, "rows in doubt are the bits of a word");
 
 struct PoolRow {
   int64_t index;
@@ -49,21 +54,25 @@ struct PoolRow {
 // What scoring again found, see pool_best.cuh.
 struct PoolAgain {
   int count;       // references
+  bool alone;      // they have all the weight
   double error;    // of a logit, as one standard deviation
   double unsure;   // U
   double largest;  // weight of the others
 };
 constexpr int POOL_STAGED = 128;  // steps that a merge block has at once
 struct PoolStep {                 // one of them
-  double weight;                  // what its scaled weight, in units of the largest, is to grow by
+  double weight;  // what its scaled weight, in units of the largest, is to grow by; if alone: its logit above
+                  // the largest
   int64_t reference;
 };
 
 // centre (POOL_D,), rounded to float16; valid[0], and valid[1]: whether the centre is other than zero. It is
-// zero where the common part of the references is no larger than what they differ by. One cluster; scratch:
-// two sums of each block.
+// zero where the common part of the references is no larger than what they differ by. mean_norm: of |r - c|^2
+// over the references seen. doubtful: nobody so far. One cluster; scratch: three sums of each block.
 __global__ void SVEL_CLUSTER(POOL_CLUSTER) __launch_bounds__(POOL_SLICE)
-    pool_centre_kernel(const Inputs in, float* centre, int64_t* valid, double* scratch) {
+    pool_centre_kernel(const Inputs in, float* centre, int64_t* valid, float* mean_norm, uint64_t* doubtful,
+                       double* scratch) {
+  allow_next_launch();
   __shared__ double sums[33];
   __shared__ int64_t places[POOL_SAMPLES];
   const int e = static_cast<int>(blockIdx.x * POOL_SLICE + threadIdx.x);
@@ -82,22 +91,36 @@ __global__ void SVEL_CLUSTER(POOL_CLUSTER) __launch_bounds__(POOL_SLICE)
   const float mean = samples ? __half2float(__float2half_rn(sum / samples)) : 0.0f;
   const double common = block_sum<double>(static_cast<double>(mean) * mean, sums);
   const double all = block_sum<double>(samples ? square / samples : 0.0, sums);
-  if (threadIdx.x == 0) scratch[2 * blockIdx.x] = common, scratch[2 * blockIdx.x + 1] = all;
+  float square_gap = 0;
+#pragma unroll
+  for (int j = 0; j < POOL_SAMPLES; ++j)
+    if (j < samples) square_gap = fmaf(seen[j] - mean, seen[j] - mean, square_gap);
+  const double apart = block_sum<double>(samples ? square_gap / samples : 0.0, sums);
+  if (threadIdx.x == 0) {
+    double* const own = scratch + 3 * blockIdx.x;
+    own[0] = common, own[1] = all, own[2] = apart;
+  }
   synchronize_cluster();
-  double of_common = 0, of_all = 0;
-  for (int block = 0; block < POOL_CLUSTER; ++block)
-    of_common += scratch[2 * block], of_all += scratch[2 * block + 1];
+  double of_common = 0, of_all = 0, of_gaps = 0;
+  for (int block = 0; block < POOL_CLUSTER; ++block) {
+    of_common += scratch[3 * block], of_all += scratch[3 * block + 1];
+    of_gaps += scratch[3 * block + 2];
+  }
   const bool centred = !(2 * of_common <= of_all);  // NaN: either will do
   centre[e] = centred ? mean : 0.0f;
-  if (e == 0) valid[0] = count, valid[1] = centred;
+  if (e == 0) {
+    valid[0] = count, valid[1] = centred;
+    *mean_norm = static_cast<float>(centred ? of_gaps : of_all);
+    *doubtful = 0;
+  }
 }
 
 struct PoolRows {  // written by pool_prepare_kernel; see PoolArgs
   __half *upper, *lower;
   float4* factors;
   PoolRow* rows;  // (POOL_ROWS,)
-  float* mean_norm;
   double* total;
+  int* merged;  // (POOL_ROWS,) blocks of the merge that are done: none
   int64_t parts;
 };
 
@@ -114,30 +137,6 @@ __device__ inline void pool_read_row(const Array& x, int64_t from, int first, in
   if (x.dtype == Dtype::f32) return read(static_cast<const float*>(x.data));
   if (x.dtype == Dtype::f16) return read(static_cast<const __half*>(x.data));
   read(static_cast<const __nv_bfloat16*>(x.data));
-}
-
-// This thread's share of the sum of |r - c|^2 over some references, one for each warp at a time.
-__device__ inline float pool_norms(const Inputs& in, const float* centre, int64_t m, int samples) {
-  const int d = static_cast<int>(in.d);
-  const __half* const refs = static_cast<const __half*>(in.refs.data);
-  float part = 0;
-  for (int j = threadIdx.x / 32; j < samples; j += blockDim.x / 32) {
-    const uint4* const from = reinterpret_cast<const uint4*>(refs + m * j / samples * d);
-#pragma unroll 8
-    for (int v = threadIdx.x % 32; v < d / 8; v += 32) {
-      const uint4 raw = from[v];
-      const float4 low = reinterpret_cast<const float4*>(centre)[2 * v],
-                   high = reinterpret_cast<const float4*>(centre)[2 * v + 1];
-      const float c[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      const __half* const halves = reinterpret_cast<const __half*>(&raw);
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const float gap = __half2float(halves[k]) - c[k];
-        part = fmaf(gap, gap, part);
-      }
-    }
-  }
-  return part;
 }
 
 // Sums over the block, the same in all threads.
@@ -179,22 +178,28 @@ __device__ inline int pool_row_at(const Inputs& in, int64_t place) {
 }
 
 // Blocks 0 to POOL_ROWS - 1: y = (sign x - alpha c) rate 2^e as two halves, of the row at place first +
-// block. Block POOL_ROWS: the mean norm, and totals of zero. A thread has 8 elements, 16 of them a chain.
+// block. Block POOL_ROWS: totals of zero. A thread has 8 elements, 16 of them a chain.
 __global__ void __launch_bounds__(POOL_PREPARE_THREADS)
-    pool_prepare_kernel(const Inputs in, const float* centre, const int64_t* valid, int64_t first,
+    pool_prepare_kernel(const Inputs in, const float* centre, const float* mean_of_norms, int64_t first,
                         const PoolRows made) {
   constexpr int EACH = POOL_PREPARE_EACH, WARPS = POOL_PREPARE_THREADS / 32;
-  __shared__ double scratch[WARPS][5], of_dot[WARPS][1];
+  __shared__ double scratch[WARPS][4], of_dot[WARPS][1];
   __shared__ float tops[33];
+  allow_next_launch();
   const int slot = blockIdx.x, d = static_cast<int>(in.d), e = EACH * static_cast<int>(threadIdx.x);
-  const int64_t m = *valid;
-  const int samples = m < POOL_SAMPLES ? static_cast<int>(m) : POOL_SAMPLES;
-  const int64_t index = slot < POOL_ROWS ? pool_row_at(in, first + slot) : -1;
+  if (slot == POOL_ROWS) {
+    wait_for_previous_launch();
+    for (int64_t i = threadIdx.x; i < made.parts * POOL_ROWS; i += blockDim.x) made.total[i] = 0;
+    if (threadIdx.x < POOL_ROWS) made.merged[threadIdx.x] = 0;
+    return;
+  }
+  const int64_t index = pool_row_at(in, first + slot);
   Row row{};
   bool alive = false;
   if (index >= 0) row = make_row(in, index, 0, alive);
   float x[EACH] = {};
   if (alive) pool_read_row(in.x, index * d, e, 1, d, x);
+  wait_for_previous_launch();
   double y[EACH], c[EACH];
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
@@ -202,7 +207,7 @@ __global__ void __launch_bounds__(POOL_PREPARE_THREADS)
     y[k] = alive ? row.sign * x[k] - row.alpha * c[k] : 0.0;
   }
   // Of each chain (y.c)^2 and the squares of y_e r_e; the chains' sums once more where they are added up.
-  double of_chain = 0, sums[5] = {};
+  double of_chain = 0, sums[4] = {};
   float top = 0;
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
@@ -215,16 +220,9 @@ __global__ void __launch_bounds__(POOL_PREPARE_THREADS)
   for (int offset = POOL_CHAIN / EACH / 2; offset > 0; offset /= 2)
     of_chain += __shfl_xor_sync(0xffffffffu, of_chain, offset);
   if (e % POOL_CHAIN == 0) sums[3] = of_chain * of_chain;
-  sums[4] = pool_norms(in, centre, m, samples);
   pool_block_sums(sums, scratch);
-  const double square = sums[0], with_c = sums[1], chains = sums[3];
-  const double mean_norm = samples ? sums[4] / samples : 0.0;
+  const double square = sums[0], with_c = sums[1], chains = sums[3], mean_norm = *mean_of_norms;
   const double products = sums[2] + square * mean_norm / d;
-  if (slot == POOL_ROWS) {
-    if (threadIdx.x == 0) *made.mean_norm = static_cast<float>(mean_norm);
-    for (int64_t i = threadIdx.x; i < made.parts * POOL_ROWS; i += blockDim.x) made.total[i] = 0;
-    return;
-  }
   // Base-2 rate = mantissa 2^power: the power stays a factor of the dots, without error.
   int power = 0;
   const double rate = alive ? row.rate() * LOG2_E : 0.0, mantissa = frexp(rate, &power);
@@ -254,27 +252,53 @@ __global__ void __launch_bounds__(POOL_PREPARE_THREADS)
                          0.5 * static_cast<double>(in.d);
     const double of_norms = POOL_NORM_ERROR * 0.5 * row.alpha * mean_norm;
     const double logit_error = row.rate() * 0x1p-24 * sqrt(chains + 2 * products + of_norms * of_norms);
-    const double rounded = norm_rate * static_cast<float>(mean_norm) - factor * (offset - dot);
+    const double rounded = norm_rate * mean_norm - factor * (offset - dot);
     made.rows[slot] = {index,     row.a,    row.b, norm_rate, shift,   logit_error,
                        row.alpha, row.sign, rate,  with_c,    rounded, alive};
   }
 }
 
-// What merge blocks leave for pool_judge_kernel.
+// What the merge blocks of a row leave for the last of them.
 struct PoolSums {
   double out, mean;  // squared norms of a x + b mean and of mean - c, over the block's elements
   double rest;       // of (sign x - alpha mean) / alpha
-  double moment;     // see PoolArgs, of the mean weight
 };
 
-// Slot blockIdx.y of out, and of lse, from the parts; again: and what was scored again, (rows,), steps
-// (rows, most_steps). Grid: parts of d x rows.
-__global__ void __launch_bounds__(256)
+// By how much, beside its size, the output of a row may be off. moment: see PoolArgs, of the mean weight.
+// With lse the output is a part's mean, from which any prediction may be made: its error counts beside what
+// is smaller, the mean or x / alpha less the mean, and that of lse does too.
+__device__ inline double pool_error(const PoolRow& row, const PoolAgain& again, const PoolSums& of,
+                                    double moment, double mean_norm, bool with_lse) {
+  const double square = moment + mean_norm;  // |r - c|^2 under the weights
+  double spread = fmax(square - of.mean, 0.0) + POOL_SPREAD_ERROR * square, out = of.out;  // squared
+  if (with_lse) {
+    spread += mean_norm / 8;
+    if (of.rest < out) out = of.rest;  // not where it is NaN: alpha is 0
+  }
+  // Five of an error's standard deviations if it is one reference's, little more than one if it is many's.
+  const double deviations = 1 + 4 * fmin(1.0, again.largest / sqrt(again.unsure));
+  return deviations * again.error * fabs(row.b) * sqrt(spread * again.unsure / out);
+}
+
+struct PoolJudged {        // if exact
+  const PoolAgain* again;  // (POOL_ROWS,); null: not exact
+  const PoolStep* steps;   // (POOL_ROWS, most_steps)
+  int most_steps;
+  PoolSums* left;      // (POOL_ROWS, blocks of a row)
+  int* merged;         // see PoolRows
+  uint64_t* doubtful;  // a bit for each row whose output may be off by more than POOL_DOUBT
+};
+
+// Slot blockIdx.y of out, and of lse, from the parts and what was scored again, for which it waits last.
+// Grid: parts of d x rows. Behind pool_again_kernel, which has waited for the parts, or behind these.
+__global__ void __launch_bounds__(POOL_MERGE_THREADS)
     pool_merge_kernel(const Inputs in, const PoolArgs args, const PoolRow* rows, int parts,
-                      const PoolAgain* again, const PoolStep* steps, int most_steps, PoolSums* left) {
+                      const PoolJudged judged) {
   __shared__ double keeps[POOL_MOST_PARTS], scratch[33];
   __shared__ PoolStep staged[POOL_STAGED];
   __shared__ float tops[33];
+  __shared__ bool last;
+  if (!judged.again) wait_for_previous_launch();
   const __half* const refs = static_cast<const __half*>(in.refs.data);
   const int slot = blockIdx.y, e = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   float top = POOL_NO_BEST;
@@ -290,7 +314,7 @@ __global__ void __launch_bounds__(256)
     with_norm += keeps[p] * args.moment[p * POOL_ROWS + slot];
   }
   const double before = block_sum<double>(share, scratch), moment = block_sum<double>(with_norm, scratch);
-  double total = before, sum = 0;
+  double total = before, sum = 0, above = 0;
   if (e < in.d) {
 #pragma unroll 8
     for (int p = 0; p < parts; ++p) {
@@ -298,12 +322,24 @@ __global__ void __launch_bounds__(256)
       if (keeps[p] != 0) sum += keeps[p] * args.sums[at];
     }
   }
-  const int scored_again = again ? again[slot].count : 0;
-  for (int from = 0; from < scored_again; from += POOL_STAGED) {
-    const int count = min(scored_again - from, POOL_STAGED);
+  PoolAgain again{};
+  if (judged.again) {
+    wait_for_previous_launch();
+    again = judged.again[slot];
+  }
+  const PoolStep* const steps = judged.steps + static_cast<int64_t>(slot) * judged.most_steps;
+  if (again.alone) {
+    total = sum = 0, above = -INFINITY;
+    for (int i = 0; i < again.count; ++i) above = fmax(above, steps[i].weight);
+  }
+  for (int from = 0; from < again.count; from += POOL_STAGED) {
+    const int count = min(again.count - from, POOL_STAGED);
     __syncthreads();
-    if (threadIdx.x < count)
-      staged[threadIdx.x] = steps[static_cast<int64_t>(slot) * most_steps + from + threadIdx.x];
+    if (threadIdx.x < count) {
+      PoolStep step = steps[from + threadIdx.x];
+      if (again.alone) step.weight = POOL_WEIGHT_SCALE * exp2(step.weight - above);
+      staged[threadIdx.x] = step;
+    }
     __syncthreads();
 #pragma unroll 16
     for (int i = 0; i < count; ++i) {
@@ -323,48 +359,25 @@ __global__ void __launch_bounds__(256)
     of_rest = rest * rest;
   }
   if (in.lse.data && e == 0) {
-    const double lse = LOG_2 * (most - row.norm_rate * *args.mean_norm) + log(total / POOL_WEIGHT_SCALE);
+    const double lse =
+        LOG_2 * (most + above - row.norm_rate * *args.mean_norm) + log(total / POOL_WEIGHT_SCALE);
     store_as(in.lse, row.index, good ? lse + row.shift : NAN);
   }
+  if (!judged.again) return;
   of_out = block_sum<double>(of_out, scratch), of_mean = block_sum<double>(of_mean, scratch);
   of_rest = block_sum<double>(of_rest, scratch);
-  if (threadIdx.x == 0) left[slot * gridDim.x + blockIdx.x] = {of_out, of_mean, of_rest, moment / before};
-}
-
-// doubtful[row.index] = its time where its output may be off by more than POOL_DOUBT, else NaN. With lse the
-// output is a part's mean, from which any prediction may be made: its error counts beside what is smaller,
-// the mean or x / alpha less the mean, and that of lse does too. One thread to a slot.
-__global__ void pool_judge_kernel(const Inputs in, const PoolArgs args, const PoolRow* rows,
-                                  const PoolAgain* again, const PoolSums* left, int blocks,
-                                  double* doubtful) {
-  const int slot = threadIdx.x;
-  if (slot >= args.rows) return;
-  const PoolRow row = rows[slot];
-  double out = 0, mean = 0, rest = 0;
-#pragma unroll 8
-  for (int i = 0; i < blocks; ++i) {
-    const PoolSums& of = left[slot * blocks + i];
-    out += of.out, mean += of.mean, rest += of.rest;
+  PoolSums* const left = judged.left + slot * gridDim.x;
+  if (threadIdx.x == 0) {
+    left[blockIdx.x] = {of_out, of_mean, of_rest};
+    last = add_arrival(judged.merged + slot) == static_cast<int>(gridDim.x) - 1;
   }
-  double spread = fmax(left[slot * blocks].moment + *args.mean_norm - mean, 0.0);  // squared
-  if (in.lse.data) {
-    spread += *args.mean_norm / 8;
-    if (rest < out) out = rest;  // not where it is NaN: alpha is 0
-  }
-  // Five of an error's standard deviations if it is one reference's, little more than one if it is many's.
-  const PoolAgain of = again[slot];
-  const double deviations = 1 + 4 * fmin(1.0, of.largest / sqrt(of.unsure));
-  const double error = deviations * of.error * fabs(row.b) * sqrt(spread * of.unsure / out);
-  doubtful[row.index] = row.alive && error > POOL_DOUBT ? load_as<double>(in.time_or_alpha, row.index) : NAN;
-}
-
-// out and lse = the exact ones where the row was doubtful. Grid: parts of d x rows.
-__global__ void __launch_bounds__(256)
-    pool_replace_kernel(const Inputs in, const double* doubtful, const Array exact, const Array lse) {
-  const int64_t e = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, row = blockIdx.y;
-  if (e >= in.d || isnan(doubtful[row])) return;
-  store_as(in.out, row * in.d + e, load_as<double>(exact, row * in.d + e));
-  if (e == 0 && in.lse.data) store_as(in.lse, row, load_as<double>(lse, row));
+  __syncthreads();
+  if (!last || threadIdx.x >= 32) return;
+  const PoolSums of = threadIdx.x < gridDim.x ? left[threadIdx.x] : PoolSums{};
+  const PoolSums all = {warp_sum(of.out), warp_sum(of.mean), warp_sum(of.rest)};
+  const bool doubt = pool_error(row, again, all, moment / before, *args.mean_norm, in.lse.data) > POOL_DOUBT;
+  if (threadIdx.x == 0 && row.alive && doubt)
+    atomicOr(reinterpret_cast<unsigned long long*>(judged.doubtful), 1ull << row.index);
 }
 
 }  // namespace svel::cuda

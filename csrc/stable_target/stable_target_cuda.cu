@@ -20,15 +20,14 @@ struct Arguments {
   const std::string& precision;
 };
 
-void launch(const char* op, const Inputs& in, const Plan& plan, void* workspace, double* doubtful,
-            cudaStream_t stream) {
-  if (plan.kernel == "pool") return run_pool(op, in, plan, workspace, doubtful, stream);
-  const auto run = plan.kernel == "many_rows" ? run_many_rows
-                   : plan.kernel == "bulk"    ? run_bulk
-                   : plan.kernel == "stream"  ? run_stream
-                   : plan.kernel == "tiled"   ? run_tiled
-                   : plan.kernel == "small"   ? run_small
-                                              : run_two_pass;
+void launch(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream) {
+  const auto run = plan.kernel == "pool"        ? run_pool
+                   : plan.kernel == "many_rows" ? run_many_rows
+                   : plan.kernel == "bulk"      ? run_bulk
+                   : plan.kernel == "stream"    ? run_stream
+                   : plan.kernel == "tiled"     ? run_tiled
+                   : plan.kernel == "small"     ? run_small
+                                                : run_two_pass;
   run(op, in, plan, workspace, stream);
 }
 
@@ -92,28 +91,11 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
     run_gather(op, *in.gather, x.get_device_index(), stream);
     in.gather = nullptr;
   }
-  if (plan.kernel != "pool" || plan.fast) {
-    const Tensor workspace = in.stage == Stage::rest
-                                 ? **list
-                                 : torch::stable::new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
-    if (in.stage == Stage::list) *list = workspace;
-    return launch(op, in, plan, workspace.mutable_data_ptr(), nullptr, stream);
-  }
-  // Rows that the pool kernel may have rounded too much are left to another, which passes over the others.
-  problem.pool = false;
-  const Plan rest = make_plan(problem);
-  const int64_t bytes = std::max(plan.workspace_bytes, rest.workspace_bytes);
-  const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-  const Tensor doubtful = torch::stable::new_empty(x, {in.n}, ScalarType::Double);
-  const Tensor exact = torch::stable::new_empty(out, shape_of(out));
-  MaybeTensor exact_lse;
-  if (lse) exact_lse = torch::stable::new_empty(*lse, shape_of(*lse));
-  double* const times = doubtful.mutable_data_ptr<double>();
-  launch(op, in, plan, workspace.mutable_data_ptr(), times, stream);
-  Inputs left = in;
-  left.time_or_alpha = array_of(doubtful), left.out = array_of(exact), left.lse = array_of(exact_lse);
-  launch(op, left, rest, workspace.mutable_data_ptr(), nullptr, stream);
-  replace_doubtful(op, in, times, left.out, left.lse, stream);
+  const Tensor workspace = in.stage == Stage::rest
+                               ? **list
+                               : torch::stable::new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
+  if (in.stage == Stage::list) *list = workspace;
+  launch(op, in, plan, workspace.mutable_data_ptr(), stream);
 }
 
 // Rows of as many processes as there are mailboxes.
