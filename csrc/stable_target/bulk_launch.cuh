@@ -109,7 +109,8 @@ struct Launch : BulkLaunch {
     parts.ends = plan.tile_rows > PRODUCTS_ROWS && !in.source.data && !in.lse.data;
     parts.others = carver.take<PartRow>(teams * plan.tile_rows);
     parts.sums = carver.take<float>(teams * plan.tile_rows * in.d);
-    parts.reviewed = carver.take<float>(teams * in.d);
+    parts.listed = products_ties(in.n);
+    parts.ties = carver.take<ProductsTie>((in.n + teams * plan.tile_rows) * parts.listed);
     parts.firsts = in.mailboxes ? carver.take<float>(in.n * in.d) : static_cast<float*>(in.out.data);
     const int64_t shared = in.mailboxes ? teams * plan.slices : 0;
     if (in.at_home) parts.home = *in.at_home;

@@ -20,6 +20,9 @@ struct alignas(16) PartRow {
   double log2_weight, total;  // sum of the weights
   float lead;                 // the largest of them
   float scale;                // the largest score, either way, in units of log 2
+  // Of bulk_products.cuh, where `lead` and `scale` are something else: references that it has listed, and
+  // what tells the best one from others with the same score.
+  int ties, print;
 };
 
 // What merge_kernel has to know of a row.
