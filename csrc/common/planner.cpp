@@ -59,7 +59,7 @@ struct BulkTile {
 
 constexpr BulkTile BULK_TILES[] = {
     {0, 32, 16, 2, 512, "D <= 512: sixteen groups of one warp"},
-    {2, 512, 2, 16, 1024, "16 bits, D <= 1,024: matrix units, tiles of sixteen references"},
+    {2, 256, 4, 8, 1024, "16 bits, D <= 1,024: matrix units, two blocks to a multiprocessor"},
     {0, 64, 16, 2, 1024, "D <= 1,024: eight groups of two warps"},
     {2, 512, 4, 16, 2048, "16 bits, D <= 2,048: matrix units, tiles of sixteen references"},
     {2, 512, 8, 8, 4096, "16 bits, D <= 4,096: matrix units, tiles of eight references"},
@@ -163,7 +163,7 @@ int products_rows(const Problem& p, bool own_list, int64_t slices, int64_t teams
   const bool heavy = p.d > 1024 && p.n > WARP_LIST_ROWS && bytes >= MANY_ROWS_BYTES &&
                      bytes >= MANY_ROWS_CLASS_BYTES * groups(p);
   const bool many = p.d > 1024 ? !own_list || each >= 2 : each >= (own_list ? 8 : 2);
-  return heavy || (many && p.n >= teams) ? PRODUCTS_MANY_ROWS : PRODUCTS_ROWS;
+  return heavy || (many && p.n >= std::min<int64_t>(teams, p.sm_count)) ? PRODUCTS_MANY_ROWS : PRODUCTS_ROWS;
 }
 
 // Measured on an H100, 256 rows x 1,001 classes x 256 x 4,096: 173 us, where groups of warps take 207, with
@@ -192,7 +192,8 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     const int64_t stage =
         products ? tile.tile_refs * products_ref_bytes(held) : tile.tile_refs * slice * p.refs_size;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
-    const int64_t teams = std::max<int64_t>(1, std::min(p.sm_count / slices, units));
+    const int64_t resident = products ? products_resident(tile.group) : 1;
+    const int64_t teams = std::max<int64_t>(1, std::min(resident * p.sm_count / slices, units));
     int rows = products      ? products_rows(p, plan.own_list, slices, teams)
                : slices == 1 ? std::min(GROUPS_CONSUMERS / tile.group, GROUPS_MOST_ROWS)
                              : 1;
@@ -202,17 +203,18 @@ bool plan_bulk(const Problem& p, Plan& plan) {
                                            : BULK_FIXED_SMEM;
       return shared + (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
     };
-    const int64_t most_stages = products      ? products_stages(tile.tile_refs * tile.elements)
+    const int64_t most_stages = products      ? products_stages(tile.group, tile.tile_refs * tile.elements)
                                 : slices == 1 ? GROUPS_MAX_STAGES
                                               : BULK_MAX_STAGES;
-    if (products && fixed_beside(rows) + most_stages * stage > p.smem_limit) rows = PRODUCTS_ROWS;
+    const int64_t room = (p.smem_limit + 1024) / resident - 1024;  // the system has a KB of each block
+    if (products && fixed_beside(rows) + most_stages * stage > room) rows = PRODUCTS_ROWS;
     const int64_t fixed = fixed_beside(rows);
-    int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
+    int64_t stages = std::min<int64_t>(most_stages, (room - fixed) / stage);
     if (products && (stages < most_stages || !serves_products(p))) continue;
     if (slices == 1 && !products) stages -= stages % (GROUPS_CONSUMERS / tile.group);  // see bulk_groups.cuh
     if (stages < (slices == 1 || products ? 3 : BULK_LAG + 2)) return false;
     plan.kernel = "bulk";
-    plan.threads = GROUPS_CONSUMERS + BULK_PRODUCERS;
+    plan.threads = (products ? tile.group : GROUPS_CONSUMERS) + BULK_PRODUCERS;
     plan.group = tile.group;
     plan.tile_rows = rows;
     plan.in_flight = static_cast<int>(std::clamp<int64_t>(BULK_IN_FLIGHT / stage, 2, stages));

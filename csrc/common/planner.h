@@ -93,9 +93,14 @@ constexpr int PRODUCTS_TIES = 64, PRODUCTS_TIE_BYTES = 16;  // references that a
 constexpr int products_ties(int64_t rows) {  // there in memory, beside what rows themselves take
   return rows <= int64_t{1} << 15 ? PRODUCTS_TIES : 32;
 }
-// Tiles in the ring, of so many KB: 192 KB together.
-constexpr int products_stages(int kilobytes) {
-  return 192 / kilobytes;
+// Blocks with so many threads that compute that share a multiprocessor.
+constexpr int products_resident(int consumers) {
+  return GROUPS_CONSUMERS / consumers;
+}
+// Tiles in the ring of such a block: 192 KB together, 80 where two blocks share a multiprocessor. elements:
+// of a tile, for each thread.
+constexpr int products_stages(int consumers, int elements) {
+  return (products_resident(consumers) == 1 ? 192 : 160) / elements;
 }
 // Beside the stages of bulk_products.cuh: barriers, shares of scores.
 constexpr int64_t products_smem(int tile_refs, int64_t slices, int rows) {

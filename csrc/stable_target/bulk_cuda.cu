@@ -678,9 +678,9 @@ __global__ void __launch_bounds__(END_THREADS, END_BLOCKS)
 
 template <int LANES, int VECTORS>
 bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
-                   cudaStream_t stream) {
+                   int64_t multiprocessors, cudaStream_t stream) {
   const int64_t grid = (in.mailboxes ? in.rows_each : in.n) * chunks_of_row<LANES, VECTORS>(in);
-  if (LANES < END_THREADS && (grid > END_FEW_BLOCKS * blocks || parts.home.merged)) return false;
+  if (LANES < END_THREADS && (grid > END_FEW_BLOCKS * multiprocessors || parts.home.merged)) return false;
   constexpr bool MERGES = LANES == END_THREADS;
   const auto kernel = parts.home.merged ? end_kernel<LANES, VECTORS, MERGES, false>  // have no source
                       : in.source.data  ? end_kernel<LANES, VECTORS, false, true>
@@ -698,15 +698,16 @@ bool has_short_list(int64_t n, int64_t k, int64_t m) {
 
 // Few rows have many parts each.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
-                  cudaStream_t stream) {
+                  int64_t multiprocessors, cudaStream_t stream) {
   if (parts.ends) {
     launch_following(op, true, end_open_kernel<END_THREADS, 2>,
-                     dim3(static_cast<unsigned>(END_BLOCKS * blocks)), END_THREADS, blocks * sizeof(double),
-                     stream, in, parts);
+                     dim3(static_cast<unsigned>(END_BLOCKS * multiprocessors)), END_THREADS,
+                     blocks * sizeof(double), stream, in, parts);
     return;
   }
-  launch_end_if<8, 1>(op, in, parts, blocks, stream) || launch_end_if<32, 1>(op, in, parts, blocks, stream) ||
-      launch_end_if<END_THREADS, 2>(op, in, parts, blocks, stream);
+  launch_end_if<8, 1>(op, in, parts, blocks, multiprocessors, stream) ||
+      launch_end_if<32, 1>(op, in, parts, blocks, multiprocessors, stream) ||
+      launch_end_if<END_THREADS, 2>(op, in, parts, blocks, multiprocessors, stream);
 }
 
 void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int* arrived, int64_t counts,

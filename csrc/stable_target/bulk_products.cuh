@@ -1,6 +1,7 @@
 // One pass over the references of class banks on Hopper's matrix units, for references in float16 or
 // bfloat16. A multiprocessor has one thread block: one warp, the producer, brings references into a ring in
-// shared memory by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements. A tile
+// shared memory by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements (up to
+// 1,024 elements two blocks with eight such warps each, so that one works while the other waits). A tile
 // of eight references, or of eight times BLOCKS, is scored by all warps. One more warp adds up their shares
 // of the scores, runs the online softmax and hands weights back, with which they add the tile to the rows, if
 // there is anything to add; meanwhile they score the next tile. The list of units, the announcer and the
@@ -111,8 +112,10 @@ __device__ __forceinline__ float rest_of(float v) {
   return v - to_float(Split<T>::nearest(v));
 }
 
-// Of a thread: all together no more than at the launch, 96 for each.
-constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 64;
+// Of a thread: all together no more than at the launch, 96 for each, or 80 where two blocks share a
+// multiprocessor.
+constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PAIRED_REGISTERS = 88,
+              PRODUCTS_PRODUCER_REGISTERS = 64;
 
 // A reference among all k m, and the logarithm of the weight that it has been given; for `count` equal ones.
 struct ProductsTie {
@@ -153,8 +156,10 @@ struct ProductsLayout {
 };
 
 // Bytes of references that a block has on their way, in pieces, which are halves of a tile. That many keep
-// memory busy; behind more, rows and sums would wait for longer than the ring lasts.
-constexpr int PRODUCTS_IN_FLIGHT = 64 << 10;
+// memory busy; behind more, rows and sums would wait for longer than the ring lasts. Of two blocks that share
+// a multiprocessor each has 24 KB: D 1,024 took 55.3 us on an H100 in an earlier form, with 32 KB 56.6, with
+// 16 KB 56.2, with 48 58.7.
+constexpr int PRODUCTS_IN_FLIGHT = 64 << 10, PRODUCTS_PAIRED_IN_FLIGHT = 24 << 10;
 // Bytes of references that a block brings to the L2 while the list is made.
 constexpr int PRODUCTS_EARLY_BYTES = 128 << 10;
 
@@ -279,9 +284,9 @@ struct ProductsMail {
 };
 struct ProductsNoMail {};
 
-template <int TR, int STAGES, bool CLUSTERED, int ROWS>
+template <int THREADS, int TR, int STAGES, bool CLUSTERED, int ROWS>
 struct ProductsShared {
-  static constexpr int WARPS = GROUPS_CONSUMERS / 32, PADDED = WARPS + 4;
+  static constexpr int WARPS = THREADS / 32, PADDED = WARPS + 4;
   static constexpr int PIECES = 2;  // of a tile: each arrives for itself
   Barrier full[STAGES][PIECES], empty[STAGES];
   Announcements<ROWS> announced;
@@ -487,6 +492,7 @@ __device__ __forceinline__ void await_parts(const int* ready, int count, int sli
 }
 
 // From the row's parts to its mean, by all consumers.
+template <int THREADS>
 __device__ __noinline__ static void send_home(const ProductsSent sent) {
   await_parts(sent.ready, sent.count, sent.slices, sent.rank);
   const auto other = [&](int j) {
@@ -507,7 +513,7 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
   }
   constexpr int AT_ONCE = 2;
 #pragma unroll 1
-  for (int begin = 4 * threadIdx.x; begin < sent.length; begin += AT_ONCE * 4 * GROUPS_CONSUMERS) {
+  for (int begin = 4 * threadIdx.x; begin < sent.length; begin += AT_ONCE * 4 * THREADS) {
     double sum[AT_ONCE][4] = {};
 #pragma unroll 1
     for (int j = -1; j < sent.count; ++j) {
@@ -515,7 +521,7 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
       const float* const from = j < 0 ? sent.first : sent.sums + int64_t{j} * PRODUCTS_ROWS * sent.d;
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        const int e = begin + i * 4 * GROUPS_CONSUMERS;
+        const int e = begin + i * 4 * THREADS;
         if (e >= sent.length) continue;
         const float4 four = __ldcg(reinterpret_cast<const float4*>(from + e));
         sum[i][0] = fma(by, static_cast<double>(four.x), sum[i][0]);
@@ -526,7 +532,7 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      const int e = begin + i * 4 * GROUPS_CONSUMERS;
+      const int e = begin + i * 4 * THREADS;
       if (e < sent.length)
         *reinterpret_cast<float4*>(sent.to + e) =
             make_float4(static_cast<float>(sum[i][0]), static_cast<float>(sum[i][1]),
@@ -551,24 +557,26 @@ __device__ __noinline__ static void await_rows(const Inputs& in, const AtHome& h
   __syncwarp();
 }
 
-// CHUNKS of 32 elements for each warp. A tile is BLOCKS of eight references of type T.
-// PARTS: rows are of several processes. Up to ROWS of them share a pass.
-template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, int ROWS>
+// CONSUMERS share a sample, with CHUNKS of 32 elements for each warp. A tile is BLOCKS of eight references of
+// type T. PARTS: rows are of several processes. Up to ROWS of them share a pass.
+template <typename T, int CONSUMERS, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, int ROWS>
 struct Products {
-  static constexpr int THREADS = GROUPS_CONSUMERS, WARPS = THREADS / 32;
+  static constexpr int THREADS = CONSUMERS, WARPS = THREADS / 32;
   static constexpr int TR = 8 * BLOCKS;
   static constexpr bool THIRD = Split<T>::PARTS == 3;
   // Rows fill the columns of the products of the sums, so that a product of the scores has one part of the
   // references for all of them, and there is one for each part.
   static constexpr bool FULL = ROWS == 4;
   static_assert(ROWS == PRODUCTS_ROWS || (FULL && !THIRD), "two columns for each row, of eight");
-  static constexpr int STAGES = products_stages(CHUNKS * TR);
+  static constexpr int RESIDENT = products_resident(THREADS);  // blocks of a multiprocessor
+  static constexpr int STAGES = products_stages(THREADS, CHUNKS* TR);
   static constexpr int HELD = THREADS * CHUNKS;               // most elements of a block
   static constexpr int REF_BYTES = products_ref_bytes(HELD);  // in shared memory
   static constexpr int TILE_BYTES = TR * REF_BYTES;
-  using Shared = ProductsShared<TR, STAGES, CLUSTERED, ROWS>;
+  using Shared = ProductsShared<THREADS, TR, STAGES, CLUSTERED, ROWS>;
   static constexpr int PIECES = Shared::PIECES, PIECE_REFS = TR / PIECES;
-  static constexpr int IN_FLIGHT = PRODUCTS_IN_FLIGHT / (PIECE_REFS * REF_BYTES / 1024 * 1024);
+  static constexpr int IN_FLIGHT = (RESIDENT == 1 ? PRODUCTS_IN_FLIGHT : PRODUCTS_PAIRED_IN_FLIGHT) /
+                                   (PIECE_REFS * REF_BYTES / 1024 * 1024);
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
   __host__ __device__ static constexpr int fixed_bytes(int slices) {
     const int absent = CLUSTERED ? PRODUCTS_MOST_BLOCKS - slices : 0;
@@ -1218,10 +1226,12 @@ struct Products {
   // Of a row, in all its lanes, which take the warps' shares.
   __device__ __forceinline__ ProductsFigures figures_of_block(const Segment<ROWS>& segment, int slot,
                                                               int my_row, bool present) const {
-    static_assert(8 * ROWS <= 32 && WARPS == 16, "eight lanes for each row, or two times eight");
+    static_assert(8 * ROWS <= 32 && (WARPS == 8 || WARPS == 16),
+                  "eight lanes for each row, or two times eight");
     const int w = lane_of_row(lane());
-    ProductsFigures own = figures_of_warp(segment, slot, my_row, present, w);
-    if constexpr (FULL) {
+    ProductsFigures own = figures_of_warp(segment, slot, my_row, present, w % WARPS);
+    if (w >= WARPS) own = {};
+    if constexpr (FULL && WARPS > 8) {
       const ProductsFigures second = figures_of_warp(segment, slot, my_row, present, w + 8);
       own.exact_square += second.exact_square, own.x_square += second.x_square;
       own.square += second.square, own.norm += second.norm;
@@ -1295,7 +1305,7 @@ struct Products {
     return in.partial && !(PARTS && parts.home.merged && !is_of_another(in, row.index));
   }
   __device__ __forceinline__ static bool part_in_doubt(const RowState& row, float bits, float per_bit) {
-    constexpr float TIMES = 0.5f * (CHUNKS < 4 ? 2.3f : 0.86f) * 0x1p-24f / SCORE_ERROR;
+    constexpr float TIMES = 0.5f * (HELD <= 1024 ? 2.3f : 0.86f) * 0x1p-24f / SCORE_ERROR;
     return TIMES * bits * per_bit > 1e-6f * 2 * row.half_alpha * square_root(variances(row));
   }
   __device__ __forceinline__ static float square_root(float v) {
@@ -1491,10 +1501,11 @@ struct Products {
         if (thread() == 0) parts.rows[row.index].next = shared().late, shared().late = row.index;
         continue;
       }
-      send_home({parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + r,
-                 parts.sums + ((team + 1) * ROWS + r) * in.d + offset, parts.ready + (team + 1) * slices,
-                 static_cast<float*>(row.out) + row.index * in.d + offset, rank == 0 ? lse : nullptr,
-                 end.part.log2_weight, end.part.total, d, length, segment.to - segment.from, slices, rank});
+      send_home<THREADS>(
+          {parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + r,
+           parts.sums + ((team + 1) * ROWS + r) * in.d + offset, parts.ready + (team + 1) * slices,
+           static_cast<float*>(row.out) + row.index * in.d + offset, rank == 0 ? lse : nullptr,
+           end.part.log2_weight, end.part.total, d, length, segment.to - segment.from, slices, rank});
     }
   }
 
@@ -1681,12 +1692,12 @@ struct Products {
 };
 
 // DEAL: see Ranges.
-template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, bool DEAL, int ROWS>
-__global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
+template <typename T, int CONSUMERS, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, bool DEAL, int ROWS>
+__global__ void __launch_bounds__(CONSUMERS + BULK_PRODUCERS, products_resident(CONSUMERS))
     products_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
                     const __grid_constant__ ProductsParts parts,
                     const __grid_constant__ ProductsLayout layout) {
-  using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED, PARTS, ROWS>;
+  using Kernel = Products<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, PARTS, ROWS>;
   typename Kernel::Shared& shared = Kernel::shared();
   UnitList list = shared_list;
   int staging = Kernel::fixed_bytes(layout.slices);
@@ -1695,7 +1706,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     staging += static_cast<int>(bulk_list_smem(in.n, in.k));
   }
   const Kernel kernel{in, list, parts, layout, staging};
-  const int tid = threadIdx.x - GROUPS_CONSUMERS, lane = threadIdx.x % 32;
+  const int tid = threadIdx.x - CONSUMERS, lane = threadIdx.x % 32;
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
   allow_next_launch();
   if (layout.own_list) read_rows(in, *scratch);
@@ -1726,7 +1737,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   __syncthreads();
   if constexpr (CLUSTERED) meet_cluster();
   if (tid < 0) {
-    take_registers<PRODUCTS_CONSUMER_REGISTERS>();
+    take_registers<Kernel::RESIDENT == 1 ? PRODUCTS_CONSUMER_REGISTERS : PRODUCTS_PAIRED_REGISTERS>();
     if (layout.own_list && threadIdx.x < BULK_PRODUCERS)
       prefetch_references(in, *scratch, kernel.place(), kernel.teams, kernel.team, threadIdx.x);
     kernel.consume();
@@ -1777,7 +1788,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     __syncwarp();
     meet_cluster();
   }
-  if (PARTS && CLUSTERED && Kernel::thread() < GROUPS_CONSUMERS) Kernel::send_late(in, parts, layout);
+  if (PARTS && CLUSTERED && Kernel::thread() < CONSUMERS) Kernel::send_late(in, parts, layout);
   if (!PARTS || !parts.home.merged) return;
   Header* const own = reinterpret_cast<Header*>(parts.home.mailbox);
   if (is_last_block(own, gridDim.x, &shared.is_last) && threadIdx.x < in.parts)
