@@ -47,7 +47,9 @@ constexpr int MAX_STAGES = 4;
 // elements a cluster of eight is not the best: 15 of them fit, rows are cut into parts, and their merge is
 // the end of all. Measured on an H200, 8 x 16 x 256 x 65,536: 110 us, with 8 teams of 16 blocks over the
 // grid 86. On the matrix units (bulk_products.cuh) a block has up to 4,096 elements, longer samples a
-// cluster, two rows a pass.
+// cluster, two rows a pass; up to 1,024 elements two blocks of `group` threads share a multiprocessor, since
+// a tile there waits for its scores, its weights and its sums in turn, not for memory (514508b: H100, 256 x
+// 1,001 x 256 x 1,024 71.5 to 65.0 us, from t = 0.6 on 58.4 to 55.3).
 struct BulkTile {
   int refs_size;
   int group, elements, tile_refs;
@@ -146,8 +148,8 @@ bool deals_units(const Problem& p, const BulkTile& tile, int rows, bool own_list
 
 // On the matrix units: four where one block holds them, of float16, and there are many. On an H100, 2,048 x
 // 1,001 x 256 x 4,096: 880 us with two, 740 with four, 1,024 rows 516 and 493. On an H200 256 rows of 10 and
-// of 100 classes 85 to 66 and 102 to 89; with D 1,024, where a tile waits for its weights rather than for
-// memory, 47 to 42 and 52 to 55, 2,048 rows of 1,001 classes 250 to 209, 512 rows 92 to 97.
+// of 100 classes 85 to 66 and 102 to 89; with D 1,024, one block to a multiprocessor, 47 to 42 and 52 to 55,
+// 2,048 rows of 1,001 classes 250 to 209, 512 rows 92 to 97.
 //
 // Such units take 6 to 10 us more to begin and to end, and save reading a class again, which pays where rows
 // have many bytes and few classes. On an H100, 256 rows, 4,096 elements: 301 classes of 256 154 to 147 us,
