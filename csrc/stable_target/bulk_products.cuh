@@ -647,7 +647,9 @@ struct Products {
     uint2 x[CHUNKS][X_PARTS];  // of the column's row and part, or of both parts, split
     // Third parts: in columns of the first part those of the first of two chunks, else those of the second.
     uint2 third[THIRD ? CHUNKS / 2 : 1];
-    float unscale, half_alpha;  // of row t % ROWS: 1 / what x was multiplied by
+    // Of row t % ROWS: 1 / what x was multiplied by; alpha / 2, and what float32 drops of it: together that is
+    // alike for references of one size, but not for what is scored in float64.
+    float unscale, half_alpha, rest_alpha;
   };
 
   __device__ __forceinline__ static int thread() {
@@ -762,7 +764,7 @@ struct Products {
     const int scored = lane() & (ROWS - 1);
     const RowState& row = segment.rows[min(scored, segment.count - 1)];
     mine.unscale = row.sign * __shfl_sync(0xffffffffu, 1 / scale, scored << 3);
-    mine.half_alpha = row.half_alpha;
+    mine.half_alpha = row.half_alpha, mine.rest_alpha = 0.5f * row.rest_alpha;
   }
 
   // Shares of the scores of eight references, to shared memory.
@@ -800,7 +802,7 @@ struct Products {
       if constexpr (THIRD) dot += t < 2 ? thirds[0][0] + thirds[1][1] : thirds[0][2] + thirds[1][3];
       dot += __shfl_xor_sync(0xffffffffu, dot, 2);
     }
-    const float share = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
+    const float share = fmaf(-mine.half_alpha, norm, fmaf(dot, mine.unscale, -mine.rest_alpha * norm));
     if (first && block == 0 && lane() == 0) shared().r_squares[slot & 1][warp()] = norm;
     if (t < rows) shared().scores[parity][t][8 * block + g][warp()] = share;
   }
