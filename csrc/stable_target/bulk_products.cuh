@@ -378,6 +378,12 @@ struct ProductsPieces {
   }
 };
 
+// A row from parts that are weighed by exact scores. risen: by how much the heaviest reference of its list is
+// above the weight that the products gave it, in units of log 2.
+struct AlignedRow {
+  PartRow all;
+  double risen;
+};
 template <int WARPS>
 struct AlignedMemory {
   double exact[PRODUCTS_TIES], shares[PRODUCTS_TIES];  // scores, and what warps have of them
@@ -387,11 +393,12 @@ struct AlignedMemory {
 // them all the others in its place beside other parts. By all threads of a block: this one has the elements
 // `at`, from `offset` on. memory: shared.
 template <typename T, int WARPS, int VECTORS, typename Wait>
-__device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowState& row,
-                                                 const ProductsParts& parts, const ProductsRow& left,
-                                                 double shift, const Wait& wait, AlignedMemory<WARPS>& memory,
-                                                 int offset, const int (&at)[VECTORS],
-                                                 const bool (&within)[VECTORS], double (&sum)[VECTORS][4]) {
+__device__ __forceinline__ AlignedRow merge_aligned(const Inputs& in, const RowState& row,
+                                                    const ProductsParts& parts, const ProductsRow& left,
+                                                    double shift, const Wait& wait,
+                                                    AlignedMemory<WARPS>& memory, int offset,
+                                                    const int (&at)[VECTORS], const bool (&within)[VECTORS],
+                                                    double (&sum)[VECTORS][4]) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const ProductsPieces pieces{in, parts, left, row.index};
   const int count = left.to - left.from;
@@ -400,6 +407,7 @@ __device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowStat
 #pragma unroll 1
   for (int j = 0; j < count; ++j) most = fmax(most, pieces.part(j).log2_weight);
   PartRow all{-INFINITY, 0, 0, 0, 0, 0};
+  double risen = 0;
 #pragma unroll 1
   for (int j = -1; j < count; ++j) {
     const PartRow part = pieces.part(j);
@@ -427,6 +435,7 @@ __device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowStat
       const double given = ties[i].log2_weight;
       if (given > heaviest) heaviest = given, aligned = part.log2_weight + (exact[i] - given);
     }
+    if (part.log2_weight == most) risen = aligned - most;
     double total = part.total;
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
@@ -459,7 +468,7 @@ __device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowStat
         sum[v][k] = alone ? own[v][k] : fma(joined.by_first, sum[v][k], joined.by_second * own[v][k]);
     }
   }
-  return all;
+  return {all, risen};
 }
 
 // A row of another process, of which this block has the first part.
@@ -647,8 +656,8 @@ struct Products {
     uint2 x[CHUNKS][X_PARTS];  // of the column's row and part, or of both parts, split
     // Third parts: in columns of the first part those of the first of two chunks, else those of the second.
     uint2 third[THIRD ? CHUNKS / 2 : 1];
-    // Of row t % ROWS: 1 / what x was multiplied by; alpha / 2, and what float32 drops of it: together that is
-    // alike for references of one size, but not for what is scored in float64.
+    // Of row t % ROWS: 1 / what x was multiplied by; alpha / 2, and what float32 drops of it: together that
+    // is alike for references of one size, but not for what is scored in float64.
     float unscale, half_alpha, rest_alpha;
   };
 
@@ -1265,11 +1274,11 @@ struct Products {
     known.from_x = __fdividef(of.x_square, alpha * alpha), known.per_score = __fdividef(-2, alpha);
     known.most_apart = fmaxf(of.norm, elements), known.square = of.square, known.window = -1;
     const float scale = bits * per_bit * square_root(known.most_apart);
-    if (is_merged_later(row)) {
-      const bool in_doubt = part_in_doubt(row, CLUSTERED ? bits_of(row, of.square) : bits, per_bit);
-      known.wrong = in_doubt ? INFINITY : 0;
-      known.from_x = known.most_apart = 1, known.per_score = 0;
-      if (in_doubt) known.window = MOST_WINDOW;
+    if (in.partial && part_in_doubt(row, CLUSTERED ? bits_of(row, of.square) : bits, per_bit)) {
+      known.wrong = INFINITY, known.from_x = known.most_apart = 1, known.per_score = 0;
+      known.window = MOST_WINDOW;
+    } else if (is_merged_later(row)) {
+      known.wrong = 0;
     } else if (!is_beyond_doubt(scale)) {
       known.window = window_of(scale);
     }
@@ -1290,12 +1299,14 @@ struct Products {
     const float wrong = of.wrong * square_root(fminf(apart, of.most_apart));
     return CLUSTERED && of.wrong < INFINITY ? bits_of(row, of.square + of_cluster) * wrong : wrong;
   }
-  // A row that is merged with what others have of it, where nobody knows of doubt. References elsewhere may
-  // be so much nearer that these have no weight, and often two of these tie. So what counts is whether errors
-  // would show if references that have weight are about sigma / alpha apart.
+  // A row that is merged with what others have of it, where nobody knows of doubt.
   __device__ __forceinline__ bool is_merged_later(const RowState& row) const {
     return in.partial && !(PARTS && parts.home.merged && !is_of_another(in, row.index));
   }
+  // Of a row that has references elsewhere: those may be so much nearer that these have no weight, and often
+  // two of these tie. So what counts is whether errors would show if references that have weight are about
+  // sigma / alpha apart. All parts of a row answer alike, or nearly: what is scored exactly is not weighed
+  // beside what is not, since the errors of |r|^2 are all on one side, and alike for references of one size.
   __device__ __forceinline__ static bool part_in_doubt(const RowState& row, float bits, float per_bit) {
     constexpr float TIMES = 0.5f * (CHUNKS < 4 ? 2.3f : 0.86f) * 0x1p-24f / SCORE_ERROR;
     return TIMES * bits * per_bit > 1e-6f * 2 * row.half_alpha * square_root(variances(row));
@@ -1545,7 +1556,8 @@ struct Products {
     for (int v = 0; v < VECTORS; ++v) at[v] = 4 * (thread() + v * THREADS), within[v] = at[v] < length;
     const auto wait = [] { barrier(); };
     const PartRow all = merge_aligned<T, WARPS>(in, row, parts, left, shift * row.per_square, wait, memory,
-                                                offset, at, within, sum);
+                                                offset, at, within, sum)
+                            .all;
     const double by = 1 / all.total;
     float* const to = static_cast<float*>(row.out) + index * in.d + offset;
 #pragma unroll
