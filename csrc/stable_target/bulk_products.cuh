@@ -673,13 +673,13 @@ struct Products {
   // of each of two references read from all banks at once.
   __device__ __forceinline__ static int stored(int logical) { return (logical & 1) << 2 | logical >> 1; }
 
-  // x of the rows of the unit, split.
+  // x of the rows of the unit, split. rehearses: there is no segment yet, and none is looked at.
   __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<ROWS>& segment, int slot,
-                                                int slot_phase) const {
+                                                int slot_phase, bool rehearses) const {
     const int column = lane() >> 2, t = lane() & 3, part = FULL ? 0 : column >> 2;
     const int my_row = column / 2 % ROWS, split = column % 2;
-    const bool present = my_row < segment.count;
-    const int64_t index = segment.rows[present ? my_row : 0].index;
+    const bool present = !rehearses && my_row < segment.count;
+    const int64_t index = rehearses ? 0 : segment.rows[present ? my_row : 0].index;
     const float* const from =
         static_cast<const float*>(x_of(in, index).data) + index * in.d + offset + 8 * t + 2 * part;
     float2 x[CHUNKS][X_PARTS][2];
@@ -721,7 +721,7 @@ struct Products {
     square = all_lanes(square, sum);
     const bool leads = split == 0 && part == 0 && t == 0 && present;
     if (leads) shared().x_squares[slot & 1][my_row][warp()] = square;
-    if (segment.squares) {
+    if (!rehearses && segment.squares) {
       double exact = 0;
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
@@ -768,6 +768,7 @@ struct Products {
         mine.third[q / 2] = make_uint2(words[0], words[1]);
       }
     }
+    if (rehearses) return;
     wait_barrier(&shared().announced.told[slot], slot_phase);
     // Of the rows whose scores this lane will have.
     const int scored = lane() & (ROWS - 1);
@@ -1652,14 +1653,24 @@ struct Products {
     int scores = 0, weights = 0;  // tiles so far, of which two are told apart
     bool awaits = PARTS && parts.home.awaits_x;
     if (PARTS && thread() == 0) shared().late = NO_ROW;
+    // While there is no segment, the code of a segment's beginning runs once for nothing: it is long, and where it
+    // has to come from memory, it would wait there behind the copies.
+    int rehearses = 1;
     for (;;) {
-      wait_barrier(&shared().announced.placed[slot], slot_phase);
+      asm volatile("" : "+r"(rehearses));  // one code for both
       const Segment<ROWS>& segment = shared().announced.segments[slot];
-      if (segment.flags & SEGMENT_LIST_DONE) break;
-      if (PARTS && awaits && has_rows_of_another(segment)) await_rows(in, parts.home), awaits = false;
+      if (!rehearses) {
+        wait_barrier(&shared().announced.placed[slot], slot_phase);
+        if (segment.flags & SEGMENT_LIST_DONE) break;
+      }
+      if (PARTS && !rehearses && awaits && has_rows_of_another(segment)) await_rows(in, parts.home), awaits = false;
       const int rows = segment.count, references = segment.references;
       Mine mine;
-      begin_segment(mine, segment, slot, slot_phase);
+      begin_segment(mine, segment, slot, slot_phase, rehearses);
+      if (rehearses) {
+        rehearses = 0;
+        continue;
+      }
       int to_score = references, to_add = references;  // references left
 #pragma unroll 1
       while (to_add > 0) {  // scores are a tile ahead
