@@ -245,29 +245,10 @@ struct RowWeights {
   float wrong;          // the largest PartRow::scale that the lane knows of
 };
 
-// How often other processes have the best reference of an own row, where that is all that has weight there:
-// the same elements have the same score here and there, to the last bit, if neither part has been evaluated.
-__device__ __forceinline__ int copies_elsewhere(const Inputs& in, const AtHome& home, int64_t row,
-                                                double top) {
-  const double lse_of_one = lse_of_row(in, {top, 1, 0, 0, 0, 0});
-  int copies = 0;
-#pragma unroll 1
-  for (int of = 0; of < in.parts; ++of) {
-    if (of == in.part) continue;
-    const double its =
-        __ldcg(reinterpret_cast<const double*>(home.mailbox + in.lse_at) + of * in.rows_each + row);
-    const double times = power(LOG2_E * (its - lse_of_one)), whole = rint(times);
-    if (whole < 1 << 20 && fabs(times - whole) <= 1e-8 * whole) copies += static_cast<int>(whole);
-  }
-  return copies;
-}
-
 // The results of an own row over the elements `at`, from its mean over this part and those that the others
-// have left in the mailbox, when these are there; false where it is in doubt: in_doubt(times, elsewhere), see
-// EndingRow. All threads.
-template <int VECTORS, typename InDoubt>
-__device__ __forceinline__ bool merge_at_home(const Inputs& in, const AtHome& home, int64_t row, double lse,
-                                              double heaviest, const InDoubt& in_doubt,
+// have left in the mailbox, when these are there. All threads.
+template <int VECTORS>
+__device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& home, int64_t row, double lse,
                                               const int (&at)[VECTORS], const bool (&within)[VECTORS],
                                               const float4 (&x)[VECTORS], float4 (&mean)[VECTORS]) {
   const int q = static_cast<int>(threadIdx.x);
@@ -279,7 +260,7 @@ __device__ __forceinline__ bool merge_at_home(const Inputs& in, const AtHome& ho
   if (q < in.parts && q != in.part)
     await_flag(&own->done[q], own->round, {{}, in.part, in.parts, home.patience}, q);
   __syncthreads();
-  double top = lse, total = 1, share = 1;  // share: of this part
+  double top = lse, total = 1;
 #pragma unroll 1
   for (int of = 0; of < in.parts; ++of) {
     if (of == in.part) continue;
@@ -296,7 +277,7 @@ __device__ __forceinline__ bool merge_at_home(const Inputs& in, const AtHome& ho
     const double most = its >= top || its != its ? its : top;
     const double so_far = power(LOG2_E * (top - most)), weight = power(LOG2_E * (its - most));
     const float a = static_cast<float>(so_far), b = static_cast<float>(weight);
-    total = fma(so_far, total, weight), share *= so_far, top = most;
+    total = fma(so_far, total, weight), top = most;
     const auto add = [&](float& to, float value) {  // the mean over nothing is NaN
       to = (a > 0 ? a * to : a) + (b > 0 ? b * value : b);
     };
@@ -304,12 +285,6 @@ __device__ __forceinline__ bool merge_at_home(const Inputs& in, const AtHome& ho
     for (int v = 0; v < VECTORS; ++v)
       add(mean[v].x, other[v].x), add(mean[v].y, other[v].y), add(mean[v].z, other[v].z),
           add(mean[v].w, other[v].w);
-  }
-  int elsewhere = -1;
-#pragma unroll 1
-  while (in_doubt(total / share, max(elsewhere, 0))) {
-    if (elsewhere >= 0) return false;
-    elsewhere = copies_elsewhere(in, home, row, heaviest);
   }
   const double by = at_time.b / total;
   const auto result = [&](float x, float sum) {
@@ -322,7 +297,6 @@ __device__ __forceinline__ bool merge_at_home(const Inputs& in, const AtHome& ho
           make_float4(result(x[v].x, mean[v].x), result(x[v].y, mean[v].y), result(x[v].z, mean[v].z),
                       result(x[v].w, mean[v].w));
   }
-  return true;
 }
 
 // A row that products_kernel has left in parts.
@@ -341,13 +315,11 @@ struct EndingRow {
   __device__ __forceinline__ float scale(int j) const { return __ldcg(&parts.others[place(j)].scale); }
   __device__ __forceinline__ const float* sums(int j) const { return parts.sums + place(j) * d; }
 
-  // Whether it shows that the row's weights are wrong, beside all else that it has: `times` what its parts
-  // hold, and `elsewhere` equals of the best. By whole warps. far: weights beyond NEAR.
-  __device__ __forceinline__ bool in_doubt(const RowWeights& its, const double* far, double times,
-                                           int elsewhere) const {
-    const double all = times * its.total;  // mostly there is not much beside the best
-    const bool clear =
-        its.wrong * static_cast<float>(all - 1) <= PRODUCTS_MOST_ERROR * static_cast<float>(all);
+  // Whether it shows that the row's weights are wrong. By whole warps. far: weights beyond NEAR.
+  __device__ __forceinline__ bool in_doubt(const RowWeights& its, const double* far) const {
+    const double all = its.total;  // mostly there is not much beside the best
+    const bool clear = its.wrong * fmaxf(static_cast<float>(all - 1), 0) <=
+                       PRODUCTS_MOST_ERROR * static_cast<float>(all);  // not of infinite errors
     if (__builtin_expect(__all_sync(WARP, clear), 1)) return false;
     Equals best;
 #pragma unroll 1
@@ -360,7 +332,7 @@ struct EndingRow {
     const int print = __shfl_sync(WARP, best.print, __ffs(those) - 1);
     int equals = __reduce_add_sync(WARP, best.print == print ? best.count : 0);
     if (its.source == 1) equals = max(equals, 1);
-    return __any_sync(WARP, is_doubtful(its.wrong, all, equals + elsewhere));
+    return __any_sync(WARP, is_doubtful(its.wrong, all, equals));
   }
 };
 
@@ -465,10 +437,12 @@ __host__ __device__ __forceinline__ unsigned chunks_of_row(const Inputs& in) {
 }
 
 // The same for a row whose weights would show that they are wrong: see merge_aligned. Each block that has
-// some of the row's elements does that for itself; few rows are such, and of few references.
+// some of the row's elements does that for itself; few rows are such, and of few references. wrong: see
+// RowWeights; where it is finite, other processes have the row by inexact scores, and beside these it stays
+// at their level.
 template <int LANES, int VECTORS, bool MERGES>
 __device__ __noinline__ void end_aligned(const Inputs& in, const ProductsParts& parts, unsigned number,
-                                         unsigned chunk, double* scratch) {
+                                         unsigned chunk, float wrong, double* scratch) {
   constexpr int WARPS = END_THREADS / 32;
   __shared__ AlignedMemory<WARPS> memory;
   const int64_t index = number + in.part * in.rows_each;
@@ -493,11 +467,13 @@ __device__ __noinline__ void end_aligned(const Inputs& in, const ProductsParts& 
     within[v] = static_cast<int>(threadIdx.x) < LANES && at[v] < in.d;
   }
   const auto wait = [] { __syncthreads(); };
-  PartRow all =
+  const AlignedRow aligned =
       in.refs.dtype == Dtype::f16
           ? merge_aligned<__half, WARPS>(in, row, parts, left, shift, wait, memory, 0, at, within, sum)
           : merge_aligned<__nv_bfloat16, WARPS>(in, row, parts, left, shift, wait, memory, 0, at, within,
                                                 sum);
+  PartRow all = aligned.all;
+  if (MERGES && !__syncthreads_or(wrong == INFINITY)) all.log2_weight -= aligned.risen;
   if (in.source.data) {
     const float* const source = static_cast<const float*>(in.source.data) + index * in.d;
     const Joined joined = join(all, {score_of_source(in, index, scratch), 1, 0, 0, 0, 0});
@@ -520,9 +496,7 @@ __device__ __noinline__ void end_aligned(const Inputs& in, const ProductsParts& 
       mean[v] = make_float4(static_cast<float>(by * sum[v][0]), static_cast<float>(by * sum[v][1]),
                             static_cast<float>(by * sum[v][2]), static_cast<float>(by * sum[v][3]));
     }
-    merge_at_home<VECTORS>(
-        in, parts.home, number, lse_of_row(in, all), all.log2_weight, [](double, int) { return false; }, at,
-        within, mine, mean);
+    merge_at_home<VECTORS>(in, parts.home, number, lse_of_row(in, all), at, within, mine, mean);
   } else {
     float* const to = static_cast<float*>(out_of(in, index).data) + index * in.d;
     const double a = in.mailboxes ? 0 : left.a;
@@ -592,8 +566,8 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
   if (others > NEAR) __syncthreads();
   FourSums<Sum> sum[VECTORS];
   wait_copies();
-  if (!MERGES && ending.in_doubt(its, weights, 1, 0))
-    return end_aligned<LANES, VECTORS, false>(in, parts, row, chunk, scratch);
+  if (ending.in_doubt(its, weights))
+    return end_aligned<LANES, VECTORS, MERGES>(in, parts, row, chunk, its.wrong, scratch);
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     if (within[v] && share == 0) sum[v].add(by_first, first[v][tid]);
@@ -632,11 +606,7 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
     float4 own[VECTORS], mean[VECTORS];
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) own[v] = x[v][tid], mean[v] = sum[v].mean(by);
-    const auto in_doubt = [&](double times, int elsewhere) {
-      return ending.in_doubt(its, weights, times, elsewhere);
-    };
-    if (!merge_at_home<VECTORS>(in, parts.home, row, lse, its.top, in_doubt, at, within, own, mean))
-      end_aligned<LANES, VECTORS, true>(in, parts, row, chunk, scratch);
+    merge_at_home<VECTORS>(in, parts.home, row, lse, at, within, own, mean);
   } else {
     float* const out = static_cast<float*>(out_of(in, index).data) + from;
 #pragma unroll

@@ -383,6 +383,12 @@ struct ProductsPieces {
   }
 };
 
+// A row from parts that are weighed by exact scores. risen: by how much the heaviest reference of its list is
+// above the weight that the products gave it, in units of log 2.
+struct AlignedRow {
+  PartRow all;
+  double risen;
+};
 template <int WARPS>
 struct AlignedMemory {
   double exact[PRODUCTS_TIES], shares[PRODUCTS_TIES];  // scores, and what warps have of them
@@ -392,11 +398,12 @@ struct AlignedMemory {
 // them all the others in its place beside other parts. By all threads of a block: this one has the elements
 // `at`, from `offset` on. memory: shared.
 template <typename T, int WARPS, int VECTORS, typename Wait>
-__device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowState& row,
-                                                 const ProductsParts& parts, const ProductsRow& left,
-                                                 double shift, const Wait& wait, AlignedMemory<WARPS>& memory,
-                                                 int offset, const int (&at)[VECTORS],
-                                                 const bool (&within)[VECTORS], double (&sum)[VECTORS][4]) {
+__device__ __forceinline__ AlignedRow merge_aligned(const Inputs& in, const RowState& row,
+                                                    const ProductsParts& parts, const ProductsRow& left,
+                                                    double shift, const Wait& wait,
+                                                    AlignedMemory<WARPS>& memory, int offset,
+                                                    const int (&at)[VECTORS], const bool (&within)[VECTORS],
+                                                    double (&sum)[VECTORS][4]) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const ProductsPieces pieces{in, parts, left, row.index};
   const int count = left.to - left.from;
@@ -405,6 +412,7 @@ __device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowStat
 #pragma unroll 1
   for (int j = 0; j < count; ++j) most = fmax(most, pieces.part(j).log2_weight);
   PartRow all{-INFINITY, 0, 0, 0, 0, 0};
+  double risen = 0;
 #pragma unroll 1
   for (int j = -1; j < count; ++j) {
     const PartRow part = pieces.part(j);
@@ -432,6 +440,7 @@ __device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowStat
       const double given = ties[i].log2_weight;
       if (given > heaviest) heaviest = given, aligned = part.log2_weight + (exact[i] - given);
     }
+    if (part.log2_weight == most) risen = aligned - most;
     double total = part.total;
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
@@ -464,7 +473,7 @@ __device__ __forceinline__ PartRow merge_aligned(const Inputs& in, const RowStat
         sum[v][k] = alone ? own[v][k] : fma(joined.by_first, sum[v][k], joined.by_second * own[v][k]);
     }
   }
-  return all;
+  return {all, risen};
 }
 
 // A row of another process, of which this block has the first part.
@@ -655,7 +664,9 @@ struct Products {
     uint2 x[CHUNKS][X_PARTS];  // of the column's row and part, or of both parts, split
     // Third parts: in columns of the first part those of the first of two chunks, else those of the second.
     uint2 third[THIRD ? CHUNKS / 2 : 1];
-    float unscale, half_alpha;  // of row t % ROWS: 1 / what x was multiplied by
+    // Of row t % ROWS: 1 / what x was multiplied by; alpha / 2, and what float32 drops of it: together that
+    // is alike for references of one size, but not for what is scored in float64.
+    float unscale, half_alpha, rest_alpha;
   };
 
   __device__ __forceinline__ static int thread() {
@@ -670,13 +681,13 @@ struct Products {
   // of each of two references read from all banks at once.
   __device__ __forceinline__ static int stored(int logical) { return (logical & 1) << 2 | logical >> 1; }
 
-  // x of the rows of the unit, split.
+  // x of the rows of the unit, split. rehearses: there is no segment yet, and none is looked at.
   __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<ROWS>& segment, int slot,
-                                                int slot_phase) const {
+                                                int slot_phase, bool rehearses) const {
     const int column = lane() >> 2, t = lane() & 3, part = FULL ? 0 : column >> 2;
     const int my_row = column / 2 % ROWS, split = column % 2;
-    const bool present = my_row < segment.count;
-    const int64_t index = segment.rows[present ? my_row : 0].index;
+    const bool present = !rehearses && my_row < segment.count;
+    const int64_t index = rehearses ? 0 : segment.rows[present ? my_row : 0].index;
     const float* const from =
         static_cast<const float*>(x_of(in, index).data) + index * in.d + offset + 8 * t + 2 * part;
     float2 x[CHUNKS][X_PARTS][2];
@@ -718,7 +729,7 @@ struct Products {
     square = all_lanes(square, sum);
     const bool leads = split == 0 && part == 0 && t == 0 && present;
     if (leads) shared().x_squares[slot & 1][my_row][warp()] = square;
-    if (segment.squares) {
+    if (!rehearses && segment.squares) {
       double exact = 0;
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
@@ -765,12 +776,13 @@ struct Products {
         mine.third[q / 2] = make_uint2(words[0], words[1]);
       }
     }
+    if (rehearses) return;
     wait_barrier(&shared().announced.told[slot], slot_phase);
     // Of the rows whose scores this lane will have.
     const int scored = lane() & (ROWS - 1);
     const RowState& row = segment.rows[min(scored, segment.count - 1)];
     mine.unscale = row.sign * __shfl_sync(0xffffffffu, 1 / scale, scored << 3);
-    mine.half_alpha = row.half_alpha;
+    mine.half_alpha = row.half_alpha, mine.rest_alpha = 0.5f * row.rest_alpha;
   }
 
   // Shares of the scores of eight references, to shared memory.
@@ -808,7 +820,7 @@ struct Products {
       if constexpr (THIRD) dot += t < 2 ? thirds[0][0] + thirds[1][1] : thirds[0][2] + thirds[1][3];
       dot += __shfl_xor_sync(0xffffffffu, dot, 2);
     }
-    const float share = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
+    const float share = fmaf(-mine.half_alpha, norm, fmaf(dot, mine.unscale, -mine.rest_alpha * norm));
     if (first && block == 0 && lane() == 0) shared().r_squares[slot & 1][warp()] = norm;
     if (t < rows) shared().scores[parity][t][8 * block + g][warp()] = share;
   }
@@ -1273,11 +1285,11 @@ struct Products {
     known.from_x = __fdividef(of.x_square, alpha * alpha), known.per_score = __fdividef(-2, alpha);
     known.most_apart = fmaxf(of.norm, elements), known.square = of.square, known.window = -1;
     const float scale = bits * per_bit * square_root(known.most_apart);
-    if (is_merged_later(row)) {
-      const bool in_doubt = part_in_doubt(row, CLUSTERED ? bits_of(row, of.square) : bits, per_bit);
-      known.wrong = in_doubt ? INFINITY : 0;
-      known.from_x = known.most_apart = 1, known.per_score = 0;
-      if (in_doubt) known.window = MOST_WINDOW;
+    if (in.partial && part_in_doubt(row, CLUSTERED ? bits_of(row, of.square) : bits, per_bit)) {
+      known.wrong = INFINITY, known.from_x = known.most_apart = 1, known.per_score = 0;
+      known.window = MOST_WINDOW;
+    } else if (is_merged_later(row)) {
+      known.wrong = 0;
     } else if (!is_beyond_doubt(scale)) {
       known.window = window_of(scale);
     }
@@ -1298,12 +1310,14 @@ struct Products {
     const float wrong = of.wrong * square_root(fminf(apart, of.most_apart));
     return CLUSTERED && of.wrong < INFINITY ? bits_of(row, of.square + of_cluster) * wrong : wrong;
   }
-  // A row that is merged with what others have of it, where nobody knows of doubt. References elsewhere may
-  // be so much nearer that these have no weight, and often two of these tie. So what counts is whether errors
-  // would show if references that have weight are about sigma / alpha apart.
+  // A row that is merged with what others have of it, where nobody knows of doubt.
   __device__ __forceinline__ bool is_merged_later(const RowState& row) const {
     return in.partial && !(PARTS && parts.home.merged && !is_of_another(in, row.index));
   }
+  // Of a row that has references elsewhere: those may be so much nearer that these have no weight, and often
+  // two of these tie. So what counts is whether errors would show if references that have weight are about
+  // sigma / alpha apart. All parts of a row answer alike, or nearly: what is scored exactly is not weighed
+  // beside what is not, since the errors of |r|^2 are all on one side, and alike for references of one size.
   __device__ __forceinline__ static bool part_in_doubt(const RowState& row, float bits, float per_bit) {
     constexpr float TIMES = 0.5f * (HELD <= 1024 ? 2.3f : 0.86f) * 0x1p-24f / SCORE_ERROR;
     return TIMES * bits * per_bit > 1e-6f * 2 * row.half_alpha * square_root(variances(row));
@@ -1554,7 +1568,8 @@ struct Products {
     for (int v = 0; v < VECTORS; ++v) at[v] = 4 * (thread() + v * THREADS), within[v] = at[v] < length;
     const auto wait = [] { barrier(); };
     const PartRow all = merge_aligned<T, WARPS>(in, row, parts, left, shift * row.per_square, wait, memory,
-                                                offset, at, within, sum);
+                                                offset, at, within, sum)
+                            .all;
     const double by = 1 / all.total;
     float* const to = static_cast<float*>(row.out) + index * in.d + offset;
 #pragma unroll
@@ -1649,14 +1664,24 @@ struct Products {
     int scores = 0, weights = 0;  // tiles so far, of which two are told apart
     bool awaits = PARTS && parts.home.awaits_x;
     if (PARTS && thread() == 0) shared().late = NO_ROW;
+    // While there is no segment, the code of a segment's beginning runs once for nothing: it is long, and where it
+    // has to come from memory, it would wait there behind the copies.
+    int rehearses = 1;
     for (;;) {
-      wait_barrier(&shared().announced.placed[slot], slot_phase);
+      asm volatile("" : "+r"(rehearses));  // one code for both
       const Segment<ROWS>& segment = shared().announced.segments[slot];
-      if (segment.flags & SEGMENT_LIST_DONE) break;
-      if (PARTS && awaits && has_rows_of_another(segment)) await_rows(in, parts.home), awaits = false;
+      if (!rehearses) {
+        wait_barrier(&shared().announced.placed[slot], slot_phase);
+        if (segment.flags & SEGMENT_LIST_DONE) break;
+      }
+      if (PARTS && !rehearses && awaits && has_rows_of_another(segment)) await_rows(in, parts.home), awaits = false;
       const int rows = segment.count, references = segment.references;
       Mine mine;
-      begin_segment(mine, segment, slot, slot_phase);
+      begin_segment(mine, segment, slot, slot_phase, rehearses);
+      if (rehearses) {
+        rehearses = 0;
+        continue;
+      }
       int to_score = references, to_add = references;  // references left
 #pragma unroll 1
       while (to_add > 0) {  // scores are a tile ahead
