@@ -96,8 +96,8 @@ py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool 
 // What the teams of a kernel read of a list of units, as Ranges has it: (team, unit, from, to, last) by
 // tiles, and for the units that several have the first and the last team that they are told.
 template <bool DEAL>
-py::tuple share_units(const std::vector<int64_t>& tiles, const std::vector<int>& rows, int together,
-                      const svel::UnitCosts& costs, int64_t teams) {
+py::tuple share_units(const std::vector<int>& tiles, const std::vector<int>& rows, int together,
+                      const svel::UnitCosts& costs, int teams) {
   const size_t n = tiles.size();
   std::vector<svel::Unit> units(n);
   std::vector<int64_t> begins(n + 1, 0);
@@ -115,7 +115,7 @@ py::tuple share_units(const std::vector<int64_t>& tiles, const std::vector<int>&
   const auto find = [&](int64_t at) {
     return static_cast<int>(std::upper_bound(begins.begin(), begins.end(), at) - begins.begin()) - 1;
   };
-  for (int64_t team = 0; team < teams; ++team) {
+  for (int team = 0; team < teams; ++team) {
     svel::walk_units<DEAL>(list, teams, team, find, [&](const svel::UnitShare& share, const auto& ranges) {
       shares.append(py::make_tuple(team, share.number, share.from, share.to, share.last));
       if (share.to - share.from == tiles[share.number]) return;  // the kernels do not ask then
@@ -125,8 +125,8 @@ py::tuple share_units(const std::vector<int64_t>& tiles, const std::vector<int>&
   return py::make_tuple(shares, told);
 }
 
-py::tuple unit_shares(const std::vector<int64_t>& tiles, const std::vector<int>& rows, int together, int two,
-                      int four, int row, int unit, bool deal, int64_t teams) {
+py::tuple unit_shares(const std::vector<int>& tiles, const std::vector<int>& rows, int together, int two,
+                      int four, int row, int unit, bool deal, int teams) {
   if (tiles.size() != rows.size()) throw py::value_error("unit_shares: expected as many rows as tiles");
   const svel::UnitCosts costs{two, four, row, unit, deal};
   return deal ? share_units<true>(tiles, rows, together, costs, teams)

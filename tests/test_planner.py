@@ -209,6 +209,19 @@ def test_class_banks_of_two_bytes_are_on_the_matrix_units(d, refs_dtype):
 
 
 @pytest.mark.parametrize("device", ["h100", "h200"])
+@pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_two_blocks_share_a_multiprocessor_where_samples_are_short(device, refs_dtype):
+    limits = info.DEVICES[device]
+    for n, d, k in itertools.product((9, 256, 257, 2048), (520, 1024), (10, 1001, 1024)):
+        plan = info.plan(n, 256, d, k, refs_dtype=refs_dtype, device=device)
+        assert plan["products"]
+        assert plan["blocks"] == 2 * limits.sm_count
+        assert 2 * (plan["smem_bytes"] + 1024) <= limits.smem_limit + 1024
+        assert 2 * plan["threads"] * 80 <= 65_536  # registers
+    assert info.plan(256, 256, 2048, 1001, device=device)["blocks"] == limits.sm_count
+
+
+@pytest.mark.parametrize("device", ["h100", "h200"])
 @pytest.mark.parametrize(("n", "d", "blocks"), [(256, 8192, 2), (256, 16_384, 4), (256, 32_768, 8)])
 def test_samples_of_more_elements_than_a_block_holds_have_clusters(n, d, blocks, device):
     plan = info.plan(n, 256, d, 101, device=device)

@@ -47,7 +47,9 @@ constexpr int MAX_STAGES = 4;
 // elements a cluster of eight is not the best: 15 of them fit, rows are cut into parts, and their merge is
 // the end of all. Measured on an H200, 8 x 16 x 256 x 65,536: 110 us, with 8 teams of 16 blocks over the
 // grid 86. On the matrix units (bulk_products.cuh) a block has up to 4,096 elements, longer samples a
-// cluster, two rows a pass.
+// cluster, two rows a pass; up to 1,024 elements two blocks of `group` threads share a multiprocessor, since
+// a tile there waits for its scores, its weights and its sums in turn, not for memory (514508b: H100, 256 x
+// 1,001 x 256 x 1,024 71.5 to 65.0 us, from t = 0.6 on 58.4 to 55.3).
 struct BulkTile {
   int refs_size;
   int group, elements, tile_refs;
@@ -59,7 +61,7 @@ struct BulkTile {
 
 constexpr BulkTile BULK_TILES[] = {
     {0, 32, 16, 2, 512, "D <= 512: sixteen groups of one warp"},
-    {2, 512, 2, 16, 1024, "16 bits, D <= 1,024: matrix units, tiles of sixteen references"},
+    {2, 256, 4, 8, 1024, "16 bits, D <= 1,024: matrix units, two blocks to a multiprocessor"},
     {0, 64, 16, 2, 1024, "D <= 1,024: eight groups of two warps"},
     {2, 512, 4, 16, 2048, "16 bits, D <= 2,048: matrix units, tiles of sixteen references"},
     {2, 512, 8, 8, 4096, "16 bits, D <= 4,096: matrix units, tiles of eight references"},
@@ -146,8 +148,8 @@ bool deals_units(const Problem& p, const BulkTile& tile, int rows, bool own_list
 
 // On the matrix units: four where one block holds them, of float16, and there are many. On an H100, 2,048 x
 // 1,001 x 256 x 4,096: 880 us with two, 740 with four, 1,024 rows 516 and 493. On an H200 256 rows of 10 and
-// of 100 classes 85 to 66 and 102 to 89; with D 1,024, where a tile waits for its weights rather than for
-// memory, 47 to 42 and 52 to 55, 2,048 rows of 1,001 classes 250 to 209, 512 rows 92 to 97.
+// of 100 classes 85 to 66 and 102 to 89; with D 1,024, one block to a multiprocessor, 47 to 42 and 52 to 55,
+// 2,048 rows of 1,001 classes 250 to 209, 512 rows 92 to 97.
 //
 // Such units take 6 to 10 us more to begin and to end, and save reading a class again, which pays where rows
 // have many bytes and few classes. On an H100, 256 rows, 4,096 elements: 301 classes of 256 154 to 147 us,
@@ -163,7 +165,7 @@ int products_rows(const Problem& p, bool own_list, int64_t slices, int64_t teams
   const bool heavy = p.d > 1024 && p.n > WARP_LIST_ROWS && bytes >= MANY_ROWS_BYTES &&
                      bytes >= MANY_ROWS_CLASS_BYTES * groups(p);
   const bool many = p.d > 1024 ? !own_list || each >= 2 : each >= (own_list ? 8 : 2);
-  return heavy || (many && p.n >= teams) ? PRODUCTS_MANY_ROWS : PRODUCTS_ROWS;
+  return heavy || (many && p.n >= std::min<int64_t>(teams, p.sm_count)) ? PRODUCTS_MANY_ROWS : PRODUCTS_ROWS;
 }
 
 // Measured on an H100, 256 rows x 1,001 classes x 256 x 4,096: 173 us, where groups of warps take 207, with
@@ -187,12 +189,14 @@ bool plan_bulk(const Problem& p, Plan& plan) {
                   slices = products ? products_slices(least) : best_slices(least, p.sm_count),
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
     if (slices > std::min(p.sm_count, BULK_MOST_SLICES)) continue;
+    if (groups(p) * ceil_div(p.m, tile.tile_refs) >= int64_t{1} << 31) continue;  // tiles of a unit are ints
     plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS && p.m < int64_t{1} << 31 &&
                     !(products && p.shared_rows);  // the launch that makes it hears of other processes' rows
     const int64_t stage =
         products ? tile.tile_refs * products_ref_bytes(held) : tile.tile_refs * slice * p.refs_size;
     const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
-    const int64_t teams = std::max<int64_t>(1, std::min(p.sm_count / slices, units));
+    const int64_t resident = products ? products_resident(tile.group) : 1;
+    const int64_t teams = std::max<int64_t>(1, std::min(resident * p.sm_count / slices, units));
     int rows = products      ? products_rows(p, plan.own_list, slices, teams)
                : slices == 1 ? std::min(GROUPS_CONSUMERS / tile.group, GROUPS_MOST_ROWS)
                              : 1;
@@ -202,17 +206,18 @@ bool plan_bulk(const Problem& p, Plan& plan) {
                                            : BULK_FIXED_SMEM;
       return shared + (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
     };
-    const int64_t most_stages = products      ? products_stages(tile.tile_refs * tile.elements)
+    const int64_t most_stages = products      ? products_stages(tile.group, tile.tile_refs * tile.elements)
                                 : slices == 1 ? GROUPS_MAX_STAGES
                                               : BULK_MAX_STAGES;
-    if (products && fixed_beside(rows) + most_stages * stage > p.smem_limit) rows = PRODUCTS_ROWS;
+    const int64_t room = (p.smem_limit + 1024) / resident - 1024;  // the system has a KB of each block
+    if (products && fixed_beside(rows) + most_stages * stage > room) rows = PRODUCTS_ROWS;
     const int64_t fixed = fixed_beside(rows);
-    int64_t stages = std::min<int64_t>(most_stages, (p.smem_limit - fixed) / stage);
+    int64_t stages = std::min<int64_t>(most_stages, (room - fixed) / stage);
     if (products && (stages < most_stages || !serves_products(p))) continue;
     if (slices == 1 && !products) stages -= stages % (GROUPS_CONSUMERS / tile.group);  // see bulk_groups.cuh
     if (stages < (slices == 1 || products ? 3 : BULK_LAG + 2)) return false;
     plan.kernel = "bulk";
-    plan.threads = GROUPS_CONSUMERS + BULK_PRODUCERS;
+    plan.threads = (products ? tile.group : GROUPS_CONSUMERS) + BULK_PRODUCERS;
     plan.group = tile.group;
     plan.tile_rows = rows;
     plan.in_flight = static_cast<int>(std::clamp<int64_t>(BULK_IN_FLIGHT / stage, 2, stages));
@@ -240,9 +245,11 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.rows_per_pass = p.n;
     plan.refs_per_pass = groups(p) * p.m;
     plan.smem_bytes = fixed + std::max({stages * stage, SETTLE_SMEM, plan.own_list ? LIST_SCRATCH_SMEM : 0});
-    const int64_t of_rows = products ? 64 + (p.shared_rows ? 4 * p.d : 0) : 8 * slices;
-    plan.workspace_bytes = unit_list_bytes(p.n, groups(p)) + of_rows * p.n + 4096 +
-                           plan.blocks * (plan.tile_rows * ((products ? 4 : 16) * slice + 512) + 8 * slice);
+    const int64_t of_ties = products ? int64_t{products_ties(p.n)} * PRODUCTS_TIE_BYTES : 0;
+    const int64_t of_rows = products ? 64 + of_ties + (p.shared_rows ? 4 * p.d : 0) : 8 * slices;
+    plan.workspace_bytes =
+        unit_list_bytes(p.n, groups(p)) + of_rows * p.n + 4096 +
+        plan.blocks * (plan.tile_rows * ((products ? 4 : 16) * slice + 512 + of_ties) + 8 * slice);
     plan.reason = tile.reason;
     return true;
   }

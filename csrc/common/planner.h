@@ -86,15 +86,24 @@ constexpr int64_t LIST_SCRATCH_SMEM = 18432;  // where the stages are, before th
 constexpr int64_t SETTLE_SMEM = 29056;        // the same, after the last ones (bulk_settle.cuh)
 // Where one block holds a sample: threads that compute, in groups; most rows of a unit; barriers.
 constexpr int GROUPS_CONSUMERS = 512, GROUPS_MOST_ROWS = 4, GROUPS_MAX_STAGES = 64;
-constexpr int PRODUCTS_ROWS = 2, PRODUCTS_MANY_ROWS = 4;  // of a unit
-constexpr int PRODUCTS_MOST_BLOCKS = 8;                   // that share a sample
-// Tiles in the ring, of so many KB: 192 KB together.
-constexpr int products_stages(int kilobytes) {
-  return 192 / kilobytes;
+constexpr int PRODUCTS_ROWS = 2, PRODUCTS_MANY_ROWS = 4;    // of a unit
+constexpr int PRODUCTS_MOST_BLOCKS = 8;                     // that share a sample
+constexpr int PRODUCTS_TIES = 64, PRODUCTS_TIE_BYTES = 16;  // references that a part may list
+constexpr int products_ties(int64_t rows) {  // there in memory, beside what rows themselves take
+  return rows <= int64_t{1} << 15 ? PRODUCTS_TIES : 32;
+}
+// Blocks with so many threads that compute that share a multiprocessor.
+constexpr int products_resident(int consumers) {
+  return GROUPS_CONSUMERS / consumers;
+}
+// Tiles in the ring of such a block: 192 KB together, 80 where two blocks share a multiprocessor. elements:
+// of a tile, for each thread.
+constexpr int products_stages(int consumers, int elements) {
+  return (products_resident(consumers) == 1 ? 192 : 160) / elements;
 }
 // Beside the stages of bulk_products.cuh: barriers, shares of scores.
 constexpr int64_t products_smem(int tile_refs, int64_t slices, int rows) {
-  return 3200 + 1856 * rows + (160 * rows + 32) * tile_refs +
+  return 512 + 2240 * rows + (152 * rows + 64) * tile_refs +
          (slices > 1 ? slices * (96 + 32 * tile_refs) + 64 : 0);
 }
 // Of a reference there: apart by 16 bytes more than a multiple of 128, so that eight of them meet all banks.

@@ -72,6 +72,15 @@ __global__ void zero_kernel(int* arrived, int64_t counts) {
 constexpr int END_THREADS = 128, END_FEW_BLOCKS = 4, END_BLOCKS = 1024 / END_THREADS;
 constexpr unsigned WARP = 0xffffffffu;
 
+// What a row's parts weigh beside the heaviest. Each warp finds that for itself, the first part and NEAR
+// others by a lane for each; the weights of those beyond are in shared memory.
+constexpr int NEAR = 31;
+struct RowWeights {
+  double top, total;    // log2_weight of the heaviest; sum over all that they hold
+  double mine, source;  // of the lane's part; of the row's source
+  float wrong;          // the largest PartRow::scale that the lane knows of
+};
+
 // The results of an own row over the elements `at`, from its mean over this part and those that the others
 // have left in the mailbox, when these are there. All threads.
 template <int VECTORS>
@@ -139,7 +148,28 @@ struct EndingRow {
   __device__ __forceinline__ double2 weights(int j) const {  // log2_weight, total
     return __ldcg(reinterpret_cast<const double2*>(&parts.others[place(j)].log2_weight));
   }
+  __device__ __forceinline__ float scale(int j) const { return __ldcg(&parts.others[place(j)].scale); }
   __device__ __forceinline__ const float* sums(int j) const { return parts.sums + place(j) * d; }
+
+  // Whether it shows that the row's weights are wrong. By whole warps. far: weights beyond NEAR.
+  __device__ __forceinline__ bool in_doubt(const RowWeights& its, const double* far) const {
+    const double all = its.total;  // mostly there is not much beside the best
+    const bool clear = its.wrong * fmaxf(static_cast<float>(all - 1), 0) <=
+                       PRODUCTS_MOST_ERROR * static_cast<float>(all);  // not of infinite errors
+    if (__builtin_expect(__all_sync(WARP, clear), 1)) return false;
+    Equals best;
+#pragma unroll 1
+    for (int j = static_cast<int>(threadIdx.x) % 32 - 1; j < others; j += 32) {
+      if ((j < NEAR ? its.mine : far[j]) != 1) continue;
+      const PartRow part = j < 0 ? left.own : load_part(parts.others + place(j));
+      best.add(part.lead, part.print);
+    }
+    const unsigned those = __ballot_sync(WARP, best.count > 0);
+    const int print = __shfl_sync(WARP, best.print, __ffs(those) - 1);
+    int equals = __reduce_add_sync(WARP, best.print == print ? best.count : 0);
+    if (its.source == 1) equals = max(equals, 1);
+    return __any_sync(WARP, is_doubtful(its.wrong, all, equals));
+  }
 };
 
 // The score of a row's source, in units of log 2, by all threads.
@@ -158,26 +188,19 @@ __device__ __forceinline__ double score_of_source(const Inputs& in, int64_t inde
   return LOG2_E * block_sum<double>(score, scratch);
 }
 
-// What a row's parts weigh beside the heaviest. Each warp finds that for itself, the first part and NEAR
-// others by a lane for each; the weights of those beyond are in shared memory.
-constexpr int NEAR = 31;
-struct RowWeights {
-  double top, total;    // log2_weight of the heaviest; sum over all that they hold
-  double mine, source;  // of the lane's part; of the row's source
-};
-
 template <bool SOURCE>
 __device__ __forceinline__ RowWeights weigh_parts(const Inputs& in, int64_t index, const EndingRow& row,
                                                   double* far, double* scratch) {
   const PartRow& first = row.left.own;
-  if (row.others < 0) return {first.log2_weight, NAN, 1, 0};
-  if (!SOURCE && row.others == 0) return {first.log2_weight, first.total, 1, 0};
+  if (row.others < 0) return {first.log2_weight, NAN, 1, 0, 0};
+  if (!SOURCE && row.others == 0) return {first.log2_weight, first.total, 1, 0, first.scale};
   const int part = static_cast<int>(threadIdx.x) % 32 - 1;
   double2 mine = make_double2(-INFINITY, 0);
+  float wrong = 0;
   if (part < 0) {
-    mine = make_double2(first.log2_weight, first.total);
+    mine = make_double2(first.log2_weight, first.total), wrong = first.scale;
   } else if (part < row.others) {
-    mine = row.weights(part);
+    mine = row.weights(part), wrong = row.scale(part);
   }
   const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
   double top = mine.x, source = 0;
@@ -195,12 +218,12 @@ __device__ __forceinline__ RowWeights weigh_parts(const Inputs& in, int64_t inde
   for (int j = NEAR + 1 + part; j < row.others; j += 32) {
     const double2 its = row.weights(j);
     far[j] = power(its.x - top);
-    total = fma(far[j], its.y, total);
+    total = fma(far[j], its.y, total), wrong = fmaxf(wrong, row.scale(j));
   }
 #pragma unroll 1
   for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(WARP, total, hop);
   if constexpr (SOURCE) source = power(source - top), total += source;
-  return {top, total, weight, source};
+  return {top, total, weight, source, wrong};
 }
 
 // Four elements of a row's sum over its parts.
@@ -249,6 +272,81 @@ __host__ __device__ __forceinline__ unsigned chunks_of_row(const Inputs& in) {
   return ceil_div(static_cast<unsigned>(in.d), 4u * LANES * VECTORS);
 }
 
+// The same for a row whose weights would show that they are wrong: see merge_aligned. Each block that has
+// some of the row's elements does that for itself; few rows are such, and of few references. wrong: see
+// RowWeights; where it is finite, other processes have the row by inexact scores, and beside these it stays
+// at their level.
+template <int LANES, int VECTORS, bool MERGES>
+__device__ __noinline__ void end_aligned(const Inputs& in, const ProductsParts& parts, unsigned number,
+                                         unsigned chunk, float wrong, double* scratch) {
+  constexpr int WARPS = END_THREADS / 32;
+  __shared__ AlignedMemory<WARPS> memory;
+  const int64_t index = number + in.part * in.rows_each;
+  const ProductsRow left = parts.rows[index];
+  RowState row;
+  name_row(in, index, row);
+  set_row(in, index, row);
+  const float* const x = static_cast<const float*>(row.x) + index * in.d;
+  double shift = 0;
+  __syncthreads();  // what is shared is read
+  if (in.lse.data || in.labels[index] < 0) {
+    for (int64_t e = threadIdx.x; e < in.d; e += END_THREADS)
+      shift = fma(static_cast<double>(x[e]), static_cast<double>(x[e]), shift);
+    shift = row.per_square * block_sum<double>(shift, scratch);
+  }
+  int at[VECTORS];
+  bool within[VECTORS];
+  double sum[VECTORS][4] = {};
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) {
+    at[v] = static_cast<int>(4 * ((chunk * VECTORS + v) * LANES + threadIdx.x));
+    within[v] = static_cast<int>(threadIdx.x) < LANES && at[v] < in.d;
+  }
+  const auto wait = [] { __syncthreads(); };
+  const AlignedRow aligned =
+      in.refs.dtype == Dtype::f16
+          ? merge_aligned<__half, WARPS>(in, row, parts, left, shift, wait, memory, 0, at, within, sum)
+          : merge_aligned<__nv_bfloat16, WARPS>(in, row, parts, left, shift, wait, memory, 0, at, within,
+                                                sum);
+  PartRow all = aligned.all;
+  if (MERGES && !__syncthreads_or(wrong == INFINITY)) all.log2_weight -= aligned.risen;
+  if (in.source.data) {
+    const float* const source = static_cast<const float*>(in.source.data) + index * in.d;
+    const Joined joined = join(all, {score_of_source(in, index, scratch), 1, 0, 0, 0, 0});
+    all = joined.all;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      for (int k = 0; k < 4; ++k) {
+        if (within[v]) sum[v][k] = fma(joined.by_first, sum[v][k], joined.by_second * source[at[v] + k]);
+      }
+    }
+  }
+  const double by = (MERGES ? 1 : left.b) / all.total;
+  if constexpr (MERGES) {
+    float4 mine[VECTORS], mean[VECTORS];
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      mine[v] = make_float4(0, 0, 0, 0);
+      if (within[v])
+        mine[v] = *reinterpret_cast<const float4*>(parts.home.x + int64_t{number} * in.d + at[v]);
+      mean[v] = make_float4(static_cast<float>(by * sum[v][0]), static_cast<float>(by * sum[v][1]),
+                            static_cast<float>(by * sum[v][2]), static_cast<float>(by * sum[v][3]));
+    }
+    merge_at_home<VECTORS>(in, parts.home, number, lse_of_row(in, all), at, within, mine, mean);
+  } else {
+    float* const to = static_cast<float*>(out_of(in, index).data) + index * in.d;
+    const double a = in.mailboxes ? 0 : left.a;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      for (int k = 0; k < 4; ++k) {
+        if (within[v])
+          to[at[v] + k] = static_cast<float>(fma(a, static_cast<double>(x[at[v] + k]), by * sum[v][k]));
+      }
+    }
+    if (in.lse.data && chunk == 0 && threadIdx.x == 0) write_lse(in, index, all);
+  }
+}
+
 // A row's result over VECTORS times 4 LANES of D from what products_kernel has left. The threads of a block
 // take LANES by LANES shares of the parts. MERGES: the result is over the parts of all processes. WAITED: for
 // products_kernel, else that comes here, after what does not depend on it. What comes while the parts are
@@ -264,6 +362,7 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
   extern __shared__ double weights[];                           // (blocks,) of the row's other parts
   __shared__ double scratch[33];
   __shared__ Parked x, first, early;  // early: of the first part that a thread adds
+  __shared__ float4 of_row;           // ProductsRow::a, b
   const int64_t index = row + in.part * in.rows_each, from = index * in.d;
   const int d = static_cast<int>(in.d), tid = static_cast<int>(threadIdx.x);
   const int lane = SHARES > 1 ? tid % LANES : tid, share = SHARES > 1 ? tid / LANES : 0;
@@ -288,6 +387,7 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
   }
   if (!WAITED) wait_for_previous_launch();
   if (share == 0) park(first, parts.firsts + from);
+  if (!MERGES) copy_async(&of_row, reinterpret_cast<const float*>(&parts.rows[index].a));
   const ProductsRow left = parts.rows[index];
   const EndingRow ending{parts, left, left.to - left.from, d};
   const int others = ending.others;
@@ -302,6 +402,8 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
   if (others > NEAR) __syncthreads();
   FourSums<Sum> sum[VECTORS];
   wait_copies();
+  if (ending.in_doubt(its, weights))
+    return end_aligned<LANES, VECTORS, MERGES>(in, parts, row, chunk, its.wrong, scratch);
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     if (within[v] && share == 0) sum[v].add(by_first, first[v][tid]);
@@ -332,8 +434,9 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
         sum[v].add(static_cast<Sum>(its.source), *reinterpret_cast<const float4*>(source + at[v]));
     }
   }
-  const double by = (MERGES ? 1 : left.b) / its.total;
-  const PartRow all{its.top, its.total, 0, 0};
+  const double2 out_by = reinterpret_cast<const double2&>(of_row);
+  const double by = (MERGES ? 1 : out_by.y) / its.total;
+  const PartRow all{its.top, its.total, 0, 0, 0, 0};
   if constexpr (MERGES) {
     const double lse = others < 0 ? lse_of_nothing(in, index) : lse_of_row(in, all);
     float4 own[VECTORS], mean[VECTORS];
@@ -345,7 +448,7 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
       if (within[v] && share == 0)
-        *reinterpret_cast<float4*>(out + at[v]) = sum[v].result(left.a, x[v][tid], by);
+        *reinterpret_cast<float4*>(out + at[v]) = sum[v].result(out_by.x, x[v][tid], by);
     }
     if (in.lse.data && chunk == 0 && tid == 0) write_lse(in, index, all);
   }
@@ -381,9 +484,9 @@ __global__ void __launch_bounds__(END_THREADS, END_BLOCKS)
 
 template <int LANES, int VECTORS>
 bool launch_end_if(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
-                   cudaStream_t stream) {
+                   int64_t multiprocessors, cudaStream_t stream) {
   const int64_t grid = (in.mailboxes ? in.rows_each : in.n) * chunks_of_row<LANES, VECTORS>(in);
-  if (LANES < END_THREADS && (grid > END_FEW_BLOCKS * blocks || parts.home.merged)) return false;
+  if (LANES < END_THREADS && (grid > END_FEW_BLOCKS * multiprocessors || parts.home.merged)) return false;
   constexpr bool MERGES = LANES == END_THREADS;
   const auto kernel = parts.home.merged ? end_kernel<LANES, VECTORS, MERGES, false>  // have no source
                       : in.source.data  ? end_kernel<LANES, VECTORS, false, true>
@@ -401,15 +504,16 @@ bool has_short_list(int64_t n, int64_t k, int64_t m) {
 
 // Few rows have many parts each.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
-                  cudaStream_t stream) {
+                  int64_t multiprocessors, cudaStream_t stream) {
   if (parts.ends) {
     launch_following(op, true, end_open_kernel<END_THREADS, 2>,
-                     dim3(static_cast<unsigned>(END_BLOCKS * blocks)), END_THREADS, blocks * sizeof(double),
-                     stream, in, parts);
+                     dim3(static_cast<unsigned>(END_BLOCKS * multiprocessors)), END_THREADS,
+                     blocks * sizeof(double), stream, in, parts);
     return;
   }
-  launch_end_if<8, 1>(op, in, parts, blocks, stream) || launch_end_if<32, 1>(op, in, parts, blocks, stream) ||
-      launch_end_if<END_THREADS, 2>(op, in, parts, blocks, stream);
+  launch_end_if<8, 1>(op, in, parts, blocks, multiprocessors, stream) ||
+      launch_end_if<32, 1>(op, in, parts, blocks, multiprocessors, stream) ||
+      launch_end_if<END_THREADS, 2>(op, in, parts, blocks, multiprocessors, stream);
 }
 
 void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int* arrived, int64_t counts,

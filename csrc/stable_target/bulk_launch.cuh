@@ -19,7 +19,7 @@ void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t st
 
 // From what products_kernel has left of the rows to their results.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
-                  cudaStream_t stream);
+                  int64_t multiprocessors, cudaStream_t stream);
 
 struct BulkLaunch {
   const char* op;
@@ -71,28 +71,29 @@ struct Launch : BulkLaunch {
     return true;
   }
 
-  template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED>
+  template <typename T, int CONSUMERS, int CHUNKS, int BLOCKS, bool CLUSTERED>
   bool run_products_if() const {
-    using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED, true, PRODUCTS_ROWS>;
+    using Kernel = Products<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, true, PRODUCTS_ROWS>;
     constexpr int LEAST = CLUSTERED ? 2 : 1;
     static_assert(Kernel::fixed_bytes(LEAST) <= products_smem(Kernel::TR, LEAST, PRODUCTS_ROWS),
                   "the planner reserves less");
     if (in.refs.dtype != DtypeOf<T>::value || !plan.products || plan.tile_d != Kernel::HELD ||
-        plan.tile_refs != Kernel::TR || (plan.slices > 1) != CLUSTERED)
+        plan.group != CONSUMERS || plan.tile_refs != Kernel::TR || (plan.slices > 1) != CLUSTERED)
       return false;
-    auto kernel = in.mailboxes ? products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, true, false, PRODUCTS_ROWS>
-                               : products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false, false, PRODUCTS_ROWS>;
+    auto kernel = in.mailboxes
+                      ? products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, true, false, PRODUCTS_ROWS>
+                      : products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, false, PRODUCTS_ROWS>;
     constexpr bool FOUR = !CLUSTERED && Split<T>::PARTS == 2;
     if constexpr (FOUR) {
-      using Many = Products<T, CHUNKS, BLOCKS, CLUSTERED, false, PRODUCTS_MANY_ROWS>;
+      using Many = Products<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, PRODUCTS_MANY_ROWS>;
       static_assert(Many::fixed_bytes(LEAST) <= products_smem(Kernel::TR, LEAST, PRODUCTS_MANY_ROWS),
                     "the planner reserves less");
       if (plan.tile_rows == PRODUCTS_MANY_ROWS)
-        kernel = products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false, true, PRODUCTS_MANY_ROWS>;
+        kernel = products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, true, PRODUCTS_MANY_ROWS>;
     }
-    if constexpr (!FOUR || CHUNKS == 2) {  // others are dealt out four rows at a time
+    if constexpr (!FOUR || Kernel::HELD <= 1024) {  // others are dealt out four rows at a time
       if (plan.costs.deal && plan.tile_rows == PRODUCTS_ROWS)
-        kernel = products_kernel<T, CHUNKS, BLOCKS, CLUSTERED, false, true, PRODUCTS_ROWS>;
+        kernel = products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, true, PRODUCTS_ROWS>;
     }
     int64_t teams = plan.blocks / plan.slices;
     if (CLUSTERED) teams = std::min<int64_t>(teams, resident_teams(kernel));
@@ -104,7 +105,8 @@ struct Launch : BulkLaunch {
     parts.ends = plan.tile_rows > PRODUCTS_ROWS && !in.source.data && !in.lse.data;
     parts.others = carver.take<PartRow>(teams * plan.tile_rows);
     parts.sums = carver.take<float>(teams * plan.tile_rows * in.d);
-    parts.reviewed = carver.take<float>(teams * in.d);
+    parts.listed = products_ties(in.n);
+    parts.ties = carver.take<ProductsTie>((in.n + teams * plan.tile_rows) * parts.listed);
     parts.firsts = in.mailboxes ? carver.take<float>(in.n * in.d) : static_cast<float*>(in.out.data);
     const int64_t shared = in.mailboxes ? teams * plan.slices : 0;
     if (in.at_home) parts.home = *in.at_home;
@@ -118,7 +120,7 @@ struct Launch : BulkLaunch {
     } else {
       run_in_blocks(kernel, !plan.own_list, list, parts, layout);
     }
-    end_products(op, in, parts, teams, stream);
+    end_products(op, in, parts, teams, teams / Kernel::RESIDENT, stream);
     return true;
   }
 
@@ -169,8 +171,8 @@ struct Launch : BulkLaunch {
     check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(plan.smem_bytes)));
-    launch_following(op, after_ours, kernel, dim3(static_cast<unsigned>(plan.blocks)),
-                     GROUPS_CONSUMERS + BULK_PRODUCERS, plan.smem_bytes, stream, in, list, parts, layout);
+    launch_following(op, after_ours, kernel, dim3(static_cast<unsigned>(plan.blocks)), plan.threads,
+                     plan.smem_bytes, stream, in, list, parts, layout);
   }
 
   // What rows in doubt want.
@@ -299,8 +301,8 @@ bool launch_tiles(const BulkLaunch& launch) {
                         at.run_groups_if<T, 128, 16, 2>() || at.run_groups_if<T, 256, 16, 2>();
   if (launched) return true;
   if constexpr (sizeof(T) == 2) {
-    if (at.run_products_if<T, 2, 2, false>() || at.run_products_if<T, 4, 2, false>() ||
-        at.run_products_if<T, 8, 1, false>() || at.run_products_if<T, 8, 1, true>())
+    if (at.run_products_if<T, 256, 4, 1, false>() || at.run_products_if<T, 512, 4, 2, false>() ||
+        at.run_products_if<T, 512, 8, 1, false>() || at.run_products_if<T, 512, 8, 1, true>())
       return true;
     return at.run_groups_if<T, 512, 16, 2>() || at.run_teams_if<T, 8, 4>() || at.run_teams_if<T, 16, 2>() ||
            at.run_teams_if<T, 32, 1>();

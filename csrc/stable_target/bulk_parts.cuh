@@ -20,6 +20,9 @@ struct alignas(16) PartRow {
   double log2_weight, total;  // sum of the weights
   float lead;                 // the largest of them
   float scale;                // the largest score, either way, in units of log 2
+  // Of bulk_products.cuh, where `lead` and `scale` are something else: references that it has listed, and
+  // what tells the best one from others with the same score.
+  int ties, print;
 };
 
 // What merge_kernel has to know of a row.
@@ -86,15 +89,19 @@ __device__ inline float power_of_two(double exponent) {
 // The tiles of one class, the one that has tile `from` of the unit.
 struct ClassTiles {
   int64_t first;       // of its references, among all k m; -1: it has none
-  int64_t count;       // valid references
-  int64_t begin, end;  // among the unit's tiles
+  int absent;          // references that its last tile lacks
+  int begin = 0, end;  // among the unit's tiles
 };
+template <int TR>
 __device__ __forceinline__ ClassTiles class_of(const Inputs& in, const UnitList& list, const Unit& unit,
-                                               int64_t from) {
-  if (unit.count == 0) return {-1, 0, 0, unit.tiles};
-  if (unit.group >= 0) return {unit.group * in.m, unit.count, 0, unit.tiles};
+                                               int from) {
+  static_assert((TR & (TR - 1)) == 0, "a power of two");
+  const auto absent = [](int64_t count) { return -static_cast<int>(count) & (TR - 1); };
+  if (unit.count == 0) return {-1, TR, 0, unit.tiles};
+  if (unit.group >= 0) return {unit.group * in.m, absent(unit.count), 0, unit.tiles};
   const int64_t group = find_prefix(list.group_tiles, 0, in.k, from);
-  return {group * in.m, valid_count(in, group), list.group_tiles[group], list.group_tiles[group + 1]};
+  return {group * in.m, absent(valid_count(in, group)), static_cast<int>(list.group_tiles[group]),
+          static_cast<int>(list.group_tiles[group + 1])};
 }
 
 // What a block keeps of a row in shared memory. The sign of x: see Row.
@@ -307,7 +314,7 @@ __device__ __forceinline__ bool place_first(const Inputs& in, const LaneUnit& un
 // first one.
 template <int TR, bool DEAL, int ROWS, typename MostTiles, typename KnowRow, typename Await>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
-                                         int64_t teams, int64_t team, Announcements<ROWS>& announced,
+                                         int teams, int team, Announcements<ROWS>& announced,
                                          const MostTiles& most_tiles, const KnowRow& know_row,
                                          const Await& await, int lane, bool begun = false) {
   int slot = 0, phase = 1;
@@ -315,20 +322,19 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
   walk_units<DEAL>(list, teams, team, find, [&](const UnitShare& share, const Ranges<DEAL>& ranges) {
     const Unit& unit = list.units[share.number];
     const int rows = unit.rows;
-    int64_t tile = share.from;
+    int tile = share.from;
     int begins = SEGMENT_PART_BEGIN;
     while (tile < share.to) {
-      const ClassTiles tiles = class_of(in, list, unit, tile);
-      const int64_t stop = min(tiles.end, share.to);
+      const ClassTiles tiles = class_of<TR>(in, list, unit, tile);
+      const int stop = min(tiles.end, share.to);
       while (tile < stop) {
-        const int count = static_cast<int>(min(stop - tile, int64_t{most_tiles(rows)}));
+        const int count = min(stop - tile, most_tiles(rows));
         if (!begun) await(&announced.done[slot], phase);
         Segment<ROWS>& segment = announced.segments[slot];
         if (lane == 0 && !begun) {
-          const int64_t before = (tile - tiles.begin) * TR;
-          segment.centre = tiles.first, segment.first = tiles.first + before;
+          segment.centre = tiles.first, segment.first = tiles.first + int64_t{tile - tiles.begin} * TR;
           segment.tiles = count;
-          segment.references = static_cast<int>(min(tiles.count - before, int64_t{count} * TR));
+          segment.references = count * TR - (tile + count == tiles.end ? tiles.absent : 0);
           segment.flags = begins | (share.from == 0 ? SEGMENT_UNIT_BEGIN : 0) |
                           (tile + count == share.to ? SEGMENT_PART_END : 0) |
                           (tile + count == unit.tiles ? SEGMENT_UNIT_END : 0) |
@@ -345,7 +351,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
         if (lane == 0) {
           if (!begun) arrive(&announced.placed[slot]);
           if (share.from == 0 && share.to == unit.tiles) {
-            segment.from = segment.to = static_cast<int>(team);
+            segment.from = segment.to = team;
           } else {
             ranges.teams_of(list, share.number, segment.from, segment.to);
           }
@@ -377,7 +383,7 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
 
 template <int TR, bool DEAL, int ROWS, typename MostTiles>
 __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list, const RowPlace& place,
-                                         int64_t teams, int64_t team, Announcements<ROWS>& announced,
+                                         int teams, int team, Announcements<ROWS>& announced,
                                          const MostTiles& most_tiles, int lane) {
   const auto know_row = [&](int64_t index, RowState& row) { set_row(in, index, row); };
   const auto await = [](Barrier* barrier, int phase) { wait_barrier(barrier, phase); };

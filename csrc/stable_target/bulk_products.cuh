@@ -1,6 +1,7 @@
 // One pass over the references of class banks on Hopper's matrix units, for references in float16 or
 // bfloat16. A multiprocessor has one thread block: one warp, the producer, brings references into a ring in
-// shared memory by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements. A tile
+// shared memory by bulk copies; sixteen warps share a sample, each with chunks of 32 of its elements (up to
+// 1,024 elements two blocks with eight such warps each, so that one works while the other waits). A tile
 // of eight references, or of eight times BLOCKS, is scored by all warps. One more warp adds up their shares
 // of the scores, runs the online softmax and hands weights back, with which they add the tile to the rows, if
 // there is anything to add; meanwhile they score the next tile. The list of units, the announcer and the
@@ -24,11 +25,14 @@
 //   -|x - alpha r_j|^2 / (2 sigma^2) = s_j - |x|^2 / (2 sigma^2).
 // References are exact in the matrix units; x is the sum of two values of float16 or of three of bfloat16,
 // and so are weights. The sums of the matrix units, which round towards zero, are over 64 elements or 8
-// references. Weights are 2^(s_j - top) with an integer `top` that is no smaller than any score.
+// references. Weights are relative to that of the best.
 //
-// That has the digits of float32 for values as large as x and r_j. Where that may show in a row, by an
-// estimate at the end of a segment, the references that may have weight are evaluated again, in float64
-// (`review`): one or a few, where references are far apart beside the noise, as they are at small t.
+// Sums of shares are of their differences from those of the best reference so far, which are small where they
+// matter. What is left has the digits of float32 for values as large as x and r_j, too few where references
+// that share the weight are far apart beside the noise, as at small t. So a part lists the references whose
+// weight may be wrong, by an estimate that another warp makes; where a row ends and finds that it would show,
+// they are scored again, in float64 (`merge_aligned`). Most rows have one reference with all the weight, and
+// need nothing.
 #pragma once
 
 #include <type_traits>
@@ -108,8 +112,17 @@ __device__ __forceinline__ float rest_of(float v) {
   return v - to_float(Split<T>::nearest(v));
 }
 
-// Of a thread: all together no more than at the launch, 96 for each.
-constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PRODUCER_REGISTERS = 64;
+// Of a thread: all together no more than at the launch, 96 for each, or 80 where two blocks share a
+// multiprocessor.
+constexpr int PRODUCTS_CONSUMER_REGISTERS = 104, PRODUCTS_PAIRED_REGISTERS = 88,
+              PRODUCTS_PRODUCER_REGISTERS = 64;
+
+// A reference among all k m, and the logarithm of the weight that it has been given; for `count` equal ones.
+struct ProductsTie {
+  double log2_weight;
+  int reference, count;
+};
+static_assert(sizeof(ProductsTie) == PRODUCTS_TIE_BYTES);
 
 // What the blocks, or clusters of them, leave of the rows. A row's sums are in `firsts` from the block where
 // its unit begins, in `sums` from those that follow.
@@ -118,6 +131,7 @@ struct ProductsRow {
   double a, b;   // out = a x + b mean
   int from, to;  // blocks that have parts of the row; none where it has nothing to read: to < from
   int row;       // of the unit
+  int next;      // that is sent late, see `send_late`
 };
 constexpr int ROW_HAS_ENDED = -2;  // to - from, where the result is there
 struct ProductsParts {
@@ -125,11 +139,13 @@ struct ProductsParts {
   PartRow* others;    // (blocks, rows of a unit at most)
   float* firsts;      // (n, D); the result itself, where it is of this process
   float* sums;        // (blocks, rows of a unit at most, D)
-  float* reviewed;    // (blocks, D) of one row, between the threads of a block
+  // (n + blocks times rows of a unit, listed) what parts have listed, the first ones and others.
+  ProductsTie* ties;
   // Of rows of several processes: (thread blocks,) zero at first, whether `others` and `sums` are there.
   int* ready;
   AtHome home;
   int unit_rows;  // of a unit at most
+  int listed;     // references of a part at most
   bool ends;      // rows of which one block has all end there
 };
 
@@ -140,8 +156,10 @@ struct ProductsLayout {
 };
 
 // Bytes of references that a block has on their way, in pieces, which are halves of a tile. That many keep
-// memory busy; behind more, rows and sums would wait for longer than the ring lasts.
-constexpr int PRODUCTS_IN_FLIGHT = 64 << 10;
+// memory busy; behind more, rows and sums would wait for longer than the ring lasts. Of two blocks that share
+// a multiprocessor each has 24 KB: D 1,024 took 55.3 us on an H100 in an earlier form, with 32 KB 56.6, with
+// 16 KB 56.2, with 48 58.7.
+constexpr int PRODUCTS_IN_FLIGHT = 64 << 10, PRODUCTS_PAIRED_IN_FLIGHT = 24 << 10;
 // Bytes of references that a block brings to the L2 while the list is made.
 constexpr int PRODUCTS_EARLY_BYTES = 128 << 10;
 
@@ -197,18 +215,55 @@ __device__ __forceinline__ void prefetch_share(const Inputs& in) {
 constexpr float PRODUCTS_NO_WEIGHT = 9.0949470177292824e-13f;
 constexpr int RAISED = 1 << 30;
 
+// In PartRow here: `lead` is how often the best reference is there, each time with weight 1, and `scale` how
+// large the error of a result would be, beside its size, if weights were wrong where they are shared evenly;
+// infinite where that is in doubt however they are shared. Whether it shows in a row of parts whose weights
+// are `total`, `count` of them that of the best. The limit is 2e-6; a thread may know of some parts only.
+constexpr float PRODUCTS_MOST_ERROR = 1.2e-6f;
+__device__ __forceinline__ bool is_doubtful(float scale, double total, int count) {
+  const float all = static_cast<float>(total), wrong = scale * static_cast<float>(total - count);
+  return scale == INFINITY || wrong * wrong * static_cast<float>(count) >
+                                  PRODUCTS_MOST_ERROR * PRODUCTS_MOST_ERROR * all * all * all;
+}
+// How often the best reference is there, over several parts: repeated samples, which tie and may, as what
+// they share has no error.
+struct Equals {
+  int count = 0, print = 0;
+
+  // Of a part that has one.
+  __device__ __forceinline__ void add(float lead, int its) {
+    if (count == 0) print = its;
+    if (print == its) count += static_cast<int>(lead);
+  }
+};
+// What cannot show, however weights are shared: other sqrt(lead) is 0.385 at most.
+__device__ __forceinline__ bool is_beyond_doubt(float scale) {
+  return scale <= 2 * PRODUCTS_MOST_ERROR;
+}
+
 // How a row leaves a segment: what the warps do with its sums.
 struct ProductsEnd {
-  float margin;               // see `doubt`
-  double before, now;         // to multiply by: the part's sums so far, and those of the segment
-  double shift;               // |x|^2 / (2 sigma^2) in units of log 2, where it is wanted
-  double log2_weight, total;  // of the part, at its end
+  double before, now;  // to multiply by: the part's sums so far, and those of the segment
+  PartRow part;        // so far
+  bool ends;           // the row, in this kernel
 };
 
-// What a block's elements of x and of the segment's first reference, r, make together.
+// What a block's elements of x and of the segment's first reference make together: |x|^2 with all its digits,
+// where that is wanted, and see `what_is_wrong`.
 struct ProductsFigures {
-  double offset, exact_square;  // of the scores; |x|^2
-  float square, norm;           // see `doubt`
+  double exact_square;
+  float square, norm, x_square;
+};
+// What a segment's end needs of it, known from its first tile on. PartRow::scale is `wrong` times the root of
+// the squared distance of references, `most_apart` at most, or that of the best one from x / alpha: `from_x`
+// and `per_score` times its score.
+struct ProductsKnown {
+  double shift;  // |x|^2 / (2 sigma^2) in units of log 2, where it is wanted
+  double rate;   // of scores
+  float wrong;   // in a cluster for each bit that a score is wrong by
+  float from_x, per_score, most_apart;
+  float square;  // see `bits_of`
+  float window;  // how far below the best one references are listed, in units of log 2
 };
 
 // What a block of a cluster tells the others. A letter has memory of its own until that of four tiles later:
@@ -225,15 +280,13 @@ struct ProductsLetters {
 template <int BLOCKS>
 struct ProductsMail {
   Barrier arrived[PRODUCTS_LETTERS];
-  Barrier met[2];  // see `meet`
-  int meetings;
   ProductsLetters<BLOCKS> from[PRODUCTS_MOST_BLOCKS];  // so many as the cluster has
 };
 struct ProductsNoMail {};
 
-template <int TR, int STAGES, bool CLUSTERED, int ROWS>
+template <int THREADS, int TR, int STAGES, bool CLUSTERED, int ROWS>
 struct ProductsShared {
-  static constexpr int WARPS = GROUPS_CONSUMERS / 32, PADDED = WARPS + 4;
+  static constexpr int WARPS = THREADS / 32, PADDED = WARPS + 4;
   static constexpr int PIECES = 2;  // of a tile: each arrives for itself
   Barrier full[STAGES][PIECES], empty[STAGES];
   Announcements<ROWS> announced;
@@ -244,22 +297,184 @@ struct ProductsShared {
   uint32_t weights[2][TR / 8][32];  // as the products take them
   int used[2];                      // bit b: block b has weight; RAISED: `top` has grown
   float scales[2][ROWS];            // what it has done to the sums so far
-  float offsets[ROWS][WARPS];  // what scores are relative to: a warp's share of that of the first reference
-  float x_squares[ROWS][WARPS],
-      r_squares[WARPS];               // of a warp's elements: |x|^2, |r|^2 of the first reference
-  double exact_squares[ROWS][WARPS];  // |x|^2 where all its digits are wanted
-  float kept[ROWS][SEGMENT_REFS];     // scores of the segment, relative to the first reference's
-  double reviewed[SEGMENT_REFS];      // of those that matter, and which these are
-  uint8_t listed[SEGMENT_REFS];
-  int listed_count;
-  PartRow moved[ROWS];  // of the part, with the segments so far
-  bool is_last;         // of the blocks
+  // Of a warp's elements, of two segments, since warps go on before the one that weighs has settled all:
+  // |x|^2 and |r|^2 of the first reference, |x|^2 where all its digits are wanted.
+  float x_squares[2][ROWS][WARPS], r_squares[2][WARPS];
+  double exact_squares[2][ROWS][WARPS];
+  // The shares of the best reference's score, of the warps, or of a cluster's blocks: what scores are
+  // relative to.
+  alignas(16) float base[ROWS][WARPS];
+  ProductsTie ties[ROWS][PRODUCTS_TIES];  // of the part so far
+  int earlier[ROWS];                      // those of segments that have ended
+  PartRow moved[ROWS];                    // of the part, with the segments so far
+  ProductsKnown known[ROWS];
+  // Where there is no cluster, another warp finds that out: of the segment in this slot, and it is there.
+  int asked_slot;
+  Barrier asked, answered;
+  bool is_last;  // of the blocks
+  int late;      // the first of the rows that are sent late
   // The segment's ends are there. One for each slot: where segments have no references nothing keeps the warp
   // that weighs from going several ahead.
   Barrier settled[SEGMENT_SLOTS];
   ProductsEnd ends[SEGMENT_SLOTS][ROWS];
   std::conditional_t<CLUSTERED, ProductsMail<TR / 8>, ProductsNoMail> mail;  // the last: its end is cut off
 };
+
+__device__ __forceinline__ void raise_ready(int* ready) {
+  __threadfence();
+  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(ready) : "memory");
+}
+__device__ __forceinline__ void await_ready(const int* ready) {
+  int there = 0;
+  while (there == 0)
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(ready) : "memory");
+}
+
+// The score of a reference, in float64, in units of log 2: the share of one of `warps`.
+template <typename T>
+__device__ __forceinline__ double score_exactly(const Inputs& in, const RowState& row, int reference,
+                                                int warp, int warps) {
+  constexpr int EACH = 8;
+  const T* const r = static_cast<const T*>(in.refs.data) + int64_t{reference} * in.d;
+  const float* const x = static_cast<const float*>(row.x) + row.index * in.d;
+  const int d = static_cast<int>(in.d);
+  double score = 0;
+#pragma unroll 2
+  for (int e = EACH * (32 * warp + static_cast<int>(threadIdx.x % 32)); e < d; e += EACH * 32 * warps) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(r + e);
+    const float4 low = *reinterpret_cast<const float4*>(x + e),
+                 high = *reinterpret_cast<const float4*>(x + e + 4);
+    float of_r[EACH];
+    unpack<T, EACH>(raw, of_r);
+    const float of_x[EACH] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const double v = of_r[k];
+      score = fma(fma(-0.5 * row.alpha, v, static_cast<double>(row.sign * of_x[k])), v, score);
+    }
+  }
+  return row.exact_rate() * warp_sum(score);
+}
+
+__device__ __forceinline__ PartRow load_part(const PartRow* from) {
+  const double2 weights = __ldcg(reinterpret_cast<const double2*>(from));
+  const int4 rest = __ldcg(reinterpret_cast<const int4*>(&from->lead));
+  return {weights.x, weights.y, __int_as_float(rest.x), __int_as_float(rest.y), rest.z, rest.w};
+}
+
+// Parts of a row for `merge_aligned`; -1 is the first.
+struct ProductsPieces {
+  const Inputs& in;
+  const ProductsParts& parts;
+  const ProductsRow& left;
+  const int64_t index;
+
+  __device__ __forceinline__ int64_t place(int j) const {
+    return int64_t{left.from + 1 + j} * parts.unit_rows + left.row;
+  }
+  __device__ __forceinline__ PartRow part(int j) const {
+    return j < 0 ? left.own : load_part(parts.others + place(j));
+  }
+  __device__ __forceinline__ const float* sums(int j) const {
+    return j < 0 ? parts.firsts + index * in.d : parts.sums + place(j) * in.d;
+  }
+  __device__ __forceinline__ const ProductsTie* ties(int j) const {
+    return parts.ties + (j < 0 ? index : in.n + place(j)) * parts.listed;
+  }
+};
+
+// A row from parts that are weighed by exact scores. risen: by how much the heaviest reference of its list is
+// above the weight that the products gave it, in units of log 2.
+struct AlignedRow {
+  PartRow all;
+  double risen;
+};
+template <int WARPS>
+struct AlignedMemory {
+  double exact[PRODUCTS_TIES], shares[PRODUCTS_TIES];  // scores, and what warps have of them
+};
+
+// The parts of a row together, each with the references that it has listed weighed by exact scores, and with
+// them all the others in its place beside other parts. By all threads of a block: this one has the elements
+// `at`, from `offset` on. memory: shared.
+template <typename T, int WARPS, int VECTORS, typename Wait>
+__device__ __forceinline__ AlignedRow merge_aligned(const Inputs& in, const RowState& row,
+                                                    const ProductsParts& parts, const ProductsRow& left,
+                                                    double shift, const Wait& wait,
+                                                    AlignedMemory<WARPS>& memory, int offset,
+                                                    const int (&at)[VECTORS], const bool (&within)[VECTORS],
+                                                    double (&sum)[VECTORS][4]) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const ProductsPieces pieces{in, parts, left, row.index};
+  const int count = left.to - left.from;
+  double* const exact = memory.exact;
+  double most = left.own.log2_weight;
+#pragma unroll 1
+  for (int j = 0; j < count; ++j) most = fmax(most, pieces.part(j).log2_weight);
+  PartRow all{-INFINITY, 0, 0, 0, 0, 0};
+  double risen = 0;
+#pragma unroll 1
+  for (int j = -1; j < count; ++j) {
+    const PartRow part = pieces.part(j);
+    if (part.total == 0 || part.log2_weight <= most - 80) continue;
+    const ProductsTie* const ties = pieces.ties(j);
+    int each = WARPS;  // warps for a reference
+    while (each > 1 && each * part.ties > WARPS) each /= 2;
+#pragma unroll 1
+    for (int i = warp; i < part.ties * each; i += WARPS) {
+      const double share = score_exactly<T>(in, row, ties[i / each].reference, i % each, each);
+      if (lane == 0) memory.shares[i] = share;
+    }
+    wait();
+    const int mine = static_cast<int>(threadIdx.x);
+    if (mine < part.ties) {
+      double score = -shift;
+#pragma unroll 1
+      for (int w = 0; w < each; ++w) score += memory.shares[mine * each + w];
+      exact[mine] = score;
+    }
+    wait();
+    double aligned = part.log2_weight, heaviest = -INFINITY, own[VECTORS][4];
+#pragma unroll 1
+    for (int i = 0; i < part.ties; ++i) {
+      const double given = ties[i].log2_weight;
+      if (given > heaviest) heaviest = given, aligned = part.log2_weight + (exact[i] - given);
+    }
+    if (part.log2_weight == most) risen = aligned - most;
+    double total = part.total;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      float4 four = make_float4(0, 0, 0, 0);
+      if (within[v]) four = __ldcg(reinterpret_cast<const float4*>(pieces.sums(j) + offset + at[v]));
+      own[v][0] = four.x, own[v][1] = four.y, own[v][2] = four.z, own[v][3] = four.w;
+    }
+#pragma unroll 1
+    for (int i = 0; i < part.ties; ++i) {
+      const double more =
+          ties[i].count * (power(exact[i] - aligned) - power(ties[i].log2_weight - part.log2_weight));
+      const T* const r = static_cast<const T*>(in.refs.data) + ties[i].reference * in.d + offset;
+      total += more;
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (within[v]) own[v][k] = fma(more, static_cast<double>(to_float(r[at[v] + k])), own[v][k]);
+        }
+      }
+    }
+    wait();  // the scores are read
+    const Joined joined = join(all, {aligned, total, 0, 0, 0, 0});
+    const bool alone = all.total == 0;
+    all = alone ? PartRow{aligned, total, 0, 0, 0, 0} : joined.all;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        sum[v][k] = alone ? own[v][k] : fma(joined.by_first, sum[v][k], joined.by_second * own[v][k]);
+    }
+  }
+  return {all, risen};
+}
 
 // A row of another process, of which this block has the first part.
 struct ProductsSent {
@@ -274,26 +489,21 @@ struct ProductsSent {
   int slices, rank;
 };
 
-__device__ __forceinline__ void raise_ready(int* ready) {
-  __threadfence();
-  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(ready) : "memory");
-}
-__device__ __forceinline__ void await_ready(const int* ready) {
-  int there = 0;
-  while (there == 0)
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(ready) : "memory");
-}
-
-// From the row's parts to its mean, by all consumers. Other parts come first in the ranges of their blocks;
-// of the blocks that run at most the last waits for one that does not run yet.
-__device__ __noinline__ static void send_home(const ProductsSent sent) {
-  const int lane = threadIdx.x % 32;
+// Until the row's other parts are there, by whole warps. They come first in the ranges of their blocks; of
+// the blocks that run at most the last waits for one that does not run yet.
+__device__ __forceinline__ void await_parts(const int* ready, int count, int slices, int rank) {
 #pragma unroll 1
-  for (int j = lane; j < sent.count; j += 32) {
-    await_ready(sent.ready + j * sent.slices + sent.rank);
-    if (sent.rank > 0) await_ready(sent.ready + j * sent.slices);  // who has the weights
+  for (int j = static_cast<int>(threadIdx.x) % 32; j < count; j += 32) {
+    await_ready(ready + j * slices + rank);
+    if (rank > 0) await_ready(ready + j * slices);  // who has the weights
   }
   __syncwarp();
+}
+
+// From the row's parts to its mean, by all consumers.
+template <int THREADS>
+__device__ __noinline__ static void send_home(const ProductsSent sent) {
+  await_parts(sent.ready, sent.count, sent.slices, sent.rank);
   const auto other = [&](int j) {
     return __ldcg(reinterpret_cast<const double2*>(sent.others + j * PRODUCTS_ROWS));
   };
@@ -312,7 +522,7 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
   }
   constexpr int AT_ONCE = 2;
 #pragma unroll 1
-  for (int begin = 4 * threadIdx.x; begin < sent.length; begin += AT_ONCE * 4 * GROUPS_CONSUMERS) {
+  for (int begin = 4 * threadIdx.x; begin < sent.length; begin += AT_ONCE * 4 * THREADS) {
     double sum[AT_ONCE][4] = {};
 #pragma unroll 1
     for (int j = -1; j < sent.count; ++j) {
@@ -320,7 +530,7 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
       const float* const from = j < 0 ? sent.first : sent.sums + int64_t{j} * PRODUCTS_ROWS * sent.d;
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        const int e = begin + i * 4 * GROUPS_CONSUMERS;
+        const int e = begin + i * 4 * THREADS;
         if (e >= sent.length) continue;
         const float4 four = __ldcg(reinterpret_cast<const float4*>(from + e));
         sum[i][0] = fma(by, static_cast<double>(four.x), sum[i][0]);
@@ -331,14 +541,14 @@ __device__ __noinline__ static void send_home(const ProductsSent sent) {
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      const int e = begin + i * 4 * GROUPS_CONSUMERS;
+      const int e = begin + i * 4 * THREADS;
       if (e < sent.length)
         *reinterpret_cast<float4*>(sent.to + e) =
             make_float4(static_cast<float>(sum[i][0]), static_cast<float>(sum[i][1]),
                         static_cast<float>(sum[i][2]), static_cast<float>(sum[i][3]));
     }
   }
-  if (sent.lse && threadIdx.x == 0) *sent.lse = lse_of_row(sent.d, {top, total, 0, 0});
+  if (sent.lse && threadIdx.x == 0) *sent.lse = lse_of_row(sent.d, {top, total, 0, 0, 0, 0});
 }
 
 // Where the rows x of this process are there only now (AtHome::awaits_x): the others hear of it. By a warp.
@@ -356,24 +566,26 @@ __device__ __noinline__ static void await_rows(const Inputs& in, const AtHome& h
   __syncwarp();
 }
 
-// CHUNKS of 32 elements for each warp. A tile is BLOCKS of eight references of type T.
-// PARTS: rows are of several processes. Up to ROWS of them share a pass.
-template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, int ROWS>
+// CONSUMERS share a sample, with CHUNKS of 32 elements for each warp. A tile is BLOCKS of eight references of
+// type T. PARTS: rows are of several processes. Up to ROWS of them share a pass.
+template <typename T, int CONSUMERS, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, int ROWS>
 struct Products {
-  static constexpr int THREADS = GROUPS_CONSUMERS, WARPS = THREADS / 32;
+  static constexpr int THREADS = CONSUMERS, WARPS = THREADS / 32;
   static constexpr int TR = 8 * BLOCKS;
   static constexpr bool THIRD = Split<T>::PARTS == 3;
   // Rows fill the columns of the products of the sums, so that a product of the scores has one part of the
   // references for all of them, and there is one for each part.
   static constexpr bool FULL = ROWS == 4;
   static_assert(ROWS == PRODUCTS_ROWS || (FULL && !THIRD), "two columns for each row, of eight");
-  static constexpr int STAGES = products_stages(CHUNKS * TR);
+  static constexpr int RESIDENT = products_resident(THREADS);  // blocks of a multiprocessor
+  static constexpr int STAGES = products_stages(THREADS, CHUNKS* TR);
   static constexpr int HELD = THREADS * CHUNKS;               // most elements of a block
   static constexpr int REF_BYTES = products_ref_bytes(HELD);  // in shared memory
   static constexpr int TILE_BYTES = TR * REF_BYTES;
-  using Shared = ProductsShared<TR, STAGES, CLUSTERED, ROWS>;
+  using Shared = ProductsShared<THREADS, TR, STAGES, CLUSTERED, ROWS>;
   static constexpr int PIECES = Shared::PIECES, PIECE_REFS = TR / PIECES;
-  static constexpr int IN_FLIGHT = PRODUCTS_IN_FLIGHT / (PIECE_REFS * REF_BYTES / 1024 * 1024);
+  static constexpr int IN_FLIGHT = (RESIDENT == 1 ? PRODUCTS_IN_FLIGHT : PRODUCTS_PAIRED_IN_FLIGHT) /
+                                   (PIECE_REFS * REF_BYTES / 1024 * 1024);
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
   __host__ __device__ static constexpr int fixed_bytes(int slices) {
     const int absent = CLUSTERED ? PRODUCTS_MOST_BLOCKS - slices : 0;
@@ -452,7 +664,9 @@ struct Products {
     uint2 x[CHUNKS][X_PARTS];  // of the column's row and part, or of both parts, split
     // Third parts: in columns of the first part those of the first of two chunks, else those of the second.
     uint2 third[THIRD ? CHUNKS / 2 : 1];
-    float unscale, half_alpha, offset;  // of row t % ROWS: 1 / what x was multiplied by
+    // Of row t % ROWS: 1 / what x was multiplied by; alpha / 2, and what float32 drops of it: together that
+    // is alike for references of one size, but not for what is scored in float64.
+    float unscale, half_alpha, rest_alpha;
   };
 
   __device__ __forceinline__ static int thread() {
@@ -467,13 +681,13 @@ struct Products {
   // of each of two references read from all banks at once.
   __device__ __forceinline__ static int stored(int logical) { return (logical & 1) << 2 | logical >> 1; }
 
-  // x of the rows of the unit, split.
+  // x of the rows of the unit, split. rehearses: there is no segment yet, and none is looked at.
   __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<ROWS>& segment, int slot,
-                                                int slot_phase) const {
+                                                int slot_phase, bool rehearses) const {
     const int column = lane() >> 2, t = lane() & 3, part = FULL ? 0 : column >> 2;
     const int my_row = column / 2 % ROWS, split = column % 2;
-    const bool present = my_row < segment.count;
-    const int64_t index = segment.rows[present ? my_row : 0].index;
+    const bool present = !rehearses && my_row < segment.count;
+    const int64_t index = rehearses ? 0 : segment.rows[present ? my_row : 0].index;
     const float* const from =
         static_cast<const float*>(x_of(in, index).data) + index * in.d + offset + 8 * t + 2 * part;
     float2 x[CHUNKS][X_PARTS][2];
@@ -514,8 +728,8 @@ struct Products {
     largest = all_lanes(largest, [](float a, float b) { return fmaxf(a, b); });
     square = all_lanes(square, sum);
     const bool leads = split == 0 && part == 0 && t == 0 && present;
-    if (leads) shared().x_squares[my_row][warp()] = square;
-    if (segment.squares) {
+    if (leads) shared().x_squares[slot & 1][my_row][warp()] = square;
+    if (!rehearses && segment.squares) {
       double exact = 0;
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
@@ -526,7 +740,7 @@ struct Products {
         }
       }
       exact = all_lanes(exact, sum);
-      if (leads) shared().exact_squares[my_row][warp()] = exact;
+      if (leads) shared().exact_squares[slot & 1][my_row][warp()] = exact;
     }
     float scale = 1;  // the largest to below 2^15
     if constexpr (!THIRD) {
@@ -562,17 +776,18 @@ struct Products {
         mine.third[q / 2] = make_uint2(words[0], words[1]);
       }
     }
+    if (rehearses) return;
     wait_barrier(&shared().announced.told[slot], slot_phase);
     // Of the rows whose scores this lane will have.
     const int scored = lane() & (ROWS - 1);
     const RowState& row = segment.rows[min(scored, segment.count - 1)];
     mine.unscale = row.sign * __shfl_sync(0xffffffffu, 1 / scale, scored << 3);
-    mine.half_alpha = row.half_alpha;
+    mine.half_alpha = row.half_alpha, mine.rest_alpha = 0.5f * row.rest_alpha;
   }
 
   // Shares of the scores of eight references, to shared memory.
-  __device__ __forceinline__ void score_block(Mine& mine, uint32_t refs, int block, int parity, bool first,
-                                              int rows) const {
+  __device__ __forceinline__ void score_block(const Mine& mine, uint32_t refs, int block, int parity,
+                                              bool first, int slot, int rows) const {
     const int g = lane() >> 2, t = lane() & 3;
     float norms[2] = {}, dots[4] = {},
           thirds[2][4] = {};  // thirds: of the first and the second of two chunks
@@ -605,32 +820,47 @@ struct Products {
       if constexpr (THIRD) dot += t < 2 ? thirds[0][0] + thirds[1][1] : thirds[0][2] + thirds[1][3];
       dot += __shfl_xor_sync(0xffffffffu, dot, 2);
     }
-    const float share = fmaf(dot, mine.unscale, -mine.half_alpha * norm);
-    if (first && block == 0) {
-      mine.offset = __shfl_sync(0xffffffffu, share, t);
-      if (lane() < rows) shared().offsets[t][warp()] = share;
-      if (lane() == 3) shared().r_squares[warp()] = norm;
-    }
-    if (t < rows) shared().scores[parity][t][8 * block + g][warp()] = share - mine.offset;
+    const float share = fmaf(-mine.half_alpha, norm, fmaf(dot, mine.unscale, -mine.rest_alpha * norm));
+    if (first && block == 0 && lane() == 0) shared().r_squares[slot & 1][warp()] = norm;
+    if (t < rows) shared().scores[parity][t][8 * block + g][warp()] = share;
   }
 
-  // The scores of a tile, by one warp, from the shares of the block's warps. Lanes: row lane / 8 and
-  // reference lane % 8 of eight, with several lanes for each, which add up some warps' shares.
+  // Of the warps' shares of a score a lane adds up so many: all, or half of them where rows are two.
+  static constexpr int EACH = WARPS * ROWS / 4;
+
+  // Lanes of the warps that mail and weigh: row lane / 8 and reference lane % 8 of eight; of two rows two
+  // lanes for each. What is over the latter, and over all lanes of a row.
+  static constexpr int ROW_LANES = 32 / ROWS;
+  __device__ __forceinline__ static int lane_of_row(int lane) { return lane % 8 + lane / (8 * ROWS) * 8; }
+  template <typename V>
+  __device__ __forceinline__ static V over_lanes(V v) {
+    return FULL ? v : v + __shfl_xor_sync(0xffffffffu, v, 8 * ROWS);
+  }
+  template <typename V>
+  __device__ __forceinline__ static V over_row(V v) {
+#pragma unroll
+    for (int hop : {1, 2, 4}) v += __shfl_xor_sync(0xffffffffu, v, hop);
+    return over_lanes(v);
+  }
+
+  // The scores of a tile, by one warp, from the shares of the block's warps; RELATIVE: to the best so far.
+  template <bool RELATIVE>
   __device__ __forceinline__ void add_shares(int parity, int lane, float (&scores)[BLOCKS]) const {
-    constexpr int LANES = 4 / ROWS, EACH = WARPS / LANES;
-    const int my_row = lane / 8 % ROWS, n = lane % 8, lanes_part = lane / 8 / ROWS;
+    const int my_row = lane / 8 % ROWS, n = lane % 8, first = lane / 8 / ROWS * EACH;
+    float4 base[EACH / 4] = {};
+#pragma unroll
+    for (int w = 0; RELATIVE && w < EACH; w += 4)
+      base[w / 4] = *reinterpret_cast<const float4*>(&shared().base[my_row][first + w]);
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
-      const float* const from = &shared().scores[parity][my_row][8 * b + n][lanes_part * EACH];
+      const float* const from = &shared().scores[parity][my_row][8 * b + n][first];
       float sum = 0;
 #pragma unroll
       for (int w = 0; w < EACH; w += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(from + w);
-        sum += (four.x + four.y) + (four.z + four.w);
+        const float4 four = *reinterpret_cast<const float4*>(from + w), less = base[w / 4];
+        sum += ((four.x - less.x) + (four.y - less.y)) + ((four.z - less.z) + (four.w - less.w));
       }
-#pragma unroll
-      for (int hop = 8 * ROWS; hop < 32; hop *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, hop);
-      scores[b] = sum;
+      scores[b] = over_lanes(sum);
     }
   }
 
@@ -649,9 +879,9 @@ struct Products {
         wait_barrier(&shared().given[parity], phases >> parity & 1);
         phases ^= 1 << parity, parity ^= 1;
         float scores[BLOCKS];
-        add_shares(parity ^ 1, lane, scores);
+        add_shares<false>(parity ^ 1, lane, scores);
         send_scores(scores, letter, lane);
-        if (left == references) send_figures(segment, my_row, letter, told, lane);
+        if (left == references) send_figures(segment, slot, my_row, letter, told, lane);
         letter = (letter + 1) % PRODUCTS_LETTERS;
       }
       if (references > 0) told ^= 1;
@@ -678,99 +908,260 @@ struct Products {
     }
   }
   // The lanes of a row, each to a block.
-  __device__ __forceinline__ void send_figures(const Segment<ROWS>& segment, int my_row, int letter, int told,
-                                               int lane) const {
-    const ProductsFigures own = figures_of_block(segment, my_row, my_row < segment.count);
+  __device__ __forceinline__ void send_figures(const Segment<ROWS>& segment, int slot, int my_row, int letter,
+                                               int told, int lane) const {
+    const ProductsFigures own = figures_of_block(segment, slot, my_row, my_row < segment.count);
     const ProductsFigures& to = shared().mail.from[rank].figures[told][my_row];
     const uint32_t arrived = shared_address(&shared().mail.arrived[letter]);
 #pragma unroll 1
     for (int peer = lane % 8 + lane / 16 * 8; peer < slices; peer += 16) {
       const uint32_t its = peer_address(arrived, peer);
-      send(peer_address(shared_address(&to.offset), peer), its, own.offset);
       send(peer_address(shared_address(&to.exact_square), peer), its, own.exact_square);
       send(peer_address(shared_address(&to.square), peer), its, own.square, own.norm);
+      send(peer_address(shared_address(&to.x_square), peer), its, own.x_square, 0.0f);
     }
   }
-  // What all have sent, added up.
-  __device__ __forceinline__ void take_scores(float (&scores)[BLOCKS], bool first, int letter, int phase,
-                                              int lane) const {
-    const auto& mail = shared().mail;
+  __device__ __forceinline__ void await_letter(bool first, int letter, int phase, int lane) const {
     const int bytes = TR * ROWS * static_cast<int>(sizeof(float)) +
                       (first ? ROWS * static_cast<int>(sizeof(ProductsFigures)) : 0);
     if (lane == 0) arrive_expecting(&shared().mail.arrived[letter], slices * bytes);
     wait_barrier(&shared().mail.arrived[letter], phase);
-#pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      scores[b] = 0;
-#pragma unroll 2
-      for (int p = 0; p < slices; ++p) scores[b] += mail.from[p].scores[letter][b][lane % (8 * ROWS)];
-    }
   }
 
-  // The softmax, one warp. Lanes: as in `add_shares`.
+  // Of a row, in the warp that weighs. Scores are relative to the best so far, share by share: so those that
+  // matter are small, and their sums in float32 lose nothing. Weights are relative to that of the best, too.
+  struct Weighed {
+    float rate;
+    int best = 0;            // which of the segment that is, `logical`
+    double level = 0;        // by how much scores have risen, in units of log 2
+    float total = 0;         // of the weights
+    int equals = 0;          // other references like the best in each share, of this lane
+    float window = UNKNOWN;  // see ProductsKnown
+    int listed = 0;          // of the part, the best of this segment not among them before it ends
+  };
+  // What is below has no weight that could show, or none at all. Until it is known, all that may be added are
+  // within the window.
+  static constexpr float MOST_WINDOW = 40, UNKNOWN = 41;
+
+  // Share k of SHARES of a reference of the tile; at: its parity, or its letter.
+  static constexpr int SHARES = CLUSTERED ? PRODUCTS_MOST_BLOCKS : WARPS;
+  __device__ __forceinline__ float share_of(int at, int reference, int k, int my_row) const {
+    if constexpr (CLUSTERED) {
+      return k < slices ? shared().mail.from[k].scores[at][reference / 8][8 * my_row + reference % 8] : 0;
+    } else {
+      return shared().scores[at][my_row][reference][k];
+    }
+  }
+  __device__ __forceinline__ void take_scores(int at, int lane, float (&scores)[BLOCKS]) const {
+    if constexpr (CLUSTERED) {
+      const int my_row = lane / 8 % ROWS;
+#pragma unroll
+      for (int b = 0; b < BLOCKS; ++b) {
+        scores[b] = 0;
+#pragma unroll
+        for (int k = 0; k < SHARES; ++k)
+          scores[b] += share_of(at, 8 * b + lane % 8, k, my_row) - shared().base[my_row][k];
+      }
+    } else {
+      add_shares<true>(at, lane, scores);
+    }
+  }
+  // Which row a lane has is found out again where that is rarely wanted: there are few registers.
+  __device__ __forceinline__ static int row_of_lane() { return lane() / 8 % ROWS; }
+  // To the rows' lists what lanes have that are `near`: a reference of the segment, that much below the best
+  // so far, and its equals. Weights are relative to the level until the segment ends.
+  __device__ __forceinline__ static void enlist(const Segment<ROWS>& segment, Weighed& my, bool near,
+                                                float below, int reference, int count) {
+    const int my_row = row_of_lane();
+    const unsigned those = __ballot_sync(0xffffffffu, near) >> 8 * my_row & 0xffu;
+    if (near && lane() < 8 * ROWS)
+      shared().ties[my_row][my.listed + __popc(those & ((1u << lane() % 8) - 1))] = {
+          my.level + below, static_cast<int>(segment.first) + (reference & ~7) + stored(reference & 7),
+          count};
+    my.listed += __popc(those);
+  }
+  // Like the best in each share, itself among them.
+  __device__ __forceinline__ static int equals_of(const Weighed& my) {
+    int others = my.equals;
+#pragma unroll
+    for (int hop : {1, 2, 4}) others += __shfl_xor_sync(0xffffffffu, others, hop);
+    return 1 + others;
+  }
+
+  // Where `rises`, `best` of the tile's scores is better than all before; what the row's sums are to be
+  // multiplied by. before: references of the segment before the tile. The best one so far is not in the list:
+  // mostly there is no other with any weight, and none is listed. lists: set where one is.
+  __device__ __forceinline__ float raise(const Segment<ROWS>& segment, Weighed& my, bool rises, float best,
+                                         const float (&scores)[BLOCKS], int at, int before,
+                                         bool& lists) const {
+    const int my_row = row_of_lane();
+    int reference = TR - 1;  // the first one that is so good
+#pragma unroll
+    for (int b = BLOCKS - 1; b >= 0; --b) {
+      const unsigned those = __ballot_sync(0xffffffffu, scores[b] == best) >> 8 * my_row & 0xffu;
+      if (those) reference = 8 * b + __ffs(those) - 1;
+    }
+    const float rise = best * my.rate;
+    const bool near = rises && before > 0 && rise <= my.window;
+    if (__builtin_expect(__any_sync(0xffffffffu, near), 0)) {
+      enlist(segment, my, near && lane() % 8 == 0, 0, my.best, equals_of(my));
+      lists = true;
+    }
+    __syncwarp();  // all have read what scores were relative to
+    float scale = 1;
+    if (rises) {
+#pragma unroll
+      for (int k = lane_of_row(lane()); k < SHARES; k += ROW_LANES)
+        shared().base[my_row][k] = share_of(at, reference, k, my_row);
+      if (!near) my.listed = shared().earlier[my_row];  // the segment's others are still further below
+      scale = before == 0 ? 0.0f : power_of_two(-rise);
+      my.best = before + reference, my.level += rise;
+      my.total *= scale, my.equals = 0;
+    }
+    __syncwarp();
+    return scale;
+  }
+  __device__ __forceinline__ bool is_like_base(int at, int reference) const {
+    const int my_row = row_of_lane();
+    bool like = true;
+#pragma unroll 4
+    for (int k = 0; k < SHARES; ++k)
+      like = like && share_of(at, reference, k, my_row) == shared().base[my_row][k];
+    return like;
+  }
+  // Of a row, what its lanes find of the base's shares k, added up.
+  template <typename Of>
+  __device__ __forceinline__ static auto over_base(const Of& of) {
+    const int my_row = lane() / 8 % ROWS;
+    decltype(of(0, 0.0f)) sum = 0;
+#pragma unroll
+    for (int k = lane_of_row(lane()); k < SHARES; k += ROW_LANES) sum += of(k, shared().base[my_row][k]);
+    return over_row(sum);
+  }
+
+  // The softmax, one warp.
   __device__ __forceinline__ void weigh(int lane) const {
     const int my_row = lane / 8 % ROWS, n = lane % 8;
-    int slot = 0, slot_phase = 0, parity = 0, phases = 0;
-    int letter = 0, letter_phase = 0, told = 0;  // told: parity of the segments that have references
-    for (;;) {
-      wait_barrier(&shared().announced.told[slot], slot_phase);
+    unsigned tiles = 0, segments = 0, told = 0;  // so far; told: those that have references
+    if (lane < ROWS) shared().earlier[lane] = 0;
+    clear_base();
+    for (;; ++segments) {
+      const int slot = segments % SEGMENT_SLOTS;
+      wait_barrier(&shared().announced.told[slot], segments / SEGMENT_SLOTS & 1);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
-      if (segment.flags & SEGMENT_LIST_DONE) return;
+      if (segment.flags & SEGMENT_LIST_DONE) break;
       const bool present = my_row < segment.count;
-      RowScores my;
-      my.rate = segment.rows[present ? my_row : 0].rate;
-      my.reset();
+      Weighed my;
+      my.rate = segment.rows[present ? my_row : 0].rate, my.listed = shared().earlier[row_of_lane()];
 #pragma unroll 1
-      for (int left = segment.references; left > 0; left -= TR) {
-        float scores[BLOCKS], best = -INFINITY;
+      for (int left = segment.references; left > 0; left -= TR, ++tiles) {
+        const int parity = tiles & 1, at = CLUSTERED ? tiles % PRODUCTS_LETTERS : parity;
+        const int before = segment.references - left;
         if constexpr (CLUSTERED) {
-          take_scores(scores, left == segment.references, letter, letter_phase, lane);
-          if (++letter == PRODUCTS_LETTERS) letter = 0, letter_phase ^= 1;
+          await_letter(before == 0, at, tiles / PRODUCTS_LETTERS & 1, lane);
         } else {
-          wait_barrier(&shared().given[parity], phases >> parity & 1);
-          phases ^= 1 << parity;
-          add_shares(parity, lane, scores);
+          wait_barrier(&shared().given[parity], tiles >> 1 & 1);
+          if (before == 0 && lane == 0) ask(slot);
         }
+        float scores[BLOCKS];
+        int used = 0, again = 0;
+        bool lists = false, raises;
+#pragma unroll 1
+        do {
+          take_scores(at, lane, scores);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; ++b) {
-          const float sum = scores[b];
-          scores[b] = present && 8 * b + stored(n) < left ? sum : -INFINITY;
-          if (lane < 8 * ROWS && 8 * b + stored(n) < left)
-            shared().kept[my_row][segment.references - left + 8 * b + stored(n)] = scores[b];
-          best = fmaxf(best, scores[b]);
-        }
+          for (int b = 0; b < BLOCKS; ++b)
+            scores[b] = present && 8 * b + stored(n) < left ? scores[b] : -INFINITY;
+          raises = false;
+          if (!again) {
+            float best = -INFINITY;
 #pragma unroll
-        for (int hop = 4; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
-        int used = 0;
-        if (__any_sync(0xffffffffu, best > my.base)) {  // rarely, after the first tiles
-          float scale = 1;
-          if (best > my.base) {
-            const double bound = static_cast<double>(best) * my.rate, top = fmax(ceil(bound), my.top);
-            scale = power_of_two(my.top - top);
-            my.base = best, my.rest = static_cast<float>(top - bound), my.top = top, my.total *= scale;
+            for (int b = 0; b < BLOCKS; ++b) best = fmaxf(best, scores[b]);
+#pragma unroll
+            for (int hop = 4; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
+            const bool rises = best > (before == 0 ? -INFINITY : 0.0f);
+            raises = __any_sync(0xffffffffu, rises);  // rarely, after the first tiles
+            if (raises) {
+              const float scale = raise(segment, my, rises, best, scores, at, before, lists);
+              if (n == 0) shared().scales[parity][my_row] = scale;
+              used = RAISED, again = 1;
+            }
           }
-          used = RAISED;
-          if (n == 0) shared().scales[parity][my_row] = scale;
-        }
+          asm volatile("" : "+r"(again));  // scores are taken again by the same code, which is there by then
+        } while (raises);
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) {
           const bool counts = present && 8 * b + stored(n) < left;
-          const float weight = counts ? power_of_two(fmaf(scores[b] - my.base, my.rate, -my.rest)) : 0.0f;
-          if (!__any_sync(0xffffffffu, !(weight < PRODUCTS_NO_WEIGHT))) continue;
+          const float exponent = scores[b] * my.rate;
+          const float weight = counts ? power_of_two(exponent) : 0.0f;
+          const bool adds = !(weight < PRODUCTS_NO_WEIGHT);
+          if (!__any_sync(0xffffffffu, adds)) continue;
           used |= 1 << b;
           my.total += hand_out(weight, parity, b, lane);
+          const int reference = before + 8 * b + n;
+          const bool close = adds && reference != my.best && exponent >= fminf(-my.window, 0.0f);
+          if (__builtin_expect(!__any_sync(0xffffffffu, close), 1)) continue;
+          const bool like = close && scores[b] == 0 && is_like_base(at, 8 * b + n);
+          my.equals += like;
+          enlist(segment, my, close && !like && exponent >= -my.window, exponent, reference, 1);
+          lists = true;
         }
         if (lane == 0) shared().used[parity] = used;
         __syncwarp();
         if (lane == 0) arrive(&shared().weighed[parity]);
-        parity ^= 1;
+        // What else there is to know of the segment, when its first tiles are on their way, or it is needed.
+        if (lists || left <= TR || (CLUSTERED && before == 4 * TR)) {
+          if (my.window == UNKNOWN) learn(segment, slot, present, my, told & 1);
+          const int most = parts.listed - TR - 1;
+          if (__builtin_expect(__any_sync(0xffffffffu, my.listed > most), 0))
+            shorten(my, most, weight_of(row_of_lane(), score_of_base()));
+        }
       }
-      settle(segment, slot, my_row, present, my, told);
-      if (segment.references > 0) told ^= 1;
+      settle(segment, slot, my);
+      if (segment.references > 0) ++told;
       __syncwarp();
-      if (lane == 0) arrive(&shared().settled[slot]), arrive(&shared().announced.done[slot]);
-      if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
+      if (PARTS && lane == 0) arrive(&shared().settled[slot]);
+      if (lane == 0) arrive(&shared().announced.done[slot]);
     }
+    if (!CLUSTERED && lane == 0) ask(NO_SLOT);
+  }
+  static constexpr int NO_SLOT = -1;
+  __device__ __forceinline__ static void ask(int slot) {
+    shared().asked_slot = slot;
+    arrive(&shared().asked);
+  }
+  // Where there is no cluster, a warp beside the one that weighs.
+  __device__ __forceinline__ void answer(int lane) const {
+    const int my_row = lane / 8 % ROWS;
+    for (int phase = 0;; phase ^= 1) {
+      wait_barrier(&shared().asked, phase);
+      const int slot = shared().asked_slot;
+      if (slot == NO_SLOT) return;
+      const Segment<ROWS>& segment = shared().announced.segments[slot];
+      const bool present = my_row < segment.count;
+      know(segment, my_row, present, figures_of_block(segment, slot, my_row, present));
+      __syncwarp();
+      if (lane == 0) arrive(&shared().answered);
+    }
+  }
+  __device__ __forceinline__ void learn(const Segment<ROWS>& segment, int slot, bool present, Weighed& my,
+                                        int told) const {
+    const int my_row = row_of_lane();
+    if constexpr (CLUSTERED) {
+      ProductsFigures all{};
+#pragma unroll 1
+      for (int p = 0; p < slices; ++p) {
+        const ProductsFigures& one = shared().mail.from[p].figures[told][my_row];
+        all.exact_square += one.exact_square, all.x_square += one.x_square;
+        all.square += one.square, all.norm += one.norm;
+      }
+      know(segment, my_row, present, all);
+      __syncwarp();
+    } else {
+      wait_barrier(&shared().answered, told);
+    }
+    my.window = shared().known[my_row].window;
+    if (my.window < 0) my.listed = shared().earlier[my_row];
   }
 
   // Part `split` of a weight, as the products see it.
@@ -816,11 +1207,11 @@ struct Products {
   }
 
   // A tile; refs: see `consume`.
-  __device__ __forceinline__ void score_tile(Mine& mine, uint32_t refs, int rows, int parity,
-                                             bool first) const {
+  __device__ __forceinline__ void score_tile(Mine& mine, uint32_t refs, int rows, int parity, bool first,
+                                             int slot) const {
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block)
-      score_block(mine, refs + block * 8 * REF_BYTES, block, parity, first, rows);
+      score_block(mine, refs + block * 8 * REF_BYTES, block, parity, first, slot, rows);
     __syncwarp();
   }
   // Of the tile `many` references count; what is beyond them has not come from memory.
@@ -844,84 +1235,203 @@ struct Products {
     }
   }
 
-  // Of a row, in all its lanes; lanes as in `weigh`, the warps' shares to a lane each.
-  __device__ __forceinline__ ProductsFigures figures_of_block(const Segment<ROWS>& segment, int my_row,
-                                                              bool present) const {
-    static_assert(8 * ROWS <= 32 && WARPS == 16, "eight lanes for each row, or two times eight");
-    const auto sum = [](auto v) {  // over the lanes of a row
-#pragma unroll
-      for (int hop : {1, 2, 4, 16}) {
-        if (hop < 16 || !FULL) v += __shfl_xor_sync(0xffffffffu, v, hop);
-      }
-      return v;
-    };
-    const int w = (lane() & 7) + (FULL ? 0 : (lane() & 16) / 2);
-    ProductsFigures own = figures_of_warp(segment, my_row, present, w);
-    if constexpr (FULL) {
-      const ProductsFigures second = figures_of_warp(segment, my_row, present, w + 8);
-      own.offset += second.offset, own.exact_square += second.exact_square;
+  // Of a row, in all its lanes, which take the warps' shares.
+  __device__ __forceinline__ ProductsFigures figures_of_block(const Segment<ROWS>& segment, int slot,
+                                                              int my_row, bool present) const {
+    static_assert(8 * ROWS <= 32 && (WARPS == 8 || WARPS == 16),
+                  "eight lanes for each row, or two times eight");
+    const int w = lane_of_row(lane());
+    ProductsFigures own = figures_of_warp(segment, slot, my_row, present, w % WARPS);
+    if (w >= WARPS) own = {};
+    if constexpr (FULL && WARPS > 8) {
+      const ProductsFigures second = figures_of_warp(segment, slot, my_row, present, w + 8);
+      own.exact_square += second.exact_square, own.x_square += second.x_square;
       own.square += second.square, own.norm += second.norm;
     }
-    own.offset = sum(own.offset), own.exact_square = segment.squares ? sum(own.exact_square) : 0;
-    own.square = sum(own.square), own.norm = sum(own.norm);
+    own.exact_square = segment.squares ? over_row(own.exact_square) : 0;
+    own.x_square = over_row(own.x_square), own.square = over_row(own.square), own.norm = over_row(own.norm);
     return own;
   }
   // The share of warp `w`.
-  __device__ __forceinline__ ProductsFigures figures_of_warp(const Segment<ROWS>& segment, int my_row,
-                                                             bool present, int w) const {
-    const float x = shared().x_squares[my_row][w], r = shared().r_squares[w];
-    const float half = 0.25f * segment.rows[present ? my_row : 0].half_alpha * r;
+  __device__ __forceinline__ ProductsFigures figures_of_warp(const Segment<ROWS>& segment, int slot,
+                                                             int my_row, bool present, int w) const {
+    const float x = shared().x_squares[slot & 1][my_row][w], r = shared().r_squares[slot & 1][w];
+    const float half = segment.rows[present ? my_row : 0].half_alpha * r;
     ProductsFigures own;
-    own.offset = static_cast<double>(shared().offsets[my_row][w]);
-    own.exact_square = segment.squares ? shared().exact_squares[my_row][w] : 0;
-    own.square = fmaf(half, half, x * r * (1.0f / (32 * CHUNKS))), own.norm = r;
+    own.exact_square = segment.squares ? shared().exact_squares[slot & 1][my_row][w] : 0;
+    own.x_square = x, own.norm = r, own.square = fmaf(half, half, x * r * (1.0f / (32 * CHUNKS)));
     return own;
   }
 
-  // How far below the best score, in units of log 2, references have to be evaluated again; negative: none
-  // has. A score is wrong by SCORE_ERROR |x_i r_i| for each element, at random, and by the rounding of a
-  // warp's share of it. That matters where several references have weight, here or in other blocks, which are
-  // then about sigma / alpha apart: what it makes of the mean, beside the result's size. Of all warps:
-  // `square` of the products of their |x| and |r| and of their share of alpha/2 |r|^2, `norm` = |r|^2.
-  __device__ __forceinline__ float doubt(const RowState& row, float square, float norm) const {
-    const double per_variance = 2 / LOG2_E * row.per_square;  // 1 / sigma^2
-    const double of_data = fma(row.a, row.alpha, row.b), of_result = row.b * per_variance;
-    const double wrong = of_result * of_result * (SCORE_ERROR * SCORE_ERROR * square);
-    double most = fma(of_data * of_data * per_variance, norm, row.a * row.a * d);
-    if (in.lse.data)  // the mean may become any prediction: itself, the velocity, the noise
-      most = fmin(per_variance * norm, fmin(d + norm, d / (row.alpha * row.alpha)));
-    if (wrong <= MOST_ERROR * MOST_ERROR * most) return -1;
-    // Weights below 2^-36, and errors.
-    return 36 + 8 * static_cast<float>(SCORE_ERROR) * sqrtf(square) * row.rate;
-  }
-  static constexpr double MOST_ERROR = 1e-6, SCORE_ERROR = CHUNKS < 4 ? 0x1p-21 : 0x1p-22;
-
-  // A segment's end, by the warp that weighs. Lanes: as in `weigh`.
-  __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, int my_row, bool present,
-                                         const RowScores& my, int told) const {
+  // PartRow::scale. A score is wrong by SCORE_ERROR times what its sums go through, at random: alpha/2 |r|^2
+  // of a warp and |x_i r_i| of an element, and a block's share of it in a cluster. That moves the mean by its
+  // part of the distance between references that have weight. They are about as far from x / alpha as the
+  // best one, and no further from one another than twice their size, of which the segment's first is an
+  // example unless it is small. `square`: of the sums, together; `norm`: |r|^2.
+  __device__ __forceinline__ void know(const Segment<ROWS>& segment, int my_row, bool present,
+                                       const ProductsFigures& of) const {
     const RowState& row = segment.rows[present ? my_row : 0];
-    const bool any = segment.references > 0;  // else nobody says when its figures are there
-    ProductsFigures all{};
-    if constexpr (CLUSTERED) {
-#pragma unroll 1
-      for (int p = 0; p < slices && any; ++p) {
-        const ProductsFigures& one = shared().mail.from[p].figures[told][my_row];
-        all.offset += one.offset, all.exact_square += one.exact_square;
-        all.square += one.square, all.norm += one.norm;
-      }
-    } else if (any) {
-      all = figures_of_block(segment, my_row, present);
+    const float a = static_cast<float>(row.a), b = static_cast<float>(row.b), alpha = 2 * row.half_alpha;
+    const float variance = __fdividef(1, variances(row)), elements = static_cast<float>(d);
+    const float of_data = fmaf(a, alpha, b);
+    // |result|^2; as the mean may become any prediction where lse is wanted, the smallest of them
+    const float size = in.lse.data ? fminf(of.norm, elements * variance)
+                                   : fmaf(of_data * of_data, of.norm, a * a * elements * variance);
+    const float per_bit = static_cast<float>(2 / LOG2_E) * fabsf(b) * square_root(__fdividef(1, size));
+    const float bits = bits_of(row, CLUSTERED ? of.square + square_of_base() : of.square);
+    ProductsKnown known;
+    known.shift = row.per_square * of.exact_square, known.rate = row.exact_rate();
+    known.wrong = CLUSTERED ? per_bit : bits * per_bit;
+    known.from_x = __fdividef(of.x_square, alpha * alpha), known.per_score = __fdividef(-2, alpha);
+    known.most_apart = fmaxf(of.norm, elements), known.square = of.square, known.window = -1;
+    const float scale = bits * per_bit * square_root(known.most_apart);
+    if (in.partial && part_in_doubt(row, CLUSTERED ? bits_of(row, of.square) : bits, per_bit)) {
+      known.wrong = INFINITY, known.from_x = known.most_apart = 1, known.per_score = 0;
+      known.window = MOST_WINDOW;
+    } else if (is_merged_later(row)) {
+      known.wrong = 0;
+    } else if (!is_beyond_doubt(scale)) {
+      known.window = window_of(scale);
     }
-    const double shift = row.per_square * all.exact_square;
-    const float margin = doubt(row, all.square, all.norm);
-    if (!present || (lane() & ~(8 * ROWS - 8)) != 0) return;
-    ProductsEnd& end = shared().ends[slot][my_row];
-    end.margin = any ? margin : -1, end.shift = shift;
-    const double top = any ? fma(row.exact_rate(), all.offset, my.top) - shift : -INFINITY;
-    if (margin < 0 || !any) join(segment, slot, my_row, {top, my.total});
+    if (!present) known.window = -1;
+    if (leads_row()) shared().known[my_row] = known;
+  }
+  __device__ __forceinline__ static float variances(const RowState& row) {  // 1 / sigma^2
+    return static_cast<float>(2 / LOG2_E) * static_cast<float>(row.per_square);
+  }
+  // By how many bits a score is wrong, times what little weight can become.
+  __device__ __forceinline__ static float bits_of(const RowState& row, float square) {
+    const float bits = SCORE_ERROR * square_root(square) * row.rate;
+    return bits > 0.1f ? bits * power_of_two(fminf(2 * bits, 60.0f)) : bits;
+  }
+  __device__ __forceinline__ static float what_is_wrong(const RowState& row, const ProductsKnown& of,
+                                                        float score, float of_cluster) {
+    const float apart = fmaxf(fmaf(of.per_score, score, of.from_x), 1e-6f * of.from_x);
+    const float wrong = of.wrong * square_root(fminf(apart, of.most_apart));
+    return CLUSTERED && of.wrong < INFINITY ? bits_of(row, of.square + of_cluster) * wrong : wrong;
+  }
+  // A row that is merged with what others have of it, where nobody knows of doubt.
+  __device__ __forceinline__ bool is_merged_later(const RowState& row) const {
+    return in.partial && !(PARTS && parts.home.merged && !is_of_another(in, row.index));
+  }
+  // Of a row that has references elsewhere: those may be so much nearer that these have no weight, and often
+  // two of these tie. So what counts is whether errors would show if references that have weight are about
+  // sigma / alpha apart. All parts of a row answer alike, or nearly: what is scored exactly is not weighed
+  // beside what is not, since the errors of |r|^2 are all on one side, and alike for references of one size.
+  __device__ __forceinline__ static bool part_in_doubt(const RowState& row, float bits, float per_bit) {
+    constexpr float TIMES = 0.5f * (HELD <= 1024 ? 2.3f : 0.86f) * 0x1p-24f / SCORE_ERROR;
+    return TIMES * bits * per_bit > 1e-6f * 2 * row.half_alpha * square_root(variances(row));
+  }
+  __device__ __forceinline__ static float square_root(float v) {
+    float root;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(v));
+    return root;
+  }
+  static constexpr float SCORE_ERROR = 3 * 0x1p-24f;  // nine of ten are less
+
+  // Of the best. All lanes.
+  __device__ __forceinline__ static double score_of_base() {
+    return over_base([](int, float share) { return static_cast<double>(share); });
+  }
+  __device__ __forceinline__ static float square_of_base() {
+    return over_base([](int, float share) { return share * share; });
+  }
+  // Before a segment begins.
+  __device__ __forceinline__ static void clear_base() {
+#pragma unroll
+    for (int k = lane_of_row(lane()); k < SHARES; k += ROW_LANES) shared().base[row_of_lane()][k] = 0;
+    __syncwarp();
+  }
+  // What its logarithm of a weight is.
+  __device__ __forceinline__ static double weight_of(int my_row, double score) {
+    return fma(shared().known[my_row].rate, score, -shared().known[my_row].shift);
+  }
+  // Of lists that are longer than `most` what has least weight, until they are not. All lanes.
+  __device__ __forceinline__ void shorten(Weighed& my, int most, double best) const {
+    const unsigned those = __ballot_sync(0xffffffffu, my.listed > most);
+    __syncwarp();
+#pragma unroll 1
+    for (int r = 0; r < ROWS; ++r) {
+      if (!(those >> 8 * r & 1)) continue;
+      const auto of_row = [r](auto v) { return __shfl_sync(0xffffffffu, v, 8 * r); };
+      ProductsTie* const ties = shared().ties[r];
+      const double of_level = of_row(best - my.level);
+      int listed = of_row(my.listed), earlier = shared().earlier[r];
+      double floor = of_row(best);
+      if (earlier > 0) floor = fmax(floor, shared().moved[r].log2_weight);
+      floor -= of_row(my.window);
+#pragma unroll 1
+      for (; listed > most; floor += 0.5) {
+        int count = 0, first_ones = 0;
+#pragma unroll 1
+        for (int first = 0; first < listed; first += 32) {  // in place
+          const int i = first + lane();
+          const ProductsTie tie = ties[min(i, listed - 1)];
+          const double log2_weight = tie.log2_weight + (i < earlier ? 0 : of_level);
+          const bool stays = i < listed && log2_weight >= floor;
+          const unsigned all = __ballot_sync(0xffffffffu, stays), below = (1u << lane()) - 1;
+          if (stays) ties[count + __popc(all & below)] = tie;
+          first_ones += __popc(__ballot_sync(0xffffffffu, stays && i < earlier));
+          count += __popc(all);
+          __syncwarp();
+        }
+        listed = count, earlier = first_ones;
+      }
+      if (lane() == 0) shared().earlier[r] = earlier;
+      if (lane() / 8 % ROWS == r) my.listed = listed;
+    }
+    __syncwarp();
   }
 
-  // Whether the unit's rows end with the segment, and with all that they have.
+  __device__ __forceinline__ static float window_of(float scale) {
+    float exponent;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(exponent) : "f"(scale));
+    return fminf(fmaxf(exponent + 23, 0.0f), MOST_WINDOW);  // 2^-23
+  }
+
+  // One lane of each row.
+  __device__ __forceinline__ static bool leads_row() { return (lane() & ~(8 * ROWS - 8)) == 0; }
+
+  // A segment's end, by the warp that weighs.
+  __device__ __forceinline__ void settle(const Segment<ROWS>& segment, int slot, Weighed& my) const {
+    const int my_row = row_of_lane();
+    const bool any = segment.references > 0, present = my_row < segment.count;
+    const int equals = equals_of(my);
+    const unsigned print =
+        over_base([](int k, float share) { return __float_as_uint(share) * (0x9e3779b1u * (2 * k + 1)); });
+    const double score = score_of_base();
+    const float of_cluster = CLUSTERED ? square_of_base() : 0;
+    PartRow own{-INFINITY, 0, 0, 0, 0, 0};
+    if (any) {  // else nobody knows
+      own.log2_weight = weight_of(my_row, score), own.total = my.total, own.lead = static_cast<float>(equals);
+      own.scale = what_is_wrong(segment.rows[present ? my_row : 0], shared().known[my_row],
+                                static_cast<float>(score), of_cluster);
+      own.print = static_cast<int>(print);
+    }
+    enlist(segment, my, any && my.window >= 0 && lane() % 8 == 0, 0, my.best, equals);
+    own.ties = my.listed;
+    if (present && leads_row()) join(segment, slot, my_row, own);
+    __syncwarp();                                                // the list is there
+    if (!PARTS && lane() == 0) arrive(&shared().settled[slot]);  // else others wait for the list, too
+    const bool part_ends = segment.flags & SEGMENT_PART_END;
+    ProductsTie* const to = parts.ties + part_of(segment, min(my_row, segment.count - 1)) * parts.listed;
+#pragma unroll 1
+    for (int i = lane_of_row(lane()); i < my.listed; i += ROW_LANES) {
+      ProductsTie tie = shared().ties[my_row][i];
+      if (i >= shared().earlier[my_row]) tie.log2_weight += own.log2_weight - my.level;
+      shared().ties[my_row][i] = tie;
+      if (part_ends && rank == 0) to[i] = tie;
+    }
+    __syncwarp();
+    if (leads_row()) shared().earlier[my_row] = part_ends ? 0 : my.listed;
+    clear_base();
+  }
+  // Which part this is among all in memory.
+  __device__ __forceinline__ int64_t part_of(const Segment<ROWS>& segment, int my_row) const {
+    return segment.flags & SEGMENT_UNIT_BEGIN ? segment.rows[my_row].index : in.n + team * ROWS + my_row;
+  }
+
+  // Whether the unit's rows end with the segment, and with all that they have, if they are not in doubt.
   __device__ __forceinline__ bool ends_here(const Segment<ROWS>& segment) const {
     constexpr int WHOLE = SEGMENT_UNIT_BEGIN | SEGMENT_PART_END;
     return FULL && parts.ends && segment.from == segment.to && (segment.flags & WHOLE) == WHOLE;
@@ -935,124 +1445,39 @@ struct Products {
     ProductsEnd& end = shared().ends[slot][my_row];
     end.before = 0, end.now = 1;
     if (!(segment.flags & SEGMENT_PART_BEGIN)) {
-      const Joined joined = svel::cuda::join(shared().moved[my_row], own);
-      own = joined.all, end.before = joined.by_first, end.now = joined.by_second;
+      const PartRow& before = shared().moved[my_row];
+      const Joined joined = svel::cuda::join(before, own);
+      Equals equals;
+      if (before.log2_weight == joined.all.log2_weight) equals.add(before.lead, before.print);
+      if (own.log2_weight == joined.all.log2_weight) equals.add(own.lead, own.print);
+      own = {joined.all.log2_weight,         joined.all.total, static_cast<float>(equals.count),
+             fmaxf(before.scale, own.scale), own.ties,         equals.print};
+      end.before = joined.by_first, end.now = joined.by_second;
     }
-    if (PARTS || FULL) end.log2_weight = own.log2_weight, end.total = own.total;
+    if (PARTS || FULL) end.part = own;
+    if (FULL) end.ends = ends_here(segment) && !is_doubtful(own.scale, own.total, static_cast<int>(own.lead));
     if (!(segment.flags & SEGMENT_PART_END)) {
       shared().moved[my_row] = own;
     } else if (rank > 0) {  // the first block of a cluster does it for all
     } else if (segment.flags & SEGMENT_UNIT_BEGIN) {
-      const int others = ends_here(segment) ? ROW_HAS_ENDED : segment.to - segment.from;
+      const int others = FULL && end.ends ? ROW_HAS_ENDED : segment.to - segment.from;
       parts.rows[row.index] = {own, row.a, row.b, segment.from, segment.from + others, my_row};
     } else {
       parts.others[team * ROWS + my_row] = own;
     }
   }
 
-  // All consumers of a cluster, the blocks' shared memory included; `turn` 0 and 1 alternate, so that who
-  // goes ahead is not taken for another.
-  __device__ __forceinline__ void meet(int turn) const {
-    auto& mail = shared().mail;
-    barrier();
-    if (thread() < slices) arrive_released(peer_address(shared_address(&mail.met[turn]), thread()));
-    wait_barrier_acquired(shared_address(&mail.met[turn]), mail.meetings & 1);
+  // Whether warps need what `settle` finds before they go on; figures have room for two segments, and those
+  // in letters are read late.
+  __device__ __forceinline__ bool waits_for_end(const Segment<ROWS>& segment) const {
+    return CLUSTERED || !(segment.flags & SEGMENT_PART_BEGIN) || ends_here(segment) ||
+           segment.references == 0 || (PARTS && segment.flags & SEGMENT_PART_END);
   }
-  // From this block's shares of `count` scores to the cluster's sums.
-  __device__ __forceinline__ void add_up_in_cluster(double* scores, int count) const {
-    meet(0);
-    const int j = thread();
-    double all = 0;
-#pragma unroll 1
-    for (int p = 0; p < slices && j < count; ++p)
-      all += load_from_peer(peer_address(shared_address(scores + j), p));
-    meet(1);
-    if (j < count) scores[j] = all;
-    if (j == 0) ++shared().mail.meetings;
-    barrier();
-  }
-
-  // The row once more, from memory and with all digits: the references that may have weight. Its sums to
-  // parts.reviewed; of what weights is returned.
-  __device__ __forceinline__ PartRow review(const Segment<ROWS>& segment, int my_row, float margin) const {
-    const RowState& row = segment.rows[my_row];
-    const T* const refs = static_cast<const T*>(in.refs.data) + segment.first * in.d + offset;
-    double* const scores = shared().reviewed;
-    const double rate = row.exact_rate();
-    barrier();  // what was reviewed before is read
-    if (warp() == 0) {
-      const float* const kept = shared().kept[my_row];
-      float best = -INFINITY;
-#pragma unroll 1
-      for (int j = lane(); j < segment.references; j += 32) best = fmaxf(best, kept[j]);
-#pragma unroll
-      for (int hop = 16; hop > 0; hop /= 2) best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, hop));
-      int count = 0;
-#pragma unroll 1
-      for (int first = 0; first < segment.references; first += 32) {
-        const int j = first + lane();
-        const bool matters = j < segment.references && !((best - kept[j]) * row.rate > margin);  // NaN too
-        const unsigned all = __ballot_sync(0xffffffffu, matters);
-        if (matters) shared().listed[count + __popc(all & ((1u << lane()) - 1))] = static_cast<uint8_t>(j);
-        count += __popc(all);
-      }
-      if (lane() == 0) shared().listed_count = count;
-    }
-    barrier();
-    const int references = shared().listed_count;
-#pragma unroll 1
-    for (int i = warp(); i < references; i += WARPS) {
-      const T* const from = refs + int64_t{shared().listed[i]} * d;
-      double share = 0;
-#pragma unroll 4
-      for (int e = 2 * lane(); e < length; e += 64) {
-        const float2 x = *reinterpret_cast<const float2*>(static_cast<const float*>(row.x) +
-                                                          row.index * in.d + offset + e);
-        const double a = to_float(from[e]), b = to_float(from[e + 1]);
-        share = fma(fma(-0.5 * row.alpha, a, static_cast<double>(row.sign * x.x)), a, share);
-        share = fma(fma(-0.5 * row.alpha, b, static_cast<double>(row.sign * x.y)), b, share);
-      }
-      share = warp_sum(share);
-      if (lane() == 0) scores[i] = share * rate;
-    }
-    if constexpr (CLUSTERED) {
-      add_up_in_cluster(scores, references);
-    } else {
-      barrier();
-    }
-    double best = -INFINITY, total = 0;
-#pragma unroll 1
-    for (int j = 0; j < references; ++j) best = scores[j] > best ? scores[j] : best;
-    barrier();
-#pragma unroll 1
-    for (int j = thread(); j < references; j += THREADS) scores[j] = power(scores[j] - best);
-    barrier();
-#pragma unroll 1
-    for (int j = 0; j < references; ++j) total += scores[j];
-#pragma unroll 1
-    for (int e = 4 * thread(); e < length; e += 4 * THREADS) {
-      double sums[4] = {};
-#pragma unroll 1
-      for (int j = 0; j < references; ++j) {
-        const T* const from = refs + int64_t{shared().listed[j]} * d + e;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) sums[k] = fma(scores[j], static_cast<double>(to_float(from[k])), sums[k]);
-      }
-      __stcg(reinterpret_cast<float4*>(reviewed_sums() + e),
-             make_float4(static_cast<float>(sums[0]), static_cast<float>(sums[1]),
-                         static_cast<float>(sums[2]), static_cast<float>(sums[3])));
-    }
-    barrier();
-    return {best, total};
-  }
-
-  __device__ __forceinline__ float* reviewed_sums() const { return parts.reviewed + team * in.d + offset; }
 
   // A segment's sums from the warps' registers to memory, where they join those of the part so far: to the
   // row's result where the unit begins, which `end_kernel` completes, else to the block's place for others.
   __device__ __forceinline__ void end_segment(Mine& mine, const Segment<ROWS>& segment, int slot) const {
     const int g = lane() >> 2, my_row = THIRD ? (lane() & 3) >> 1 : lane() & 3;
-    bool reviewed = false;
     if constexpr (THIRD) {  // of two lanes each has parts of the weights
 #pragma unroll
       for (int q = 0; q < CHUNKS; ++q) {
@@ -1060,28 +1485,6 @@ struct Products {
         for (int k = 0; k < 4; ++k) mine.sum[q][k] += __shfl_xor_sync(0xffffffffu, mine.sum[q][k], 1);
       }
     }
-#pragma unroll 1
-    for (int r = 0; r < segment.count; ++r) {
-      const float margin = shared().ends[slot][r].margin;
-      if (margin < 0) continue;
-      const PartRow own = review(segment, r, margin);
-      if (thread() == 0) {
-        const double shift = shared().ends[slot][r].shift;
-        join(segment, slot, r, {own.log2_weight - shift, own.total});
-      }
-      if (my_row == r) {
-#pragma unroll
-        for (int q = 0; q < CHUNKS; ++q) {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int e = 32 * chunk(q) + 8 * k + g;
-            if (e < length) mine.sum[q][k] = __ldcg(reviewed_sums() + e);
-          }
-        }
-      }
-      reviewed = true;
-    }
-    if (reviewed) barrier();  // the rows' ends are there
     if (my_row < segment.count && !(THIRD && lane() & 1)) store_sums(mine, segment, slot, my_row);
     if (PARTS && segment.flags & SEGMENT_PART_END) end_part(segment, slot);
   }
@@ -1108,11 +1511,75 @@ struct Products {
       if (!is_of_another(in, row.index)) continue;
       const ProductsEnd& end = shared().ends[slot][r];
       double* const lse = static_cast<double*>(lse_of(in, row.index).data) + row.index;
-      send_home({parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + r,
-                 parts.sums + ((team + 1) * ROWS + r) * in.d + offset, parts.ready + (team + 1) * slices,
-                 static_cast<float*>(row.out) + row.index * in.d + offset, rank == 0 ? lse : nullptr,
-                 end.log2_weight, end.total, d, length, segment.to - segment.from, slices, rank});
+      if (end.part.scale > 0) {
+        if (thread() == 0) parts.rows[row.index].next = shared().late, shared().late = row.index;
+        continue;
+      }
+      send_home<THREADS>(
+          {parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + r,
+           parts.sums + ((team + 1) * ROWS + r) * in.d + offset, parts.ready + (team + 1) * slices,
+           static_cast<float*>(row.out) + row.index * in.d + offset, rank == 0 ? lse : nullptr,
+           end.part.log2_weight, end.part.total, d, length, segment.to - segment.from, slices, rank});
     }
+  }
+
+  // The rows of another process whose weights may be wrong, when the block, or its cluster, has done all
+  // else: a call where a row ends would have its caller keep in memory what a tile needs, and wait behind the
+  // copies for it.
+  __device__ __noinline__ static void send_late(const Inputs& in, const ProductsParts& parts,
+                                                const ProductsLayout& layout) {
+    barrier();
+#pragma unroll 1
+    for (int index = shared().late; index != NO_ROW; index = parts.rows[index].next)
+      send_aligned(in, parts, layout, index);
+  }
+  // From the row's parts to its mean, see `merge_aligned`, by all consumers.
+  __device__ __forceinline__ static void send_aligned(const Inputs& in, const ProductsParts& parts,
+                                                      const ProductsLayout& layout, int64_t index) {
+    constexpr int VECTORS = RESIDENT > 1 ? 1 : 2;  // of a slice
+    static_assert(HELD <= VECTORS * 4 * THREADS);
+    auto& memory = reinterpret_cast<AlignedMemory<WARPS>&>(shared().scores);
+    static_assert(sizeof(memory) <= sizeof(Shared::scores), "which nobody needs any more");
+    const int slices = CLUSTERED ? layout.slices : 1, rank = static_cast<int>(blockIdx.x) % slices;
+    const int offset = CLUSTERED ? rank * layout.slice : 0;
+    const int length =
+        CLUSTERED ? min(layout.slice, static_cast<int>(in.d) - offset) : static_cast<int>(in.d);
+    const ProductsRow left = parts.rows[index];
+    await_parts(parts.ready + (left.from + 1) * slices, left.to - left.from, slices, rank);
+    RowState row;
+    name_row(in, index, row);
+    set_row(in, index, row);
+    double square = 0;
+    const float* const x = static_cast<const float*>(row.x) + index * in.d;
+#pragma unroll 1
+    for (int e = thread(); e < in.d; e += THREADS)
+      square = fma(static_cast<double>(x[e]), static_cast<double>(x[e]), square);
+    square = warp_sum(square);
+    barrier();  // what was there before is read
+    if (lane() == 0) memory.shares[warp()] = square;
+    barrier();
+    double shift = 0;
+    for (int w = 0; w < WARPS; ++w) shift += memory.shares[w];
+    barrier();
+    int at[VECTORS];
+    bool within[VECTORS];
+    double sum[VECTORS][4] = {};
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) at[v] = 4 * (thread() + v * THREADS), within[v] = at[v] < length;
+    const auto wait = [] { barrier(); };
+    const PartRow all = merge_aligned<T, WARPS>(in, row, parts, left, shift * row.per_square, wait, memory,
+                                                offset, at, within, sum)
+                            .all;
+    const double by = 1 / all.total;
+    float* const to = static_cast<float*>(row.out) + index * in.d + offset;
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (within[v])
+        *reinterpret_cast<float4*>(to + at[v]) =
+            make_float4(static_cast<float>(by * sum[v][0]), static_cast<float>(by * sum[v][1]),
+                        static_cast<float>(by * sum[v][2]), static_cast<float>(by * sum[v][3]));
+    }
+    if (rank == 0 && thread() == 0) static_cast<double*>(lse_of(in, index).data)[index] = lse_of_row(in, all);
   }
 
   __device__ __forceinline__ void store_sums(Mine& mine, const Segment<ROWS>& segment, int slot,
@@ -1135,7 +1602,8 @@ struct Products {
       }
     }
     if constexpr (FULL) {
-      if (ends_here(segment)) end_row(mine, segment.rows[my_row], shared().ends[slot][my_row].total);
+      const ProductsEnd& end = shared().ends[slot][my_row];
+      if (ends_here(segment) && end.ends) end_row(mine, segment.rows[my_row], end.part.total);
     }
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
@@ -1195,21 +1663,32 @@ struct Products {
     int slot = 0, slot_phase = 0;
     int scores = 0, weights = 0;  // tiles so far, of which two are told apart
     bool awaits = PARTS && parts.home.awaits_x;
+    if (PARTS && thread() == 0) shared().late = NO_ROW;
+    // While there is no segment, the code of a segment's beginning runs once for nothing: it is long, and where it
+    // has to come from memory, it would wait there behind the copies.
+    int rehearses = 1;
     for (;;) {
-      wait_barrier(&shared().announced.placed[slot], slot_phase);
+      asm volatile("" : "+r"(rehearses));  // one code for both
       const Segment<ROWS>& segment = shared().announced.segments[slot];
-      if (segment.flags & SEGMENT_LIST_DONE) break;
-      if (PARTS && awaits && has_rows_of_another(segment)) await_rows(in, parts.home), awaits = false;
+      if (!rehearses) {
+        wait_barrier(&shared().announced.placed[slot], slot_phase);
+        if (segment.flags & SEGMENT_LIST_DONE) break;
+      }
+      if (PARTS && !rehearses && awaits && has_rows_of_another(segment)) await_rows(in, parts.home), awaits = false;
       const int rows = segment.count, references = segment.references;
       Mine mine;
-      begin_segment(mine, segment, slot, slot_phase);
+      begin_segment(mine, segment, slot, slot_phase, rehearses);
+      if (rehearses) {
+        rehearses = 0;
+        continue;
+      }
       int to_score = references, to_add = references;  // references left
 #pragma unroll 1
       while (to_add > 0) {  // scores are a tile ahead
         const int ahead = to_add - to_score;
         if (to_score > 0 && (ahead == 0 || ahead == TR)) {
           await(scored);
-          score_tile(mine, to_scores + scored.offset, rows, scores & 1, to_score == references);
+          score_tile(mine, to_scores + scored.offset, rows, scores & 1, to_score == references, slot);
           if (lane() == 0) arrive(&shared().given[scores & 1]);
           scored.advance(), ++scores;
           to_score -= TR;
@@ -1228,7 +1707,7 @@ struct Products {
         if (lane() == 0) arrive(&shared().empty[added.stage]);
         scored.advance(), added.advance();
       }
-      wait_barrier(&shared().settled[slot], slot_phase);
+      if (waits_for_end(segment)) wait_barrier(&shared().settled[slot], slot_phase);
       end_segment(mine, segment, slot);
       __syncwarp();
       if (lane() == 0) arrive(&shared().announced.done[slot]);
@@ -1238,12 +1717,12 @@ struct Products {
 };
 
 // DEAL: see Ranges.
-template <typename T, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, bool DEAL, int ROWS>
-__global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
+template <typename T, int CONSUMERS, int CHUNKS, int BLOCKS, bool CLUSTERED, bool PARTS, bool DEAL, int ROWS>
+__global__ void __launch_bounds__(CONSUMERS + BULK_PRODUCERS, products_resident(CONSUMERS))
     products_kernel(const __grid_constant__ Inputs in, const __grid_constant__ UnitList shared_list,
                     const __grid_constant__ ProductsParts parts,
                     const __grid_constant__ ProductsLayout layout) {
-  using Kernel = Products<T, CHUNKS, BLOCKS, CLUSTERED, PARTS, ROWS>;
+  using Kernel = Products<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, PARTS, ROWS>;
   typename Kernel::Shared& shared = Kernel::shared();
   UnitList list = shared_list;
   int staging = Kernel::fixed_bytes(layout.slices);
@@ -1252,7 +1731,7 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     staging += static_cast<int>(bulk_list_smem(in.n, in.k));
   }
   const Kernel kernel{in, list, parts, layout, staging};
-  const int tid = threadIdx.x - GROUPS_CONSUMERS, lane = threadIdx.x % 32;
+  const int tid = threadIdx.x - CONSUMERS, lane = threadIdx.x % 32;
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
   allow_next_launch();
   if (layout.own_list) read_rows(in, *scratch);
@@ -1270,24 +1749,24 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       init_barrier(&shared.given[i], Kernel::WARPS);
       init_barrier(&shared.weighed[i], 1);
     }
+    init_barrier(&shared.asked, 1);
+    init_barrier(&shared.answered, 1);
 #pragma unroll 1
     for (int s = 0; s < SEGMENT_SLOTS; ++s) init_barrier(&shared.settled[s], 1);
     if constexpr (CLUSTERED) {
 #pragma unroll 1
       for (int i = 0; i < PRODUCTS_LETTERS; ++i) init_barrier(&shared.mail.arrived[i], 1);
-#pragma unroll 1
-      for (int i = 0; i < 2; ++i) init_barrier(&shared.mail.met[i], kernel.slices);
-      shared.mail.meetings = 0;
     }
     publish_barriers();
   }
   __syncthreads();
   if constexpr (CLUSTERED) meet_cluster();
   if (tid < 0) {
-    take_registers<PRODUCTS_CONSUMER_REGISTERS>();
+    take_registers<Kernel::RESIDENT == 1 ? PRODUCTS_CONSUMER_REGISTERS : PRODUCTS_PAIRED_REGISTERS>();
     if (layout.own_list && threadIdx.x < BULK_PRODUCERS)
       prefetch_references(in, *scratch, kernel.place(), kernel.teams, kernel.team, threadIdx.x);
     kernel.consume();
+    if constexpr (PARTS && !CLUSTERED) Kernel::send_late(in, parts, layout);
   } else {
     give_up_registers<PRODUCTS_PRODUCER_REGISTERS>();
     if (layout.own_list) {
@@ -1323,13 +1802,18 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
         parts.rows[index] = {{}, 0, 0, 0, -1, 0};  // nothing to read
         if (PARTS && is_of_another(in, index)) store_as(lse_of(in, index), index, lse_of_nothing(in, index));
       }
-      if constexpr (CLUSTERED) kernel.carry_mail(lane);
+      if constexpr (CLUSTERED) {
+        kernel.carry_mail(lane);
+      } else {
+        kernel.answer(lane);
+      }
     }
   }
   if constexpr (CLUSTERED) {  // no block leaves while another may write to its shared memory
     __syncwarp();
     meet_cluster();
   }
+  if (PARTS && CLUSTERED && Kernel::thread() < CONSUMERS) Kernel::send_late(in, parts, layout);
   if (!PARTS || !parts.home.merged) return;
   Header* const own = reinterpret_cast<Header*>(parts.home.mailbox);
   if (is_last_block(own, gridDim.x, &shared.is_last) && threadIdx.x < in.parts)

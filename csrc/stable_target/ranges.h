@@ -28,7 +28,7 @@ using std::min;
 struct Unit {
   int64_t group;  // -1: all groups
   int64_t count;  // valid references
-  int64_t tiles;  // of its references; at least one, which holds none where a row has only its own source
+  int tiles;      // of its references; at least one, which holds none where a row has only its own source
   int first;      // of its rows, in UnitList::order
   uint8_t rows;
   bool alone;       // no other unit has this group
@@ -61,23 +61,38 @@ SVEL_ON_DEVICE_INLINE int64_t divide(int64_t a, int64_t b) {  // neither is nega
   return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
+// A value that is used here and not before: what a compiler works out from it ahead of a loop takes registers
+// that the loop lacks.
+SVEL_ON_DEVICE_INLINE void keep_here(int64_t& value) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+l"(value));
+#else
+  (void)value;
+#endif
+}
+
 // The list is cut into ranges of equal cost, the first few one longer, each of a tile at least: so a unit's
 // teams follow one another. Teams beyond the last range have nothing.
 template <bool DEAL>
 struct Ranges {
-  int64_t length, longer, number;
+  int64_t length;
+  int longer, number;
 
-  SVEL_ON_DEVICE Ranges(const UnitList& list, int64_t teams) {
+  SVEL_ON_DEVICE Ranges(const UnitList& list, int teams) {
     const int64_t cost = list.begins[list.sizes[0]], heaviest = max(list.sizes[2], 1);
-    number = cost >= teams * heaviest ? teams : cost >= heaviest ? divide(cost, heaviest) : 1;
+    number = cost >= teams * heaviest ? teams
+             : cost >= heaviest       ? static_cast<int>(divide(cost, heaviest))
+                                      : 1;
     length = divide(cost, number);
-    longer = cost - length * number;
+    longer = static_cast<int>(cost - length * number);
   }
-  SVEL_ON_DEVICE int64_t begin(int64_t team) const {
-    const int64_t at = team < number ? team : number;
-    return length * at + (at < longer ? at : longer);
+  SVEL_ON_DEVICE int64_t begin(int team) const {
+    const int at = min(team, number);
+    return length * at + min(at, longer);
   }
   SVEL_ON_DEVICE int64_t team_of(int64_t cost) const {
+    int64_t length = this->length;
+    keep_here(length);
     if (cost < longer * (length + 1)) return divide(cost, length + 1);
     return longer + divide(cost - longer * (length + 1), length);
   }
@@ -85,7 +100,7 @@ struct Ranges {
     return team_of(list.begins[unit]);
   }
   SVEL_ON_DEVICE int64_t last_team(const UnitList& list, int unit) const {
-    return team_of(list.begins[unit] + (list.units[unit].tiles - 1) * list.units[unit].weight);
+    return team_of(list.begins[unit] + int64_t{list.units[unit].tiles - 1} * list.units[unit].weight);
   }
   SVEL_ON_DEVICE void teams_of(const UnitList& list, int unit, int& first, int& last) const {
     first = static_cast<int>(first_team(list, unit));
@@ -99,48 +114,55 @@ struct Ranges {
 // above, whose code is shorter, and nothing can be read before.
 template <>
 struct Ranges<true> {
-  int64_t length, longer, number;
+  int64_t length;
+  int longer, number;
   const int64_t* begins;         // of the list
   int whole = 0, together = 0;   // units dealt out; teams
   int each = 0, rest = 0, most;  // units for each of them, and one more for the first few; cost of a unit
 
-  SVEL_ON_DEVICE Ranges(const UnitList& list, int64_t teams) : begins(list.begins), most(list.sizes[4]) {
+  SVEL_ON_DEVICE Ranges(const UnitList& list, int teams) : begins(list.begins), most(list.sizes[4]) {
     const int shared = list.sizes[3];
     const int64_t heaviest = max(list.sizes[2], 1);
     int64_t cost = begins[list.sizes[0]];
     SVEL_NO_UNROLL
-    for (int some = (static_cast<int>(teams) + 2) / 3; shared > 0 && some <= teams; some *= 3) {
+    for (int some = (teams + 2) / 3; shared > 0 && some <= teams; some *= 3) {
       const int64_t level = cost - begins[shared] + int64_t{shared} * most;
       const int more = static_cast<int>(static_cast<unsigned>(shared) / static_cast<unsigned>(some)) + 1;
       if ((int64_t{more} * most + heaviest) * teams > level) continue;  // a tile is left for the range
       whole = shared, together = some, each = more - 1, rest = shared - each * some, cost = level;
       break;
     }
-    number = cost >= teams * heaviest ? teams : cost >= heaviest ? divide(cost, heaviest) : 1;
+    number = cost >= teams * heaviest ? teams
+             : cost >= heaviest       ? static_cast<int>(divide(cost, heaviest))
+                                      : 1;
     length = divide(cost, number);
-    longer = cost - length * number;
+    longer = static_cast<int>(cost - length * number);
   }
-  SVEL_ON_DEVICE int64_t begin(int64_t team) const {
-    const int64_t at = min(team, number), dealt = at < together ? each * at + min(at, int64_t{rest}) : whole;
+  SVEL_ON_DEVICE int64_t begin(int team) const {
+    const int at = min(team, number);
+    const int64_t dealt = at < together ? each * at + min(at, rest) : whole;
     return begins[whole] + length * at + min(at, longer) - most * dealt;
   }
   SVEL_ON_DEVICE int64_t team_of(int64_t cost) const {
-    int64_t low = 0, high = together;
+    int low = 0, high = together;
     if (whole > 0 && cost < begin(high)) {
       SVEL_NO_UNROLL
       while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
+        const int middle = (low + high) / 2;
         (begin(middle) <= cost ? low : high) = middle;
       }
       return low;
     }
     cost += int64_t{most} * whole - begins[whole];
+    int64_t length = this->length;
+    keep_here(length);
     if (cost < longer * (length + 1)) return divide(cost, length + 1);
     return longer + divide(cost - longer * (length + 1), length);
   }
   // The first and the last team of a unit that is not dealt out.
   SVEL_ON_DEVICE void teams_of(const UnitList& list, int unit, int& first, int& last) const {
-    const int64_t begin = list.begins[unit], length = (list.units[unit].tiles - 1) * list.units[unit].weight;
+    const int64_t begin = list.begins[unit];
+    const int64_t length = int64_t{list.units[unit].tiles - 1} * list.units[unit].weight;
     SVEL_NO_UNROLL
     for (int end = 0; end < 2; ++end)
       (end ? last : first) = static_cast<int>(team_of(begin + (end ? length : 0)));
@@ -149,37 +171,42 @@ struct Ranges<true> {
 
 // Of a unit, in a team: its tiles from `from` to `to`.
 struct UnitShare {
-  int number;
-  int64_t from, to;
+  int number, from, to;
   bool last;  // of the team's range, unless that has no tile
 };
+
+// Of a unit that begins at cost `begin`, the tiles that begin before cost `at`.
+SVEL_ON_DEVICE_INLINE int tiles_before(const Unit& unit, int64_t begin, int64_t at) {
+  const int64_t tiles = divide(max(at - begin, int64_t{0}) + unit.weight - 1, unit.weight);
+  return static_cast<int>(min(tiles, int64_t{unit.tiles}));
+}
 
 // A team's shares of the units in its range: visit(share, ranges). find(at): the unit in which cost `at`
 // lies.
 template <bool DEAL, typename Find, typename Visit, std::enable_if_t<!DEAL, int> = 0>
-SVEL_ON_DEVICE_INLINE void walk_units(const UnitList& list, int64_t teams, int64_t team, const Find& find,
+SVEL_ON_DEVICE_INLINE void walk_units(const UnitList& list, int teams, int team, const Find& find,
                                       const Visit& visit) {
   const Ranges<false> ranges(list, teams);
   const int64_t low = ranges.begin(team), high = ranges.begin(team + 1);
   if (low >= high) return;
-  for (int number = find(low); number < list.sizes[0]; ++number) {
-    const int64_t begin = list.begins[number], tiles = list.units[number].tiles;
-    if (begin >= high) return;
-    const int weight = list.units[number].weight;
-    const int64_t from = low <= begin ? 0 : divide(low - begin + weight - 1, weight);
-    const int64_t to =
-        high >= list.begins[number + 1] ? tiles : min(divide(high - begin + weight - 1, weight), tiles);
-    if (from < tiles) visit(UnitShare{number, from, to, list.begins[number + 1] >= high}, ranges);
+  int number = find(low);
+  int from = tiles_before(list.units[number], list.begins[number], low);
+  SVEL_NO_UNROLL
+  for (; number < list.sizes[0] && list.begins[number] < high; ++number, from = 0) {
+    const bool last = list.begins[number + 1] >= high;
+    const Unit& unit = list.units[number];
+    const int to = last ? tiles_before(unit, list.begins[number], high) : unit.tiles;
+    if (from < unit.tiles) visit(UnitShare{number, from, to, last}, ranges);
   }
 }
 
 // Those dealt out first.
 template <bool DEAL, typename Find, typename Visit, std::enable_if_t<DEAL, int> = 0>
-SVEL_ON_DEVICE_INLINE void walk_units(const UnitList& list, int64_t teams, int64_t team, const Find& find,
+SVEL_ON_DEVICE_INLINE void walk_units(const UnitList& list, int teams, int team, const Find& find,
                                       const Visit& visit) {
   const Ranges<true> ranges(list, teams);
   const int64_t low = ranges.begin(team), high = ranges.begin(team + 1);
-  int number = -1, dealt = team < ranges.together ? static_cast<int>(team) : ranges.whole;
+  int number = -1, dealt = team < ranges.together ? team : ranges.whole;
   SVEL_NO_UNROLL
   for (bool found = false;;) {
     const bool whole = dealt < ranges.whole;
@@ -192,17 +219,17 @@ SVEL_ON_DEVICE_INLINE void walk_units(const UnitList& list, int64_t teams, int64
       number = find(low), found = true;
     }
     if (number >= list.sizes[0]) return;
-    const int64_t begin = list.begins[number], tiles = list.units[number].tiles;
+    const int64_t begin = list.begins[number];
     if (!whole && begin >= high) return;
-    const int weight = list.units[number].weight;
-    int64_t from = 0, to = tiles;
+    const Unit& unit = list.units[number];
+    int from = 0, to = unit.tiles;
     bool last = dealt >= ranges.whole && low >= high;
     if (!whole) {
       last = list.begins[number + 1] >= high;
-      if (low > begin) from = divide(low - begin + weight - 1, weight);
-      if (high < list.begins[number + 1]) to = min(divide(high - begin + weight - 1, weight), tiles);
+      from = tiles_before(unit, begin, low);
+      if (last) to = tiles_before(unit, begin, high);
     }
-    if (from < tiles) visit(UnitShare{number, from, to, last}, ranges);
+    if (from < unit.tiles) visit(UnitShare{number, from, to, last}, ranges);
   }
 }
 

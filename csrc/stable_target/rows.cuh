@@ -45,6 +45,7 @@ struct Inputs {                     // all arrays contiguous on the device
   const int64_t* mailboxes = nullptr;
   int64_t rows_each = 0, x_at = 0, mean_at = 0, lse_at = 0;  // bytes into each
   int part = 0, parts = 0;
+  bool partial = false;  // rows have references elsewhere, with which results are merged
   // On the host: what begins the round, beside the list of units, and how it ends.
   const Gather* gather = nullptr;
   const AtHome* at_home = nullptr;

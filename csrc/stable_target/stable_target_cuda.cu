@@ -110,12 +110,14 @@ ScalarType mean_dtype(const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor> mean_and_lse(const char* op, const Arguments& given, const Tensor& alpha,
-                                        const Tensor& sigma, ScalarType lse_dtype) {
+                                        const Tensor& sigma, ScalarType lse_dtype, bool partial) {
   const Tensor& x = given.x;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor mean = torch::stable::new_empty(x, shape_of(x), mean_dtype(x));
   const Tensor lse = torch::stable::new_empty(x, {x.size(0)}, lse_dtype);
-  run(op, given, Inputs{}, alpha, sigma, mean, lse);
+  Inputs in;
+  in.partial = partial;
+  run(op, given, in, alpha, sigma, mean, lse);
   return {mean, lse};
 }
 
@@ -127,7 +129,7 @@ std::tuple<Tensor, Tensor> posterior_mean(const Tensor& x, const Tensor& refs, c
                                           const std::string& precision) {
   check_posterior_mean(x, refs, alpha, sigma, labels, counts, source, precision);
   return mean_and_lse("posterior_mean", {x, refs, labels, counts, source, precision}, alpha, sigma,
-                      mean_dtype(x));
+                      mean_dtype(x), false);
 }
 
 std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, const Tensor& alpha,
@@ -136,7 +138,7 @@ std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, c
   check_posterior_part(x, refs, alpha, sigma, labels, counts, precision);
   const MaybeTensor no_source;
   return mean_and_lse("posterior_part", {x, refs, labels, counts, no_source, precision}, alpha, sigma,
-                      ScalarType::Double);
+                      ScalarType::Double, true);
 }
 
 int64_t part_goes_home(const Tensor& x, const Tensor& refs, const MaybeTensor& labels,
@@ -159,7 +161,7 @@ Tensor posterior_part_list(const Tensor& x, const Tensor& refs, const Tensor& t,
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const MaybeTensor no_tensor;
   Inputs in;
-  in.from_time = true, in.stage = Stage::list;
+  in.from_time = in.partial = true, in.stage = Stage::list;
   place_rows(in, x, mailboxes, part);
   GatherRows rows(peers_of(op, addresses, part, seconds), own_t, own_labels, no_tensor, no_tensor, true,
                   words);
@@ -183,7 +185,7 @@ void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const MaybeTensor no_source;
   Inputs in;
-  in.from_time = !sigma;
+  in.from_time = !sigma, in.partial = true;
   if (in.from_time) in.path = path_of(path);
   AtHome home{};
   if (mailboxes) {

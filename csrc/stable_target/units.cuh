@@ -114,7 +114,7 @@ __device__ inline void build_units(const Inputs& in, const UnitList& list, int t
         unit.alone = i == high && !together(i + most_rows);
         unit.group = static_cast<int64_t>(rank) - 1;
         unit.count = unit.group < 0 ? all_references : valid_count(in, unit.group);
-        unit.tiles = unit.group < 0 ? all_tiles : ceil_div(unit.count, tile_refs);
+        unit.tiles = static_cast<int>(unit.group < 0 ? all_tiles : ceil_div(unit.count, tile_refs));
         if (unit.tiles == 0) unit.tiles = 1;
         unit.weight = list.weight(unit.rows);
         list.order[alive + i] = index;
@@ -360,7 +360,7 @@ __device__ __forceinline__ void build_short_list(const Inputs& in, const UnitLis
         Unit& unit = list.units[number];
         const int64_t tiles = tiles_of(key);
         unit.group = key - 1, unit.count = key == 0 ? all_references : scratch.counts[key - 1];
-        unit.tiles = tiles, unit.first = first;
+        unit.tiles = static_cast<int>(tiles), unit.first = first;
         unit.rows = min(all - place, most_rows), unit.alone = all <= most_rows;
         const int weight = list.weight(unit.rows);
         unit.weight = weight;
@@ -451,7 +451,7 @@ __device__ __forceinline__ LaneUnit build_list_in_warp(const Inputs& in, const U
     const int number = static_cast<int>(begin >> 10 & 1023) + place / MOST_ROWS;
     list.units[number] = {label,
                           count,
-                          tiles,
+                          static_cast<int>(tiles),
                           first,
                           static_cast<uint8_t>(rows),
                           all <= MOST_ROWS,

@@ -20,9 +20,8 @@ TIMES = (0.05, 0.2, 0.35, 0.5)
 SIZES = [128, 1000, 1032, 4096, 8192, 16_384, 65_536]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 LIMIT = TOLERANCE[torch.float32, "exact"]
-# Not within the contract yet: on the matrix units references that tie though they are far apart beside the noise; by
-# groups of warps and teams of blocks those that tie with the first of their class, which scores are relative to.
-MATRIX_UNITS_LIMIT = 1e-3
+# Not within the contract yet: by groups of warps and teams of blocks references that tie with the first of their class,
+# which scores are relative to.
 WITH_THE_FIRST = pytest.mark.xfail(reason="a tie with the first of a class weighs little in the estimate of errors")
 
 
@@ -66,10 +65,6 @@ def check(x, refs, t, labels=None, source=None, counts=None, **options) -> None:
     wide = None if source is None else source.double()
     expected = reference.stable_target(x.double(), refs, t, labels, counts, wide, **options)
     error = worst_row(out, expected)
-    k, m, d = refs.shape if labels is not None else (None, *refs.shape)
-    if error > LIMIT and info.plan(len(x), m, d, k, refs_dtype=refs.dtype)["products"]:
-        assert error <= MATRIX_UNITS_LIMIT, f"a row is off by {error:.2e}"
-        pytest.xfail(f"the matrix units weigh distant ties by float32 scores: a row is off by {error:.2e}")
     assert error <= LIMIT, f"a row is off by {error:.2e}"
 
 
@@ -81,11 +76,17 @@ def test_classes(d, dtype):
     check(x, refs, t, labels)
 
 
-@pytest.mark.parametrize("n", [1, 3, 40, 256])
-def test_rows_that_share_a_class(n):
-    """One to four rows take a class together; two rows of 256 take it in several parts."""
-    x, refs, t, labels, *_ = make_ties(n, 3, 700, 1024)
+@pytest.mark.parametrize("d", [1024, 4096])
+@pytest.mark.parametrize(
+    ("n", "k", "m"), [(1, 3, 700), (3, 3, 700), (40, 3, 700), (256, 3, 700), (700, 3, 700), (2000, 500, 40)]
+)
+@pytest.mark.parametrize("copies", [1, 4])
+def test_rows_that_share_a_class(n, k, m, d, copies):
+    """One to four rows take a class together, in one part or several, in one segment or several."""
+    x, refs, t, labels, *_ = make_ties(n, k, m, d, copies=copies)
     check(x, refs, t, labels)
+    if n >= 700:
+        assert info.plan(n, m, d, k, refs_dtype=refs.dtype)["tile_rows"] == 4
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
@@ -163,8 +164,14 @@ def test_the_source(d):
     check(x, refs, t, labels, source)
 
 
-@pytest.mark.parametrize("spread", [0.5, 3.0])
-@pytest.mark.parametrize("d", [128, 1024, 4096, 65_536])
+@pytest.mark.parametrize(
+    ("d", "spread"),
+    [
+        *((d, 0.5) for d in (128, 1024, 4096, 65_536)),
+        *((d, 3.0) for d in (128, 4096, 65_536)),
+        pytest.param(1024, 3.0, marks=pytest.mark.xfail(reason="a row is off by 2.8e-6")),
+    ],
+)
 def test_a_cluster_far_from_the_first_reference(d, spread):
     """Weights spread over all references of a class but its first, which the scores are relative to."""
     torch.manual_seed(1)
@@ -200,6 +207,24 @@ def test_repeated_references(d, dtype, copies):
         check(draws(refs, labels, t), refs, t, labels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d", [1024, 4096, 32_768])
+def test_the_same_batch_again_and_again(d, dtype):
+    """As when a step is repeated: a class holds copies of few samples, or of one, and they are no ties."""
+    n, m = (8, 64) if d > 4096 else (64, 256)
+    torch.manual_seed(2)
+    samples = torch.randn(5, 2, d, device="cuda").to(dtype)
+    labels, t = torch.randint(5, (n,), device="cuda"), torch.linspace(0.05, 0.999, n, device="cuda")
+    for few in (samples, samples[:, :1]):
+        x = draws(few, labels, t)
+        refs = few.repeat(1, m // few.shape[1], 1)
+        check(x, refs, t, labels)
+        again = few.repeat_interleave(m // few.shape[1], 1)
+        check(x, again, t, labels)
+        expected = reference.stable_target(x.double(), few, t, labels)
+        assert worst_row(svel.stable_target(x, refs, t, labels), expected) <= LIMIT
+
+
 @pytest.mark.parametrize(
     ("n", "m", "d"), [(1, 5000, 128), (64, 20_000, 128), (3200, 5000, 128), (8, 3000, 4096), (2, 304, 65_536)]
 )
@@ -221,9 +246,14 @@ def test_references_repeated_in_other_classes(d):
     check(draws(refs, labels, t), both, t, everywhere, counts=counts)
 
 
-@pytest.mark.parametrize("m", [2, 3, 5])
 @pytest.mark.parametrize(
-    "d", [pytest.param(128, marks=WITH_THE_FIRST), 1024, 4096, pytest.param(65_536, marks=WITH_THE_FIRST)]
+    ("d", "m"),
+    [
+        *(pytest.param(128, m, marks=WITH_THE_FIRST) for m in (2, 3, 5)),
+        *((d, m) for d in (1024, 4096) for m in (2, 3, 5)),
+        pytest.param(65_536, 2, marks=WITH_THE_FIRST),
+        *((65_536, m) for m in (3, 5)),
+    ],
 )
 def test_few_references(d, m):
     """Rows between the first of a class, which scores are relative to, and another."""

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from kernel_cases import between
 
 from stablevelocity_kernels import (
     backends,
@@ -317,7 +318,7 @@ def test_parts_merge_their_rows_themselves(d, slots, path, ahead):
     assert svel.part_goes_home(x, parts[0], labels, "exact") == 3
     target(0, *make_boxes(1), x, t, labels)  # loads the kernels; so few scalars of one part lie where those of two do
     boxes = make_boxes(world)
-    for _ in range(4):
+    for again in range(4):
         labels = torch.randint(-1, 4, (world, n), device="cuda", generator=rng)
         labels[:, 0] = 0
         t = 0.1 + 0.8 * torch.rand(world, n, device="cuda", generator=rng)
@@ -325,6 +326,9 @@ def test_parts_merge_their_rows_themselves(d, slots, path, ahead):
         slot = torch.randint(world * slots, (world, n), device="cuda", generator=rng).where(labels != 2, 0)
         picked, noise = refs[labels.clamp(0, 2), slot], torch.randn(world, n, d, device="cuda", generator=rng)
         x = (at.alpha[..., None] * picked + at.sigma[..., None] * noise).float()
+        if again % 2:  # rows between two references of the process whose rows they are
+            a, b = torch.stack([own[0, :2] for own in parts], 1)
+            x[:, 0] = between(a, b, at.alpha[:, :1], at.sigma[:, :1])
         x[1, 2, 0], t[0, 1] = torch.nan, torch.nan
         evaluated = t.where(t >= t_min, torch.nan) if ahead else t
         given = x.flatten(0, 1).double(), refs, evaluated.flatten().double(), labels.flatten(), counts
