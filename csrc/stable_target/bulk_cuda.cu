@@ -82,11 +82,13 @@ struct RowWeights {
 };
 
 // The results of an own row over the elements `at`, from its mean over this part and those that the others
-// have left in the mailbox, when these are there. All threads.
-template <int VECTORS>
-__device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& home, int64_t row, double lse,
-                                              const int (&at)[VECTORS], const bool (&within)[VECTORS],
-                                              const float4 (&x)[VECTORS], float4 (&mean)[VECTORS]) {
+// have left in the mailbox, when these are there; false where it is in doubt: in_doubt(share of this part),
+// see EndingRow. All threads.
+template <int VECTORS, typename InDoubt>
+__device__ __forceinline__ bool merge_at_home(const Inputs& in, const AtHome& home, int64_t row, double lse,
+                                              const InDoubt& in_doubt, const int (&at)[VECTORS],
+                                              const bool (&within)[VECTORS], const float4 (&x)[VECTORS],
+                                              float4 (&mean)[VECTORS]) {
   const int q = static_cast<int>(threadIdx.x);
   const double t = clamp_time(load_as<double>(in.time_or_alpha, in.part * in.rows_each + row));
   const PredictionCoefficients at_time =
@@ -96,7 +98,7 @@ __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& ho
   if (q < in.parts && q != in.part)
     await_flag(&own->done[q], own->round, {{}, in.part, in.parts, home.patience}, q);
   __syncthreads();
-  double top = lse, total = 1;
+  double top = lse, total = 1, share = 1;
 #pragma unroll 1
   for (int of = 0; of < in.parts; ++of) {
     if (of == in.part) continue;
@@ -113,7 +115,7 @@ __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& ho
     const double most = its >= top || its != its ? its : top;
     const double so_far = power(LOG2_E * (top - most)), weight = power(LOG2_E * (its - most));
     const float a = static_cast<float>(so_far), b = static_cast<float>(weight);
-    total = fma(so_far, total, weight), top = most;
+    total = fma(so_far, total, weight), share *= so_far, top = most;
     const auto add = [&](float& to, float value) {  // the mean over nothing is NaN
       to = (a > 0 ? a * to : a) + (b > 0 ? b * value : b);
     };
@@ -122,6 +124,7 @@ __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& ho
       add(mean[v].x, other[v].x), add(mean[v].y, other[v].y), add(mean[v].z, other[v].z),
           add(mean[v].w, other[v].w);
   }
+  if (in_doubt(static_cast<float>(share / total))) return false;
   const double by = at_time.b / total;
   const auto result = [&](float x, float sum) {
     return static_cast<float>(fma(at_time.a, static_cast<double>(x), by * static_cast<double>(sum)));
@@ -133,6 +136,7 @@ __device__ __forceinline__ void merge_at_home(const Inputs& in, const AtHome& ho
           make_float4(result(x[v].x, mean[v].x), result(x[v].y, mean[v].y), result(x[v].z, mean[v].z),
                       result(x[v].w, mean[v].w));
   }
+  return true;
 }
 
 // A row that products_kernel has left in parts.
@@ -151,10 +155,12 @@ struct EndingRow {
   __device__ __forceinline__ float scale(int j) const { return __ldcg(&parts.others[place(j)].scale); }
   __device__ __forceinline__ const float* sums(int j) const { return parts.sums + place(j) * d; }
 
-  // Whether it shows that the row's weights are wrong. By whole warps. far: weights beyond NEAR.
-  __device__ __forceinline__ bool in_doubt(const RowWeights& its, const double* far) const {
+  // Whether it shows that the row's weights are wrong, in a result of which they are `share`. By whole warps.
+  // far: weights beyond NEAR.
+  __device__ __forceinline__ bool in_doubt(const RowWeights& its, const double* far, float share) const {
     const double all = its.total;  // mostly there is not much beside the best
-    const bool clear = its.wrong * fmaxf(static_cast<float>(all - 1), 0) <=
+    const float wrong = share * its.wrong;
+    const bool clear = wrong * fmaxf(static_cast<float>(all - 1), 0) <=
                        PRODUCTS_MOST_ERROR * static_cast<float>(all);  // not of infinite errors
     if (__builtin_expect(__all_sync(WARP, clear), 1)) return false;
     Equals best;
@@ -168,7 +174,7 @@ struct EndingRow {
     const int print = __shfl_sync(WARP, best.print, __ffs(those) - 1);
     int equals = __reduce_add_sync(WARP, best.print == print ? best.count : 0);
     if (its.source == 1) equals = max(equals, 1);
-    return __any_sync(WARP, is_doubtful(its.wrong, all, equals));
+    return __any_sync(WARP, is_doubtful(wrong, all, equals));
   }
 };
 
@@ -332,7 +338,8 @@ __device__ __noinline__ void end_aligned(const Inputs& in, const ProductsParts& 
       mean[v] = make_float4(static_cast<float>(by * sum[v][0]), static_cast<float>(by * sum[v][1]),
                             static_cast<float>(by * sum[v][2]), static_cast<float>(by * sum[v][3]));
     }
-    merge_at_home<VECTORS>(in, parts.home, number, lse_of_row(in, all), at, within, mine, mean);
+    const auto no_doubt = [](float) { return false; };
+    merge_at_home<VECTORS>(in, parts.home, number, lse_of_row(in, all), no_doubt, at, within, mine, mean);
   } else {
     float* const to = static_cast<float*>(out_of(in, index).data) + index * in.d;
     const double a = in.mailboxes ? 0 : left.a;
@@ -402,8 +409,8 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
   if (others > NEAR) __syncthreads();
   FourSums<Sum> sum[VECTORS];
   wait_copies();
-  if (ending.in_doubt(its, weights))
-    return end_aligned<LANES, VECTORS, MERGES>(in, parts, row, chunk, its.wrong, scratch);
+  if (!MERGES && ending.in_doubt(its, weights, 1))
+    return end_aligned<LANES, VECTORS, false>(in, parts, row, chunk, its.wrong, scratch);
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     if (within[v] && share == 0) sum[v].add(by_first, first[v][tid]);
@@ -442,7 +449,9 @@ __device__ __forceinline__ void end_row(const Inputs& in, const ProductsParts& p
     float4 own[VECTORS], mean[VECTORS];
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) own[v] = x[v][tid], mean[v] = sum[v].mean(by);
-    merge_at_home<VECTORS>(in, parts.home, row, lse, at, within, own, mean);
+    const auto in_doubt = [&](float share) { return ending.in_doubt(its, weights, share); };
+    if (!merge_at_home<VECTORS>(in, parts.home, row, lse, in_doubt, at, within, own, mean))
+      end_aligned<LANES, VECTORS, true>(in, parts, row, chunk, its.wrong, scratch);
   } else {
     float* const out = static_cast<float*>(out_of(in, index).data) + from;
 #pragma unroll

@@ -1536,7 +1536,7 @@ struct Products {
   // From the row's parts to its mean, see `merge_aligned`, by all consumers.
   __device__ __forceinline__ static void send_aligned(const Inputs& in, const ProductsParts& parts,
                                                       const ProductsLayout& layout, int64_t index) {
-    constexpr int VECTORS = RESIDENT > 1 ? 1 : 2;  // of a slice
+    constexpr int VECTORS = 2;  // of a slice
     static_assert(HELD <= VECTORS * 4 * THREADS);
     auto& memory = reinterpret_cast<AlignedMemory<WARPS>&>(shared().scores);
     static_assert(sizeof(memory) <= sizeof(Shared::scores), "which nobody needs any more");
@@ -1664,8 +1664,8 @@ struct Products {
     int scores = 0, weights = 0;  // tiles so far, of which two are told apart
     bool awaits = PARTS && parts.home.awaits_x;
     if (PARTS && thread() == 0) shared().late = NO_ROW;
-    // While there is no segment, the code of a segment's beginning runs once for nothing: it is long, and where it
-    // has to come from memory, it would wait there behind the copies.
+    // While there is no segment, the code of a segment's beginning runs once for nothing: it is long, and
+    // where it has to come from memory, it would wait there behind the copies.
     int rehearses = 1;
     for (;;) {
       asm volatile("" : "+r"(rehearses));  // one code for both
@@ -1674,7 +1674,8 @@ struct Products {
         wait_barrier(&shared().announced.placed[slot], slot_phase);
         if (segment.flags & SEGMENT_LIST_DONE) break;
       }
-      if (PARTS && !rehearses && awaits && has_rows_of_another(segment)) await_rows(in, parts.home), awaits = false;
+      if (PARTS && !rehearses && awaits && has_rows_of_another(segment))
+        await_rows(in, parts.home), awaits = false;
       const int rows = segment.count, references = segment.references;
       Mine mine;
       begin_segment(mine, segment, slot, slot_phase, rehearses);
