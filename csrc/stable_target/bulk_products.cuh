@@ -1317,7 +1317,7 @@ struct Products {
   // Of a row that has references elsewhere: those may be so much nearer that these have no weight, and often
   // two of these tie. So what counts is whether errors would show if references that have weight are about
   // sigma / alpha apart. All parts of a row answer alike, or nearly: what is scored exactly is not weighed
-  // beside what is not, since the errors of |r|^2 are all on one side, and alike for references of one size.
+  // beside what is not: scores of the matrix units are all off to one side, alike for references of one size.
   __device__ __forceinline__ static bool part_in_doubt(const RowState& row, float bits, float per_bit) {
     constexpr float TIMES = 0.5f * (HELD <= 1024 ? 2.3f : 0.86f) * 0x1p-24f / SCORE_ERROR;
     return TIMES * bits * per_bit > 1e-6f * 2 * row.half_alpha * square_root(variances(row));
