@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   static_assert(PAIRS <= 32, "the shares of a pair in a warp are added by shuffles");
   __shared__ double tops[WARPS], totals[WARPS];
   __shared__ float leads[WARPS], scales[WARPS];
+  __shared__ int leading;  // the part of the reference of most weight
   __shared__ double2 sums[WARPS][PAIRS];
   allow_next_launch();
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   const int team = 2 * layout.slices * layout.most_rows, pairs = slice / 2;
   const double2* sums_from = reinterpret_cast<const double2*>(parts.sums) +
                              (share * team + 2 * rank * layout.most_rows) * pairs + (e - rank * slice) / 2;
-  const PartRow* rows_from = parts.rows + tid * team;
+  const GroupsRow* rows_from = parts.rows + tid * team;
   const int64_t step = SHARES * team * pairs;
   // Never. But what is not asked for here the compiler would find out behind the wait.
   if (!sums_from || !rows_from || step == 0) __trap();
@@ -143,8 +144,8 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
     count = row.count;
     mine = within ? (count - share + SHARES - 1) / SHARES : 0;  // parts
     const int first = row.from * team + row.row, second = first + layout.most_rows;
-    const PartRow* const near_at = rows_from + (tid == 0 ? second : first);
-    const PartRow* const next_at = rows_from + (first + MERGE_THREADS * team);
+    const GroupsRow* const near_at = rows_from + (tid == 0 ? second : first);
+    const GroupsRow* const next_at = rows_from + (first + MERGE_THREADS * team);
     const double2* const first_at = sums_from + (share == 0 ? second : first) * pairs;
     other_at = sums_from + first * pairs;
     near = next = make_double2(-INFINITY, 0), of_near = of_next = make_float2(0, 0);
@@ -178,19 +179,24 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   for (int w = 1; w < WARPS; ++w) top = greater(top, tops[w]);
   double total = 0;
   float lead = 0, scale = 0;
+  int lead_of = 0;
   const int weighed = max(count, EARLY * SHARES);  // beyond the last part they are zero
 #pragma unroll 1
   for (int j = tid; j < weighed; j += MERGE_THREADS) {
     const double weight = exp2(near.x - top);
     weights[j] = weight;
     total = fma(weight, near.y, total);
-    lead = fmaxf(lead, static_cast<float>(weight) * of_near.x), scale = fmaxf(scale, of_near.y);
+    const float its = static_cast<float>(weight) * of_near.x;
+    if (its > lead) lead = its, lead_of = j;
+    scale = fmaxf(scale, of_near.y);
     near = next, of_near = of_next;
   }
 #pragma unroll
   for (int hop = 16; hop > 0; hop /= 2) total += __shfl_xor_sync(0xffffffffu, total, hop);
   if (lane == 0) totals[warp] = total;
+  const float own = lead;
   if (finishes) {
+    if (tid == 0) leading = count;
 #pragma unroll 1
     for (int hop = 16; hop > 0; hop /= 2) {
       lead = fmaxf(lead, __shfl_xor_sync(0xffffffffu, lead, hop));
@@ -204,7 +210,15 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS)
   for (int w = 1; w < WARPS; ++w) total += totals[w];
   if (finishes) {
     for (int w = 0; w < WARPS; ++w) lead = fmaxf(lead, leads[w]), scale = fmaxf(scale, scales[w]);
-    if (tid == 0) finish_row(in, parts, {}, index, {top, total, lead, scale}, nullptr);
+    if (own == lead) atomicMin(&leading, lead_of);
+    __syncthreads();
+    if (tid > 0) return;
+    const GroupsRow all{{top, total, lead, scale}, 0};
+    Doubt doubt = doubt_of_row(parts.rounding, row.b, all);
+    const int first = row.from * team + row.row;
+    if (doubt.error > 0)
+      doubt.best = parts.rows[first + (leading == 0 ? layout.most_rows : leading * team)].best;
+    finish_row(in, parts, {}, index, all, doubt, nullptr);
     return;
   }
   double2 sum = nothing;

@@ -56,6 +56,7 @@ struct GroupState {
   double top;         // weights are 2^(score - top)
   float total;        // of the weights
   float lead, worst;  // the largest of them; the largest score, either way
+  int64_t best;       // see GroupsRow
 };
 
 template <int G, int WARPS, int TR, int ROWS>
@@ -66,8 +67,9 @@ struct GroupsShared {
   alignas(16) float scores[2][G][TR][WARPS < 4 ? 4 : WARPS];
   double squares[G][WARPS];  // shares of what is summed in float64
   GroupState states[G];
-  double shifts[G][WARPS];  // |y|^2 / (2 sigma^2) in units of log 2; each warp has its own
-  PartRow moved[G][WARPS];  // to memory already, too
+  double shifts[G][WARPS];    // |y|^2 / (2 sigma^2) in units of log 2; each warp has its own
+  GroupsRow moved[G][WARPS];  // to memory already, too
+  int best[G][WARPS];         // the reference of the largest score, counted from the segment's end
   int final[G];
   Barrier taken[G];       // the sums that the group left
   Barrier filed, closed;  // a part is in memory; the clerk is done
@@ -230,7 +232,14 @@ struct Groups {
     if (thread() % 32 == 0) shared().shifts[group()][thread() / 32] = square;
   }
 
-  __device__ __forceinline__ double sum_over_group(double share) const {
+  // The threads of a row's result.
+  struct Crew {
+    __device__ __forceinline__ static int thread() { return Groups::thread(); }
+    __device__ __forceinline__ static void wait() { group_barrier(); }
+    __device__ __forceinline__ static double sum(double share) { return sum_over_group(share); }
+  };
+
+  __device__ __forceinline__ static double sum_over_group(double share) {
     share = warp_sum(share);
     group_barrier();  // what was there before is read
     if (thread() % 32 == 0) shared().squares[group()][thread() / 32] = share;
@@ -322,12 +331,21 @@ struct Groups {
 #pragma unroll
     for (int j = 0; j < TR; ++j) scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
     exchange<TR>(parity, scores);
-    if (!weigh_scores(mine.scores, many, scores, mine.sum)) return;
+    const auto note = [&](int j) { shared().best[group()][thread() / 32] = many - j; };
+    if (!weigh_scores(mine.scores, many, scores, mine.sum, note)) return;
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
 #pragma unroll
       for (int j = 0; j < TR; ++j) mine.sum[q] = fmaf(scores[j], difference[j][q], mine.sum[q]);
     }
+  }
+
+  // See RowScores.
+  __device__ __forceinline__ void measure_terms(Mine& mine) const {
+    float share = 0;
+#pragma unroll
+    for (int q = 0; q < Q; ++q) share = fmaf(mine.y[q], mine.sum[q], share);
+    mine.scores.measure_terms(static_cast<float>(sum_over_group(share)));
   }
 
   // The row's own source, as one more reference.
@@ -340,6 +358,11 @@ struct Groups {
     mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
   }
 
+  // Of this group's references.
+  __device__ __forceinline__ static int64_t best_of(const Segment<ROWS>& segment) {
+    return segment.first + segment.references - shared().best[group()][thread() / 32];
+  }
+
   // A segment's sums, from the row's groups to its result or to its part in memory. The row's first group
   // does it; the others leave theirs.
   __device__ __forceinline__ void end_segment(Mine& mine, const Segment<ROWS>& segment, int& parity) const {
@@ -348,6 +371,7 @@ struct Groups {
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool filed = is_filed(segment);
     mine.source = 0;
+    if (mine.scores.is_near_the_first()) measure_terms(mine);
     if (in.source.data && turn == 0 && flags & SEGMENT_UNIT_END) weigh_own_source(mine, segment.rows[my_row]);
     const RowState& row = segment.rows[my_row];
     const RowPlace here = place();
@@ -361,8 +385,8 @@ struct Groups {
         *reinterpret_cast<float4*>(to + element(q / EV) + q % EV) =
             make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
       if (thread() == 0)
-        shared().states[group()] = {mine.scores.top, mine.scores.total, mine.scores.lead(),
-                                    mine.scores.worst};
+        shared().states[group()] = {mine.scores.top, mine.scores.total, mine.scores.lead(), mine.scores.worst,
+                                    best_of(segment)};
     } else if (flags & SEGMENT_PART_END && others == 0) {  // on their way meanwhile
 #pragma unroll
       for (int q = 0; q < Q; q += 4) {
@@ -386,11 +410,13 @@ struct Groups {
     double total = static_cast<double>(scale) * static_cast<double>(mine.scores.total);
     double source = static_cast<double>(scale) * static_cast<double>(mine.source);
     float lead = scale * fmaxf(mine.scores.lead(), mine.source), worst = mine.scores.worst;
+    int64_t leading = mine.source > mine.scores.lead() ? OWN_SOURCE : best_of(segment);
 #pragma unroll 1
     for (int g = group() + 1; g < group() + used; ++g) {
       const GroupState& other = shared().states[g];
       const float by = power_of_two(other.top - best);
       total = fma(static_cast<double>(by), static_cast<double>(other.total), total);
+      if (by * other.lead > lead) leading = other.best;
       lead = fmaxf(lead, by * other.lead), worst = fmaxf(worst, other.worst);
     }
     const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, my_row);
@@ -403,11 +429,12 @@ struct Groups {
         segment.to,
         row.a,
         row.b,
-        {best - shared().shifts[group()][thread() / 32], total + source, lead, worst * mine.scores.rate}};
+        {{best - shared().shifts[group()][thread() / 32], total + source, lead, worst * mine.scores.rate},
+         leading}};
     double by = 1, before = 0;
     if (!(flags & SEGMENT_PART_BEGIN)) {
-      const Joined joined = join(shared().moved[group()][thread() / 32], end.own);
-      end.own = joined.all, before = joined.by_first, by = joined.by_second;
+      const Joined joined = join_to(shared().moved[group()][thread() / 32], end.own);
+      before = joined.by_first, by = joined.by_second;
     }
     __syncwarp();
     if (lane == 0) shared().moved[group()][thread() / 32] = end.own;
@@ -444,10 +471,8 @@ struct Groups {
     if (lane == 0) {
       for (int g = group() + 1; g < group() + groups; ++g) arrive(&shared().taken[g]);
     }
-    if (final) {
-      if (thread() == 0) finish_row(in, parts, here, end.index, end.own, &shared().doubtful);
-      return;
-    }
+    if (final)
+      return finish_row<T, GT>(in, parts, here, end.index, end.a, end.b, end.own, &shared().doubtful, Crew{});
     if (!(flags & SEGMENT_PART_END)) return;
     if (thread() == 0) parts.rows[part] = end.own;
     if (filed) return file(lane);
@@ -466,7 +491,7 @@ struct Groups {
 
   // The row's result from its parts, by one group.
   __device__ __forceinline__ void merge(const RowEnd& end) const {
-    merge_row<GT>(in, parts, place(), end, &shared().doubtful, [] { return thread(); });
+    merge_row<T, GT>(in, parts, place(), end, &shared().doubtful, Crew{});
   }
 
   __device__ __forceinline__ void consume() const {

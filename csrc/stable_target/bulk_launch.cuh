@@ -59,7 +59,7 @@ struct Launch : BulkLaunch {
     const UnitList list = carve_list(carver);
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * plan.blocks * plan.tile_rows * in.d);
-    parts.rows = carver.take<PartRow>(2 * plan.blocks * plan.tile_rows);
+    parts.rows = carver.take<GroupsRow>(2 * plan.blocks * plan.tile_rows);
     parts.arrived = carver.take<int>(in.n);
     place_settling(carver, parts, plan.blocks, 1, in.d, layout.merge_last);
     if (!layout.own_list) {
@@ -72,7 +72,7 @@ struct Launch : BulkLaunch {
         plan.costs.deal ? groups_kernel<T, GT, Q, TR, DEALS> : groups_kernel<T, GT, Q, TR, false>;
     run_in_blocks(kernel, !layout.own_list || layout.merge_last, list, parts, layout);
     if (!layout.merge_last) merge_parts(op, in, list, parts, plan, plan.blocks, stream);
-    if (parts.errors) settle<T>(parts, plan.blocks);
+    if (parts.doubts) settle<T>(parts, plan.blocks);
     return true;
   }
 
@@ -185,7 +185,7 @@ struct Launch : BulkLaunch {
     if (merge_last) {
       parts.next = carver.take<int>(slices * in.n);
     } else {
-      parts.errors = carver.take<float>(in.n);
+      parts.doubts = carver.take<Doubt>(in.n);
       parts.merged = carver.take<MergedRow>(in.n);
     }
     parts.settled = carver.take<double>(blocks * slice);
@@ -205,7 +205,7 @@ struct Launch : BulkLaunch {
     config.stream = stream;
     config.attrs = &overlaps;
     config.numAttrs = 1;
-    check_cuda(op, cudaLaunchKernelEx(&config, settle_kernel<T>, in, const_cast<const float*>(parts.errors),
+    check_cuda(op, cudaLaunchKernelEx(&config, settle_kernel<T>, in, const_cast<const Doubt*>(parts.doubts),
                                       parts.settled));
   }
 
@@ -267,7 +267,7 @@ struct Launch : BulkLaunch {
     const UnitList list = carve_list(carver);
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * blocks * layout.slice);
-    parts.rows = carver.take<PartRow>(2 * blocks);
+    parts.rows = carver.take<GroupsRow>(2 * blocks);
     const int64_t letters =
         layout.team == Team::grid ? blocks * TEAMS_SLOTS * TEAMS_LETTERS * Kernel::WORDS : 0;
     parts.mail = carver.take<uint2>(letters);
@@ -284,7 +284,7 @@ struct Launch : BulkLaunch {
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
     if (!layout.merge_last) merge_parts(op, in, list, parts, plan, teams, stream);
-    if (parts.errors) settle<T>(parts, teams);
+    if (parts.doubts) settle<T>(parts, teams);
     return true;
   }
 };

@@ -2,7 +2,7 @@
 // off by the rounding of its sums, which is much where it is large: for rows at a small t. The usual row
 // there has one reference with all the weight, and any score will do. But the weights of a row that lies
 // between references are a guess. Whoever finishes a row knows what that may do to its result
-// (error_of_row), and rows where it would show are evaluated again, in float64. Few calls have any, so
+// (doubt_of_row), and rows where it would show are evaluated again, in float64. Few calls have any, so
 // this is made to cost nothing else: where a block has finished rows, it takes them when it has done all the
 // rest, by code that is not in the way of the other; where they were finished all over the grid, a kernel
 // behind that one does, with a cluster of blocks for each.
@@ -80,15 +80,6 @@ struct Settle {
     return over_block(v, [](double a, double b) { return a + b; });
   }
 
-  // Four elements side by side.
-  __device__ __forceinline__ static float4 load(const T* from) {
-    struct alignas(4 * sizeof(T)) Four {
-      T v[4];
-    };
-    const Four four = *reinterpret_cast<const Four*>(from);
-    return make_float4(to_float(four.v[0]), to_float(four.v[1]), to_float(four.v[2]), to_float(four.v[3]));
-  }
-
   // Scores of COUNT references from `at` on, of which none is beyond `last`, by a warp, in units of log 2:
   // -|x - alpha r|^2 / (2 sigma^2).
   template <int COUNT>
@@ -106,7 +97,7 @@ struct Settle {
                   : load_four(of_row, base + e, base + in.d);
       float4 r[COUNT];
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i) r[i] = load(from[i] + e);
+      for (int i = 0; i < COUNT; ++i) r[i] = load_four(from[i] + e);
       const auto add = [&](float x, float r, double& score) {
         const double gap = fma(-row.alpha, static_cast<double>(r), row.sign * static_cast<double>(x));
         score = fma(gap, gap, score);
@@ -119,6 +110,25 @@ struct Settle {
     }
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) scores[i] = -LOG2_E / (2 * row.sigma * row.sigma) * warp_sum(scores[i]);
+  }
+
+  // Whether a row in doubt is to be evaluated again, the same in all blocks.
+  __device__ __forceinline__ bool stays_in_doubt(int64_t index, const Doubt& doubt) const {
+    const Row row = row_coefficients(in, index);
+    const bool vectors = is_aligned(x_of(in, index).data) && is_aligned(out_of(in, index).data) &&
+                         is_aligned(in.source.data) && in.d % 4 == 0;
+    const RowInDoubt its{index, doubt, row.a, row.b, low, static_cast<int>(high - low), vectors};
+    const auto sum = [&](double share) {
+      share = sum_over_block(share);
+      if (tid == 0) shared.own[0] = share;
+      crew.wait_for_all();
+      double all = 0;
+#pragma unroll 1
+      for (int block = 0; block < Crew::BLOCKS; ++block) all += crew.score(shared.own, block * OWN);
+      crew.wait_for_all();  // all have read it
+      return all;
+    };
+    return svel::cuda::stays_in_doubt<T, THREADS>(in, its, tid, sum);
   }
 
   // That of the row's own source, in all blocks.
@@ -197,7 +207,7 @@ struct Settle {
         for (int h = share; h < shared.count; h += shares) {
           const int j = shared.heavy[h];
           const double weight = shared.weights[j];
-          const float4 r = load(refs + (first + begin + j) * in.d + e);
+          const float4 r = load_four(refs + (first + begin + j) * in.d + e);
           v[0] = fma(weight, static_cast<double>(r.x), v[0]),
           v[1] = fma(weight, static_cast<double>(r.y), v[1]);
           v[2] = fma(weight, static_cast<double>(r.z), v[2]),
@@ -251,11 +261,11 @@ __device__ __noinline__ void settle_rows(const Inputs& in, const BulkParts& part
   for (int index = first; index != NO_ROW; index = parts.next[place.rank * in.n + index]) settle(index);
 }
 
-// Behind the others: the rows whose `errors` (n,) say so, one after the other by every so many clusters.
+// Behind the others: the rows that `doubts` (n,) names, one after the other by every so many clusters.
 // sums: (clusters, d).
 template <typename T>
 __global__ void __launch_bounds__(ClusterCrew::THREADS) SVEL_CLUSTER(ClusterCrew::BLOCKS)
-    settle_kernel(const __grid_constant__ Inputs in, const float* errors, double* sums) {
+    settle_kernel(const __grid_constant__ Inputs in, const Doubt* doubts, double* sums) {
   __shared__ SettleInCluster shared;
   __shared__ float noted[ClusterCrew::THREADS];
   constexpr int THREADS = ClusterCrew::THREADS, BLOCKS = ClusterCrew::BLOCKS;
@@ -268,12 +278,13 @@ __global__ void __launch_bounds__(ClusterCrew::THREADS) SVEL_CLUSTER(ClusterCrew
   wait_for_previous_launch();
   for (int64_t begin = cluster; begin < in.n; begin += clusters * THREADS) {
     const int64_t mine = begin + clusters * tid;
-    const float error = mine < in.n ? errors[mine] : 0;
-    if (!__syncthreads_or(error > MOST_ERROR_OF_SCORES)) continue;  // the same in all blocks
+    const float error = mine < in.n ? doubts[mine].error : 0;
+    if (!__syncthreads_or(error > 0)) continue;  // the same in all blocks
     noted[tid] = error;
     __syncthreads();
     for (int i = 0; i < THREADS && begin + clusters * i < in.n; ++i) {
-      if (noted[i] > MOST_ERROR_OF_SCORES) settle(begin + clusters * i);
+      const int64_t index = begin + clusters * i;
+      if (noted[i] > 0 && settle.stays_in_doubt(index, doubts[index])) settle(index);
     }
     __syncthreads();
   }
