@@ -206,6 +206,11 @@ __device__ inline int read_arrivals(const int* counter) {
   return arrivals;
 }
 
+// A word of its own instead of a counter: the same holds for whoever reads it with read_arrivals.
+__device__ inline void set_arrivals(int* word, int arrivals) {
+  SVEL_HOPPER_ASM("st.release.gpu.global.s32 [%0], %1;" ::"l"(word), "r"(arrivals) : "memory");
+}
+
 // Eight bytes to and from another block of the grid, whole or not at all.
 __device__ inline void post_letter(uint2* to, uint2 letter) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(letter.x), "r"(letter.y)

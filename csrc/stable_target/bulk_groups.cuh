@@ -25,7 +25,7 @@
 //
 // Where a unit lies in one block, that is the row's result. Else it is a part in memory, and the last block
 // to finish merges the parts, always in their order: results do not depend on who comes last. merge_kernel
-// does it where few units are cut into many parts.
+// (bulk_merge.cuh) does it where few units are cut into many parts.
 //
 // While all multiprocessors read, whatever else is read from memory takes several microseconds. So a unit's
 // end waits for nothing but its row of x: a part that is left for others is handed to the clerk, one more
@@ -56,7 +56,8 @@ struct GroupState {
   double top;         // weights are 2^(score - top)
   float total;        // of the weights
   float lead, worst;  // the largest of them; the largest score, either way
-  int64_t best;       // see GroupsRow
+  float source;       // the weight of the row's own source
+  int best;           // see GroupsShared
 };
 
 template <int G, int WARPS, int TR, int ROWS>
@@ -71,11 +72,13 @@ struct GroupsShared {
   GroupsRow moved[G][WARPS];  // to memory already, too
   int best[G][WARPS];         // the reference of the largest score, counted from the segment's end
   int final[G];
-  Barrier taken[G];       // the sums that the group left
+  Barrier taken;          // what groups left for others at the end of a segment
   Barrier filed, closed;  // a part is in memory; the clerk is done
+  Barrier left;           // where merge_kernel follows: all that it reads is in memory
   int unmerged;           // rows that the clerk has found to be complete
   RowEnd rows_left[ROWS];
-  int doubtful;  // the first of the rows to be settled
+  int doubtful;       // the first of the rows to be settled
+  RowState only_row;  // where there is but one
 };
 
 // T: of the references. A group of GT threads owns Q elements of D each. TR: references per tile, which a
@@ -126,6 +129,21 @@ struct Groups {
     return rows == 1 ? G : rows == 2 ? G / 2 : G / 4;
   }
 
+  // One warp, before the others have met: the list of few rows. Of an only row it places the first segment,
+  // long before the rest can be known. Whether it did.
+  __device__ __forceinline__ bool begin(int lane) const {
+    const LaneUnit unit = build_list_in_warp<TR, ROWS>(in, list, lane);
+    Segment<ROWS>& first = shared().announced.segments[0];
+    const unsigned end_cost = static_cast<unsigned>(list.costs.row + list.costs.unit);
+    const bool placed = in.n == 1 && place_first<TR>(in, unit, gridDim.x, blockIdx.x, SEGMENT_TILES * G,
+                                                     end_cost, first, lane);
+    if (placed && lane == 0) {  // what consumers will need, ahead of the copies
+      if (layout.vectors && !in.mailboxes) prefetch_bulk(first.rows[0].x, d * size_of(in.x.dtype));
+      prefetch_bulk(static_cast<const T*>(in.refs.data) + first.centre * in.d, d * sizeof(T));
+    }
+    return placed;
+  }
+
   // The producer, one thread.
   __device__ __forceinline__ void produce() const {
     // `behind`: the tile that must have arrived before the next one is on its way. The first few are always
@@ -161,6 +179,22 @@ struct Groups {
     }
   }
 
+  // The announcer.
+  template <bool DEAL>
+  __device__ __forceinline__ void tell(bool begun, int lane) const {
+    const auto most_tiles = [](int rows) { return SEGMENT_TILES * groups_of_a_row(rows); };
+    const auto know_row = [&](int64_t index, RowState& row) {
+      if (begun) {
+        row = shared().only_row;
+      } else {
+        set_row(in, index, row);
+      }
+    };
+    const auto await = [](Barrier* barrier, int phase) { wait_barrier(barrier, phase); };
+    announce<TR, DEAL>(in, list, place(), gridDim.x, blockIdx.x, shared().announced, most_tiles, know_row,
+                       await, lane, begun);
+  }
+
   // The consumers.
 
   struct Mine {          // of a row, in this thread
@@ -183,6 +217,12 @@ struct Groups {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
     return static_cast<int>(tid / GT);
   }
+  // The row of the unit that it serves, and its turn there. groups: of a row, a power of two.
+  __device__ __forceinline__ static int by_groups(int number, int groups) {
+    return number >> (31 - __clz(groups));
+  }
+  __device__ __forceinline__ static int row_of_group(int groups) { return by_groups(group(), groups); }
+  __device__ __forceinline__ static int turn_of_group(int groups) { return group() & (groups - 1); }
   __device__ __forceinline__ static int element(int slot) { return (slot * GT + thread()) * EV; }
 
   __device__ __forceinline__ static void group_barrier() {
@@ -197,7 +237,7 @@ struct Groups {
     if (groups == 1) {
       group_barrier();
     } else {
-      named_barrier(G / groups + group() / groups, groups * GT);
+      named_barrier(by_groups(G, groups) + row_of_group(groups), groups * GT);
     }
   }
 
@@ -232,14 +272,7 @@ struct Groups {
     if (thread() % 32 == 0) shared().shifts[group()][thread() / 32] = square;
   }
 
-  // The threads of a row's result.
-  struct Crew {
-    __device__ __forceinline__ static int thread() { return Groups::thread(); }
-    __device__ __forceinline__ static void wait() { group_barrier(); }
-    __device__ __forceinline__ static double sum(double share) { return sum_over_group(share); }
-  };
-
-  __device__ __forceinline__ static double sum_over_group(double share) {
+  __device__ __forceinline__ double sum_over_group(double share) const {
     share = warp_sum(share);
     group_barrier();  // what was there before is read
     if (thread() % 32 == 0) shared().squares[group()][thread() / 32] = share;
@@ -358,16 +391,14 @@ struct Groups {
     mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
   }
 
-  // Of this group's references.
-  __device__ __forceinline__ static int64_t best_of(const Segment<ROWS>& segment) {
-    return segment.first + segment.references - shared().best[group()][thread() / 32];
-  }
-
-  // A segment's sums, from the row's groups to its result or to its part in memory. The row's first group
-  // does it; the others leave theirs.
+  // A segment's sums, from the row's groups to its result or to its part in memory. Up to four groups share
+  // the row's elements for that: to each the others leave what they have of its own.
   __device__ __forceinline__ void end_segment(Mine& mine, const Segment<ROWS>& segment, int& parity) const {
-    const int groups = groups_of_a_row(segment.count), turn = group() % groups, my_row = group() / groups;
+    const int groups = groups_of_a_row(segment.count), turn = turn_of_group(groups),
+              my_row = row_of_group(groups);
     const int used = min(segment.tiles, groups), lane = thread() % 32;  // used: groups that had a tile
+    const int leader = group() - turn, takers = min(groups, Q / 4);
+    const auto takes = [&](int q) { return (q / 4 & (takers - 1)) == turn; };  // groups are a power of two
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool filed = is_filed(segment);
     mine.source = 0;
@@ -376,61 +407,59 @@ struct Groups {
     const RowState& row = segment.rows[my_row];
     const RowPlace here = place();
     float4 x[Q / 4];
-    if (turn > 0) {
-      wait_barrier(&shared().taken[group()], parity >> 1);  // those of the segment before
-      parity ^= 2;
-      float* const to = sums_of(group());
+    await_taken(parity);
 #pragma unroll
-      for (int q = 0; q < Q; q += 4)
-        *reinterpret_cast<float4*>(to + element(q / EV) + q % EV) =
+    for (int q = 0; q < Q; q += 4) {
+      if (!takes(q))
+        *reinterpret_cast<float4*>(sums_of(group()) + element(q / EV) + q % EV) =
             make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
-      if (thread() == 0)
-        shared().states[group()] = {mine.scores.top, mine.scores.total, mine.scores.lead(), mine.scores.worst,
-                                    best_of(segment)};
-    } else if (flags & SEGMENT_PART_END && others == 0) {  // on their way meanwhile
+    }
+    if (thread() == 0)
+      shared().states[group()] = {mine.scores.top,    mine.scores.total,
+                                  mine.scores.lead(), mine.scores.worst,
+                                  mine.source,        shared().best[group()][thread() / 32]};
+    if (flags & SEGMENT_PART_END && others == 0) {  // on their way meanwhile
 #pragma unroll
       for (int q = 0; q < Q; q += 4) {
         const int e = element(q / EV) + q % EV;
-        if (e < d) x[q / 4] = load_x(in, here, row, e);
+        if (takes(q) && e < d) x[q / 4] = load_x(in, here, row, e);
       }
     }
     row_barrier(groups);
-    if (turn > 0) {
-      if (filed) file(lane);
-      return;
-    }
 
-    double best = mine.scores.top;
+    double best = shared().states[leader].top;
 #pragma unroll 1
-    for (int g = group() + 1; g < group() + used; ++g) {
+    for (int g = leader + 1; g < leader + used; ++g) {
       const double top = shared().states[g].top;
       best = best >= top || top != top ? best : top;
     }
-    const float scale = power_of_two(mine.scores.top - best);
-    double total = static_cast<double>(scale) * static_cast<double>(mine.scores.total);
-    double source = static_cast<double>(scale) * static_cast<double>(mine.source);
-    float lead = scale * fmaxf(mine.scores.lead(), mine.source), worst = mine.scores.worst;
-    int64_t leading = mine.source > mine.scores.lead() ? OWN_SOURCE : best_of(segment);
+    double total = 0;
+    float lead = 0, worst = 0;
+    int64_t leading = OWN_SOURCE;
 #pragma unroll 1
-    for (int g = group() + 1; g < group() + used; ++g) {
-      const GroupState& other = shared().states[g];
-      const float by = power_of_two(other.top - best);
-      total = fma(static_cast<double>(by), static_cast<double>(other.total), total);
-      if (by * other.lead > lead) leading = other.best;
-      lead = fmaxf(lead, by * other.lead), worst = fmaxf(worst, other.worst);
+    for (int g = leader; g < leader + used; ++g) {
+      const GroupState& one = shared().states[g];
+      const float by = power_of_two(one.top - best), its = by * fmaxf(one.lead, one.source);
+      total = fma(static_cast<double>(by), static_cast<double>(one.total), total);
+      if (its > lead)
+        lead = its,
+        leading = one.source > one.lead ? OWN_SOURCE : segment.first + segment.references - one.best;
+      worst = fmaxf(worst, one.worst);
     }
+    const float scale = power_of_two(mine.scores.top - best);
+    const double source = static_cast<double>(power_of_two(shared().states[leader].top - best)) *
+                          static_cast<double>(shared().states[leader].source);
     const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, my_row);
     double* const sums = parts.sums + part * d;
-    RowEnd end{
-        row.index,
-        row.out,
-        my_row,
-        segment.from,
-        segment.to,
-        row.a,
-        row.b,
-        {{best - shared().shifts[group()][thread() / 32], total + source, lead, worst * mine.scores.rate},
-         leading}};
+    RowEnd end{row.index,
+               row.out,
+               my_row,
+               segment.from,
+               segment.to,
+               row.a,
+               row.b,
+               {best - shared().shifts[group()][thread() / 32], total + source, lead,
+                worst * mine.scores.rate, leading}};
     double by = 1, before = 0;
     if (!(flags & SEGMENT_PART_BEGIN)) {
       const Joined joined = join_to(shared().moved[group()][thread() / 32], end.own);
@@ -442,14 +471,15 @@ struct Groups {
 #pragma unroll
     for (int q = 0; q < Q; q += 4) {
       const int e = element(q / EV) + q % EV;
-      if (e >= d) continue;
+      if (!takes(q) || e >= d) continue;
       double w[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         w[k] = fma(static_cast<double>(scale), static_cast<double>(mine.sum[q + k]),
                    total * static_cast<double>(mine.c[q + k]));
 #pragma unroll 1
-      for (int g = group() + 1; g < group() + used; ++g) {
+      for (int g = leader; g < leader + used; ++g) {
+        if (g == group()) continue;
         const double other = power_of_two(shared().states[g].top - best);
         const float4 theirs = *reinterpret_cast<const float4*>(sums_of(g) + e);
         w[0] = fma(other, static_cast<double>(theirs.x), w[0]);
@@ -467,21 +497,32 @@ struct Groups {
         store_sums(sums + e, w);
       }
     }
-    __syncwarp();
-    if (lane == 0) {
-      for (int g = group() + 1; g < group() + groups; ++g) arrive(&shared().taken[g]);
+    leave_taken();
+    if (final) {
+      if (turn == 0 && thread() == 0)
+        finish_row(in, parts, here, end.index, end.b, end.own, &shared().doubtful);
+      return;
     }
-    if (final)
-      return finish_row<T, GT>(in, parts, here, end.index, end.a, end.b, end.own, &shared().doubtful, Crew{});
     if (!(flags & SEGMENT_PART_END)) return;
-    if (thread() == 0) parts.rows[part] = end.own;
+    if (turn == 0 && thread() == 0) parts.rows[part] = end.own;
     if (filed) return file(lane);
     if (!layout.merge_last) return;
-    group_barrier();
+    row_barrier(groups);
+    if (turn > 0) return;
     if (thread() == 0) shared().final[group()] = count_part(parts, segment, my_row);
     group_barrier();
     final = shared().final[group()];
     if (final) merge(end);
+  }
+
+  // What was left at the end of the segment before is read; and what this warp reads of this one.
+  __device__ __forceinline__ void await_taken(int& parity) const {
+    wait_barrier(&shared().taken, parity >> 1);
+    parity ^= 2;
+  }
+  __device__ __forceinline__ void leave_taken() const {
+    __syncwarp();
+    if (thread() % 32 == 0) arrive(&shared().taken);
   }
 
   __device__ __forceinline__ void file(int lane) const {
@@ -491,23 +532,23 @@ struct Groups {
 
   // The row's result from its parts, by one group.
   __device__ __forceinline__ void merge(const RowEnd& end) const {
-    merge_row<T, GT>(in, parts, place(), end, &shared().doubtful, Crew{});
+    merge_row<GT>(in, parts, place(), end, &shared().doubtful, [] { return thread(); });
   }
 
   __device__ __forceinline__ void consume() const {
     Place at{0, 0};
     int slot = 0, slot_phase = 0;
-    int parity = 2;  // of exchanges, and two times that of the sums left
+    int parity = 2;  // of exchanges, and two times that of what groups left
     for (;;) {
       wait_barrier(&shared().announced.told[slot], slot_phase);
       const Segment<ROWS>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) break;
-      const int groups = groups_of_a_row(segment.count), turn = group() % groups;
+      const int groups = groups_of_a_row(segment.count), turn = turn_of_group(groups);
       Place here = at;
       advance(here, turn);
-      if (group() / groups < segment.count) {
+      if (row_of_group(groups) < segment.count) {
         Mine mine;
-        begin_segment(mine, segment, group() / groups);
+        begin_segment(mine, segment, row_of_group(groups));
         int left = segment.references - turn * TR;
 #pragma unroll 1
         for (int tiles = segment.tiles - turn; tiles > 0; tiles -= groups) {
@@ -528,7 +569,9 @@ struct Groups {
           release(here.stage);
           advance(here, groups);
         }
+        await_taken(parity);
         row_barrier(groups);
+        leave_taken();
         if (is_filed(segment)) file(thread() % 32);
       }
       advance(at, segment.tiles % layout.stages);
@@ -537,7 +580,11 @@ struct Groups {
       if (thread() % 32 == 0) arrive(&shared().announced.done[slot]);
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
-    if (!layout.merge_last) return;  // where merge_kernel waits for the last of them
+    if (!layout.merge_last) {
+      __syncwarp();
+      if (thread() % 32 == 0) arrive(&shared().left);
+      return;
+    }
     wait_barrier(&shared().closed, 0);
 #pragma unroll 1
     for (int i = 0; i < shared().unmerged; ++i) {
@@ -567,10 +614,10 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
   const Kernel kernel{in, list, parts, layout, staging};
   const int tid = threadIdx.x - GROUPS_CONSUMERS;
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
-  if (!layout.merge_last) allow_next_launch();
   const bool short_list = !DEAL && layout.own_list && in.n <= WARP_LIST_ROWS;  // the announcer makes it
   if (layout.own_list && !short_list) read_rows(in, *scratch);
-  if (tid == 0) {
+  bool begun = false;
+  if (tid == -GROUPS_CONSUMERS) {
 #pragma unroll 1
     for (int s = 0; s < layout.stages; ++s) {
       init_barrier(&shared.full[s], 1);
@@ -579,17 +626,23 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
     shared.announced.init(Kernel::ALL_WARPS + 1);
     init_barrier(&shared.filed, Kernel::ALL_WARPS);
     init_barrier(&shared.closed, 1);
+    init_barrier(&shared.left, Kernel::ALL_WARPS + 1);
     shared.unmerged = 0;
     shared.doubtful = NO_ROW;
-#pragma unroll 1
-    for (int g = 0; g < Kernel::G; ++g) init_barrier(&shared.taken[g], Kernel::WARPS);
+    init_barrier(&shared.taken, Kernel::ALL_WARPS);
     publish_barriers();
+  } else if (short_list && tid >= 0 && tid < 32) {
+    begun = kernel.begin(tid);
+  } else if (short_list && tid == 64 && in.n == 1) {
+    name_row(in, 0, shared.only_row);
+    set_row(in, 0, shared.only_row);
   }
   __syncthreads();
   if (tid < 0) {
     take_registers<GROUPS_CONSUMER_REGISTERS>();
     kernel.consume();
   } else {
+    if (begun && tid == 0) arrive(&shared.announced.placed[0]);
     give_up_registers<GROUPS_PRODUCER_REGISTERS>();
     if (!layout.own_list) {
       wait_for_previous_launch();
@@ -597,19 +650,22 @@ __global__ void __launch_bounds__(GROUPS_CONSUMERS + BULK_PRODUCERS, 1)
       build_own_list<TR, Kernel::ROWS, DEAL>(in, list, *scratch, tid);
     }
     if (tid < 32) {
-      if (short_list) build_list_in_warp<TR, Kernel::ROWS>(in, list, tid);
-      const auto most_tiles = [](int rows) { return Kernel::SEGMENT_TILES * Kernel::groups_of_a_row(rows); };
-      announce<TR, DEAL>(in, list, kernel.place(), gridDim.x, blockIdx.x, shared.announced, most_tiles, tid);
+      kernel.template tell<DEAL>(begun, tid);
       if constexpr (!DEAL) {  // units are dealt out where rows are many
         if (!layout.merge_last) {
           if (blockIdx.x == 0) leave_rows(in, list, parts, gridDim.x, tid);
           write_dead_pieces(in, list, parts, gridDim.x, blockIdx.x, tid);
         }
       }
+      __syncwarp();
+      if (tid == 0) arrive(&shared.left);
     } else if (tid == 32) {
       kernel.produce();
     } else if (tid == 96) {
+      int* const left = layout.merge_last ? nullptr : parts.left + blockIdx.x;
+      if (left) begin_leaving(left);
       keep_files(parts, layout.merge_last, shared);
+      if (left) leave_all(left, &shared.left);
     }
   }
 }

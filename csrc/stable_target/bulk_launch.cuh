@@ -3,8 +3,8 @@
 #pragma once
 
 #include "stable_target/bulk_groups.cuh"
+#include "stable_target/bulk_merge.cuh"
 #include "stable_target/bulk_products.cuh"
-#include "stable_target/bulk_settle.cuh"
 #include "stable_target/bulk_teams.cuh"
 #include "stable_target/launch.cuh"
 
@@ -16,10 +16,6 @@ namespace svel::cuda {
 void build_unit_list(const char* op, const Inputs& in, const UnitList& list, int* arrived, int64_t counts,
                      int tile_refs, int most_rows, cudaStream_t stream);
 void zero_arrivals(const char* op, int* arrived, int64_t counts, cudaStream_t stream);
-
-// Merges the parts of all units that several of the `teams` have shared.
-void merge_parts(const char* op, const Inputs& in, const UnitList& list, const BulkParts& parts,
-                 const Plan& plan, int64_t teams, cudaStream_t stream);
 
 // From what products_kernel has left of the rows to their results.
 void end_products(const char* op, const Inputs& in, const ProductsParts& parts, int64_t blocks,
@@ -71,8 +67,7 @@ struct Launch : BulkLaunch {
     const auto kernel =
         plan.costs.deal ? groups_kernel<T, GT, Q, TR, DEALS> : groups_kernel<T, GT, Q, TR, false>;
     run_in_blocks(kernel, !layout.own_list || layout.merge_last, list, parts, layout);
-    if (!layout.merge_last) merge_parts(op, in, list, parts, plan, plan.blocks, stream);
-    if (parts.doubts) settle<T>(parts, plan.blocks);
+    if (!layout.merge_last) merge<T>(list, parts, plan.blocks);
     return true;
   }
 
@@ -185,28 +180,36 @@ struct Launch : BulkLaunch {
     if (merge_last) {
       parts.next = carver.take<int>(slices * in.n);
     } else {
-      parts.doubts = carver.take<Doubt>(in.n);
       parts.merged = carver.take<MergedRow>(in.n);
+      parts.left = carver.take<int>(blocks);
     }
+    parts.doubts = carver.take<Doubt>(slices * in.n);
     parts.settled = carver.take<double>(blocks * slice);
   }
 
-  // A launch of its own for them, behind the parts' merge; `samples`: that `settled` has room for.
+  // The teams that have parts of the only row if its group is full: all, where the unit's end is in the last
+  // one's range with tiles before it (Ranges). 0 where there are more rows, and for few references.
+  int guess_parts(int64_t teams) const {
+    const int64_t end = plan.costs.row + plan.costs.unit, tiles = in.m / plan.tile_refs;
+    return in.n == 1 && tiles * TILE_WEIGHT > (end + 2 * TILE_WEIGHT) * teams ? static_cast<int>(teams) : 0;
+  }
+
+  // The parts of all units that several of the `teams` have shared, and rows in doubt, by a launch of its
+  // own.
   template <typename T>
-  void settle(const BulkParts& parts, int64_t samples) const {
-    constexpr int64_t MOST_CLUSTERS = 16;  // on 132 multiprocessors
-    const int64_t clusters = std::min(std::min(MOST_CLUSTERS, samples), in.n);
-    cudaLaunchAttribute overlaps{};
-    overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlaps.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(clusters * ClusterCrew::BLOCKS));
-    config.blockDim = dim3(ClusterCrew::THREADS);
-    config.stream = stream;
-    config.attrs = &overlaps;
-    config.numAttrs = 1;
-    check_cuda(op, cudaLaunchKernelEx(&config, settle_kernel<T>, in, const_cast<const Doubt*>(parts.doubts),
-                                      parts.settled));
+  void merge(const UnitList& list, const BulkParts& parts, int64_t teams) const {
+    if (teams > MERGE_THREADS)
+      throw std::runtime_error(std::string("svel::") + op + ": more parts of a row than a block merges");
+    const bool many = teams >= MERGE_MANY * ceil_div(in.n, plan.tile_rows);
+    const MergeLayout layout{static_cast<int>(plan.slices), plan.tile_rows, plan.slice, guess_parts(teams),
+                             teams};
+    const auto kernel =
+        plan.slices > 1
+            ? (many ? merge_kernel<T, MERGE_MANY_SHARES, true> : merge_kernel<T, MERGE_SHARES, true>)
+            : (many ? merge_kernel<T, MERGE_MANY_SHARES, false> : merge_kernel<T, MERGE_SHARES, false>);
+    const int64_t blocks = in.n * merge_blocks(in.d, many ? MERGE_MANY_SHARES : MERGE_SHARES);
+    launch_following(op, true, kernel, dim3(static_cast<unsigned>(blocks)), MERGE_THREADS, 0, stream, in,
+                     list, parts, layout);
   }
 
   bool vectors() const {
@@ -283,8 +286,7 @@ struct Launch : BulkLaunch {
       zero_arrivals(op, first, count, stream);
     }
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, in, list, parts, layout));
-    if (!layout.merge_last) merge_parts(op, in, list, parts, plan, teams, stream);
-    if (parts.doubts) settle<T>(parts, teams);
+    if (!layout.merge_last) merge<T>(list, parts, teams);
     return true;
   }
 };

@@ -24,8 +24,11 @@ struct alignas(16) PartRow {
 };
 
 // The same of bulk_groups.cuh and bulk_teams.cuh, and where the reference of weight `lead` is.
-struct GroupsRow : PartRow {
+struct alignas(16) GroupsRow {
+  double log2_weight, total;
+  float lead, scale;
   int64_t best;  // among all k m; OWN_SOURCE: it is the row's source
+  __device__ __forceinline__ operator PartRow() const { return {log2_weight, total, lead, scale}; }
 };
 constexpr int64_t OWN_SOURCE = -1;
 
@@ -49,13 +52,14 @@ struct BulkParts {
   GroupsRow* rows;  // (2 blocks, rows)
   int* arrived;     // zero at first. (n, slices) teams that have left their part of a row of `order`
   uint2* mail;  // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
-  // Of finished rows, which of them are to be settled (bulk_settle.cuh): what is in doubt of each, or a list
-  // of those that each block has found. One of the two, or none.
-  Doubt* doubts;      // (n,)
+  // Of finished rows, which of them are to be looked at again (bulk_settle.cuh): where merge_kernel follows,
+  // those that one team has; else each block has a list of those that it has found.
+  Doubt* doubts;      // (slices, n)
   int* next;          // (slices, n) what follows a row in its block's list
-  double* settled;    // room for sums: (blocks, slice) or (clusters, d)
+  double* settled;    // room for sums: (blocks, slice) or (n, d)
   float rounding;     // of a score, see rounding_of_scores
   MergedRow* merged;  // (n,) where merge_kernel follows; of bulk_groups.cuh
+  int* left;          // (blocks,) the same: whether a block has left all that it has to
 };
 
 // How far a score may be off, of the largest one: sums of 16 terms are rounded one by one, and then their
@@ -287,10 +291,12 @@ struct Announcements {
 };
 
 // The first segment of a team, from what the lanes of a warp know of a list of units of one row that all cost
-// the same for a tile: long before it can be found in the list. False where that is not so simple.
-template <int TR>
+// the same for a tile: long before it can be found in the list. False where that is not so simple. end_cost:
+// of a unit, beside its tiles.
+template <int TR, int ROWS>
 __device__ __forceinline__ bool place_first(const Inputs& in, const LaneUnit& unit, unsigned teams,
-                                            unsigned team, int most_tiles, Segment<1>& segment, int lane) {
+                                            unsigned team, int most_tiles, unsigned end_cost,
+                                            Segment<ROWS>& segment, int lane) {
   constexpr unsigned ALL = 0xffffffffu;
   if (unit.cost >> 30 != 0) return false;
   const unsigned cost = static_cast<unsigned>(unit.cost), tiles = static_cast<unsigned>(unit.tiles);
@@ -314,7 +320,7 @@ __device__ __forceinline__ bool place_first(const Inputs& in, const LaneUnit& un
     segment.references = static_cast<int>(min(unit.count - before, static_cast<int64_t>(count) * TR));
     segment.flags = SEGMENT_PART_BEGIN | (from == 0 ? SEGMENT_UNIT_BEGIN : 0) |
                     (up_to == to ? SEGMENT_PART_END : 0) | (up_to == tiles ? SEGMENT_UNIT_END : 0) |
-                    (begin + tiles * TILE_WEIGHT >= high && up_to == to ? SEGMENT_LAST : 0);
+                    (begin + tiles * TILE_WEIGHT + end_cost >= high && up_to == to ? SEGMENT_LAST : 0);
     segment.squares = in.lse.data != nullptr;
     segment.alone = unit.alone, segment.count = 1, segment.order = unit.first;
     name_row(in, lane, segment.rows[0]);
@@ -523,7 +529,7 @@ __device__ __forceinline__ Joined join(const PartRow& first, const PartRow& seco
 __device__ __forceinline__ Joined join_to(const GroupsRow& before, GroupsRow& own) {
   const Joined joined = join(before, own);
   if (joined.all.lead > static_cast<float>(joined.by_second) * own.lead) own.best = before.best;
-  static_cast<PartRow&>(own) = joined.all;
+  own = {joined.all.log2_weight, joined.all.total, joined.all.lead, joined.all.scale, own.best};
   return joined;
 }
 
@@ -596,7 +602,7 @@ __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, co
   }
   const unsigned leaders = __ballot_sync(0xffffffffu, own == lead);  // none where the row is NaN
   leading = __shfl_sync(0xffffffffu, leading, leaders ? __ffs(leaders) - 1 : 0);
-  return {{{best, total, lead, scale}, __ldcg(&part_at(parts, place, end, leading)->best)}, weight};
+  return {{best, total, lead, scale, __ldcg(&part_at(parts, place, end, leading)->best)}, weight};
 }
 
 // Their sums for four elements of the slice from e on, where e is `within`.
@@ -710,31 +716,23 @@ constexpr int NO_ROW = -1;
 struct RowInDoubt {
   int64_t index;
   Doubt doubt;
-  double a, b;  // out = a x + b mean
-  int64_t offset;
-  int length;    // of the elements that count
-  bool vectors;  // x, source and out allow 16-byte loads
+  double a, b;        // out = a x + b mean
+  int64_t low, high;  // of the elements that count
 
-  __device__ __forceinline__ int64_t base(const Inputs& in) const { return index * in.d + offset; }
-
-  // x and the reference of most weight, by THREADS threads: visit(e, x, r), four elements from e on. Few at a
-  // time: what takes many registers here makes the loops of those who call it spill.
+  // x and the reference of most weight, by THREADS threads: visit(at, limit, x, r), four elements from `at`
+  // on. Dtypes that are rare by calls: more code here makes the loops of those who call it spill.
   template <typename T, int THREADS, typename Visit>
   __device__ __forceinline__ void visit(const Inputs& in, int thread, const Visit& visit) const {
+    const int64_t base = index * in.d, limit = base + high;
     const Array of_x = x_of(in, index);
-    const bool is_source = doubt.best == OWN_SOURCE;
-    const T* const best = static_cast<const T*>(in.refs.data) + doubt.best * in.d + offset;
+    const bool vectors = is_vector(of_x) && in.d % 4 == 0, is_source = doubt.best == OWN_SOURCE;
+    const T* const best = static_cast<const T*>(in.refs.data) + doubt.best * in.d;
 #pragma unroll 1
-    for (int e = 4 * thread; e < length; e += 4 * THREADS) {
-      float x[4], r[4];
-      load_elements<4, 4>(of_x, base(in), e, length, vectors, x);
-      if (is_source) {
-        load_elements<4, 4>(in.source, base(in), e, length, vectors, r);
-      } else {
-        const float4 four = load_four(best + e);
-        r[0] = four.x, r[1] = four.y, r[2] = four.z, r[3] = four.w;
-      }
-      visit(e, x, r);
+    for (int64_t e = low + 4 * thread; e < high; e += 4 * THREADS) {
+      const float4 x = vectors
+                           ? *reinterpret_cast<const float4*>(static_cast<const float*>(of_x.data) + base + e)
+                           : load_four(of_x, base + e, limit);
+      visit(base + e, limit, x, is_source ? load_four(in.source, base + e, limit) : load_four(best + e));
     }
   }
 };
@@ -744,36 +742,37 @@ struct RowInDoubt {
 // of two sums: is x above zero, it is seen; is y, more shows between the mean and that reference than the
 // rounding of float32 sums of copies.
 template <typename T, int THREADS>
-__device__ __noinline__ double2 distance_shares(const Inputs& in, const RowInDoubt row, int thread) {
+__device__ __forceinline__ double2 distance_shares(const Inputs& in, const RowInDoubt& row, int thread) {
   constexpr double OF_F16 = 0x1p-11, OF_BF16 = 0x1p-8;  // of a result in fewer bits
   const Array out = out_of(in, row.index);
   const double less = out.dtype == Dtype::f16 ? OF_F16 : out.dtype == Dtype::bf16 ? OF_BF16 : 0;
   const double most = MOST_ERROR_OF_SCORES / static_cast<double>(row.doubt.error) + less;
   const double of_sums = 0x1p-24 * static_cast<double>(row.doubt.times);
+  const bool vectors = is_vector(out) && in.d % 4 == 0;
   double2 shares = make_double2(0, 0);
-  row.visit<T, THREADS>(in, thread, [&](int e, const auto& x, const auto& r) {
-    float result[4];
-    load_elements<4, 4>(out, row.base(in), e, row.length, row.vectors, result);
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      const double mean = row.b * static_cast<double>(r[q]), its = result[q];
-      const double gap = its - fma(row.a, static_cast<double>(x[q]), mean), square = gap * gap;
+  row.visit<T, THREADS>(in, thread, [&](int64_t at, int64_t limit, float4 x, float4 r) {
+    const float4 result = vectors ? *reinterpret_cast<const float4*>(static_cast<const float*>(out.data) + at)
+                                  : load_four(out, at, limit);
+    const auto add = [&](double its, double x, double r) {
+      const double mean = row.b * r, gap = its - fma(row.a, x, mean), square = gap * gap;
       shares.x += fma(-most * its, most * its, square);
       shares.y += fma(-of_sums * mean, of_sums * mean, fma(-less * its, less * its, square));
-    }
+    };
+    add(result.x, x.x, r.x), add(result.y, x.y, r.y), add(result.z, x.z, r.z), add(result.w, x.w, r.w);
   });
   return shares;
 }
 
 // The row's result from that reference.
 template <typename T, int THREADS>
-__device__ __noinline__ void store_best(const Inputs& in, const RowInDoubt row, int thread) {
+__device__ __forceinline__ void store_best(const Inputs& in, const RowInDoubt& row, int thread) {
   const Array out = out_of(in, row.index);
-  row.visit<T, THREADS>(in, thread, [&](int e, const auto& x, const auto& r) {
-#pragma unroll 1
-    for (int q = 0; q < 4; ++q)
-      store_as(out, row.base(in) + e + q,
-               fma(row.a, static_cast<double>(x[q]), row.b * static_cast<double>(r[q])));
+  const auto combine = [&](float x, float r) {
+    return static_cast<float>(fma(row.a, static_cast<double>(x), row.b * static_cast<double>(r)));
+  };
+  row.visit<T, THREADS>(in, thread, [&](int64_t at, int64_t limit, float4 x, float4 r) {
+    store_four(out, at, limit,
+               make_float4(combine(x.x, r.x), combine(x.y, r.y), combine(x.z, r.z), combine(x.w, r.w)));
   });
 }
 
@@ -793,27 +792,17 @@ __device__ __forceinline__ bool stays_in_doubt(const Inputs& in, const RowInDoub
 
 // What one thread does about a finished row. `doubtful`: the first of the block's list.
 __device__ __forceinline__ void finish_row(const Inputs& in, const BulkParts& parts, const RowPlace& place,
-                                           int64_t index, const PartRow& all, const Doubt& doubt,
-                                           int* doubtful) {
+                                           int64_t index, double b, const GroupsRow& all, int* doubtful) {
   if (in.lse.data && place.rank == 0) write_lse(in, index, all);
-  if (parts.doubts && place.rank == 0) parts.doubts[index] = doubt;
-  if (parts.next && doubt.error > 0)
-    parts.next[place.rank * in.n + index] = atomicExch(doubtful, static_cast<int>(index));
-}
-
-// The same by all of a row's threads, who have stored it; crew: who they are.
-template <typename T, int THREADS, typename Crew>
-__device__ __forceinline__ void finish_row(const Inputs& in, const BulkParts& parts, const RowPlace& place,
-                                           int64_t index, double a, double b, const GroupsRow& all,
-                                           int* doubtful, const Crew& crew) {
-  Doubt doubt = doubt_of_row(parts.rounding, b, all);
-  if (parts.next && doubt.error > 0) {
-    crew.wait();
-    const RowInDoubt row{index, doubt, a, b, place.offset, place.length, place.vectors};
-    const auto sum = [&](double share) { return crew.sum(share); };
-    if (!stays_in_doubt<T, THREADS>(in, row, crew.thread(), sum)) doubt.error = 0;
+  const Doubt doubt = doubt_of_row(parts.rounding, b, all);
+  const int64_t at = place.rank * in.n + index;
+  if (parts.next) {
+    if (!(doubt.error > 0)) return;
+    parts.doubts[at] = doubt;
+    parts.next[at] = atomicExch(doubtful, static_cast<int>(index));
+  } else if (place.rank == 0) {
+    parts.doubts[index] = doubt;
   }
-  if (crew.thread() == 0) finish_row(in, parts, place, index, all, doubt, doubtful);
 }
 
 // Whether it was the last of the row's parts.
@@ -828,22 +817,22 @@ __device__ __forceinline__ bool is_filed(const Segment<ROWS>& segment) {
   return segment.flags & SEGMENT_PART_END && !(segment.flags & SEGMENT_LAST) && segment.to > segment.from;
 }
 
-// The row's result from its parts, all of them in memory, by THREADS threads.
-template <typename T, int THREADS, typename Crew>
+// The row's result from its parts, all of them in memory, by THREADS threads, thread() of them.
+template <int THREADS, typename Thread>
 __device__ __forceinline__ void merge_row(const Inputs& in, const BulkParts& parts, const RowPlace& place,
-                                          const RowEnd& end, int* doubtful, const Crew& crew) {
-  const int lane = crew.thread() % 32;
+                                          const RowEnd& end, int* doubtful, const Thread& thread) {
+  const int lane = thread() % 32;
   const PartsTogether together = sum_of_parts(parts, place, end, lane);
   const double mean_by = 1 / together.all.total;
 #pragma unroll 1
-  for (int e = 4 * crew.thread(); e - 4 * lane < place.length; e += 4 * THREADS) {
+  for (int e = 4 * thread(); e - 4 * lane < place.length; e += 4 * THREADS) {
     double v[4] = {};
     float4 x = make_float4(0, 0, 0, 0);
     if (e < place.length && end.a != 0) x = load_four(in, place, x_of(in, end.index), end.index, e);
     add_parts(parts, place, end, together, e, e < place.length, v);
     if (e < place.length) store_row(in, place, end, e, mean_by, x, v);
   }
-  finish_row<T, THREADS>(in, parts, place, end.index, end.a, end.b, together.all, doubtful, crew);
+  if (thread() == 0) finish_row(in, parts, place, end.index, end.b, together.all, doubtful);
 }
 
 // The clerk of a block that holds whole samples, one thread: counts the part of a unit that began in an
@@ -870,6 +859,19 @@ __device__ __forceinline__ void keep_files(const BulkParts& parts, bool merge_la
     if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
   }
   arrive(&shared.closed);
+}
+
+// Where merge_kernel follows, the clerk tells it when the block has left all: sooner than the launch behind
+// hears that this one is done. That may begin when all blocks have allowed it, and so finds no word of an
+// earlier call; and since all of them run by then, it may wait for them in place.
+__device__ __forceinline__ void begin_leaving(int* left) {
+  set_arrivals(left, 0);
+  __threadfence();
+  allow_next_launch();
+}
+__device__ __forceinline__ void leave_all(int* left, Barrier* all) {
+  wait_barrier(all, 0);
+  set_arrivals(left, 1);
 }
 
 // Of the row at `place` of UnitList::order.
@@ -905,7 +907,7 @@ __device__ __forceinline__ void write_dead_pieces(const Inputs& in, const UnitLi
       store_four(out_of(in, index), index * d + e, index * d + d, make_float4(NAN, NAN, NAN, NAN));
     if (begin > 0 || lane > 0) continue;
     if (in.lse.data) store_as(lse_of(in, index), index, NAN);
-    if (parts.doubts) parts.doubts[index] = {};
+    if (!parts.next) parts.doubts[index] = {};
   }
 }
 
@@ -919,7 +921,7 @@ __device__ __forceinline__ void write_dead_rows(const Inputs& in, const UnitList
       store_four(out_of(in, index), base + e, base + place.length, make_float4(NAN, NAN, NAN, NAN));
     if (place.rank > 0 || tid > 0) continue;
     if (in.lse.data) store_as(lse_of(in, index), index, NAN);
-    if (parts.doubts) parts.doubts[index] = {};
+    if (!parts.next) parts.doubts[index] = {};
   }
 }
 

@@ -4,8 +4,8 @@
 // between references are a guess. Whoever finishes a row knows what that may do to its result
 // (doubt_of_row), and rows where it would show are evaluated again, in float64. Few calls have any, so
 // this is made to cost nothing else: where a block has finished rows, it takes them when it has done all the
-// rest, by code that is not in the way of the other; where they were finished all over the grid, a kernel
-// behind that one does, with a cluster of blocks for each.
+// rest, by code that is not in the way of the other; where merge_kernel (bulk_merge.cuh) follows, the first
+// of a row's clusters of blocks does.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -115,11 +115,10 @@ struct Settle {
   // Whether a row in doubt is to be evaluated again, the same in all blocks.
   __device__ __forceinline__ bool stays_in_doubt(int64_t index, const Doubt& doubt) const {
     const Row row = row_coefficients(in, index);
-    const bool vectors = is_aligned(x_of(in, index).data) && is_aligned(out_of(in, index).data) &&
-                         is_aligned(in.source.data) && in.d % 4 == 0;
-    const RowInDoubt its{index, doubt, row.a, row.b, low, static_cast<int>(high - low), vectors};
+    const RowInDoubt its{index, doubt, row.a, row.b, low, high};
     const auto sum = [&](double share) {
       share = sum_over_block(share);
+      if constexpr (Crew::BLOCKS == 1) return share;
       if (tid == 0) shared.own[0] = share;
       crew.wait_for_all();
       double all = 0;
@@ -258,36 +257,32 @@ __device__ __noinline__ void settle_rows(const Inputs& in, const BulkParts& part
                                     parts.settled + blockIdx.x * place.slice,
                                     place.offset,
                                     place.offset + place.length};
-  for (int index = first; index != NO_ROW; index = parts.next[place.rank * in.n + index]) settle(index);
+  for (int index = first; index != NO_ROW; index = parts.next[place.rank * in.n + index]) {
+    if (settle.stays_in_doubt(index, parts.doubts[place.rank * in.n + index])) settle(index);
+  }
 }
 
-// Behind the others: the rows that `doubts` (n,) names, one after the other by every so many clusters.
-// sums: (clusters, d).
+// The elements of a row that fall to a block of a cluster.
+struct ElementsOfBlock {
+  int rank;
+  int64_t low, high;
+};
+__device__ __forceinline__ ElementsOfBlock elements_of_block(int64_t d) {
+  constexpr int BLOCKS = ClusterCrew::BLOCKS;
+  const int rank = static_cast<int>(blockIdx.x) % BLOCKS;
+  const int64_t slice = ((d + BLOCKS - 1) / BLOCKS + 3) / 4 * 4, low = min(rank * slice, d);
+  return {rank, low, min(low + slice, d)};
+}
+
+// A row in doubt, whose result is in memory (what a block writes here it has written), by a cluster of
+// blocks, all threads: see stays_in_doubt. sums: (d,).
 template <typename T>
-__global__ void __launch_bounds__(ClusterCrew::THREADS) SVEL_CLUSTER(ClusterCrew::BLOCKS)
-    settle_kernel(const __grid_constant__ Inputs in, const Doubt* doubts, double* sums) {
-  __shared__ SettleInCluster shared;
-  __shared__ float noted[ClusterCrew::THREADS];
-  constexpr int THREADS = ClusterCrew::THREADS, BLOCKS = ClusterCrew::BLOCKS;
-  const int64_t clusters = gridDim.x / BLOCKS, cluster = blockIdx.x / BLOCKS;
-  const int tid = threadIdx.x;
-  const int rank = blockIdx.x % BLOCKS;
-  const int64_t slice = ((in.d + BLOCKS - 1) / BLOCKS + 3) / 4 * 4, low = min(rank * slice, in.d);
-  const Settle<T, ClusterCrew> settle{in,  {tid, rank},           shared, sums + cluster * in.d + low,
-                                      low, min(low + slice, in.d)};
-  wait_for_previous_launch();
-  for (int64_t begin = cluster; begin < in.n; begin += clusters * THREADS) {
-    const int64_t mine = begin + clusters * tid;
-    const float error = mine < in.n ? doubts[mine].error : 0;
-    if (!__syncthreads_or(error > 0)) continue;  // the same in all blocks
-    noted[tid] = error;
-    __syncthreads();
-    for (int i = 0; i < THREADS && begin + clusters * i < in.n; ++i) {
-      const int64_t index = begin + clusters * i;
-      if (noted[i] > 0 && settle.stays_in_doubt(index, doubts[index])) settle(index);
-    }
-    __syncthreads();
-  }
+__device__ __forceinline__ void settle_in_cluster(const Inputs& in, int64_t index, const Doubt& doubt,
+                                                  double* sums, SettleInCluster& shared) {
+  const ElementsOfBlock mine = elements_of_block(in.d);
+  const Settle<T, ClusterCrew> settle{
+      in, {static_cast<int>(threadIdx.x), mine.rank}, shared, sums + mine.low, mine.low, mine.high};
+  if (settle.stays_in_doubt(index, doubt)) settle(index);
 }
 
 }  // namespace svel::cuda

@@ -63,8 +63,7 @@ struct TeamsShared {
   RowState known[WARP_LIST_ROWS];  // of the rows, where the list is short
   double shift;                    // |y|^2 / (2 sigma^2) in units of log 2
   GroupsRow moved;                 // to memory already
-  int best[WARPS];        // in each warp: the reference of the largest score, counted from the segment's end
-  double squares[WARPS];  // shares of what is summed over the block alone
+  int best[WARPS];  // in each warp: the reference of the largest score, counted from the segment's end
   int last;
   int early;     // tiles of the first segment that are on their way already
   int doubtful;  // the first of the rows to be settled
@@ -141,7 +140,7 @@ struct Teams {
   __device__ __forceinline__ bool begin(int lane) const {
     const LaneUnit unit = build_list_in_warp<TR, 1>(in, list, lane);
     Segment<1>& first = shared().announced.segments[0];
-    const bool placed = place_first<TR>(in, unit, teams, team, SEGMENT_TILES, first, lane);
+    const bool placed = place_first<TR>(in, unit, teams, team, SEGMENT_TILES, 0, first, lane);
     named_barrier(READY, 64);
     const int tiles = placed ? copy_first(first, lane) : 0;
     if (lane == 0) shared().early = tiles;
@@ -530,28 +529,12 @@ struct Teams {
     ++exchanges;
   }
 
-  // The threads of a row's result: of the block's slice of it.
-  struct Crew {
-    int tid;
-    __device__ __forceinline__ int thread() const { return tid; }
-    __device__ __forceinline__ static void wait() { named_barrier(1, THREADS); }
-    __device__ __forceinline__ double sum(double share) const {
-      share = warp_sum(share);
-      if (tid % 32 == 0) shared().squares[tid / 32] = share;
-      wait();
-      double all = 0;
-#pragma unroll 1
-      for (int w = 0; w < WARPS; ++w) all += shared().squares[w];
-      return all;
-    }
-  };
-
   // What this block has of the row in the end.
   __device__ __forceinline__ GroupsRow own_row(const Mine& mine, const Segment<1>& segment, int tid) const {
     const int64_t best = segment.first + segment.references - shared().best[warp()];
-    return {{mine.scores.top - shared().shift,
-             static_cast<double>(mine.scores.total) + static_cast<double>(mine.source),
-             fmaxf(mine.scores.lead(), mine.source), mine.scores.worst * mine.scores.rate},
+    return {mine.scores.top - shared().shift,
+            static_cast<double>(mine.scores.total) + static_cast<double>(mine.source),
+            fmaxf(mine.scores.lead(), mine.source), mine.scores.worst * mine.scores.rate,
             mine.source > mine.scores.lead() ? OWN_SOURCE : best};
   }
 
@@ -616,7 +599,7 @@ struct Teams {
           *reinterpret_cast<float4*>(out + element(tid, s) + k) = make_float4(v[0], v[1], v[2], v[3]);
       }
     }
-    finish_row<T, THREADS>(in, parts, place(), row.index, row.a, row.b, own, &shared().doubtful, Crew{tid});
+    if (tid == 0) finish_row(in, parts, place(), row.index, row.b, own, &shared().doubtful);
   }
 
   // A segment's sums, to the row's result or to its part in memory.
@@ -660,9 +643,7 @@ struct Teams {
     if (ends && !whole && tid == 0) parts.rows[part] = end.own;
     named_barrier(1, THREADS);
     if (tid == 0) shared().moved = end.own;
-    if (whole)
-      finish_row<T, THREADS>(in, parts, here, end.index, end.a, end.b, end.own, &shared().doubtful,
-                             Crew{tid});
+    if (whole && tid == 0) finish_row(in, parts, here, end.index, end.b, end.own, &shared().doubtful);
     if (!ends || whole || !layout.merge_last) return;
     if (tid == 0) {
       wait_for_previous_launch();  // which sets the counts to zero
@@ -672,7 +653,7 @@ struct Teams {
     }
     named_barrier(1, THREADS);
     if (!shared().last) return;
-    merge_row<T, THREADS>(in, parts, here, end, &shared().doubtful, Crew{tid});
+    merge_row<THREADS>(in, parts, here, end, &shared().doubtful, [tid] { return tid; });
   }
 
   __device__ __forceinline__ void consume(int tid) const {

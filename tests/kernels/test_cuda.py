@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from cuda_cases import captured, nothing_waits, on_two_streams
+from cuda_cases import captured, make_pool, nothing_waits, on_two_streams
 from kernel_cases import ALL_T, direct_mean, largest_logit, make_problem, offset_by_one, photographs
 
 import stablevelocity_kernels as svel
@@ -572,6 +572,31 @@ def test_bulk_in_a_graph_follows_its_inputs(rng, d):
             new[2] = torch.full((11,), math.nan)  # and none
         for out, expected in zip(replay(new), target(*static), strict=True):
             torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d"), [(1, 9001, 4096), (1, 263, 1000), (1, 700, 128), (1, 2003, 16_384), (3, 3001, 2048)]
+)
+def test_few_rows_of_a_pool_in_a_graph(rng, n, m, d):
+    """The launch that merges their parts begins before these are there: it must not take those of an earlier one."""
+    x, refs, t = make_pool(12, m, d, "manifold", rng, times=(0.1, 0.5, 0.9), dtype=torch.bfloat16)
+    x, t = x.view(-1, n, d), t.view(-1, n)
+    replay = captured(lambda x, t: svel.stable_target(x, refs, t), [x[0].clone(), t[0].clone()])
+    right = []
+    for its_x, its_t in zip(x, t, strict=True):
+        right.append(replay([its_x, its_t]).clone())
+        expected = reference.stable_target(its_x.double(), refs, its_t)
+        for row in range(n):
+            assert relative_error(right[-1][row], expected[row]) <= EXACT
+    for i in range(200):
+        assert torch.equal(replay([x[i % len(x)], t[i % len(x)]]), right[i % len(x)])
+
+
+@pytest.mark.parametrize(("d", "other"), [(1000, 1000), (4096, 4096), (4096, 16_384)])
+def test_one_row_of_a_pool_on_two_streams_at_once(rng, d, other):
+    problems = [make_pool(1, 3001, size, "manifold", rng) for size in (d, other)]
+    for out, right in on_two_streams(svel.stable_target, problems):
+        assert torch.equal(out, right)
 
 
 @pytest.mark.parametrize(("d", "other"), [(1032, 1032), (4096, 65_544), (8200, 8200), (8200, 40_000), (65_544, 65_544)])

@@ -116,6 +116,40 @@ def test_pools(n, m, d):
     check(x, refs[0], t)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "d"), [(20_011, 4096), (9001, 1000), (4999, 128), (3001, 8192), (2003, 16_384)])
+def test_one_row_of_a_pool(m, d, dtype):
+    """All blocks have parts of it; the launch that merges them finds that it is in doubt, or is not."""
+    x, refs, t, *_ = make_ties(len(TIMES), 1, m, d, dtype)
+    rows = [*zip(x, t, strict=True), *zip(draws(refs, torch.zeros_like(t, dtype=torch.int64), t), t, strict=True)]
+    for row, time in rows:
+        check(row[None], refs[0], time[None])
+        mean, lse = svel.posterior_mean(row[None], refs[0], 1 - time[None], time[None])
+        wide = (1 - time[None]).double(), time[None].double()
+        expected, expected_lse = reference.posterior_mean(row[None].double(), refs[0], *wide)
+        assert worst_row(mean, expected) <= LIMIT
+        scale = row.double().square().sum() / (2 * time.double().square())
+        assert (lse.double() - expected_lse).abs() <= LIMIT * scale
+
+
+@pytest.mark.parametrize("d", [128, 1000, 4096])
+def test_a_row_that_one_block_has_beside_one_that_all_have(d):
+    """The launch that merges the parts of the one finds whether the other is in doubt."""
+    torch.manual_seed(0)
+    refs = torch.randn(3, 3001, d, device="cuda")
+    counts = torch.tensor([3001, 5, 0], device="cuda")
+    a, b = refs[[0, 1, 2], [17, 2, 0]], refs[[0, 1, 2], [2998, 4, 1]]
+    labels = torch.arange(3, device="cuda")
+    for time in (*TIMES, 0.95):
+        t = torch.full((3,), time, device="cuda")
+        alpha, sigma = (1 - t[:, None]).double(), t[:, None].double()
+        x = between(a, b, alpha, sigma)
+        out = svel.stable_target(x, refs, t, labels, counts)
+        expected = reference.stable_target(x.double(), refs, t, labels, counts)
+        assert worst_row(out[:2], expected[:2]) <= LIMIT
+        assert out[2].isnan().all()
+
+
 @pytest.mark.parametrize("d", [128, 1024, 4096, 65_536])
 def test_all_classes(d):
     """Rows of the null label take every class, each with its own centre."""
