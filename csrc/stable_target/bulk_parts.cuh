@@ -720,20 +720,18 @@ struct RowInDoubt {
   int64_t low, high;  // of the elements that count
 
   // x and the reference of most weight, by THREADS threads: visit(at, limit, x, r), four elements from `at`
-  // on. Dtypes that are rare by calls: more code here makes the loops of those who call it spill.
-  template <typename T, int THREADS, typename Visit>
+  // on. By calls, as are loads of dtypes that are rare: more code here makes the loops of those who call it
+  // spill.
+  template <int THREADS, typename Visit>
   __device__ __forceinline__ void visit(const Inputs& in, int thread, const Visit& visit) const {
     const int64_t base = index * in.d, limit = base + high;
-    const Array of_x = x_of(in, index);
-    const bool vectors = is_vector(of_x) && in.d % 4 == 0, is_source = doubt.best == OWN_SOURCE;
-    const T* const best = static_cast<const T*>(in.refs.data) + doubt.best * in.d;
+    const bool is_source = doubt.best == OWN_SOURCE;
+    const Array best = is_source ? in.source : in.refs;
+    const int64_t from = is_source ? base : doubt.best * in.d;
 #pragma unroll 1
-    for (int64_t e = low + 4 * thread; e < high; e += 4 * THREADS) {
-      const float4 x = vectors
-                           ? *reinterpret_cast<const float4*>(static_cast<const float*>(of_x.data) + base + e)
-                           : load_four(of_x, base + e, limit);
-      visit(base + e, limit, x, is_source ? load_four(in.source, base + e, limit) : load_four(best + e));
-    }
+    for (int64_t e = low + 4 * thread; e < high; e += 4 * THREADS)
+      visit(base + e, limit, load_four(x_of(in, index), base + e, limit),
+            load_four(best, from + e, from + high));
   }
 };
 
@@ -741,18 +739,16 @@ struct RowInDoubt {
 // any weights are right. So it is where all that weigh are copies of one sample, as at an epoch's end. Shares
 // of two sums: is x above zero, it is seen; is y, more shows between the mean and that reference than the
 // rounding of float32 sums of copies.
-template <typename T, int THREADS>
+template <int THREADS>
 __device__ __forceinline__ double2 distance_shares(const Inputs& in, const RowInDoubt& row, int thread) {
   constexpr double OF_F16 = 0x1p-11, OF_BF16 = 0x1p-8;  // of a result in fewer bits
   const Array out = out_of(in, row.index);
   const double less = out.dtype == Dtype::f16 ? OF_F16 : out.dtype == Dtype::bf16 ? OF_BF16 : 0;
   const double most = MOST_ERROR_OF_SCORES / static_cast<double>(row.doubt.error) + less;
   const double of_sums = 0x1p-24 * static_cast<double>(row.doubt.times);
-  const bool vectors = is_vector(out) && in.d % 4 == 0;
   double2 shares = make_double2(0, 0);
-  row.visit<T, THREADS>(in, thread, [&](int64_t at, int64_t limit, float4 x, float4 r) {
-    const float4 result = vectors ? *reinterpret_cast<const float4*>(static_cast<const float*>(out.data) + at)
-                                  : load_four(out, at, limit);
+  row.visit<THREADS>(in, thread, [&](int64_t at, int64_t limit, float4 x, float4 r) {
+    const float4 result = load_four(out, at, limit);
     const auto add = [&](double its, double x, double r) {
       const double mean = row.b * r, gap = its - fma(row.a, x, mean), square = gap * gap;
       shares.x += fma(-most * its, most * its, square);
@@ -764,13 +760,13 @@ __device__ __forceinline__ double2 distance_shares(const Inputs& in, const RowIn
 }
 
 // The row's result from that reference.
-template <typename T, int THREADS>
+template <int THREADS>
 __device__ __forceinline__ void store_best(const Inputs& in, const RowInDoubt& row, int thread) {
   const Array out = out_of(in, row.index);
   const auto combine = [&](float x, float r) {
     return static_cast<float>(fma(row.a, static_cast<double>(x), row.b * static_cast<double>(r)));
   };
-  row.visit<T, THREADS>(in, thread, [&](int64_t at, int64_t limit, float4 x, float4 r) {
+  row.visit<THREADS>(in, thread, [&](int64_t at, int64_t limit, float4 x, float4 r) {
     store_four(out, at, limit,
                make_float4(combine(x.x, r.x), combine(x.y, r.y), combine(x.z, r.z), combine(x.w, r.w)));
   });
@@ -778,15 +774,15 @@ __device__ __forceinline__ void store_best(const Inputs& in, const RowInDoubt& r
 
 // Whether a row in doubt is to be evaluated again. The float32 sums of many copies are off, too, but the mean
 // of copies is known: from so many on it is written. sum(share): over all who do so.
-template <typename T, int THREADS, typename Sum>
+template <int THREADS, typename Sum>
 __device__ __forceinline__ bool stays_in_doubt(const Inputs& in, const RowInDoubt& row, int thread,
                                                const Sum& sum) {
   constexpr float MANY = 3.5f;
-  const double2 shares = distance_shares<T, THREADS>(in, row, thread);
+  const double2 shares = distance_shares<THREADS>(in, row, thread);
   if (!(sum(shares.x) <= 0)) return true;  // where the result overflows, too
   if (row.doubt.times < MANY) return false;
   if (!(sum(shares.y) <= 0)) return true;
-  store_best<T, THREADS>(in, row, thread);
+  store_best<THREADS>(in, row, thread);
   return false;
 }
 

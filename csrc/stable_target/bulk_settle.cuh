@@ -127,7 +127,7 @@ struct Settle {
       crew.wait_for_all();  // all have read it
       return all;
     };
-    return svel::cuda::stays_in_doubt<T, THREADS>(in, its, tid, sum);
+    return svel::cuda::stays_in_doubt<THREADS>(in, its, tid, sum);
   }
 
   // That of the row's own source, in all blocks.

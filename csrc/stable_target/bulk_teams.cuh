@@ -355,13 +355,6 @@ struct Teams {
 
   // The consumers.
 
-  // Read anew, not kept through the loop.
-  __device__ __forceinline__ static int warp() {
-    unsigned tid;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
-    return static_cast<int>(tid / 32);
-  }
-
   __device__ __forceinline__ const RowState& row_of(const Segment<1>& segment) const {
     return knows_rows() ? shared().known[segment.rows[0].index] : segment.rows[0];
   }
@@ -510,7 +503,7 @@ struct Teams {
       weights[2 * word] = low(answer);
       if constexpr (TR > 1) weights[2 * word + 1] = high(answer);
     }
-    const auto note = [&](int j) { shared().best[warp()] = many - j; };
+    const auto note = [&](int j) { shared().best[tid / 32] = many - j; };
     if (!weigh_scores(mine.scores, many, weights, mine.sum, note)) return;
     read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
 #pragma unroll
@@ -531,7 +524,7 @@ struct Teams {
 
   // What this block has of the row in the end.
   __device__ __forceinline__ GroupsRow own_row(const Mine& mine, const Segment<1>& segment, int tid) const {
-    const int64_t best = segment.first + segment.references - shared().best[warp()];
+    const int64_t best = segment.first + segment.references - shared().best[tid / 32];
     return {mine.scores.top - shared().shift,
             static_cast<double>(mine.scores.total) + static_cast<double>(mine.source),
             fmaxf(mine.scores.lead(), mine.source), mine.scores.worst * mine.scores.rate,
