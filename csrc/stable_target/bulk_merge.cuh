@@ -35,7 +35,7 @@ struct MergeLayout {
 // result is in memory.
 template <typename T>
 __device__ __noinline__ void look_again(const Inputs& in, const BulkParts& parts, const MergeLayout& layout,
-                                        int index, const MergedRow& row, const Doubt& doubt,
+                                        int index, const MergedRow row, const Doubt doubt,
                                         const double* weights, double by, SettleInCluster& shared) {
   const ElementsOfBlock mine = elements_of_block(in.d);
   const int64_t team = 2 * layout.slices * layout.most_rows, pairs = layout.slice / 2;
