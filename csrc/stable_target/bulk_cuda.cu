@@ -98,7 +98,7 @@ __device__ __forceinline__ bool merge_at_home(const Inputs& in, const AtHome& ho
   if (q < in.parts && q != in.part)
     await_flag(&own->done[q], own->round, {{}, in.part, in.parts, home.patience}, q);
   __syncthreads();
-  double top = lse, total = 1, share = 1;
+  double top = lse, total = 1, share = 1;  // share: of this part
 #pragma unroll 1
   for (int of = 0; of < in.parts; ++of) {
     if (of == in.part) continue;

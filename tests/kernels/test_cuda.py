@@ -303,7 +303,9 @@ def test_many_classes_without_references(rng, d, n, dtype):
 
 
 @pytest.mark.parametrize("source", [False, True])
-@pytest.mark.parametrize(("d", "k"), [(16, 900), (1000, 300), (4096, 100), (8200, 40), (40_000, 12), (65_544, 9)])
+@pytest.mark.parametrize(
+    ("d", "k"), [(16, 900), (1000, 300), (1032, 300), (4096, 100), (8200, 40), (40_000, 12), (65_544, 9)]
+)
 def test_rows_that_take_all_of_many_classes(rng, d, k, source):
     """Classes of less than a tile, of more than one, and without references, the first one too."""
     x, refs, t, labels, counts = make_bank(7, k, 6, d, torch.float16, rng, "manifold")
