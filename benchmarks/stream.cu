@@ -1,8 +1,9 @@
-// What reading class banks takes at least: 210 classes of 2 MB, anywhere in a bank of 1,001, by a kernel that
-// does nothing else. One block for each multiprocessor, a ring of bulk copies in shared memory; each block
-// reads a range of the list, or all blocks take tiles in turn. Times as in timing.py: graph replays, cold L2.
+// What reading class banks takes at least: 210 classes of 2 MB, or of as many KB as are given, anywhere in a
+// bank of 1,001, by a kernel that does nothing else. One block for each multiprocessor, a ring of bulk copies
+// in shared memory; each block reads a range of the list, or all blocks take tiles in turn. Times as in
+// timing.py: graph replays, cold L2.
 //
-//   nvcc -O3 -std=c++17 -arch=sm_90a -Icsrc benchmarks/stream.cu -o stream && ./stream
+//   nvcc -O3 -std=c++17 -arch=sm_90a -Icsrc benchmarks/stream.cu -o stream && ./stream 512
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -16,18 +17,19 @@ using namespace svel;
 
 namespace {
 
-constexpr int CLASSES = 1001, USED = 210, CLASS_BYTES = 2 << 20, RING_BYTES = 208 << 10, MOST_STAGES = 64;
+constexpr int CLASSES = 1001, USED = 210, RING_BYTES = 208 << 10, MOST_STAGES = 64;
 
 struct Stream {
   const char* bank;
-  const int* classes;           // (USED,)
+  const int* classes;  // (USED,)
+  long class_bytes;
   int tile, stages, in_flight;  // bytes of a tile; tiles in the ring; of these, on their way at once
   bool in_turn;
   float* out;  // (blocks,)
 };
 
 __device__ long tile_of(const Stream& stream, long i) {
-  const long tiles = long{CLASS_BYTES / stream.tile} * USED, each = (tiles + gridDim.x - 1) / gridDim.x;
+  const long tiles = stream.class_bytes / stream.tile * USED, each = (tiles + gridDim.x - 1) / gridDim.x;
   const long tile = stream.in_turn ? i * gridDim.x + blockIdx.x : blockIdx.x * each + i;
   return i < each && tile < tiles ? tile : -1;
 }
@@ -42,7 +44,7 @@ __global__ void __launch_bounds__(64, 1) read_classes(const __grid_constant__ St
     publish_barriers();
   }
   __syncthreads();
-  const long in_class = CLASS_BYTES / stream.tile;
+  const long in_class = stream.class_bytes / stream.tile;
   int s = 0, phase = 0, behind = 0, behind_phase = 0;
   if (threadIdx.x == 32) {
     const uint64_t policy = read_once_policy();
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(64, 1) read_classes(const __grid_constant__ St
       }
       wait_barrier(empty + s, phase ^ 1);
       arrive_expecting(full + s, stream.tile);
-      const char* const from = stream.bank + long{stream.classes[tile / in_class]} * CLASS_BYTES;
+      const char* const from = stream.bank + stream.classes[tile / in_class] * stream.class_bytes;
       bulk_copy(ring + s * stream.tile, from + tile % in_class * stream.tile, stream.tile, full + s, policy);
       if (++s == stream.stages) s = 0, phase ^= 1;
     }
@@ -125,13 +127,15 @@ float replay_time(const std::vector<int*>& lists, const float4* other, long othe
 
 }  // namespace
 
-int main() {
+int main(int count, char** values) {
+  const long class_bytes = (count > 1 ? std::max(std::atol(values[1]) / 32 * 32, 32L) : 2048)
+                           << 10;  // whole tiles
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0));
   char* bank;
   float4* other;
   float* out;
-  const long bytes = long{CLASSES} * CLASS_BYTES, others = 1 << 24;
+  const long bytes = CLASSES * class_bytes, others = 1 << 24;
   check(cudaMalloc(&bank, bytes)), check(cudaMalloc(&other, others * sizeof(float4)));
   check(cudaMalloc(&out, 4096));
   fill<<<1024, 256>>>(reinterpret_cast<unsigned*>(bank), bytes / 4);
@@ -155,7 +159,8 @@ int main() {
       for (const bool in_turn : {false, true}) {
         const int stages = std::min(MOST_STAGES, RING_BYTES / tile);
         times[in_turn] = replay_time(lists, other, others, out, [&](const int* list, cudaStream_t stream) {
-          const Stream arguments{bank, list, tile, stages, kilobytes * 1024 / tile, in_turn, out};
+          const Stream arguments{bank,    list, class_bytes, tile, stages, kilobytes * 1024 / tile,
+                                 in_turn, out};
           read_classes<<<device.multiProcessorCount, 64, stages * tile + 2 * MOST_STAGES * sizeof(Barrier),
                          stream>>>(arguments);
           check(cudaGetLastError());
