@@ -306,7 +306,8 @@ bool launch_tiles(const BulkLaunch& launch) {
                         at.run_groups_if<T, 128, 16, 2>() || at.run_groups_if<T, 256, 16, 2>();
   if (launched) return true;
   if constexpr (sizeof(T) == 2) {
-    if (at.run_products_if<T, 256, 4, 1, false>() || at.run_products_if<T, 512, 2, 2, false>() ||
+    if (at.run_products_if<T, 256, 2, 2, false>() || at.run_products_if<T, 256, 4, 1, false>() ||
+        at.run_products_if<T, 512, 2, 2, false>() ||
         at.run_products_if<T, 512, 4, 2, false>() || at.run_products_if<T, 512, 8, 1, false>() ||
         at.run_products_if<T, 512, 8, 1, true>())
       return true;

@@ -112,6 +112,8 @@ def test_class_banks(rng, d, dtype):
 @pytest.mark.parametrize(
     ("n", "m", "d"),
     [
+        (9, 37, 264),
+        (300, 21, 512),
         (9, 37, 520),
         (2, 700, 1016),
         (300, 21, 1024),
@@ -143,6 +145,7 @@ def test_class_banks_on_the_matrix_units(rng, n, m, d, geometry, source, precisi
     ("d", "n", "m"),
     [
         (16, 2000, 37),
+        (400, 2048, 21),
         (1000, 2048, 21),
         (1032, 1000, 21),
         (2056, 500, 21),
@@ -164,6 +167,7 @@ def test_many_rows_of_class_banks(rng, d, n, m, dtype):
 @pytest.mark.parametrize(
     ("n", "k", "m", "d", "dtype"),
     [
+        (700, 300, 21, 512, torch.float16),
         (700, 300, 21, 1024, torch.float16),
         (700, 300, 600, 520, torch.bfloat16),
         (700, 300, 21, 1032, torch.float16),
