@@ -57,6 +57,7 @@ struct GroupState {
   float total;        // of the weights
   float lead, worst;  // the largest of them; the largest score, either way
   float source;       // the weight of the row's own source
+  int best;           // see GroupsShared
 };
 
 template <int G, int WARPS, int TR, int ROWS>
@@ -67,8 +68,9 @@ struct GroupsShared {
   alignas(16) float scores[2][G][TR][WARPS < 4 ? 4 : WARPS];
   double squares[G][WARPS];  // shares of what is summed in float64
   GroupState states[G];
-  double shifts[G][WARPS];  // |y|^2 / (2 sigma^2) in units of log 2; each warp has its own
-  PartRow moved[G][WARPS];  // to memory already, too
+  double shifts[G][WARPS];    // |y|^2 / (2 sigma^2) in units of log 2; each warp has its own
+  GroupsRow moved[G][WARPS];  // to memory already, too
+  int best[G][WARPS];         // the reference of the largest score, counted from the segment's end
   int final[G];
   Barrier taken;          // what groups left for others at the end of a segment
   Barrier filed, closed;  // a part is in memory; the clerk is done
@@ -362,12 +364,21 @@ struct Groups {
 #pragma unroll
     for (int j = 0; j < TR; ++j) scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
     exchange<TR>(parity, scores);
-    if (!weigh_scores(mine.scores, many, scores, mine.sum)) return;
+    const auto note = [&](int j) { shared().best[group()][thread() / 32] = many - j; };
+    if (!weigh_scores(mine.scores, many, scores, mine.sum, note)) return;
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
 #pragma unroll
       for (int j = 0; j < TR; ++j) mine.sum[q] = fmaf(scores[j], difference[j][q], mine.sum[q]);
     }
+  }
+
+  // See RowScores.
+  __device__ __forceinline__ void measure_terms(Mine& mine) const {
+    float share = 0;
+#pragma unroll
+    for (int q = 0; q < Q; ++q) share = fmaf(mine.y[q], mine.sum[q], share);
+    mine.scores.measure_terms(static_cast<float>(sum_over_group(share)));
   }
 
   // The row's own source, as one more reference.
@@ -391,6 +402,7 @@ struct Groups {
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool filed = is_filed(segment);
     mine.source = 0;
+    if (mine.scores.is_near_the_first()) measure_terms(mine);
     if (in.source.data && turn == 0 && flags & SEGMENT_UNIT_END) weigh_own_source(mine, segment.rows[my_row]);
     const RowState& row = segment.rows[my_row];
     const RowPlace here = place();
@@ -403,8 +415,9 @@ struct Groups {
             make_float4(mine.sum[q], mine.sum[q + 1], mine.sum[q + 2], mine.sum[q + 3]);
     }
     if (thread() == 0)
-      shared().states[group()] = {mine.scores.top, mine.scores.total, mine.scores.lead(), mine.scores.worst,
-                                  mine.source};
+      shared().states[group()] = {mine.scores.top,    mine.scores.total,
+                                  mine.scores.lead(), mine.scores.worst,
+                                  mine.source,        shared().best[group()][thread() / 32]};
     if (flags & SEGMENT_PART_END && others == 0) {  // on their way meanwhile
 #pragma unroll
       for (int q = 0; q < Q; q += 4) {
@@ -422,31 +435,35 @@ struct Groups {
     }
     double total = 0;
     float lead = 0, worst = 0;
+    int64_t leading = OWN_SOURCE;
 #pragma unroll 1
     for (int g = leader; g < leader + used; ++g) {
       const GroupState& one = shared().states[g];
-      const float by = power_of_two(one.top - best);
+      const float by = power_of_two(one.top - best), its = by * fmaxf(one.lead, one.source);
       total = fma(static_cast<double>(by), static_cast<double>(one.total), total);
-      lead = fmaxf(lead, by * fmaxf(one.lead, one.source)), worst = fmaxf(worst, one.worst);
+      if (its > lead)
+        lead = its,
+        leading = one.source > one.lead ? OWN_SOURCE : segment.first + segment.references - one.best;
+      worst = fmaxf(worst, one.worst);
     }
     const float scale = power_of_two(mine.scores.top - best);
     const double source = static_cast<double>(power_of_two(shared().states[leader].top - best)) *
                           static_cast<double>(shared().states[leader].source);
     const int64_t part = here.part_of(blockIdx.x, flags & SEGMENT_UNIT_BEGIN, my_row);
     double* const sums = parts.sums + part * d;
-    RowEnd end{
-        row.index,
-        row.out,
-        my_row,
-        segment.from,
-        segment.to,
-        row.a,
-        row.b,
-        {best - shared().shifts[group()][thread() / 32], total + source, lead, worst * mine.scores.rate}};
+    RowEnd end{row.index,
+               row.out,
+               my_row,
+               segment.from,
+               segment.to,
+               row.a,
+               row.b,
+               {best - shared().shifts[group()][thread() / 32], total + source, lead,
+                worst * mine.scores.rate, leading}};
     double by = 1, before = 0;
     if (!(flags & SEGMENT_PART_BEGIN)) {
-      const Joined joined = join(shared().moved[group()][thread() / 32], end.own);
-      end.own = joined.all, before = joined.by_first, by = joined.by_second;
+      const Joined joined = join_to(shared().moved[group()][thread() / 32], end.own);
+      before = joined.by_first, by = joined.by_second;
     }
     __syncwarp();
     if (lane == 0) shared().moved[group()][thread() / 32] = end.own;
@@ -482,7 +499,8 @@ struct Groups {
     }
     leave_taken();
     if (final) {
-      if (turn == 0 && thread() == 0) finish_row(in, parts, here, end.index, end.own, &shared().doubtful);
+      if (turn == 0 && thread() == 0)
+        finish_row(in, parts, here, end.index, end.b, end.own, &shared().doubtful);
       return;
     }
     if (!(flags & SEGMENT_PART_END)) return;

@@ -55,7 +55,7 @@ struct Launch : BulkLaunch {
     const UnitList list = carve_list(carver);
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * plan.blocks * plan.tile_rows * in.d);
-    parts.rows = carver.take<PartRow>(2 * plan.blocks * plan.tile_rows);
+    parts.rows = carver.take<GroupsRow>(2 * plan.blocks * plan.tile_rows);
     parts.arrived = carver.take<int>(in.n);
     place_settling(carver, parts, plan.blocks, 1, in.d, layout.merge_last);
     if (!layout.own_list) {
@@ -187,10 +187,10 @@ struct Launch : BulkLaunch {
     if (merge_last) {
       parts.next = carver.take<int>(slices * in.n);
     } else {
-      parts.errors = carver.take<float>(in.n);
       parts.merged = carver.take<MergedRow>(in.n);
       parts.left = carver.take<int>(blocks);
     }
+    parts.doubts = carver.take<Doubt>(slices * in.n);
     parts.settled = carver.take<double>(blocks * slice);
   }
 
@@ -277,7 +277,7 @@ struct Launch : BulkLaunch {
     const UnitList list = carve_list(carver);
     BulkParts parts{};
     parts.sums = carver.take<double>(2 * blocks * layout.slice);
-    parts.rows = carver.take<PartRow>(2 * blocks);
+    parts.rows = carver.take<GroupsRow>(2 * blocks);
     const int64_t letters =
         layout.team == Team::grid ? blocks * TEAMS_SLOTS * TEAMS_LETTERS * Kernel::WORDS : 0;
     parts.mail = carver.take<uint2>(letters);

@@ -1,8 +1,9 @@
 // From the parts of few rows that the blocks of bulk_groups.cuh and bulk_teams.cuh leave to results, where
 // units are cut into many of them: a launch behind theirs, and the last. A row has clusters of blocks, each
-// block a few elements. All of them weigh the row's parts alike, and so all know whether its scores were good
-// enough (error_of_row). If not, nobody stores what they gave, and the row's first cluster evaluates it again
-// (bulk_settle.cuh): neither a launch nor a message is for that alone.
+// block a few elements. All of them weigh the row's parts alike, and so all know whether its scores are in
+// doubt (doubt_of_row). If so, nobody stores what they gave: the row's first cluster has all of the row, its
+// merge and what is to be said of the result (bulk_settle.cuh). Neither a launch nor a message is for that
+// alone.
 #pragma once
 
 #include "stable_target/bulk_settle.cuh"
@@ -30,6 +31,35 @@ struct MergeLayout {
   int64_t teams;
 };
 
+// A row in doubt, by its first cluster. weights: of its parts, `by` for their sum; of a row of one part the
+// result is in memory.
+template <typename T>
+__device__ __noinline__ void look_again(const Inputs& in, const BulkParts& parts, const MergeLayout& layout,
+                                        int index, const MergedRow row, const Doubt doubt,
+                                        const double* weights, double by, SettleInCluster& shared) {
+  const ElementsOfBlock mine = elements_of_block(in.d);
+  const int64_t team = 2 * layout.slices * layout.most_rows, pairs = layout.slice / 2;
+  const Array x = x_of(in, index), out = out_of(in, index);
+#pragma unroll 1
+  for (int64_t e = mine.low + 2 * threadIdx.x; e < mine.high && row.count > 1; e += 2 * MERGE_THREADS) {
+    const int64_t rank = e / layout.slice;
+    const double2* from = reinterpret_cast<const double2*>(parts.sums) +
+                          (row.from * team + 2 * rank * layout.most_rows + row.row) * pairs +
+                          (e - rank * layout.slice) / 2;
+    double2 part = __ldcg(from + layout.most_rows * pairs), sum = make_double2(0, 0);
+#pragma unroll 8
+    for (int j = 0; j < row.count; ++j) {
+      if (j > 0) part = __ldcg(from + j * team * pairs);
+      sum.x = fma(weights[j], part.x, sum.x), sum.y = fma(weights[j], part.y, sum.y);
+    }
+    const int64_t at = index * in.d + e;
+    store_as(out, at, fma(row.a, load_as<double>(x, at), by * sum.x));
+    store_as(out, at + 1, fma(row.a, load_as<double>(x, at + 1), by * sum.y));
+  }
+  __syncthreads();
+  settle_in_cluster<T>(in, index, doubt, parts.settled + index * in.d, shared);
+}
+
 // Merges the parts of one row over a few elements of D, two to each thread; SHARES threads of the same two
 // take turns at the parts, of which there is at most one to a thread of the block. Grid: rows x merge_blocks.
 // What a block reads of the parts does not depend on their weights: it is all on its way at once.
@@ -44,6 +74,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS) SVEL_CLUSTER(MERG
   __shared__ SettleInCluster again;
   __shared__ double weights[MERGE_THREADS], tops[WARPS], totals[WARPS];  // weights: beyond the parts zero
   __shared__ float leads[WARPS], scales[WARPS];
+  __shared__ int leading;  // of a row in doubt, the part of the reference of most weight
   __shared__ double2 sums[SETS][PAIRS];
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
   const int share = tid / PAIRS, pair = tid % PAIRS;
@@ -63,7 +94,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS) SVEL_CLUSTER(MERG
   const int team = 2 * layout.slices * layout.most_rows, pairs = slice / 2;
   const double2* sums_from = reinterpret_cast<const double2*>(parts.sums) +
                              (share * team + 2 * rank * layout.most_rows) * pairs + (e - rank * slice) / 2;
-  const PartRow* rows_from = parts.rows + tid * team;
+  const GroupsRow* rows_from = parts.rows + tid * team;
   const int64_t step = SHARES * team * pairs;
   // Never. But what is not asked for here the compiler would find out behind the wait.
   if (!sums_from || !rows_from || step == 0) __trap();
@@ -74,9 +105,6 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS) SVEL_CLUSTER(MERG
     __syncthreads();
   }
 
-  const auto settle = [&] {
-    if (chunk < MERGE_CLUSTER) settle_in_cluster<T>(in, index, parts.settled + index * in.d, again);
-  };
   // A guess that holds saves the way to memory and back that the answer takes.
   MergedRow row{0, 0, 0, layout.guess, 0};
   if constexpr (LISTED) {
@@ -94,7 +122,7 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS) SVEL_CLUSTER(MERG
     count = row.count;
     mine = within ? (count - share + SHARES - 1) / SHARES : 0;  // parts
     const int first = row.from * team + row.row, second = first + layout.most_rows;
-    const PartRow* const near_at = rows_from + (tid == 0 ? second : first);
+    const GroupsRow* const near_at = rows_from + (tid == 0 ? second : first);
     const double2* const first_at = sums_from + (share == 0 ? second : first) * pairs;
     other_at = sums_from + first * pairs;
     near = make_double2(-INFINITY, 0), of_near = make_float2(0, 0);
@@ -115,7 +143,9 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS) SVEL_CLUSTER(MERG
   }
   if (row.count == 1) {  // its only team has the result
     wait_for_previous_launch();
-    if (parts.errors[index] > MOST_ERROR_OF_SCORES) settle();
+    const Doubt doubt = parts.doubts[index];
+    if (doubt.error > 0 && chunk < MERGE_CLUSTER)
+      look_again<T>(in, parts, layout, index, row, doubt, nullptr, 0, again);
     return;
   }
   const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
@@ -130,7 +160,8 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS) SVEL_CLUSTER(MERG
   const double weight = exp2(near.x - top);
   weights[tid] = weight;
   double total = weight * near.y;
-  float lead = static_cast<float>(weight) * of_near.x, scale = of_near.y;
+  const float own = static_cast<float>(weight) * of_near.x;
+  float lead = own, scale = of_near.y;
 #pragma unroll
   for (int hop = 16; hop > 0; hop /= 2) {
     total += __shfl_xor_sync(0xffffffffu, total, hop);
@@ -157,12 +188,10 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS) SVEL_CLUSTER(MERG
 #pragma unroll
   for (int w = 1; w < WARPS; ++w)
     total += totals[w], lead = fmaxf(lead, leads[w]), scale = fmaxf(scale, scales[w]);
-  const PartRow all{top, total, lead, scale};
-  const bool doubtful = error_of_row(parts.rounding * scale, all) > MOST_ERROR_OF_SCORES;
+  Doubt doubt = doubt_of_row(parts.rounding, row.b, {top, total, lead, scale, 0});
   __syncthreads();
   wait_for_previous_launch();  // what comes after this launch takes that one as done
-  if (doubtful) return settle();
-  if (tid < PAIRS && within) {
+  if (!(doubt.error > 0) && tid < PAIRS && within) {
     const double by = row.b / total;
     sum = sums[0][tid];
 #pragma unroll
@@ -170,7 +199,15 @@ __global__ void __launch_bounds__(MERGE_THREADS, MERGE_BLOCKS) SVEL_CLUSTER(MERG
     store_as(out, int64_t{index} * in.d + e, fma(row.a, x[0], by * sum.x));
     store_as(out, int64_t{index} * in.d + e + 1, fma(row.a, x[1], by * sum.y));
   }
-  if (in.lse.data && chunk == 0 && tid == 0) write_lse(in, index, all);
+  if (in.lse.data && chunk == 0 && tid == 0) write_lse(in, index, {top, total, lead, scale});
+  if (!(doubt.error > 0) || chunk >= MERGE_CLUSTER) return;
+  if (tid == 0) leading = count;
+  __syncthreads();
+  if (own == lead) atomicMin(&leading, tid);
+  __syncthreads();
+  const int first = row.from * team + row.row;
+  doubt.best = __ldcg(&parts.rows[first + (leading == 0 ? layout.most_rows : leading * team)].best);
+  look_again<T>(in, parts, layout, index, row, doubt, weights, row.b / total, again);
 }
 
 }  // namespace svel::cuda

@@ -2,6 +2,7 @@
 // what a team of blocks has of the list of units (ranges.h), and the parts that teams leave in memory.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "common/hopper.cuh"
@@ -25,6 +26,22 @@ struct alignas(16) PartRow {
   int ties, print;
 };
 
+// The same of bulk_groups.cuh and bulk_teams.cuh, and where the reference of weight `lead` is.
+struct alignas(16) GroupsRow {
+  double log2_weight, total;
+  float lead, scale;
+  int64_t best;  // among all k m; OWN_SOURCE: it is the row's source
+  __device__ __forceinline__ operator PartRow() const { return {log2_weight, total, lead, scale}; }
+};
+constexpr int64_t OWN_SOURCE = -1;
+
+// What rounding may do to a finished row: see doubt_of_row.
+struct alignas(16) Doubt {
+  int64_t best;  // its reference of most weight
+  float error;   // 0: none that would show
+  float times;   // what all references weigh, beside the best
+};
+
 // What merge_kernel has to know of a row.
 struct alignas(16) MergedRow {
   double a, b;      // out = a x + b mean
@@ -34,24 +51,25 @@ struct alignas(16) MergedRow {
 
 // Parts of units; slot 2b of block b for a unit that began earlier, 2b + 1 for one that begins here.
 struct BulkParts {
-  double* sums;   // (2 blocks, rows, slice) weighted sums of the references
-  PartRow* rows;  // (2 blocks, rows)
-  int* arrived;   // zero at first. (n, slices) teams that have left their part of a row of `order`
+  double* sums;     // (2 blocks, rows, slice) weighted sums of the references
+  GroupsRow* rows;  // (2 blocks, rows)
+  int* arrived;     // zero at first. (n, slices) teams that have left their part of a row of `order`
   uint2* mail;  // (teams, TEAMS_SLOTS, slices, TEAMS_LETTERS) with the number of the exchange, for Team::grid
-  // Of finished rows, which of them are to be settled (bulk_settle.cuh): where merge_kernel follows, the
-  // errors of those that one team has, else a list of those that each block has found.
-  float* errors;      // (n,)
+  // Of finished rows, which of them are to be looked at again (bulk_settle.cuh): where merge_kernel follows,
+  // those that one team has; else each block has a list of those that it has found.
+  Doubt* doubts;      // (slices, n)
   int* next;          // (slices, n) what follows a row in its block's list
-  double* settled;    // room for sums: (blocks, slice) or (clusters, d)
+  double* settled;    // room for sums: (blocks, slice) or (n, d)
   float rounding;     // of a score, see rounding_of_scores
   MergedRow* merged;  // (n,) where merge_kernel follows; of bulk_groups.cuh
   int* left;          // (blocks,) the same: whether a block has left all that it has to
 };
 
 // How far a score may be off, of the largest one: sums of 16 terms are rounded one by one, and then their
-// sums.
+// sums. Of scores that are one third of their terms, those of a row between two references neither of which
+// is the first of their class, it is half of the error for large D.
 inline float rounding_of_scores(int64_t d) {
-  return static_cast<float>(5e-8 * std::sqrt(0.3 + 205.0 / static_cast<double>(d)));
+  return static_cast<float>(5e-8 * std::sqrt(std::max(1.2, 0.3 + 205.0 / static_cast<double>(d))));
 }
 
 // The unit in which cost `at` lies, by a whole warp.
@@ -132,6 +150,15 @@ __device__ __forceinline__ void set_row(const Inputs& in, int64_t index, RowStat
   row.rate = static_cast<float>(LOG2_E * at.rate());
 }
 
+// Four elements of T side by side.
+template <typename T>
+__device__ __forceinline__ float4 load_four(const T* from) {
+  struct alignas(4 * sizeof(T)) Four {
+    T v[4];
+  };
+  const Four four = *reinterpret_cast<const Four*>(from);
+  return make_float4(to_float(four.v[0]), to_float(four.v[1]), to_float(four.v[2]), to_float(four.v[3]));
+}
 // Four elements from i on, zero from `limit` on: for dtypes and alignments that are rare.
 __device__ __noinline__ static float4 load_four(Array a, int64_t i, int64_t limit) {
   float v[4];
@@ -393,6 +420,8 @@ __device__ __forceinline__ void announce(const Inputs& in, const UnitList& list,
 // Of the online softmax, the same in all threads that share a row. The largest score, and the integer `top`
 // as base rate + rest; rate in units of log 2; the sum of the weights 2^(score - top).
 struct RowScores {
+  static constexpr float NEAR = 24;  // in units of log 2: what is further below the best weighs nothing
+
   float rate, base, rest, total;
   float worst;  // the largest score, either way
   double top;
@@ -400,13 +429,27 @@ struct RowScores {
   __device__ __forceinline__ void reset() { base = top = -INFINITY, rest = total = worst = 0; }
   // The weight of the largest score.
   __device__ __forceinline__ float lead() const { return base > -INFINITY ? power_of_two(-rest) : 0.0f; }
+
+  // Scores are differences of two terms, y.d and alpha/2 |d|^2, and their error goes with these. Mostly the
+  // largest score tells how large they are. But a class's first reference has d = 0 and the score 0, and so
+  // have, nearly, all that weigh as much as it does: rows between these may have no large score at all.
+  __device__ __forceinline__ bool is_near_the_first() const { return fabsf(base) * rate < NEAR; }
+  // There, y.d less the score is alpha/2 |d|^2 of those that are not the first; weighted: the sum of y.d over
+  // all references.
+  __device__ __forceinline__ void measure_terms(float weighted) {
+    const float others = total - power_of_two(-top);  // beside the first, if that is among them
+    float weight = total;
+    if (base > 0) weight = fmaxf(others, lead());
+    if (base == 0 && others > 1e-6f * total) weight = others;
+    worst = fmaxf(worst, __fdividef(fabsf(weighted), weight) - fmaxf(base, 0));
+  }
 };
 
 // From scores to weights, of which the first `many` count, and the sums relative to the same `top`. Whether
-// there is anything to add.
-template <int COUNT, int Q>
-__device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&scores)[COUNT],
-                                             float (&sum)[Q]) {
+// there is anything to add. note(j): that score j is the largest so far.
+template <int COUNT, int Q, typename Note>
+__device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&scores)[COUNT], float (&sum)[Q],
+                                             const Note& note) {
   float best = -INFINITY;
 #pragma unroll
   for (int j = 0; j < COUNT; ++j) {
@@ -421,6 +464,10 @@ __device__ __forceinline__ bool weigh_scores(RowScores& my, int many, float (&sc
     my.total *= scale;
 #pragma unroll
     for (int q = 0; q < Q; ++q) sum[q] *= scale;
+    int at = COUNT - 1;
+#pragma unroll
+    for (int j = COUNT - 2; j >= 0; --j) at = scores[j] == best ? j : at;
+    note(at);
   }
   bool any = false;
 #pragma unroll
@@ -484,13 +531,21 @@ __device__ __forceinline__ Joined join(const PartRow& first, const PartRow& seco
           b};
 }
 
+// `own` with what came before it.
+__device__ __forceinline__ Joined join_to(const GroupsRow& before, GroupsRow& own) {
+  const Joined joined = join(before, own);
+  if (joined.all.lead > static_cast<float>(joined.by_second) * own.lead) own.best = before.best;
+  own = {joined.all.log2_weight, joined.all.total, joined.all.lead, joined.all.scale, own.best};
+  return joined;
+}
+
 struct RowEnd {
   int64_t index;  // of the row
   void* out;
   int row;           // of the unit
   int64_t from, to;  // teams that have parts of the unit
   double a, b;       // out = a x + b mean
-  PartRow own;       // what this team has
+  GroupsRow own;     // what this team has
 };
 
 __device__ __forceinline__ void store_sums(double* to, const double (&v)[4]) {
@@ -506,13 +561,17 @@ __device__ __forceinline__ void add_sums(const double* from, double weight, doub
 
 // The row's parts together, always in the same order: who comes last makes no difference. By whole warps.
 struct PartsTogether {
-  PartRow all;
+  GroupsRow all;
   double weight;  // of the part of team `from` + lane, relative to 2^log2_weight of all
 };
+__device__ __forceinline__ const GroupsRow* part_at(const BulkParts& parts, const RowPlace& place,
+                                                    const RowEnd& end, int64_t team) {
+  return parts.rows + place.part_of(team, team == end.from, end.row);
+}
 __device__ __forceinline__ PartRow part_row(const BulkParts& parts, const RowPlace& place, const RowEnd& end,
                                             int64_t team) {
   if (team > end.to) return {-INFINITY, 0, 0, 0};
-  const PartRow* const row = parts.rows + place.part_of(team, team == end.from, end.row);
+  const GroupsRow* const row = part_at(parts, place, end, team);
   const double2 weights = __ldcg(reinterpret_cast<const double2*>(&row->log2_weight));
   const float2 others = __ldcg(reinterpret_cast<const float2*>(&row->lead));
   return {weights.x, weights.y, others.x, others.y};
@@ -530,20 +589,26 @@ __device__ __forceinline__ PartsTogether sum_of_parts(const BulkParts& parts, co
   const double weight = power(mine.log2_weight - best);
   double total = weight * mine.total;
   float lead = static_cast<float>(weight) * mine.lead, scale = mine.scale;
+  int64_t leading = end.from + lane;
 #pragma unroll 1
   for (int64_t team = end.from + 32 + lane; team <= end.to; team += 32) {
     const PartRow other = part_row(parts, place, end, team);
     const double by = power(other.log2_weight - best);
     total = fma(by, other.total, total);
-    lead = fmaxf(lead, static_cast<float>(by) * other.lead), scale = fmaxf(scale, other.scale);
+    if (static_cast<float>(by) * other.lead > lead)
+      lead = static_cast<float>(by) * other.lead, leading = team;
+    scale = fmaxf(scale, other.scale);
   }
+  const float own = lead;
 #pragma unroll 1
   for (int hop = 16; hop > 0; hop /= 2) {
     total += __shfl_xor_sync(0xffffffffu, total, hop);
     lead = fmaxf(lead, __shfl_xor_sync(0xffffffffu, lead, hop));
     scale = fmaxf(scale, __shfl_xor_sync(0xffffffffu, scale, hop));
   }
-  return {{best, total, lead, scale}, weight};
+  const unsigned leaders = __ballot_sync(0xffffffffu, own == lead);  // none where the row is NaN
+  leading = __shfl_sync(0xffffffffu, leading, leaders ? __ffs(leaders) - 1 : 0);
+  return {{best, total, lead, scale, __ldcg(&part_at(parts, place, end, leading)->best)}, weight};
 }
 
 // Their sums for four elements of the slice from e on, where e is `within`.
@@ -638,29 +703,108 @@ __device__ __forceinline__ double lse_of_nothing(const Inputs& in, int64_t index
   return row_has_group(in, index) ? -INFINITY : NAN;
 }
 
-// What the rounding of its scores, `error`, may do to a row, beside its size, by one standard deviation:
-// weights that are off at random move the mean by that, times the root of the sum of their squares, as far as
-// references are apart, and these are about as far apart as results are large. NaN where the row is. A
-// reference that is there several times, as at an epoch's end, has equal scores and no error: the weights are
-// a multiple of one. Scores that are equal by chance are as rare as their error is small.
-__device__ __forceinline__ float error_of_row(float error, const PartRow& all) {
+// What the rounding of its scores may do to a row, by one standard deviation: weights that are off at random,
+// each by the same share of itself, move the mean by that, times the root of the sum of their squares, as far
+// as references are apart; and these are about as far apart as results are large. Where that would be seen:
+// how far it moves, beside the distance of the mean from its reference of most weight. Else 0, and where the
+// row is NaN. rounding: BulkParts::rounding; b: of out = a x + b mean, in which x may take away most of the
+// mean.
+constexpr float MOST_ERROR_OF_SCORES = 1.2e-6f;  // beside the row's size
+__device__ __forceinline__ Doubt doubt_of_row(float rounding, double b, const GroupsRow& all) {
   const float lead = __fdividef(all.lead, static_cast<float>(all.total)),
               spread = __fdividef(static_cast<float>(all.total - all.lead), static_cast<float>(all.total));
-  const float times = __fdividef(static_cast<float>(all.total), all.lead);
-  if (error < 0.01f && times < 64 && fabsf(times - rintf(times)) < 1e-5f * times) return 0;
-  return error * sqrtf(lead) * spread;
+  const float error = rounding * all.scale * sqrtf(lead);
+  const float by = fmaxf(0.5f * fabsf(static_cast<float>(b)), 1);
+  return {all.best, error * spread * by > MOST_ERROR_OF_SCORES ? error : 0, __fdividef(1, lead)};
 }
-constexpr float MOST_ERROR_OF_SCORES = 1.2e-6f;
 constexpr int NO_ROW = -1;
+
+struct RowInDoubt {
+  int64_t index;
+  Doubt doubt;
+  double a, b;        // out = a x + b mean
+  int64_t low, high;  // of the elements that count
+
+  // x and the reference of most weight, by THREADS threads: visit(at, limit, x, r), four elements from `at`
+  // on. By calls, as are loads of dtypes that are rare: more code here makes the loops of those who call it
+  // spill.
+  template <int THREADS, typename Visit>
+  __device__ __forceinline__ void visit(const Inputs& in, int thread, const Visit& visit) const {
+    const int64_t base = index * in.d, limit = base + high;
+    const bool is_source = doubt.best == OWN_SOURCE;
+    const Array best = is_source ? in.source : in.refs;
+    const int64_t from = is_source ? base : doubt.best * in.d;
+#pragma unroll 1
+    for (int64_t e = low + 4 * thread; e < high; e += 4 * THREADS)
+      visit(base + e, limit, load_four(x_of(in, index), base + e, limit),
+            load_four(best, from + e, from + high));
+  }
+};
+
+// Whether it is seen in the row's result, which is in memory: where the mean is its reference of most weight,
+// any weights are right. So it is where all that weigh are copies of one sample, as at an epoch's end. Shares
+// of two sums: is x above zero, it is seen; is y, more shows between the mean and that reference than the
+// rounding of float32 sums of copies.
+template <int THREADS>
+__device__ __forceinline__ double2 distance_shares(const Inputs& in, const RowInDoubt& row, int thread) {
+  constexpr double OF_F16 = 0x1p-11, OF_BF16 = 0x1p-8;  // of a result in fewer bits
+  const Array out = out_of(in, row.index);
+  const double less = out.dtype == Dtype::f16 ? OF_F16 : out.dtype == Dtype::bf16 ? OF_BF16 : 0;
+  const double most = MOST_ERROR_OF_SCORES / static_cast<double>(row.doubt.error) + less;
+  const double of_sums = 0x1p-24 * static_cast<double>(row.doubt.times);
+  double2 shares = make_double2(0, 0);
+  row.visit<THREADS>(in, thread, [&](int64_t at, int64_t limit, float4 x, float4 r) {
+    const float4 result = load_four(out, at, limit);
+    const auto add = [&](double its, double x, double r) {
+      const double mean = row.b * r, gap = its - fma(row.a, x, mean), square = gap * gap;
+      shares.x += fma(-most * its, most * its, square);
+      shares.y += fma(-of_sums * mean, of_sums * mean, fma(-less * its, less * its, square));
+    };
+    add(result.x, x.x, r.x), add(result.y, x.y, r.y), add(result.z, x.z, r.z), add(result.w, x.w, r.w);
+  });
+  return shares;
+}
+
+// The row's result from that reference.
+template <int THREADS>
+__device__ __forceinline__ void store_best(const Inputs& in, const RowInDoubt& row, int thread) {
+  const Array out = out_of(in, row.index);
+  const auto combine = [&](float x, float r) {
+    return static_cast<float>(fma(row.a, static_cast<double>(x), row.b * static_cast<double>(r)));
+  };
+  row.visit<THREADS>(in, thread, [&](int64_t at, int64_t limit, float4 x, float4 r) {
+    store_four(out, at, limit,
+               make_float4(combine(x.x, r.x), combine(x.y, r.y), combine(x.z, r.z), combine(x.w, r.w)));
+  });
+}
+
+// Whether a row in doubt is to be evaluated again. The float32 sums of many copies are off, too, but the mean
+// of copies is known: from so many on it is written. sum(share): over all who do so.
+template <int THREADS, typename Sum>
+__device__ __forceinline__ bool stays_in_doubt(const Inputs& in, const RowInDoubt& row, int thread,
+                                               const Sum& sum) {
+  constexpr float MANY = 3.5f;
+  const double2 shares = distance_shares<THREADS>(in, row, thread);
+  if (!(sum(shares.x) <= 0)) return true;  // where the result overflows, too
+  if (row.doubt.times < MANY) return false;
+  if (!(sum(shares.y) <= 0)) return true;
+  store_best<THREADS>(in, row, thread);
+  return false;
+}
 
 // What one thread does about a finished row. `doubtful`: the first of the block's list.
 __device__ __forceinline__ void finish_row(const Inputs& in, const BulkParts& parts, const RowPlace& place,
-                                           int64_t index, const PartRow& all, int* doubtful) {
+                                           int64_t index, double b, const GroupsRow& all, int* doubtful) {
   if (in.lse.data && place.rank == 0) write_lse(in, index, all);
-  const float error = error_of_row(parts.rounding * all.scale, all);
-  if (parts.errors && place.rank == 0) parts.errors[index] = error;
-  if (parts.next && error > MOST_ERROR_OF_SCORES)
-    parts.next[place.rank * in.n + index] = atomicExch(doubtful, static_cast<int>(index));
+  const Doubt doubt = doubt_of_row(parts.rounding, b, all);
+  const int64_t at = place.rank * in.n + index;
+  if (parts.next) {
+    if (!(doubt.error > 0)) return;
+    parts.doubts[at] = doubt;
+    parts.next[at] = atomicExch(doubtful, static_cast<int>(index));
+  } else if (place.rank == 0) {
+    parts.doubts[index] = doubt;
+  }
 }
 
 // Whether it was the last of the row's parts.
@@ -690,7 +834,7 @@ __device__ __forceinline__ void merge_row(const Inputs& in, const BulkParts& par
     add_parts(parts, place, end, together, e, e < place.length, v);
     if (e < place.length) store_row(in, place, end, e, mean_by, x, v);
   }
-  if (thread() == 0) finish_row(in, parts, place, end.index, together.all, doubtful);
+  if (thread() == 0) finish_row(in, parts, place, end.index, end.b, together.all, doubtful);
 }
 
 // The clerk of a block that holds whole samples, one thread: counts the part of a unit that began in an
@@ -765,7 +909,7 @@ __device__ __forceinline__ void write_dead_pieces(const Inputs& in, const UnitLi
       store_four(out_of(in, index), index * d + e, index * d + d, make_float4(NAN, NAN, NAN, NAN));
     if (begin > 0 || lane > 0) continue;
     if (in.lse.data) store_as(lse_of(in, index), index, NAN);
-    if (parts.errors) parts.errors[index] = 0;
+    if (!parts.next) parts.doubts[index] = {};
   }
 }
 
@@ -779,7 +923,7 @@ __device__ __forceinline__ void write_dead_rows(const Inputs& in, const UnitList
       store_four(out_of(in, index), base + e, base + place.length, make_float4(NAN, NAN, NAN, NAN));
     if (place.rank > 0 || tid > 0) continue;
     if (in.lse.data) store_as(lse_of(in, index), index, NAN);
-    if (parts.errors) parts.errors[index] = 0;
+    if (!parts.next) parts.doubts[index] = {};
   }
 }
 

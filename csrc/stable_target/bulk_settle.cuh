@@ -2,7 +2,7 @@
 // off by the rounding of its sums, which is much where it is large: for rows at a small t. The usual row
 // there has one reference with all the weight, and any score will do. But the weights of a row that lies
 // between references are a guess. Whoever finishes a row knows what that may do to its result
-// (error_of_row), and rows where it would show are evaluated again, in float64. Few calls have any, so
+// (doubt_of_row), and rows where it would show are evaluated again, in float64. Few calls have any, so
 // this is made to cost nothing else: where a block has finished rows, it takes them when it has done all the
 // rest, by code that is not in the way of the other; where merge_kernel (bulk_merge.cuh) follows, the first
 // of a row's clusters of blocks does.
@@ -80,15 +80,6 @@ struct Settle {
     return over_block(v, [](double a, double b) { return a + b; });
   }
 
-  // Four elements side by side.
-  __device__ __forceinline__ static float4 load(const T* from) {
-    struct alignas(4 * sizeof(T)) Four {
-      T v[4];
-    };
-    const Four four = *reinterpret_cast<const Four*>(from);
-    return make_float4(to_float(four.v[0]), to_float(four.v[1]), to_float(four.v[2]), to_float(four.v[3]));
-  }
-
   // Scores of COUNT references from `at` on, of which none is beyond `last`, by a warp, in units of log 2:
   // -|x - alpha r|^2 / (2 sigma^2).
   template <int COUNT>
@@ -106,7 +97,7 @@ struct Settle {
                   : load_four(of_row, base + e, base + in.d);
       float4 r[COUNT];
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i) r[i] = load(from[i] + e);
+      for (int i = 0; i < COUNT; ++i) r[i] = load_four(from[i] + e);
       const auto add = [&](float x, float r, double& score) {
         const double gap = fma(-row.alpha, static_cast<double>(r), row.sign * static_cast<double>(x));
         score = fma(gap, gap, score);
@@ -119,6 +110,24 @@ struct Settle {
     }
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) scores[i] = -LOG2_E / (2 * row.sigma * row.sigma) * warp_sum(scores[i]);
+  }
+
+  // Whether a row in doubt is to be evaluated again, the same in all blocks.
+  __device__ __forceinline__ bool stays_in_doubt(int64_t index, const Doubt& doubt) const {
+    const Row row = row_coefficients(in, index);
+    const RowInDoubt its{index, doubt, row.a, row.b, low, high};
+    const auto sum = [&](double share) {
+      share = sum_over_block(share);
+      if constexpr (Crew::BLOCKS == 1) return share;
+      if (tid == 0) shared.own[0] = share;
+      crew.wait_for_all();
+      double all = 0;
+#pragma unroll 1
+      for (int block = 0; block < Crew::BLOCKS; ++block) all += crew.score(shared.own, block * OWN);
+      crew.wait_for_all();  // all have read it
+      return all;
+    };
+    return svel::cuda::stays_in_doubt<THREADS>(in, its, tid, sum);
   }
 
   // That of the row's own source, in all blocks.
@@ -197,7 +206,7 @@ struct Settle {
         for (int h = share; h < shared.count; h += shares) {
           const int j = shared.heavy[h];
           const double weight = shared.weights[j];
-          const float4 r = load(refs + (first + begin + j) * in.d + e);
+          const float4 r = load_four(refs + (first + begin + j) * in.d + e);
           v[0] = fma(weight, static_cast<double>(r.x), v[0]),
           v[1] = fma(weight, static_cast<double>(r.y), v[1]);
           v[2] = fma(weight, static_cast<double>(r.z), v[2]),
@@ -248,19 +257,32 @@ __device__ __noinline__ void settle_rows(const Inputs& in, const BulkParts& part
                                     parts.settled + blockIdx.x * place.slice,
                                     place.offset,
                                     place.offset + place.length};
-  for (int index = first; index != NO_ROW; index = parts.next[place.rank * in.n + index]) settle(index);
+  for (int index = first; index != NO_ROW; index = parts.next[place.rank * in.n + index]) {
+    if (settle.stays_in_doubt(index, parts.doubts[place.rank * in.n + index])) settle(index);
+  }
 }
 
-// A row, by a cluster of blocks, all threads. sums: (d,).
-template <typename T>
-__device__ __noinline__ void settle_in_cluster(const Inputs& in, int64_t index, double* sums,
-                                               SettleInCluster& shared) {
+// The elements of a row that fall to a block of a cluster.
+struct ElementsOfBlock {
+  int rank;
+  int64_t low, high;
+};
+__device__ __forceinline__ ElementsOfBlock elements_of_block(int64_t d) {
   constexpr int BLOCKS = ClusterCrew::BLOCKS;
   const int rank = static_cast<int>(blockIdx.x) % BLOCKS;
-  const int64_t slice = ((in.d + BLOCKS - 1) / BLOCKS + 3) / 4 * 4, low = min(rank * slice, in.d);
+  const int64_t slice = ((d + BLOCKS - 1) / BLOCKS + 3) / 4 * 4, low = min(rank * slice, d);
+  return {rank, low, min(low + slice, d)};
+}
+
+// A row in doubt, whose result is in memory (what a block writes here it has written), by a cluster of
+// blocks, all threads: see stays_in_doubt. sums: (d,).
+template <typename T>
+__device__ __forceinline__ void settle_in_cluster(const Inputs& in, int64_t index, const Doubt& doubt,
+                                                  double* sums, SettleInCluster& shared) {
+  const ElementsOfBlock mine = elements_of_block(in.d);
   const Settle<T, ClusterCrew> settle{
-      in, {static_cast<int>(threadIdx.x), rank}, shared, sums + low, low, min(low + slice, in.d)};
-  settle(index);
+      in, {static_cast<int>(threadIdx.x), mine.rank}, shared, sums + mine.low, mine.low, mine.high};
+  if (settle.stays_in_doubt(index, doubt)) settle(index);
 }
 
 }  // namespace svel::cuda

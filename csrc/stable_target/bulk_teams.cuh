@@ -62,7 +62,8 @@ struct TeamsShared {
   Announcements<1> announced;
   RowState known[WARP_LIST_ROWS];  // of the rows, where the list is short
   double shift;                    // |y|^2 / (2 sigma^2) in units of log 2
-  PartRow moved;                   // to memory already
+  GroupsRow moved;                 // to memory already
+  int best[WARPS];  // in each warp: the reference of the largest score, counted from the segment's end
   int last;
   int early;     // tiles of the first segment that are on their way already
   int doubtful;  // the first of the rows to be settled
@@ -502,12 +503,32 @@ struct Teams {
       weights[2 * word] = low(answer);
       if constexpr (TR > 1) weights[2 * word + 1] = high(answer);
     }
-    if (!weigh_scores(mine.scores, many, weights, mine.sum)) return;
+    const auto note = [&](int j) { shared().best[tid / 32] = many - j; };
+    if (!weigh_scores(mine.scores, many, weights, mine.sum, note)) return;
     read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
 #pragma unroll
       for (int k = 0; k < EV; ++k)
         mine.sum[s * EV + k] = fmaf(weights[j], difference[k], mine.sum[s * EV + k]);
     });
+  }
+
+  // See RowScores. All blocks of the team do so or none.
+  __device__ __forceinline__ void measure_terms(Mine& mine, int& exchanges, int tid) const {
+    float share = 0;
+#pragma unroll
+    for (int q = 0; q < Q; ++q) share = fmaf(mine.y[q], mine.sum[q], share);
+    give_square(exchanges, share, tid);
+    mine.scores.measure_terms(static_cast<float>(take_square(exchanges)));
+    ++exchanges;
+  }
+
+  // What this block has of the row in the end.
+  __device__ __forceinline__ GroupsRow own_row(const Mine& mine, const Segment<1>& segment, int tid) const {
+    const int64_t best = segment.first + segment.references - shared().best[tid / 32];
+    return {mine.scores.top - shared().shift,
+            static_cast<double>(mine.scores.total) + static_cast<double>(mine.source),
+            fmaxf(mine.scores.lead(), mine.source), mine.scores.worst * mine.scores.rate,
+            mine.source > mine.scores.lead() ? OWN_SOURCE : best};
   }
 
   // The row's own source, as one more reference.
@@ -551,8 +572,7 @@ struct Teams {
         y[0] = v.x, y[1] = v.y, y[2] = v.z, y[3] = v.w;
       }
     }
-    const PartRow own{mine.scores.top - shared().shift, mine.scores.total, mine.scores.lead(),
-                      mine.scores.worst * mine.scores.rate};
+    const GroupsRow own = own_row(mine, segment, tid);
     const double a = row.a, b = row.b, by_sum = b / own.total;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
@@ -572,7 +592,7 @@ struct Teams {
           *reinterpret_cast<float4*>(out + element(tid, s) + k) = make_float4(v[0], v[1], v[2], v[3]);
       }
     }
-    if (tid == 0) finish_row(in, parts, place(), row.index, own, &shared().doubtful);
+    if (tid == 0) finish_row(in, parts, place(), row.index, row.b, own, &shared().doubtful);
   }
 
   // A segment's sums, to the row's result or to its part in memory.
@@ -585,12 +605,10 @@ struct Teams {
     const int64_t part = here.part_of(team, flags & SEGMENT_UNIT_BEGIN, 0);
     named_barrier(1, THREADS);  // `shift` and `moved` are written
     double by = 1, before = 0;
-    end.own = {mine.scores.top - shared().shift,
-               static_cast<double>(mine.scores.total) + static_cast<double>(mine.source),
-               fmaxf(mine.scores.lead(), mine.source), mine.scores.worst * mine.scores.rate};
+    end.own = own_row(mine, segment, tid);
     if (!(flags & SEGMENT_PART_BEGIN)) {
-      const Joined joined = join(shared().moved, end.own);
-      end.own = joined.all, before = joined.by_first, by = joined.by_second;
+      const Joined joined = join_to(shared().moved, end.own);
+      before = joined.by_first, by = joined.by_second;
     }
     const double weighted = by * mine.scores.total, source = by * mine.source, mean_by = 1 / end.own.total;
     double* const sums = parts.sums + part * layout.slice;
@@ -618,7 +636,7 @@ struct Teams {
     if (ends && !whole && tid == 0) parts.rows[part] = end.own;
     named_barrier(1, THREADS);
     if (tid == 0) shared().moved = end.own;
-    if (whole && tid == 0) finish_row(in, parts, here, end.index, end.own, &shared().doubtful);
+    if (whole && tid == 0) finish_row(in, parts, here, end.index, end.b, end.own, &shared().doubtful);
     if (!ends || whole || !layout.merge_last) return;
     if (tid == 0) {
       wait_for_previous_launch();  // which sets the counts to zero
@@ -656,6 +674,7 @@ struct Teams {
         }
       }
       if (references > 0) exchanges += tiles;
+      if (mine.scores.is_near_the_first()) measure_terms(mine, exchanges, tid);
       if (in.source.data && segment.flags & SEGMENT_UNIT_END)
         weigh_own_source(mine, row_of(segment), exchanges, tid);
       wait_barrier(&shared().announced.told[slot], slot_phase);
