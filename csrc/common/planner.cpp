@@ -64,8 +64,6 @@ constexpr BulkTile BULK_TILES[] = {
     {2, 256, 2, 16, 512, "16 bits, D <= 512: matrix units, two blocks to a multiprocessor"},
     {0, 32, 16, 2, 512, "D <= 512: sixteen groups of one warp"},
     {2, 256, 4, 8, 1024, "16 bits, D <= 1,024: matrix units, two blocks to a multiprocessor"},
-    {2, 512, 2, 16, 1024,
-     "16 bits, D <= 1,024, rows of other processes: matrix units, tiles of sixteen references"},
     {0, 64, 16, 2, 1024, "D <= 1,024: eight groups of two warps"},
     {2, 512, 4, 16, 2048, "16 bits, D <= 2,048: matrix units, tiles of sixteen references"},
     {2, 512, 8, 8, 4096, "16 bits, D <= 4,096: matrix units, tiles of eight references"},
@@ -189,8 +187,6 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     if ((tile.refs_size != 0 && tile.refs_size != p.refs_size) || p.d > tile.most_d) continue;
     const int64_t held = int64_t{tile.group} * tile.elements;
     const bool products = tile.products();
-    // Two blocks to a multiprocessor did not give right results with rows of other processes (H200).
-    if (products && tile.most_d == 1024 && (tile.group < GROUPS_CONSUMERS) == p.shared_rows) continue;
     const int64_t least = ceil_div(p.d, held),
                   slices = products ? products_slices(least) : best_slices(least, p.sm_count),
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;

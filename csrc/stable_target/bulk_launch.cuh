@@ -80,15 +80,10 @@ struct Launch : BulkLaunch {
     if (in.refs.dtype != DtypeOf<T>::value || !plan.products || plan.tile_d != Kernel::HELD ||
         plan.group != CONSUMERS || plan.tile_refs != Kernel::TR || (plan.slices > 1) != CLUSTERED)
       return false;
-    // Short samples have one form for the rows of one process, and another for those of several.
-    constexpr bool SHORT = Kernel::HELD <= 1024, OTHERS = Kernel::RESIDENT == 1, OWN = !SHORT || !OTHERS;
-    if (in.mailboxes ? !OTHERS : !OWN) return false;
-    auto kernel = products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, OTHERS, false, PRODUCTS_ROWS>;
-    if constexpr (OWN) {
-      if (!in.mailboxes)
-        kernel = products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, false, PRODUCTS_ROWS>;
-    }
-    constexpr bool FOUR = OWN && !CLUSTERED && Split<T>::PARTS == 2;
+    auto kernel = in.mailboxes
+                      ? products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, true, false, PRODUCTS_ROWS>
+                      : products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, false, PRODUCTS_ROWS>;
+    constexpr bool FOUR = !CLUSTERED && Split<T>::PARTS == 2;
     if constexpr (FOUR) {
       using Many = Products<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, PRODUCTS_MANY_ROWS>;
       static_assert(Many::fixed_bytes(LEAST) <= products_smem(Kernel::TR, LEAST, PRODUCTS_MANY_ROWS),
@@ -96,7 +91,7 @@ struct Launch : BulkLaunch {
       if (plan.tile_rows == PRODUCTS_MANY_ROWS)
         kernel = products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, true, PRODUCTS_MANY_ROWS>;
     }
-    if constexpr (OWN && (!FOUR || SHORT)) {  // others are dealt out four rows at a time
+    if constexpr (!FOUR || Kernel::HELD <= 1024) {  // others are dealt out four rows at a time
       if (plan.costs.deal && plan.tile_rows == PRODUCTS_ROWS)
         kernel = products_kernel<T, CONSUMERS, CHUNKS, BLOCKS, CLUSTERED, false, true, PRODUCTS_ROWS>;
     }
@@ -307,7 +302,6 @@ bool launch_tiles(const BulkLaunch& launch) {
   if (launched) return true;
   if constexpr (sizeof(T) == 2) {
     if (at.run_products_if<T, 256, 2, 2, false>() || at.run_products_if<T, 256, 4, 1, false>() ||
-        at.run_products_if<T, 512, 2, 2, false>() ||
         at.run_products_if<T, 512, 4, 2, false>() || at.run_products_if<T, 512, 8, 1, false>() ||
         at.run_products_if<T, 512, 8, 1, true>())
       return true;

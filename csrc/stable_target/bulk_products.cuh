@@ -1536,8 +1536,8 @@ struct Products {
   // From the row's parts to its mean, see `merge_aligned`, by all consumers.
   __device__ __forceinline__ static void send_aligned(const Inputs& in, const ProductsParts& parts,
                                                       const ProductsLayout& layout, int64_t index) {
-    constexpr int VECTORS = 2;  // of a slice
-    static_assert(HELD <= VECTORS * 4 * THREADS);
+    constexpr int VECTORS = CHUNKS / 4;  // of a slice
+    static_assert(HELD == VECTORS * 4 * THREADS);
     auto& memory = reinterpret_cast<AlignedMemory<WARPS>&>(shared().scores);
     static_assert(sizeof(memory) <= sizeof(Shared::scores), "which nobody needs any more");
     const int slices = CLUSTERED ? layout.slices : 1, rank = static_cast<int>(blockIdx.x) % slices;
@@ -1734,7 +1734,7 @@ __global__ void __launch_bounds__(CONSUMERS + BULK_PRODUCERS, products_resident(
   const Kernel kernel{in, list, parts, layout, staging};
   const int tid = threadIdx.x - CONSUMERS, lane = threadIdx.x % 32;
   ListScratch* const scratch = reinterpret_cast<ListScratch*>(Kernel::memory() + staging);  // before copies
-  allow_next_launch();
+  if (!PARTS) allow_next_launch();
   if (layout.own_list) read_rows(in, *scratch);
   if (layout.own_list && !PARTS && tid == 96) prefetch_share(in);
   if (tid == 0) {
@@ -1777,6 +1777,9 @@ __global__ void __launch_bounds__(CONSUMERS + BULK_PRODUCERS, products_resident(
         prefetch_of_own_rows(in, parts, kernel.place(), kernel.teams, kernel.team, tid);
       wait_for_previous_launch();
       if (PARTS && parts.home.awaits_x && tid < 32) announce_rows(in, parts.home, lane);
+      // Not before: end_kernel reads the own rows x when it begins, and the kernel that writes them may go on
+      // beside all blocks of this one.
+      if (PARTS) allow_next_launch();
     }
     const int ref_bytes = kernel.length * static_cast<int>(sizeof(T));
     if (kernel.length < Kernel::HELD) {  // elements beyond the sample, which no copy writes

@@ -276,7 +276,7 @@ def test_draws_wait_for_pushes_under_way(d, rows, between):
             assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
-@pytest.mark.parametrize(("d", "slots"), [(520, 96), (4096, 48), (8200, 8)])  # so few that all blocks run at once
+@pytest.mark.parametrize(("d", "slots"), [(520, 48), (4096, 48), (8200, 8)])  # so few that all blocks run at once
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("ahead", [False, True])
 def test_parts_merge_their_rows_themselves(d, slots, path, ahead):
@@ -338,6 +338,55 @@ def test_parts_merge_their_rows_themselves(d, slots, path, ahead):
         assert torch.equal(out.isnan(), wanted.isnan())
         for one, other in zip(out.nan_to_num(), wanted.nan_to_num(), strict=True):
             assert_close(one, other)
+
+
+@pytest.mark.parametrize("d", [1000, 4096, 8200])
+def test_targets_wait_for_draws_under_way(d):
+    """The launches of a target begin while the draw of its rows waits for a push."""
+    n, rings, capacity, t_min = 4, 2, 6, 0.15
+    rng = torch.Generator("cuda").manual_seed(6)
+    refs = torch.randn(rings, capacity, d, device="cuda", generator=rng).half()
+    counts = torch.full((rings,), capacity, dtype=torch.int32, device="cuda")
+    heads, fresh = torch.zeros_like(counts), torch.full((rings + 1,), capacity, device="cuda")
+    fresh[rings] = 1  # the round in which all slots were pushed
+    at = [512]
+    for size in (4 * n, 8 * n, 4 * n * d, 4 * n * d, 8 * n, 24 * n):
+        at.append(at[-1] + -(-size // 256) * 256)
+    times_at, rings_at, xs_at, means_at, lses_at, words, end = at
+    box = torch.zeros(end, dtype=torch.uint8, device="cuda")
+    addresses = addresses_of([box])
+    there = addresses.cuda()
+
+    def area(begin, dtype, *rest):
+        return box[begin : begin + n * math.prod(rest) * dtype.itemsize].view(dtype).view(n, *rest)
+
+    xs, times, labels_of_all = area(xs_at, torch.float32, d), area(times_at, torch.float32), area(rings_at, torch.int64)
+    to = area(means_at, torch.float32, d), area(lses_at, torch.float64)
+    labels, side = torch.tensor([0, 1, -1, 0], device="cuda"), torch.cuda.Stream()
+    assert svel.part_goes_home(xs, refs, labels, "exact") == 3
+    for again in range(4):
+        t = 0.2 + 0.7 * torch.rand(n, device="cuda", generator=rng)
+        noise = torch.randn(n, d, device="cuda", generator=rng)
+        u = torch.rand(n, dtype=torch.float64, device="cuda", generator=rng)
+        flags = torch.zeros(peers.HEADER_BYTES // 4, dtype=torch.int32, device="cuda")  # of two parts that push
+        flags[peers.MAX_PEERS] = 1  # the own rows are there
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            if again > 0:  # else kernels are loaded
+                torch.cuda._sleep(100_000_000)
+            flags[peers.MAX_PEERS + 1].fill_(1)
+        about = labels_of_all, counts, "exact"
+        made = svel.posterior_part_list(xs, refs, times, *about, there, 0, t, labels, t_min, words, PATIENCE, addresses)
+        drawn = counts, u, labels, None, noise, t, "linear", t_min, xs
+        push = heads, fresh, addresses_of([flags, flags]), 0, PATIENCE, True
+        _, _, x, _ = svel.bank_draw_parts(addresses_of([refs]), capacity, refs, *drawn, *push)
+        merged = torch.empty_like(x)
+        us = there, 0, xs_at, means_at, lses_at, t, labels, None, None, words, PATIENCE, addresses
+        scalars = times, None, "linear"
+        svel.posterior_part_out(xs, refs, *scalars, *about, *to, *us, merged, x, "velocity", made)
+        torch.cuda.synchronize()
+        wanted = stable_target(x.double(), refs, t.double(), labels, counts, path="linear").float()
+        assert_close(merged, wanted)
 
 
 def test_what_a_compiled_library_alone_has():
