@@ -578,18 +578,24 @@ constexpr float LISTED_SECONDS = 0.3e-6f;
 constexpr int SHORTEST_LIST_EXACT = 64, SHORTEST_LIST_FAST = 16, LIMITS = 5;
 constexpr double FILL_DOUBT_EXACT = 1, FILL_DOUBT_FAST = 512;
 constexpr int LONG_LIST = 32;  // more references: its block is among the first
-// From so much doubt on scores of y_hi and y_lo may be too far off as well: by some 1e-4 in log weight; from
-// little doubt on by 1e-6, which shows where few references have much of the weight. Then so few of them are
-// scored again: by simulation, of 80 rows over 8,192 Gaussian references of 4,096 elements the worst is off
-// by 2.0e-6, with the best four right by 1.2e-6, with eight by 7e-7. The worst of 48 dense rows over 50,000
-// pieces of photographs, at doubt 0.95 (t = 0.68), by 1.8e-6 with 32 and 1.3e-6 with 256; at 1.1 by 2.4e-6
-// and 1.5e-6, at 1.4 by 3.3e-6 and 1.9e-6.
-constexpr double REVIEW_DOUBT = FILL_DOUBT_EXACT, REVIEW_SOME_DOUBT = 0.25, REVIEW_LITTLE_DOUBT = 0.03;
-constexpr int REVIEW_SOME = 32, REVIEW_FEW = 8;
+// From so much doubt on scores of y_hi and y_lo may be too far off as well. So the references of a dense row
+// that have most of the weight are scored again. By simulation log weights are off by 1e-6 where doubt is
+// small, 1e-5 at doubt 0.5, 3e-5 at 0.85, 9e-5 at 1.4, 1e-3 at 8.5, 3e-3 at 22, each by itself. A mean is off
+// by that times the root of the sum of p^2, beside what references are apart: where many share the weight
+// that is nothing, and what has less than a share of `least_reviewed` may stay as it is. Of more doubt, most
+// of 256 are none too many; up to one bit 32 are enough: the worst of 48 dense rows over 50,000 pieces of
+// photographs, at doubt 0.95 (t = 0.68), is off by 1.8e-6 with 32 and 1.3e-6 with 256; at 1.1 by 2.4e-6 and
+// 1.5e-6, at 1.4 by 3.3e-6 and 1.9e-6.
+constexpr double REVIEW_DOUBT = FILL_DOUBT_EXACT, REVIEW_LITTLE_DOUBT = 0.03;
+constexpr int REVIEW_SOME = 32;
+constexpr float REVIEW_OFF = 4e-5f, REVIEW_OFF_LEAST = 1e-6f, REVIEW_LIMIT = 1e-6f;
 __device__ inline int most_reviewed(double doubt) {
   if (doubt > REVIEW_DOUBT) return static_cast<int>(MANY_SURVIVORS);
-  if (doubt > REVIEW_SOME_DOUBT) return REVIEW_SOME;
-  return doubt > REVIEW_LITTLE_DOUBT ? REVIEW_FEW : 0;
+  return doubt > REVIEW_LITTLE_DOUBT ? REVIEW_SOME : 0;
+}
+__device__ inline float least_reviewed(float doubt) {
+  const float root = REVIEW_LIMIT / (REVIEW_OFF_LEAST + REVIEW_OFF * doubt * sqrtf(doubt));
+  return root * root;
 }
 
 __device__ inline double largest_norm(const ManyFacts& facts) {  // |d_j|^2
@@ -1034,30 +1040,41 @@ struct List {
 
 // The list of a dense row, at `place` among these; returns its length. Where scores are large for their
 // digits, as of smooth images near one another and far from the centre, even those of y_hi and y_lo may be
-// off by a hundredth in log weight. So the references of most weight are listed: those within 16 bits of the
-// largest weight where most are wanted, 8 or 2 where fewer are, `most` at most. What others are off by
-// averages out. Bins are of the bits of weights, 4, 8 or 32 to a factor of two: the first that hold no more
-// than `most` are listed.
+// off by a hundredth in log weight. So the references of most weight are listed: from a share of
+// `least_reviewed` on, within 16 bits of the largest weight where most are wanted, 8 where fewer are, `most`
+// at most. What others are off by averages out. Where there are more, bins of the bits of their weights, 4, 8
+// or 32 to a factor of two: the first that hold no more than `most` are listed.
 constexpr int REVIEW_BINS = 64;
-__device__ inline int review_shift(int most) {
-  return most > REVIEW_SOME ? 21 : most > REVIEW_FEW ? 20 : 18;
-}
 constexpr int REVIEW_AHEAD = 8;  // maxima of a thread that are on their way at once
 __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_t at, int place, int most,
                                       List& list) {
   __shared__ int bins[REVIEW_BINS], kept, count;
   __shared__ List found;
+  const ManySlot& slot = many.slots[at];
+  double total = 0;
+#pragma unroll
+  for (int k = 0; k < WEIGHT_UNITS; ++k) total += many.totals[place * WEIGHT_UNITS + k];
+  const float doubt = static_cast<float>(doubt_of(slot, *many.facts));
+  const float share = least_reviewed(doubt) * static_cast<float>(total);
+  const float least = fmaxf(share, most > REVIEW_SOME ? 0x1p-16f : 0x1p-8f);
+  if (least > 1) return 0;
   if (threadIdx.x < REVIEW_BINS) bins[threadIdx.x] = 0;
   if (threadIdx.x == 0) count = 0;
-  const ManySlot& slot = many.slots[at];
   const float* const scores = many.scores + place * many.score_stride;  // weights by now
   const float* const maxima =  // of scores, which gather_kernel may have moved
       many.maxima + (many.facts->late > 0 ? place : at) * (many.score_stride / MANY_GROUP);
   const int groups = static_cast<int>((many_valid(in, many) + MANY_GROUP - 1) / MANY_GROUP);
-  const int shift = review_shift(most);
-  const float rate2 = slot.rate2, top = slot.top, reach = static_cast<float>(REVIEW_BINS >> (23 - shift));
+  const float rate2 = slot.rate2, top = slot.top, reach = 0x1p-8f - __log2f(least);
+  const int shift = reach > 8.5f ? 21 : reach > 2 ? 20 : 18;
+  const auto bin_of = [shift](float weight) {
+    return max(__float_as_int(1.0f) - __float_as_int(weight), 0) >> shift;
+  };
+  const auto list_one = [&](int j, float weight) {
+    const int k = atomicAdd(&count, 1);
+    if (k < MANY_SURVIVORS) found.references[k] = j, found.weights[k] = weight;
+  };
   __syncthreads();
-  // visit(j, weight, bin) of all within reach. Of groups whose best is not nothing is read.
+  // visit(j, weight) of all that are not less. Of groups whose best is nothing is read.
   const auto each = [&](const auto& visit) {
 #pragma unroll 1
     for (int first = threadIdx.x; first < groups; first += REVIEW_AHEAD * THREADS) {
@@ -1074,34 +1091,34 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
         float weights[MANY_GROUP];
         load_group(scores, j, weights);
 #pragma unroll
-        for (int i = 0; i < MANY_GROUP; ++i) {
-          const int bin = max(__float_as_int(1.0f) - __float_as_int(weights[i]), 0) >> shift;
-          if (bin < REVIEW_BINS) visit(j + i, weights[i], bin);
-        }
+        for (int i = 0; i < MANY_GROUP; ++i)
+          if (weights[i] >= least) visit(j + i, weights[i]);
       }
     }
   };
-  each([&](int, float, int bin) { atomicAdd(&bins[bin], 1); });
+  each(list_one);
   __syncthreads();
-  if (threadIdx.x < 32) {
-    static_assert(REVIEW_BINS == 64, "two to a lane");
-    const int lane = threadIdx.x, low = bins[2 * lane], both = low + bins[2 * lane + 1];
-    int until = both;  // in this lane's bins and all before
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, until, offset);
-      if (lane >= offset) until += other;
+  if (count > most) {
+    each([&](int, float weight) { atomicAdd(&bins[min(bin_of(weight), REVIEW_BINS - 1)], 1); });
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      static_assert(REVIEW_BINS == 64, "two to a lane");
+      const int lane = threadIdx.x, low = bins[2 * lane], both = low + bins[2 * lane + 1];
+      int until = both;  // in this lane's bins and all before
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, until, offset);
+        if (lane >= offset) until += other;
+      }
+      const int whole = (until - both + low <= most) + (until <= most);
+      const int all = __reduce_add_sync(0xffffffffu, whole);
+      if (lane == 0) kept = all, count = 0;
     }
-    const int whole = (until - both + low <= most) + (until <= most);
-    const int all = __reduce_add_sync(0xffffffffu, whole);
-    if (lane == 0) kept = all;
+    __syncthreads();
+    each([&](int j, float weight) {
+      if (bin_of(weight) < kept) list_one(j, weight);
+    });
+    __syncthreads();
   }
-  __syncthreads();
-  each([&](int j, float weight, int bin) {
-    if (bin >= kept) return;
-    const int k = atomicAdd(&count, 1);
-    found.references[k] = j, found.weights[k] = weight;
-  });
-  __syncthreads();
   // In the order of the references, so that results do not depend on which came first.
   static_assert(THREADS == MANY_SURVIVORS, "a thread to each");
   if (static_cast<int>(threadIdx.x) < count) {
