@@ -276,7 +276,7 @@ def test_draws_wait_for_pushes_under_way(d, rows, between):
             assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
-@pytest.mark.parametrize(("d", "slots"), [(520, 48), (4096, 48), (8200, 8)])  # so few that all blocks run at once
+@pytest.mark.parametrize(("d", "slots"), [(264, 48), (520, 48), (4096, 48), (8200, 8)])  # so few that all blocks run at once
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("ahead", [False, True])
 def test_parts_merge_their_rows_themselves(d, slots, path, ahead):
@@ -340,7 +340,7 @@ def test_parts_merge_their_rows_themselves(d, slots, path, ahead):
             assert_close(one, other)
 
 
-@pytest.mark.parametrize("d", [1000, 4096, 8200])
+@pytest.mark.parametrize("d", [264, 1000, 4096, 8200])
 def test_targets_wait_for_draws_under_way(d):
     """The launches of a target begin while the draw of its rows waits for a push."""
     n, rings, capacity, t_min = 4, 2, 6, 0.15
