@@ -276,7 +276,8 @@ def test_draws_wait_for_pushes_under_way(d, rows, between):
             assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
-@pytest.mark.parametrize(("d", "slots"), [(264, 48), (520, 48), (4096, 48), (8200, 8)])  # so few that all blocks run at once
+# So few slots that all blocks run at once.
+@pytest.mark.parametrize(("d", "slots"), [(264, 48), (520, 48), (4096, 48), (8200, 8)])
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("ahead", [False, True])
 def test_parts_merge_their_rows_themselves(d, slots, path, ahead):
