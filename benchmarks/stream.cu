@@ -1,9 +1,10 @@
 // What reading class banks takes at least: 210 classes of 2 MB, or of as many KB as are given, anywhere in a
-// bank of 1,001, by a kernel that does nothing else. One block for each multiprocessor, a ring of bulk copies
-// in shared memory; each block reads a range of the list, or all blocks take tiles in turn. Times as in
-// timing.py: graph replays, cold L2.
+// bank of 1,001, by a kernel that does nothing else; of so many different ones where a second number is
+// given, which come from the L2 when they come again. One block for each multiprocessor, a ring of bulk
+// copies in shared memory; each block reads a range of the list, or all blocks take tiles in turn. Times as
+// in timing.py: graph replays, cold L2.
 //
-//   nvcc -O3 -std=c++17 -arch=sm_90a -Icsrc benchmarks/stream.cu -o stream && ./stream 512
+//   nvcc -O3 -std=c++17 -arch=sm_90a -Icsrc benchmarks/stream.cu -o stream && ./stream 512 10
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -130,6 +131,7 @@ float replay_time(const std::vector<int*>& lists, const float4* other, long othe
 int main(int count, char** values) {
   const long class_bytes = (count > 1 ? std::max(std::atol(values[1]) / 32 * 32, 32L) : 2048)
                            << 10;  // whole tiles
+  const int different = count > 2 ? std::clamp(std::atoi(values[2]), 1, USED) : USED;
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0));
   char* bank;
@@ -146,8 +148,10 @@ int main(int count, char** values) {
   std::vector<int*> lists(4);
   for (int*& list : lists) {
     std::shuffle(classes.begin(), classes.end(), random);
+    std::vector<int> used(USED);
+    for (int i = 0; i < USED; ++i) used[i] = classes[i % different];
     check(cudaMalloc(&list, USED * sizeof(int)));
-    check(cudaMemcpy(list, classes.data(), USED * sizeof(int), cudaMemcpyHostToDevice));
+    check(cudaMemcpy(list, used.data(), USED * sizeof(int), cudaMemcpyHostToDevice));
   }
   check(cudaFuncSetAttribute(read_classes, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              RING_BYTES + 2 * MOST_STAGES * sizeof(Barrier)));

@@ -1536,8 +1536,7 @@ struct Products {
   // From the row's parts to its mean, see `merge_aligned`, by all consumers.
   __device__ __forceinline__ static void send_aligned(const Inputs& in, const ProductsParts& parts,
                                                       const ProductsLayout& layout, int64_t index) {
-    constexpr int VECTORS = (CHUNKS + 3) / 4;  // of a slice
-    static_assert(HELD == VECTORS * 4 * THREADS);
+    constexpr int VECTORS = (HELD + 4 * THREADS - 1) / (4 * THREADS);  // of a slice
     auto& memory = reinterpret_cast<AlignedMemory<WARPS>&>(shared().scores);
     static_assert(sizeof(memory) <= sizeof(Shared::scores), "which nobody needs any more");
     const int slices = CLUSTERED ? layout.slices : 1, rank = static_cast<int>(blockIdx.x) % slices;
