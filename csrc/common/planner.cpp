@@ -60,7 +60,7 @@ struct BulkTile {
 };
 
 constexpr BulkTile BULK_TILES[] = {
-    {0, 32, 16, 2, 256, "D <= 256: sixteen groups of one warp"},
+    {0, 32, 16, 2, 32, "D <= 32: sixteen groups of one warp"},
     {2, 256, 2, 16, 512, "16 bits, D <= 512: matrix units, two blocks to a multiprocessor"},
     {0, 32, 16, 2, 512, "D <= 512: sixteen groups of one warp"},
     {2, 256, 4, 8, 1024, "16 bits, D <= 1,024: matrix units, two blocks to a multiprocessor"},

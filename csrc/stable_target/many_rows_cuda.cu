@@ -579,23 +579,16 @@ constexpr int SHORTEST_LIST_EXACT = 64, SHORTEST_LIST_FAST = 16, LIMITS = 5;
 constexpr double FILL_DOUBT_EXACT = 1, FILL_DOUBT_FAST = 512;
 constexpr int LONG_LIST = 32;  // more references: its block is among the first
 // From so much doubt on scores of y_hi and y_lo may be too far off as well. So the references of a dense row
-// that have most of the weight are scored again. By simulation log weights are off by 1e-6 where doubt is
-// small, 1e-5 at doubt 0.5, 3e-5 at 0.85, 9e-5 at 1.4, 1e-3 at 8.5, 3e-3 at 22, each by itself. A mean is off
-// by that times the root of the sum of p^2, beside what references are apart: where many share the weight
-// that is nothing, and what has less than a share of `least_reviewed` may stay as it is. Of more doubt, most
-// of 256 are none too many; up to one bit 32 are enough: the worst of 48 dense rows over 50,000 pieces of
-// photographs, at doubt 0.95 (t = 0.68), is off by 1.8e-6 with 32 and 1.3e-6 with 256; at 1.1 by 2.4e-6 and
-// 1.5e-6, at 1.4 by 3.3e-6 and 1.9e-6.
-constexpr double REVIEW_DOUBT = FILL_DOUBT_EXACT, REVIEW_LITTLE_DOUBT = 0.03;
-constexpr int REVIEW_SOME = 32;
-constexpr float REVIEW_OFF = 4e-5f, REVIEW_OFF_LEAST = 1e-6f, REVIEW_LIMIT = 1e-6f;
+// that have most of the weight are scored again, so many at most. Of more doubt most of 256 are none too
+// many; up to one bit few are enough: the worst of 48 dense rows over 50,000 pieces of photographs, at doubt
+// 0.95 (t = 0.68), is off by 1.9e-6 with 8, 1.8e-6 with 32, 1.3e-6 with 256; at 1.1 by 2.2e-6, 2.4e-6 and
+// 1.5e-6, at 1.4 by 3.7e-6, 3.3e-6 and 1.9e-6.
+constexpr double REVIEW_DOUBT = FILL_DOUBT_EXACT, REVIEW_SOME_DOUBT = 0.25, REVIEW_LITTLE_DOUBT = 0.03;
+constexpr int REVIEW_SOME = 16, REVIEW_FEW = 8;
 __device__ inline int most_reviewed(double doubt) {
   if (doubt > REVIEW_DOUBT) return static_cast<int>(MANY_SURVIVORS);
-  return doubt > REVIEW_LITTLE_DOUBT ? REVIEW_SOME : 0;
-}
-__device__ inline float least_reviewed(float doubt) {
-  const float root = REVIEW_LIMIT / (REVIEW_OFF_LEAST + REVIEW_OFF * doubt * sqrtf(doubt));
-  return root * root;
+  if (doubt > REVIEW_SOME_DOUBT) return REVIEW_SOME;
+  return doubt > REVIEW_LITTLE_DOUBT ? REVIEW_FEW : 0;
 }
 
 __device__ inline double largest_norm(const ManyFacts& facts) {  // |d_j|^2
@@ -1038,12 +1031,30 @@ struct List {
   float weights[MANY_SURVIVORS];  // of a dense row, in its sums
 };
 
+// From which weight on, beside the largest, references of a dense row are worth another score. total: of all
+// weights. By simulation log weights are off by 1e-6 where doubt is small, 1e-5 at doubt 0.5, 3e-5 at 0.85,
+// 9e-5 at 1.4, 1e-3 at 8.5 and 3e-3 at 22, each by itself. Off by that, those with less than a share `p` of
+// the weight move the mean by as much times the root of p, beside what references are apart; and the result
+// is as large as a x, or as the part of the mean that differs from row to row. Nothing is gained where so few
+// as are wanted have next to nothing.
+constexpr float REVIEW_OFF = 4e-5f, REVIEW_OFF_LEAST = 1e-6f, REVIEW_LIMIT = 0.8e-6f;
+__device__ inline float least_reviewed(const Many& many, const ManySlot& slot, float total, int most) {
+  if (static_cast<float>(most) < 0.25f * total) return INFINITY;
+  const ManyFacts& facts = *many.facts;
+  const float doubt = static_cast<float>(doubt_of(slot, facts)), largest = 1 / total;
+  const float unscale = facts.inverse_scale, ratio = static_cast<float>(slot.row.a / slot.row.b);
+  const float size2 =
+      ratio * ratio * static_cast<float>(slot.y_square) / (facts.mean_norm * unscale * unscale);
+  const float root = REVIEW_LIMIT / (REVIEW_OFF_LEAST + REVIEW_OFF * doubt * sqrtf(doubt));
+  const float reach = most > REVIEW_SOME ? 0x1p-16f : most > REVIEW_FEW ? 0x1p-8f : 0x1p-2f;
+  return fmaxf(root * root * fmaxf(size2, largest * largest) * total, reach);
+}
+
 // The list of a dense row, at `place` among these; returns its length. Where scores are large for their
 // digits, as of smooth images near one another and far from the centre, even those of y_hi and y_lo may be
-// off by a hundredth in log weight. So the references of most weight are listed: from a share of
-// `least_reviewed` on, within 16 bits of the largest weight where most are wanted, 8 where fewer are, `most`
-// at most. What others are off by averages out. Where there are more, bins of the bits of their weights, 4, 8
-// or 32 to a factor of two: the first that hold no more than `most` are listed.
+// off by a hundredth in log weight. So the references of most weight are listed, `most` at most. Where there
+// are more, bins of the bits of their weights, 4, 8 or 32 to a factor of two: the first that hold no more
+// than `most` are listed.
 constexpr int REVIEW_BINS = 64;
 constexpr int REVIEW_AHEAD = 8;  // maxima of a thread that are on their way at once
 __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_t at, int place, int most,
@@ -1054,10 +1065,8 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
   double total = 0;
 #pragma unroll
   for (int k = 0; k < WEIGHT_UNITS; ++k) total += many.totals[place * WEIGHT_UNITS + k];
-  const float doubt = static_cast<float>(doubt_of(slot, *many.facts));
-  const float share = least_reviewed(doubt) * static_cast<float>(total);
-  const float least = fmaxf(share, most > REVIEW_SOME ? 0x1p-16f : 0x1p-8f);
-  if (least > 1) return 0;
+  const float least = least_reviewed(many, slot, static_cast<float>(total), most);
+  if (!(least <= 1)) return 0;
   if (threadIdx.x < REVIEW_BINS) bins[threadIdx.x] = 0;
   if (threadIdx.x == 0) count = 0;
   const float* const scores = many.scores + place * many.score_stride;  // weights by now
@@ -1065,11 +1074,11 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
       many.maxima + (many.facts->late > 0 ? place : at) * (many.score_stride / MANY_GROUP);
   const int groups = static_cast<int>((many_valid(in, many) + MANY_GROUP - 1) / MANY_GROUP);
   const float rate2 = slot.rate2, top = slot.top, reach = 0x1p-8f - __log2f(least);
-  const int shift = reach > 8.5f ? 21 : reach > 2 ? 20 : 18;
+  const int shift = reach > 8.5f ? 21 : reach > 2.5f ? 20 : 18;
   const auto bin_of = [shift](float weight) {
-    return max(__float_as_int(1.0f) - __float_as_int(weight), 0) >> shift;
+    return min(max(__float_as_int(1.0f) - __float_as_int(weight), 0) >> shift, REVIEW_BINS - 1);
   };
-  const auto list_one = [&](int j, float weight) {
+  const auto find = [&](int j, float weight) {
     const int k = atomicAdd(&count, 1);
     if (k < MANY_SURVIVORS) found.references[k] = j, found.weights[k] = weight;
   };
@@ -1096,10 +1105,18 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
       }
     }
   };
-  each(list_one);
+  each(find);
   __syncthreads();
   if (count > most) {
-    each([&](int, float weight) { atomicAdd(&bins[min(bin_of(weight), REVIEW_BINS - 1)], 1); });
+    const bool all_found = count <= MANY_SURVIVORS;
+    const bool has = all_found && static_cast<int>(threadIdx.x) < count;
+    const int own = has ? found.references[threadIdx.x] : 0;
+    const float weight = has ? found.weights[threadIdx.x] : 0;
+    if (all_found) {
+      if (has) atomicAdd(&bins[bin_of(weight)], 1);
+    } else {
+      each([&](int, float weight) { atomicAdd(&bins[bin_of(weight)], 1); });
+    }
     __syncthreads();
     if (threadIdx.x < 32) {
       static_assert(REVIEW_BINS == 64, "two to a lane");
@@ -1114,9 +1131,13 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
       if (lane == 0) kept = all, count = 0;
     }
     __syncthreads();
-    each([&](int j, float weight) {
-      if (bin_of(weight) < kept) list_one(j, weight);
-    });
+    if (all_found) {
+      if (has && bin_of(weight) < kept) find(own, weight);
+    } else {
+      each([&](int j, float weight) {
+        if (bin_of(weight) < kept) find(j, weight);
+      });
+    }
     __syncthreads();
   }
   // In the order of the references, so that results do not depend on which came first.

@@ -112,6 +112,8 @@ def test_class_banks(rng, d, dtype):
 @pytest.mark.parametrize(
     ("n", "m", "d"),
     [
+        (9, 37, 40),
+        (2, 700, 128),
         (9, 37, 264),
         (300, 21, 512),
         (9, 37, 520),
@@ -145,6 +147,7 @@ def test_class_banks_on_the_matrix_units(rng, n, m, d, geometry, source, precisi
     ("d", "n", "m"),
     [
         (16, 2000, 37),
+        (64, 2048, 21),
         (400, 2048, 21),
         (1000, 2048, 21),
         (1032, 1000, 21),
@@ -167,6 +170,7 @@ def test_many_rows_of_class_banks(rng, d, n, m, dtype):
 @pytest.mark.parametrize(
     ("n", "k", "m", "d", "dtype"),
     [
+        (700, 300, 21, 64, torch.float16),
         (700, 300, 21, 512, torch.float16),
         (700, 300, 21, 1024, torch.float16),
         (700, 300, 600, 520, torch.bfloat16),
