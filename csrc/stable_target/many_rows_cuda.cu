@@ -559,9 +559,9 @@ __device__ inline bool has_sums(const ManySlot& slot) {
   return slot.best != -INFINITY;
 }
 
-// What weights of a dense row are relative to: the largest score so far.
-__device__ inline float dense_best(const ManySlot& slot, float top) {
-  return static_cast<float>(fmax(static_cast<double>(top), slot.best));
+// The largest score of what came before and of what has `top`.
+__device__ inline double best_with(const ManySlot& slot, float top) {
+  return fmax(static_cast<double>(top), slot.best);
 }
 
 constexpr int BINS = 64;
@@ -650,7 +650,7 @@ __global__ void __launch_bounds__(SELECT_THREADS)
     const bool early = at < early_rows(many, facts);
     const double root = sqrtf(static_cast<float>(norm)) * 1.0001f, of_norms = row.alpha * norm * 0x1p-21;
     const double bound = (early ? slot.summed : slot.own) * root + of_norms;
-    const double top = fmax(static_cast<double>(best), slot.best);
+    const double top = best_with(slot, best);
     // A reference whose score lies `bits` below the top weighs at most 2^(doubt - bits) of the largest.
     // Groups by the bits beyond doubt of their best; from which on do all references of such groups weigh
     // little enough together? Of those of other groups, so many that weigh so little are left out that it
@@ -956,7 +956,7 @@ __device__ __forceinline__ void store_weights(const Inputs& in, const Many& many
   const float* const from = many.scores + (moved ? at : source) * many.score_stride;
   float* const to = many.scores + at * many.score_stride;
   const float here = moved ? row_maximum(many, at, (valid + MANY_GROUP - 1) / MANY_GROUP, scratch) : slot.top;
-  const float best = dense_best(slot, here), rate2 = slot.rate2;
+  const float best = static_cast<float>(best_with(slot, here)), rate2 = slot.rate2;
   const int end = many_sum_steps(many, valid) * many_sum_refs(EXACT);
   const int own = 8 * (rank * THREADS + static_cast<int>(threadIdx.x));
   double total = 0;
@@ -1236,7 +1236,7 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, con
     if (lane == 0) listed.score[k] = score + above;
   }
   __syncthreads();
-  double best = fmax(slot.best, static_cast<double>(in_sums));
+  double best = best_with(slot, in_sums);
   for (int k = threadIdx.x; k < count; k += THREADS) best = fmax(best, listed.score[k]);
   best = block_max(best, listed.scratch);
   const double rate2 = slot.rate2, of_sums = exp2(rate2 * (in_sums - best));
@@ -1599,7 +1599,7 @@ __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, i
   const float* const partial =
       many.partial +
       (static_cast<int64_t>(grid.index(row_tile, 0, 0)) * MANY_ROWS + place % MANY_ROWS) * MANY_TILE;
-  const double best = fmax(static_cast<double>(slot.top), slot.best), rate2 = slot.rate2;
+  const double best = best_with(slot, slot.top), rate2 = slot.rate2;
   const double keep = has_sums(slot) ? exp2(rate2 * (slot.best - best)) : 0.0,
                keep_own = exp2(rate2 * (slot.top - best)), unit = keep_own / WEIGHT_SCALE;
   double total = 0;
