@@ -918,23 +918,29 @@ __device__ __forceinline__ double form_weights(const float* from, int first, int
 }
 
 // Of as many scores as a step of the sums takes come, in place of the first of their bytes, the upper halves
-// of weights, and if exact the lower halves after them: of eight from reference j on.
+// of weights, and if exact the lower halves after them, LOWER floats on. Where those of reference j are.
+constexpr int LOWER = many_sum_refs(true) / 2;
+template <bool EXACT, typename Float>
+__device__ __forceinline__ Float* halves_of(Float* scores, int j) {
+  constexpr int REFS = many_sum_refs(EXACT);
+  return scores + j / REFS * REFS + j % REFS / 2;
+}
+
+// Eight from reference j on.
 template <bool EXACT>
 __device__ __forceinline__ void store_eight(float* scores, int j, uint4 upper, uint4 lower) {
-  constexpr int REFS = many_sum_refs(EXACT);
-  float* const halves = scores + j / REFS * REFS + j % REFS / 2;
+  float* const halves = halves_of<EXACT>(scores, j);
   *reinterpret_cast<uint4*>(halves) = upper;
-  if (EXACT) *reinterpret_cast<uint4*>(halves + 16) = lower;
+  if (EXACT) *reinterpret_cast<uint4*>(halves + LOWER) = lower;
 }
 
 // What it has stored, exact, of a group of references from j on: weights as the sums have them.
 __device__ inline void load_group(const float* scores, int j, float (&weights)[MANY_GROUP]) {
-  constexpr int REFS = many_sum_refs(true);
-  const float* const halves = scores + j / REFS * REFS + j % REFS / 2;
+  const float* const halves = halves_of<true>(scores, j);
 #pragma unroll
   for (int eight = 0; eight < MANY_GROUP / 8; ++eight) {
     const uint4 upper = *reinterpret_cast<const uint4*>(halves + 4 * eight);
-    const uint4 lower = *reinterpret_cast<const uint4*>(halves + REFS / 2 + 4 * eight);
+    const uint4 lower = *reinterpret_cast<const uint4*>(halves + LOWER + 4 * eight);
     const __half* const high = reinterpret_cast<const __half*>(&upper);
     const __half* const low = reinterpret_cast<const __half*>(&lower);
 #pragma unroll
