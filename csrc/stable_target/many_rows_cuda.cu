@@ -594,13 +594,12 @@ __device__ inline int most_reviewed(double doubt) {
 __device__ inline double largest_norm(const ManyFacts& facts) {  // |d_j|^2
   return static_cast<double>(__int_as_float(facts.max_norm)) * facts.inverse_scale * facts.inverse_scale;
 }
-// Bound of the error of a row's scores; own: of y.d_j, over |d_j|.
-__device__ inline double bound_of(const ManySlot& slot, double norm, float own) {
-  return own * (sqrtf(static_cast<float>(norm)) * 1.0001f) + slot.row.alpha * norm * 0x1p-21;
-}
-// What those of y_hi alone leave in doubt, in bits of weight: much where scores are large for their digits.
-__device__ inline double doubt_of(const ManySlot& slot, const ManyFacts& facts) {
-  return 2 * bound_of(slot, largest_norm(facts), slot.own) * slot.rate2;
+// What the errors of a row's scores leave in doubt, in bits of weight: much where scores are large for their
+// digits. norm: of d_j, the largest; own: bound of the error of y.d_j, over |d_j|.
+__device__ inline double doubt_of(const ManySlot& slot, double norm, float own) {
+  const double root = sqrtf(static_cast<float>(norm)) * 1.0001f, of_norms = slot.row.alpha * norm * 0x1p-21;
+  const double bound = own * root + of_norms, rate2 = slot.rate2;
+  return 2 * bound * rate2;
 }
 
 // One block per slot: lists the references whose weight can matter, or gives up at more than MANY_SURVIVORS.
@@ -644,18 +643,14 @@ __global__ void __launch_bounds__(SELECT_THREADS)
       }
       return;
     }
-    const Row& row = slot.row;
-    const double norm =
-        static_cast<double>(__int_as_float(facts.max_norm)) * facts.inverse_scale * facts.inverse_scale;
+    const double norm = largest_norm(facts);
     const bool early = at < early_rows(many, facts);
-    const double root = sqrtf(static_cast<float>(norm)) * 1.0001f, of_norms = row.alpha * norm * 0x1p-21;
-    const double bound = (early ? slot.summed : slot.own) * root + of_norms;
     const double top = best_with(slot, best);
     // A reference whose score lies `bits` below the top weighs at most 2^(doubt - bits) of the largest.
     // Groups by the bits beyond doubt of their best; from which on do all references of such groups weigh
     // little enough together? Of those of other groups, so many that weigh so little are left out that it
     // comes to the same.
-    const double rate2 = slot.rate2, doubt = 2 * bound * rate2;
+    const double rate2 = slot.rate2, doubt = doubt_of(slot, norm, early ? slot.summed : slot.own);
     const float forgotten =
         static_cast<float>(many.exact ? FORGOTTEN_LOG2_EXACT : FORGOTTEN_LOG2_FAST) +
         log2f(static_cast<float>(valid_count(in, 0)) / static_cast<float>(valid));  // in this round
@@ -735,7 +730,7 @@ __global__ void __launch_bounds__(SELECT_THREADS)
     if (!real || threadIdx.x != 0) continue;
     many.slots[at].top = static_cast<float>(top);
     many.counts[at] = found;
-    const double doubt_of_hi = doubt_of(slot, facts);
+    const double doubt_of_hi = doubt_of(slot, norm, slot.own);  // of scores of y_hi alone
     const bool fills = doubt_of_hi <= (many.exact ? FILL_DOUBT_EXACT : FILL_DOUBT_FAST);
     many.fills[at] = fills || found > MANY_SURVIVORS ? found : 0;
     many.review_most[at] = many.exact ? most_reviewed(doubt_of_hi) : 0;
