@@ -247,6 +247,14 @@ __device__ bool expect_dense(const Row& row, float doubt, const Distances& dista
   return rarity < 0.25f * odds * odds + (one_tile ? 2 / (1 + shape / 16) : 0.0f);
 }
 
+// What the errors of a row's scores leave in doubt, in bits of weight: much where scores are large for their
+// digits. norm: of d_j, the largest; own: bound of the error of y.d_j, over |d_j|.
+__device__ inline double doubt_of(const ManySlot& slot, double norm, float own) {
+  const double root = sqrtf(static_cast<float>(norm)) * 1.0001f, of_norms = slot.row.alpha * norm * 0x1p-21;
+  const double bound = own * root + of_norms, rate2 = slot.rate2;
+  return 2 * bound * rate2;
+}
+
 // x and out are float32 and aligned to 16 bytes, and there is no source.
 __host__ __device__ inline bool are_usual(const Inputs& in) {
   return is_vector(in.x) && is_vector(in.out) && !in.source.data;
@@ -359,8 +367,9 @@ __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, co
         static_cast<float>(1.001 * (sqrtf(static_cast<float>(rest_square)) * unpower + rounding * length));
     slot.summed = static_cast<float>(1.001 * 2 * rounding * length);  // twice as many products
     slot.rate2 = static_cast<float>(fmin(row.rate() * LOG2_E, 1e30));
-    // As doubt_of has it, the largest norm taken for twice the mean.
-    const float doubt = 2 * slot.own * slot.rate2 * sqrtf(2 * choice.mean_norm) * static_cast<float>(inverse);
+    // The largest norm is taken for twice the mean.
+    const float doubt =
+        static_cast<float>(doubt_of(slot, 2 * choice.mean_norm * inverse * inverse, slot.own));
     if (many.exact &&
         expect_dense(row, doubt, distances, static_cast<float>(row.count), many.rows <= MANY_ROWS))
       atomicMax(&many.facts->early, static_cast<int>(at) + 1);
@@ -594,14 +603,6 @@ __device__ inline int most_reviewed(double doubt) {
 __device__ inline double largest_norm(const ManyFacts& facts) {  // |d_j|^2
   return static_cast<double>(__int_as_float(facts.max_norm)) * facts.inverse_scale * facts.inverse_scale;
 }
-// What the errors of a row's scores leave in doubt, in bits of weight: much where scores are large for their
-// digits. norm: of d_j, the largest; own: bound of the error of y.d_j, over |d_j|.
-__device__ inline double doubt_of(const ManySlot& slot, double norm, float own) {
-  const double root = sqrtf(static_cast<float>(norm)) * 1.0001f, of_norms = slot.row.alpha * norm * 0x1p-21;
-  const double bound = own * root + of_norms, rate2 = slot.rate2;
-  return 2 * bound * rate2;
-}
-
 // One block per slot: lists the references whose weight can matter, or gives up at more than MANY_SURVIVORS.
 // A thread keeps HELD maxima of groups at hand, every SELECT_THREADS-th; those beyond are read again.
 constexpr int HELD = 8;
