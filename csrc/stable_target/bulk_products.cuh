@@ -500,9 +500,9 @@ __device__ __forceinline__ void await_parts(const int* ready, int count, int sli
   __syncwarp();
 }
 
-// From the row's parts to its mean, by all consumers: as many wherever rows are of several processes.
+// From the row's parts to its mean, by all consumers.
+template <int THREADS>
 __device__ __noinline__ static void send_home(const ProductsSent sent) {
-  constexpr int THREADS = GROUPS_CONSUMERS;
   await_parts(sent.ready, sent.count, sent.slices, sent.rank);
   const auto other = [&](int j) {
     return __ldcg(reinterpret_cast<const double2*>(sent.others + j * PRODUCTS_ROWS));
@@ -1498,7 +1498,6 @@ struct Products {
 
   // Where rows are of several processes, a part's end: other blocks hear of it, or a row is sent.
   __device__ __forceinline__ void end_part(const Segment<ROWS>& segment, int slot) const {
-    static_assert(!PARTS || THREADS == GROUPS_CONSUMERS, "send_home counts on it");
     const bool begins = segment.flags & SEGMENT_UNIT_BEGIN;
     if (begins && !has_rows_of_another(segment)) return;
     barrier();  // the sums of all warps are there
@@ -1516,10 +1515,11 @@ struct Products {
         if (thread() == 0) parts.rows[row.index].next = shared().late, shared().late = row.index;
         continue;
       }
-      send_home({parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + r,
-                 parts.sums + ((team + 1) * ROWS + r) * in.d + offset, parts.ready + (team + 1) * slices,
-                 static_cast<float*>(row.out) + row.index * in.d + offset, rank == 0 ? lse : nullptr,
-                 end.part.log2_weight, end.part.total, d, length, segment.to - segment.from, slices, rank});
+      send_home<THREADS>(
+          {parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + r,
+           parts.sums + ((team + 1) * ROWS + r) * in.d + offset, parts.ready + (team + 1) * slices,
+           static_cast<float*>(row.out) + row.index * in.d + offset, rank == 0 ? lse : nullptr,
+           end.part.log2_weight, end.part.total, d, length, segment.to - segment.from, slices, rank});
     }
   }
 
