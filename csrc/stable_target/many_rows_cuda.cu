@@ -1043,7 +1043,7 @@ constexpr float REVIEW_OFF = 4e-5f, REVIEW_OFF_LEAST = 1e-6f, REVIEW_LIMIT = 0.8
 __device__ inline float least_reviewed(const Many& many, const ManySlot& slot, float total, int most) {
   if (static_cast<float>(most) < 0.25f * total) return INFINITY;
   const ManyFacts& facts = *many.facts;
-  const float doubt = static_cast<float>(doubt_of(slot, facts)), largest = 1 / total;
+  const float doubt = static_cast<float>(doubt_of(slot, largest_norm(facts), slot.own)), largest = 1 / total;
   const float unscale = facts.inverse_scale, ratio = static_cast<float>(slot.row.a / slot.row.b);
   const float size2 =
       ratio * ratio * static_cast<float>(slot.y_square) / (facts.mean_norm * unscale * unscale);
