@@ -13,7 +13,7 @@
 
 namespace svel::cuda {
 
-constexpr double NO_WEIGHT_AT_ALL = 0x1p-60;  // beside the best so far
+constexpr double NO_WEIGHT_AT_ALL = 0x1p-60;  // beside the best so far; 2^31 of them come to 2e-9
 
 // REFS: of each of so many blocks at a time.
 template <int BLOCKS, int THREADS, int REFS>
@@ -27,7 +27,18 @@ struct SettleShared {
   __device__ __forceinline__ double* scores() { return BLOCKS > 1 ? own : weights; }
 };
 
-// All consumers of a block of bulk_groups.cuh or bulk_teams.cuh.
+// References that a row takes: of those from `first` on, among all k m, the ones `from` there `to` there; of
+// all groups (-1) those that are valid.
+struct Taken {
+  int64_t group, first, from, to;
+};
+struct Weighed {
+  double best;   // logit, base 2
+  double total;  // of weights, the best's 1
+  double own;    // of the row's source, whose sums are not with the others'
+};
+
+// All consumers of a block of bulk_groups.cuh or bulk_teams.cuh, all threads of one of pool_settle.cuh.
 struct BlockCrew {
   static constexpr int THREADS = GROUPS_CONSUMERS, BLOCKS = 1, REFS = 1024, rank = 0;
   int tid;
@@ -142,30 +153,28 @@ struct Settle {
     return -LOG2_E / (2 * row.sigma * row.sigma) * sum_over_block(square);
   }
 
-  // A row once more.
-  __device__ void operator()(int64_t index) const {
-    const Row row = row_coefficients(in, index);
-    const Array x = x_of(in, index), out = out_of(in, index);
-    const int64_t group = in.labels ? in.labels[index] : 0;
-    const int64_t first = group < 0 ? 0 : group * in.m,
-                  all = group < 0 ? in.k * in.m : valid_count(in, group);
+  // What these references of a row weigh, and its source if it has one (SOURCE: if it may). The sums of the
+  // references, where there are any, are left in `sums`.
+  template <bool SOURCE>
+  __device__ __forceinline__ Weighed weigh(const Row& row, const Array& x, const Taken& taken) const {
+    const auto [group, first, from, to] = taken;
     // Where elements are few, several threads take the same ones of other references.
     const int lanes = static_cast<int>(min(max((high - low + 3) / 4, int64_t{1}), int64_t{THREADS}));
     const int shares = THREADS / lanes, share = tid / lanes;  // threads beyond the last share are idle
-    double best = -INFINITY, total = 0, own = 0;              // own: the weight of the source
-    if (in.source.data) best = score_of_source(row, x), total = own = 1;
+    double own = 0, best = -INFINITY, total = 0;
+    if (SOURCE && in.source.data) best = score_of_source(row, x), total = own = 1;
 #pragma unroll 1
-    for (int64_t begin = 0; begin < all; begin += REFS) {
+    for (int64_t begin = from; begin < to; begin += REFS) {
       const int64_t mine = begin + crew.rank * OWN;
       constexpr int AT_ONCE = 4;
 #pragma unroll 1
       for (int j = AT_ONCE * warp; j < OWN; j += AT_ONCE * WARPS) {
         double scores[AT_ONCE] = {};
-        if (mine + j < all) score(row, x, first + mine + j, first + all - 1, scores);
+        if (mine + j < to) score(row, x, first + mine + j, first + to - 1, scores);
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
           const int64_t at = mine + j + i;
-          const bool valid = at < all && (group >= 0 || at % in.m < valid_count(in, at / in.m));
+          const bool valid = at < to && (group >= 0 || at % in.m < valid_count(in, at / in.m));
           if (lane == 0) shared.scores()[j + i] = valid ? scores[i] : -INFINITY;
         }
       }
@@ -201,7 +210,7 @@ struct Settle {
 #pragma unroll 1
       for (int64_t e = low + 4 * (tid % lanes); e < high && share < shares; e += 4 * lanes) {
         double v[4] = {};
-        if (begin > 0 && share == 0) add_sums(sums + (e - low), keep, v);
+        if (begin > from && share == 0) add_sums(sums + (e - low), keep, v);
 #pragma unroll 4
         for (int h = share; h < shared.count; h += shares) {
           const int j = shared.heavy[h];
@@ -231,6 +240,17 @@ struct Settle {
       }
       crew.wait_for_all();  // all have read the scores
     }
+    return {best, total, own};
+  }
+
+  // A row once more.
+  __device__ void operator()(int64_t index) const {
+    const Row row = row_coefficients(in, index);
+    const Array x = x_of(in, index), out = out_of(in, index);
+    const int64_t group = in.labels ? in.labels[index] : 0;
+    const int64_t first = group < 0 ? 0 : group * in.m,
+                  all = group < 0 ? in.k * in.m : valid_count(in, group);
+    const auto [best, total, own] = weigh<true>(row, x, {group, first, 0, all});
 #pragma unroll 1
     for (int64_t e = low + 4 * tid; e < high; e += 4 * THREADS) {
       double v[4] = {};

@@ -247,6 +247,14 @@ __device__ bool expect_dense(const Row& row, float doubt, const Distances& dista
   return rarity < 0.25f * odds * odds + (one_tile ? 2 / (1 + shape / 16) : 0.0f);
 }
 
+// What the errors of a row's scores leave in doubt, in bits of weight: much where scores are large for their
+// digits. norm: of d_j, the largest; own: bound of the error of y.d_j, over |d_j|.
+__device__ inline double doubt_of(const ManySlot& slot, double norm, float own) {
+  const double root = sqrtf(static_cast<float>(norm)) * 1.0001f, of_norms = slot.row.alpha * norm * 0x1p-21;
+  const double bound = own * root + of_norms, rate2 = slot.rate2;
+  return 2 * bound * rate2;
+}
+
 // x and out are float32 and aligned to 16 bytes, and there is no source.
 __host__ __device__ inline bool are_usual(const Inputs& in) {
   return is_vector(in.x) && is_vector(in.out) && !in.source.data;
@@ -359,8 +367,9 @@ __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, co
         static_cast<float>(1.001 * (sqrtf(static_cast<float>(rest_square)) * unpower + rounding * length));
     slot.summed = static_cast<float>(1.001 * 2 * rounding * length);  // twice as many products
     slot.rate2 = static_cast<float>(fmin(row.rate() * LOG2_E, 1e30));
-    // As doubt_of has it, the largest norm taken for twice the mean.
-    const float doubt = 2 * slot.own * slot.rate2 * sqrtf(2 * choice.mean_norm) * static_cast<float>(inverse);
+    // The largest norm is taken for twice the mean.
+    const float doubt =
+        static_cast<float>(doubt_of(slot, 2 * choice.mean_norm * inverse * inverse, slot.own));
     if (many.exact &&
         expect_dense(row, doubt, distances, static_cast<float>(row.count), many.rows <= MANY_ROWS))
       atomicMax(&many.facts->early, static_cast<int>(at) + 1);
@@ -559,9 +568,9 @@ __device__ inline bool has_sums(const ManySlot& slot) {
   return slot.best != -INFINITY;
 }
 
-// What weights of a dense row are relative to: the largest score so far.
-__device__ inline float dense_best(const ManySlot& slot, float top) {
-  return static_cast<float>(fmax(static_cast<double>(top), slot.best));
+// The largest score of what came before and of what has `top`.
+__device__ inline double best_with(const ManySlot& slot, float top) {
+  return fmax(static_cast<double>(top), slot.best);
 }
 
 constexpr int BINS = 64;
@@ -594,15 +603,6 @@ __device__ inline int most_reviewed(double doubt) {
 __device__ inline double largest_norm(const ManyFacts& facts) {  // |d_j|^2
   return static_cast<double>(__int_as_float(facts.max_norm)) * facts.inverse_scale * facts.inverse_scale;
 }
-// Bound of the error of a row's scores; own: of y.d_j, over |d_j|.
-__device__ inline double bound_of(const ManySlot& slot, double norm, float own) {
-  return own * (sqrtf(static_cast<float>(norm)) * 1.0001f) + slot.row.alpha * norm * 0x1p-21;
-}
-// What those of y_hi alone leave in doubt, in bits of weight: much where scores are large for their digits.
-__device__ inline double doubt_of(const ManySlot& slot, const ManyFacts& facts) {
-  return 2 * bound_of(slot, largest_norm(facts), slot.own) * slot.rate2;
-}
-
 // One block per slot: lists the references whose weight can matter, or gives up at more than MANY_SURVIVORS.
 // A thread keeps HELD maxima of groups at hand, every SELECT_THREADS-th; those beyond are read again.
 constexpr int HELD = 8;
@@ -644,18 +644,14 @@ __global__ void __launch_bounds__(SELECT_THREADS)
       }
       return;
     }
-    const Row& row = slot.row;
-    const double norm =
-        static_cast<double>(__int_as_float(facts.max_norm)) * facts.inverse_scale * facts.inverse_scale;
+    const double norm = largest_norm(facts);
     const bool early = at < early_rows(many, facts);
-    const double root = sqrtf(static_cast<float>(norm)) * 1.0001f, of_norms = row.alpha * norm * 0x1p-21;
-    const double bound = (early ? slot.summed : slot.own) * root + of_norms;
-    const double top = fmax(static_cast<double>(best), slot.best);
+    const double top = best_with(slot, best);
     // A reference whose score lies `bits` below the top weighs at most 2^(doubt - bits) of the largest.
     // Groups by the bits beyond doubt of their best; from which on do all references of such groups weigh
     // little enough together? Of those of other groups, so many that weigh so little are left out that it
     // comes to the same.
-    const double rate2 = slot.rate2, doubt = 2 * bound * rate2;
+    const double rate2 = slot.rate2, doubt = doubt_of(slot, norm, early ? slot.summed : slot.own);
     const float forgotten =
         static_cast<float>(many.exact ? FORGOTTEN_LOG2_EXACT : FORGOTTEN_LOG2_FAST) +
         log2f(static_cast<float>(valid_count(in, 0)) / static_cast<float>(valid));  // in this round
@@ -735,7 +731,7 @@ __global__ void __launch_bounds__(SELECT_THREADS)
     if (!real || threadIdx.x != 0) continue;
     many.slots[at].top = static_cast<float>(top);
     many.counts[at] = found;
-    const double doubt_of_hi = doubt_of(slot, facts);
+    const double doubt_of_hi = doubt_of(slot, norm, slot.own);  // of scores of y_hi alone
     const bool fills = doubt_of_hi <= (many.exact ? FILL_DOUBT_EXACT : FILL_DOUBT_FAST);
     many.fills[at] = fills || found > MANY_SURVIVORS ? found : 0;
     many.review_most[at] = many.exact ? most_reviewed(doubt_of_hi) : 0;
@@ -918,23 +914,29 @@ __device__ __forceinline__ double form_weights(const float* from, int first, int
 }
 
 // Of as many scores as a step of the sums takes come, in place of the first of their bytes, the upper halves
-// of weights, and if exact the lower halves after them: of eight from reference j on.
+// of weights, and if exact the lower halves after them, LOWER floats on. Where those of reference j are.
+constexpr int LOWER = many_sum_refs(true) / 2;
+template <bool EXACT, typename Float>
+__device__ __forceinline__ Float* halves_of(Float* scores, int j) {
+  constexpr int REFS = many_sum_refs(EXACT);
+  return scores + j / REFS * REFS + j % REFS / 2;
+}
+
+// Eight from reference j on.
 template <bool EXACT>
 __device__ __forceinline__ void store_eight(float* scores, int j, uint4 upper, uint4 lower) {
-  constexpr int REFS = many_sum_refs(EXACT);
-  float* const halves = scores + j / REFS * REFS + j % REFS / 2;
+  float* const halves = halves_of<EXACT>(scores, j);
   *reinterpret_cast<uint4*>(halves) = upper;
-  if (EXACT) *reinterpret_cast<uint4*>(halves + 16) = lower;
+  if (EXACT) *reinterpret_cast<uint4*>(halves + LOWER) = lower;
 }
 
 // What it has stored, exact, of a group of references from j on: weights as the sums have them.
 __device__ inline void load_group(const float* scores, int j, float (&weights)[MANY_GROUP]) {
-  constexpr int REFS = many_sum_refs(true);
-  const float* const halves = scores + j / REFS * REFS + j % REFS / 2;
+  const float* const halves = halves_of<true>(scores, j);
 #pragma unroll
   for (int eight = 0; eight < MANY_GROUP / 8; ++eight) {
     const uint4 upper = *reinterpret_cast<const uint4*>(halves + 4 * eight);
-    const uint4 lower = *reinterpret_cast<const uint4*>(halves + REFS / 2 + 4 * eight);
+    const uint4 lower = *reinterpret_cast<const uint4*>(halves + LOWER + 4 * eight);
     const __half* const high = reinterpret_cast<const __half*>(&upper);
     const __half* const low = reinterpret_cast<const __half*>(&lower);
 #pragma unroll
@@ -956,7 +958,7 @@ __device__ __forceinline__ void store_weights(const Inputs& in, const Many& many
   const float* const from = many.scores + (moved ? at : source) * many.score_stride;
   float* const to = many.scores + at * many.score_stride;
   const float here = moved ? row_maximum(many, at, (valid + MANY_GROUP - 1) / MANY_GROUP, scratch) : slot.top;
-  const float best = dense_best(slot, here), rate2 = slot.rate2;
+  const float best = static_cast<float>(best_with(slot, here)), rate2 = slot.rate2;
   const int end = many_sum_steps(many, valid) * many_sum_refs(EXACT);
   const int own = 8 * (rank * THREADS + static_cast<int>(threadIdx.x));
   double total = 0;
@@ -1041,7 +1043,7 @@ constexpr float REVIEW_OFF = 4e-5f, REVIEW_OFF_LEAST = 1e-6f, REVIEW_LIMIT = 0.8
 __device__ inline float least_reviewed(const Many& many, const ManySlot& slot, float total, int most) {
   if (static_cast<float>(most) < 0.25f * total) return INFINITY;
   const ManyFacts& facts = *many.facts;
-  const float doubt = static_cast<float>(doubt_of(slot, facts)), largest = 1 / total;
+  const float doubt = static_cast<float>(doubt_of(slot, largest_norm(facts), slot.own)), largest = 1 / total;
   const float unscale = facts.inverse_scale, ratio = static_cast<float>(slot.row.a / slot.row.b);
   const float size2 =
       ratio * ratio * static_cast<float>(slot.y_square) / (facts.mean_norm * unscale * unscale);
@@ -1236,7 +1238,7 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, con
     if (lane == 0) listed.score[k] = score + above;
   }
   __syncthreads();
-  double best = fmax(slot.best, static_cast<double>(in_sums));
+  double best = best_with(slot, in_sums);
   for (int k = threadIdx.x; k < count; k += THREADS) best = fmax(best, listed.score[k]);
   best = block_max(best, listed.scratch);
   const double rate2 = slot.rate2, of_sums = exp2(rate2 * (in_sums - best));
@@ -1599,7 +1601,7 @@ __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, i
   const float* const partial =
       many.partial +
       (static_cast<int64_t>(grid.index(row_tile, 0, 0)) * MANY_ROWS + place % MANY_ROWS) * MANY_TILE;
-  const double best = fmax(static_cast<double>(slot.top), slot.best), rate2 = slot.rate2;
+  const double best = best_with(slot, slot.top), rate2 = slot.rate2;
   const double keep = has_sums(slot) ? exp2(rate2 * (slot.best - best)) : 0.0,
                keep_own = exp2(rate2 * (slot.top - best)), unit = keep_own / WEIGHT_SCALE;
   double total = 0;
