@@ -75,7 +75,8 @@ struct Teams {
   static constexpr int THREADS = GROUPS_CONSUMERS, EV = 16 / static_cast<int>(sizeof(T)), SLOTS = Q / EV;
   static constexpr int WARPS = THREADS / 32, SEGMENT_TILES = SEGMENT_REFS / TR;
   static constexpr int WORDS = TR <= 2 ? 1 : TR / 2;
-  static constexpr bool CLUSTERS = WORDS == 1;  // teams may be clusters
+  // Teams may be clusters: not of samples as long as those that want 32 elements a thread.
+  static constexpr bool CLUSTERS = WORDS == 1 && Q <= 16;
   using Shared = TeamsShared<WORDS>;
   static constexpr int READY = 2;  // the barrier of those that begin
   static constexpr int64_t FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
@@ -417,8 +418,30 @@ struct Teams {
     return take(number, Mail::square);
   }
 
-  __device__ __forceinline__ void load(const Array& a, int64_t index, int tid, float (&out)[Q]) const {
-    load_elements<EV, THREADS * EV>(a, index * in.d + offset, element(tid, 0), length, layout.vectors, out);
+  // Whether x or source is read by 16 bytes. Others go through local memory: nothing is called here and where
+  // segments end while the row is in registers, since what lives across a call is spilled on all ways.
+  __device__ __forceinline__ bool loads_vectors(const Array& a) const {
+    return a.dtype == Dtype::f32 && layout.vectors;
+  }
+  __device__ __forceinline__ void load_vectors(const Array& a, int64_t index, int tid, int slot,
+                                               float* out) const {  // (EV,)
+    const float* const from = static_cast<const float*>(a.data) + index * in.d + offset + element(tid, slot);
+#pragma unroll
+    for (int k = 0; k < EV; k += 4) {
+      float4 v = make_float4(0, 0, 0, 0);
+      if (element(tid, slot) < length) v = *reinterpret_cast<const float4*>(from + k);
+      out[k] = v.x, out[k + 1] = v.y, out[k + 2] = v.z, out[k + 3] = v.w;
+    }
+  }
+  struct alignas(16) InMemory {
+    float v[Q];
+  };
+  __device__ __forceinline__ void load_others(const Array& a, int64_t index, int tid, InMemory& out) const {
+#pragma unroll 1
+    for (int q = 0; q < Q; ++q) {
+      const int e = element(tid, q / EV) + q % EV;
+      out.v[q] = e < length ? load_as<float>(a, index * in.d + offset + e) : 0.0f;
+    }
   }
 
   // The centre, y = x - alpha c, and where it is wanted |y|^2. What is read is on its way while the announcer
@@ -426,7 +449,16 @@ struct Teams {
   __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<1>& segment, Barrier* told,
                                                 int phase, int& exchanges, int tid) const {
     const RowState& row = row_of(segment);
-    load({row.x, in.x.dtype}, row.index, tid, mine.y);
+    const Array x{row.x, in.x.dtype};
+    if (loads_vectors(x)) {
+#pragma unroll
+      for (int s = 0; s < SLOTS; ++s) load_vectors(x, row.index, tid, s, mine.y + s * EV);
+    } else {
+      InMemory others;
+      load_others(x, row.index, tid, others);
+#pragma unroll
+      for (int q = 0; q < Q; ++q) mine.y[q] = others.v[q];
+    }
     const T* const from = static_cast<const T*>(in.refs.data) + segment.centre * in.d + offset;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
@@ -534,16 +566,27 @@ struct Teams {
   // The row's own source, as one more reference.
   __device__ __forceinline__ void weigh_own_source(Mine& mine, const RowState& row, int& exchanges,
                                                    int tid) const {
-    float difference[Q];
-    load(in.source, row.index, tid, difference);
+    const bool vectors = loads_vectors(in.source);
+    InMemory others;
+    if (!vectors) load_others(in.source, row.index, tid, others);
+    double share = 0;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
-      float c[EV];
+      float source[EV], c[EV];
+      if (vectors) {
+        load_vectors(in.source, row.index, tid, s, source);
+      } else {
+#pragma unroll
+        for (int k = 0; k < EV; ++k) source[k] = others.v[s * EV + k];
+      }
       unpack<T, EV>(mine.c[s], c);
 #pragma unroll
-      for (int k = 0; k < EV; ++k) difference[s * EV + k] -= c[k];
+      for (int k = 0; k < EV; ++k) {
+        const double d = source[k] - c[k];
+        share = fma(fma(-0.5 * row.alpha, d, static_cast<double>(mine.y[s * EV + k])), d, share);
+      }
     }
-    give_square(exchanges, score_source(row, mine.y, difference), tid);
+    give_square(exchanges, fma(share, 0.0, share), tid);  // what is not finite becomes NaN
     const double score = take_square(exchanges);
     ++exchanges;
     mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
@@ -596,7 +639,15 @@ struct Teams {
   }
 
   // A segment's sums, to the row's result or to its part in memory.
-  __device__ __forceinline__ void end_segment(Mine& mine, const Segment<1>& segment, int tid) const {
+  __device__ __forceinline__ void end_segment(const Mine& mine, const Segment<1>& segment, int tid) const {
+    struct {
+      alignas(16) T c[Q];
+      float sum[Q];
+    } kept;  // in local memory, see loads_vectors
+#pragma unroll
+    for (int s = 0; s < SLOTS; ++s) *reinterpret_cast<uint4*>(kept.c + s * EV) = mine.c[s];
+#pragma unroll
+    for (int q = 0; q < Q; ++q) kept.sum[q] = mine.sum[q];
     const RowState& row = row_of(segment);
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool ends = flags & SEGMENT_PART_END, whole = ends && others == 0;
@@ -612,25 +663,20 @@ struct Teams {
     }
     const double weighted = by * mine.scores.total, source = by * mine.source, mean_by = 1 / end.own.total;
     double* const sums = parts.sums + part * layout.slice;
+#pragma unroll 1
+    for (int q = 0; q < Q; q += 4) {
+      const int e = element(tid, q / EV) + q % EV;
+      if (e >= length) break;
+      double v[4];
 #pragma unroll
-    for (int s = 0; s < SLOTS; ++s) {
-      const int e = element(tid, s);
-      float c[EV];
-      unpack<T, EV>(mine.c[s], c);
-#pragma unroll
-      for (int k = 0; k < EV; k += 4) {
-        if (e >= length) continue;
-        double v[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          v[i] = fma(by, static_cast<double>(mine.sum[s * EV + k + i]), weighted * c[k + i]);
-        add_source(in, here, row.index, e + k, source, v);
-        if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e + k, before, v);
-        if (whole) {
-          store_row(in, here, end, e + k, mean_by, load_x(in, here, row, e + k), v);
-        } else {
-          store_sums(sums + e + k, v);
-        }
+      for (int i = 0; i < 4; ++i)
+        v[i] = fma(by, static_cast<double>(kept.sum[q + i]), weighted * to_float(kept.c[q + i]));
+      add_source(in, here, row.index, e, source, v);
+      if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e, before, v);
+      if (whole) {
+        store_row(in, here, end, e, mean_by, load_x(in, here, row, e), v);
+      } else {
+        store_sums(sums + e, v);
       }
     }
     if (ends && !whole && tid == 0) parts.rows[part] = end.own;
@@ -659,8 +705,9 @@ struct Teams {
       Mine mine;
       begin_segment(mine, segment, &shared().announced.told[slot], slot_phase, exchanges, tid);
       const int tiles = segment.tiles, references = segment.references;
+      int i = 0;  // a loop that may not run at all has copies of the sums where it ends
 #pragma unroll 1
-      for (int i = 0; i < tiles + layout.lag; ++i) {
+      do {
         if (i < tiles) {
           wait_barrier(&shared().full[s], phase);
           if (references > 0) score_tile(mine, s, references - i * TR, exchanges + i, tid);
@@ -672,8 +719,10 @@ struct Teams {
           if (tid % 32 == 0) arrive(&shared().empty[behind]);
           if (++behind == layout.stages) behind = 0;
         }
-      }
+      } while (++i < tiles + layout.lag);
       if (references > 0) exchanges += tiles;
+      // What is worked out from it above would else be kept for what comes below.
+      if constexpr (Q > 16) asm volatile("" : "+r"(tid));
       if (mine.scores.is_near_the_first()) measure_terms(mine, exchanges, tid);
       if (in.source.data && segment.flags & SEGMENT_UNIT_END)
         weigh_own_source(mine, row_of(segment), exchanges, tid);
