@@ -366,40 +366,53 @@ struct Teams {
     RowScores scores;
     float half_alpha;
     float source;  // the weight of the row's own source
+    int left;      // elements of the slice, from this thread's first one on
   };
 
   __device__ __forceinline__ static int element(int tid, int slot) { return (slot * THREADS + tid) * EV; }
 
-  // This warp's share of exchange `number` is written.
-  __device__ __forceinline__ void give(int number, Mail kind, int tid) const {
-    const int slot = number % TEAMS_SLOTS;
+  // The slots of the exchanges to which this warp gives its share next and whose answer it takes next.
+  struct Exchanges {
+    int given = 0, taken = 0;
+    int phases = 0;  // that of the latter and, times 2, that of the next tile: one register for both
+
+    __device__ __forceinline__ void give() { given = given == TEAMS_SLOTS - 1 ? 0 : given + 1; }
+    __device__ __forceinline__ void take() {
+      if (++taken == TEAMS_SLOTS) taken = 0, phases ^= 1;
+    }
+  };
+
+  // This warp's share is written.
+  __device__ __forceinline__ void give(Exchanges& exchanges, Mail kind, int tid) const {
+    const int slot = exchanges.given;
+    exchanges.give();
     __syncwarp();
     if (tid == 0) shared().kinds[slot] = kind;
     if (tid % 32 == 0) arrive(&shared().given[slot]);
   }
-  __device__ __forceinline__ void give_square(int number, double share, int tid) const {
-    double (&shares)[WORDS] = shared().shares[number % TEAMS_SLOTS][tid / 32];
+  __device__ __forceinline__ void give_square(Exchanges& exchanges, double share, int tid) const {
+    double (&shares)[WORDS] = shared().shares[exchanges.given][tid / 32];
     share = warp_sum(share);
     if (tid % 32 < WORDS) shares[tid % 32] = tid % 32 == 0 ? share : 0.0;
-    give(number, Mail::square, tid);
+    give(exchanges, Mail::square, tid);
   }
-  __device__ __forceinline__ void give_scores(int number, float (&scores)[TR], int tid) const {
+  __device__ __forceinline__ void give_scores(Exchanges& exchanges, float (&scores)[TR], int tid) const {
     const int lane = tid % 32;
     const float sum = warp_sums<TR>(scores, lane);
-    double (&shares)[WORDS] = shared().shares[number % TEAMS_SLOTS][tid / 32];
+    double (&shares)[WORDS] = shared().shares[exchanges.given][tid / 32];
     if constexpr (TR == 1) {
       if (lane == 0) shares[0] = pair(sum, 0);
     } else if (lane % (32 / TR) == 0) {
       reinterpret_cast<float*>(shares)[lane / (32 / TR)] = sum;
     }
-    give(number, Mail::scores, tid);
+    give(exchanges, Mail::scores, tid);
   }
   // The team's answer, one word of it.
-  __device__ __forceinline__ void await(int number) const {
-    wait_barrier(&shared().mailed[number % TEAMS_SLOTS], number / TEAMS_SLOTS & 1);
+  __device__ __forceinline__ void await(const Exchanges& exchanges) const {
+    wait_barrier(&shared().mailed[exchanges.taken], exchanges.phases & 1);
   }
-  __device__ __forceinline__ double take(int number, Mail kind, int word = 0) const {
-    const auto& mail = shared().mail[number % TEAMS_SLOTS];
+  __device__ __forceinline__ double take(const Exchanges& exchanges, Mail kind, int word = 0) const {
+    const auto& mail = shared().mail[exchanges.taken];
     double all = mail[0][word];
     if constexpr (CLUSTERS) {
       if (layout.team == Team::grid) return all;
@@ -413,9 +426,11 @@ struct Teams {
     }
     return all;
   }
-  __device__ __forceinline__ double take_square(int number) const {
-    await(number);
-    return take(number, Mail::square);
+  __device__ __forceinline__ double take_square(Exchanges& exchanges) const {
+    await(exchanges);
+    const double all = take(exchanges, Mail::square);
+    exchanges.take();
+    return all;
   }
 
   // Whether x or source is read by 16 bytes. Others go through local memory: nothing is called here and where
@@ -447,7 +462,7 @@ struct Teams {
   // The centre, y = x - alpha c, and where it is wanted |y|^2. What is read is on its way while the announcer
   // works out what else there is to know of the row.
   __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<1>& segment, Barrier* told,
-                                                int phase, int& exchanges, int tid) const {
+                                                int phase, Exchanges& exchanges, int tid) const {
     const RowState& row = row_of(segment);
     const Array x{row.x, in.x.dtype};
     if (loads_vectors(x)) {
@@ -470,14 +485,14 @@ struct Teams {
     const double square = segment.squares ? square_from_centre<T>(row, mine.c, mine.y) : 0;
     subtract_centre<T>(row, mine.c, false, mine.y);
     mine.half_alpha = row.half_alpha, mine.scores.rate = row.rate;
-    mine.scores.reset(), mine.source = 0;
+    mine.scores.reset(), mine.source = 0, mine.left = length - element(tid, 0);
+    asm volatile("" : "+r"(mine.left));  // kept, not worked out again in each tile
 #pragma unroll
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     double shift = 0;
     if (segment.squares) {
       give_square(exchanges, square, tid);
       shift = row.per_square * take_square(exchanges);
-      ++exchanges;
     }
     if (tid == 0) shared().shift = shift;
   }
@@ -487,10 +502,12 @@ struct Teams {
   template <typename Visit>
   __device__ __forceinline__ void read_tile(const Mine& mine, int at, int many, int tid,
                                             const Visit& visit) const {
-    const T* from[TR];
+    uint32_t from[TR];
 #pragma unroll
-    for (int j = 0; j < TR; ++j)
-      from[j] = stage(at) + tid * EV + (j < many ? j * static_cast<int>(layout.slice) : 0);
+    for (int j = 0; j < TR; ++j) {
+      from[j] = shared_address(stage(at) + tid * EV + (j < many ? j * static_cast<int>(layout.slice) : 0));
+      asm volatile("" : "+r"(from[j]));  // once, not for each slot
+    }
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       uint4 packed = mine.c[s];
@@ -498,11 +515,11 @@ struct Teams {
       asm volatile("" : "+r"(packed.x), "+r"(packed.y), "+r"(packed.z), "+r"(packed.w));
       float c[EV];
       unpack<T, EV>(packed, c);
-      const bool within = element(tid, s) < length;
+      const bool within = mine.left > s * THREADS * EV;
 #pragma unroll
       for (int j = 0; j < TR; ++j) {
         uint4 raw{0, 0, 0, 0};
-        if (within) raw = *reinterpret_cast<const uint4*>(from[j] + s * THREADS * EV);
+        if (within) raw = load_shared_16(from[j] + s * THREADS * 16);
         float difference[EV];
         unpack<T, EV>(raw, difference);
 #pragma unroll
@@ -512,7 +529,8 @@ struct Teams {
     }
   }
 
-  __device__ __forceinline__ void score_tile(const Mine& mine, int at, int many, int number, int tid) const {
+  __device__ __forceinline__ void score_tile(const Mine& mine, int at, int many, Exchanges& exchanges,
+                                             int tid) const {
     float norm[TR] = {}, scores[TR] = {};
     read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
 #pragma unroll
@@ -523,18 +541,20 @@ struct Teams {
     });
 #pragma unroll
     for (int j = 0; j < TR; ++j) scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
-    give_scores(number, scores, tid);
+    give_scores(exchanges, scores, tid);
   }
 
-  __device__ __forceinline__ void add_tile(Mine& mine, int at, int many, int number, int tid) const {
-    await(number);
+  __device__ __forceinline__ void add_tile(Mine& mine, int at, int many, Exchanges& exchanges,
+                                           int tid) const {
+    await(exchanges);
     float weights[TR];
 #pragma unroll
     for (int word = 0; word < WORDS; ++word) {
-      const double answer = take(number, Mail::scores, word);
+      const double answer = take(exchanges, Mail::scores, word);
       weights[2 * word] = low(answer);
       if constexpr (TR > 1) weights[2 * word + 1] = high(answer);
     }
+    exchanges.take();
     const auto note = [&](int j) { shared().best[tid / 32] = many - j; };
     if (!weigh_scores(mine.scores, many, weights, mine.sum, note)) return;
     read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
@@ -545,13 +565,12 @@ struct Teams {
   }
 
   // See RowScores. All blocks of the team do so or none.
-  __device__ __forceinline__ void measure_terms(Mine& mine, int& exchanges, int tid) const {
+  __device__ __forceinline__ void measure_terms(Mine& mine, Exchanges& exchanges, int tid) const {
     float share = 0;
 #pragma unroll
     for (int q = 0; q < Q; ++q) share = fmaf(mine.y[q], mine.sum[q], share);
     give_square(exchanges, share, tid);
     mine.scores.measure_terms(static_cast<float>(take_square(exchanges)));
-    ++exchanges;
   }
 
   // What this block has of the row in the end.
@@ -564,7 +583,7 @@ struct Teams {
   }
 
   // The row's own source, as one more reference.
-  __device__ __forceinline__ void weigh_own_source(Mine& mine, const RowState& row, int& exchanges,
+  __device__ __forceinline__ void weigh_own_source(Mine& mine, const RowState& row, Exchanges& exchanges,
                                                    int tid) const {
     const bool vectors = loads_vectors(in.source);
     InMemory others;
@@ -588,7 +607,6 @@ struct Teams {
     }
     give_square(exchanges, fma(share, 0.0, share), tid);  // what is not finite becomes NaN
     const double score = take_square(exchanges);
-    ++exchanges;
     mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
   }
 
@@ -604,13 +622,13 @@ struct Teams {
     const int64_t base = row.index * in.d + offset;
     const float* const x = static_cast<const float*>(row.x) + base;
     float* const out = static_cast<float*>(row.out) + base;
+    const bool adds_x = row.a != 0;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
 #pragma unroll
       for (int k = 0; k < EV; k += 4) {
         float4 v = make_float4(0, 0, 0, 0);
-        if (element(tid, s) < length && row.a != 0)
-          v = *reinterpret_cast<const float4*>(x + element(tid, s) + k);
+        if (element(tid, s) < length && adds_x) v = *reinterpret_cast<const float4*>(x + element(tid, s) + k);
         float* const y = mine.y + s * EV + k;
         y[0] = v.x, y[1] = v.y, y[2] = v.z, y[3] = v.w;
       }
@@ -696,31 +714,35 @@ struct Teams {
   }
 
   __device__ __forceinline__ void consume(int tid) const {
-    int s = 0, phase = 0, behind = 0;  // the stages of the next tile to score and to add
-    int slot = 0, slot_phase = 0, exchanges = 0;
+    // Kept, where the compiler would read the special register again in each tile.
+    if constexpr (Q > 16) tid = __shfl_sync(0xffffffffu, tid, tid % 32);
+    int s = 0, behind = 0;  // the stages of the next tile to score and to add
+    int slot = 0, slot_phase = 0;
+    Exchanges exchanges;
     for (;;) {
       wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<1>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) break;
       Mine mine;
       begin_segment(mine, segment, &shared().announced.told[slot], slot_phase, exchanges, tid);
-      const int tiles = segment.tiles, references = segment.references;
+      // A tile of one reference is there or, in a segment of none, not.
+      const bool some = segment.references > 0;
+      const int tiles = segment.tiles, references = TR == 1 ? tiles : segment.references;
       int i = 0;  // a loop that may not run at all has copies of the sums where it ends
 #pragma unroll 1
       do {
         if (i < tiles) {
-          wait_barrier(&shared().full[s], phase);
-          if (references > 0) score_tile(mine, s, references - i * TR, exchanges + i, tid);
-          if (++s == layout.stages) s = 0, phase ^= 1;
+          wait_barrier(&shared().full[s], exchanges.phases >> 1);
+          score_tile(mine, s, references - i * TR, exchanges, tid);
+          if (++s == layout.stages) s = 0, exchanges.phases ^= 2;
         }
         if (const int added = i - layout.lag; added >= 0) {
-          if (references > 0) add_tile(mine, behind, references - added * TR, exchanges + added, tid);
+          add_tile(mine, behind, TR > 1 || some ? references - added * TR : 0, exchanges, tid);
           __syncwarp();
           if (tid % 32 == 0) arrive(&shared().empty[behind]);
           if (++behind == layout.stages) behind = 0;
         }
       } while (++i < tiles + layout.lag);
-      if (references > 0) exchanges += tiles;
       // What is worked out from it above would else be kept for what comes below.
       if constexpr (Q > 16) asm volatile("" : "+r"(tid));
       if (mine.scores.is_near_the_first()) measure_terms(mine, exchanges, tid);
@@ -737,7 +759,7 @@ struct Teams {
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
 #pragma unroll 1
-    for (int i = 0; i < TEAMS_MAILERS; ++i) give(exchanges + i, Mail::done, tid);
+    for (int i = 0; i < TEAMS_MAILERS; ++i) give(exchanges, Mail::done, tid);
     write_dead_rows(in, list, parts, place(), teams, team, tid, THREADS);
     named_barrier(1, THREADS);
     if (shared().doubtful != NO_ROW)
