@@ -198,7 +198,8 @@ struct Teams {
   // The mailers: exchanges `number`, number + TEAMS_MAILERS, ... until the consumers are done. Lane l has
   // word l % WORDS.
   __device__ __forceinline__ double share_of_block(int slot, Mail kind, int lane) const {
-    return sum(lane < WARPS * WORDS ? shared().shares[slot][lane / WORDS][lane % WORDS] : 0.0, kind);
+    return sum<WARPS * WORDS>(lane < WARPS * WORDS ? shared().shares[slot][lane / WORDS][lane % WORDS] : 0.0,
+                              kind);
   }
 
   __device__ __forceinline__ void carry_mail_in_cluster(int number, int lane) const {
@@ -223,7 +224,6 @@ struct Teams {
     const int words = layout.slices * WORDS;
     const uint2* const mine = from + lane * TEAMS_LETTERS;
     bool there = true;
-    all = 0;
     if (TR == 1 && kind == Mail::scores) {
       uint2 letters[EACH];
 #pragma unroll
@@ -238,17 +238,26 @@ struct Teams {
       all = pair(sum, 0);
       return __all_sync(0xffffffffu, there);
     }
-    uint4 letters[EACH];
+    constexpr int AT_ONCE = TR == 1 && EACH > 2 ? 2 : EACH;  // what is rare spills nothing of the rest
+    double square = 0;
+    float a = 0, b = 0;
+#pragma unroll 1
+    for (int first = 0; first < EACH; first += AT_ONCE) {
+      uint4 letters[AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      letters[i] = uint4{0, tag, 0, tag};
-      if (i * 32 + lane < words) letters[i] = read_letters(mine + i * (32 * TEAMS_LETTERS));
-    }
+      for (int i = 0; i < AT_ONCE; ++i) {
+        letters[i] = uint4{0, tag, 0, tag};
+        if ((first + i) * 32 + lane < words)
+          letters[i] = read_letters(mine + (first + i) * (32 * TEAMS_LETTERS));
+      }
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      there = there && letters[i].y == tag && letters[i].w == tag;
-      all = plus(all, __hiloint2double(static_cast<int>(letters[i].z), static_cast<int>(letters[i].x)), kind);
+      for (int i = 0; i < AT_ONCE; ++i) {
+        there = there && letters[i].y == tag && letters[i].w == tag;
+        square += __hiloint2double(static_cast<int>(letters[i].z), static_cast<int>(letters[i].x));
+        a += __uint_as_float(letters[i].x), b += __uint_as_float(letters[i].z);
+      }
     }
+    all = kind == Mail::square ? square : pair(a, b);
     return __all_sync(0xffffffffu, there);
   }
 
@@ -343,10 +352,21 @@ struct Teams {
     if (kind == Mail::square) return a + b;
     return pair(low(a) + low(b), high(a) + high(b));
   }
-  // Over the lanes that have the same word.
+  // Over the lanes that have the same word, of LANES side by side.
+  template <int LANES = 32>
   __device__ __forceinline__ static double sum(double v, Mail kind) {
-    for (int hop = 16; hop >= WORDS; hop /= 2) v = plus(v, __shfl_xor_sync(0xffffffffu, v, hop), kind);
-    return v;
+    if (kind == Mail::square) {
+#pragma unroll
+      for (int hop = LANES / 2; hop >= WORDS; hop /= 2) v += __shfl_xor_sync(0xffffffffu, v, hop);
+      return v;
+    }
+    float a = low(v), b = TR == 1 ? 0 : high(v);  // single scores have no other
+#pragma unroll
+    for (int hop = LANES / 2; hop >= WORDS; hop /= 2) {
+      a += __shfl_xor_sync(0xffffffffu, a, hop);
+      if constexpr (TR > 1) b += __shfl_xor_sync(0xffffffffu, b, hop);
+    }
+    return pair(a, b);
   }
   __device__ __forceinline__ static float low(double v) { return __int_as_float(__double2loint(v)); }
   __device__ __forceinline__ static float high(double v) { return __int_as_float(__double2hiint(v)); }
