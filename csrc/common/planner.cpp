@@ -191,6 +191,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
                   slices = products ? products_slices(least) : best_slices(least, p.sm_count),
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
     if (slices > std::min(p.sm_count, BULK_MOST_SLICES)) continue;
+    if (slices <= BULK_MAX_CLUSTER && tile.elements > 16) continue;  // no clusters: of few multiprocessors
     if (groups(p) * ceil_div(p.m, tile.tile_refs) >= int64_t{1} << 31) continue;  // tiles of a unit are ints
     plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS && p.m < int64_t{1} << 31 &&
                     !(products && p.shared_rows);  // the launch that makes it hears of other processes' rows

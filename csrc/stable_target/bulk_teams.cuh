@@ -75,7 +75,8 @@ struct Teams {
   static constexpr int THREADS = GROUPS_CONSUMERS, EV = 16 / static_cast<int>(sizeof(T)), SLOTS = Q / EV;
   static constexpr int WARPS = THREADS / 32, SEGMENT_TILES = SEGMENT_REFS / TR;
   static constexpr int WORDS = TR <= 2 ? 1 : TR / 2;
-  static constexpr bool CLUSTERS = WORDS == 1;  // teams may be clusters
+  // Teams may be clusters: not of samples as long as those that want 32 elements a thread.
+  static constexpr bool CLUSTERS = WORDS == 1 && Q <= 16;
   using Shared = TeamsShared<WORDS>;
   static constexpr int READY = 2;  // the barrier of those that begin
   static constexpr int64_t FIXED_BYTES = (sizeof(Shared) + 127) / 128 * 128;
@@ -197,7 +198,8 @@ struct Teams {
   // The mailers: exchanges `number`, number + TEAMS_MAILERS, ... until the consumers are done. Lane l has
   // word l % WORDS.
   __device__ __forceinline__ double share_of_block(int slot, Mail kind, int lane) const {
-    return sum(lane < WARPS * WORDS ? shared().shares[slot][lane / WORDS][lane % WORDS] : 0.0, kind);
+    return sum<WARPS * WORDS>(lane < WARPS * WORDS ? shared().shares[slot][lane / WORDS][lane % WORDS] : 0.0,
+                              kind);
   }
 
   __device__ __forceinline__ void carry_mail_in_cluster(int number, int lane) const {
@@ -222,7 +224,6 @@ struct Teams {
     const int words = layout.slices * WORDS;
     const uint2* const mine = from + lane * TEAMS_LETTERS;
     bool there = true;
-    all = 0;
     if (TR == 1 && kind == Mail::scores) {
       uint2 letters[EACH];
 #pragma unroll
@@ -237,17 +238,26 @@ struct Teams {
       all = pair(sum, 0);
       return __all_sync(0xffffffffu, there);
     }
-    uint4 letters[EACH];
+    constexpr int AT_ONCE = TR == 1 && EACH > 2 ? 2 : EACH;  // what is rare spills nothing of the rest
+    double square = 0;
+    float a = 0, b = 0;
+#pragma unroll 1
+    for (int first = 0; first < EACH; first += AT_ONCE) {
+      uint4 letters[AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      letters[i] = uint4{0, tag, 0, tag};
-      if (i * 32 + lane < words) letters[i] = read_letters(mine + i * (32 * TEAMS_LETTERS));
-    }
+      for (int i = 0; i < AT_ONCE; ++i) {
+        letters[i] = uint4{0, tag, 0, tag};
+        if ((first + i) * 32 + lane < words)
+          letters[i] = read_letters(mine + (first + i) * (32 * TEAMS_LETTERS));
+      }
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      there = there && letters[i].y == tag && letters[i].w == tag;
-      all = plus(all, __hiloint2double(static_cast<int>(letters[i].z), static_cast<int>(letters[i].x)), kind);
+      for (int i = 0; i < AT_ONCE; ++i) {
+        there = there && letters[i].y == tag && letters[i].w == tag;
+        square += __hiloint2double(static_cast<int>(letters[i].z), static_cast<int>(letters[i].x));
+        a += __uint_as_float(letters[i].x), b += __uint_as_float(letters[i].z);
+      }
     }
+    all = kind == Mail::square ? square : pair(a, b);
     return __all_sync(0xffffffffu, there);
   }
 
@@ -342,10 +352,21 @@ struct Teams {
     if (kind == Mail::square) return a + b;
     return pair(low(a) + low(b), high(a) + high(b));
   }
-  // Over the lanes that have the same word.
+  // Over the lanes that have the same word, of LANES side by side.
+  template <int LANES = 32>
   __device__ __forceinline__ static double sum(double v, Mail kind) {
-    for (int hop = 16; hop >= WORDS; hop /= 2) v = plus(v, __shfl_xor_sync(0xffffffffu, v, hop), kind);
-    return v;
+    if (kind == Mail::square) {
+#pragma unroll
+      for (int hop = LANES / 2; hop >= WORDS; hop /= 2) v += __shfl_xor_sync(0xffffffffu, v, hop);
+      return v;
+    }
+    float a = low(v), b = TR == 1 ? 0 : high(v);  // single scores have no other
+#pragma unroll
+    for (int hop = LANES / 2; hop >= WORDS; hop /= 2) {
+      a += __shfl_xor_sync(0xffffffffu, a, hop);
+      if constexpr (TR > 1) b += __shfl_xor_sync(0xffffffffu, b, hop);
+    }
+    return pair(a, b);
   }
   __device__ __forceinline__ static float low(double v) { return __int_as_float(__double2loint(v)); }
   __device__ __forceinline__ static float high(double v) { return __int_as_float(__double2hiint(v)); }
@@ -365,40 +386,53 @@ struct Teams {
     RowScores scores;
     float half_alpha;
     float source;  // the weight of the row's own source
+    int left;      // elements of the slice, from this thread's first one on
   };
 
   __device__ __forceinline__ static int element(int tid, int slot) { return (slot * THREADS + tid) * EV; }
 
-  // This warp's share of exchange `number` is written.
-  __device__ __forceinline__ void give(int number, Mail kind, int tid) const {
-    const int slot = number % TEAMS_SLOTS;
+  // The slots of the exchanges to which this warp gives its share next and whose answer it takes next.
+  struct Exchanges {
+    int given = 0, taken = 0;
+    int phases = 0;  // that of the latter and, times 2, that of the next tile: one register for both
+
+    __device__ __forceinline__ void give() { given = given == TEAMS_SLOTS - 1 ? 0 : given + 1; }
+    __device__ __forceinline__ void take() {
+      if (++taken == TEAMS_SLOTS) taken = 0, phases ^= 1;
+    }
+  };
+
+  // This warp's share is written.
+  __device__ __forceinline__ void give(Exchanges& exchanges, Mail kind, int tid) const {
+    const int slot = exchanges.given;
+    exchanges.give();
     __syncwarp();
     if (tid == 0) shared().kinds[slot] = kind;
     if (tid % 32 == 0) arrive(&shared().given[slot]);
   }
-  __device__ __forceinline__ void give_square(int number, double share, int tid) const {
-    double (&shares)[WORDS] = shared().shares[number % TEAMS_SLOTS][tid / 32];
+  __device__ __forceinline__ void give_square(Exchanges& exchanges, double share, int tid) const {
+    double (&shares)[WORDS] = shared().shares[exchanges.given][tid / 32];
     share = warp_sum(share);
     if (tid % 32 < WORDS) shares[tid % 32] = tid % 32 == 0 ? share : 0.0;
-    give(number, Mail::square, tid);
+    give(exchanges, Mail::square, tid);
   }
-  __device__ __forceinline__ void give_scores(int number, float (&scores)[TR], int tid) const {
+  __device__ __forceinline__ void give_scores(Exchanges& exchanges, float (&scores)[TR], int tid) const {
     const int lane = tid % 32;
     const float sum = warp_sums<TR>(scores, lane);
-    double (&shares)[WORDS] = shared().shares[number % TEAMS_SLOTS][tid / 32];
+    double (&shares)[WORDS] = shared().shares[exchanges.given][tid / 32];
     if constexpr (TR == 1) {
       if (lane == 0) shares[0] = pair(sum, 0);
     } else if (lane % (32 / TR) == 0) {
       reinterpret_cast<float*>(shares)[lane / (32 / TR)] = sum;
     }
-    give(number, Mail::scores, tid);
+    give(exchanges, Mail::scores, tid);
   }
   // The team's answer, one word of it.
-  __device__ __forceinline__ void await(int number) const {
-    wait_barrier(&shared().mailed[number % TEAMS_SLOTS], number / TEAMS_SLOTS & 1);
+  __device__ __forceinline__ void await(const Exchanges& exchanges) const {
+    wait_barrier(&shared().mailed[exchanges.taken], exchanges.phases & 1);
   }
-  __device__ __forceinline__ double take(int number, Mail kind, int word = 0) const {
-    const auto& mail = shared().mail[number % TEAMS_SLOTS];
+  __device__ __forceinline__ double take(const Exchanges& exchanges, Mail kind, int word = 0) const {
+    const auto& mail = shared().mail[exchanges.taken];
     double all = mail[0][word];
     if constexpr (CLUSTERS) {
       if (layout.team == Team::grid) return all;
@@ -412,21 +446,54 @@ struct Teams {
     }
     return all;
   }
-  __device__ __forceinline__ double take_square(int number) const {
-    await(number);
-    return take(number, Mail::square);
+  __device__ __forceinline__ double take_square(Exchanges& exchanges) const {
+    await(exchanges);
+    const double all = take(exchanges, Mail::square);
+    exchanges.take();
+    return all;
   }
 
-  __device__ __forceinline__ void load(const Array& a, int64_t index, int tid, float (&out)[Q]) const {
-    load_elements<EV, THREADS * EV>(a, index * in.d + offset, element(tid, 0), length, layout.vectors, out);
+  // Whether x or source is read by 16 bytes. Others go through local memory: nothing is called here and where
+  // segments end while the row is in registers, since what lives across a call is spilled on all ways.
+  __device__ __forceinline__ bool loads_vectors(const Array& a) const {
+    return a.dtype == Dtype::f32 && layout.vectors;
+  }
+  __device__ __forceinline__ void load_vectors(const Array& a, int64_t index, int tid, int slot,
+                                               float* out) const {  // (EV,)
+    const float* const from = static_cast<const float*>(a.data) + index * in.d + offset + element(tid, slot);
+#pragma unroll
+    for (int k = 0; k < EV; k += 4) {
+      float4 v = make_float4(0, 0, 0, 0);
+      if (element(tid, slot) < length) v = *reinterpret_cast<const float4*>(from + k);
+      out[k] = v.x, out[k + 1] = v.y, out[k + 2] = v.z, out[k + 3] = v.w;
+    }
+  }
+  struct alignas(16) InMemory {
+    float v[Q];
+  };
+  __device__ __forceinline__ void load_others(const Array& a, int64_t index, int tid, InMemory& out) const {
+#pragma unroll 1
+    for (int q = 0; q < Q; ++q) {
+      const int e = element(tid, q / EV) + q % EV;
+      out.v[q] = e < length ? load_as<float>(a, index * in.d + offset + e) : 0.0f;
+    }
   }
 
   // The centre, y = x - alpha c, and where it is wanted |y|^2. What is read is on its way while the announcer
   // works out what else there is to know of the row.
   __device__ __forceinline__ void begin_segment(Mine& mine, const Segment<1>& segment, Barrier* told,
-                                                int phase, int& exchanges, int tid) const {
+                                                int phase, Exchanges& exchanges, int tid) const {
     const RowState& row = row_of(segment);
-    load({row.x, in.x.dtype}, row.index, tid, mine.y);
+    const Array x{row.x, in.x.dtype};
+    if (loads_vectors(x)) {
+#pragma unroll
+      for (int s = 0; s < SLOTS; ++s) load_vectors(x, row.index, tid, s, mine.y + s * EV);
+    } else {
+      InMemory others;
+      load_others(x, row.index, tid, others);
+#pragma unroll
+      for (int q = 0; q < Q; ++q) mine.y[q] = others.v[q];
+    }
     const T* const from = static_cast<const T*>(in.refs.data) + segment.centre * in.d + offset;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
@@ -438,14 +505,14 @@ struct Teams {
     const double square = segment.squares ? square_from_centre<T>(row, mine.c, mine.y) : 0;
     subtract_centre<T>(row, mine.c, false, mine.y);
     mine.half_alpha = row.half_alpha, mine.scores.rate = row.rate;
-    mine.scores.reset(), mine.source = 0;
+    mine.scores.reset(), mine.source = 0, mine.left = length - element(tid, 0);
+    asm volatile("" : "+r"(mine.left));  // kept, not worked out again in each tile
 #pragma unroll
     for (int q = 0; q < Q; ++q) mine.sum[q] = 0;
     double shift = 0;
     if (segment.squares) {
       give_square(exchanges, square, tid);
       shift = row.per_square * take_square(exchanges);
-      ++exchanges;
     }
     if (tid == 0) shared().shift = shift;
   }
@@ -455,10 +522,12 @@ struct Teams {
   template <typename Visit>
   __device__ __forceinline__ void read_tile(const Mine& mine, int at, int many, int tid,
                                             const Visit& visit) const {
-    const T* from[TR];
+    uint32_t from[TR];
 #pragma unroll
-    for (int j = 0; j < TR; ++j)
-      from[j] = stage(at) + tid * EV + (j < many ? j * static_cast<int>(layout.slice) : 0);
+    for (int j = 0; j < TR; ++j) {
+      from[j] = shared_address(stage(at) + tid * EV + (j < many ? j * static_cast<int>(layout.slice) : 0));
+      asm volatile("" : "+r"(from[j]));  // once, not for each slot
+    }
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       uint4 packed = mine.c[s];
@@ -466,11 +535,11 @@ struct Teams {
       asm volatile("" : "+r"(packed.x), "+r"(packed.y), "+r"(packed.z), "+r"(packed.w));
       float c[EV];
       unpack<T, EV>(packed, c);
-      const bool within = element(tid, s) < length;
+      const bool within = mine.left > s * THREADS * EV;
 #pragma unroll
       for (int j = 0; j < TR; ++j) {
         uint4 raw{0, 0, 0, 0};
-        if (within) raw = *reinterpret_cast<const uint4*>(from[j] + s * THREADS * EV);
+        if (within) raw = load_shared_16(from[j] + s * THREADS * 16);
         float difference[EV];
         unpack<T, EV>(raw, difference);
 #pragma unroll
@@ -480,7 +549,8 @@ struct Teams {
     }
   }
 
-  __device__ __forceinline__ void score_tile(const Mine& mine, int at, int many, int number, int tid) const {
+  __device__ __forceinline__ void score_tile(const Mine& mine, int at, int many, Exchanges& exchanges,
+                                             int tid) const {
     float norm[TR] = {}, scores[TR] = {};
     read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
 #pragma unroll
@@ -491,18 +561,20 @@ struct Teams {
     });
 #pragma unroll
     for (int j = 0; j < TR; ++j) scores[j] = fmaf(-mine.half_alpha, norm[j], scores[j]);
-    give_scores(number, scores, tid);
+    give_scores(exchanges, scores, tid);
   }
 
-  __device__ __forceinline__ void add_tile(Mine& mine, int at, int many, int number, int tid) const {
-    await(number);
+  __device__ __forceinline__ void add_tile(Mine& mine, int at, int many, Exchanges& exchanges,
+                                           int tid) const {
+    await(exchanges);
     float weights[TR];
 #pragma unroll
     for (int word = 0; word < WORDS; ++word) {
-      const double answer = take(number, Mail::scores, word);
+      const double answer = take(exchanges, Mail::scores, word);
       weights[2 * word] = low(answer);
       if constexpr (TR > 1) weights[2 * word + 1] = high(answer);
     }
+    exchanges.take();
     const auto note = [&](int j) { shared().best[tid / 32] = many - j; };
     if (!weigh_scores(mine.scores, many, weights, mine.sum, note)) return;
     read_tile(mine, at, many, tid, [&](int s, int j, const float (&difference)[EV]) {
@@ -513,13 +585,12 @@ struct Teams {
   }
 
   // See RowScores. All blocks of the team do so or none.
-  __device__ __forceinline__ void measure_terms(Mine& mine, int& exchanges, int tid) const {
+  __device__ __forceinline__ void measure_terms(Mine& mine, Exchanges& exchanges, int tid) const {
     float share = 0;
 #pragma unroll
     for (int q = 0; q < Q; ++q) share = fmaf(mine.y[q], mine.sum[q], share);
     give_square(exchanges, share, tid);
     mine.scores.measure_terms(static_cast<float>(take_square(exchanges)));
-    ++exchanges;
   }
 
   // What this block has of the row in the end.
@@ -532,20 +603,30 @@ struct Teams {
   }
 
   // The row's own source, as one more reference.
-  __device__ __forceinline__ void weigh_own_source(Mine& mine, const RowState& row, int& exchanges,
+  __device__ __forceinline__ void weigh_own_source(Mine& mine, const RowState& row, Exchanges& exchanges,
                                                    int tid) const {
-    float difference[Q];
-    load(in.source, row.index, tid, difference);
+    const bool vectors = loads_vectors(in.source);
+    InMemory others;
+    if (!vectors) load_others(in.source, row.index, tid, others);
+    double share = 0;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
-      float c[EV];
+      float source[EV], c[EV];
+      if (vectors) {
+        load_vectors(in.source, row.index, tid, s, source);
+      } else {
+#pragma unroll
+        for (int k = 0; k < EV; ++k) source[k] = others.v[s * EV + k];
+      }
       unpack<T, EV>(mine.c[s], c);
 #pragma unroll
-      for (int k = 0; k < EV; ++k) difference[s * EV + k] -= c[k];
+      for (int k = 0; k < EV; ++k) {
+        const double d = source[k] - c[k];
+        share = fma(fma(-0.5 * row.alpha, d, static_cast<double>(mine.y[s * EV + k])), d, share);
+      }
     }
-    give_square(exchanges, score_source(row, mine.y, difference), tid);
+    give_square(exchanges, fma(share, 0.0, share), tid);  // what is not finite becomes NaN
     const double score = take_square(exchanges);
-    ++exchanges;
     mine.source = weigh_source(mine.scores, score, row.exact_rate(), mine.sum);
   }
 
@@ -561,13 +642,13 @@ struct Teams {
     const int64_t base = row.index * in.d + offset;
     const float* const x = static_cast<const float*>(row.x) + base;
     float* const out = static_cast<float*>(row.out) + base;
+    const bool adds_x = row.a != 0;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
 #pragma unroll
       for (int k = 0; k < EV; k += 4) {
         float4 v = make_float4(0, 0, 0, 0);
-        if (element(tid, s) < length && row.a != 0)
-          v = *reinterpret_cast<const float4*>(x + element(tid, s) + k);
+        if (element(tid, s) < length && adds_x) v = *reinterpret_cast<const float4*>(x + element(tid, s) + k);
         float* const y = mine.y + s * EV + k;
         y[0] = v.x, y[1] = v.y, y[2] = v.z, y[3] = v.w;
       }
@@ -596,7 +677,15 @@ struct Teams {
   }
 
   // A segment's sums, to the row's result or to its part in memory.
-  __device__ __forceinline__ void end_segment(Mine& mine, const Segment<1>& segment, int tid) const {
+  __device__ __forceinline__ void end_segment(const Mine& mine, const Segment<1>& segment, int tid) const {
+    struct {
+      alignas(16) T c[Q];
+      float sum[Q];
+    } kept;  // in local memory, see loads_vectors
+#pragma unroll
+    for (int s = 0; s < SLOTS; ++s) *reinterpret_cast<uint4*>(kept.c + s * EV) = mine.c[s];
+#pragma unroll
+    for (int q = 0; q < Q; ++q) kept.sum[q] = mine.sum[q];
     const RowState& row = row_of(segment);
     const int flags = segment.flags, others = segment.to - segment.from;
     const bool ends = flags & SEGMENT_PART_END, whole = ends && others == 0;
@@ -612,25 +701,20 @@ struct Teams {
     }
     const double weighted = by * mine.scores.total, source = by * mine.source, mean_by = 1 / end.own.total;
     double* const sums = parts.sums + part * layout.slice;
+#pragma unroll 1
+    for (int q = 0; q < Q; q += 4) {
+      const int e = element(tid, q / EV) + q % EV;
+      if (e >= length) break;
+      double v[4];
 #pragma unroll
-    for (int s = 0; s < SLOTS; ++s) {
-      const int e = element(tid, s);
-      float c[EV];
-      unpack<T, EV>(mine.c[s], c);
-#pragma unroll
-      for (int k = 0; k < EV; k += 4) {
-        if (e >= length) continue;
-        double v[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          v[i] = fma(by, static_cast<double>(mine.sum[s * EV + k + i]), weighted * c[k + i]);
-        add_source(in, here, row.index, e + k, source, v);
-        if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e + k, before, v);
-        if (whole) {
-          store_row(in, here, end, e + k, mean_by, load_x(in, here, row, e + k), v);
-        } else {
-          store_sums(sums + e + k, v);
-        }
+      for (int i = 0; i < 4; ++i)
+        v[i] = fma(by, static_cast<double>(kept.sum[q + i]), weighted * to_float(kept.c[q + i]));
+      add_source(in, here, row.index, e, source, v);
+      if (!(flags & SEGMENT_PART_BEGIN)) add_sums(sums + e, before, v);
+      if (whole) {
+        store_row(in, here, end, e, mean_by, load_x(in, here, row, e), v);
+      } else {
+        store_sums(sums + e, v);
       }
     }
     if (ends && !whole && tid == 0) parts.rows[part] = end.own;
@@ -650,30 +734,37 @@ struct Teams {
   }
 
   __device__ __forceinline__ void consume(int tid) const {
-    int s = 0, phase = 0, behind = 0;  // the stages of the next tile to score and to add
-    int slot = 0, slot_phase = 0, exchanges = 0;
+    // Kept, where the compiler would read the special register again in each tile.
+    if constexpr (Q > 16) tid = __shfl_sync(0xffffffffu, tid, tid % 32);
+    int s = 0, behind = 0;  // the stages of the next tile to score and to add
+    int slot = 0, slot_phase = 0;
+    Exchanges exchanges;
     for (;;) {
       wait_barrier(&shared().announced.placed[slot], slot_phase);
       const Segment<1>& segment = shared().announced.segments[slot];
       if (segment.flags & SEGMENT_LIST_DONE) break;
       Mine mine;
       begin_segment(mine, segment, &shared().announced.told[slot], slot_phase, exchanges, tid);
-      const int tiles = segment.tiles, references = segment.references;
+      // A tile of one reference is there or, in a segment of none, not.
+      const bool some = segment.references > 0;
+      const int tiles = segment.tiles, references = TR == 1 ? tiles : segment.references;
+      int i = 0;  // a loop that may not run at all has copies of the sums where it ends
 #pragma unroll 1
-      for (int i = 0; i < tiles + layout.lag; ++i) {
+      do {
         if (i < tiles) {
-          wait_barrier(&shared().full[s], phase);
-          if (references > 0) score_tile(mine, s, references - i * TR, exchanges + i, tid);
-          if (++s == layout.stages) s = 0, phase ^= 1;
+          wait_barrier(&shared().full[s], exchanges.phases >> 1);
+          score_tile(mine, s, references - i * TR, exchanges, tid);
+          if (++s == layout.stages) s = 0, exchanges.phases ^= 2;
         }
         if (const int added = i - layout.lag; added >= 0) {
-          if (references > 0) add_tile(mine, behind, references - added * TR, exchanges + added, tid);
+          add_tile(mine, behind, TR > 1 || some ? references - added * TR : 0, exchanges, tid);
           __syncwarp();
           if (tid % 32 == 0) arrive(&shared().empty[behind]);
           if (++behind == layout.stages) behind = 0;
         }
-      }
-      if (references > 0) exchanges += tiles;
+      } while (++i < tiles + layout.lag);
+      // What is worked out from it above would else be kept for what comes below.
+      if constexpr (Q > 16) asm volatile("" : "+r"(tid));
       if (mine.scores.is_near_the_first()) measure_terms(mine, exchanges, tid);
       if (in.source.data && segment.flags & SEGMENT_UNIT_END)
         weigh_own_source(mine, row_of(segment), exchanges, tid);
@@ -688,7 +779,7 @@ struct Teams {
       if (++slot == SEGMENT_SLOTS) slot = 0, slot_phase ^= 1;
     }
 #pragma unroll 1
-    for (int i = 0; i < TEAMS_MAILERS; ++i) give(exchanges + i, Mail::done, tid);
+    for (int i = 0; i < TEAMS_MAILERS; ++i) give(exchanges, Mail::done, tid);
     write_dead_rows(in, list, parts, place(), teams, team, tid, THREADS);
     named_barrier(1, THREADS);
     if (shared().doubtful != NO_ROW)
