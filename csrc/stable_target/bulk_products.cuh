@@ -160,20 +160,22 @@ struct ProductsLayout {
 // a multiprocessor each has 24 KB: D 1,024 took 55.3 us on an H100 in an earlier form, with 32 KB 56.6, with
 // 16 KB 56.2, with 48 58.7.
 constexpr int PRODUCTS_IN_FLIGHT = 64 << 10, PRODUCTS_PAIRED_IN_FLIGHT = 24 << 10;
-// Bytes of references that a block brings to the L2 while the list is made.
-constexpr int PRODUCTS_EARLY_BYTES = 128 << 10;
+// Bytes of references that a block brings to the L2 while the list is made: in an earlier form M 64 took 59.1
+// us on an H100 with 128 KB, 58.0 with 256; two blocks of a multiprocessor 55.0 us (D 1,024) with 128 KB
+// each, 56.4 with 64.
+constexpr int PRODUCTS_EARLY_BYTES = 256 << 10, PRODUCTS_PAIRED_EARLY_BYTES = 128 << 10;
 
 // By BULK_PRODUCERS threads, while others make the list: what the block will begin with if all `rows` have
 // classes of their own, and what some block will read in any case. group_of(row): its class, or less than 0;
 // count_of(group): valid references.
-template <typename GroupOf, typename CountOf>
+template <int EARLY_BYTES, typename GroupOf, typename CountOf>
 __device__ __forceinline__ void prefetch_references(const Inputs& in, const RowPlace& place, int teams,
                                                     int team, int64_t rows, const GroupOf& group_of,
                                                     const CountOf& count_of, int tid) {
   const int64_t all = rows * in.m;
   const int each = size_of(in.refs.dtype), bytes = place.length * each;
   const int64_t begin = divide(all * team, teams), next = divide(all * (team + 1), teams);
-  const int64_t end = min(next, begin + PRODUCTS_EARLY_BYTES / bytes);
+  const int64_t end = min(next, begin + EARLY_BYTES / bytes);
 #pragma unroll 1
   for (int64_t i = begin + tid; i < end; i += BULK_PRODUCERS) {
     const int64_t row = divide(i, in.m), j = i - row * in.m;
@@ -185,20 +187,22 @@ __device__ __forceinline__ void prefetch_references(const Inputs& in, const RowP
   }
 }
 // From what the list is made of or, for who comes late, from anything.
+template <int EARLY_BYTES>
 __device__ __forceinline__ void prefetch_references(const Inputs& in, const ListScratch& scratch,
                                                     const RowPlace& place, int teams, int team, int tid) {
   // Each once: by then it may be something else.
   const auto read = [](const int& from) { return static_cast<int>(load_shared(shared_address(&from))); };
   const auto group_of = [&](int64_t row) { return int64_t{read(scratch.keys[row])} - 1; };
-  prefetch_references(
+  prefetch_references<EARLY_BYTES>(
       in, place, teams, team, in.n, group_of, [&](int64_t group) { return read(scratch.counts[group]); },
       tid);
 }
 // Where the list comes from another launch, which hears of the rows of other processes meanwhile.
+template <int EARLY_BYTES>
 __device__ __forceinline__ void prefetch_of_own_rows(const Inputs& in, const ProductsParts& parts,
                                                      const RowPlace& place, int teams, int team, int tid) {
   const auto group_of = [&](int64_t row) { return parts.home.labels[row]; };
-  prefetch_references(
+  prefetch_references<EARLY_BYTES>(
       in, place, teams, team, in.rows_each, group_of, [&](int64_t group) { return valid_count(in, group); },
       tid);
 }
@@ -586,6 +590,7 @@ struct Products {
   static constexpr int PIECES = Shared::PIECES, PIECE_REFS = TR / PIECES;
   static constexpr int IN_FLIGHT = (RESIDENT == 1 ? PRODUCTS_IN_FLIGHT : PRODUCTS_PAIRED_IN_FLIGHT) /
                                    (PIECE_REFS * REF_BYTES / 1024 * 1024);
+  static constexpr int EARLY_BYTES = RESIDENT == 1 ? PRODUCTS_EARLY_BYTES : PRODUCTS_PAIRED_EARLY_BYTES;
   static constexpr int SEGMENT_TILES = SEGMENT_REFS / TR;
   __host__ __device__ static constexpr int fixed_bytes(int slices) {
     const int absent = CLUSTERED ? PRODUCTS_MOST_BLOCKS - slices : 0;
@@ -1764,7 +1769,8 @@ __global__ void __launch_bounds__(CONSUMERS + BULK_PRODUCERS, products_resident(
   if (tid < 0) {
     take_registers<Kernel::RESIDENT == 1 ? PRODUCTS_CONSUMER_REGISTERS : PRODUCTS_PAIRED_REGISTERS>();
     if (layout.own_list && threadIdx.x < BULK_PRODUCERS)
-      prefetch_references(in, *scratch, kernel.place(), kernel.teams, kernel.team, threadIdx.x);
+      prefetch_references<Kernel::EARLY_BYTES>(in, *scratch, kernel.place(), kernel.teams, kernel.team,
+                                               threadIdx.x);
     kernel.consume();
     if constexpr (PARTS && !CLUSTERED) Kernel::send_late(in, parts, layout);
   } else {
@@ -1773,7 +1779,7 @@ __global__ void __launch_bounds__(CONSUMERS + BULK_PRODUCERS, products_resident(
       build_own_list<Kernel::TR, ROWS, DEAL>(in, list, *scratch, tid);
     } else {
       if (PARTS && parts.home.labels)
-        prefetch_of_own_rows(in, parts, kernel.place(), kernel.teams, kernel.team, tid);
+        prefetch_of_own_rows<Kernel::EARLY_BYTES>(in, parts, kernel.place(), kernel.teams, kernel.team, tid);
       wait_for_previous_launch();
       if (PARTS && parts.home.awaits_x && tid < 32) announce_rows(in, parts.home, lane);
       // Not before: end_kernel reads the own rows x when it begins, and the kernel that writes them may go on
