@@ -106,6 +106,43 @@ def test_class_banks(rng, d, dtype):
     check_bank(x, refs, t, labels, counts)
 
 
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("k", "m", "d"), [(3, 5, 1_200_000), (3, 5, 2_097_152), (1, 300, 1_048_584)])
+def test_longest_samples(k, m, d, x_dtype, source):
+    """Up to 2,097,152 elements, where a thread has up to 32; a class without references, one of two segments."""
+    gpu = torch.Generator("cuda").manual_seed(4)
+    refs = torch.randn(k, m, d, device="cuda", generator=gpu, dtype=torch.float16)
+    counts = torch.tensor([m, 0, m - 2][:k], device="cuda")
+    for group, count in zip(refs, counts.tolist(), strict=True):
+        group[count:] = math.nan
+    labels = torch.tensor([0, 1, 2, -1, 2] if k > 1 else [0, -1], device="cuda")
+    assert_kernel("bulk", len(labels), refs)
+    t = torch.tensor([0.9995, 0.5, 0.3, 0.9999, 0.98], device="cuda")[: len(labels)]
+    picked = refs[labels.clamp_min(0), 0].nan_to_num().float()
+    x = ((1 - t[:, None]) * picked + t[:, None] * torch.randn(picked.shape, device="cuda", generator=gpu)).to(x_dtype)
+    own = torch.randn(picked.shape, device="cuda", generator=gpu) if source else None
+    together = svel.stable_target(x, refs, t, labels, counts, own)
+    for i in range(len(labels)):  # one at a time: in float64 they are large
+        row = slice(i, i + 1)
+        its = None if own is None else own[row]
+        mean, lse = svel.posterior_mean(x[row], refs, 1 - t[row], t[row], labels[row], counts, its)
+        alone = svel.stable_target(x[row], refs, t[row], labels[row], counts, its)
+        wide, rest = x[row].double(), (labels[row], counts, None if its is None else its.double())
+        expected, expected_lse = reference.posterior_mean(wide, refs, 1 - t[row], t[row], *rest)
+        empty = expected.isnan().any()
+        assert empty == (counts[labels[i]] == 0 and not source and labels[i] >= 0)
+        for ours, theirs in ((mean, expected), (lse, expected_lse)):
+            assert torch.equal(ours.isnan(), theirs.isnan())
+        target = reference.stable_target(wide, refs, t[row], *rest)
+        for ours in (alone, together[row]):
+            assert torch.equal(ours.isnan(), target.isnan())
+        if not empty:
+            assert_close(mean, expected)
+            assert_close(alone, target)
+            assert_close(together[row], target)
+
+
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("source", [False, True])
 @pytest.mark.parametrize("geometry", ["gaussian", "manifold", "shifted"])
