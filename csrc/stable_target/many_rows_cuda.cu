@@ -42,10 +42,42 @@ __device__ float coarse(double mean) {
   return fabsf(c) >= 1.0f / 8192 && fabsf(c) <= 4096.0f ? c : 0.0f;
 }
 
+// The place of the `number`-th valid reference of all classes. until: valid references of each class and
+// those before, the same from the last class on.
+__device__ int64_t find_reference(const int (&until)[MANY_CLASSES], int64_t class_refs, int number) {
+  int own = 0;  // classes that end before it
+#pragma unroll
+  for (int step = static_cast<int>(MANY_CLASSES) / 2; step > 0; step /= 2)
+    if (until[own + step - 1] <= number) own += step;
+  return own * class_refs + number - (own > 0 ? until[own - 1] : 0);
+}
+
+// By a warp: that, and where classes end.
+__device__ void count_classes(const Inputs& in, const Many& many, int (&until)[MANY_CLASSES]) {
+  constexpr int EACH_LANE = static_cast<int>(MANY_CLASSES) / 32;
+  const int first = EACH_LANE * static_cast<int>(threadIdx.x % 32);
+  int own[EACH_LANE], sum = 0;
+#pragma unroll
+  for (int i = 0; i < EACH_LANE; ++i) {
+    const int count = first + i < in.k ? static_cast<int>(valid_count(in, first + i)) : 0;
+    if (blockIdx.x == 0 && first + i < in.k)
+      many.ends[first + i] = (first + i) * static_cast<int>(in.m) + count;
+    own[i] = sum += count;
+  }
+  int before = sum;  // and this lane's
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, before, offset);
+    if (threadIdx.x % 32 >= offset) before += other;
+  }
+#pragma unroll
+  for (int i = 0; i < EACH_LANE; ++i) until[first + i] = before - sum + own[i];
+}
+
 // Mean and variance of a sample of the references, per element; what follows from either choice of c, and
 // squared distances of some pairs of them, per tile. many.centre: first c = coarse mean wherever the mean is
-// many deviations from zero, then c everywhere.
-template <typename T>
+// many deviations from zero, then c everywhere. CLASSES: a thread's are neighbours, mostly of one class, so
+// that distances are those within classes; values that are not finite are none.
+template <typename T, bool CLASSES>
 __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const Inputs in, const Many many) {
   allow_next_launch();
   __shared__ double sums[CENTRE_LANES][MANY_TILE], squares[CENTRE_LANES][MANY_TILE];
@@ -55,26 +87,48 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
   __shared__ float distances[MANY_TILE / 32][CENTRE_LANES * PAIRS];
   const int column = threadIdx.x % MANY_TILE, part = threadIdx.x / MANY_TILE;
   const int64_t e = static_cast<int64_t>(blockIdx.x) * MANY_TILE + column;
-  const int64_t valid = valid_count(in, 0), samples = valid < MANY_SAMPLES ? valid : MANY_SAMPLES;
+  __shared__ std::conditional_t<CLASSES, int[MANY_CLASSES], char> until;
+  __shared__ std::conditional_t<CLASSES, int[CENTRE_LANES][MANY_TILE], char> finite;
+  if constexpr (CLASSES) {
+    if (threadIdx.x < 32) count_classes(in, many, until);
+    __syncthreads();
+  }
+  int64_t valid;
+  if constexpr (CLASSES) {
+    valid = until[MANY_CLASSES - 1];
+  } else {
+    valid = valid_count(in, 0);
+  }
+  const int64_t samples = valid < MANY_SAMPLES ? valid : MANY_SAMPLES;
   double sum = 0, square = 0;
   float low = INFINITY, high = -INFINITY;
   float seen[HELD_SAMPLES];  // all are loaded before the first is looked at
 #pragma unroll
   for (int i = 0; i < HELD_SAMPLES; ++i) {
-    const int64_t s = part + i * CENTRE_LANES;
-    const int64_t sample = valid < MANY_SAMPLES ? s : valid * s / MANY_SAMPLES;
+    const int64_t s = CLASSES ? part * HELD_SAMPLES + i : part + i * CENTRE_LANES;
+    int64_t sample = valid < MANY_SAMPLES ? s : valid * s / MANY_SAMPLES;
+    if constexpr (CLASSES) {
+      if (s < samples) sample = find_reference(until, in.m, static_cast<int>(sample));
+    }
     seen[i] =
         e < in.d && s < samples ? to_float(static_cast<const T*>(in.refs.data)[sample * in.d + e]) : 0.0f;
   }
+  int found = 0;
 #pragma unroll
   for (int i = 0; i < HELD_SAMPLES; ++i) {
+    if (CLASSES && !isfinite(seen[i])) {
+      seen[i] = 0;
+      continue;
+    }
     const float v = seen[i];
-    if (e >= in.d || part + i * CENTRE_LANES >= samples) continue;
+    if (e >= in.d || (CLASSES ? part * HELD_SAMPLES + i : part + i * CENTRE_LANES) >= samples) continue;
+    ++found;
     sum += v, square += static_cast<double>(v) * v;
     low = fminf(low, v), high = fmaxf(high, v);
   }
   sums[part][column] = sum, squares[part][column] = square;
   lowest[part][column] = low, highest[part][column] = high;
+  if constexpr (CLASSES) finite[part][column] = found;
   __syncthreads();
   double own[STATISTICS] = {};
   if (part == 0) {
@@ -83,13 +137,18 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
       low = fminf(low, lowest[other][column]), high = fmaxf(high, highest[other][column]);
     }
     float all = 0, strict = 0;
-    if (e < in.d && samples > 0) {
-      const double mean = sum / samples, variance = fmax(square / samples - mean * mean, 0.0);
+    int64_t samples_here = samples;
+    if constexpr (CLASSES) {
+      for (int other = 1; other < CENTRE_LANES; ++other) found += finite[other][column];
+      samples_here = found;
+    }
+    if (e < in.d && samples_here > 0) {
+      const double mean = sum / samples_here, variance = fmax(square / samples_here - mean * mean, 0.0);
       all = coarse(mean);
       strict = mean * mean >= 64 * variance ? all : 0.0f;
       own[SHIFT] = mean * mean, own[SPREAD] = variance;
       own[LEFT_OUT] = strict == 0 ? mean * mean : 0;
-      own[NORM_PLAIN] = square / samples;
+      own[NORM_PLAIN] = square / samples_here;
       own[NORM_STRICT] = variance + (mean - strict) * (mean - strict);
       own[NORM_ALL] = variance + (mean - all) * (mean - all);
       own[MAX_PLAIN] = fmax(fabs(low), fabs(high));
@@ -162,11 +221,26 @@ __device__ Choice choose_centre(const Inputs& in, const double (&statistics)[STA
   return choice;
 }
 
-// Row i, and whether it has any reference.
-__device__ Row row_of(const Inputs& in, int64_t i, bool& alive) {
-  const Row row = make_row(in, i, 0, alive);
+// Valid references of all classes; by all threads of a block. scratch: 33 values.
+__device__ int all_references(const Inputs& in, int* scratch) {
+  int own = 0;
+  for (int64_t k = threadIdx.x; k < in.k; k += blockDim.x) own += static_cast<int>(valid_count(in, k));
+  return block_sum<int>(own, scratch);
+}
+
+// Row i, and whether it has any reference. all: of one that has those of all classes.
+__device__ Row row_of(const Inputs& in, int64_t i, int64_t all, bool& alive) {
+  const Row row = make_row(in, i, all, alive);
   alive = alive && (row.count > 0 || in.source.data);
   return row;
+}
+
+// Where its references are, if valid. A pool has labels too if its class is the only one.
+__device__ int2 range_of(const Inputs& in, const Row& row, bool alive) {
+  if (!alive) return {0, 0};
+  if (row.group < 0) return {0, static_cast<int>(in.k * in.m)};
+  const int first = static_cast<int>(row.group * in.m);
+  return {first, first + static_cast<int>(row.count)};
 }
 
 // Rows are sorted by this: falling time, and those that have no references last.
@@ -175,14 +249,20 @@ __device__ float order_of(const Row& row, bool alive) {
   return alive && rate >= 0 ? static_cast<float>(rate) : INFINITY;
 }
 
-// A warp per row, every so many of them: its place. Memory: n floats.
+// A warp per row, every so many of them: its place. Memory: n floats. LABELS: rows have them.
+template <bool LABELS>
 __global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Inputs in, const Many many) {
   follow_previous();
   extern __shared__ float orders[];
   const int64_t n = in.n;
+  int64_t all = 0;
+  if constexpr (LABELS) {
+    __shared__ int scratch[33];
+    all = all_references(in, scratch);
+  }
   for (int64_t i = threadIdx.x; i < n; i += ORDER_THREADS) {
     bool alive;
-    const Row row = row_of(in, i, alive);
+    const Row row = row_of(in, i, all, alive);
     orders[i] = order_of(row, alive);
   }
   __syncthreads();
@@ -261,8 +341,8 @@ __host__ __device__ inline bool are_usual(const Inputs& in) {
 }
 
 // y of a row in two halves, its slot and factors, the part of its source. Y: the type of y, in which it is
-// exact. distances: where exact, of the first warp.
-template <typename Y, bool USUAL>
+// exact. distances: where exact, of the first warp. LABELS: its range, too.
+template <typename Y, bool USUAL, bool LABELS>
 __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, const Row& row, bool alive,
                                           int64_t at, const Choice& choice, const float* candidate,
                                           const Distances& distances) {
@@ -349,6 +429,7 @@ __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, co
   }
   __syncthreads();
   if (tid != 0) return;
+  if constexpr (LABELS) many.ranges[at] = range_of(in, row, alive);
 #pragma unroll 1
   for (int other = 1; other < THREADS / 32; ++other)
     square += parts[other][0], rest_square += parts[other][1], rest_centre += parts[other][2];
@@ -389,7 +470,7 @@ __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, co
 // One block per row of the pass: its slot, y in two halves, |y|^2, the part of its source. USUAL: as above.
 // Kernels of this file are short, so that much of their time is that of code that comes from memory: loops
 // that need not be unrolled are not.
-template <bool USUAL>
+template <bool USUAL, bool LABELS>
 __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Many many) {
   if (USUAL && !many.order && static_cast<int64_t>(blockIdx.x) < many.rows) {  // x itself waits for nothing
     const float* const x = static_cast<const float*>(in.x.data) + blockIdx.x * in.d;
@@ -406,10 +487,13 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   __shared__ float rates[MANY_PASS_ROWS], own_rate;
   __shared__ bool has_references;
   const int64_t listed = local >= many.rows ? 0 : many.order ? 1 : many.rows;
+  int64_t all = 0;
+  if constexpr (LABELS) all = all_references(in, int_scratch);
 #pragma unroll 1
   for (int64_t j = tid; j < listed; j += THREADS) {
     bool any;
-    const Row of_j = row_of(in, many.order ? many.order[many.first_row + local] : many.first_row + j, any);
+    const Row of_j =
+        row_of(in, many.order ? many.order[many.first_row + local] : many.first_row + j, all, any);
     rates[j] = order_of(of_j, any);
     if (many.order || j == local) row = of_j, has_references = any, own_rate = rates[j];
   }
@@ -480,17 +564,20 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
     for (int64_t e = tid; e < many.d_stride; e += THREADS)
       many.hi[at * many.d_stride + e] = many.lo[at * many.d_stride + e] = __float2half(0.0f);
     if (tid == 0) many.slots[at] = ManySlot{}, many.factors[at] = {0, 0, 0};
+    if (LABELS && tid == 0) many.ranges[at] = {0, 0};
     return;
   }
   // Without a centre y is x, which float32 holds: conversions to float64 would take most of the time.
   if (USUAL && !choice.which && !in.lse.data) {
-    store_row<float, USUAL>(in, many, row, has_references, at, choice, candidate, distances);
+    store_row<float, USUAL, LABELS>(in, many, row, has_references, at, choice, candidate, distances);
   } else {
-    store_row<double, USUAL>(in, many, row, has_references, at, choice, candidate, distances);
+    store_row<double, USUAL, LABELS>(in, many, row, has_references, at, choice, candidate, distances);
   }
 }
 
-// A warp per reference: |r_j|^2 - mean_norm, where references are used as they are.
+// A warp per reference: |r_j|^2 - mean_norm, where references are used as they are. CLASSES: the largest is
+// of those that are finite.
+template <bool CLASSES>
 __global__ void __launch_bounds__(THREADS) norms_kernel(const Inputs in, const Many many) {
   follow_previous();
   __shared__ float scratch[33];
@@ -498,7 +585,9 @@ __global__ void __launch_bounds__(THREADS) norms_kernel(const Inputs in, const M
   const int lane = threadIdx.x % 32;
   const int64_t j = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / 32;
   float norm = 0;
-  if (j < valid_count(in, 0)) {
+  bool is_valid = j < valid_count(in, 0);
+  if constexpr (CLASSES) is_valid = is_valid && j < many.ends[static_cast<uint32_t>(j) / many.class_refs];
+  if (is_valid) {
     const uint4* const from = static_cast<const uint4*>(in.refs.data) + j * in.d / 8;
     double sum = 0;
 #pragma unroll 4
@@ -516,6 +605,7 @@ __global__ void __launch_bounds__(THREADS) norms_kernel(const Inputs in, const M
     sum = warp_sum(sum);
     norm = static_cast<float>(sum);
     if (lane == 0) many.norms[j] = static_cast<float>(sum - many.facts->mean_norm);
+    if (CLASSES && !isfinite(norm)) norm = 0;
   }
   // NaN counts as more than anything.
   const int bits = __float_as_int(norm);
@@ -1681,6 +1771,7 @@ Inputs slice_rows(const Inputs& in, int64_t first, int64_t rows) {
   part.n = std::min(rows, in.n - first);
   part.x = from(in.x, in.d), part.source = from(in.source, in.d), part.out = from(in.out, in.d);
   part.time_or_alpha = from(in.time_or_alpha, 1), part.sigma = from(in.sigma, 1), part.lse = from(in.lse, 1);
+  if (in.labels) part.labels += first;
   return part;
 }
 
@@ -1694,7 +1785,8 @@ int early_blocks(const Many& many) {
 }
 
 void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cudaStream_t stream) {
-  const bool half = in.refs.dtype == Dtype::f16;
+  const bool half = in.refs.dtype == Dtype::f16, labels = in.labels != nullptr, classes = in.k > 1;
+  const Inputs pool = as_pool(in);
   const auto merge = half ? merge_kernel_for<__half>(in.d) : merge_kernel_for<__nv_bfloat16>(in.d);
   const int merge_bytes = in.d > LISTED_D ? 0 : static_cast<int>((LISTS * LISTED + 1) * 2 * in.d);
   check_cuda(op, cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, merge_bytes));
@@ -1703,34 +1795,37 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
   };
   if (many.order) {
     const int bytes = static_cast<int>(in.n * sizeof(float));
-    check_cuda(op, cudaFuncSetAttribute(order_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    launch(order_kernel, static_cast<unsigned>(many.blocks), ORDER_THREADS, bytes, in, many);
+    const auto order = labels ? order_kernel<true> : order_kernel<false>;
+    check_cuda(op, cudaFuncSetAttribute(order, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    launch(order, static_cast<unsigned>(many.blocks), ORDER_THREADS, bytes, in, many);
   }
   for (many.first_row = 0; many.first_row < in.n; many.first_row += plan.rows_per_pass) {
     many.rows = std::min(plan.rows_per_pass, in.n - many.first_row);
     many.padded = (many.rows + 63) / 64 * 64;
     const unsigned slots = static_cast<unsigned>(many.rows);
-    launch(are_usual(in) ? rows_kernel<true> : rows_kernel<false>, static_cast<unsigned>(many.padded),
-           THREADS, 0, in, many);
+    const auto rows = are_usual(in) ? (labels ? rows_kernel<true, true> : rows_kernel<true, false>)
+                                    : (labels ? rows_kernel<false, true> : rows_kernel<false, false>);
+    launch(rows, static_cast<unsigned>(many.padded), THREADS, 0, in, many);
     if (many.norms && many.first_row == 0) {
       const int64_t warps = THREADS / 32;
-      launch(norms_kernel, static_cast<unsigned>(ceil_div(in.m, warps)), THREADS, 0, in, many);
+      launch(classes ? norms_kernel<true> : norms_kernel<false>,
+             static_cast<unsigned>(ceil_div(pool.m, warps)), THREADS, 0, pool, many);
     }
-    for (many.first_ref = 0; many.first_ref < in.m; many.first_ref += plan.refs_per_pass) {
-      many.refs = std::min(plan.refs_per_pass, in.m - many.first_ref);
-      launch_many_score(op, in, many, false, stream);
-      launch(select_kernel, slots, SELECT_THREADS, 0, in, many, early_blocks(many));
-      launch(place_kernel, 1, PLACE_THREADS, 0, in, many);
+    for (many.first_ref = 0; many.first_ref < pool.m; many.first_ref += plan.refs_per_pass) {
+      many.refs = std::min(plan.refs_per_pass, pool.m - many.first_ref);
+      launch_many_score(op, pool, many, false, stream);
+      launch(select_kernel, slots, SELECT_THREADS, 0, pool, many, early_blocks(many));
+      launch(place_kernel, 1, PLACE_THREADS, 0, pool, many);
       if (many.exact) {
-        launch(gather_kernel, 4 * static_cast<unsigned>(many.blocks), THREADS, 0, in, many);
-        launch_many_score(op, in, many, true, stream);
+        launch(gather_kernel, 4 * static_cast<unsigned>(many.blocks), THREADS, 0, pool, many);
+        launch_many_score(op, pool, many, true, stream);
       }
       const unsigned blocks = static_cast<unsigned>(many.blocks);
       launch(many.exact ? weights_kernel<true> : weights_kernel<false>,
-             std::min(slots * WEIGHT_UNITS, RESIDENT * blocks), THREADS, 0, in, many);
-      launch_many_sum(op, in, many, stream);
-      const bool last = many.first_ref + plan.refs_per_pass >= in.m;
-      launch(merge, slots + 2 * blocks, THREADS, merge_bytes, in, many, last);
+             std::min(slots * WEIGHT_UNITS, RESIDENT * blocks), THREADS, 0, pool, many);
+      launch_many_sum(op, pool, many, stream);
+      const bool last = many.first_ref + plan.refs_per_pass >= pool.m;
+      launch(merge, slots + 2 * blocks, THREADS, merge_bytes, pool, many, last);
     }
   }
 }
@@ -1738,7 +1833,8 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
 }  // namespace
 
 void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream) {
-  const ManyLayout layout = many_layout(in.n, in.m, in.d, plan.rows_per_pass, plan.refs_per_pass);
+  const int64_t refs = in.k * in.m, labelled = in.labels ? in.k : 0;
+  const ManyLayout layout = many_layout(in.n, refs, in.d, labelled, plan.rows_per_pass, plan.refs_per_pass);
   char* next = static_cast<char*>(workspace);
   const auto take = [&](int64_t bytes) {
     char* const piece = next;
@@ -1759,6 +1855,13 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   many.distances = centre.take<float>(d_tiles * MANY_PAIRS);
   void* const norms = take(layout.norms);
   many.norms = layout.norms > 0 && in.refs.dtype == Dtype::f16 ? static_cast<float*>(norms) : nullptr;
+  Carver classes(take(layout.classes));
+  if (in.labels) many.ranges = classes.take<int2>(plan.rows_per_pass);
+  if (in.k > 1) {
+    many.class_refs = static_cast<int>(in.m);
+    many.operands = classes.take<uint16_t>(plan.refs_per_pass / 16);
+    many.ends = classes.take<int>(in.k);
+  }
   Carver rows(take(layout.rows));
   many.factors = rows.take<ManyFactor>(plan.rows_per_pass);
   many.dense_factors = rows.take<ManyFactor>(plan.rows_per_pass);
@@ -1785,7 +1888,10 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   many.blocks = static_cast<int>(plan.blocks);
   many.exact = !plan.fast;
 
-  const auto centre_of = in.refs.dtype == Dtype::f16 ? centre_kernel<__half> : centre_kernel<__nv_bfloat16>;
+  const auto centre_of =
+      in.refs.dtype == Dtype::f16
+          ? (in.k > 1 ? centre_kernel<__half, true> : centre_kernel<__half, false>)
+          : (in.k > 1 ? centre_kernel<__nv_bfloat16, true> : centre_kernel<__nv_bfloat16, false>);
   centre_of<<<static_cast<unsigned>(d_tiles), MANY_TILE * CENTRE_LANES, 0, stream>>>(in, many);
   check_launch(op);
   for (int64_t first = 0; first < in.n; first += MANY_LIST_ROWS)

@@ -227,7 +227,7 @@ def test_classes_of_a_few_rows(rng, n, k, m, d, dtype, source):
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "m", "d", "dtype"), [(200, 40, 128, 8192, torch.float32), (100, 20, 128, 16_384, torch.float16)]
+    ("n", "k", "m", "d", "dtype"), [(200, 40, 128, 8192, torch.float32), (100, 15, 128, 16_384, torch.float16)]
 )
 def test_units_that_share_a_long_class(rng, n, k, m, d, dtype):
     """They are dealt out; a quarter of the rows has one class, and not all classes are full."""

@@ -89,7 +89,8 @@ def test_classes(d, dtype):
 
 @pytest.mark.parametrize("d", [1024, 4096])
 @pytest.mark.parametrize(
-    ("n", "k", "m"), [(1, 3, 700), (3, 3, 700), (40, 3, 700), (256, 3, 700), (700, 3, 700), (2000, 500, 40)]
+    ("n", "k", "m"),
+    [(1, 3, 700), (3, 3, 700), (40, 3, 680), (256, 3, 680), (700, 3, 680), (256, 3, 700), (2000, 500, 40)],
 )
 @pytest.mark.parametrize("copies", [1, 4])
 def test_rows_that_share_a_class(n, k, m, d, copies):
