@@ -1126,20 +1126,25 @@ struct List {
 // From which weight on, beside the largest, references of a dense row are worth another score. total: of all
 // weights. By simulation log weights are off by 1e-6 where doubt is small, 1e-5 at doubt 0.5, 3e-5 at 0.85,
 // 9e-5 at 1.4, 1e-3 at 8.5 and 3e-3 at 22, each by itself. Off by that, those with less than a share `p` of
-// the weight move the mean by as much times the root of p, beside what references are apart; and the result
-// is as large as a x, or as the part of the mean that differs from row to row. Nothing is gained where so few
-// as are wanted have next to nothing.
+// the weight move the mean by as much times the root of p, beside what references that weigh are apart: as
+// far as any two, but little more than four times sigma / alpha, or the noise would tell them apart. The
+// result is as large as a x, or as the part of the mean that differs from row to row. Up to one bit of doubt,
+// that is; beyond, errors are not each by itself. Nothing is gained where so few as are wanted have next to
+// nothing.
 constexpr float REVIEW_OFF = 4e-5f, REVIEW_OFF_LEAST = 1e-6f, REVIEW_LIMIT = 0.8e-6f;
 __device__ inline float least_reviewed(const Many& many, const ManySlot& slot, float total, int most) {
   if (static_cast<float>(most) < 0.25f * total) return INFINITY;
   const ManyFacts& facts = *many.facts;
   const float doubt = static_cast<float>(doubt_of(slot, largest_norm(facts), slot.own)), largest = 1 / total;
-  const float unscale = facts.inverse_scale, ratio = static_cast<float>(slot.row.a / slot.row.b);
+  const float unscale = facts.inverse_scale, norm2 = facts.mean_norm * unscale * unscale;
+  const float of_x = static_cast<float>(slot.row.a / slot.row.b),
+              told = static_cast<float>(slot.row.sigma / slot.row.alpha);
+  const float apart2 = most > REVIEW_SOME ? norm2 : fminf(norm2, 20 * told * told);
   const float size2 =
-      ratio * ratio * static_cast<float>(slot.y_square) / (facts.mean_norm * unscale * unscale);
+      fmaxf(of_x * of_x * static_cast<float>(slot.y_square), largest * largest * norm2) / apart2;
   const float root = REVIEW_LIMIT / (REVIEW_OFF_LEAST + REVIEW_OFF * doubt * sqrtf(doubt));
   const float reach = most > REVIEW_SOME ? 0x1p-16f : most > REVIEW_FEW ? 0x1p-8f : 0x1p-2f;
-  return fmaxf(root * root * fmaxf(size2, largest * largest) * total, reach);
+  return fmaxf(root * root * size2 * total, reach);
 }
 
 // The list of a dense row, at `place` among these; returns its length. Where scores are large for their
