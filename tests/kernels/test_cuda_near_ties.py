@@ -118,6 +118,17 @@ def test_pools(n, m, d):
     check(x, refs[0], t)
 
 
+@pytest.mark.parametrize("copies", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "m", "d"), [(70, 5000, 1032), (300, 2104, 4096), (100, 2504, 5000)])
+def test_pools_beside_many_rows(n, m, d, dtype, copies):
+    """Lists of few references that are far apart beside the noise."""
+    x, refs, t, *_ = make_ties(n, 1, m, d, dtype, copies=copies)
+    assert info.plan(n, m, d, refs_dtype=dtype)["kernel"] == "many_rows"
+    check(x, refs[0], t)
+    check(x, refs[0], t, prediction="x0")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "d"), [(20_011, 4096), (9001, 1000), (4999, 128), (3001, 8192), (2003, 16_384)])
 def test_one_row_of_a_pool(m, d, dtype):
