@@ -1289,45 +1289,53 @@ __device__ __forceinline__ double make_relative(float half_alpha, float d_0, flo
   return part;
 }
 
-// The same s_k - s_0 in float64, of a short list: where references that weigh are far apart beside the noise,
-// they are few, and 22 bits of y leave 1e-3 of a log weight in doubt (Gaussian references at t = 0.05). By
-// all threads, for each eight elements of all references at a time.
+// The same s_k - s_0 in float64, of a list of so many at most: where references that weigh are far apart beside
+// the noise, they are few, and 22 bits of y leave 1e-3 of a log weight in doubt (Gaussian references at t =
+// 0.05). By all threads, each with eight elements of all references at a time; a call, and with its own
+// arguments, so that the caller need not keep those that it was launched with in memory.
 constexpr int SHORT_LIST = 16;
+struct ShortList {
+  const int* references;
+  int count;
+  int64_t d, first_ref;
+  const void* refs;
+  Array x;
+  int64_t base;  // of the row
+  double alpha, sign;
+};
 template <typename T>
-__device__ __noinline__ void score_short_list(const Inputs& in, const Many& many, const Row& row,
-                                              const List& list, int count, double (&scores)[SHORT_LIST]) {
+__device__ __noinline__ void score_short_list(const ShortList of, double* scores) {
   constexpr int WARPS = THREADS / 32;
   __shared__ double parts[WARPS][SHORT_LIST];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const T* const refs = static_cast<const T*>(in.refs.data) + many.first_ref * in.d;
-  const bool vectors = is_vector(in.x);
-  const int64_t base = row.index * in.d;
+  const T* const refs = static_cast<const T*>(of.refs) + of.first_ref * of.d;
+  const bool vectors = is_vector(of.x);
   double own[SHORT_LIST] = {};
 #pragma unroll 1
-  for (int64_t e = 8 * threadIdx.x; e < in.d; e += 8 * THREADS) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(refs + list.references[0] * in.d + e);
+  for (int64_t e = 8 * threadIdx.x; e < of.d; e += 8 * THREADS) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(refs + of.references[0] * of.d + e);
     const T* const of_first = reinterpret_cast<const T*>(&raw);
     float x[8];
     if (vectors) {
-      load8<float>(in.x, base + e, x);
+      load8<float>(of.x, of.base + e, x);
     } else {
 #pragma unroll
-      for (int q = 0; q < 8; ++q) x[q] = load_as<float>(in.x, base + e + q);
+      for (int q = 0; q < 8; ++q) x[q] = load_as<float>(of.x, of.base + e + q);
     }
     double z[8];
 #pragma unroll
     for (int q = 0; q < 8; ++q)
-      z[q] = fma(-row.alpha, static_cast<double>(to_float(of_first[q])), row.sign * x[q]);
+      z[q] = fma(-of.alpha, static_cast<double>(to_float(of_first[q])), of.sign * x[q]);
 #pragma unroll
     for (int k = 1; k < SHORT_LIST; ++k) {
-      if (k >= count) continue;
-      const uint4 its = *reinterpret_cast<const uint4*>(refs + list.references[k] * in.d + e);
+      if (k >= of.count) continue;
+      const uint4 its = *reinterpret_cast<const uint4*>(refs + of.references[k] * of.d + e);
       const T* const values = reinterpret_cast<const T*>(&its);
 #pragma unroll
       for (int q = 0; q < 8; ++q) {
         const double apart =
             static_cast<double>(to_float(values[q])) - static_cast<double>(to_float(of_first[q]));
-        own[k] = fma(fma(-0.5 * row.alpha, apart, z[q]), apart, own[k]);
+        own[k] = fma(fma(-0.5 * of.alpha, apart, z[q]), apart, own[k]);
       }
     }
   }
@@ -1340,6 +1348,12 @@ __device__ __noinline__ void score_short_list(const Inputs& in, const Many& many
     scores[threadIdx.x] = score;
   }
   __syncthreads();
+}
+
+__device__ inline ShortList short_list(const Inputs& in, const Many& many, const Row& row, const List& list,
+                                       int count) {
+  return {list.references,  count,     in.d,    many.first_ref, in.refs.data, in.x,
+          row.index * in.d, row.alpha, row.sign};
 }
 
 // Scores and weights of a row's listed references; best and total with those before. in_sums: what their
@@ -1366,7 +1380,7 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, con
   }
   __shared__ double beside[SHORT_LIST];
   const bool is_short = relative && count > 1 && count <= SHORT_LIST;
-  if (is_short) score_short_list<T>(in, many, slot.row, list, count, beside);
+  if (is_short) score_short_list<T>(short_list(in, many, slot.row, list, count), beside);
   if (is_short && static_cast<int>(threadIdx.x) < count)
     listed.score[threadIdx.x] = beside[threadIdx.x] + above;
   for (int k = warp; k < count && !is_short; k += THREADS / 32) {
@@ -1518,7 +1532,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       if (k * LISTED < count) fetch(k * LISTED);
   }
 
-  if (is_short) score_short_list<T>(in, many, slot.row, list, count, beside);
+  if (is_short) score_short_list<T>(short_list(in, many, slot.row, list, count), beside);
   const ManyFactor factor = many.factors[at];
   const float scale = many.facts->scale;
   const double rate2 = slot.rate2;
