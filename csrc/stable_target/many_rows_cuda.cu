@@ -1289,10 +1289,10 @@ __device__ __forceinline__ double make_relative(float half_alpha, float d_0, flo
   return part;
 }
 
-// The same s_k - s_0 in float64, of a list of so many at most: where references that weigh are far apart beside
-// the noise, they are few, and 22 bits of y leave 1e-3 of a log weight in doubt (Gaussian references at t =
-// 0.05). By all threads, each with eight elements of all references at a time; a call, and with its own
-// arguments, so that the caller need not keep those that it was launched with in memory.
+// The same s_k - s_0 in float64, of a list of so many at most: where references that weigh are far apart
+// beside the noise, they are few, and 22 bits of y leave 1e-3 of a log weight in doubt (Gaussian references
+// at t = 0.05). By all threads, each with eight elements of all references at a time; a call, and with its
+// own arguments, so that the caller need not keep those that it was launched with in memory.
 constexpr int SHORT_LIST = 16;
 struct ShortList {
   const int* references;
