@@ -1289,16 +1289,18 @@ __device__ __forceinline__ double make_relative(float half_alpha, float d_0, flo
   return part;
 }
 
-// The same s_k - s_0 in float64, of a list of so many at most: where references that weigh are far apart
-// beside the noise, they are few, and 22 bits of y leave 1e-3 of a log weight in doubt (Gaussian references
-// at t = 0.05). By all threads, each with eight elements of all references at a time; a call, and with its
-// own arguments, so that the caller need not keep those that it was launched with in memory.
+// Scores in float64, of a list of so many references at most: where those that weigh are far apart beside the
+// noise, they are few, and 22 bits of y leave 1e-3 of a log weight in doubt (Gaussian references at t =
+// 0.05). By all threads, each with eight elements of all references at a time; a call, and with its own
+// arguments, so that the caller need not keep those that it was launched with in memory.
 constexpr int SHORT_LIST = 16;
 struct ShortList {
   const int* references;
   int count;
   int64_t d, first_ref;
   const void* refs;
+  const float* centre;
+  float unscale;  // of the centre
   Array x;
   int64_t base;  // of the row
   double alpha, sign;
@@ -1310,7 +1312,7 @@ __device__ __noinline__ void score_short_list(const ShortList of, double* scores
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const T* const refs = static_cast<const T*>(of.refs) + of.first_ref * of.d;
   const bool vectors = is_vector(of.x);
-  double own[SHORT_LIST] = {};
+  double own[SHORT_LIST] = {};  // the first one's score, and by how much others are above it
 #pragma unroll 1
   for (int64_t e = 8 * threadIdx.x; e < of.d; e += 8 * THREADS) {
     const uint4 raw = *reinterpret_cast<const uint4*>(refs + of.references[0] * of.d + e);
@@ -1322,10 +1324,13 @@ __device__ __noinline__ void score_short_list(const ShortList of, double* scores
 #pragma unroll
       for (int q = 0; q < 8; ++q) x[q] = load_as<float>(of.x, of.base + e + q);
     }
-    double z[8];
+    double z[8];  // x - alpha r_0
 #pragma unroll
-    for (int q = 0; q < 8; ++q)
-      z[q] = fma(-of.alpha, static_cast<double>(to_float(of_first[q])), of.sign * x[q]);
+    for (int q = 0; q < 8; ++q) {
+      const double r = to_float(of_first[q]), c = of.centre[e + q] * of.unscale, own_x = of.sign * x[q];
+      own[0] = fma(fma(-of.alpha, c, own_x) - 0.5 * of.alpha * (r - c), r - c, own[0]);
+      z[q] = fma(-of.alpha, r, own_x);
+    }
 #pragma unroll
     for (int k = 1; k < SHORT_LIST; ++k) {
       if (k >= of.count) continue;
@@ -1345,6 +1350,7 @@ __device__ __noinline__ void score_short_list(const ShortList of, double* scores
   if (threadIdx.x < SHORT_LIST) {
     double score = 0;
     for (int w = 0; w < WARPS; ++w) score += parts[w][threadIdx.x];
+    for (int w = 0; w < WARPS && threadIdx.x > 0; ++w) score += parts[w][0];
     scores[threadIdx.x] = score;
   }
   __syncthreads();
@@ -1352,21 +1358,34 @@ __device__ __noinline__ void score_short_list(const ShortList of, double* scores
 
 __device__ inline ShortList short_list(const Inputs& in, const Many& many, const Row& row, const List& list,
                                        int count) {
-  return {list.references,  count,     in.d,    many.first_ref, in.refs.data, in.x,
-          row.index * in.d, row.alpha, row.sign};
+  return {list.references,
+          count,
+          in.d,
+          many.first_ref,
+          in.refs.data,
+          many.centre_float,
+          many.facts->inverse_scale,
+          in.x,
+          row.index * in.d,
+          row.alpha,
+          row.sign};
 }
 
+// How the references of a list are scored.
+enum class ListScores { FLOAT, RELATIVE, DOUBLE };
+
 // Scores and weights of a row's listed references; best and total with those before. in_sums: what their
-// weights in the sums are relative to; -INFINITY: they are in none. relative: scores are had as above.
+// weights in the sums are relative to; -INFINITY: they are in none.
 template <typename T>
 __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, const List& list, int count,
-                             float in_sums, bool relative, Listed& listed) {
+                             float in_sums, ListScores how, Listed& listed) {
   const ManySlot& slot = many.slots[at];
   const ManyFactor factor = many.factors[at];
   const float scale = many.facts->scale;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t first = many.first_ref + list.references[0];
   double above = static_cast<double>(factor.half_alpha) * many.facts->mean_norm;
+  const bool is_short = how == ListScores::DOUBLE, relative = how == ListScores::RELATIVE;
   if (relative) {
     double score = 0;
     for (int64_t e = 8 * threadIdx.x; e < in.d; e += 8 * THREADS) {
@@ -1378,11 +1397,10 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, con
     }
     above += block_sum(score, listed.scratch);
   }
-  __shared__ double beside[SHORT_LIST];
-  const bool is_short = relative && count > 1 && count <= SHORT_LIST;
-  if (is_short) score_short_list<T>(short_list(in, many, slot.row, list, count), beside);
+  __shared__ double exact[SHORT_LIST];
+  if (is_short) score_short_list<T>(short_list(in, many, slot.row, list, count), exact);
   if (is_short && static_cast<int>(threadIdx.x) < count)
-    listed.score[threadIdx.x] = beside[threadIdx.x] + above;
+    listed.score[threadIdx.x] = exact[threadIdx.x] + above;
   for (int k = warp; k < count && !is_short; k += THREADS / 32) {
     const int64_t reference = many.first_ref + list.references[k];
     double score = 0;
@@ -1501,15 +1519,15 @@ __device__ __forceinline__ void leave_list(const Inputs& in, const Many& many, M
 
 // A row with a list: scores and sums its references, up to 2,048 VECTORS elements, from shared memory. Each
 // is read once, LISTED at a time while as many or twice as many are on their way; sums are relative to the
-// best score so far. in_sums, relative: as above. PLAIN: as ManyFacts has it.
+// best score so far. in_sums: as above. PLAIN: as ManyFacts has it.
 template <typename T, int VECTORS, bool PLAIN>
 __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, int64_t at, const List& list,
-                                           int count, float in_sums, bool relative, bool last) {
+                                           int count, float in_sums, ListScores how, bool last) {
   extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times; the first
   __shared__ Barrier barriers[LISTS];
-  __shared__ double parts[THREADS / 32][LISTED], scratch[33], beside[SHORT_LIST];
+  __shared__ double parts[THREADS / 32][LISTED], scratch[33], exact[SHORT_LIST];
   static_assert(THREADS / 32 * LISTED == 32, "a lane to each");
-  const bool is_short = relative && count > 1 && count <= SHORT_LIST;
+  const bool is_short = how == ListScores::DOUBLE, relative = how == ListScores::RELATIVE;
   ManySlot& slot = many.slots[at];
   double total = slot.total, best = slot.best;
   const int64_t bytes = in.d * static_cast<int64_t>(sizeof(T));
@@ -1532,7 +1550,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       if (k * LISTED < count) fetch(k * LISTED);
   }
 
-  if (is_short) score_short_list<T>(short_list(in, many, slot.row, list, count), beside);
+  if (is_short) score_short_list<T>(short_list(in, many, slot.row, list, count), exact);
   const ManyFactor factor = many.factors[at];
   const float scale = many.facts->scale;
   const double rate2 = slot.rate2;
@@ -1635,7 +1653,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
     // Lane: the reference lane % LISTED, in all warps alike.
     double score = parts[lane / LISTED][lane % LISTED];
     for (int offset = 16; offset >= LISTED; offset /= 2) score += __shfl_xor_sync(0xffffffffu, score, offset);
-    if (is_short && lane % LISTED < some) score = beside[first + lane % LISTED];
+    if (is_short && lane % LISTED < some) score = exact[first + lane % LISTED];
     score = lane % LISTED < some ? score + above : -INFINITY;
     double top = score;
     for (int offset = LISTED / 2; offset > 0; offset /= 2)
@@ -1690,7 +1708,7 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
   __shared__ List list;
   ManySlot& slot = many.slots[at];
   const int place = many.places[at], of_select = many.counts[at], most = many.review_most[at];
-  const bool alive = slot.alive, ends = last && place < 0, relative = REVIEW_SOME < most;
+  const bool alive = slot.alive, ends = last && place < 0;
   int count = alive ? of_select : 0;
   float in_sums = -INFINITY;
   if (place >= 0) {
@@ -1707,15 +1725,19 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
     list.references[threadIdx.x] = many.survivors[at * MANY_SURVIVORS + threadIdx.x];
   }
   __syncthreads();
+  const bool doubtful = most > REVIEW_SOME, is_short = count <= SHORT_LIST && (doubtful || place < 0);
+  const ListScores how = many.exact && is_short ? ListScores::DOUBLE
+                         : doubtful             ? ListScores::RELATIVE
+                                                : ListScores::FLOAT;
   if constexpr (VECTORS > 0) {
     if (count > 0 && DtypeOf<T>::value == Dtype::f16 && many.facts->plain)
-      return sum_listed<T, VECTORS, true>(in, many, at, list, count, in_sums, relative, ends);
-    if (count > 0) return sum_listed<T, VECTORS, false>(in, many, at, list, count, in_sums, relative, ends);
+      return sum_listed<T, VECTORS, true>(in, many, at, list, count, in_sums, how, ends);
+    if (count > 0) return sum_listed<T, VECTORS, false>(in, many, at, list, count, in_sums, how, ends);
   }
   double keep = 1, total = slot.total, best = slot.best;
   if constexpr (VECTORS == 0) {
     if (count > 0) {
-      score_listed<T>(in, many, at, list, count, in_sums, relative, listed);
+      score_listed<T>(in, many, at, list, count, in_sums, how, listed);
       total = listed.total, best = listed.best, keep = listed.keep;
     }
   }
