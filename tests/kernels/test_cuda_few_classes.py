@@ -264,7 +264,7 @@ def test_mean_and_lse(rng, shape, precision):
 
 def test_parts_of_classes_merge(rng):
     """Two parts of every class: an error of lse is an error of the mean."""
-    x, refs, t, labels = make_classes(257, 10, 8600, 1032, "manifold", rng, times=(0.5, 0.9, 0.98))
+    x, refs, t, labels = make_classes(321, 10, 8600, 1032, "manifold", rng, times=(0.5, 0.9, 0.98))
     halves = [refs[:, :4217].contiguous(), refs[:, 4217:].contiguous()]
     for half in halves:
         assert_served(x, half)
