@@ -75,6 +75,11 @@ def test_blocks_of_the_bulk_kernel_hold_a_sample_between_them(d, refs_dtype, dev
         plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, device=device)
         if k is None and plan["kernel"] == "pool":
             continue  # see test_few_rows_beside_a_large_pool
+        if plan["kernel"] == "many_rows":
+            assert n == 256
+            assert m in (256, 50_000)
+            assert k == 10
+            continue  # see test_few_classes_beside_many_rows
         slices, slice_ = plan["slices"], plan["slice"]
         assert plan["kernel"] == "bulk"
         assert slices <= limits.sm_count  # a cluster, or blocks that all run at once
@@ -97,7 +102,7 @@ def test_blocks_of_the_bulk_kernel_hold_a_sample_between_them(d, refs_dtype, dev
 )
 def test_large_samples_leave_few_multiprocessors_idle(d, slices, device):
     for n, refs_dtype in itertools.product((1, 8, 256), (torch.float16, torch.bfloat16)):
-        plan = info.plan(n, 256, d, 16, refs_dtype=refs_dtype, device=device)
+        plan = info.plan(n, 120, d, 16, refs_dtype=refs_dtype, device=device)
         assert plan["slices"] == slices
         assert plan["blocks"] >= 128
         tile = plan["tile_refs"] * plan["slice"] * refs_dtype.itemsize
@@ -178,7 +183,6 @@ def test_many_rows_beside_a_pool(n, m, d, device, refs_dtype, precision):
         ((256, 2**31 - 1023, 4096), {}),
         ((256, 50_000, 4100), {"aligned": False}),
         ((256, 50_000, 4096), {"aligned": False}),
-        ((256, 50_000, 4096), {"k": 1}),
         ((256, 50_000, 4096), {"refs_dtype": torch.float32}),
         ((256, 50_000, 4096), {"x_dtype": torch.float64}),
         ((256, 50_000, 4096), {"device": "b200"}),
@@ -187,6 +191,62 @@ def test_many_rows_beside_a_pool(n, m, d, device, refs_dtype, precision):
     ids=str,
 )
 def test_what_the_kernel_for_many_rows_leaves_to_others(sizes, other):
+    assert info.plan(*sizes, **{**H100, **other})["kernel"] != "many_rows"
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["h100", "h200"])
+@pytest.mark.parametrize(
+    ("n", "m", "d", "k"),
+    [
+        (256, 5000, 3072, 10),
+        (1024, 5000, 3072, 10),
+        (128, 50_000, 3072, 10),
+        (256, 5000, 4096, 1),
+        (100, 5000, 4096, 1),
+        (256, 6000, 784, 10),
+        (16_384, 128_000, 4096, 10),
+        (256, 256, 40_000, 16),
+        (256, 56, 32_776, 37),
+    ],
+)
+def test_few_classes_beside_many_rows(n, m, d, k, device, refs_dtype, precision):
+    limits, options = info.DEVICES[device], {"refs_dtype": refs_dtype, "precision": precision, "device": device}
+    plan = info.plan(n, m, d, k, **options)
+    assert plan["kernel"] == "many_rows"
+    assert plan["workspace_bytes"] < 256 << 20
+    assert plan["smem_bytes"] <= limits.smem_limit - 64  # and its barriers
+    assert plan["refs_per_pass"] % plan["tile_refs"] == 0
+    pool = info.plan(n, k * m, d, **options)
+    same = ("rows_per_pass", "refs_per_pass", "blocks", "fast")
+    assert [plan[name] for name in same] == [pool[name] for name in same]
+    assert (plan["bytes"], plan["flops"]) == (min(n, k) * m * d * 2 + 8 * n * d, 4 * n * m * d)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "other"),
+    [
+        ((256, 5000, 3072, 129), {}),  # more classes than it counts
+        ((256, 1000, 3072, 100), {}),  # too many to read all of them for every row
+        ((1024, 1000, 3072, 50), {}),
+        ((256, 256, 4096, 10), {}),  # in the L2
+        ((32, 5000, 3072, 10), {}),
+        ((26, 5000, 4096, 1), {}),
+        ((256, 204, 3072, 10), {}),
+        ((256, 5000, 248, 10), {}),
+        ((256, 5000, 51_208, 10), {}),
+        ((256, 2**29, 4096, 4), {}),
+        ((256, 5000, 3072, 10), {"source": True}),
+        ((256, 5000, 3072, 10), {"aligned": False}),
+        ((256, 5000, 3072, 10), {"refs_dtype": torch.float32}),
+        ((256, 5000, 3072, 10), {"x_dtype": torch.float64}),
+        ((256, 5000, 3072, 10), {"device": "b200"}),
+        ((256, 5000, 3072, 10), {"device": "a100"}),
+    ],
+    ids=str,
+)
+def test_class_banks_that_many_rows_leave_to_others(sizes, other):
     assert info.plan(*sizes, **{**H100, **other})["kernel"] != "many_rows"
 
 
@@ -213,7 +273,7 @@ def test_class_banks_of_two_bytes_are_on_the_matrix_units(d, refs_dtype):
 def test_two_blocks_share_a_multiprocessor_where_samples_are_short(device, refs_dtype):
     limits = info.DEVICES[device]
     for n, d, k in itertools.product((9, 256, 257, 2048), (40, 264, 512, 520, 1024), (10, 1001, 1024)):
-        plan = info.plan(n, 256, d, k, refs_dtype=refs_dtype, device=device)
+        plan = info.plan(n, 200, d, k, refs_dtype=refs_dtype, device=device)
         assert plan["products"]
         assert plan["blocks"] == 2 * limits.sm_count
         assert 2 * (plan["smem_bytes"] + 1024) <= limits.smem_limit + 1024

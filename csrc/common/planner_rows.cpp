@@ -11,19 +11,32 @@ constexpr int64_t MIN_REFS = 2048;                        // fewer: too few tile
 constexpr int64_t MIN_D = 256;                            // shorter sums leave the softmax in charge
 constexpr int64_t SCORES_LIMIT = int64_t{128} << 20;      // bytes of scores and their maxima
 
+// Of many_rows_seconds, beside 50,000 references of 3,072 on an H100: 256 rows 373 us, 1,024 rows 1,360, 256
+// of bfloat16 453. Few rows are bound by memory, from which the references come twice.
+constexpr double PASS_SECONDS = 44e-6;
+constexpr double PRODUCT_SECONDS = 8.4e-15,
+                 PRODUCT_SECONDS_BF16 = 10.4e-15;  // a row, a reference, an element
+constexpr double READ_SHARE = 0.78;                // of the bandwidth
+
 int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
 }
 
+int64_t all_references(const Problem& p) {
+  return p.has_labels ? p.k * p.m : p.m;
+}
+
 }  // namespace
 
-ManyLayout many_layout(int64_t n, int64_t m, int64_t d, int64_t rows_per_pass, int64_t refs_per_pass) {
+ManyLayout many_layout(int64_t n, int64_t refs, int64_t d, int64_t classes, int64_t rows_per_pass,
+                       int64_t refs_per_pass) {
   const int64_t d_padded = round_up(d, MANY_TILE), d_tiles = d_padded / MANY_TILE;
   const int64_t tiles = d_tiles * ceil_div(rows_per_pass, MANY_ROWS);
   ManyLayout layout;
   layout.order = n > rows_per_pass ? round_up(4 * std::min(n, MANY_LIST_ROWS), 256) : 0;
   layout.centre = round_up(16 * d_padded + (64 + 4 * MANY_PAIRS) * d_tiles + 256, 256);
-  layout.norms = n >= MANY_NORMS_ROWS && m <= MANY_NORMS_REFS ? round_up(4 * m, 256) : 0;
+  layout.norms = n >= MANY_NORMS_ROWS && refs <= MANY_NORMS_REFS ? round_up(4 * refs, 256) : 0;
+  layout.classes = classes > 0 ? round_up(4 * classes + 8 * rows_per_pass + refs_per_pass / 8 + 48, 256) : 0;
   layout.rows = round_up(rows_per_pass * MANY_ROW_BYTES + 256, 256);
   layout.queries = 6 * rows_per_pass * d_padded;
   layout.scores = 4 * rows_per_pass * refs_per_pass;
@@ -36,11 +49,13 @@ ManyLayout many_layout(int64_t n, int64_t m, int64_t d, int64_t rows_per_pass, i
 
 bool plan_many_rows(const Problem& p, Plan& plan) {
   const int64_t d_tiles = ceil_div(p.d, MANY_TILE);
-  if (p.cc != 90 || !p.has_sm90a || p.has_labels || p.refs_size != 2 || p.x_size == 8 || !p.aligned)
-    return false;
+  if (p.cc != 90 || !p.has_sm90a || p.refs_size != 2 || p.x_size == 8 || !p.aligned) return false;
   if (p.has_source) return false;  // exact: 2.006e-6 seen at t = 0.2, M = 700
-  if (p.n < MIN_ROWS || p.m < MIN_REFS || p.d < MIN_D || d_tiles > MANY_SEGMENTS) return false;
-  if (p.m > MOST_REFS || MANY_SMEM_BYTES > p.smem_limit) return false;
+  if (p.has_labels && (p.k > MANY_CLASSES || p.shared_rows)) return false;
+  const int64_t refs = all_references(p), classes = p.has_labels ? p.k : 0;
+  const int64_t smem = classes > 1 ? MANY_CLASSES_SMEM_BYTES : MANY_SMEM_BYTES;
+  if (p.n < MIN_ROWS || refs < MIN_REFS || p.d < MIN_D || d_tiles > MANY_SEGMENTS) return false;
+  if (refs > MOST_REFS || smem > p.smem_limit) return false;
 
   // As many rows as keep the tiles of the sums within their part of the workspace, then as many references;
   // one round of all references spares others their part.
@@ -49,15 +64,16 @@ bool plan_many_rows(const Problem& p, Plan& plan) {
                  : p.n <= 128 ? 128
                               : std::min(round_up(p.n, MANY_ROWS), row_tiles * MANY_ROWS);
   const auto most_refs = [&](int64_t rows_per_pass) {
-    const int64_t left = std::min(
-        SCORES_LIMIT, WORKSPACE_LIMIT - (1 << 20) - many_layout(p.n, p.m, p.d, rows_per_pass, 0).total());
+    const int64_t left =
+        std::min(SCORES_LIMIT, WORKSPACE_LIMIT - (1 << 20) -
+                                   many_layout(p.n, refs, p.d, classes, rows_per_pass, 0).total());
     return left / (rows_per_pass * 4 * (MANY_GROUP + 1) / MANY_GROUP) / MANY_TILE * MANY_TILE;
   };
-  if (rows > MANY_WHOLE_ROWS && most_refs(rows) < p.m && most_refs(MANY_WHOLE_ROWS) >= p.m)
+  if (rows > MANY_WHOLE_ROWS && most_refs(rows) < refs && most_refs(MANY_WHOLE_ROWS) >= refs)
     rows = MANY_WHOLE_ROWS;
   const int64_t most = most_refs(rows);
   if (most < MANY_TILE) return false;
-  const int64_t rounds = ceil_div(p.m, most);
+  const int64_t rounds = ceil_div(refs, most);
   plan.kernel = "many_rows";
   plan.threads = MANY_THREADS;
   plan.tile_rows = static_cast<int>(rows <= 64 ? 64 : rows <= 128 ? 128 : MANY_ROWS);
@@ -65,13 +81,28 @@ bool plan_many_rows(const Problem& p, Plan& plan) {
   plan.tile_d = 64;
   plan.stages = MANY_STAGES;
   plan.rows_per_pass = rows;
-  plan.refs_per_pass = round_up(ceil_div(p.m, rounds), MANY_TILE);
+  plan.refs_per_pass = round_up(ceil_div(refs, rounds), MANY_TILE);
   plan.fast = p.precision == "fast";
   plan.blocks = p.sm_count;
-  plan.smem_bytes = MANY_SMEM_BYTES;
-  plan.workspace_bytes = many_layout(p.n, p.m, p.d, rows, plan.refs_per_pass).total();
-  plan.reason = "one pool of 16-bit references: products on the matrix units, exact work where it can matter";
+  plan.smem_bytes = smem;
+  plan.workspace_bytes = many_layout(p.n, refs, p.d, classes, rows, plan.refs_per_pass).total();
+  plan.reason =
+      p.has_labels
+          ? "few classes, many rows: seen as one pool, of which rows have parts; products on the matrix units"
+          : "one pool of 16-bit references: products on the matrix units, exact work where it can matter";
   return true;
+}
+
+double many_rows_seconds(const Problem& p, const Plan& plan) {
+  const double elements = static_cast<double>(all_references(p)) * p.d;
+  const int64_t full = p.n / MANY_ROWS, left = p.n % MANY_ROWS;
+  const int64_t width = left == 0 ? 0 : left <= 64 ? 64 : left <= 128 ? 128 : MANY_ROWS;
+  const double product = p.refs_bf16 ? PRODUCT_SECONDS_BF16 : PRODUCT_SECONDS;
+  const double read = 2 * p.refs_size / (READ_SHARE * p.bandwidth);
+  const double each =
+      full * std::max(MANY_ROWS * product, read) + (left ? std::max(width * product, read) : 0);
+  const int64_t rounds = ceil_div(p.n, plan.rows_per_pass) * ceil_div(all_references(p), plan.refs_per_pass);
+  return rounds * PASS_SECONDS + elements * each;
 }
 
 }  // namespace svel

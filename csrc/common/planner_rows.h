@@ -1,5 +1,5 @@
 // The plan of the kernel for many rows (stable_target/many_rows.cuh): many rows, one shared set of float16 or
-// bfloat16 references, on Hopper's matrix units.
+// bfloat16 references, or few classes of them, on Hopper's matrix units.
 #pragma once
 
 #include "common/planner.h"
@@ -23,19 +23,28 @@ constexpr int64_t MANY_PAIRS = 128;       // of them whose distances tell which 
 constexpr int64_t MANY_PASS_ROWS = 1024;  // most rows of a pass,
 constexpr int64_t MANY_WHOLE_ROWS = 512;  // or so many, if it holds their scores of all references
 constexpr int64_t MANY_LIST_ROWS = int64_t{1} << 14;  // most rows that are sorted together
+// Classes at most that are seen as one pool, of which a row has a part.
+constexpr int64_t MANY_CLASSES = 128;
+// Of classes: the ranges of a tile's rows and the ends of its references' classes, for both warpgroups.
+constexpr int64_t MANY_CLASSES_SMEM_BYTES = MANY_SMEM_BYTES + 2 * (MANY_ROWS * 8 + 128 * 4);
 // From so many rows on, and up to so many references, |r_j|^2 are formed once, not in every pass over them.
 constexpr int64_t MANY_NORMS_ROWS = 1024, MANY_NORMS_REFS = int64_t{1} << 22;
 
 // The workspace of one call, in bytes, piece by piece; also its order in memory.
 struct ManyLayout {
-  int64_t order, centre, norms, rows, queries, scores, maxima, survivors, sums, partial;
+  int64_t order, centre, norms, classes, rows, queries, scores, maxima, survivors, sums, partial;
   int64_t total() const {
-    return order + centre + norms + rows + queries + scores + maxima + survivors + sums + partial;
+    return order + centre + norms + classes + rows + queries + scores + maxima + survivors + sums + partial;
   }
 };
-ManyLayout many_layout(int64_t n, int64_t m, int64_t d, int64_t rows_per_pass, int64_t refs_per_pass);
+// refs: of all classes; classes: 0 without labels.
+ManyLayout many_layout(int64_t n, int64_t refs, int64_t d, int64_t classes, int64_t rows_per_pass,
+                       int64_t refs_per_pass);
 
-// False where another kernel serves better, or this one cannot.
+// False where this kernel cannot serve; and of a pool, where another serves better.
 bool plan_many_rows(const Problem& problem, Plan& plan);
+
+// What it takes by that plan, about: less than another kernel where it is to have a class bank.
+double many_rows_seconds(const Problem& problem, const Plan& plan);
 
 }  // namespace svel

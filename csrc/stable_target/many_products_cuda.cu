@@ -107,6 +107,13 @@ struct Exchange {
   float above[64];            // |d_j|^2 - mean_norm
 };
 static_assert(MANY_EXCHANGE_BYTES == 2 * sizeof(Exchange));
+// Of classes: the rows' references, and where the classes of the tile's end. above: INFINITY where a
+// reference is not valid, NaN where it is not finite.
+struct ClassExchange : Exchange {
+  int2 ranges[MANY_ROWS];
+  int ends[128];  // of each thread its own
+};
+static_assert(MANY_CLASSES_SMEM_BYTES - MANY_SMEM_BYTES == 2 * (sizeof(ClassExchange) - sizeof(Exchange)));
 
 struct Ring {
   char* memory;  // aligned to 1024 bytes
@@ -125,7 +132,10 @@ struct Ring {
     if (++at == stages) at = 0, parity ^= 1;
   }
   // Of either warpgroup.
-  __device__ Exchange* exchange() const { return reinterpret_cast<Exchange*>(memory + STAGES * STAGE_BYTES); }
+  template <typename T>
+  __device__ T* exchange() const {
+    return reinterpret_cast<T*>(memory + STAGES * STAGE_BYTES);
+  }
 };
 
 // helpers: warps of a block beside those that multiply which release each stage too.
@@ -481,8 +491,12 @@ __device__ __forceinline__ void multiply_differences(const Many& many, Ring& rin
   }
 }
 
-// PLAIN: references as stored are the first operand. EARLY: rows with y_lo too.
-template <typename T, int WIDTH, Scores KIND, bool PLAIN, int EARLY>
+__device__ inline void copy_int_async(int* shared, const int* global) {
+  copy_async(reinterpret_cast<float*>(shared), reinterpret_cast<const float*>(global));
+}
+
+// PLAIN: references as stored are the first operand. EARLY: rows with y_lo too. CLASSES: rows have ranges.
+template <typename T, int WIDTH, Scores KIND, bool PLAIN, int EARLY, bool CLASSES>
 __device__ __forceinline__ void score_tile(const Many& many, Ring& ring, int64_t row0, int64_t ref0,
                                            int64_t valid, int steps) {
   constexpr bool LOW = KIND == Scores::LOW;
@@ -491,7 +505,7 @@ __device__ __forceinline__ void score_tile(const Many& many, Ring& ring, int64_t
   float all_sums[1][WIDTH / 2], (&sums)[WIDTH / 2] = all_sums[0];
 #pragma unroll
   for (int i = 0; i < WIDTH / 2; ++i) sums[i] = 0;
-  Exchange& exchange = ring.exchange()[group];
+  auto& exchange = ring.exchange<std::conditional_t<CLASSES, ClassExchange, Exchange>>()[group];
   const auto meet = [group] { named_barrier(1 + group, 128); };
   meet();  // all are through with what was there for the tile before
   // Loads that wait behind stores take long: none are left for the end.
@@ -499,13 +513,41 @@ __device__ __forceinline__ void score_tile(const Many& many, Ring& ring, int64_t
     const ManyFactor* const from = (LOW ? many.dense_factors : many.factors) + row0 + row;
     copy_async(&exchange.factors[row].x, &from->unit);
     copy_async(&exchange.factors[row].y, LOW ? &from->low_centre : &from->half_alpha);
+    if constexpr (CLASSES && !LOW) {
+      copy_int_async(&exchange.ranges[row].x, &many.ranges[row0 + row].x);
+      copy_int_async(&exchange.ranges[row].y, &many.ranges[row0 + row].y);
+    }
   }
   const bool known = PLAIN && !LOW && many.norms;
   // norm_of: of a reference of the warp's 16; each is two lanes'.
   const int64_t own_ref = ref0 + group * 64 + warp * 16 + lane % 16;
+  if constexpr (CLASSES && !LOW) {
+    // No branch: what follows would not be uniform. Beyond the last reference none is valid by its class's
+    // end.
+    const int64_t of_class = many.first_ref + min(own_ref, valid - 1);
+    copy_int_async(exchange.ends + threadIdx.x % 128,
+                   many.ends + static_cast<uint32_t>(of_class) / many.class_refs);
+  }
   const auto keep_norms = [&](auto norm_of) {
     if (LOW) return;
     const double norm = known ? 0 : norm_of(lane % 16);
+    if constexpr (CLASSES) {
+      wait_copies();
+      const bool is_valid = many.first_ref + own_ref < exchange.ends[threadIdx.x % 128];
+      float above = static_cast<float>(norm - many.facts->mean_norm);
+      if (known && is_valid) above = __ldg(many.norms + many.first_ref + own_ref);
+      const bool is_finite = fabsf(above) < INFINITY;
+      // Of what is not finite nothing is kept: its rows are NaN, and others do not see it.
+      const int bits = is_valid && is_finite && !known ? __float_as_int(static_cast<float>(norm)) : 0;
+      const int most = __reduce_max_sync(0xffffffffu, bits);
+      const unsigned operands = __ballot_sync(0xffffffffu, is_valid && is_finite);
+      if (row0 == 0 && ref0 < valid && lane == 0) {
+        if (!known) atomicMax(&many.facts->max_norm, most);
+        many.operands[(ref0 + group * 64) / 16 + warp] = static_cast<uint16_t>(operands);
+      }
+      exchange.above[warp * 16 + lane % 16] = !is_valid ? INFINITY : is_finite ? above : NAN;
+      return;
+    }
     const bool is_valid = own_ref < valid;
     // NaN counts as more than anything.
     const int bits = is_valid ? __float_as_int(static_cast<float>(norm)) : 0;
@@ -545,6 +587,7 @@ __device__ __forceinline__ void score_tile(const Many& many, Ring& ring, int64_t
   float* const maxima = many.maxima + (row0 + own_row) * maxima_stride + ref / MANY_GROUP;
   const float4 above = LOW ? float4{} : *reinterpret_cast<const float4*>(exchange.above + 4 * quad);
   const float norm[4] = {above.x, above.y, above.z, above.w};
+  [[maybe_unused]] const int number = static_cast<int>(many.first_ref + ref);  // among all references
   constexpr int AHEAD = 2;
   static_assert(PARTS >= AHEAD);
   float4 old[AHEAD + 1][PAIRS];  // LOW: the scores so far, of this part and the next ones
@@ -572,6 +615,8 @@ __device__ __forceinline__ void score_tile(const Many& many, Ring& ring, int64_t
           *reinterpret_cast<const float4*>(exchange.sums + (own_row + 2 * i) * Exchange::STRIDE + 4 * quad);
       const int row = Exchange::ROWS * part + 2 * i;
       const float2 factor = exchange.factors[row + own_row];
+      int2 range{};
+      if constexpr (CLASSES && !LOW) range = exchange.ranges[row + own_row];
       const float four[4] = {sum.x, sum.y, sum.z, sum.w},
                   before[4] = {old[0][i].x, old[0][i].y, old[0][i].z, old[0][i].w};
       float value[4];
@@ -582,7 +627,15 @@ __device__ __forceinline__ void score_tile(const Many& many, Ring& ring, int64_t
                    : PLAIN ? before[k] + (product - factor.y)
                            : before[k] + product;
         if (value[k] != value[k]) value[k] = INFINITY;  // a reference that is not finite: seen by every row
-        if (k >= inside) value[k] = -INFINITY;
+        if constexpr (!CLASSES) {
+          if (k >= inside) value[k] = -INFINITY;
+        } else if constexpr (LOW) {
+          if (before[k] == -INFINITY) value[k] = -INFINITY;  // as it was
+        } else {
+          const bool seen =
+              static_cast<unsigned>(number - range.x + k) < static_cast<unsigned>(range.y - range.x);
+          if (!seen || norm[k] == INFINITY) value[k] = -INFINITY;
+        }
       }
       float best = fmaxf(fmaxf(value[0], value[1]), fmaxf(value[2], value[3]));
       best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
@@ -673,17 +726,70 @@ __device__ inline void copy_sum_tile(const Many& many, const SumArguments& args,
   }
 }
 
-// Zeros for the halves of references that are not valid: what they hold may be NaN, and 0 NaN is no 0.
-__device__ inline uint32_t keep_valid(uint32_t pair, int64_t ref, int64_t valid) {
-  return (ref < valid ? pair & 0xffffu : 0u) | (ref + 1 < valid ? pair & 0xffff0000u : 0u);
-}
+// Which references of a step are multiplied. Others have zeros in their place: what they hold may be NaN, and
+// 0 NaN is no 0. keep: of halves of two of eight references, as load_differences has them, those that are
+// multiplied.
+template <int REFS>
+struct LeadingOperands {  // of a pool: those before `valid`
+  int64_t first, valid;
+
+  __device__ LeadingOperands(const Many&, const SumTile&, int64_t valid_) : first(0), valid(valid_) {}
+  __device__ LeadingOperands begin(int step) const {
+    LeadingOperands of_step = *this;
+    of_step.first = static_cast<int64_t>(step) * REFS;
+    return of_step;
+  }
+  __device__ uint32_t keep(uint32_t pair, int eight, int lane) const {
+    if (first + REFS <= valid) return pair;
+    const int64_t ref = first + 8 * eight + 2 * (lane % 4);
+    return (ref < valid ? pair & 0xffffu : 0u) | (ref + 1 < valid ? pair & 0xffff0000u : 0u);
+  }
+};
+
+// Of a bank of classes: a bit for each; those of the next step are on their way.
+template <int REFS>
+struct AnyOperands {
+  static constexpr int WORDS = REFS / 32;
+  const uint32_t* of_steps;
+  int end;
+  uint32_t now[WORDS] = {}, next[WORDS] = {};
+
+  __device__ AnyOperands(const Many& many, const SumTile& at, int64_t)
+      : of_steps(reinterpret_cast<const uint32_t*>(many.operands)), end(at.end) {
+    fetch(at.begin);
+  }
+  __device__ void fetch(int step) {
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w)
+      if (step < end) next[w] = of_steps[step * WORDS + w];
+  }
+  __device__ const AnyOperands& begin(int step) {  // the next one
+#pragma unroll
+    for (int w = 0; w < WORDS; ++w) now[w] = next[w];
+    fetch(step + 1);
+    return *this;
+  }
+  __device__ bool all() const {
+    uint32_t both = now[0];
+    if (WORDS > 1) both &= now[WORDS - 1];
+    return both == 0xffffffffu;
+  }
+  __device__ bool has(int reference) const {
+    return (reference < 32 ? now[0] : now[WORDS - 1]) >> reference % 32 & 1;
+  }
+  __device__ uint32_t keep(uint32_t pair, int eight, int lane) const {
+    if (all()) return pair;
+    const int reference = 8 * eight + 2 * (lane % 4);
+    return (has(reference) ? pair & 0xffffu : 0u) | (has(reference + 1) ? pair & 0xffff0000u : 0u);
+  }
+};
 
 // The d of a step's references, transposed. ldmatrix gives, of references 16 k to 16 k + 15, elements g and g
 // + 8 of 2 t and 2 t + 1, then of 2 t + 8 and 2 t + 9. EXACT: once for the upper parts of their weights and
 // once for the lower.
-template <typename T, bool EXACT>
+template <typename T, bool EXACT, typename Operands>
 __device__ inline bool load_differences(uint32_t tile, int warp, int lane, const char* centres, float scale,
-                                        int64_t first, int64_t valid, bool remainder, uint32_t (&a)[4][4]) {
+                                        const Operands& operands, bool remainder, uint32_t (&a)[4][4]) {
   constexpr int REFS = many_sum_refs(EXACT);
   bool inexact = false;
 #pragma unroll
@@ -694,7 +800,7 @@ __device__ inline bool load_differences(uint32_t tile, int warp, int lane, const
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int eight = 2 * k + i / 2, h = i % 2;
-      if (first + REFS > valid) raw[i] = keep_valid(raw[i], first + 8 * eight + 2 * (lane % 4), valid);
+      raw[i] = operands.keep(raw[i], eight, lane);
       const Difference d = subtract<T>(raw[i], centres, h, scale, remainder);
       inexact = inexact || d.inexact;
       const uint32_t value = remainder ? d.remainder : d.value;
@@ -725,8 +831,31 @@ struct ZeroInvalid {
   __device__ void after(bool) {}
 };
 
-// PLAIN: references as stored are the first operand.
-template <typename T, int WIDTH, bool EXACT, bool PLAIN>
+// The same wherever they are.
+template <int REFS>
+struct ZeroHoles {
+  AnyOperands<REFS> operands;
+  int begin, d_tiles;
+
+  __device__ void before(const Stage& stage, int at) {
+    if (operands.begin(begin + at).all()) return;
+    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
+    for (int tile = 0; tile < d_tiles; ++tile) {
+      char* const rows = stage.memory + (2 * tile + group) * REFS * ROW_BYTES;
+#pragma unroll 1
+      for (int chunk = thread; chunk < REFS * (ROW_BYTES / 16); chunk += 128)
+        if (!operands.has(chunk / (ROW_BYTES / 16))) *reinterpret_cast<uint4*>(rows + 16 * chunk) = uint4{};
+    }
+    fence_async();
+    named_barrier(1 + group, 128);
+  }
+  template <int PART, int PARTS>
+  __device__ void during(const Stage&) {}
+  __device__ void after(bool) {}
+};
+
+// PLAIN: references as stored are the first operand. CLASSES: any may be no operand.
+template <typename T, int WIDTH, bool EXACT, bool PLAIN, bool CLASSES>
 __device__ __forceinline__ void sum_tile(const Many& many, Ring& ring, const SumTile& at, int64_t valid) {
   constexpr int REFS = many_sum_refs(EXACT), TILES = sum_d_tiles(WIDTH);
   constexpr uint32_t TILE_BYTES = 2 * REFS * ROW_BYTES;
@@ -738,7 +867,11 @@ __device__ __forceinline__ void sum_tile(const Many& many, Ring& ring, const Sum
 #pragma unroll
   for (int i = 0; i < TILES * WIDTH / 2; ++i) sums[i / (WIDTH / 2)][i % (WIDTH / 2)] = 0;
 
-  if constexpr (PLAIN) {
+  if constexpr (PLAIN && CLASSES) {
+    ZeroHoles<REFS> beside{{many, at, valid}, at.begin, TILES};
+    multiply_steps<WIDTH, REFS / 16, EXACT, 0>(ring, group * REFS * ROW_BYTES, TILE_BYTES, at.end - at.begin,
+                                               sums, beside);
+  } else if constexpr (PLAIN) {
     ZeroInvalid beside{static_cast<int>(valid / REFS) - at.begin, static_cast<int>(valid % REFS), REFS,
                        TILES};
     multiply_steps<WIDTH, REFS / 16, EXACT, 0>(ring, group * REFS * ROW_BYTES, TILE_BYTES, at.end - at.begin,
@@ -758,20 +891,20 @@ __device__ __forceinline__ void sum_tile(const Many& many, Ring& ring, const Sum
         centres[i][2] = centres[i][3] = many.centre_float[e + i * MANY_TILE + 8];
       }
     }
+    std::conditional_t<CLASSES, AnyOperands<REFS>, LeadingOperands<REFS>> of_steps(many, at, valid);
     for (int step = at.begin; step < at.end; ++step, ring.next()) {
       const Stage stage = ring.stage();
       wait_barrier(stage.full, ring.parity);
-      const int64_t first = static_cast<int64_t>(step) * REFS;
+      const auto& operands = of_steps.begin(step);
 #pragma unroll
       for (int i = 0; i < TILES; ++i) {
         const uint32_t tile = stage.a + group * REFS * ROW_BYTES + i * TILE_BYTES;
         const char* const from = reinterpret_cast<const char*>(centres[i]);
         uint32_t a[4][4];
-        const bool inexact =
-            load_differences<T, EXACT>(tile, warp, lane, from, scale, first, valid, false, a);
+        const bool inexact = load_differences<T, EXACT>(tile, warp, lane, from, scale, operands, false, a);
         multiply<WIDTH, 0>(a, stage.b, sums[i]);
         if (centred && any_of_warpgroup(inexact)) {
-          load_differences<T, EXACT>(tile, warp, lane, from, scale, first, valid, true, a);
+          load_differences<T, EXACT>(tile, warp, lane, from, scale, operands, true, a);
           multiply<WIDTH, 0>(a, stage.b, sums[i]);
         }
       }
@@ -798,7 +931,7 @@ __device__ __forceinline__ void sum_tile(const Many& many, Ring& ring, const Sum
 // ---- kernels
 
 // Grid: clusters of two blocks, each a tile of references against the same rows.
-template <typename T, Scores KIND>
+template <typename T, Scores KIND, bool CLASSES>
 __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     score_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Many many,
                  const __grid_constant__ ScoreArguments args) {
@@ -841,7 +974,8 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
         constexpr int WIDTH = decltype(wide)::value;
         constexpr bool PLAIN = decltype(is_plain)::value;
         const auto score = [&](auto early) {
-          score_tile<T, WIDTH, KIND, PLAIN, decltype(early)::value>(many, ring, row0, ref0, valid, steps);
+          score_tile<T, WIDTH, KIND, PLAIN, decltype(early)::value, CLASSES>(many, ring, row0, ref0, valid,
+                                                                             steps);
         };
         if constexpr (KIND == Scores::EXACT) {
           constexpr int MOST = WIDTH < 128 ? WIDTH : 128;
@@ -860,7 +994,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
 #endif
 }
 
-template <typename T, bool EXACT>
+template <typename T, bool EXACT, bool CLASSES>
 __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     sum_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Many many,
                const __grid_constant__ SumArguments args) {
@@ -888,7 +1022,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
       const SumTile at = grid.tile(unit, rank);
       const int width = row_tile_width(grid.rows - at.row0);
       with_constants<HALF, false>(width, plain, [&](auto wide, auto is_plain) {
-        sum_tile<T, decltype(wide)::value, EXACT, decltype(is_plain)::value>(many, ring, at, valid);
+        sum_tile<T, decltype(wide)::value, EXACT, decltype(is_plain)::value, CLASSES>(many, ring, at, valid);
       });
     }
   }
@@ -901,10 +1035,28 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
 template <typename Kernel, typename Arguments>
 void launch(const char* op, Kernel* kernel, const Inputs& in, const Many& many, const Arguments& args,
             cudaStream_t stream) {
-  check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(MANY_SMEM_BYTES)));
-  launch_following(op, true, kernel, dim3(static_cast<unsigned>(many.blocks / 2 * 2)), MANY_THREADS,
-                   MANY_SMEM_BYTES, stream, in, many, args);
+  const int64_t bytes = many.class_refs > 0 ? MANY_CLASSES_SMEM_BYTES : MANY_SMEM_BYTES;
+  check_cuda(
+      op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  launch_following(op, true, kernel, dim3(static_cast<unsigned>(many.blocks / 2 * 2)), MANY_THREADS, bytes,
+                   stream, in, many, args);
+}
+
+template <typename T, bool CLASSES>
+void launch_score(const char* op, const Inputs& in, const Many& many, bool low, const ScoreArguments& args,
+                  cudaStream_t stream) {
+  launch(op,
+         low          ? score_kernel<T, Scores::LOW, CLASSES>
+         : many.exact ? score_kernel<T, Scores::EXACT, CLASSES>
+                      : score_kernel<T, Scores::FAST, CLASSES>,
+         in, many, args, stream);
+}
+
+template <typename T, bool CLASSES>
+void launch_sum(const char* op, const Inputs& in, const Many& many, const SumArguments& args,
+                cudaStream_t stream) {
+  launch(op, many.exact ? sum_kernel<T, true, CLASSES> : sum_kernel<T, false, CLASSES>, in, many, args,
+         stream);
 }
 
 }  // namespace
@@ -916,14 +1068,10 @@ void launch_many_score(const char* op, const Inputs& in, const Many& many, bool 
       map_rows(op, low ? many.dense_lo : many.hi, Dtype::f16, in.d, many.padded, 2 * many.d_stride, 64);
   args.lows = map_rows(op, many.lo, Dtype::f16, in.d, many.padded, 2 * many.d_stride, LOW_BOX);
   const bool half = in.refs.dtype == Dtype::f16;
-  const auto start = [&](auto* kernel) { launch(op, kernel, in, many, args, stream); };
-  if (low) {
-    start(half ? score_kernel<__half, Scores::LOW> : score_kernel<__nv_bfloat16, Scores::LOW>);
-  } else if (many.exact) {
-    start(half ? score_kernel<__half, Scores::EXACT> : score_kernel<__nv_bfloat16, Scores::EXACT>);
-  } else {
-    start(half ? score_kernel<__half, Scores::FAST> : score_kernel<__nv_bfloat16, Scores::FAST>);
-  }
+  const auto run = many.class_refs > 0
+                       ? (half ? launch_score<__half, true> : launch_score<__nv_bfloat16, true>)
+                       : (half ? launch_score<__half, false> : launch_score<__nv_bfloat16, false>);
+  run(op, in, many, low, args, stream);
 }
 
 void launch_many_sum(const char* op, const Inputs& in, const Many& many, cudaStream_t stream) {
@@ -932,10 +1080,10 @@ void launch_many_sum(const char* op, const Inputs& in, const Many& many, cudaStr
   args.weights =
       map_rows(op, many.scores, Dtype::f16, 2 * many.score_stride, many.padded, 4 * many.score_stride, 64);
   const bool half = in.refs.dtype == Dtype::f16;
-  launch(op,
-         many.exact ? (half ? sum_kernel<__half, true> : sum_kernel<__nv_bfloat16, true>)
-                    : (half ? sum_kernel<__half, false> : sum_kernel<__nv_bfloat16, false>),
-         in, many, args, stream);
+  const auto run = many.class_refs > 0
+                       ? (half ? launch_sum<__half, true> : launch_sum<__nv_bfloat16, true>)
+                       : (half ? launch_sum<__half, false> : launch_sum<__nv_bfloat16, false>);
+  run(op, in, many, args, stream);
 }
 
 }  // namespace svel::cuda

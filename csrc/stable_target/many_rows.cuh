@@ -22,6 +22,10 @@
 // c; where it is not, the remainder is multiplied too. The matrix units truncate what they add up, so at most
 // 64 products are summed before they join ordinary float32 sums; y_lo.d, which is small, they add up to the
 // end, as they do all sums where results need not be exact.
+//
+// A bank of few classes is a pool of all their references, those that are not valid too, of which a row has a
+// range, or all: scores of others are -INFINITY, so that they come in no list and weigh nothing. What holds
+// references that are not valid, or not finite, may hold NaN: sums take zeros in their place (`operands`).
 #pragma once
 
 #include <climits>
@@ -95,7 +99,20 @@ struct Many {
   int64_t score_stride, d_stride;
   int blocks;
   bool exact;  // else: y_hi and upper halves of the weights alone
+  // Of a bank of more than one class, whose references are counted through all of them; else zero.
+  int class_refs;      // references of a class, valid or not
+  int* ends;           // (classes,) of the valid ones
+  int2* ranges;        // (rows,) [x, y) of which a row's references are the valid ones; also of one class
+  uint16_t* operands;  // (refs / 16,) of the round: a bit for each that is valid and finite
 };
+
+// A bank of classes as one pool, for all that does not ask which rows have which references.
+inline Inputs as_pool(const Inputs& in) {
+  Inputs pool = in;
+  if (in.k > 1) pool.m = in.k * in.m, pool.k = 1, pool.counts = nullptr;
+  pool.labels = nullptr;
+  return pool;
+}
 
 __device__ inline int64_t many_valid(const Inputs& in, const Many& many) {  // references of the round
   const int64_t left = valid_count(in, 0) - many.first_ref;

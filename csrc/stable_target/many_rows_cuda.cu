@@ -42,10 +42,42 @@ __device__ float coarse(double mean) {
   return fabsf(c) >= 1.0f / 8192 && fabsf(c) <= 4096.0f ? c : 0.0f;
 }
 
+// The place of the `number`-th valid reference of all classes. until: valid references of each class and
+// those before, the same from the last class on.
+__device__ int64_t find_reference(const int (&until)[MANY_CLASSES], int64_t class_refs, int number) {
+  int own = 0;  // classes that end before it
+#pragma unroll
+  for (int step = static_cast<int>(MANY_CLASSES) / 2; step > 0; step /= 2)
+    if (until[own + step - 1] <= number) own += step;
+  return own * class_refs + number - (own > 0 ? until[own - 1] : 0);
+}
+
+// By a warp: that, and where classes end.
+__device__ void count_classes(const Inputs& in, const Many& many, int (&until)[MANY_CLASSES]) {
+  constexpr int EACH_LANE = static_cast<int>(MANY_CLASSES) / 32;
+  const int first = EACH_LANE * static_cast<int>(threadIdx.x % 32);
+  int own[EACH_LANE], sum = 0;
+#pragma unroll
+  for (int i = 0; i < EACH_LANE; ++i) {
+    const int count = first + i < in.k ? static_cast<int>(valid_count(in, first + i)) : 0;
+    if (blockIdx.x == 0 && first + i < in.k)
+      many.ends[first + i] = (first + i) * static_cast<int>(in.m) + count;
+    own[i] = sum += count;
+  }
+  int before = sum;  // and this lane's
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, before, offset);
+    if (threadIdx.x % 32 >= offset) before += other;
+  }
+#pragma unroll
+  for (int i = 0; i < EACH_LANE; ++i) until[first + i] = before - sum + own[i];
+}
+
 // Mean and variance of a sample of the references, per element; what follows from either choice of c, and
 // squared distances of some pairs of them, per tile. many.centre: first c = coarse mean wherever the mean is
-// many deviations from zero, then c everywhere.
-template <typename T>
+// many deviations from zero, then c everywhere. CLASSES: a thread's are neighbours, mostly of one class, so
+// that distances are those within classes; values that are not finite are none.
+template <typename T, bool CLASSES>
 __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const Inputs in, const Many many) {
   allow_next_launch();
   __shared__ double sums[CENTRE_LANES][MANY_TILE], squares[CENTRE_LANES][MANY_TILE];
@@ -55,26 +87,48 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
   __shared__ float distances[MANY_TILE / 32][CENTRE_LANES * PAIRS];
   const int column = threadIdx.x % MANY_TILE, part = threadIdx.x / MANY_TILE;
   const int64_t e = static_cast<int64_t>(blockIdx.x) * MANY_TILE + column;
-  const int64_t valid = valid_count(in, 0), samples = valid < MANY_SAMPLES ? valid : MANY_SAMPLES;
+  __shared__ std::conditional_t<CLASSES, int[MANY_CLASSES], char> until;
+  __shared__ std::conditional_t<CLASSES, int[CENTRE_LANES][MANY_TILE], char> finite;
+  if constexpr (CLASSES) {
+    if (threadIdx.x < 32) count_classes(in, many, until);
+    __syncthreads();
+  }
+  int64_t valid;
+  if constexpr (CLASSES) {
+    valid = until[MANY_CLASSES - 1];
+  } else {
+    valid = valid_count(in, 0);
+  }
+  const int64_t samples = valid < MANY_SAMPLES ? valid : MANY_SAMPLES;
   double sum = 0, square = 0;
   float low = INFINITY, high = -INFINITY;
   float seen[HELD_SAMPLES];  // all are loaded before the first is looked at
 #pragma unroll
   for (int i = 0; i < HELD_SAMPLES; ++i) {
-    const int64_t s = part + i * CENTRE_LANES;
-    const int64_t sample = valid < MANY_SAMPLES ? s : valid * s / MANY_SAMPLES;
+    const int64_t s = CLASSES ? part * HELD_SAMPLES + i : part + i * CENTRE_LANES;
+    int64_t sample = valid < MANY_SAMPLES ? s : valid * s / MANY_SAMPLES;
+    if constexpr (CLASSES) {
+      if (s < samples) sample = find_reference(until, in.m, static_cast<int>(sample));
+    }
     seen[i] =
         e < in.d && s < samples ? to_float(static_cast<const T*>(in.refs.data)[sample * in.d + e]) : 0.0f;
   }
+  int found = 0;
 #pragma unroll
   for (int i = 0; i < HELD_SAMPLES; ++i) {
+    if (CLASSES && !isfinite(seen[i])) {
+      seen[i] = 0;
+      continue;
+    }
     const float v = seen[i];
-    if (e >= in.d || part + i * CENTRE_LANES >= samples) continue;
+    if (e >= in.d || (CLASSES ? part * HELD_SAMPLES + i : part + i * CENTRE_LANES) >= samples) continue;
+    ++found;
     sum += v, square += static_cast<double>(v) * v;
     low = fminf(low, v), high = fmaxf(high, v);
   }
   sums[part][column] = sum, squares[part][column] = square;
   lowest[part][column] = low, highest[part][column] = high;
+  if constexpr (CLASSES) finite[part][column] = found;
   __syncthreads();
   double own[STATISTICS] = {};
   if (part == 0) {
@@ -83,13 +137,18 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
       low = fminf(low, lowest[other][column]), high = fmaxf(high, highest[other][column]);
     }
     float all = 0, strict = 0;
-    if (e < in.d && samples > 0) {
-      const double mean = sum / samples, variance = fmax(square / samples - mean * mean, 0.0);
+    int64_t samples_here = samples;
+    if constexpr (CLASSES) {
+      for (int other = 1; other < CENTRE_LANES; ++other) found += finite[other][column];
+      samples_here = found;
+    }
+    if (e < in.d && samples_here > 0) {
+      const double mean = sum / samples_here, variance = fmax(square / samples_here - mean * mean, 0.0);
       all = coarse(mean);
       strict = mean * mean >= 64 * variance ? all : 0.0f;
       own[SHIFT] = mean * mean, own[SPREAD] = variance;
       own[LEFT_OUT] = strict == 0 ? mean * mean : 0;
-      own[NORM_PLAIN] = square / samples;
+      own[NORM_PLAIN] = square / samples_here;
       own[NORM_STRICT] = variance + (mean - strict) * (mean - strict);
       own[NORM_ALL] = variance + (mean - all) * (mean - all);
       own[MAX_PLAIN] = fmax(fabs(low), fabs(high));
@@ -162,11 +221,26 @@ __device__ Choice choose_centre(const Inputs& in, const double (&statistics)[STA
   return choice;
 }
 
-// Row i, and whether it has any reference.
-__device__ Row row_of(const Inputs& in, int64_t i, bool& alive) {
-  const Row row = make_row(in, i, 0, alive);
+// Valid references of all classes; by all threads of a block. scratch: 33 values.
+__device__ int all_references(const Inputs& in, int* scratch) {
+  int own = 0;
+  for (int64_t k = threadIdx.x; k < in.k; k += blockDim.x) own += static_cast<int>(valid_count(in, k));
+  return block_sum<int>(own, scratch);
+}
+
+// Row i, and whether it has any reference. all: of one that has those of all classes.
+__device__ Row row_of(const Inputs& in, int64_t i, int64_t all, bool& alive) {
+  const Row row = make_row(in, i, all, alive);
   alive = alive && (row.count > 0 || in.source.data);
   return row;
+}
+
+// Where its references are, if valid. A pool has labels too if its class is the only one.
+__device__ int2 range_of(const Inputs& in, const Row& row, bool alive) {
+  if (!alive) return {0, 0};
+  if (row.group < 0) return {0, static_cast<int>(in.k * in.m)};
+  const int first = static_cast<int>(row.group * in.m);
+  return {first, first + static_cast<int>(row.count)};
 }
 
 // Rows are sorted by this: falling time, and those that have no references last.
@@ -175,14 +249,20 @@ __device__ float order_of(const Row& row, bool alive) {
   return alive && rate >= 0 ? static_cast<float>(rate) : INFINITY;
 }
 
-// A warp per row, every so many of them: its place. Memory: n floats.
+// A warp per row, every so many of them: its place. Memory: n floats. LABELS: rows have them.
+template <bool LABELS>
 __global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Inputs in, const Many many) {
   follow_previous();
   extern __shared__ float orders[];
   const int64_t n = in.n;
+  int64_t all = 0;
+  if constexpr (LABELS) {
+    __shared__ int scratch[33];
+    all = all_references(in, scratch);
+  }
   for (int64_t i = threadIdx.x; i < n; i += ORDER_THREADS) {
     bool alive;
-    const Row row = row_of(in, i, alive);
+    const Row row = row_of(in, i, all, alive);
     orders[i] = order_of(row, alive);
   }
   __syncthreads();
@@ -261,8 +341,8 @@ __host__ __device__ inline bool are_usual(const Inputs& in) {
 }
 
 // y of a row in two halves, its slot and factors, the part of its source. Y: the type of y, in which it is
-// exact. distances: where exact, of the first warp.
-template <typename Y, bool USUAL>
+// exact. distances: where exact, of the first warp. LABELS: its range, too.
+template <typename Y, bool USUAL, bool LABELS>
 __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, const Row& row, bool alive,
                                           int64_t at, const Choice& choice, const float* candidate,
                                           const Distances& distances) {
@@ -349,6 +429,7 @@ __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, co
   }
   __syncthreads();
   if (tid != 0) return;
+  if constexpr (LABELS) many.ranges[at] = range_of(in, row, alive);
 #pragma unroll 1
   for (int other = 1; other < THREADS / 32; ++other)
     square += parts[other][0], rest_square += parts[other][1], rest_centre += parts[other][2];
@@ -389,7 +470,7 @@ __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, co
 // One block per row of the pass: its slot, y in two halves, |y|^2, the part of its source. USUAL: as above.
 // Kernels of this file are short, so that much of their time is that of code that comes from memory: loops
 // that need not be unrolled are not.
-template <bool USUAL>
+template <bool USUAL, bool LABELS>
 __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Many many) {
   if (USUAL && !many.order && static_cast<int64_t>(blockIdx.x) < many.rows) {  // x itself waits for nothing
     const float* const x = static_cast<const float*>(in.x.data) + blockIdx.x * in.d;
@@ -406,10 +487,13 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   __shared__ float rates[MANY_PASS_ROWS], own_rate;
   __shared__ bool has_references;
   const int64_t listed = local >= many.rows ? 0 : many.order ? 1 : many.rows;
+  int64_t all = 0;
+  if constexpr (LABELS) all = all_references(in, int_scratch);
 #pragma unroll 1
   for (int64_t j = tid; j < listed; j += THREADS) {
     bool any;
-    const Row of_j = row_of(in, many.order ? many.order[many.first_row + local] : many.first_row + j, any);
+    const Row of_j =
+        row_of(in, many.order ? many.order[many.first_row + local] : many.first_row + j, all, any);
     rates[j] = order_of(of_j, any);
     if (many.order || j == local) row = of_j, has_references = any, own_rate = rates[j];
   }
@@ -480,17 +564,20 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
     for (int64_t e = tid; e < many.d_stride; e += THREADS)
       many.hi[at * many.d_stride + e] = many.lo[at * many.d_stride + e] = __float2half(0.0f);
     if (tid == 0) many.slots[at] = ManySlot{}, many.factors[at] = {0, 0, 0};
+    if (LABELS && tid == 0) many.ranges[at] = {0, 0};
     return;
   }
   // Without a centre y is x, which float32 holds: conversions to float64 would take most of the time.
   if (USUAL && !choice.which && !in.lse.data) {
-    store_row<float, USUAL>(in, many, row, has_references, at, choice, candidate, distances);
+    store_row<float, USUAL, LABELS>(in, many, row, has_references, at, choice, candidate, distances);
   } else {
-    store_row<double, USUAL>(in, many, row, has_references, at, choice, candidate, distances);
+    store_row<double, USUAL, LABELS>(in, many, row, has_references, at, choice, candidate, distances);
   }
 }
 
-// A warp per reference: |r_j|^2 - mean_norm, where references are used as they are.
+// A warp per reference: |r_j|^2 - mean_norm, where references are used as they are. CLASSES: the largest is
+// of those that are finite.
+template <bool CLASSES>
 __global__ void __launch_bounds__(THREADS) norms_kernel(const Inputs in, const Many many) {
   follow_previous();
   __shared__ float scratch[33];
@@ -498,7 +585,9 @@ __global__ void __launch_bounds__(THREADS) norms_kernel(const Inputs in, const M
   const int lane = threadIdx.x % 32;
   const int64_t j = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / 32;
   float norm = 0;
-  if (j < valid_count(in, 0)) {
+  bool is_valid = j < valid_count(in, 0);
+  if constexpr (CLASSES) is_valid = is_valid && j < many.ends[static_cast<uint32_t>(j) / many.class_refs];
+  if (is_valid) {
     const uint4* const from = static_cast<const uint4*>(in.refs.data) + j * in.d / 8;
     double sum = 0;
 #pragma unroll 4
@@ -516,6 +605,7 @@ __global__ void __launch_bounds__(THREADS) norms_kernel(const Inputs in, const M
     sum = warp_sum(sum);
     norm = static_cast<float>(sum);
     if (lane == 0) many.norms[j] = static_cast<float>(sum - many.facts->mean_norm);
+    if (CLASSES && !isfinite(norm)) norm = 0;
   }
   // NaN counts as more than anything.
   const int bits = __float_as_int(norm);
@@ -1036,20 +1126,25 @@ struct List {
 // From which weight on, beside the largest, references of a dense row are worth another score. total: of all
 // weights. By simulation log weights are off by 1e-6 where doubt is small, 1e-5 at doubt 0.5, 3e-5 at 0.85,
 // 9e-5 at 1.4, 1e-3 at 8.5 and 3e-3 at 22, each by itself. Off by that, those with less than a share `p` of
-// the weight move the mean by as much times the root of p, beside what references are apart; and the result
-// is as large as a x, or as the part of the mean that differs from row to row. Nothing is gained where so few
-// as are wanted have next to nothing.
+// the weight move the mean by as much times the root of p, beside what references that weigh are apart: as
+// far as any two, but little more than four times sigma / alpha, or the noise would tell them apart. The
+// result is as large as a x, or as the part of the mean that differs from row to row. Up to one bit of doubt,
+// that is; beyond, errors are not each by itself. Nothing is gained where so few as are wanted have next to
+// nothing.
 constexpr float REVIEW_OFF = 4e-5f, REVIEW_OFF_LEAST = 1e-6f, REVIEW_LIMIT = 0.8e-6f;
 __device__ inline float least_reviewed(const Many& many, const ManySlot& slot, float total, int most) {
   if (static_cast<float>(most) < 0.25f * total) return INFINITY;
   const ManyFacts& facts = *many.facts;
   const float doubt = static_cast<float>(doubt_of(slot, largest_norm(facts), slot.own)), largest = 1 / total;
-  const float unscale = facts.inverse_scale, ratio = static_cast<float>(slot.row.a / slot.row.b);
+  const float unscale = facts.inverse_scale, norm2 = facts.mean_norm * unscale * unscale;
+  const float of_x = static_cast<float>(slot.row.a / slot.row.b),
+              told = static_cast<float>(slot.row.sigma / slot.row.alpha);
+  const float apart2 = most > REVIEW_SOME ? norm2 : fminf(norm2, 20 * told * told);
   const float size2 =
-      ratio * ratio * static_cast<float>(slot.y_square) / (facts.mean_norm * unscale * unscale);
+      fmaxf(of_x * of_x * static_cast<float>(slot.y_square), largest * largest * norm2) / apart2;
   const float root = REVIEW_LIMIT / (REVIEW_OFF_LEAST + REVIEW_OFF * doubt * sqrtf(doubt));
   const float reach = most > REVIEW_SOME ? 0x1p-16f : most > REVIEW_FEW ? 0x1p-8f : 0x1p-2f;
-  return fmaxf(root * root * fmaxf(size2, largest * largest) * total, reach);
+  return fmaxf(root * root * size2 * total, reach);
 }
 
 // The list of a dense row, at `place` among these; returns its length. Where scores are large for their
@@ -1194,17 +1289,103 @@ __device__ __forceinline__ double make_relative(float half_alpha, float d_0, flo
   return part;
 }
 
+// Scores in float64, of a list of so many references at most: where those that weigh are far apart beside the
+// noise, they are few, and 22 bits of y leave 1e-3 of a log weight in doubt (Gaussian references at t =
+// 0.05). By all threads, each with eight elements of all references at a time; a call, and with its own
+// arguments, so that the caller need not keep those that it was launched with in memory.
+constexpr int SHORT_LIST = 16;
+struct ShortList {
+  const int* references;
+  int count;
+  int64_t d, first_ref;
+  const void* refs;
+  const float* centre;
+  float unscale;  // of the centre
+  Array x;
+  int64_t base;  // of the row
+  double alpha, sign;
+};
+template <typename T>
+__device__ __noinline__ void score_short_list(const ShortList of, double* scores) {
+  constexpr int WARPS = THREADS / 32;
+  __shared__ double parts[WARPS][SHORT_LIST];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const T* const refs = static_cast<const T*>(of.refs) + of.first_ref * of.d;
+  const bool vectors = is_vector(of.x);
+  double own[SHORT_LIST] = {};  // the first one's score, and by how much others are above it
+#pragma unroll 1
+  for (int64_t e = 8 * threadIdx.x; e < of.d; e += 8 * THREADS) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(refs + of.references[0] * of.d + e);
+    const T* const of_first = reinterpret_cast<const T*>(&raw);
+    float x[8];
+    if (vectors) {
+      load8<float>(of.x, of.base + e, x);
+    } else {
+#pragma unroll
+      for (int q = 0; q < 8; ++q) x[q] = load_as<float>(of.x, of.base + e + q);
+    }
+    double z[8];  // x - alpha r_0
+#pragma unroll
+    for (int q = 0; q < 8; ++q) {
+      const double r = to_float(of_first[q]), c = of.centre[e + q] * of.unscale, own_x = of.sign * x[q];
+      own[0] = fma(fma(-of.alpha, c, own_x) - 0.5 * of.alpha * (r - c), r - c, own[0]);
+      z[q] = fma(-of.alpha, r, own_x);
+    }
+#pragma unroll
+    for (int k = 1; k < SHORT_LIST; ++k) {
+      if (k >= of.count) continue;
+      const uint4 its = *reinterpret_cast<const uint4*>(refs + of.references[k] * of.d + e);
+      const T* const values = reinterpret_cast<const T*>(&its);
+#pragma unroll
+      for (int q = 0; q < 8; ++q) {
+        const double apart =
+            static_cast<double>(to_float(values[q])) - static_cast<double>(to_float(of_first[q]));
+        own[k] = fma(fma(-0.5 * of.alpha, apart, z[q]), apart, own[k]);
+      }
+    }
+  }
+  const double of_warp = warp_sums<SHORT_LIST>(own, lane);
+  if (lane % (32 / SHORT_LIST) == 0) parts[warp][lane / (32 / SHORT_LIST)] = of_warp;
+  __syncthreads();
+  if (threadIdx.x < SHORT_LIST) {
+    double score = 0;
+    for (int w = 0; w < WARPS; ++w) score += parts[w][threadIdx.x];
+    for (int w = 0; w < WARPS && threadIdx.x > 0; ++w) score += parts[w][0];
+    scores[threadIdx.x] = score;
+  }
+  __syncthreads();
+}
+
+__device__ inline ShortList short_list(const Inputs& in, const Many& many, const Row& row, const List& list,
+                                       int count) {
+  return {list.references,
+          count,
+          in.d,
+          many.first_ref,
+          in.refs.data,
+          many.centre_float,
+          many.facts->inverse_scale,
+          in.x,
+          row.index * in.d,
+          row.alpha,
+          row.sign};
+}
+
+// How the references of a list are scored.
+enum class ListScores { FLOAT, RELATIVE, DOUBLE };
+
 // Scores and weights of a row's listed references; best and total with those before. in_sums: what their
-// weights in the sums are relative to; -INFINITY: they are in none. relative: scores are had as above.
+// weights in the sums are relative to; -INFINITY: they are in none.
 template <typename T>
 __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, const List& list, int count,
-                             float in_sums, bool relative, Listed& listed) {
+                             float in_sums, ListScores how, Listed& listed) {
   const ManySlot& slot = many.slots[at];
   const ManyFactor factor = many.factors[at];
   const float scale = many.facts->scale;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t first = many.first_ref + list.references[0];
   double above = static_cast<double>(factor.half_alpha) * many.facts->mean_norm;
+  const bool is_short = how == ListScores::DOUBLE, relative = how == ListScores::RELATIVE;
   if (relative) {
     double score = 0;
     for (int64_t e = 8 * threadIdx.x; e < in.d; e += 8 * THREADS) {
@@ -1216,7 +1397,11 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, con
     }
     above += block_sum(score, listed.scratch);
   }
-  for (int k = warp; k < count; k += THREADS / 32) {
+  __shared__ double exact[SHORT_LIST];
+  if (is_short) score_short_list<T>(short_list(in, many, slot.row, list, count), exact);
+  if (is_short && static_cast<int>(threadIdx.x) < count)
+    listed.score[threadIdx.x] = exact[threadIdx.x] + above;
+  for (int k = warp; k < count && !is_short; k += THREADS / 32) {
     const int64_t reference = many.first_ref + list.references[k];
     double score = 0;
     for (int64_t e = 8 * lane; e < in.d; e += 8 * 32) {
@@ -1334,14 +1519,15 @@ __device__ __forceinline__ void leave_list(const Inputs& in, const Many& many, M
 
 // A row with a list: scores and sums its references, up to 2,048 VECTORS elements, from shared memory. Each
 // is read once, LISTED at a time while as many or twice as many are on their way; sums are relative to the
-// best score so far. in_sums, relative: as above. PLAIN: as ManyFacts has it.
+// best score so far. in_sums: as above. PLAIN: as ManyFacts has it.
 template <typename T, int VECTORS, bool PLAIN>
 __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, int64_t at, const List& list,
-                                           int count, float in_sums, bool relative, bool last) {
+                                           int count, float in_sums, ListScores how, bool last) {
   extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times; the first
   __shared__ Barrier barriers[LISTS];
-  __shared__ double parts[THREADS / 32][LISTED], scratch[33];
+  __shared__ double parts[THREADS / 32][LISTED], scratch[33], exact[SHORT_LIST];
   static_assert(THREADS / 32 * LISTED == 32, "a lane to each");
+  const bool is_short = how == ListScores::DOUBLE, relative = how == ListScores::RELATIVE;
   ManySlot& slot = many.slots[at];
   double total = slot.total, best = slot.best;
   const int64_t bytes = in.d * static_cast<int64_t>(sizeof(T));
@@ -1364,6 +1550,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       if (k * LISTED < count) fetch(k * LISTED);
   }
 
+  if (is_short) score_short_list<T>(short_list(in, many, slot.row, list, count), exact);
   const ManyFactor factor = many.factors[at];
   const float scale = many.facts->scale;
   const double rate2 = slot.rate2;
@@ -1466,6 +1653,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
     // Lane: the reference lane % LISTED, in all warps alike.
     double score = parts[lane / LISTED][lane % LISTED];
     for (int offset = 16; offset >= LISTED; offset /= 2) score += __shfl_xor_sync(0xffffffffu, score, offset);
+    if (is_short && lane % LISTED < some) score = exact[first + lane % LISTED];
     score = lane % LISTED < some ? score + above : -INFINITY;
     double top = score;
     for (int offset = LISTED / 2; offset > 0; offset /= 2)
@@ -1520,7 +1708,7 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
   __shared__ List list;
   ManySlot& slot = many.slots[at];
   const int place = many.places[at], of_select = many.counts[at], most = many.review_most[at];
-  const bool alive = slot.alive, ends = last && place < 0, relative = REVIEW_SOME < most;
+  const bool alive = slot.alive, ends = last && place < 0;
   int count = alive ? of_select : 0;
   float in_sums = -INFINITY;
   if (place >= 0) {
@@ -1537,15 +1725,19 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
     list.references[threadIdx.x] = many.survivors[at * MANY_SURVIVORS + threadIdx.x];
   }
   __syncthreads();
+  const bool doubtful = most > REVIEW_SOME, is_short = count <= SHORT_LIST && (doubtful || place < 0);
+  const ListScores how = many.exact && is_short ? ListScores::DOUBLE
+                         : doubtful             ? ListScores::RELATIVE
+                                                : ListScores::FLOAT;
   if constexpr (VECTORS > 0) {
     if (count > 0 && DtypeOf<T>::value == Dtype::f16 && many.facts->plain)
-      return sum_listed<T, VECTORS, true>(in, many, at, list, count, in_sums, relative, ends);
-    if (count > 0) return sum_listed<T, VECTORS, false>(in, many, at, list, count, in_sums, relative, ends);
+      return sum_listed<T, VECTORS, true>(in, many, at, list, count, in_sums, how, ends);
+    if (count > 0) return sum_listed<T, VECTORS, false>(in, many, at, list, count, in_sums, how, ends);
   }
   double keep = 1, total = slot.total, best = slot.best;
   if constexpr (VECTORS == 0) {
     if (count > 0) {
-      score_listed<T>(in, many, at, list, count, in_sums, relative, listed);
+      score_listed<T>(in, many, at, list, count, in_sums, how, listed);
       total = listed.total, best = listed.best, keep = listed.keep;
     }
   }
@@ -1681,6 +1873,7 @@ Inputs slice_rows(const Inputs& in, int64_t first, int64_t rows) {
   part.n = std::min(rows, in.n - first);
   part.x = from(in.x, in.d), part.source = from(in.source, in.d), part.out = from(in.out, in.d);
   part.time_or_alpha = from(in.time_or_alpha, 1), part.sigma = from(in.sigma, 1), part.lse = from(in.lse, 1);
+  if (in.labels) part.labels += first;
   return part;
 }
 
@@ -1694,7 +1887,8 @@ int early_blocks(const Many& many) {
 }
 
 void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cudaStream_t stream) {
-  const bool half = in.refs.dtype == Dtype::f16;
+  const bool half = in.refs.dtype == Dtype::f16, labels = in.labels != nullptr, classes = in.k > 1;
+  const Inputs pool = as_pool(in);
   const auto merge = half ? merge_kernel_for<__half>(in.d) : merge_kernel_for<__nv_bfloat16>(in.d);
   const int merge_bytes = in.d > LISTED_D ? 0 : static_cast<int>((LISTS * LISTED + 1) * 2 * in.d);
   check_cuda(op, cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, merge_bytes));
@@ -1703,34 +1897,37 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
   };
   if (many.order) {
     const int bytes = static_cast<int>(in.n * sizeof(float));
-    check_cuda(op, cudaFuncSetAttribute(order_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    launch(order_kernel, static_cast<unsigned>(many.blocks), ORDER_THREADS, bytes, in, many);
+    const auto order = labels ? order_kernel<true> : order_kernel<false>;
+    check_cuda(op, cudaFuncSetAttribute(order, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    launch(order, static_cast<unsigned>(many.blocks), ORDER_THREADS, bytes, in, many);
   }
   for (many.first_row = 0; many.first_row < in.n; many.first_row += plan.rows_per_pass) {
     many.rows = std::min(plan.rows_per_pass, in.n - many.first_row);
     many.padded = (many.rows + 63) / 64 * 64;
     const unsigned slots = static_cast<unsigned>(many.rows);
-    launch(are_usual(in) ? rows_kernel<true> : rows_kernel<false>, static_cast<unsigned>(many.padded),
-           THREADS, 0, in, many);
+    const auto rows = are_usual(in) ? (labels ? rows_kernel<true, true> : rows_kernel<true, false>)
+                                    : (labels ? rows_kernel<false, true> : rows_kernel<false, false>);
+    launch(rows, static_cast<unsigned>(many.padded), THREADS, 0, in, many);
     if (many.norms && many.first_row == 0) {
       const int64_t warps = THREADS / 32;
-      launch(norms_kernel, static_cast<unsigned>(ceil_div(in.m, warps)), THREADS, 0, in, many);
+      launch(classes ? norms_kernel<true> : norms_kernel<false>,
+             static_cast<unsigned>(ceil_div(pool.m, warps)), THREADS, 0, pool, many);
     }
-    for (many.first_ref = 0; many.first_ref < in.m; many.first_ref += plan.refs_per_pass) {
-      many.refs = std::min(plan.refs_per_pass, in.m - many.first_ref);
-      launch_many_score(op, in, many, false, stream);
-      launch(select_kernel, slots, SELECT_THREADS, 0, in, many, early_blocks(many));
-      launch(place_kernel, 1, PLACE_THREADS, 0, in, many);
+    for (many.first_ref = 0; many.first_ref < pool.m; many.first_ref += plan.refs_per_pass) {
+      many.refs = std::min(plan.refs_per_pass, pool.m - many.first_ref);
+      launch_many_score(op, pool, many, false, stream);
+      launch(select_kernel, slots, SELECT_THREADS, 0, pool, many, early_blocks(many));
+      launch(place_kernel, 1, PLACE_THREADS, 0, pool, many);
       if (many.exact) {
-        launch(gather_kernel, 4 * static_cast<unsigned>(many.blocks), THREADS, 0, in, many);
-        launch_many_score(op, in, many, true, stream);
+        launch(gather_kernel, 4 * static_cast<unsigned>(many.blocks), THREADS, 0, pool, many);
+        launch_many_score(op, pool, many, true, stream);
       }
       const unsigned blocks = static_cast<unsigned>(many.blocks);
       launch(many.exact ? weights_kernel<true> : weights_kernel<false>,
-             std::min(slots * WEIGHT_UNITS, RESIDENT * blocks), THREADS, 0, in, many);
-      launch_many_sum(op, in, many, stream);
-      const bool last = many.first_ref + plan.refs_per_pass >= in.m;
-      launch(merge, slots + 2 * blocks, THREADS, merge_bytes, in, many, last);
+             std::min(slots * WEIGHT_UNITS, RESIDENT * blocks), THREADS, 0, pool, many);
+      launch_many_sum(op, pool, many, stream);
+      const bool last = many.first_ref + plan.refs_per_pass >= pool.m;
+      launch(merge, slots + 2 * blocks, THREADS, merge_bytes, pool, many, last);
     }
   }
 }
@@ -1738,7 +1935,8 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
 }  // namespace
 
 void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream) {
-  const ManyLayout layout = many_layout(in.n, in.m, in.d, plan.rows_per_pass, plan.refs_per_pass);
+  const int64_t refs = in.k * in.m, labelled = in.labels ? in.k : 0;
+  const ManyLayout layout = many_layout(in.n, refs, in.d, labelled, plan.rows_per_pass, plan.refs_per_pass);
   char* next = static_cast<char*>(workspace);
   const auto take = [&](int64_t bytes) {
     char* const piece = next;
@@ -1759,6 +1957,13 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   many.distances = centre.take<float>(d_tiles * MANY_PAIRS);
   void* const norms = take(layout.norms);
   many.norms = layout.norms > 0 && in.refs.dtype == Dtype::f16 ? static_cast<float*>(norms) : nullptr;
+  Carver classes(take(layout.classes));
+  if (in.labels) many.ranges = classes.take<int2>(plan.rows_per_pass);
+  if (in.k > 1) {
+    many.class_refs = static_cast<int>(in.m);
+    many.operands = classes.take<uint16_t>(plan.refs_per_pass / 16);
+    many.ends = classes.take<int>(in.k);
+  }
   Carver rows(take(layout.rows));
   many.factors = rows.take<ManyFactor>(plan.rows_per_pass);
   many.dense_factors = rows.take<ManyFactor>(plan.rows_per_pass);
@@ -1785,7 +1990,10 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   many.blocks = static_cast<int>(plan.blocks);
   many.exact = !plan.fast;
 
-  const auto centre_of = in.refs.dtype == Dtype::f16 ? centre_kernel<__half> : centre_kernel<__nv_bfloat16>;
+  const auto centre_of =
+      in.refs.dtype == Dtype::f16
+          ? (in.k > 1 ? centre_kernel<__half, true> : centre_kernel<__half, false>)
+          : (in.k > 1 ? centre_kernel<__nv_bfloat16, true> : centre_kernel<__nv_bfloat16, false>);
   centre_of<<<static_cast<unsigned>(d_tiles), MANY_TILE * CENTRE_LANES, 0, stream>>>(in, many);
   check_launch(op);
   for (int64_t first = 0; first < in.n; first += MANY_LIST_ROWS)

@@ -118,10 +118,11 @@ def test_longest_samples(k, m, d, x_dtype, source):
         group[count:] = math.nan
     labels = torch.tensor([0, 1, 2, -1, 2] if k > 1 else [0, -1], device="cuda")
     assert_kernel("bulk", len(labels), refs)
-    t = torch.tensor([0.9995, 0.5, 0.3, 0.9999, 0.98], device="cuda")[: len(labels)]
+    # Of 300 references few have weight: the mean of all is so small that float32 sums are off by 3.6e-6 of it.
+    t = torch.tensor([0.9995 if k > 1 else 0.997, 0.5, 0.3, 0.9999, 0.98], device="cuda")[: len(labels)]
     picked = refs[labels.clamp_min(0), 0].nan_to_num().float()
     x = ((1 - t[:, None]) * picked + t[:, None] * torch.randn(picked.shape, device="cuda", generator=gpu)).to(x_dtype)
-    own = torch.randn(picked.shape, device="cuda", generator=gpu) if source else None
+    own = torch.randn(picked.shape, device="cuda", generator=gpu).to(x_dtype) if source else None
     together = svel.stable_target(x, refs, t, labels, counts, own)
     for i in range(len(labels)):  # one at a time: in float64 they are large
         row = slice(i, i + 1)
@@ -227,7 +228,7 @@ def test_classes_of_a_few_rows(rng, n, k, m, d, dtype, source):
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "m", "d", "dtype"), [(200, 40, 128, 8192, torch.float32), (100, 20, 128, 16_384, torch.float16)]
+    ("n", "k", "m", "d", "dtype"), [(200, 40, 128, 8192, torch.float32), (100, 15, 128, 16_384, torch.float16)]
 )
 def test_units_that_share_a_long_class(rng, n, k, m, d, dtype):
     """They are dealt out; a quarter of the rows has one class, and not all classes are full."""

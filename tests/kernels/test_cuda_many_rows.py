@@ -311,7 +311,7 @@ def test_more_rows_than_one_list_holds():
 
 
 def test_problems_that_others_serve(rng):
-    """Labels, one row, few references, short samples, other dtypes: right as before."""
+    """One row, few references, other alignments and dtypes: right as before. Labels of one class are for this one."""
     x, refs, t = make_pool(70, 4999, 1032, "manifold", rng)
     assert_served("bulk", x, refs[:2000], "exact")
     assert_served("bulk", x, refs.float(), "exact")

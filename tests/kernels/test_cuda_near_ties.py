@@ -89,7 +89,8 @@ def test_classes(d, dtype):
 
 @pytest.mark.parametrize("d", [1024, 4096])
 @pytest.mark.parametrize(
-    ("n", "k", "m"), [(1, 3, 700), (3, 3, 700), (40, 3, 700), (256, 3, 700), (700, 3, 700), (2000, 500, 40)]
+    ("n", "k", "m"),
+    [(1, 3, 700), (3, 3, 700), (40, 3, 680), (256, 3, 680), (700, 3, 680), (256, 3, 700), (2000, 500, 40)],
 )
 @pytest.mark.parametrize("copies", [1, 4])
 def test_rows_that_share_a_class(n, k, m, d, copies):
@@ -115,6 +116,17 @@ def test_pools(n, m, d):
     """The two references lie in parts of different blocks."""
     x, refs, t, *_ = make_ties(n, 1, m, d, torch.bfloat16)
     check(x, refs[0], t)
+
+
+@pytest.mark.parametrize("copies", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "m", "d"), [(70, 5000, 1032), (300, 2104, 4096), (100, 2504, 5000)])
+def test_pools_beside_many_rows(n, m, d, dtype, copies):
+    """Lists of few references that are far apart beside the noise."""
+    x, refs, t, *_ = make_ties(n, 1, m, d, dtype, copies=copies)
+    assert info.plan(n, m, d, refs_dtype=dtype)["kernel"] == "many_rows"
+    check(x, refs[0], t)
+    check(x, refs[0], t, prediction="x0")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
