@@ -35,8 +35,8 @@ def targets(rng: torch.Generator) -> None:
 
 def banks(rng: torch.Generator) -> None:
     """Each form of the bulk kernels: groups in a block, clusters, all over the grid; rows that share a pass."""
-    for d in (16, 1000, 1032, 2056, 8192, 40_000, 65_544):
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+    for d in (16, 128, 400, 1000, 1032, 2056, 8192, 40_000, 65_544, 1_048_584):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32)[: 1 if d > 1 << 20 else 3]:
             x = torch.randn(7, d, device="cuda", generator=rng)
             refs = torch.randn(3, 9, d, device="cuda", generator=rng).to(dtype)
             refs[1] += 10.0  # far from the origin beside its spread: scored another way
@@ -72,6 +72,23 @@ def pools(rng: torch.Generator) -> None:
         t[3] = float("nan")
         svel.stable_target(x, refs, t)
         svel.posterior_part(x, refs, 1 - t, t, None, torch.tensor([m - 70], device="cuda"), precision="fast")
+
+
+def many(rng: torch.Generator) -> None:
+    """Many rows beside a pool, and beside few classes: lists short and long, dense rows, late ones and expected."""
+    for d, dtype in ((520, torch.float16), (1032, torch.bfloat16), (5000, torch.float16)):
+        refs = torch.randn(3, 707, d, device="cuda", generator=rng).to(dtype)
+        t = torch.tensor([0.05, 0.3, 0.7, 0.9, 0.95, 0.98, 0.999], device="cuda").repeat(11)
+        labels = torch.arange(len(t), device="cuda") % 4 - 1
+        between = (refs[labels, 0] + refs[labels, 1]).float() / 2  # two references
+        noise = t[:, None] * torch.randn(len(t), d, device="cuda", generator=rng)
+        x = torch.cat([(1 - t[:, None]) * mean + noise for mean in (between, refs[labels, 2].float())])
+        labels, t = labels.repeat(2), t.repeat(2)
+        counts = torch.tensor([707, 0, 300], device="cuda")
+        for precision in ("exact", "fast"):
+            svel.stable_target(x, refs.flatten(0, 1), t, precision=precision)
+            svel.stable_target(x, refs, t, labels, counts, precision=precision)
+            svel.posterior_mean(x.half(), refs, 1 - t, t, labels, counts, precision=precision)
 
 
 def steps(rng: torch.Generator) -> None:
@@ -119,7 +136,7 @@ def draws(rng: torch.Generator) -> None:
             svel.conditional_target_(x_t, x0, rows, u[:, 0], t_set.float())
 
 
-PARTS = {part.__name__: part for part in (targets, banks, mixed, pools, steps, losses, pushes, draws)}
+PARTS = {part.__name__: part for part in (targets, banks, mixed, pools, many, steps, losses, pushes, draws)}
 
 
 def main() -> None:
