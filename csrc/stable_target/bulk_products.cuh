@@ -160,9 +160,8 @@ struct ProductsLayout {
 // a multiprocessor each has 24 KB: D 1,024 took 55.3 us on an H100 in an earlier form, with 32 KB 56.6, with
 // 16 KB 56.2, with 48 58.7.
 constexpr int PRODUCTS_IN_FLIGHT = 64 << 10, PRODUCTS_PAIRED_IN_FLIGHT = 24 << 10;
-// Bytes of references that a block brings to the L2 while the list is made: M 64 took 59.1
-// us on an H100 with 128 KB, 58.0 with 256; two blocks of a multiprocessor 55.0 us (D 1,024) with 128 KB
-// each, 56.4 with 64.
+// Bytes of references that a block brings to the L2 while the list is made: M 64 took 59.1 us on an H100 with
+// 128 KB, 58.0 with 256; two blocks of a multiprocessor 55.0 us (D 1,024) with 128 KB each, 56.4 with 64.
 constexpr int PRODUCTS_EARLY_BYTES = 256 << 10, PRODUCTS_PAIRED_EARLY_BYTES = 128 << 10;
 
 // By BULK_PRODUCERS threads, while others make the list: what the block will begin with if all `rows` have
