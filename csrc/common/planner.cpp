@@ -249,7 +249,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.refs_per_pass = groups(p) * p.m;
     plan.smem_bytes = fixed + std::max({stages * stage, SETTLE_SMEM, plan.own_list ? LIST_SCRATCH_SMEM : 0});
     const int64_t of_ties = products ? int64_t{products_ties(p.n)} * PRODUCTS_TIE_BYTES : 0;
-    const int64_t of_rows = products ? 64 + of_ties + (p.shared_rows ? 4 * p.d : 0) : 8 * slices;
+    const int64_t of_rows = products ? 64 + of_ties + (p.shared_rows ? 4 * p.d : 0) : 24 * slices;
     plan.workspace_bytes =
         unit_list_bytes(p.n, groups(p)) + of_rows * p.n + 4096 +
         plan.blocks * (plan.tile_rows * ((products ? 4 : 16) * slice + 512 + of_ties) + 8 * slice);

@@ -58,6 +58,7 @@ struct Launch : BulkLaunch {
     parts.rows = carver.take<GroupsRow>(2 * plan.blocks * plan.tile_rows);
     parts.arrived = carver.take<int>(in.n);
     place_settling(carver, parts, plan.blocks, 1, in.d, layout.merge_last);
+    carver.check(op, plan.workspace_bytes);
     if (!layout.own_list) {
       build_unit_list(op, in, list, parts.arrived, in.n, plan.tile_refs, plan.tile_rows, stream);
     } else if (layout.merge_last) {
@@ -111,6 +112,7 @@ struct Launch : BulkLaunch {
     const int64_t shared = in.mailboxes ? teams * plan.slices : 0;
     if (in.at_home) parts.home = *in.at_home;
     if (shared > 0) parts.ready = carver.take<int>(shared);
+    carver.check(op, plan.workspace_bytes);
     if (!plan.own_list && in.stage != Stage::rest)
       build_unit_list(op, in, list, parts.ready, shared, plan.tile_refs, plan.tile_rows, stream);
     if (in.stage == Stage::list) return true;
@@ -280,6 +282,7 @@ struct Launch : BulkLaunch {
     int* const first = reinterpret_cast<int*>(parts.mail);  // of what is zero when the kernel begins
     const int64_t count = parts.arrived + counts - first;
     place_settling(carver, parts, blocks, layout.slices, layout.slice, layout.merge_last);
+    carver.check(op, plan.workspace_bytes);
     if (!layout.own_list) {
       build_unit_list(op, in, list, first, count, TR, 1, stream);
     } else if (layout.team == Team::grid) {

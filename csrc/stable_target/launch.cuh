@@ -3,6 +3,9 @@
 // aligned to 256 bytes.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "common/kernel_launch.cuh"
 #include "common/planner.h"
 #include "stable_target/rows.cuh"
@@ -28,15 +31,22 @@ int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig
 // Hands out consecutive pieces of a workspace, each aligned to 16 bytes.
 class Carver {
  public:
-  explicit Carver(void* base) : next_(static_cast<char*>(base)) {}
+  explicit Carver(void* base) : base_(static_cast<char*>(base)), next_(base_) {}
   template <typename T>
   T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(next_);
     next_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
     return piece;
   }
+  // The planner has to know of all that is taken.
+  void check(const char* op, int64_t room) const {
+    if (next_ - base_ > room)
+      throw std::runtime_error(std::string("svel::") + op + ": " + std::to_string(next_ - base_) +
+                               " bytes of workspace are needed, " + std::to_string(room) + " were planned");
+  }
 
  private:
+  char* base_;
   char* next_;
 };
 

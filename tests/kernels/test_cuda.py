@@ -106,6 +106,32 @@ def test_class_banks(rng, d, dtype):
     check_bank(x, refs, t, labels, counts)
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "m", "d", "dtype"),
+    [
+        (40_000, 50, 5, 64, torch.float32),
+        (20_000, 3, 4, 24, torch.float16),
+        (600, 5, 3, 65_544, torch.float16),
+        (300, 3, 3, 131_072, torch.float32),
+        (70, 2, 3, 1_048_584, torch.float16),
+    ],
+    ids=str,
+)
+def test_many_rows_have_room(n, k, m, d, dtype):
+    """What is kept of every row, by groups of warps and by every block of a team."""
+    gpu = torch.Generator("cuda").manual_seed(5)
+    refs = torch.randn(k, m, d, device="cuda", generator=gpu).to(dtype)
+    assert_kernel("bulk", n, refs)
+    labels = torch.arange(n, device="cuda") % k
+    t = torch.linspace(0.02, 0.99, n, device="cuda")
+    noise = torch.randn(n, d, device="cuda", generator=gpu)
+    x = noise.mul_(t[:, None]).add_((1 - t[:, None]) * refs[labels, 0].float())
+    out = svel.stable_target(x, refs, t, labels)
+    for rows in torch.arange(n, device="cuda").split(max(1, (1 << 27) // d)):
+        expected = reference.stable_target(x[rows].double(), refs, t[rows], labels[rows])
+        assert_close(out[rows], expected)
+
+
 @pytest.mark.parametrize("source", [False, True])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("k", "m", "d"), [(3, 5, 1_200_000), (3, 5, 2_097_152), (1, 300, 1_048_584)])
