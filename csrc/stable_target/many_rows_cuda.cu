@@ -693,6 +693,7 @@ __device__ inline int most_reviewed(double doubt) {
 __device__ inline double largest_norm(const ManyFacts& facts) {  // |d_j|^2
   return static_cast<double>(__int_as_float(facts.max_norm)) * facts.inverse_scale * facts.inverse_scale;
 }
+
 // One block per slot: lists the references whose weight can matter, or gives up at more than MANY_SURVIVORS.
 // A thread keeps HELD maxima of groups at hand, every SELECT_THREADS-th; those beyond are read again.
 constexpr int HELD = 8;
