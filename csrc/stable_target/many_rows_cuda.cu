@@ -1152,22 +1152,19 @@ __device__ inline float least_reviewed(const Many& many, const ManySlot& slot, f
 // digits, as of smooth images near one another and far from the centre, even those of y_hi and y_lo may be
 // off by a hundredth in log weight. So the references of most weight are listed, `most` at most. Where there
 // are more, bins of the bits of their weights, 4, 8 or 32 to a factor of two: the first that hold no more
-// than `most` are listed.
+// than `most` are listed. Of the groups, too, the first bins that hold no more than there are threads are
+// enough, by their best: weights, which are many more bytes, are read of these alone.
 constexpr int REVIEW_BINS = 64;
 constexpr int REVIEW_AHEAD = 8;  // maxima of a thread that are on their way at once
 __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_t at, int place, int most,
                                       List& list) {
-  __shared__ int bins[REVIEW_BINS], kept, count;
-  __shared__ List found;
+  __shared__ int bins[REVIEW_BINS], near[THREADS], scratch[THREADS / 32], kept;
   const ManySlot& slot = many.slots[at];
   double total = 0;
 #pragma unroll
   for (int k = 0; k < WEIGHT_UNITS; ++k) total += many.totals[place * WEIGHT_UNITS + k];
   const float least = least_reviewed(many, slot, static_cast<float>(total), most);
   if (!(least <= 1)) return 0;
-  if (threadIdx.x < REVIEW_BINS) bins[threadIdx.x] = 0;
-  if (threadIdx.x == 0) count = 0;
-  const float* const scores = many.scores + place * many.score_stride;  // weights by now
   const float* const maxima =  // of scores, which gather_kernel may have moved
       many.maxima + (many.facts->late > 0 ? place : at) * (many.score_stride / MANY_GROUP);
   const int groups = static_cast<int>((many_valid(in, many) + MANY_GROUP - 1) / MANY_GROUP);
@@ -1176,76 +1173,80 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
   const auto bin_of = [shift](float weight) {
     return min(max(__float_as_int(1.0f) - __float_as_int(weight), 0) >> shift, REVIEW_BINS - 1);
   };
-  const auto find = [&](int j, float weight) {
-    const int k = atomicAdd(&count, 1);
-    if (k < MANY_SURVIVORS) found.references[k] = j, found.weights[k] = weight;
+  const auto clear = [&] {
+    if (threadIdx.x < REVIEW_BINS) bins[threadIdx.x] = 0;
+    __syncthreads();
   };
-  __syncthreads();
-  // visit(j, weight) of all that are not less. Of groups whose best is nothing is read.
-  const auto each = [&](const auto& visit) {
-#pragma unroll 1
-    for (int first = threadIdx.x; first < groups; first += REVIEW_AHEAD * THREADS) {
-      unsigned near = 0;
-#pragma unroll
-      for (int i = 0; i < REVIEW_AHEAD; ++i) {
-        const int k = first + i * THREADS;
-        const float best = k < groups ? maxima[k] : -INFINITY;
-        near |= ((top - best) * rate2 < reach ? 1u : 0u) << i;
-      }
-#pragma unroll 1
-      for (; near; near &= near - 1) {
-        const int j = (first + (__ffs(near) - 1) * THREADS) * static_cast<int>(MANY_GROUP);
-        float weights[MANY_GROUP];
-        load_group(scores, j, weights);
-#pragma unroll
-        for (int i = 0; i < MANY_GROUP; ++i)
-          if (weights[i] >= least) visit(j + i, weights[i]);
-      }
-    }
-  };
-  each(find);
-  __syncthreads();
-  if (count > most) {
-    const bool all_found = count <= MANY_SURVIVORS;
-    const bool has = all_found && static_cast<int>(threadIdx.x) < count;
-    const int own = has ? found.references[threadIdx.x] : 0;
-    const float weight = has ? found.weights[threadIdx.x] : 0;
-    if (all_found) {
-      if (has) atomicAdd(&bins[bin_of(weight)], 1);
-    } else {
-      each([&](int, float weight) { atomicAdd(&bins[bin_of(weight)], 1); });
-    }
+  // How many of the first bins hold no more than `limit` together.
+  const auto whole_bins = [&](int limit) {
     __syncthreads();
     if (threadIdx.x < 32) {
       static_assert(REVIEW_BINS == 64, "two to a lane");
       const int lane = threadIdx.x, low = bins[2 * lane], both = low + bins[2 * lane + 1];
       int until = both;  // in this lane's bins and all before
+#pragma unroll 1
       for (int offset = 1; offset < 32; offset *= 2) {
         const int other = __shfl_up_sync(0xffffffffu, until, offset);
         if (lane >= offset) until += other;
       }
-      const int whole = (until - both + low <= most) + (until <= most);
-      const int all = __reduce_add_sync(0xffffffffu, whole);
-      if (lane == 0) kept = all, count = 0;
+      const int all = __reduce_add_sync(0xffffffffu, (until - both + low <= limit) + (until <= limit));
+      if (lane == 0) kept = all;
     }
     __syncthreads();
-    if (all_found) {
-      if (has && bin_of(weight) < kept) find(own, weight);
-    } else {
-      each([&](int j, float weight) {
-        if (bin_of(weight) < kept) find(j, weight);
-      });
+    return kept;
+  };
+  clear();
+  // First groups are counted in bins, then those of the first bins, which then are noted.
+  int kept_groups = REVIEW_BINS, candidates = 0, own = 0;
+#pragma unroll 1
+  for (int pass = 0; pass < 3; ++pass) {
+#pragma unroll 1
+    for (int first = threadIdx.x; first < groups; first += REVIEW_AHEAD * THREADS) {
+      float best[REVIEW_AHEAD];
+#pragma unroll
+      for (int i = 0; i < REVIEW_AHEAD; ++i)
+        best[i] = first + i * THREADS < groups ? maxima[first + i * THREADS] : -INFINITY;
+#pragma unroll
+      for (int i = 0; i < REVIEW_AHEAD; ++i) {
+        const float apart = (best[i] - top) * rate2;
+        if (!(-apart < reach)) continue;
+        const int bin = bin_of(short_exp2(apart));
+        if (pass == 0) {
+          atomicAdd(&bins[bin], 1);
+        } else if (bin < kept_groups) {
+          if (pass == 2) near[own] = first + i * THREADS;
+          ++own;
+        }
+      }
     }
-    __syncthreads();
+    if (pass == 0) kept_groups = whole_bins(THREADS);
+    if (pass == 1) own = block_prefix(own, scratch, candidates);
   }
-  // In the order of the references, so that results do not depend on which came first.
-  static_assert(THREADS == MANY_SURVIVORS, "a thread to each");
-  if (static_cast<int>(threadIdx.x) < count) {
-    const int own = found.references[threadIdx.x];
-    int rank = 0;
-    for (int i = 0; i < count; ++i) rank += found.references[i] < own;
-    list.references[rank] = own, list.weights[rank] = found.weights[threadIdx.x];
+  clear();
+  const int j =
+      static_cast<int>(threadIdx.x) < candidates ? near[threadIdx.x] * static_cast<int>(MANY_GROUP) : -1;
+  float weights[MANY_GROUP];
+  unsigned wanted = 0;
+  if (j >= 0) {
+    load_group(many.scores + place * many.score_stride, j, weights);  // weights by now
+#pragma unroll
+    for (int i = 0; i < MANY_GROUP; ++i) wanted |= (weights[i] >= least ? 1u : 0u) << i;
   }
+  int count;
+  own = block_prefix(__popc(wanted), scratch, count);
+  if (count > most || kept_groups < REVIEW_BINS) {
+#pragma unroll
+    for (int i = 0; i < MANY_GROUP; ++i)
+      if (wanted >> i & 1) atomicAdd(&bins[bin_of(weights[i])], 1);
+    const int last = min(whole_bins(most), kept_groups);
+#pragma unroll
+    for (int i = 0; i < MANY_GROUP; ++i)
+      if ((wanted >> i & 1) && bin_of(weights[i]) >= last) wanted &= ~(1u << i);
+    own = block_prefix(__popc(wanted), scratch, count);
+  }
+#pragma unroll
+  for (int i = 0; i < MANY_GROUP; ++i)
+    if (wanted >> i & 1) list.references[own] = j + i, list.weights[own] = weights[i], ++own;
   return count;
 }
 
