@@ -1107,8 +1107,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) weights_kernel(const Inputs
     store_weights<EXACT>(in, many, unit / WEIGHT_UNITS, unit % WEIGHT_UNITS);
 }
 
-constexpr int LISTED = 4;  // references that a block scores and sums at a time,
-constexpr int LISTS = 3;   // and so many times as many have room
+constexpr int LISTED = 4;    // references that a block scores and sums at a time,
+constexpr int LISTS = 3;     // and so many times as many have room
+constexpr int FLUSHED = 16;  // references that float32 sums are of, before they join others
 
 // 2^v for v <= 0, to float32's digits, of which v may have more.
 __device__ inline float power_of_two(double v) {
@@ -1520,41 +1521,46 @@ __device__ __forceinline__ void leave_list(const Inputs& in, const Many& many, M
 }
 
 // A row with a list: scores and sums its references, up to 2,048 VECTORS elements, from shared memory. Each
-// is read once, LISTED at a time while as many or twice as many are on their way; sums are relative to the
-// best score so far. in_sums: as above. PLAIN: as ManyFacts has it.
+// is read once, LISTED at a time while others are on their way; sums are relative to the best score so
+// far. A thread copies what it reads itself, so that threads meet once a turn, where they add scores up.
+// in_sums: as above. PLAIN: as ManyFacts has it.
 template <typename T, int VECTORS, bool PLAIN>
 __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, int64_t at, const List& list,
                                            int count, float in_sums, ListScores how, bool last) {
   extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times; the first
-  __shared__ Barrier barriers[LISTS];
-  __shared__ double parts[THREADS / 32][LISTED], scratch[33], exact[SHORT_LIST];
-  static_assert(THREADS / 32 * LISTED == 32, "a lane to each");
+  __shared__ double parts[2][THREADS / 32][LISTED], scratch[33], exact[SHORT_LIST];
+  static_assert(32 % LISTED == 0 && THREADS / 32 * LISTED % 32 == 0 && FLUSHED % LISTED == 0);
   const bool is_short = how == ListScores::DOUBLE, relative = how == ListScores::RELATIVE;
   ManySlot& slot = many.slots[at];
   double total = slot.total, best = slot.best;
-  const int64_t bytes = in.d * static_cast<int64_t>(sizeof(T));
-  const auto fetch = [&](int first) {
-    const int buffer = first / LISTED % LISTS, some = min(LISTED, count - first);
-    arrive_expecting(barriers + buffer, static_cast<uint32_t>(some * bytes));
-    for (int k = 0; k < some; ++k)
-      bulk_copy(
-          memory + (buffer * LISTED + k) * bytes,
-          static_cast<const char*>(in.refs.data) + (many.first_ref + list.references[first + k]) * bytes,
-          static_cast<uint32_t>(bytes), barriers + buffer, usual_policy());
+  const int bytes = static_cast<int>(in.d * sizeof(T));
+  constexpr int APART = 8 * THREADS * sizeof(T);  // a thread's vectors
+  char* const own_memory = memory + 8 * sizeof(T) * threadIdx.x;
+  const char* const own_refs =
+      static_cast<const char*>(in.refs.data) + many.first_ref * bytes + 8 * sizeof(T) * threadIdx.x;
+  const int left = static_cast<int>(in.d) - 8 * static_cast<int>(threadIdx.x);
+  const auto has = [&](int v) { return v + 1 < VECTORS || left > 8 * v * THREADS; };
+  // After the last comes the last again, so that turns are all alike.
+  const auto fetch = [&](int first, int buffer) {
+#pragma unroll
+    for (int k = 0; k < LISTED && first < count; ++k) {
+      const char* const from =
+          own_refs + static_cast<int64_t>(list.references[min(first + k, count - 1)]) * bytes;
+      char* const to = own_memory + (buffer * LISTED + k) * bytes;
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v)
+        if (has(v))
+          copy_async(reinterpret_cast<float4*>(to + v * APART),
+                     reinterpret_cast<const float*>(from + v * APART));
+    }
+    end_copies();
   };
-  if (threadIdx.x == 0) {
-    for (int k = 0; k < LISTS; ++k) init_barrier(barriers + k, 1);
-    publish_barriers();
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int k = 0; k < LISTS - 1; ++k)
-      if (k * LISTED < count) fetch(k * LISTED);
-  }
+#pragma unroll 1
+  for (int k = 0; k < LISTS; ++k) fetch(k * LISTED, k);
 
   if (is_short) score_short_list<T>(short_list(in, many, slot.row, list, count), exact);
   const ManyFactor factor = many.factors[at];
-  const float scale = many.facts->scale;
+  const float scale = PLAIN ? 1 : many.facts->scale;
   const double rate2 = slot.rate2;
   double above = static_cast<double>(factor.half_alpha) * many.facts->mean_norm;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -1563,8 +1569,8 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
   double sums[VECTORS][8] = {};
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
+    if (!has(v)) continue;
     const int64_t e = element(v);
-    if (e >= in.d) continue;
     load_y(many, at, e, factor.unit, y[v]);
     if (!PLAIN) {
 #pragma unroll
@@ -1575,38 +1581,12 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       for (int q = 0; q < 8; ++q) sums[v][q] = many.sums[at * many.d_stride + e + q];
     }
   }
-  // visit(v, q, difference) of reference k of a buffer
-  const auto differences = [&](int buffer, int k, auto visit) {
+  // Eight elements in shared memory, times the scale; visit(q, element).
+  const auto each = [&](const char* of, const auto& visit) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(of);
+    const T* const values = reinterpret_cast<const T*>(&raw);
 #pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-      if (element(v) >= in.d) continue;
-      const uint4 raw =
-          *reinterpret_cast<const uint4*>(memory + (buffer * LISTED + k) * bytes + element(v) * sizeof(T));
-      const T* const values = reinterpret_cast<const T*>(&raw);
-#pragma unroll
-      for (int q = 0; q < 8; ++q) {
-        const float value = to_float(values[q]);
-        visit(v, q, PLAIN ? value : fmaf(value, scale, -centre[v][q]));
-      }
-    }
-  };
-  // The same of what it differs by from the first reference.
-  char* const kept = memory + LISTS * LISTED * bytes;
-  const auto from_first = [&](int buffer, int k, auto visit) {
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-      if (element(v) >= in.d) continue;
-      const int64_t own = element(v) * sizeof(T);
-      const uint4 raw = *reinterpret_cast<const uint4*>(memory + (buffer * LISTED + k) * bytes + own);
-      const uint4 raw_0 = *reinterpret_cast<const uint4*>(kept + own);
-      const T* const values = reinterpret_cast<const T*>(&raw);
-      const T* const values_0 = reinterpret_cast<const T*>(&raw_0);
-#pragma unroll
-      for (int q = 0; q < 8; ++q) {
-        const float apart = to_float(values[q]) - to_float(values_0[q]);
-        visit(v, q, PLAIN ? apart : apart * scale);
-      }
-    }
+    for (int q = 0; q < 8; ++q) visit(q, PLAIN ? to_float(values[q]) : to_float(values[q]) * scale);
   };
   const auto flush = [&] {
 #pragma unroll
@@ -1615,77 +1595,105 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       for (int q = 0; q < 8; ++q) sums[v][q] += part[v][q], part[v][q] = 0;
   };
 
+  char* const kept = own_memory + LISTS * LISTED * bytes;  // the first
   if (relative) {
-    wait_barrier(barriers, 0);
+    wait_copies<LISTS - 1>();
     double score = 0;
-    differences(0, 0,
-                [&](int v, int q, float d_0) { score += make_relative(factor.half_alpha, d_0, y[v][q]); });
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (!has(v)) continue;
+      const char* const from = own_memory + v * APART;
+      each(from, [&](int q, float r) {
+        score += make_relative(factor.half_alpha, PLAIN ? r : r - centre[v][q], y[v][q]);
+      });
+      *reinterpret_cast<uint4*>(kept + v * APART) = *reinterpret_cast<const uint4*>(from);
+    }
     above += block_sum(score, scratch);
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {  // each thread its own
-      const int64_t own = element(v) * sizeof(T);
-      if (element(v) < in.d)
-        *reinterpret_cast<uint4*>(kept + own) = *reinterpret_cast<const uint4*>(memory + own);
-    }
   }
+  double own_total = 0;  // of the references lane % LISTED
+  float of_sums = 0;     // what their weights in the sums are to be multiplied by
+  int buffer = 0;
+#pragma unroll 1
   for (int first = 0; first < count; first += LISTED) {
-    const int turn = first / LISTED, buffer = turn % LISTS, some = min(LISTED, count - first);
-    const int ahead = first + (LISTS - 1) * LISTED;  // where the turn before was
-    if (threadIdx.x == 0 && ahead < count) fetch(ahead);
-    wait_barrier(barriers + buffer, turn / LISTS % 2);
-    double own[LISTED] = {};
-#pragma unroll
-    for (int k = 0; k < LISTED; ++k) {
-      if (k >= some) continue;
-      float eight[VECTORS] = {};
-      const auto add = [&](int v, int q, float d) {
-        eight[v] = fmaf(fmaf(-factor.half_alpha, d, y[v][q]), d, eight[v]);
-      };
-      if (relative) {
-        from_first(buffer, k, add);
-      } else {
-        differences(buffer, k, add);
-      }
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v) own[k] += eight[v];
-    }
-    const double of_warp = warp_sums<LISTED>(own, lane);
-    if (lane % (32 / LISTED) == 0) parts[warp][lane / (32 / LISTED)] = of_warp;
-    __syncthreads();
+    const int some = min(LISTED, count - first), turn = first / LISTED;
+    char* const now = own_memory + buffer * LISTED * bytes;
+    wait_copies<LISTS - 1>();
     // Lane: the reference lane % LISTED, in all warps alike.
-    double score = parts[lane / LISTED][lane % LISTED];
-    for (int offset = 16; offset >= LISTED; offset /= 2) score += __shfl_xor_sync(0xffffffffu, score, offset);
-    if (is_short && lane % LISTED < some) score = exact[first + lane % LISTED];
+    double score = 0;
+    if (is_short) {
+      if (lane % LISTED < some) score = exact[first + lane % LISTED];
+    } else {
+      double own[LISTED] = {};
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        if (!has(v)) continue;
+        float from[8];  // what differences are from: the first or the centre
+        if (relative) {
+          each(kept + v * APART, [&](int q, float r) { from[q] = r; });
+        } else {
+#pragma unroll
+          for (int q = 0; q < 8; ++q) from[q] = centre[v][q];
+        }
+#pragma unroll
+        for (int k = 0; k < LISTED; ++k) {
+          float eight = 0;
+          each(now + k * bytes + v * APART, [&](int q, float r) {
+            const float d = r - from[q];
+            eight = fmaf(fmaf(-factor.half_alpha, d, y[v][q]), d, eight);
+          });
+          own[k] += eight;
+        }
+      }
+      double (&of_turn)[THREADS / 32][LISTED] = parts[turn % 2];
+      const double of_warp = warp_sums<LISTED>(own, lane);
+      if (lane % (32 / LISTED) == 0) of_turn[warp][lane / (32 / LISTED)] = of_warp;
+      __syncthreads();
+#pragma unroll
+      for (int w = lane / LISTED; w < THREADS / 32; w += 32 / LISTED) score += of_turn[w][lane % LISTED];
+#pragma unroll
+      for (int offset = 16; offset >= LISTED; offset /= 2)
+        score += __shfl_xor_sync(0xffffffffu, score, offset);
+    }
     score = lane % LISTED < some ? score + above : -INFINITY;
-    double top = score;
-    for (int offset = LISTED / 2; offset > 0; offset /= 2)
-      top = fmax(top, __shfl_xor_sync(0xffffffffu, top, offset));
-    top = fmax(top, fmax(best, static_cast<double>(in_sums)));
-    const float keep = power_of_two(rate2 * (best - top));
-    float weight = power_of_two(rate2 * (score - top));
-    if (in_sums != -INFINITY && lane % LISTED < some)
-      weight -= list.weights[first + lane % LISTED] * power_of_two(rate2 * (in_sums - top));
-    double weights = weight;
-    for (int offset = LISTED / 2; offset > 0; offset /= 2)
-      weights += __shfl_xor_sync(0xffffffffu, weights, offset);
-    total = total * keep + weights, best = top;
-    if (keep != 1) {
+    if (first == 0 || __any_sync(0xffffffffu, score > best)) {
+      double top = score;
+#pragma unroll 1
+      for (int offset = LISTED / 2; offset > 0; offset /= 2)
+        top = fmax(top, __shfl_xor_sync(0xffffffffu, top, offset));
+      top = fmax(top, fmax(best, static_cast<double>(in_sums)));
+      const float keep = power_of_two(rate2 * (best - top));
+      of_sums = power_of_two(rate2 * (in_sums - top));
+      total *= keep, own_total *= keep, best = top;
       flush();
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v)
 #pragma unroll
         for (int q = 0; q < 8; ++q) sums[v][q] *= keep;
     }
+    const float bits = static_cast<float>(rate2 * (score - best));
+    float weight = bits > -150 ? exp2f(bits) : 0.0f;
+    if (of_sums > 0 && lane % LISTED < some) weight -= list.weights[first + lane % LISTED] * of_sums;
+    own_total += weight;
+    float of_all[LISTED];
 #pragma unroll
-    for (int k = 0; k < LISTED; ++k) {
-      const float p = __shfl_sync(0xffffffffu, weight, k);
-      if (k < some)
-        differences(buffer, k, [&](int v, int q, float d) { part[v][q] = fmaf(p, d, part[v][q]); });
+    for (int k = 0; k < LISTED; ++k) of_all[k] = __shfl_sync(0xffffffffu, weight, k);
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (!has(v)) continue;
+#pragma unroll
+      for (int k = 0; k < LISTED; ++k)
+        each(now + k * bytes + v * APART,
+             [&](int q, float r) { part[v][q] = fmaf(of_all[k], PLAIN ? r : r - centre[v][q], part[v][q]); });
     }
-    if (turn % 4 == 3) flush();
-    __syncthreads();  // the buffer can be filled again
+    if ((turn + 1) % (FLUSHED / LISTED) == 0) flush();
+    fetch(first + LISTS * LISTED, buffer);
+    buffer = buffer + 1 < LISTS ? buffer + 1 : 0;
   }
   flush();
+#pragma unroll
+  for (int offset = LISTED / 2; offset > 0; offset /= 2)
+    own_total += __shfl_xor_sync(0xffffffffu, own_total, offset);
+  total += own_total;
 
   const Row& row = slot.row;
   const double inverse = inverse_total(many, true, best, total);
