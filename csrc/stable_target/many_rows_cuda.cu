@@ -1107,8 +1107,12 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) weights_kernel(const Inputs
     store_weights<EXACT>(in, many, unit / WEIGHT_UNITS, unit % WEIGHT_UNITS);
 }
 
-constexpr int LISTED = 4;    // references that a block scores and sums at a time,
-constexpr int LISTS = 3;     // and so many times as many have room
+// References that a block scores and sums at a time; so many times as many have room, for two blocks to a
+// multiprocessor. Eight of up to EIGHT_LISTED_D elements, four of more.
+__host__ __device__ constexpr int room_of(int listed) {
+  return listed == 8 ? 2 : 3;
+}
+constexpr int64_t EIGHT_LISTED_D = 3072;
 constexpr int FLUSHED = 16;  // references that float32 sums are of, before they join others
 
 // 2^v for v <= 0, to float32's digits, of which v may have more.
@@ -1524,10 +1528,11 @@ __device__ __forceinline__ void leave_list(const Inputs& in, const Many& many, M
 // is read once, LISTED at a time while others are on their way; sums are relative to the best score so
 // far. A thread copies what it reads itself, so that threads meet once a turn, where they add scores up.
 // in_sums: as above. PLAIN: as ManyFacts has it.
-template <typename T, int VECTORS, bool PLAIN>
+template <typename T, int VECTORS, int LISTED, bool PLAIN>
 __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, int64_t at, const List& list,
                                            int count, float in_sums, ListScores how, bool last) {
   extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times; the first
+  constexpr int LISTS = room_of(LISTED);
   __shared__ double parts[2][THREADS / 32][LISTED], scratch[33], exact[SHORT_LIST];
   static_assert(32 % LISTED == 0 && THREADS / 32 * LISTED % 32 == 0 && FLUSHED % LISTED == 0);
   const bool is_short = how == ListScores::DOUBLE, relative = how == ListScores::RELATIVE;
@@ -1712,7 +1717,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
 }
 
 // A slot with a list, or without anything: the output, or sums for merge_sums or the next round.
-template <typename T, int VECTORS>
+template <typename T, int VECTORS, int LISTED>
 __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, int64_t at, bool last) {
   __shared__ std::conditional_t<VECTORS == 0, Listed, char> listed;
   __shared__ List list;
@@ -1741,8 +1746,9 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
                                                 : ListScores::FLOAT;
   if constexpr (VECTORS > 0) {
     if (count > 0 && DtypeOf<T>::value == Dtype::f16 && many.facts->plain)
-      return sum_listed<T, VECTORS, true>(in, many, at, list, count, in_sums, how, ends);
-    if (count > 0) return sum_listed<T, VECTORS, false>(in, many, at, list, count, in_sums, how, ends);
+      return sum_listed<T, VECTORS, LISTED, true>(in, many, at, list, count, in_sums, how, ends);
+    if (count > 0)
+      return sum_listed<T, VECTORS, LISTED, false>(in, many, at, list, count, in_sums, how, ends);
   }
   double keep = 1, total = slot.total, best = slot.best;
   if constexpr (VECTORS == 0) {
@@ -1847,14 +1853,14 @@ __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, i
 
 // The sums after this round, or the output after the last: first a block per slot for the lists, on what
 // multiprocessors sum_kernel leaves; then blocks for dense rows, several to a row where there are few, one
-// before the last round. VECTORS: as above; 0: any number of elements. sum_kernel's blocks, which all have
-// begun, have waited for those before: all but the sums is there.
-template <typename T, int VECTORS>
+// before the last round. VECTORS, LISTED: as above; 0: any number of elements. sum_kernel's blocks, which all
+// have begun, have waited for those before: all but the sums is there.
+template <typename T, int VECTORS, int LISTED>
 __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, const Many many, bool last) {
   allow_next_launch();
   const int rows = static_cast<int>(many.rows), block = static_cast<int>(blockIdx.x) - rows;
   if (block < 0) {
-    merge_list<T, VECTORS>(in, many, many.list_order[blockIdx.x], last);
+    merge_list<T, VECTORS, LISTED>(in, many, many.list_order[blockIdx.x], last);
     if (blockIdx.x > 0) return;
     wait_for_previous_launch();                           // launches end in their order
     if (last && threadIdx.x == 0) many.facts->early = 0;  // of the next pass
@@ -1870,7 +1876,9 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
 
 template <typename T>
 auto merge_kernel_for(int64_t d) {
-  return d > LISTED_D ? merge_kernel<T, 0> : d > LISTED_D / 2 ? merge_kernel<T, 2> : merge_kernel<T, 1>;
+  if (d > LISTED_D) return merge_kernel<T, 0, 0>;
+  if (d > EIGHT_LISTED_D) return merge_kernel<T, 2, 4>;
+  return d > LISTED_D / 2 ? merge_kernel<T, 2, 8> : merge_kernel<T, 1, 8>;
 }
 
 // Rows from `first` on, at most `rows` of them.
@@ -1900,7 +1908,8 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
   const bool half = in.refs.dtype == Dtype::f16, labels = in.labels != nullptr, classes = in.k > 1;
   const Inputs pool = as_pool(in);
   const auto merge = half ? merge_kernel_for<__half>(in.d) : merge_kernel_for<__nv_bfloat16>(in.d);
-  const int merge_bytes = in.d > LISTED_D ? 0 : static_cast<int>((LISTS * LISTED + 1) * 2 * in.d);
+  const int listed = in.d > EIGHT_LISTED_D ? 4 : 8;
+  const int merge_bytes = in.d > LISTED_D ? 0 : static_cast<int>((room_of(listed) * listed + 1) * 2 * in.d);
   check_cuda(op, cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, merge_bytes));
   const auto launch = [&](auto* kernel, dim3 grid, int threads, int64_t bytes, const auto&... more) {
     launch_following(op, true, kernel, grid, threads, bytes, stream, more...);
