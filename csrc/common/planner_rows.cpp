@@ -98,7 +98,7 @@ double many_rows_seconds(const Problem& p, const Plan& plan) {
   const double refs = static_cast<double>(all_references(p)), k = p.has_labels ? p.k : 1;
   // More rows than a tile holds are in the order of their classes: at each place where one tile ends and the
   // next begins a class is met by both, and a tile meets parts of two pairs of reference tiles. With labels
-  // drawn evenly, and rows of one class or of all other classes nowhere else.
+  // drawn evenly, and no rows of all classes.
   const double tiles = ceil_div(p.n, MANY_ROWS),
                met = std::min(refs, refs / k * (k + tiles - 1) / tiles + 2 * MANY_TILE);
   const double elements = (p.n > MANY_ROWS ? met : refs) * p.d;

@@ -945,11 +945,13 @@ struct MetPairs {
 // LOW: row tiles of dense rows, in their first places; else as for pools.
 template <bool LOW>
 struct ClassTiles : ScoreTiles {
-  const MetPairs& met;
+  const MetPairs* met;
 
-  // By all threads. References that lie between those of two tiles which are one for the sums count as met.
-  __device__ ClassTiles(const Many& many, MetPairs& shared, int rows, int early, int64_t valid)
-      : ScoreTiles(rows, early), met(shared) {
+  using ScoreTiles::ScoreTiles;
+  // Finds which are met, by all threads; returns the units of all tiles. References that lie between those of
+  // two tiles which are one for the sums count as met.
+  __device__ int meet(const Many& many, MetPairs& shared, int64_t valid) {
+    met = &shared;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = rows / 64;
     if constexpr (!LOW) {
       for (int part = warp; part < parts; part += MANY_THREADS / 32) {
@@ -995,19 +997,19 @@ struct ClassTiles : ScoreTiles {
       if (lane < SCORE_TILES) shared.until[lane] = until, shared.pair_of[lane] = begin - (until - count);
     }
     __syncthreads();
+    return met->until[SCORE_TILES - 1];
   }
-  __device__ int units() const { return met.until[SCORE_TILES - 1]; }
   __device__ int tile(int unit, int) const {
     int own = 0;
-    while (unit >= met.until[own]) ++own;
+    while (unit >= met->until[own]) ++own;
     return own;
   }
-  __device__ int within(int unit, int each) const { return met.pair_of[tile(unit, each)] + unit; }
+  __device__ int within(int unit, int each) const { return met->pair_of[tile(unit, each)] + unit; }
   __device__ int row0(int tile) const {
     return LOW ? static_cast<int>(MANY_ROWS) * tile : ScoreTiles::row0(tile);
   }
   __device__ int width(int tile) const {
-    return LOW ? row_tile_width(met.dense[tile]) : ScoreTiles::width(tile);
+    return LOW ? row_tile_width(met->dense[tile]) : ScoreTiles::width(tile);
   }
   __device__ int low(int tile) const { return LOW ? 0 : ScoreTiles::low(tile); }
 };
@@ -1073,21 +1075,13 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
   follow_previous();
   const int64_t rows = LOW ? many.facts->dense : many.padded, valid = many_valid(in, many);
   if (LOW && many.facts->late == 0) return;  // both blocks of the cluster
-  const int early_of_all = KIND == Scores::EXACT ? early_rows<CLASSES>(many) : 0;
-  const auto tiles = [&] {
-    if constexpr (CLASSES) {
-      __shared__ MetPairs met;
-      return ClassTiles<LOW>(many, met, static_cast<int>(rows), early_of_all, valid);
-    } else {
-      return ScoreTiles(static_cast<int>(rows), early_of_all);
-    }
-  }();
+  std::conditional_t<CLASSES, ClassTiles<LOW>, ScoreTiles> tiles(
+      static_cast<int>(rows), KIND == Scores::EXACT ? early_rows<CLASSES>(many) : 0);
   const int pairs = static_cast<int>((valid + 2 * MANY_TILE - 1) / (2 * MANY_TILE));
-  int units;
+  int units = tiles.all() * pairs;
   if constexpr (CLASSES) {
-    units = tiles.units();
-  } else {
-    units = tiles.all() * pairs;
+    __shared__ MetPairs met;
+    units = tiles.meet(many, met, valid);
   }
   const int steps = static_cast<int>((in.d + DEPTH - 1) / DEPTH);
   const int rank = blockIdx.x % 2;

@@ -327,6 +327,20 @@ struct ManySums {
   __device__ int split_stride(int row_tile) const { return (row_tile < rows.full ? rows.full : 1) * d_tiles; }
 };
 
+// As ManySums, of a bank of classes.
+struct ManyClassParts {
+  const ManyClassSums& sums;
+  int d_tiles;
+
+  __device__ explicit ManyClassParts(const Many& many)
+      : sums(many.classes->sums), d_tiles(static_cast<int>(many.d_stride / MANY_TILE)) {}
+  __device__ int splits_of(int row_tile) const { return sums.splits[row_tile]; }
+  __device__ int index(int row_tile, int split, int d_tile) const {
+    return (sums.parts_before[row_tile] + split) * d_tiles + d_tile;
+  }
+  __device__ int split_stride(int) const { return d_tiles; }
+};
+
 // The same by row tiles of classes: parts of as many steps. By all lanes of a warp.
 __device__ inline void choose_class_sums(const Many& many, ManyClassSums& sums) {
   constexpr int TILES = static_cast<int>(MANY_ROW_TILES);

@@ -874,7 +874,8 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
   constexpr int WARPS = PLACE_THREADS / 32;
   constexpr int TILE_ROWS = CLASSES ? static_cast<int>(MANY_ROWS) : PLACE_THREADS,
                 TILE_WARPS = TILE_ROWS / 32;
-  __shared__ int of_warps[WARPS], movers[PLACE_THREADS], before_last[PLACE_THREADS / TILE_ROWS];
+  __shared__ int of_warps[WARPS], movers[PLACE_THREADS];
+  __shared__ std::conditional_t<CLASSES, int[MANY_ROW_TILES], int> before_last;
   __shared__ std::conditional_t<CLASSES, ClassPlaces, char> classes;
   // The parts of the sums, for any number of full row tiles and with a narrow one or without.
   constexpr int MOST_FULL = static_cast<int>(MANY_PASS_ROWS / MANY_ROWS);
@@ -895,8 +896,9 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
     const bool is_row = real && slot < many.rows;
     const int count = is_row ? many.fills[slot] : 0, listed = is_row ? many.counts[slot] : 0;
     const int reviewed = is_row ? many.review_most[slot] : 0;
-    const float d = static_cast<float>(in.d), all_elements = static_cast<float>(many_valid(in, many)) * d;
-    const auto product = [&](int products, int width, float elements) {  // so many with the same references
+    std::conditional_t<CLASSES, float, const float> elements =
+        static_cast<float>(many_valid(in, many)) * static_cast<float>(in.d);
+    const auto product = [&](int products, int width) {  // so many with the same references
       return fmaxf(2.0f * products * width * elements / PRODUCT_RATE, 2.0f * elements / PRODUCT_BANDWIDTH);
     };
     // For each limit: rows that are dense, those of them that are late, listed references, most of one row.
@@ -931,21 +933,21 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
       const int k = min(lane, LIMITS - 1);
       float time = fmaxf(2.0f * of_limit[k][2] * in.d / LIST_BANDWIDTH,
                          of_limit[k][3] * LISTED_SECONDS * (in.d / 3072.0f));
-      const auto add_tile = [&](int width, float elements) {
-        time += product(many.exact ? 2 : 1, width, elements) +
-                (many.exact && of_limit[k][1] ? product(1, width, elements) : 0);
-      };
       if constexpr (CLASSES) {
 #pragma unroll 1
         for (int tile = 0; tile < ClassPlaces::TILES; ++tile) {
           const int2 met = classes.met[tile];
-          const int rows = classes.dense_of[k][tile];
-          if (rows) add_tile(row_tile_width(rows), static_cast<float>(max(met.y - met.x, 0)) * d);
+          const int rows = classes.dense_of[k][tile], width = row_tile_width(rows);
+          if (rows == 0) continue;
+          elements = static_cast<float>(max(met.y - met.x, 0)) * static_cast<float>(in.d);
+          time += product(many.exact ? 2 : 1, width) + (many.exact && of_limit[k][1] ? product(1, width) : 0);
         }
       } else {
 #pragma unroll 1
-        for (int left = of_limit[k][0]; left > 0; left -= static_cast<int>(MANY_ROWS))
-          add_tile(row_tile_width(left), all_elements);
+        for (int left = of_limit[k][0]; left > 0; left -= static_cast<int>(MANY_ROWS)) {
+          const int width = row_tile_width(left);
+          time += product(many.exact ? 2 : 1, width) + (many.exact && of_limit[k][1] ? product(1, width) : 0);
+        }
       }
       if ((MANY_SURVIVORS >> k) < (many.exact ? SHORTEST_LIST_EXACT : SHORTEST_LIST_FAST)) time = INFINITY;
       // Times are positive, so that their order is that of their bits; the longest of equal limits.
@@ -978,9 +980,16 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
     const int places = CLASSES ? of_tile : total;
     if (CLASSES) rank -= before_tile;
     if (is_row) many.list_order[is_long ? long_rank : all_long + slot - long_rank] = slot;
-    if (place == places) before_last[tile] = rank;  // dense rows that are in the first places
+    const auto last = [&]() -> int& {
+      if constexpr (CLASSES) {
+        return before_last[tile];
+      } else {
+        return before_last;
+      }
+    };
+    if (place == places) last() = rank;  // dense rows that are in the first places
     __syncthreads();
-    const int staying = places < TILE_ROWS ? before_last[tile] : places;
+    const int staying = places < TILE_ROWS ? last() : places;
     if (dense && place >= places) movers[first + rank - staying] = slot;
     if constexpr (CLASSES) {
       ClassPlaces::widen(classes.met_by_dense[tile], dense ? own : int2{});
@@ -1147,12 +1156,13 @@ __device__ __forceinline__ void store_weights(const Inputs& in, const Many& many
   ManySlot& slot = many.slots[source];
   const float* const from = many.scores + (moved ? at : source) * many.score_stride;
   float* const to = many.scores + at * many.score_stride;
-  const RowGroups groups = groups_of<CLASSES>(many, source, valid);
-  const float here = moved ? row_maximum(many, at, groups, scratch) : slot.top;
+  const float here =
+      moved ? row_maximum(many, at, groups_of<CLASSES>(many, source, valid), scratch) : slot.top;
   const float best = static_cast<float>(best_with(slot, here)), rate2 = slot.rate2;
   int begin = 0, end = many_sum_steps(many, valid) * many_sum_refs(EXACT);  // of what is summed
   int least = 0, until = static_cast<int>(valid);                           // of what is read
   if constexpr (CLASSES) {
+    const RowGroups groups = groups_of<CLASSES>(many, source, valid);
     const int2 steps = many.classes->sums.steps[at / MANY_ROWS];
     begin = steps.x * many_sum_refs(EXACT), end = steps.y * many_sum_refs(EXACT);
     least = static_cast<int>(groups.first * MANY_GROUP), until = static_cast<int>(groups.end * MANY_GROUP);
@@ -1277,11 +1287,11 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
   if (threadIdx.x < REVIEW_BINS) bins[threadIdx.x] = 0;
   if (threadIdx.x == 0) count = 0;
   const float* const scores = many.scores + place * many.score_stride;  // weights by now
-  const RowGroups own_groups = groups_of<CLASSES>(many, at, many_valid(in, many));
-  const int first_group = static_cast<int>(own_groups.first);
   const float* const maxima =  // of scores, which gather_kernel may have moved
-      many.maxima + (many.facts->late > 0 ? place : at) * (many.score_stride / MANY_GROUP) + first_group;
-  const int groups = static_cast<int>(own_groups.end - own_groups.first);
+      many.maxima + (many.facts->late > 0 ? place : at) * (many.score_stride / MANY_GROUP);
+  const int groups = static_cast<int>(groups_of<CLASSES>(many, at, many_valid(in, many)).end);
+  const int first_group =
+      CLASSES ? static_cast<int>(groups_of<CLASSES>(many, at, many_valid(in, many)).first) : 0;
   const float rate2 = slot.rate2, top = slot.top, reach = 0x1p-8f - __log2f(least);
   const int shift = reach > 8.5f ? 21 : reach > 2.5f ? 20 : 18;
   const auto bin_of = [shift](float weight) {
@@ -1295,7 +1305,7 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
   // visit(j, weight) of all that are not less. Of groups whose best is nothing is read.
   const auto each = [&](const auto& visit) {
 #pragma unroll 1
-    for (int first = threadIdx.x; first < groups; first += REVIEW_AHEAD * THREADS) {
+    for (int first = first_group + threadIdx.x; first < groups; first += REVIEW_AHEAD * THREADS) {
       unsigned near = 0;
 #pragma unroll
       for (int i = 0; i < REVIEW_AHEAD; ++i) {
@@ -1305,7 +1315,7 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
       }
 #pragma unroll 1
       for (; near; near &= near - 1) {
-        const int j = (first_group + first + (__ffs(near) - 1) * THREADS) * static_cast<int>(MANY_GROUP);
+        const int j = (first + (__ffs(near) - 1) * THREADS) * static_cast<int>(MANY_GROUP);
         float weights[MANY_GROUP];
         load_group(scores, j, weights);
 #pragma unroll
@@ -1900,20 +1910,12 @@ __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, i
     __syncthreads();
   }
   const ManySlot slot = many.slots[at];
-  const int row_tile = place / static_cast<int>(MANY_ROWS);
-  int splits, apart, index;  // of the parts
-  if constexpr (CLASSES) {
-    const ManyClassSums& sums = many.classes->sums;
-    splits = sums.splits[row_tile], apart = static_cast<int>(many.d_stride / MANY_TILE);
-    index = sums.parts_before[row_tile] * apart;
-  } else {
-    const ManySums grid(many);
-    splits = grid.splits_of(row_tile), apart = grid.split_stride(row_tile);
-    index = grid.index(row_tile, 0, 0);
-  }
-  const int64_t stride = static_cast<int64_t>(apart) * (MANY_ROWS * MANY_TILE);
+  const std::conditional_t<CLASSES, ManyClassParts, ManySums> grid(many);
+  const int row_tile = place / static_cast<int>(MANY_ROWS), splits = grid.splits_of(row_tile);
+  const int64_t stride = static_cast<int64_t>(grid.split_stride(row_tile)) * (MANY_ROWS * MANY_TILE);
   const float* const partial =
-      many.partial + (static_cast<int64_t>(index) * MANY_ROWS + place % MANY_ROWS) * MANY_TILE;
+      many.partial +
+      (static_cast<int64_t>(grid.index(row_tile, 0, 0)) * MANY_ROWS + place % MANY_ROWS) * MANY_TILE;
   const double best = best_with(slot, slot.top), rate2 = slot.rate2;
   const double keep = has_sums(slot) ? exp2(rate2 * (slot.best - best)) : 0.0,
                keep_own = exp2(rate2 * (slot.top - best)), unit = keep_own / WEIGHT_SCALE;
