@@ -1427,7 +1427,7 @@ struct ShortList {
   int64_t base;  // of the row
   double alpha, sign;
 };
-template <typename T>
+template <typename T, bool CLASSES>
 __device__ __noinline__ void score_short_list(const ShortList of, double* scores) {
   constexpr int WARPS = THREADS / 32;
   __shared__ double parts[WARPS][SHORT_LIST];
@@ -1498,7 +1498,7 @@ enum class ListScores { FLOAT, RELATIVE, DOUBLE };
 
 // Scores and weights of a row's listed references; best and total with those before. in_sums: what their
 // weights in the sums are relative to; -INFINITY: they are in none.
-template <typename T>
+template <typename T, bool CLASSES>
 __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, const List& list, int count,
                              float in_sums, ListScores how, Listed& listed) {
   const ManySlot& slot = many.slots[at];
@@ -1520,7 +1520,7 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, con
     above += block_sum(score, listed.scratch);
   }
   __shared__ double exact[SHORT_LIST];
-  if (is_short) score_short_list<T>(short_list(in, many, slot.row, list, count), exact);
+  if (is_short) score_short_list<T, CLASSES>(short_list(in, many, slot.row, list, count), exact);
   if (is_short && static_cast<int>(threadIdx.x) < count)
     listed.score[threadIdx.x] = exact[threadIdx.x] + above;
   for (int k = warp; k < count && !is_short; k += THREADS / 32) {
@@ -1569,13 +1569,16 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, con
 __device__ double inverse_total(const Many& many, bool alive, double best, double total) {
   return isfinite(best) && alive && total > 0 ? many.facts->inverse_scale / total : NAN;
 }
-// Four elements that are not as are_usual has them: a x + mean. A call, since many places have it.
+// Four elements that are not as are_usual has them: a x + mean. A call, since many places have it. Calls are
+// of one form each: registers of a kernel depend on who else calls what it does.
+template <bool CLASSES>
 __device__ __noinline__ void store_unusual(Array x, Array out, int64_t at, double a, double m0, double m1,
                                            double m2, double m3) {
   const double means[4] = {m0, m1, m2, m3};
 #pragma unroll
   for (int k = 0; k < 4; ++k) store_as(out, at + k, a * load_as<double>(x, at + k) + means[k]);
 }
+template <bool CLASSES>
 __device__ __forceinline__ void store_four_means(const Inputs& in, const Many& many, const Row& row,
                                                  int64_t e, double inverse, const double (&sum)[4]) {
   const int64_t at = row.index * in.d + e;
@@ -1585,16 +1588,18 @@ __device__ __forceinline__ void store_four_means(const Inputs& in, const Many& m
   double mean[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) mean[k] = row.b * (centre[k] * unscale + sum[k] * inverse);
-  if (!are_usual(in)) return store_unusual(in.x, in.out, at, row.a, mean[0], mean[1], mean[2], mean[3]);
+  if (!are_usual(in))
+    return store_unusual<CLASSES>(in.x, in.out, at, row.a, mean[0], mean[1], mean[2], mean[3]);
   const float4 x = *reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + at);
   *reinterpret_cast<float4*>(static_cast<float*>(in.out.data) + at) =
       make_float4(static_cast<float>(row.a * x.x + mean[0]), static_cast<float>(row.a * x.y + mean[1]),
                   static_cast<float>(row.a * x.z + mean[2]), static_cast<float>(row.a * x.w + mean[3]));
 }
+template <bool CLASSES>
 __device__ inline void store_mean(const Inputs& in, const Many& many, const Row& row, int64_t e,
                                   double inverse, const double (&sum)[8]) {
-  store_four_means(in, many, row, e, inverse, {sum[0], sum[1], sum[2], sum[3]});
-  store_four_means(in, many, row, e + 4, inverse, {sum[4], sum[5], sum[6], sum[7]});
+  store_four_means<CLASSES>(in, many, row, e, inverse, {sum[0], sum[1], sum[2], sum[3]});
+  store_four_means<CLASSES>(in, many, row, e + 4, inverse, {sum[4], sum[5], sum[6], sum[7]});
 }
 
 // The same of a row with one reference that matters, of all rounds, which is the mean.
@@ -1642,7 +1647,7 @@ __device__ __forceinline__ void leave_list(const Inputs& in, const Many& many, M
 // A row with a list: scores and sums its references, up to 2,048 VECTORS elements, from shared memory. Each
 // is read once, LISTED at a time while as many or twice as many are on their way; sums are relative to the
 // best score so far. in_sums: as above. PLAIN: as ManyFacts has it.
-template <typename T, int VECTORS, bool PLAIN>
+template <typename T, int VECTORS, bool PLAIN, bool CLASSES>
 __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, int64_t at, const List& list,
                                            int count, float in_sums, ListScores how, bool last) {
   extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times; the first
@@ -1672,7 +1677,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       if (k * LISTED < count) fetch(k * LISTED);
   }
 
-  if (is_short) score_short_list<T>(short_list(in, many, slot.row, list, count), exact);
+  if (is_short) score_short_list<T, CLASSES>(short_list(in, many, slot.row, list, count), exact);
   const ManyFactor factor = many.factors[at];
   const float scale = many.facts->scale;
   const double rate2 = slot.rate2;
@@ -1814,7 +1819,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
     const int64_t e = element(v);
     if (e >= in.d) continue;
     if (last) {
-      store_mean(in, many, row, e, inverse, sums[v]);
+      store_mean<CLASSES>(in, many, row, e, inverse, sums[v]);
     } else {
 #pragma unroll
       for (int q = 0; q < 8; ++q) many.sums[at * many.d_stride + e + q] = static_cast<float>(sums[v][q]);
@@ -1853,13 +1858,14 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
                                                 : ListScores::FLOAT;
   if constexpr (VECTORS > 0) {
     if (count > 0 && DtypeOf<T>::value == Dtype::f16 && many.facts->plain)
-      return sum_listed<T, VECTORS, true>(in, many, at, list, count, in_sums, how, ends);
-    if (count > 0) return sum_listed<T, VECTORS, false>(in, many, at, list, count, in_sums, how, ends);
+      return sum_listed<T, VECTORS, true, CLASSES>(in, many, at, list, count, in_sums, how, ends);
+    if (count > 0)
+      return sum_listed<T, VECTORS, false, CLASSES>(in, many, at, list, count, in_sums, how, ends);
   }
   double keep = 1, total = slot.total, best = slot.best;
   if constexpr (VECTORS == 0) {
     if (count > 0) {
-      score_listed<T>(in, many, at, list, count, in_sums, how, listed);
+      score_listed<T, CLASSES>(in, many, at, list, count, in_sums, how, listed);
       total = listed.total, best = listed.best, keep = listed.keep;
     }
   }
@@ -1888,7 +1894,7 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
       }
     }
     if (ends) {
-      store_mean(in, many, row, e, inverse, sum);
+      store_mean<CLASSES>(in, many, row, e, inverse, sum);
     } else {
 #pragma unroll
       for (int k = 0; k < 8; ++k) sums[k] = static_cast<float>(sum[k]);
@@ -1943,7 +1949,7 @@ __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, i
     const double sum[4] = {keep * old.x + unit * own.x, keep * old.y + unit * own.y,
                            keep * old.z + unit * own.z, keep * old.w + unit * own.w};
     if (last) {
-      store_four_means(in, many, slot.row, e, inverse, sum);
+      store_four_means<CLASSES>(in, many, slot.row, e, inverse, sum);
     } else {
       *sums = make_float4(static_cast<float>(sum[0]), static_cast<float>(sum[1]), static_cast<float>(sum[2]),
                           static_cast<float>(sum[3]));
