@@ -216,29 +216,33 @@ struct Teams {
     }
   }
 
-  // The team's letters of an exchange, those that fall to this lane: all on their way at once. Whether they
-  // are there, and their sum. Of single scores the first letter is all.
+  // The sum of the team's letters of an exchange, of those that fall to this lane, when they are there: all
+  // on their way at once, and again those that were not there. Of single scores the first letter is all.
   template <int EACH>
-  __device__ __forceinline__ bool read_mail(const uint2* from, unsigned tag, Mail kind, int lane,
-                                            double& all) const {
+  __device__ __forceinline__ double read_mail(const uint2* from, unsigned tag, Mail kind, int lane) const {
     const int words = layout.slices * WORDS;
-    const uint2* const mine = from + lane * TEAMS_LETTERS;
-    bool there = true;
+    const uint2* const mine = from + letter_of(lane, 0);
+    constexpr int STEP = TR == 1 ? 32 : 32 * TEAMS_LETTERS;
     if (TR == 1 && kind == Mail::scores) {
       uint2 letters[EACH];
 #pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        letters[i] = uint2{0, tag};
-        if (i * 32 + lane < words) letters[i] = read_letter(mine + i * (32 * TEAMS_LETTERS));
-      }
+      for (int i = 0; i < EACH; ++i) letters[i] = uint2{0, i * 32 + lane < words ? 0 : tag};
+      bool there;
+      do {
+        there = true;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+          if (letters[i].y != tag) letters[i] = read_letter(mine + i * STEP);
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) there = there && letters[i].y == tag;
+      } while (!__all_sync(0xffffffffu, there));
       float sum = 0;
 #pragma unroll
-      for (int i = 0; i < EACH; ++i)
-        there = there && letters[i].y == tag, sum += __uint_as_float(letters[i].x);
-      all = pair(sum, 0);
-      return __all_sync(0xffffffffu, there);
+      for (int i = 0; i < EACH; ++i) sum += __uint_as_float(letters[i].x);
+      return pair(sum, 0);
     }
-    constexpr int AT_ONCE = TR == 1 && EACH > 2 ? 2 : EACH;  // what is rare spills nothing of the rest
+    constexpr int AT_ONCE = TR == 1 ? 1 : EACH;  // what is rare spills nothing of the rest
     double square = 0;
     float a = 0, b = 0;
 #pragma unroll 1
@@ -246,21 +250,39 @@ struct Teams {
       uint4 letters[AT_ONCE];
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        letters[i] = uint4{0, tag, 0, tag};
-        if ((first + i) * 32 + lane < words)
-          letters[i] = read_letters(mine + (first + i) * (32 * TEAMS_LETTERS));
+        const unsigned none = (first + i) * 32 + lane < words ? 0 : tag;
+        letters[i] = uint4{0, none, 0, none};
       }
+      bool there;
+      do {
+        there = true;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+          if (letters[i].y == tag && letters[i].w == tag) continue;
+          const uint2* const at = mine + (first + i) * STEP;
+          if constexpr (TR == 1) {
+            const uint2 low = read_letter(at), high = read_letter(at + layout.slices);
+            letters[i] = uint4{low.x, low.y, high.x, high.y};
+          } else {
+            letters[i] = read_letters(at);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) there = there && letters[i].y == tag && letters[i].w == tag;
+      } while (!__all_sync(0xffffffffu, there));
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        there = there && letters[i].y == tag && letters[i].w == tag;
         square += __hiloint2double(static_cast<int>(letters[i].z), static_cast<int>(letters[i].x));
         a += __uint_as_float(letters[i].x), b += __uint_as_float(letters[i].z);
       }
     }
-    all = kind == Mail::square ? square : pair(a, b);
-    return __all_sync(0xffffffffu, there);
+    return kind == Mail::square ? square : pair(a, b);
   }
 
+  // In the box of an exchange, a letter of a word of the team: those of single scores are side by side.
+  __device__ __forceinline__ int letter_of(int word, int half) const {
+    return TR == 1 ? half * layout.slices + word : word * TEAMS_LETTERS + half;
+  }
   __device__ __forceinline__ uint2* box(int slot) const {
     return parts.mail + (int64_t{team} * TEAMS_SLOTS + slot) * layout.slices * (TEAMS_LETTERS * WORDS);
   }
@@ -291,11 +313,11 @@ struct Teams {
     posts.done = kind == Mail::done;
     if (posts.done) return;
     const double share = share_of_block(slot, kind, lane);
-    if (layout.zeros > 0) wait_barrier(&shared().cleared, 0);
+    if (layout.zeros > 0 && posts.number == 0) wait_barrier(&shared().cleared, 0);
     __syncwarp();
     ++posts.number;
     if (half < TEAMS_LETTERS)
-      post_letter(box(slot) + (rank * WORDS + lane % WORDS) * TEAMS_LETTERS + half,
+      post_letter(box(slot) + letter_of(rank * WORDS + lane % WORDS, half),
                   make_uint2(half == 0 ? __double2loint(share) : __double2hiint(share), posts.number));
   }
   __device__ __forceinline__ void tell(bool begun, int lane) const {
@@ -326,9 +348,7 @@ struct Teams {
       wait_barrier(&shared().given[slot], number / TEAMS_SLOTS & 1);
       const Mail kind = shared().kinds[slot];
       if (kind == Mail::done) return;
-      double all;
-      while (!read_mail<EACH>(box(slot), static_cast<unsigned>(number) + 1, kind, lane, all)) continue;
-      all = sum(all, kind);
+      const double all = sum(read_mail<EACH>(box(slot), static_cast<unsigned>(number) + 1, kind, lane), kind);
       if (lane < WORDS) shared().mail[slot][0][lane] = all;
       __syncwarp();
       if (lane == 0) arrive(&shared().mailed[slot]);
