@@ -73,18 +73,15 @@ def invalidate(refs, count):
 
 
 def assert_served(kernel, x, refs, precision):
-    """A test of one kernel is none if another serves."""
+    """A test of one kernel is none if another serves. refs: a pool (m, d), or classes (k, m, d) with labels."""
     if torch.cuda.get_device_capability() == (9, 0) and info._C is not None:
-        plan = info.plan(len(x), *refs.shape, x_dtype=x.dtype, refs_dtype=refs.dtype, precision=precision)
+        *k, m, d = refs.shape
+        plan = info.plan(len(x), m, d, *k, x_dtype=x.dtype, refs_dtype=refs.dtype, precision=precision)
         assert plan["kernel"] == kernel
 
 
-def check_pool(x, refs, t, counts=None, source=None, path="linear", prediction="velocity", precision="exact"):
-    """stable_target against the reference in float64, rows of each time together."""
-    options = {"counts": counts, "path": path, "prediction": prediction}
-    out = svel.stable_target(x, refs, t, source=source, precision=precision, **options)
-    wide = None if source is None else source.double()
-    expected = reference.stable_target(x.double(), refs, t, source=wide, **options)
+def assert_close_at_each_time(out, expected, t, precision):
+    """Rows of each time together, NaN where the reference has it."""
     assert torch.equal(out.isnan(), expected.isnan())
     limit, worst = TOLERANCE[out.dtype, precision], {}
     for time in t[~t.isnan()].unique():
@@ -92,6 +89,14 @@ def check_pool(x, refs, t, counts=None, source=None, path="linear", prediction="
         if rows.any():
             worst[round(float(time), 6)] = relative_error(out[rows], expected[rows])
     assert all(error <= limit for error in worst.values()), worst
+
+
+def check_pool(x, refs, t, counts=None, source=None, path="linear", prediction="velocity", precision="exact"):
+    """stable_target against the reference in float64, rows of each time together."""
+    options = {"counts": counts, "path": path, "prediction": prediction}
+    out = svel.stable_target(x, refs, t, source=source, precision=precision, **options)
+    wide = None if source is None else source.double()
+    assert_close_at_each_time(out, reference.stable_target(x.double(), refs, t, source=wide, **options), t, precision)
     return out
 
 

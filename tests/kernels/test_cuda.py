@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from cuda_cases import captured, make_pool, nothing_waits, on_two_streams
+from cuda_cases import assert_close_at_each_time, captured, make_pool, nothing_waits, on_two_streams
 from kernel_cases import ALL_T, direct_mean, largest_logit, make_problem, offset_by_one, photographs
 
 import stablevelocity_kernels as svel
@@ -43,12 +43,7 @@ def check_bank(x, refs, t, labels, counts=None, source=None, prediction="velocit
     out = svel.stable_target(**args, prediction=prediction, precision=precision)
     wide = {name: args[name].double() for name in ("x", "source") if args[name] is not None}
     expected = reference.stable_target(**{**args, **wide}, prediction=prediction)
-    assert torch.equal(out.isnan(), expected.isnan())
-    for time in args["t"].unique():
-        rows = (args["t"] == time) & ~expected.isnan().any(1)
-        if rows.any():
-            error = relative_error(out[rows], expected[rows])
-            assert error <= TOLERANCE[out.dtype, precision], f"{error:.2e} at t = {float(time):.3f}"
+    assert_close_at_each_time(out, expected, args["t"], precision)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,7 +4,15 @@ import math
 
 import pytest
 import torch
-from cuda_cases import GEOMETRIES, captured, kernels_run, nothing_waits, on_two_streams
+from cuda_cases import (
+    GEOMETRIES,
+    assert_close_at_each_time,
+    assert_served,
+    captured,
+    kernels_run,
+    nothing_waits,
+    on_two_streams,
+)
 from kernel_cases import ALL_T, largest_logit, offset_by_one, photographs
 
 import stablevelocity_kernels as svel
@@ -58,26 +66,12 @@ def make_classes(n, k, m, d, geometry, rng, dtype=torch.float16, **options):
     return x, refs.cuda(), t, labels
 
 
-def assert_served(x, refs, precision="exact"):
-    """A test of one kernel is none if another serves."""
-    if torch.cuda.get_device_capability() == (9, 0) and info._C is not None:
-        k, m, d = refs.shape
-        plan = info.plan(len(x), m, d, k, x_dtype=x.dtype, refs_dtype=refs.dtype, precision=precision)
-        assert plan["kernel"] == "many_rows"
-
-
 def check(x, refs, t, labels, counts=None, precision="exact", **options):
     """stable_target against the reference in float64, rows of each time together."""
-    assert_served(x, refs, precision)
+    assert_served("many_rows", x, refs, precision)
     out = svel.stable_target(x, refs, t, labels, counts, precision=precision, **options)
     expected = reference.stable_target(x.double(), refs, t, labels, counts, **options)
-    assert torch.equal(out.isnan(), expected.isnan())
-    limit, worst = TOLERANCE[out.dtype, precision], {}
-    for time in t[~t.isnan()].unique():
-        rows = (t == time) & ~expected.isnan().any(1)
-        if rows.any():
-            worst[round(float(time), 6)] = relative_error(out[rows], expected[rows])
-    assert all(error <= limit for error in worst.values()), worst
+    assert_close_at_each_time(out, expected, t, precision)
     return out
 
 
@@ -247,7 +241,7 @@ def test_mean_and_lse(rng, shape, precision):
     alpha[2], alpha[3], sigma[4] = 0, math.nan, math.nan
     alpha[10:] *= -1
     x[10:] *= -1
-    assert_served(x, refs, precision)
+    assert_served("many_rows", x, refs, precision)
     mean, lse = svel.posterior_mean(x, refs, alpha, sigma, labels, counts, precision=precision)
     expected_mean, expected = reference.posterior_mean(x.double(), refs, alpha, sigma, labels, counts)
     assert torch.equal(lse.isnan(), expected.isnan())
@@ -267,7 +261,7 @@ def test_parts_of_classes_merge(rng):
     x, refs, t, labels = make_classes(321, 10, 8600, 1032, "manifold", rng, times=(0.5, 0.9, 0.98))
     halves = [refs[:, :4217].contiguous(), refs[:, 4217:].contiguous()]
     for half in halves:
-        assert_served(x, half)
+        assert_served("many_rows", x, half, "exact")
     means, lses = zip(*(svel.posterior_part(x, half, 1 - t, t, labels) for half in halves), strict=True)
     share = torch.softmax(torch.stack(lses).double(), 0)[..., None]
     merged, expected = (share * torch.stack(means)).sum(0), reference.posterior_mean(x.double(), refs, 1 - t, t, labels)
