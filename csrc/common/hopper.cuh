@@ -147,6 +147,15 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+// Or by groups: what this thread has begun since the last; until all are there but the last PENDING.
+__device__ inline void end_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int PENDING>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 // Brings `bytes`, a multiple of 16 from an address aligned to 16 bytes, to the L2.
 __device__ inline void prefetch_bulk(const void* global, uint32_t bytes) {
   SVEL_HOPPER_ASM("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");

@@ -1107,8 +1107,13 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) weights_kernel(const Inputs
     store_weights<EXACT>(in, many, unit / WEIGHT_UNITS, unit % WEIGHT_UNITS);
 }
 
-constexpr int LISTED = 4;  // references that a block scores and sums at a time,
-constexpr int LISTS = 3;   // and so many times as many have room
+// References that a block scores and sums at a time; so many times as many have room, for two blocks to a
+// multiprocessor. Eight of up to EIGHT_LISTED_D elements, four of more.
+__host__ __device__ constexpr int room_of(int listed) {
+  return listed == 8 ? 2 : 3;
+}
+constexpr int64_t EIGHT_LISTED_D = 3072;
+constexpr int FLUSHED = 16;  // references that float32 sums are of, before they join others
 
 // 2^v for v <= 0, to float32's digits, of which v may have more.
 __device__ inline float power_of_two(double v) {
@@ -1152,22 +1157,19 @@ __device__ inline float least_reviewed(const Many& many, const ManySlot& slot, f
 // digits, as of smooth images near one another and far from the centre, even those of y_hi and y_lo may be
 // off by a hundredth in log weight. So the references of most weight are listed, `most` at most. Where there
 // are more, bins of the bits of their weights, 4, 8 or 32 to a factor of two: the first that hold no more
-// than `most` are listed.
+// than `most` are listed. Of the groups, too, the first bins that hold no more than there are threads are
+// enough, by their best: weights, which are many more bytes, are read of these alone.
 constexpr int REVIEW_BINS = 64;
 constexpr int REVIEW_AHEAD = 8;  // maxima of a thread that are on their way at once
 __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_t at, int place, int most,
                                       List& list) {
-  __shared__ int bins[REVIEW_BINS], kept, count;
-  __shared__ List found;
+  __shared__ int bins[REVIEW_BINS], near[THREADS], scratch[THREADS / 32], kept;
   const ManySlot& slot = many.slots[at];
   double total = 0;
 #pragma unroll
   for (int k = 0; k < WEIGHT_UNITS; ++k) total += many.totals[place * WEIGHT_UNITS + k];
   const float least = least_reviewed(many, slot, static_cast<float>(total), most);
   if (!(least <= 1)) return 0;
-  if (threadIdx.x < REVIEW_BINS) bins[threadIdx.x] = 0;
-  if (threadIdx.x == 0) count = 0;
-  const float* const scores = many.scores + place * many.score_stride;  // weights by now
   const float* const maxima =  // of scores, which gather_kernel may have moved
       many.maxima + (many.facts->late > 0 ? place : at) * (many.score_stride / MANY_GROUP);
   const int groups = static_cast<int>((many_valid(in, many) + MANY_GROUP - 1) / MANY_GROUP);
@@ -1176,76 +1178,80 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
   const auto bin_of = [shift](float weight) {
     return min(max(__float_as_int(1.0f) - __float_as_int(weight), 0) >> shift, REVIEW_BINS - 1);
   };
-  const auto find = [&](int j, float weight) {
-    const int k = atomicAdd(&count, 1);
-    if (k < MANY_SURVIVORS) found.references[k] = j, found.weights[k] = weight;
+  const auto clear = [&] {
+    if (threadIdx.x < REVIEW_BINS) bins[threadIdx.x] = 0;
+    __syncthreads();
   };
-  __syncthreads();
-  // visit(j, weight) of all that are not less. Of groups whose best is nothing is read.
-  const auto each = [&](const auto& visit) {
-#pragma unroll 1
-    for (int first = threadIdx.x; first < groups; first += REVIEW_AHEAD * THREADS) {
-      unsigned near = 0;
-#pragma unroll
-      for (int i = 0; i < REVIEW_AHEAD; ++i) {
-        const int k = first + i * THREADS;
-        const float best = k < groups ? maxima[k] : -INFINITY;
-        near |= ((top - best) * rate2 < reach ? 1u : 0u) << i;
-      }
-#pragma unroll 1
-      for (; near; near &= near - 1) {
-        const int j = (first + (__ffs(near) - 1) * THREADS) * static_cast<int>(MANY_GROUP);
-        float weights[MANY_GROUP];
-        load_group(scores, j, weights);
-#pragma unroll
-        for (int i = 0; i < MANY_GROUP; ++i)
-          if (weights[i] >= least) visit(j + i, weights[i]);
-      }
-    }
-  };
-  each(find);
-  __syncthreads();
-  if (count > most) {
-    const bool all_found = count <= MANY_SURVIVORS;
-    const bool has = all_found && static_cast<int>(threadIdx.x) < count;
-    const int own = has ? found.references[threadIdx.x] : 0;
-    const float weight = has ? found.weights[threadIdx.x] : 0;
-    if (all_found) {
-      if (has) atomicAdd(&bins[bin_of(weight)], 1);
-    } else {
-      each([&](int, float weight) { atomicAdd(&bins[bin_of(weight)], 1); });
-    }
+  // How many of the first bins hold no more than `limit` together.
+  const auto whole_bins = [&](int limit) {
     __syncthreads();
     if (threadIdx.x < 32) {
       static_assert(REVIEW_BINS == 64, "two to a lane");
       const int lane = threadIdx.x, low = bins[2 * lane], both = low + bins[2 * lane + 1];
       int until = both;  // in this lane's bins and all before
+#pragma unroll 1
       for (int offset = 1; offset < 32; offset *= 2) {
         const int other = __shfl_up_sync(0xffffffffu, until, offset);
         if (lane >= offset) until += other;
       }
-      const int whole = (until - both + low <= most) + (until <= most);
-      const int all = __reduce_add_sync(0xffffffffu, whole);
-      if (lane == 0) kept = all, count = 0;
+      const int all = __reduce_add_sync(0xffffffffu, (until - both + low <= limit) + (until <= limit));
+      if (lane == 0) kept = all;
     }
     __syncthreads();
-    if (all_found) {
-      if (has && bin_of(weight) < kept) find(own, weight);
-    } else {
-      each([&](int j, float weight) {
-        if (bin_of(weight) < kept) find(j, weight);
-      });
+    return kept;
+  };
+  clear();
+  // First groups are counted in bins, then those of the first bins, which then are noted.
+  int kept_groups = REVIEW_BINS, candidates = 0, own = 0;
+#pragma unroll 1
+  for (int pass = 0; pass < 3; ++pass) {
+#pragma unroll 1
+    for (int first = threadIdx.x; first < groups; first += REVIEW_AHEAD * THREADS) {
+      float best[REVIEW_AHEAD];
+#pragma unroll
+      for (int i = 0; i < REVIEW_AHEAD; ++i)
+        best[i] = first + i * THREADS < groups ? maxima[first + i * THREADS] : -INFINITY;
+#pragma unroll
+      for (int i = 0; i < REVIEW_AHEAD; ++i) {
+        const float apart = (best[i] - top) * rate2;
+        if (!(-apart < reach)) continue;
+        const int bin = bin_of(short_exp2(apart));
+        if (pass == 0) {
+          atomicAdd(&bins[bin], 1);
+        } else if (bin < kept_groups) {
+          if (pass == 2) near[own] = first + i * THREADS;
+          ++own;
+        }
+      }
     }
-    __syncthreads();
+    if (pass == 0) kept_groups = whole_bins(THREADS);
+    if (pass == 1) own = block_prefix(own, scratch, candidates);
   }
-  // In the order of the references, so that results do not depend on which came first.
-  static_assert(THREADS == MANY_SURVIVORS, "a thread to each");
-  if (static_cast<int>(threadIdx.x) < count) {
-    const int own = found.references[threadIdx.x];
-    int rank = 0;
-    for (int i = 0; i < count; ++i) rank += found.references[i] < own;
-    list.references[rank] = own, list.weights[rank] = found.weights[threadIdx.x];
+  clear();
+  const int j =
+      static_cast<int>(threadIdx.x) < candidates ? near[threadIdx.x] * static_cast<int>(MANY_GROUP) : -1;
+  float weights[MANY_GROUP];
+  unsigned wanted = 0;
+  if (j >= 0) {
+    load_group(many.scores + place * many.score_stride, j, weights);  // weights by now
+#pragma unroll
+    for (int i = 0; i < MANY_GROUP; ++i) wanted |= (weights[i] >= least ? 1u : 0u) << i;
   }
+  int count;
+  own = block_prefix(__popc(wanted), scratch, count);
+  if (count > most || kept_groups < REVIEW_BINS) {
+#pragma unroll
+    for (int i = 0; i < MANY_GROUP; ++i)
+      if (wanted >> i & 1) atomicAdd(&bins[bin_of(weights[i])], 1);
+    const int last = min(whole_bins(most), kept_groups);
+#pragma unroll
+    for (int i = 0; i < MANY_GROUP; ++i)
+      if ((wanted >> i & 1) && bin_of(weights[i]) >= last) wanted &= ~(1u << i);
+    own = block_prefix(__popc(wanted), scratch, count);
+  }
+#pragma unroll
+  for (int i = 0; i < MANY_GROUP; ++i)
+    if (wanted >> i & 1) list.references[own] = j + i, list.weights[own] = weights[i], ++own;
   return count;
 }
 
@@ -1519,41 +1525,47 @@ __device__ __forceinline__ void leave_list(const Inputs& in, const Many& many, M
 }
 
 // A row with a list: scores and sums its references, up to 2,048 VECTORS elements, from shared memory. Each
-// is read once, LISTED at a time while as many or twice as many are on their way; sums are relative to the
-// best score so far. in_sums: as above. PLAIN: as ManyFacts has it.
-template <typename T, int VECTORS, bool PLAIN>
+// is read once, LISTED at a time while others are on their way; sums are relative to the best score so
+// far. A thread copies what it reads itself, so that threads meet once a turn, where they add scores up.
+// in_sums: as above. PLAIN: as ManyFacts has it.
+template <typename T, int VECTORS, int LISTED, bool PLAIN>
 __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, int64_t at, const List& list,
                                            int count, float in_sums, ListScores how, bool last) {
   extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times; the first
-  __shared__ Barrier barriers[LISTS];
-  __shared__ double parts[THREADS / 32][LISTED], scratch[33], exact[SHORT_LIST];
-  static_assert(THREADS / 32 * LISTED == 32, "a lane to each");
+  constexpr int LISTS = room_of(LISTED);
+  __shared__ double parts[2][THREADS / 32][LISTED], scratch[33], exact[SHORT_LIST];
+  static_assert(32 % LISTED == 0 && THREADS / 32 * LISTED % 32 == 0 && FLUSHED % LISTED == 0);
   const bool is_short = how == ListScores::DOUBLE, relative = how == ListScores::RELATIVE;
   ManySlot& slot = many.slots[at];
   double total = slot.total, best = slot.best;
-  const int64_t bytes = in.d * static_cast<int64_t>(sizeof(T));
-  const auto fetch = [&](int first) {
-    const int buffer = first / LISTED % LISTS, some = min(LISTED, count - first);
-    arrive_expecting(barriers + buffer, static_cast<uint32_t>(some * bytes));
-    for (int k = 0; k < some; ++k)
-      bulk_copy(
-          memory + (buffer * LISTED + k) * bytes,
-          static_cast<const char*>(in.refs.data) + (many.first_ref + list.references[first + k]) * bytes,
-          static_cast<uint32_t>(bytes), barriers + buffer, usual_policy());
+  const int bytes = static_cast<int>(in.d * sizeof(T));
+  constexpr int APART = 8 * THREADS * sizeof(T);  // a thread's vectors
+  char* const own_memory = memory + 8 * sizeof(T) * threadIdx.x;
+  const char* const own_refs =
+      static_cast<const char*>(in.refs.data) + many.first_ref * bytes + 8 * sizeof(T) * threadIdx.x;
+  const int left = static_cast<int>(in.d) - 8 * static_cast<int>(threadIdx.x);
+  const auto has = [&](int v) { return v + 1 < VECTORS || left > 8 * v * THREADS; };
+  // After the last comes the last again, so that turns are all alike.
+  const auto fetch = [&](int first, int buffer) {
+#pragma unroll
+    for (int k = 0; k < LISTED && first < count; ++k) {
+      const char* const from =
+          own_refs + static_cast<int64_t>(list.references[min(first + k, count - 1)]) * bytes;
+      char* const to = own_memory + (buffer * LISTED + k) * bytes;
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v)
+        if (has(v))
+          copy_async(reinterpret_cast<float4*>(to + v * APART),
+                     reinterpret_cast<const float*>(from + v * APART));
+    }
+    end_copies();
   };
-  if (threadIdx.x == 0) {
-    for (int k = 0; k < LISTS; ++k) init_barrier(barriers + k, 1);
-    publish_barriers();
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int k = 0; k < LISTS - 1; ++k)
-      if (k * LISTED < count) fetch(k * LISTED);
-  }
+#pragma unroll 1
+  for (int k = 0; k < LISTS; ++k) fetch(k * LISTED, k);
 
   if (is_short) score_short_list<T>(short_list(in, many, slot.row, list, count), exact);
   const ManyFactor factor = many.factors[at];
-  const float scale = many.facts->scale;
+  const float scale = PLAIN ? 1 : many.facts->scale;
   const double rate2 = slot.rate2;
   double above = static_cast<double>(factor.half_alpha) * many.facts->mean_norm;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -1562,8 +1574,8 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
   double sums[VECTORS][8] = {};
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
+    if (!has(v)) continue;
     const int64_t e = element(v);
-    if (e >= in.d) continue;
     load_y(many, at, e, factor.unit, y[v]);
     if (!PLAIN) {
 #pragma unroll
@@ -1574,38 +1586,12 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       for (int q = 0; q < 8; ++q) sums[v][q] = many.sums[at * many.d_stride + e + q];
     }
   }
-  // visit(v, q, difference) of reference k of a buffer
-  const auto differences = [&](int buffer, int k, auto visit) {
+  // Eight elements in shared memory, times the scale; visit(q, element).
+  const auto each = [&](const char* of, const auto& visit) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(of);
+    const T* const values = reinterpret_cast<const T*>(&raw);
 #pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-      if (element(v) >= in.d) continue;
-      const uint4 raw =
-          *reinterpret_cast<const uint4*>(memory + (buffer * LISTED + k) * bytes + element(v) * sizeof(T));
-      const T* const values = reinterpret_cast<const T*>(&raw);
-#pragma unroll
-      for (int q = 0; q < 8; ++q) {
-        const float value = to_float(values[q]);
-        visit(v, q, PLAIN ? value : fmaf(value, scale, -centre[v][q]));
-      }
-    }
-  };
-  // The same of what it differs by from the first reference.
-  char* const kept = memory + LISTS * LISTED * bytes;
-  const auto from_first = [&](int buffer, int k, auto visit) {
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-      if (element(v) >= in.d) continue;
-      const int64_t own = element(v) * sizeof(T);
-      const uint4 raw = *reinterpret_cast<const uint4*>(memory + (buffer * LISTED + k) * bytes + own);
-      const uint4 raw_0 = *reinterpret_cast<const uint4*>(kept + own);
-      const T* const values = reinterpret_cast<const T*>(&raw);
-      const T* const values_0 = reinterpret_cast<const T*>(&raw_0);
-#pragma unroll
-      for (int q = 0; q < 8; ++q) {
-        const float apart = to_float(values[q]) - to_float(values_0[q]);
-        visit(v, q, PLAIN ? apart : apart * scale);
-      }
-    }
+    for (int q = 0; q < 8; ++q) visit(q, PLAIN ? to_float(values[q]) : to_float(values[q]) * scale);
   };
   const auto flush = [&] {
 #pragma unroll
@@ -1614,77 +1600,105 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       for (int q = 0; q < 8; ++q) sums[v][q] += part[v][q], part[v][q] = 0;
   };
 
+  char* const kept = own_memory + LISTS * LISTED * bytes;  // the first
   if (relative) {
-    wait_barrier(barriers, 0);
+    wait_copies<LISTS - 1>();
     double score = 0;
-    differences(0, 0,
-                [&](int v, int q, float d_0) { score += make_relative(factor.half_alpha, d_0, y[v][q]); });
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (!has(v)) continue;
+      const char* const from = own_memory + v * APART;
+      each(from, [&](int q, float r) {
+        score += make_relative(factor.half_alpha, PLAIN ? r : r - centre[v][q], y[v][q]);
+      });
+      *reinterpret_cast<uint4*>(kept + v * APART) = *reinterpret_cast<const uint4*>(from);
+    }
     above += block_sum(score, scratch);
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {  // each thread its own
-      const int64_t own = element(v) * sizeof(T);
-      if (element(v) < in.d)
-        *reinterpret_cast<uint4*>(kept + own) = *reinterpret_cast<const uint4*>(memory + own);
-    }
   }
+  double own_total = 0;  // of the references lane % LISTED
+  float of_sums = 0;     // what their weights in the sums are to be multiplied by
+  int buffer = 0;
+#pragma unroll 1
   for (int first = 0; first < count; first += LISTED) {
-    const int turn = first / LISTED, buffer = turn % LISTS, some = min(LISTED, count - first);
-    const int ahead = first + (LISTS - 1) * LISTED;  // where the turn before was
-    if (threadIdx.x == 0 && ahead < count) fetch(ahead);
-    wait_barrier(barriers + buffer, turn / LISTS % 2);
-    double own[LISTED] = {};
-#pragma unroll
-    for (int k = 0; k < LISTED; ++k) {
-      if (k >= some) continue;
-      float eight[VECTORS] = {};
-      const auto add = [&](int v, int q, float d) {
-        eight[v] = fmaf(fmaf(-factor.half_alpha, d, y[v][q]), d, eight[v]);
-      };
-      if (relative) {
-        from_first(buffer, k, add);
-      } else {
-        differences(buffer, k, add);
-      }
-#pragma unroll
-      for (int v = 0; v < VECTORS; ++v) own[k] += eight[v];
-    }
-    const double of_warp = warp_sums<LISTED>(own, lane);
-    if (lane % (32 / LISTED) == 0) parts[warp][lane / (32 / LISTED)] = of_warp;
-    __syncthreads();
+    const int some = min(LISTED, count - first), turn = first / LISTED;
+    char* const now = own_memory + buffer * LISTED * bytes;
+    wait_copies<LISTS - 1>();
     // Lane: the reference lane % LISTED, in all warps alike.
-    double score = parts[lane / LISTED][lane % LISTED];
-    for (int offset = 16; offset >= LISTED; offset /= 2) score += __shfl_xor_sync(0xffffffffu, score, offset);
-    if (is_short && lane % LISTED < some) score = exact[first + lane % LISTED];
+    double score = 0;
+    if (is_short) {
+      if (lane % LISTED < some) score = exact[first + lane % LISTED];
+    } else {
+      double own[LISTED] = {};
+#pragma unroll
+      for (int v = 0; v < VECTORS; ++v) {
+        if (!has(v)) continue;
+        float from[8];  // what differences are from: the first or the centre
+        if (relative) {
+          each(kept + v * APART, [&](int q, float r) { from[q] = r; });
+        } else {
+#pragma unroll
+          for (int q = 0; q < 8; ++q) from[q] = centre[v][q];
+        }
+#pragma unroll
+        for (int k = 0; k < LISTED; ++k) {
+          float eight = 0;
+          each(now + k * bytes + v * APART, [&](int q, float r) {
+            const float d = r - from[q];
+            eight = fmaf(fmaf(-factor.half_alpha, d, y[v][q]), d, eight);
+          });
+          own[k] += eight;
+        }
+      }
+      double (&of_turn)[THREADS / 32][LISTED] = parts[turn % 2];
+      const double of_warp = warp_sums<LISTED>(own, lane);
+      if (lane % (32 / LISTED) == 0) of_turn[warp][lane / (32 / LISTED)] = of_warp;
+      __syncthreads();
+#pragma unroll
+      for (int w = lane / LISTED; w < THREADS / 32; w += 32 / LISTED) score += of_turn[w][lane % LISTED];
+#pragma unroll
+      for (int offset = 16; offset >= LISTED; offset /= 2)
+        score += __shfl_xor_sync(0xffffffffu, score, offset);
+    }
     score = lane % LISTED < some ? score + above : -INFINITY;
-    double top = score;
-    for (int offset = LISTED / 2; offset > 0; offset /= 2)
-      top = fmax(top, __shfl_xor_sync(0xffffffffu, top, offset));
-    top = fmax(top, fmax(best, static_cast<double>(in_sums)));
-    const float keep = power_of_two(rate2 * (best - top));
-    float weight = power_of_two(rate2 * (score - top));
-    if (in_sums != -INFINITY && lane % LISTED < some)
-      weight -= list.weights[first + lane % LISTED] * power_of_two(rate2 * (in_sums - top));
-    double weights = weight;
-    for (int offset = LISTED / 2; offset > 0; offset /= 2)
-      weights += __shfl_xor_sync(0xffffffffu, weights, offset);
-    total = total * keep + weights, best = top;
-    if (keep != 1) {
+    if (first == 0 || __any_sync(0xffffffffu, score > best)) {
+      double top = score;
+#pragma unroll 1
+      for (int offset = LISTED / 2; offset > 0; offset /= 2)
+        top = fmax(top, __shfl_xor_sync(0xffffffffu, top, offset));
+      top = fmax(top, fmax(best, static_cast<double>(in_sums)));
+      const float keep = power_of_two(rate2 * (best - top));
+      of_sums = power_of_two(rate2 * (in_sums - top));
+      total *= keep, own_total *= keep, best = top;
       flush();
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v)
 #pragma unroll
         for (int q = 0; q < 8; ++q) sums[v][q] *= keep;
     }
+    const float bits = static_cast<float>(rate2 * (score - best));
+    float weight = bits > -150 ? exp2f(bits) : 0.0f;
+    if (of_sums > 0 && lane % LISTED < some) weight -= list.weights[first + lane % LISTED] * of_sums;
+    own_total += weight;
+    float of_all[LISTED];
 #pragma unroll
-    for (int k = 0; k < LISTED; ++k) {
-      const float p = __shfl_sync(0xffffffffu, weight, k);
-      if (k < some)
-        differences(buffer, k, [&](int v, int q, float d) { part[v][q] = fmaf(p, d, part[v][q]); });
+    for (int k = 0; k < LISTED; ++k) of_all[k] = __shfl_sync(0xffffffffu, weight, k);
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      if (!has(v)) continue;
+#pragma unroll
+      for (int k = 0; k < LISTED; ++k)
+        each(now + k * bytes + v * APART,
+             [&](int q, float r) { part[v][q] = fmaf(of_all[k], PLAIN ? r : r - centre[v][q], part[v][q]); });
     }
-    if (turn % 4 == 3) flush();
-    __syncthreads();  // the buffer can be filled again
+    if ((turn + 1) % (FLUSHED / LISTED) == 0) flush();
+    fetch(first + LISTS * LISTED, buffer);
+    buffer = buffer + 1 < LISTS ? buffer + 1 : 0;
   }
   flush();
+#pragma unroll
+  for (int offset = LISTED / 2; offset > 0; offset /= 2)
+    own_total += __shfl_xor_sync(0xffffffffu, own_total, offset);
+  total += own_total;
 
   const Row& row = slot.row;
   const double inverse = inverse_total(many, true, best, total);
@@ -1703,7 +1717,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
 }
 
 // A slot with a list, or without anything: the output, or sums for merge_sums or the next round.
-template <typename T, int VECTORS>
+template <typename T, int VECTORS, int LISTED>
 __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, int64_t at, bool last) {
   __shared__ std::conditional_t<VECTORS == 0, Listed, char> listed;
   __shared__ List list;
@@ -1732,8 +1746,9 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
                                                 : ListScores::FLOAT;
   if constexpr (VECTORS > 0) {
     if (count > 0 && DtypeOf<T>::value == Dtype::f16 && many.facts->plain)
-      return sum_listed<T, VECTORS, true>(in, many, at, list, count, in_sums, how, ends);
-    if (count > 0) return sum_listed<T, VECTORS, false>(in, many, at, list, count, in_sums, how, ends);
+      return sum_listed<T, VECTORS, LISTED, true>(in, many, at, list, count, in_sums, how, ends);
+    if (count > 0)
+      return sum_listed<T, VECTORS, LISTED, false>(in, many, at, list, count, in_sums, how, ends);
   }
   double keep = 1, total = slot.total, best = slot.best;
   if constexpr (VECTORS == 0) {
@@ -1838,14 +1853,14 @@ __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, i
 
 // The sums after this round, or the output after the last: first a block per slot for the lists, on what
 // multiprocessors sum_kernel leaves; then blocks for dense rows, several to a row where there are few, one
-// before the last round. VECTORS: as above; 0: any number of elements. sum_kernel's blocks, which all have
-// begun, have waited for those before: all but the sums is there.
-template <typename T, int VECTORS>
+// before the last round. VECTORS, LISTED: as above; 0: any number of elements. sum_kernel's blocks, which all
+// have begun, have waited for those before: all but the sums is there.
+template <typename T, int VECTORS, int LISTED>
 __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, const Many many, bool last) {
   allow_next_launch();
   const int rows = static_cast<int>(many.rows), block = static_cast<int>(blockIdx.x) - rows;
   if (block < 0) {
-    merge_list<T, VECTORS>(in, many, many.list_order[blockIdx.x], last);
+    merge_list<T, VECTORS, LISTED>(in, many, many.list_order[blockIdx.x], last);
     if (blockIdx.x > 0) return;
     wait_for_previous_launch();                           // launches end in their order
     if (last && threadIdx.x == 0) many.facts->early = 0;  // of the next pass
@@ -1861,7 +1876,9 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
 
 template <typename T>
 auto merge_kernel_for(int64_t d) {
-  return d > LISTED_D ? merge_kernel<T, 0> : d > LISTED_D / 2 ? merge_kernel<T, 2> : merge_kernel<T, 1>;
+  if (d > LISTED_D) return merge_kernel<T, 0, 0>;
+  if (d > EIGHT_LISTED_D) return merge_kernel<T, 2, 4>;
+  return d > LISTED_D / 2 ? merge_kernel<T, 2, 8> : merge_kernel<T, 1, 8>;
 }
 
 // Rows from `first` on, at most `rows` of them.
@@ -1891,7 +1908,8 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
   const bool half = in.refs.dtype == Dtype::f16, labels = in.labels != nullptr, classes = in.k > 1;
   const Inputs pool = as_pool(in);
   const auto merge = half ? merge_kernel_for<__half>(in.d) : merge_kernel_for<__nv_bfloat16>(in.d);
-  const int merge_bytes = in.d > LISTED_D ? 0 : static_cast<int>((LISTS * LISTED + 1) * 2 * in.d);
+  const int listed = in.d > EIGHT_LISTED_D ? 4 : 8;
+  const int merge_bytes = in.d > LISTED_D ? 0 : static_cast<int>((room_of(listed) * listed + 1) * 2 * in.d);
   check_cuda(op, cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, merge_bytes));
   const auto launch = [&](auto* kernel, dim3 grid, int threads, int64_t bytes, const auto&... more) {
     launch_following(op, true, kernel, grid, threads, bytes, stream, more...);
