@@ -36,7 +36,8 @@ ManyLayout many_layout(int64_t n, int64_t refs, int64_t d, int64_t classes, int6
   layout.order = n > rows_per_pass ? round_up(4 * std::min(n, MANY_LIST_ROWS), 256) : 0;
   layout.centre = round_up(16 * d_padded + (64 + 4 * MANY_PAIRS) * d_tiles + 256, 256);
   layout.norms = n >= MANY_NORMS_ROWS && refs <= MANY_NORMS_REFS ? round_up(4 * refs, 256) : 0;
-  layout.classes = classes > 0 ? round_up(4 * classes + 8 * rows_per_pass + refs_per_pass / 8 + 48, 256) : 0;
+  layout.classes =
+      classes > 0 ? round_up(MANY_CLASSES_BYTES + 8 * rows_per_pass + refs_per_pass / 8 + 48, 256) : 0;
   layout.rows = round_up(rows_per_pass * MANY_ROW_BYTES + 256, 256);
   layout.queries = 6 * rows_per_pass * d_padded;
   layout.scores = 4 * rows_per_pass * refs_per_pass;
@@ -94,7 +95,13 @@ bool plan_many_rows(const Problem& p, Plan& plan) {
 }
 
 double many_rows_seconds(const Problem& p, const Plan& plan) {
-  const double elements = static_cast<double>(all_references(p)) * p.d;
+  const double refs = static_cast<double>(all_references(p)), k = p.has_labels ? p.k : 1;
+  // More rows than a tile holds are in the order of their classes: at each place where one tile ends and the
+  // next begins a class is met by both, and a tile meets parts of two pairs of reference tiles. With labels
+  // drawn evenly, and no rows of all classes.
+  const double tiles = ceil_div(p.n, MANY_ROWS),
+               met = std::min(refs, refs / k * (k + tiles - 1) / tiles + 2 * MANY_TILE);
+  const double elements = (p.n > MANY_ROWS ? met : refs) * p.d;
   const int64_t full = p.n / MANY_ROWS, left = p.n % MANY_ROWS;
   const int64_t width = left == 0 ? 0 : left <= 64 ? 64 : left <= 128 ? 128 : MANY_ROWS;
   const double product = p.refs_bf16 ? PRODUCT_SECONDS_BF16 : PRODUCT_SECONDS;

@@ -25,6 +25,8 @@ constexpr int64_t MANY_WHOLE_ROWS = 512;  // or so many, if it holds their score
 constexpr int64_t MANY_LIST_ROWS = int64_t{1} << 14;  // most rows that are sorted together
 // Classes at most that are seen as one pool, of which a row has a part.
 constexpr int64_t MANY_CLASSES = 128;
+constexpr int64_t MANY_ROW_TILES = MANY_PASS_ROWS / MANY_ROWS;  // of a pass, at most
+constexpr int64_t MANY_CLASSES_BYTES = 4 * MANY_CLASSES + 20 * MANY_ROW_TILES;
 // Of classes: the ranges of a tile's rows and the ends of its references' classes, for both warpgroups.
 constexpr int64_t MANY_CLASSES_SMEM_BYTES = MANY_SMEM_BYTES + 2 * (MANY_ROWS * 8 + 128 * 4);
 // From so many rows on, and up to so many references, |r_j|^2 are formed once, not in every pass over them.

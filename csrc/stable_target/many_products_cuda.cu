@@ -526,7 +526,7 @@ __device__ __forceinline__ void score_tile(const Many& many, Ring& ring, int64_t
     // end.
     const int64_t of_class = many.first_ref + min(own_ref, valid - 1);
     copy_int_async(exchange.ends + threadIdx.x % 128,
-                   many.ends + static_cast<uint32_t>(of_class) / many.class_refs);
+                   many.classes->ends + static_cast<uint32_t>(of_class) / many.class_refs);
   }
   const auto keep_norms = [&](auto norm_of) {
     if (LOW) return;
@@ -541,7 +541,7 @@ __device__ __forceinline__ void score_tile(const Many& many, Ring& ring, int64_t
       const int bits = is_valid && is_finite && !known ? __float_as_int(static_cast<float>(norm)) : 0;
       const int most = __reduce_max_sync(0xffffffffu, bits);
       const unsigned operands = __ballot_sync(0xffffffffu, is_valid && is_finite);
-      if (row0 == 0 && ref0 < valid && lane == 0) {
+      if (ref0 < valid && lane == 0) {  // alike in all row tiles that meet these
         if (!known) atomicMax(&many.facts->max_norm, most);
         many.operands[(ref0 + group * 64) / 16 + warp] = static_cast<uint16_t>(operands);
       }
@@ -691,6 +691,7 @@ struct SumGrid {
       : rows(many.facts->dense), steps(many_sum_steps(many, valid)), sums(many) {}
   __device__ int full_units() const { return sums.splits * sums.rows.full * sums.pairs; }
   __device__ int units() const { return full_units() + sums.narrow_splits * sums.fours; }
+  __device__ int width(const SumTile& tile) const { return row_tile_width(rows - tile.row0); }
   __device__ SumTile tile(int unit, int rank) const {
     const bool narrow = unit >= full_units();
     if (narrow) unit -= full_units();
@@ -928,6 +929,139 @@ __device__ __forceinline__ void sum_tile(const Many& many, Ring& ring, const Sum
 
 #endif
 
+// ---- classes
+
+// The pairs of reference tiles that are multiplied with each row tile: units of the tiles until this one, and
+// what leads from a unit's number to its pair.
+constexpr int SCORE_TILES = static_cast<int>(MANY_PASS_ROWS) / 128;
+struct MetPairs {
+  int until[SCORE_TILES], pair_of[SCORE_TILES];
+  int2 of_rows[MANY_PASS_ROWS / 64];
+  int dense[MANY_ROW_TILES];
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// LOW: row tiles of dense rows, in their first places; else as for pools.
+template <bool LOW>
+struct ClassTiles : ScoreTiles {
+  const MetPairs* met;
+
+  using ScoreTiles::ScoreTiles;
+  // Finds which are met, by all threads; returns the units of all tiles. References that lie between those of
+  // two tiles which are one for the sums count as met.
+  __device__ int meet(const Many& many, MetPairs& shared, int64_t valid) {
+    met = &shared;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = rows / 64;
+    if constexpr (!LOW) {
+      for (int part = warp; part < parts; part += MANY_THREADS / 32) {
+        int low = INT_MAX, high = 0;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int2 own = range_in_round(many, 64 * part + 32 * h + lane, valid);
+          if (own.x < own.y) low = min(low, own.x), high = max(high, own.y);
+        }
+        low = __reduce_min_sync(0xffffffffu, low), high = __reduce_max_sync(0xffffffffu, high);
+        if (lane == 0) shared.of_rows[part] = {low, high};
+      }
+      __syncthreads();
+    }
+    if (warp == 0) {
+      int2 own{INT_MAX, 0};
+      const auto join = [&](int row, int rows_of_tile) {
+        int2 joined{INT_MAX, 0};
+        for (int part = row / 64; part < min((row + rows_of_tile) / 64, parts); ++part)
+          joined = {min(joined.x, shared.of_rows[part].x), max(joined.y, shared.of_rows[part].y)};
+        return joined;
+      };
+      if constexpr (LOW) {
+        if (lane < static_cast<int>(MANY_ROW_TILES)) {
+          const int2 steps = many.classes->sums.steps[lane];
+          shared.dense[lane] = many.classes->sums.dense[lane];
+          if (shared.dense[lane] > 0) own = {steps.x * many_sum_refs(true), steps.y * many_sum_refs(true)};
+        }
+      } else if (lane < all()) {
+        own = join(ScoreTiles::row0(lane), ScoreTiles::width(lane));
+        if (lane < both && lane % 2 == 0 && own.x < own.y) {
+          const int2 next = join(ScoreTiles::row0(lane) + 128, 128);
+          if (next.x < next.y) own.y = max(own.y, next.x);
+        }
+      }
+      constexpr int PAIR = static_cast<int>(2 * MANY_TILE);
+      const int begin = own.x / PAIR, count = own.x < own.y ? (own.y + PAIR - 1) / PAIR - begin : 0;
+      int until = count;
+      for (int offset = 1; offset < SCORE_TILES; offset *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, until, offset);
+        if (lane >= offset) until += other;
+      }
+      if (lane < SCORE_TILES) shared.until[lane] = until, shared.pair_of[lane] = begin - (until - count);
+    }
+    __syncthreads();
+    return met->until[SCORE_TILES - 1];
+  }
+  __device__ int tile(int unit, int) const {
+    int own = 0;
+    while (unit >= met->until[own]) ++own;
+    return own;
+  }
+  __device__ int within(int unit, int each) const { return met->pair_of[tile(unit, each)] + unit; }
+  __device__ int row0(int tile) const {
+    return LOW ? static_cast<int>(MANY_ROWS) * tile : ScoreTiles::row0(tile);
+  }
+  __device__ int width(int tile) const {
+    return LOW ? row_tile_width(met->dense[tile]) : ScoreTiles::width(tile);
+  }
+  __device__ int low(int tile) const { return LOW ? 0 : ScoreTiles::low(tile); }
+};
+
+// As SumGrid.
+struct ClassSumGrid {
+  const ManyClassSums& sums;
+  int d_tiles;
+
+  // By all threads.
+  __device__ ClassSumGrid(const Many& many, ManyClassSums& shared)
+      : sums(shared), d_tiles(static_cast<int>(many.d_stride / MANY_TILE)) {
+    constexpr int WORDS = sizeof(ManyClassSums) / sizeof(int);
+    if (threadIdx.x < WORDS)
+      reinterpret_cast<int*>(&shared)[threadIdx.x] =
+          reinterpret_cast<const int*>(&many.classes->sums)[threadIdx.x];
+    __syncthreads();
+  }
+  __device__ int each(int row_tile) const { return sum_d_tiles(row_tile_width(sums.dense[row_tile])); }
+  __device__ int across(int row_tile) const {
+    const int of_cluster = 2 * each(row_tile);
+    return (d_tiles + of_cluster - 1) / of_cluster;
+  }
+  __device__ int units() const {
+    int all = 0;
+    for (int tile = 0; tile < static_cast<int>(MANY_ROW_TILES); ++tile)
+      all += sums.splits[tile] * across(tile);
+    return all;
+  }
+  __device__ int width(const SumTile& tile) const {
+    return row_tile_width(sums.dense[tile.row0 / MANY_ROWS]);
+  }
+  __device__ SumTile tile(int unit, int rank) const {
+    int row_tile = 0;
+    while (unit >= sums.splits[row_tile] * across(row_tile))
+      unit -= sums.splits[row_tile] * across(row_tile), ++row_tile;
+    const int split = unit / across(row_tile), splits = sums.splits[row_tile];
+    const int d_tile = (unit % across(row_tile) * 2 + rank) * each(row_tile);
+    const int2 met = sums.steps[row_tile];
+    SumTile tile;
+    tile.row0 = row_tile * MANY_ROWS;
+    tile.e0 = d_tile * MANY_TILE;
+    tile.begin = met.x + many_part_begin(met.y - met.x, split, splits);
+    tile.end = met.x + many_part_begin(met.y - met.x, split + 1, splits);
+    tile.d_tiles = min(each(row_tile), d_tiles - d_tile);
+    tile.index = (sums.parts_before[row_tile] + split) * d_tiles + d_tile;
+    return tile;
+  }
+};
+
+#endif
+
 // ---- kernels
 
 // Grid: clusters of two blocks, each a tile of references against the same rows.
@@ -941,9 +1075,14 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
   follow_previous();
   const int64_t rows = LOW ? many.facts->dense : many.padded, valid = many_valid(in, many);
   if (LOW && many.facts->late == 0) return;  // both blocks of the cluster
-  const ScoreTiles tiles(static_cast<int>(rows), KIND == Scores::EXACT ? early_rows(many) : 0);
-  const int pairs = static_cast<int>((valid + 2 * MANY_TILE - 1) / (2 * MANY_TILE)),
-            units = tiles.all() * pairs;
+  std::conditional_t<CLASSES, ClassTiles<LOW>, ScoreTiles> tiles(
+      static_cast<int>(rows), KIND == Scores::EXACT ? early_rows<CLASSES>(many) : 0);
+  const int pairs = static_cast<int>((valid + 2 * MANY_TILE - 1) / (2 * MANY_TILE));
+  int units = tiles.all() * pairs;
+  if constexpr (CLASSES) {
+    __shared__ MetPairs met;
+    units = tiles.meet(many, met, valid);
+  }
   const int steps = static_cast<int>((in.d + DEPTH - 1) / DEPTH);
   const int rank = blockIdx.x % 2;
   const bool plain = HALF && (LOW || !many.facts->centred);
@@ -1004,14 +1143,21 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
   wait_for_previous_launch();
   allow_next_launch();  // merge_kernel reads all but the sums before it waits
   const int64_t valid = many_valid(in, many);
-  const SumGrid grid(many, valid);
+  const auto grid = [&] {
+    if constexpr (CLASSES) {
+      __shared__ ManyClassSums sums;
+      return ClassSumGrid(many, sums);
+    } else {
+      return SumGrid(many, valid);
+    }
+  }();
   const int units = grid.units(), rank = blockIdx.x % 2;
   if (threadIdx.x >= 256) {
     give_up_registers<40>();
     if (threadIdx.x == 256) {
       for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
         const SumTile tile = grid.tile(unit, rank);
-        copy_sum_tile(many, args, ring, tile, row_tile_width(grid.rows - tile.row0), rank);
+        copy_sum_tile(many, args, ring, tile, grid.width(tile), rank);
       }
     }
     __syncwarp();
@@ -1020,7 +1166,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     const bool plain = HALF && !many.facts->centred;
     for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
       const SumTile at = grid.tile(unit, rank);
-      const int width = row_tile_width(grid.rows - at.row0);
+      const int width = grid.width(at);
       with_constants<HALF, false>(width, plain, [&](auto wide, auto is_plain) {
         sum_tile<T, decltype(wide)::value, EXACT, decltype(is_plain)::value, CLASSES>(many, ring, at, valid);
       });

@@ -26,6 +26,9 @@
 // A bank of few classes is a pool of all their references, those that are not valid too, of which a row has a
 // range, or all: scores of others are -INFINITY, so that they come in no list and weigh nothing. What holds
 // references that are not valid, or not finite, may hold NaN: sums take zeros in their place (`operands`).
+// More rows than a tile holds are in the order of their classes, and what no row of a tile has is not
+// multiplied: no scores are stored there, and of a row's scores none are read but those of its range, in
+// whole groups. Dense rows come in the first places of their tile.
 #pragma once
 
 #include <climits>
@@ -44,8 +47,8 @@ struct ManyFacts {
   int max_norm;                // the bits of max_j |d_j|^2 scale^2, a float32
   int dense;                   // rows that are dense in this round,
   int late;                    // of which so many lack y_lo.d
-  int early;                   // rows of the pass expected to be dense, see early_rows
-  int splits, narrow_splits;   // of the sums, see ManySums
+  int early;  // rows of the pass expected to be dense, see early_rows: until the last, or their number
+  int splits, narrow_splits;  // of the sums, see ManySums
 };
 
 struct ManySlot {  // one row of a pass
@@ -64,6 +67,20 @@ struct alignas(16) ManyFactor {  // s = unit acc - half_alpha (norm - mean_norm)
   float unit, half_alpha;
   float low_centre;  // unit y_lo.c 2^e
 };
+
+// Of the dense rows of a bank of classes in a round, by row tiles of the pass: how many there are, in the
+// first places of the tile; the steps of the sums, [x, y), that they meet; parts of these, and of tiles
+// before.
+struct ManyClassSums {
+  int dense[MANY_ROW_TILES];
+  int2 steps[MANY_ROW_TILES];
+  int splits[MANY_ROW_TILES], parts_before[MANY_ROW_TILES];
+};
+struct ManyClasses {
+  int ends[MANY_CLASSES];  // of the valid references of each
+  ManyClassSums sums;
+};
+static_assert(sizeof(ManyClasses) == MANY_CLASSES_BYTES);
 
 struct Many {
   int* order;           // (n,) rows by falling time; none: one pass has them all
@@ -100,10 +117,10 @@ struct Many {
   int blocks;
   bool exact;  // else: y_hi and upper halves of the weights alone
   // Of a bank of more than one class, whose references are counted through all of them; else zero.
-  int class_refs;      // references of a class, valid or not
-  int* ends;           // (classes,) of the valid ones
-  int2* ranges;        // (rows,) [x, y) of which a row's references are the valid ones; also of one class
-  uint16_t* operands;  // (refs / 16,) of the round: a bit for each that is valid and finite
+  int class_refs;        // references of a class, valid or not
+  ManyClasses* classes;  // one
+  int2* ranges;          // (rows,) [x, y) of which a row's references are the valid ones; also of one class
+  uint16_t* operands;    // (refs / 16,) of the round: a bit for each that is valid and finite
 };
 
 // A bank of classes as one pool, for all that does not ask which rows have which references.
@@ -126,6 +143,43 @@ __host__ __device__ constexpr int many_sum_refs(bool exact) {
 __device__ inline int many_sum_steps(const Many& many, int64_t valid) {
   const int refs = many_sum_refs(many.exact);
   return static_cast<int>((valid + refs - 1) / refs);
+}
+
+// Of a row's references those of the round, [x, y): none if x >= y.
+__device__ inline int2 range_in_round(const Many& many, int64_t at, int64_t valid) {
+  const int2 range = many.ranges[at];
+  const int first = static_cast<int>(many.first_ref);
+  return {max(range.x - first, 0), min(range.y - first, static_cast<int>(valid))};
+}
+
+// Groups of references [first, end) of which a row may have some: its scores of others are not read.
+struct RowGroups {
+  int64_t first, end;
+};
+template <bool CLASSES>
+__device__ inline RowGroups groups_of(const Many& many, int64_t at, int64_t valid) {
+  if constexpr (CLASSES) {
+    const int2 own = range_in_round(many, at, valid);
+    if (own.x >= own.y) return {0, 0};
+    return {own.x / static_cast<int>(MANY_GROUP), ceil_div(own.y, static_cast<int>(MANY_GROUP))};
+  }
+  return {0, (valid + MANY_GROUP - 1) / MANY_GROUP};
+}
+
+// The place of dense row `number`.
+template <bool CLASSES>
+__device__ inline int dense_place(const Many& many, int number) {
+  if constexpr (CLASSES) {
+    int place = 0;
+#pragma unroll
+    for (int tile = 0; tile < static_cast<int>(MANY_ROW_TILES); ++tile) {
+      const int dense = many.classes->sums.dense[tile];
+      if (number >= 0 && number < dense) place = tile * static_cast<int>(MANY_ROWS) + number;
+      number -= dense;
+    }
+    return place;
+  }
+  return number;
 }
 
 // The first step of part `split` of `splits`. Scores of a round fit the workspace: no product comes near
@@ -164,19 +218,30 @@ __device__ inline int64_t row_tile_ends(int64_t rows) {
   return rows - left + (left > 0 ? row_tile_width(left) : 0);
 }
 
+// Whether rows are in the order of their classes; else all of them are one tile.
+__device__ inline bool ordered_by_class(const Many& many) {
+  return many.class_refs > 0 && (many.order || many.rows > MANY_ROWS);
+}
+
 // The first rows of a pass, whose scores have y_lo.d from the start: those expected to be dense, as many as
 // fill tiles. Where a pass has more than one tile and not all are expected, none: the dense rows of a mixture
-// would nearly all pass through the product for late rows too, in whose tiles they are.
+// would nearly all pass through the product for late rows too, in whose tiles they are. In the order of
+// classes likewise, by their number.
 constexpr int EARLY_BESIDE = 128;  // so many at most have both halves in a tile of MANY_ROWS
+template <bool CLASSES>
 __device__ inline int early_rows(const Many& many, const ManyFacts& facts) {
   const int rows = static_cast<int>(many.padded), early = many.exact ? facts.early : 0;
+  if constexpr (CLASSES) {
+    if (ordered_by_class(many)) return early < many.rows ? 0 : rows;
+  }
   if (early == 0 || (many.rows > MANY_ROWS && early < many.rows)) return 0;
   if (facts.plain && rows > EARLY_BESIDE && early > 64 && early <= 96) return early <= 80 ? 80 : 96;
   const int each = early > 64 || (rows > 64 && rows <= 128) ? 128 : 64;
   return min((early + each - 1) / each * each, rows);
 }
+template <bool CLASSES>
 __device__ inline int early_rows(const Many& many) {
-  return early_rows(many, *many.facts);
+  return early_rows<CLASSES>(many, *many.facts);
 }
 
 // Row tiles of the scores: where many rows are early, theirs have both halves of up to 128 rows; then those
@@ -261,6 +326,66 @@ struct ManySums {
   }
   __device__ int split_stride(int row_tile) const { return (row_tile < rows.full ? rows.full : 1) * d_tiles; }
 };
+
+// As ManySums, of a bank of classes.
+struct ManyClassParts {
+  const ManyClassSums& sums;
+  int d_tiles;
+
+  __device__ explicit ManyClassParts(const Many& many)
+      : sums(many.classes->sums), d_tiles(static_cast<int>(many.d_stride / MANY_TILE)) {}
+  __device__ int splits_of(int row_tile) const { return sums.splits[row_tile]; }
+  __device__ int index(int row_tile, int split, int d_tile) const {
+    return (sums.parts_before[row_tile] + split) * d_tiles + d_tile;
+  }
+  __device__ int split_stride(int) const { return d_tiles; }
+};
+
+// The same by row tiles of classes: parts of as many steps. By all lanes of a warp.
+__device__ inline void choose_class_sums(const Many& many, ManyClassSums& sums) {
+  constexpr int TILES = static_cast<int>(MANY_ROW_TILES);
+  const int d_tiles = static_cast<int>(many.d_stride / MANY_TILE);
+  int steps[TILES], across[TILES], most_steps = 0, used = 0, full = 0;
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile) {
+    const int dense = sums.dense[tile];
+    const bool is_full = dense > static_cast<int>(MANY_ROWS) / 2;
+    steps[tile] = dense ? sums.steps[tile].y - sums.steps[tile].x : 0;
+    across[tile] = is_full ? (d_tiles + 1) / 2 : (d_tiles + 3) / 4;
+    most_steps = max(most_steps, steps[tile]), used += dense > 0, full += is_full;
+  }
+  const int clusters = many.blocks / 2 - (full == 0 && used == 1 ? ManySums::LEFT : 0);
+  const auto length = [&](int cuts) { return max(1, (most_steps + cuts - 1) / cuts); };
+  const auto time_of = [&](int cuts) {
+    const int each = length(cuts);
+    int units = 0, parts = 0;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      const int own = (steps[tile] + each - 1) / each;
+      units += own * across[tile], parts += own;
+    }
+    if (cuts > 1 && parts * d_tiles > static_cast<int>(MANY_SEGMENTS)) return INFINITY;
+    const int waves = (units + clusters - 1) / clusters;
+    return waves * (each + 4.0f) + PART_STEPS * units;
+  };
+  const int end = max(1, (most_steps + 15) / 16), first = 1 + static_cast<int>(threadIdx.x) % 32;
+  float least = INFINITY;
+#pragma unroll 1
+  for (int cuts = first; cuts <= end; cuts += 32) least = fminf(least, time_of(cuts));
+  least = __uint_as_float(__reduce_min_sync(0xffffffffu, __float_as_uint(least)));
+  int best = INT_MAX;
+#pragma unroll 1
+  for (int cuts = first; cuts <= end && best == INT_MAX; cuts += 32)
+    if (0.98f * time_of(cuts) <= least) best = cuts;
+  const int each = length(__reduce_min_sync(0xffffffffu, best));
+  int before = 0;
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile) {
+    const int own = (steps[tile] + each - 1) / each;
+    if (first == 1) sums.splits[tile] = own, sums.parts_before[tile] = before;
+    before += own;
+  }
+}
 
 // At the start of every kernel of a call but the first, which all begin while those before run, where there
 // is room, and end in their order. Those that the next launch reads something of before it waits, or

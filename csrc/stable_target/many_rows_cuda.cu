@@ -61,7 +61,7 @@ __device__ void count_classes(const Inputs& in, const Many& many, int (&until)[M
   for (int i = 0; i < EACH_LANE; ++i) {
     const int count = first + i < in.k ? static_cast<int>(valid_count(in, first + i)) : 0;
     if (blockIdx.x == 0 && first + i < in.k)
-      many.ends[first + i] = (first + i) * static_cast<int>(in.m) + count;
+      many.classes->ends[first + i] = (first + i) * static_cast<int>(in.m) + count;
     own[i] = sum += count;
   }
   int before = sum;  // and this lane's
@@ -243,17 +243,30 @@ __device__ int2 range_of(const Inputs& in, const Row& row, bool alive) {
   return {first, first + static_cast<int>(row.count)};
 }
 
-// Rows are sorted by this: falling time, and those that have no references last.
-__device__ float order_of(const Row& row, bool alive) {
+// Rows are sorted by this: falling time, and those that have no references last. by_class: first by class,
+// rows of all classes after those, then by the first digits of the time.
+template <bool LABELS>
+using Order = std::conditional_t<LABELS, uint32_t, float>;
+template <bool LABELS>
+__device__ Order<LABELS> order_of(const Row& row, bool alive, bool by_class) {
   const double rate = row.rate();
-  return alive && rate >= 0 ? static_cast<float>(rate) : INFINITY;
+  const float of_time = alive && rate >= 0 ? static_cast<float>(rate) : INFINITY;
+  if constexpr (LABELS) {
+    static_assert(MANY_CLASSES < 255, "eight bits");
+    if (!alive) return UINT_MAX;
+    const uint32_t bits = __float_as_uint(fabsf(of_time));
+    const uint32_t group = static_cast<uint32_t>(row.group < 0 ? MANY_CLASSES : row.group);
+    return by_class ? group << 24 | bits >> 7 : bits;
+  }
+  return of_time;
 }
 
 // A warp per row, every so many of them: its place. Memory: n floats. LABELS: rows have them.
 template <bool LABELS>
 __global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Inputs in, const Many many) {
   follow_previous();
-  extern __shared__ float orders[];
+  extern __shared__ uint32_t order_memory[];
+  auto* const orders = reinterpret_cast<Order<LABELS>*>(order_memory);
   const int64_t n = in.n;
   int64_t all = 0;
   if constexpr (LABELS) {
@@ -263,12 +276,12 @@ __global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Inputs in, c
   for (int64_t i = threadIdx.x; i < n; i += ORDER_THREADS) {
     bool alive;
     const Row row = row_of(in, i, all, alive);
-    orders[i] = order_of(row, alive);
+    orders[i] = order_of<LABELS>(row, alive, LABELS && ordered_by_class(many));
   }
   __syncthreads();
   const int lane = threadIdx.x % 32, warps = gridDim.x * (ORDER_THREADS / 32);
   for (int64_t i = (blockIdx.x * ORDER_THREADS + threadIdx.x) / 32; i < n; i += warps) {
-    const float own = orders[i];
+    const Order<LABELS> own = orders[i];
     int before = 0;
     for (int64_t j = lane; j < n; j += 32) before += orders[j] < own || (orders[j] == own && j < i);
     before = __reduce_add_sync(0xffffffffu, before);
@@ -451,9 +464,15 @@ __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, co
     // The largest norm is taken for twice the mean.
     const float doubt =
         static_cast<float>(doubt_of(slot, 2 * choice.mean_norm * inverse * inverse, slot.own));
-    if (many.exact &&
-        expect_dense(row, doubt, distances, static_cast<float>(row.count), many.rows <= MANY_ROWS))
-      atomicMax(&many.facts->early, static_cast<int>(at) + 1);
+    const bool by_class = LABELS && ordered_by_class(many);
+    if (many.exact && expect_dense(row, doubt, distances, static_cast<float>(row.count),
+                                   many.rows <= MANY_ROWS && !by_class)) {
+      if (by_class) {
+        atomicAdd(&many.facts->early, 1);
+      } else {
+        atomicMax(&many.facts->early, static_cast<int>(at) + 1);
+      }
+    }
     if (in.source.data) {
       slot.best = score + 0.5 * row.alpha * choice.mean_norm * inverse * inverse;
       slot.total = 1;
@@ -482,9 +501,9 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   const int64_t local = blockIdx.x;
   int64_t at = local;
   __shared__ int int_scratch[33];
-  // Its row, and its place by falling time among those of the only pass, if it has not been found before.
+  // Its row, and its place among those of the only pass, if it has not been found before.
   __shared__ Row row;
-  __shared__ float rates[MANY_PASS_ROWS], own_rate;
+  __shared__ Order<LABELS> rates[MANY_PASS_ROWS], own_rate;
   __shared__ bool has_references;
   const int64_t listed = local >= many.rows ? 0 : many.order ? 1 : many.rows;
   int64_t all = 0;
@@ -494,7 +513,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
     bool any;
     const Row of_j =
         row_of(in, many.order ? many.order[many.first_row + local] : many.first_row + j, all, any);
-    rates[j] = order_of(of_j, any);
+    rates[j] = order_of<LABELS>(of_j, any, LABELS && ordered_by_class(many));
     if (many.order || j == local) row = of_j, has_references = any, own_rate = rates[j];
   }
   __syncthreads();
@@ -586,7 +605,8 @@ __global__ void __launch_bounds__(THREADS) norms_kernel(const Inputs in, const M
   const int64_t j = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / 32;
   float norm = 0;
   bool is_valid = j < valid_count(in, 0);
-  if constexpr (CLASSES) is_valid = is_valid && j < many.ends[static_cast<uint32_t>(j) / many.class_refs];
+  if constexpr (CLASSES)
+    is_valid = is_valid && j < many.classes->ends[static_cast<uint32_t>(j) / many.class_refs];
   if (is_valid) {
     const uint4* const from = static_cast<const uint4*>(in.refs.data) + j * in.d / 8;
     double sum = 0;
@@ -645,11 +665,11 @@ __device__ float block_maximum(float v, int* scratch) {
   return __int_as_float(ordered(__reduce_max_sync(0xffffffffu, all)));
 }
 
-__device__ float row_maximum(const Many& many, int64_t at, int64_t groups, int* scratch) {
+__device__ float row_maximum(const Many& many, int64_t at, const RowGroups& groups, int* scratch) {
   const float* const maxima = many.maxima + at * (many.score_stride / MANY_GROUP);
   float best = -INFINITY;
 #pragma unroll 8
-  for (int64_t k = threadIdx.x; k < groups; k += blockDim.x) best = fmaxf(best, maxima[k]);
+  for (int64_t k = groups.first + threadIdx.x; k < groups.end; k += blockDim.x) best = fmaxf(best, maxima[k]);
   return block_maximum(best, scratch);
 }
 
@@ -698,6 +718,7 @@ __device__ inline double largest_norm(const ManyFacts& facts) {  // |d_j|^2
 // A thread keeps HELD maxima of groups at hand, every SELECT_THREADS-th; those beyond are read again.
 constexpr int HELD = 8;
 constexpr int SELECT_RESIDENT = 3;  // blocks to a multiprocessor
+template <bool CLASSES>
 __global__ void __launch_bounds__(SELECT_THREADS)
     select_kernel(const Inputs in, const Many many, int early_blocks) {
   allow_next_launch();
@@ -709,8 +730,10 @@ __global__ void __launch_bounds__(SELECT_THREADS)
   for (int real = static_cast<int>(blockIdx.x) < early_blocks ? 0 : 1; real < 2; ++real) {
     if (real) wait_for_previous_launch();
     const int64_t at = blockIdx.x, valid = real ? many_valid(in, many) : 0;
-    const int groups = static_cast<int>((valid + MANY_GROUP - 1) / MANY_GROUP);
-    const float* const maxima = many.maxima + at * (many.score_stride / MANY_GROUP);
+    const RowGroups own_groups = groups_of<CLASSES>(many, at, valid);
+    const int groups = static_cast<int>(own_groups.end - own_groups.first);
+    const int first_ref = static_cast<int>(own_groups.first * MANY_GROUP);  // what follows counts from there
+    const float* const maxima = many.maxima + at * (many.score_stride / MANY_GROUP) + own_groups.first;
     // What is read here is on its way at once.
     const ManySlot slot = many.slots[at];
     const ManyFacts facts = *many.facts;
@@ -736,7 +759,7 @@ __global__ void __launch_bounds__(SELECT_THREADS)
       return;
     }
     const double norm = largest_norm(facts);
-    const bool early = at < early_rows(many, facts);
+    const bool early = at < early_rows<CLASSES>(many, facts);
     const double top = best_with(slot, best);
     // A reference whose score lies `bits` below the top weighs at most 2^(doubt - bits) of the largest.
     // Groups by the bits beyond doubt of their best; from which on do all references of such groups weigh
@@ -778,7 +801,7 @@ __global__ void __launch_bounds__(SELECT_THREADS)
     }
     __syncthreads();
     const float group_cut = static_cast<float>(first_left_out);
-    const float* const scores = many.scores + at * many.score_stride;
+    const float* const scores = many.scores + at * many.score_stride + first_ref;
     // Groups of references one of which matters; more of them than the list holds: it would be too short.
     const auto is_candidate = [&](int k) { return bits_of(maxima[k]) < group_cut; };
     int candidates = 0;
@@ -817,7 +840,7 @@ __global__ void __launch_bounds__(SELECT_THREADS)
       place = block_prefix(__popc(matter), int_scratch, found);
 #pragma unroll 1
       for (; matter && place < MANY_SURVIVORS; matter &= matter - 1)
-        many.survivors[at * MANY_SURVIVORS + place++] = first + __ffs(matter) - 1;
+        many.survivors[at * MANY_SURVIVORS + place++] = first_ref + first + __ffs(matter) - 1;
     }
     if (!real || threadIdx.x != 0) continue;
     many.slots[at].top = static_cast<float>(top);
@@ -831,14 +854,33 @@ __global__ void __launch_bounds__(SELECT_THREADS)
 
 // One block, a thread per slot: which rows are dense, and where. They stay where they are if that is one of
 // the first places; the others take those of rows that are not dense. All with lists longer than a limit are,
-// a limit that takes least time.
+// a limit that takes least time. CLASSES: the first places of their row tile, so that its references stay
+// few.
+struct ClassPlaces {
+  static constexpr int TILES = static_cast<int>(MANY_ROW_TILES);
+  int2 met[TILES], met_by_dense[TILES];  // references of the round that rows of a tile have, or dense rows
+  int dense_of[LIMITS][TILES];           // for each limit
+  ManyClassSums sums;
+
+  // By whole warps, all of a tile's.
+  static __device__ void widen(int2& met, int2 own) {
+    const int low = __reduce_min_sync(0xffffffffu, own.x < own.y ? own.x : INT_MAX);
+    const int high = __reduce_max_sync(0xffffffffu, own.x < own.y ? own.y : 0);
+    if (threadIdx.x % 32 == 0 && high > 0) atomicMin(&met.x, low), atomicMax(&met.y, high);
+  }
+};
+template <bool CLASSES>
 __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, const Many many) {
   constexpr int WARPS = PLACE_THREADS / 32;
-  __shared__ int of_warps[WARPS], movers[PLACE_THREADS], before_last;
+  constexpr int TILE_ROWS = CLASSES ? static_cast<int>(MANY_ROWS) : PLACE_THREADS,
+                TILE_WARPS = TILE_ROWS / 32;
+  __shared__ int of_warps[WARPS], movers[PLACE_THREADS];
+  __shared__ std::conditional_t<CLASSES, int[MANY_ROW_TILES], int> before_last;
+  __shared__ std::conditional_t<CLASSES, ClassPlaces, char> classes;
   // The parts of the sums, for any number of full row tiles and with a narrow one or without.
   constexpr int MOST_FULL = static_cast<int>(MANY_PASS_ROWS / MANY_ROWS);
   __shared__ int2 splits[2 * (MOST_FULL + 1)];
-  if (threadIdx.x / 32 < 2 * (MOST_FULL + 1)) {
+  if (!CLASSES && threadIdx.x / 32 < 2 * (MOST_FULL + 1)) {
     const int which = threadIdx.x / 32, steps = many_sum_steps(many, many_valid(in, many));
     splits[which] = ManySums::choose(many, which / 2, which % 2, steps);
   }
@@ -850,18 +892,28 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
       allow_next_launch();  // weights_kernel reads what select_kernel left before it waits
     }
     __syncthreads();
-    const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32, early = early_rows(many);
+    const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32, early = early_rows<CLASSES>(many);
     const bool is_row = real && slot < many.rows;
     const int count = is_row ? many.fills[slot] : 0, listed = is_row ? many.counts[slot] : 0;
     const int reviewed = is_row ? many.review_most[slot] : 0;
-    const float elements = static_cast<float>(many_valid(in, many)) * static_cast<float>(in.d);
+    std::conditional_t<CLASSES, float, const float> elements =
+        static_cast<float>(many_valid(in, many)) * static_cast<float>(in.d);
     const auto product = [&](int products, int width) {  // so many with the same references
       return fmaxf(2.0f * products * width * elements / PRODUCT_RATE, 2.0f * elements / PRODUCT_BANDWIDTH);
     };
     // For each limit: rows that are dense, those of them that are late, listed references, most of one row.
     __shared__ int of_limit[LIMITS][4], best_limit;
     if (slot < 4 * LIMITS) of_limit[slot / 4][slot % 4] = 0;
+    [[maybe_unused]] int2 own{};
+    if constexpr (CLASSES) {
+      if (is_row) own = range_in_round(many, slot, many_valid(in, many));
+      if (slot < ClassPlaces::TILES) {
+        classes.met[slot] = classes.met_by_dense[slot] = {INT_MAX, 0};
+        for (int k = 0; k < LIMITS; ++k) classes.dense_of[k][slot] = 0;
+      }
+    }
     __syncthreads();
+    if constexpr (CLASSES) ClassPlaces::widen(classes.met[warp / TILE_WARPS], own);
 #pragma unroll 1
     for (int k = 0; k < LIMITS; ++k) {
       const bool dense = count > (MANY_SURVIVORS >> k);
@@ -871,6 +923,9 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
       const int sum = __reduce_add_sync(0xffffffffu, left), most = __reduce_max_sync(0xffffffffu, left);
       if (lane != 0) continue;
       if (all) atomicAdd(&of_limit[k][0], all), atomicAdd(&of_limit[k][1], late);
+      if constexpr (CLASSES) {
+        if (all) atomicAdd(&classes.dense_of[k][warp / TILE_WARPS], all);
+      }
       if (sum) atomicAdd(&of_limit[k][2], sum), atomicMax(&of_limit[k][3], most);
     }
     __syncthreads();
@@ -878,10 +933,21 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
       const int k = min(lane, LIMITS - 1);
       float time = fmaxf(2.0f * of_limit[k][2] * in.d / LIST_BANDWIDTH,
                          of_limit[k][3] * LISTED_SECONDS * (in.d / 3072.0f));
+      if constexpr (CLASSES) {
 #pragma unroll 1
-      for (int left = of_limit[k][0]; left > 0; left -= static_cast<int>(MANY_ROWS)) {
-        const int width = row_tile_width(left);
-        time += product(many.exact ? 2 : 1, width) + (many.exact && of_limit[k][1] ? product(1, width) : 0);
+        for (int tile = 0; tile < ClassPlaces::TILES; ++tile) {
+          const int2 met = classes.met[tile];
+          const int rows = classes.dense_of[k][tile], width = row_tile_width(rows);
+          if (rows == 0) continue;
+          elements = static_cast<float>(max(met.y - met.x, 0)) * static_cast<float>(in.d);
+          time += product(many.exact ? 2 : 1, width) + (many.exact && of_limit[k][1] ? product(1, width) : 0);
+        }
+      } else {
+#pragma unroll 1
+        for (int left = of_limit[k][0]; left > 0; left -= static_cast<int>(MANY_ROWS)) {
+          const int width = row_tile_width(left);
+          time += product(many.exact ? 2 : 1, width) + (many.exact && of_limit[k][1] ? product(1, width) : 0);
+        }
       }
       if ((MANY_SURVIVORS >> k) < (many.exact ? SHORTEST_LIST_EXACT : SHORTEST_LIST_FAST)) time = INFINITY;
       // Times are positive, so that their order is that of their bits; the longest of equal limits.
@@ -900,29 +966,63 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
     __syncthreads();
     const unsigned before = (1u << lane) - 1;
     int rank = __popc(in_warp & before) + ABOVE * __popc(longs & before), total = 0;
+    int before_tile = 0, of_tile = 0;  // dense rows of tiles before, and of this one
     for (int other = 0; other < PLACE_THREADS / 32; ++other) {
       if (other < warp) rank += of_warps[other];
       total += of_warps[other];
+      if (CLASSES && other / TILE_WARPS < warp / TILE_WARPS) before_tile += of_warps[other] % ABOVE;
+      if (CLASSES && other / TILE_WARPS == warp / TILE_WARPS) of_tile += of_warps[other] % ABOVE;
     }
     const int long_rank = rank / ABOVE, all_long = total / ABOVE;
     rank %= ABOVE, total %= ABOVE;
+    // Places from here on are those in the row's tile.
+    const int tile = CLASSES ? slot / TILE_ROWS : 0, first = tile * TILE_ROWS, place = slot - first;
+    const int places = CLASSES ? of_tile : total;
+    if (CLASSES) rank -= before_tile;
     if (is_row) many.list_order[is_long ? long_rank : all_long + slot - long_rank] = slot;
-    if (slot == total) before_last = rank;  // dense rows that are in the first places
+    const auto last = [&]() -> int& {
+      if constexpr (CLASSES) {
+        return before_last[tile];
+      } else {
+        return before_last;
+      }
+    };
+    if (place == places) last() = rank;  // dense rows that are in the first places
     __syncthreads();
-    const int staying = total < PLACE_THREADS ? before_last : total;
-    if (dense && slot >= total) movers[rank - staying] = slot;
+    const int staying = places < TILE_ROWS ? last() : places;
+    if (dense && place >= places) movers[first + rank - staying] = slot;
+    if constexpr (CLASSES) {
+      ClassPlaces::widen(classes.met_by_dense[tile], dense ? own : int2{});
+      if (place == 0) classes.sums.dense[tile] = places;
+    }
     __syncthreads();
+    if constexpr (CLASSES) {
+      if (warp == 0) {
+        ManyClassSums& sums = classes.sums;
+        const int refs = many_sum_refs(many.exact);
+        if (lane < ClassPlaces::TILES) {
+          const int2 met = classes.met_by_dense[lane];
+          sums.steps[lane] = met.x < met.y ? int2{met.x / refs, (met.y + refs - 1) / refs} : int2{};
+        }
+        __syncwarp();
+        choose_class_sums(many, sums);
+        __syncwarp();
+        if (real && lane == 0) many.classes->sums = sums;
+      }
+    }
     const int full = ManyTiles(total).full, narrow = ManyTiles(total).narrow;
     const int late = __syncthreads_count(dense && slot >= early);
     if (is_row) many.places[slot] = -1, many.listed[slot] = 0;
     if (real && slot == 0) {
       many.facts->dense = total, many.facts->late = many.exact ? late : 0;
-      many.facts->splits = splits[2 * full + narrow].x,
-      many.facts->narrow_splits = splits[2 * full + narrow].y;
+      if constexpr (!CLASSES) {
+        many.facts->splits = splits[2 * full + narrow].x,
+        many.facts->narrow_splits = splits[2 * full + narrow].y;
+      }
     }
     __syncthreads();
-    if (slot >= total) continue;
-    const int source = dense ? slot : movers[slot - rank];
+    if (place >= places) continue;
+    const int source = dense ? slot : movers[first + place - rank];
     many.dense_slots[slot] = source;
     many.places[source] = slot;
     ManyFactor factor = many.factors[source];
@@ -931,14 +1031,16 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
   }
 }
 
-// Where late rows come: what the product for them needs.
+// Where late rows come: what the product for them needs. CLASSES: scores of the row's references alone;
+// others that are there are not read.
+template <bool CLASSES>
 __global__ void __launch_bounds__(THREADS) gather_kernel(const Inputs in, const Many many) {
   follow_previous();
   if (many.facts->late == 0) return;
-  const int early = early_rows(many), dense = many.facts->dense;
-  const int64_t refs = ceil_div(many_valid(in, many), MANY_TILE) * MANY_TILE;
+  const int early = early_rows<CLASSES>(many), dense = many.facts->dense;
+  const int64_t valid = many_valid(in, many), refs = ceil_div(valid, MANY_TILE) * MANY_TILE;
   for (int unit = blockIdx.x; unit < dense * GATHER_BLOCKS; unit += gridDim.x) {
-    const int64_t to = unit / GATHER_BLOCKS, source = many.dense_slots[to];
+    const int64_t to = dense_place<CLASSES>(many, unit / GATHER_BLOCKS), source = many.dense_slots[to];
     const int thread = unit % GATHER_BLOCKS * THREADS + threadIdx.x;
     const float4* const lows = reinterpret_cast<const float4*>(many.lo + source * many.d_stride);
     float4* const dense_lows = reinterpret_cast<float4*>(many.dense_lo + to * many.d_stride);
@@ -948,8 +1050,13 @@ __global__ void __launch_bounds__(THREADS) gather_kernel(const Inputs in, const 
     const float4* const __restrict__ old =
         reinterpret_cast<const float4*>(many.scores + source * many.score_stride);
     float4* const __restrict__ now = reinterpret_cast<float4*>(many.scores + to * many.score_stride);
+    int64_t begin = 0, end = refs / 4;
+    if constexpr (CLASSES) {
+      const RowGroups own = groups_of<CLASSES>(many, source, valid);
+      begin = own.first * (MANY_GROUP / 4), end = own.end * (MANY_GROUP / 4);
+    }
 #pragma unroll 4
-    for (int64_t k = thread; k < refs / 4; k += GATHER_BLOCKS * THREADS) now[k] = old[k];
+    for (int64_t k = begin + thread; k < end; k += GATHER_BLOCKS * THREADS) now[k] = old[k];
   }
 }
 
@@ -960,18 +1067,19 @@ __device__ inline float short_exp2(float v) {
   return p;
 }
 
-// Weights of scores: EACH times eight of a thread's, so far apart. visit(q, upper, lower), each eight halves,
-// when the warp has read all; lower where exact. Returns their sum.
+// Weights of scores: EACH times eight of a thread's, so far apart; of references from `least` on, where
+// CLASSES, and before `valid`. visit(q, upper, lower), each eight halves, when the warp has read all; lower
+// where exact. Returns their sum.
 constexpr int EACH = 4, EIGHTS_APART = 8 * THREADS * WEIGHT_UNITS;
-template <bool EXACT, typename Visit>
-__device__ __forceinline__ double form_weights(const float* from, int first, int valid, float best,
+template <bool EXACT, bool CLASSES, typename Visit>
+__device__ __forceinline__ double form_weights(const float* from, int first, int least, int valid, float best,
                                                float rate2, const Visit& visit) {
   float4 low[EACH], high[EACH];
 #pragma unroll
   for (int q = 0; q < EACH; ++q) {
     const int j = first + q * EIGHTS_APART;
     low[q] = high[q] = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-    if (j >= valid) continue;
+    if (j >= valid || (CLASSES && j < least)) continue;
     low[q] = *reinterpret_cast<const float4*>(from + j);
     high[q] = *reinterpret_cast<const float4*>(from + j + 4);
   }
@@ -1038,7 +1146,7 @@ __device__ inline void load_group(const float* scores, int j, float (&weights)[M
 
 // Unit `rank` of WEIGHT_UNITS of a dense row. What a warp writes it has read before, or lies in a row that is
 // not dense.
-template <bool EXACT>
+template <bool EXACT, bool CLASSES>
 __device__ __forceinline__ void store_weights(const Inputs& in, const Many& many, int64_t at, int rank) {
   __shared__ int scratch[THREADS / 32];
   __shared__ double wide_scratch[33];
@@ -1048,18 +1156,26 @@ __device__ __forceinline__ void store_weights(const Inputs& in, const Many& many
   ManySlot& slot = many.slots[source];
   const float* const from = many.scores + (moved ? at : source) * many.score_stride;
   float* const to = many.scores + at * many.score_stride;
-  const float here = moved ? row_maximum(many, at, (valid + MANY_GROUP - 1) / MANY_GROUP, scratch) : slot.top;
+  const float here =
+      moved ? row_maximum(many, at, groups_of<CLASSES>(many, source, valid), scratch) : slot.top;
   const float best = static_cast<float>(best_with(slot, here)), rate2 = slot.rate2;
-  const int end = many_sum_steps(many, valid) * many_sum_refs(EXACT);
+  int begin = 0, end = many_sum_steps(many, valid) * many_sum_refs(EXACT);  // of what is summed
+  int least = 0, until = static_cast<int>(valid);                           // of what is read
+  if constexpr (CLASSES) {
+    const RowGroups groups = groups_of<CLASSES>(many, source, valid);
+    const int2 steps = many.classes->sums.steps[at / MANY_ROWS];
+    begin = steps.x * many_sum_refs(EXACT), end = steps.y * many_sum_refs(EXACT);
+    least = static_cast<int>(groups.first * MANY_GROUP), until = static_cast<int>(groups.end * MANY_GROUP);
+  }
   const int own = 8 * (rank * THREADS + static_cast<int>(threadIdx.x));
   double total = 0;
 #pragma unroll 1
-  for (int first = own; first - own < end; first += EACH * EIGHTS_APART)
-    total += form_weights<EXACT>(from, first, static_cast<int>(valid), best, rate2,
-                                 [&](int q, uint4 upper, uint4 lower) {
-                                   const int j = first + q * EIGHTS_APART;
-                                   if (j < end) store_eight<EXACT>(to, j, upper, lower);
-                                 });
+  for (int first = begin + own; first - own < end; first += EACH * EIGHTS_APART)
+    total += form_weights<EXACT, CLASSES>(from, first, least, until, best, rate2,
+                                          [&](int q, uint4 upper, uint4 lower) {
+                                            const int j = first + q * EIGHTS_APART;
+                                            if (j < end) store_eight<EXACT>(to, j, upper, lower);
+                                          });
   total = block_sum(total, wide_scratch);
   if (threadIdx.x != 0) return;
   many.totals[at * WEIGHT_UNITS + rank] = total;
@@ -1067,13 +1183,14 @@ __device__ __forceinline__ void store_weights(const Inputs& in, const Many& many
 }
 
 // The weights of dense rows. Nearly always the dense rows are the first, and stay where they are: where
-// weights follow the choice of rows at once, a block forms its first before that has been made.
-template <bool EXACT>
+// weights follow the choice of rows at once, a block forms its first before that has been made. CLASSES: not
+// so, since which references come in the sums depends on it.
+template <bool EXACT, bool CLASSES>
 __global__ void __launch_bounds__(THREADS, RESIDENT) weights_kernel(const Inputs in, const Many many) {
   allow_next_launch();
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   bool guessed = false;
-  if constexpr (EXACT) {
+  if constexpr (EXACT || CLASSES) {
     wait_for_previous_launch();
   } else {
     __shared__ double scratch[33];
@@ -1087,8 +1204,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) weights_kernel(const Inputs
     double total = 0;
     if (guesses) {
       const ManySlot& slot = many.slots[at];
-      total = form_weights<EXACT>(scores, first, valid, slot.top, slot.rate2,
-                                  [&](int q, uint4 upper, uint4) { ahead[q] = upper; });
+      total = form_weights<EXACT, CLASSES>(scores, first, 0, valid, slot.top, slot.rate2,
+                                           [&](int q, uint4 upper, uint4) { ahead[q] = upper; });
       total = block_sum(total, scratch);
     }
     wait_for_previous_launch();
@@ -1104,7 +1221,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) weights_kernel(const Inputs
   const int units = many.facts->dense * WEIGHT_UNITS;
 #pragma unroll 1
   for (int unit = guessed ? block + blocks : block; unit < units; unit += blocks)
-    store_weights<EXACT>(in, many, unit / WEIGHT_UNITS, unit % WEIGHT_UNITS);
+    store_weights<EXACT, CLASSES>(in, many, dense_place<CLASSES>(many, unit / WEIGHT_UNITS),
+                                  unit % WEIGHT_UNITS);
 }
 
 // References that a block scores and sums at a time; so many times as many have room, for two blocks to a
@@ -1161,6 +1279,7 @@ __device__ inline float least_reviewed(const Many& many, const ManySlot& slot, f
 // enough, by their best: weights, which are many more bytes, are read of these alone.
 constexpr int REVIEW_BINS = 64;
 constexpr int REVIEW_AHEAD = 8;  // maxima of a thread that are on their way at once
+template <bool CLASSES>
 __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_t at, int place, int most,
                                       List& list) {
   __shared__ int bins[REVIEW_BINS], near[THREADS], scratch[THREADS / 32], kept;
@@ -1172,7 +1291,9 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
   if (!(least <= 1)) return 0;
   const float* const maxima =  // of scores, which gather_kernel may have moved
       many.maxima + (many.facts->late > 0 ? place : at) * (many.score_stride / MANY_GROUP);
-  const int groups = static_cast<int>((many_valid(in, many) + MANY_GROUP - 1) / MANY_GROUP);
+  const int groups = static_cast<int>(groups_of<CLASSES>(many, at, many_valid(in, many)).end);
+  const int first_group =
+      CLASSES ? static_cast<int>(groups_of<CLASSES>(many, at, many_valid(in, many)).first) : 0;
   const float rate2 = slot.rate2, top = slot.top, reach = 0x1p-8f - __log2f(least);
   const int shift = reach > 8.5f ? 21 : reach > 2.5f ? 20 : 18;
   const auto bin_of = [shift](float weight) {
@@ -1206,7 +1327,8 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
 #pragma unroll 1
   for (int pass = 0; pass < 3; ++pass) {
 #pragma unroll 1
-    for (int first = threadIdx.x; first < groups; first += REVIEW_AHEAD * THREADS) {
+    for (int first = first_group + static_cast<int>(threadIdx.x); first < groups;
+         first += REVIEW_AHEAD * THREADS) {
       float best[REVIEW_AHEAD];
 #pragma unroll
       for (int i = 0; i < REVIEW_AHEAD; ++i)
@@ -1312,7 +1434,7 @@ struct ShortList {
   int64_t base;  // of the row
   double alpha, sign;
 };
-template <typename T>
+template <typename T, bool CLASSES>
 __device__ __noinline__ void score_short_list(const ShortList of, double* scores) {
   constexpr int WARPS = THREADS / 32;
   __shared__ double parts[WARPS][SHORT_LIST];
@@ -1383,7 +1505,7 @@ enum class ListScores { FLOAT, RELATIVE, DOUBLE };
 
 // Scores and weights of a row's listed references; best and total with those before. in_sums: what their
 // weights in the sums are relative to; -INFINITY: they are in none.
-template <typename T>
+template <typename T, bool CLASSES>
 __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, const List& list, int count,
                              float in_sums, ListScores how, Listed& listed) {
   const ManySlot& slot = many.slots[at];
@@ -1405,7 +1527,7 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, con
     above += block_sum(score, listed.scratch);
   }
   __shared__ double exact[SHORT_LIST];
-  if (is_short) score_short_list<T>(short_list(in, many, slot.row, list, count), exact);
+  if (is_short) score_short_list<T, CLASSES>(short_list(in, many, slot.row, list, count), exact);
   if (is_short && static_cast<int>(threadIdx.x) < count)
     listed.score[threadIdx.x] = exact[threadIdx.x] + above;
   for (int k = warp; k < count && !is_short; k += THREADS / 32) {
@@ -1454,13 +1576,16 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, con
 __device__ double inverse_total(const Many& many, bool alive, double best, double total) {
   return isfinite(best) && alive && total > 0 ? many.facts->inverse_scale / total : NAN;
 }
-// Four elements that are not as are_usual has them: a x + mean. A call, since many places have it.
+// Four elements that are not as are_usual has them: a x + mean. A call, since many places have it. Calls are
+// of one form each: registers of a kernel depend on who else calls what it does.
+template <bool CLASSES>
 __device__ __noinline__ void store_unusual(Array x, Array out, int64_t at, double a, double m0, double m1,
                                            double m2, double m3) {
   const double means[4] = {m0, m1, m2, m3};
 #pragma unroll
   for (int k = 0; k < 4; ++k) store_as(out, at + k, a * load_as<double>(x, at + k) + means[k]);
 }
+template <bool CLASSES>
 __device__ __forceinline__ void store_four_means(const Inputs& in, const Many& many, const Row& row,
                                                  int64_t e, double inverse, const double (&sum)[4]) {
   const int64_t at = row.index * in.d + e;
@@ -1470,16 +1595,18 @@ __device__ __forceinline__ void store_four_means(const Inputs& in, const Many& m
   double mean[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) mean[k] = row.b * (centre[k] * unscale + sum[k] * inverse);
-  if (!are_usual(in)) return store_unusual(in.x, in.out, at, row.a, mean[0], mean[1], mean[2], mean[3]);
+  if (!are_usual(in))
+    return store_unusual<CLASSES>(in.x, in.out, at, row.a, mean[0], mean[1], mean[2], mean[3]);
   const float4 x = *reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + at);
   *reinterpret_cast<float4*>(static_cast<float*>(in.out.data) + at) =
       make_float4(static_cast<float>(row.a * x.x + mean[0]), static_cast<float>(row.a * x.y + mean[1]),
                   static_cast<float>(row.a * x.z + mean[2]), static_cast<float>(row.a * x.w + mean[3]));
 }
+template <bool CLASSES>
 __device__ inline void store_mean(const Inputs& in, const Many& many, const Row& row, int64_t e,
                                   double inverse, const double (&sum)[8]) {
-  store_four_means(in, many, row, e, inverse, {sum[0], sum[1], sum[2], sum[3]});
-  store_four_means(in, many, row, e + 4, inverse, {sum[4], sum[5], sum[6], sum[7]});
+  store_four_means<CLASSES>(in, many, row, e, inverse, {sum[0], sum[1], sum[2], sum[3]});
+  store_four_means<CLASSES>(in, many, row, e + 4, inverse, {sum[4], sum[5], sum[6], sum[7]});
 }
 
 // The same of a row with one reference that matters, of all rounds, which is the mean.
@@ -1528,7 +1655,7 @@ __device__ __forceinline__ void leave_list(const Inputs& in, const Many& many, M
 // is read once, LISTED at a time while others are on their way; sums are relative to the best score so
 // far. A thread copies what it reads itself, so that threads meet once a turn, where they add scores up.
 // in_sums: as above. PLAIN: as ManyFacts has it.
-template <typename T, int VECTORS, int LISTED, bool PLAIN>
+template <typename T, int VECTORS, int LISTED, bool PLAIN, bool CLASSES>
 __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, int64_t at, const List& list,
                                            int count, float in_sums, ListScores how, bool last) {
   extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times; the first
@@ -1563,7 +1690,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
 #pragma unroll 1
   for (int k = 0; k < LISTS; ++k) fetch(k * LISTED, k);
 
-  if (is_short) score_short_list<T>(short_list(in, many, slot.row, list, count), exact);
+  if (is_short) score_short_list<T, CLASSES>(short_list(in, many, slot.row, list, count), exact);
   const ManyFactor factor = many.factors[at];
   const float scale = PLAIN ? 1 : many.facts->scale;
   const double rate2 = slot.rate2;
@@ -1707,7 +1834,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
     const int64_t e = element(v);
     if (e >= in.d) continue;
     if (last) {
-      store_mean(in, many, row, e, inverse, sums[v]);
+      store_mean<CLASSES>(in, many, row, e, inverse, sums[v]);
     } else {
 #pragma unroll
       for (int q = 0; q < 8; ++q) many.sums[at * many.d_stride + e + q] = static_cast<float>(sums[v][q]);
@@ -1717,7 +1844,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
 }
 
 // A slot with a list, or without anything: the output, or sums for merge_sums or the next round.
-template <typename T, int VECTORS, int LISTED>
+template <typename T, int VECTORS, int LISTED, bool CLASSES>
 __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, int64_t at, bool last) {
   __shared__ std::conditional_t<VECTORS == 0, Listed, char> listed;
   __shared__ List list;
@@ -1728,7 +1855,7 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
   float in_sums = -INFINITY;
   if (place >= 0) {
     if (most == 0) return;
-    count = review(in, many, at, place, most, list);
+    count = review<CLASSES>(in, many, at, place, most, list);
     if (count == 0 && threadIdx.x == 0) add_arrival(many.listed + at);
     if (count == 0) return;
     in_sums = slot.top;
@@ -1746,14 +1873,14 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
                                                 : ListScores::FLOAT;
   if constexpr (VECTORS > 0) {
     if (count > 0 && DtypeOf<T>::value == Dtype::f16 && many.facts->plain)
-      return sum_listed<T, VECTORS, LISTED, true>(in, many, at, list, count, in_sums, how, ends);
+      return sum_listed<T, VECTORS, LISTED, true, CLASSES>(in, many, at, list, count, in_sums, how, ends);
     if (count > 0)
-      return sum_listed<T, VECTORS, LISTED, false>(in, many, at, list, count, in_sums, how, ends);
+      return sum_listed<T, VECTORS, LISTED, false, CLASSES>(in, many, at, list, count, in_sums, how, ends);
   }
   double keep = 1, total = slot.total, best = slot.best;
   if constexpr (VECTORS == 0) {
     if (count > 0) {
-      score_listed<T>(in, many, at, list, count, in_sums, how, listed);
+      score_listed<T, CLASSES>(in, many, at, list, count, in_sums, how, listed);
       total = listed.total, best = listed.best, keep = listed.keep;
     }
   }
@@ -1782,7 +1909,7 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
       }
     }
     if (ends) {
-      store_mean(in, many, row, e, inverse, sum);
+      store_mean<CLASSES>(in, many, row, e, inverse, sum);
     } else {
 #pragma unroll
       for (int k = 0; k < 8; ++k) sums[k] = static_cast<float>(sum[k]);
@@ -1793,6 +1920,7 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
 
 // A dense row: part `part` of `parts` of its elements. What came before, of its list too, and what the thread
 // blocks of the sums left.
+template <bool CLASSES>
 __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, int place, int part, int parts,
                                            bool last) {
   const int64_t at = many.dense_slots[place];
@@ -1803,7 +1931,7 @@ __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, i
     __syncthreads();
   }
   const ManySlot slot = many.slots[at];
-  const ManySums grid(many);
+  const std::conditional_t<CLASSES, ManyClassParts, ManySums> grid(many);
   const int row_tile = place / static_cast<int>(MANY_ROWS), splits = grid.splits_of(row_tile);
   const int64_t stride = static_cast<int64_t>(grid.split_stride(row_tile)) * (MANY_ROWS * MANY_TILE);
   const float* const partial =
@@ -1836,7 +1964,7 @@ __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, i
     const double sum[4] = {keep * old.x + unit * own.x, keep * old.y + unit * own.y,
                            keep * old.z + unit * own.z, keep * old.w + unit * own.w};
     if (last) {
-      store_four_means(in, many, slot.row, e, inverse, sum);
+      store_four_means<CLASSES>(in, many, slot.row, e, inverse, sum);
     } else {
       *sums = make_float4(static_cast<float>(sum[0]), static_cast<float>(sum[1]), static_cast<float>(sum[2]),
                           static_cast<float>(sum[3]));
@@ -1855,12 +1983,12 @@ __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, i
 // multiprocessors sum_kernel leaves; then blocks for dense rows, several to a row where there are few, one
 // before the last round. VECTORS, LISTED: as above; 0: any number of elements. sum_kernel's blocks, which all
 // have begun, have waited for those before: all but the sums is there.
-template <typename T, int VECTORS, int LISTED>
+template <typename T, int VECTORS, int LISTED, bool CLASSES>
 __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, const Many many, bool last) {
   allow_next_launch();
   const int rows = static_cast<int>(many.rows), block = static_cast<int>(blockIdx.x) - rows;
   if (block < 0) {
-    merge_list<T, VECTORS, LISTED>(in, many, many.list_order[blockIdx.x], last);
+    merge_list<T, VECTORS, LISTED, CLASSES>(in, many, many.list_order[blockIdx.x], last);
     if (blockIdx.x > 0) return;
     wait_for_previous_launch();                           // launches end in their order
     if (last && threadIdx.x == 0) many.facts->early = 0;  // of the next pass
@@ -1871,14 +1999,14 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
   const int parts = last ? max(1, min(most, blocks / max(dense, 1))) : 1;
 #pragma unroll 1
   for (int unit = block; unit < dense * parts; unit += blocks)
-    merge_sums(in, many, unit % dense, unit / dense, parts, last);
+    merge_sums<CLASSES>(in, many, dense_place<CLASSES>(many, unit % dense), unit / dense, parts, last);
 }
 
-template <typename T>
+template <typename T, bool CLASSES>
 auto merge_kernel_for(int64_t d) {
-  if (d > LISTED_D) return merge_kernel<T, 0, 0>;
-  if (d > EIGHT_LISTED_D) return merge_kernel<T, 2, 4>;
-  return d > LISTED_D / 2 ? merge_kernel<T, 2, 8> : merge_kernel<T, 1, 8>;
+  if (d > LISTED_D) return merge_kernel<T, 0, 0, CLASSES>;
+  if (d > EIGHT_LISTED_D) return merge_kernel<T, 2, 4, CLASSES>;
+  return d > LISTED_D / 2 ? merge_kernel<T, 2, 8, CLASSES> : merge_kernel<T, 1, 8, CLASSES>;
 }
 
 // Rows from `first` on, at most `rows` of them.
@@ -1907,7 +2035,10 @@ int early_blocks(const Many& many) {
 void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cudaStream_t stream) {
   const bool half = in.refs.dtype == Dtype::f16, labels = in.labels != nullptr, classes = in.k > 1;
   const Inputs pool = as_pool(in);
-  const auto merge = half ? merge_kernel_for<__half>(in.d) : merge_kernel_for<__nv_bfloat16>(in.d);
+  const auto merge =
+      half ? (classes ? merge_kernel_for<__half, true>(in.d) : merge_kernel_for<__half, false>(in.d))
+           : (classes ? merge_kernel_for<__nv_bfloat16, true>(in.d)
+                      : merge_kernel_for<__nv_bfloat16, false>(in.d));
   const int listed = in.d > EIGHT_LISTED_D ? 4 : 8;
   const int merge_bytes = in.d > LISTED_D ? 0 : static_cast<int>((room_of(listed) * listed + 1) * 2 * in.d);
   check_cuda(op, cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, merge_bytes));
@@ -1935,15 +2066,19 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
     for (many.first_ref = 0; many.first_ref < pool.m; many.first_ref += plan.refs_per_pass) {
       many.refs = std::min(plan.refs_per_pass, pool.m - many.first_ref);
       launch_many_score(op, pool, many, false, stream);
-      launch(select_kernel, slots, SELECT_THREADS, 0, pool, many, early_blocks(many));
-      launch(place_kernel, 1, PLACE_THREADS, 0, pool, many);
+      launch(classes ? select_kernel<true> : select_kernel<false>, slots, SELECT_THREADS, 0, pool, many,
+             early_blocks(many));
+      launch(classes ? place_kernel<true> : place_kernel<false>, 1, PLACE_THREADS, 0, pool, many);
       if (many.exact) {
-        launch(gather_kernel, 4 * static_cast<unsigned>(many.blocks), THREADS, 0, pool, many);
+        launch(classes ? gather_kernel<true> : gather_kernel<false>, 4 * static_cast<unsigned>(many.blocks),
+               THREADS, 0, pool, many);
         launch_many_score(op, pool, many, true, stream);
       }
       const unsigned blocks = static_cast<unsigned>(many.blocks);
-      launch(many.exact ? weights_kernel<true> : weights_kernel<false>,
-             std::min(slots * WEIGHT_UNITS, RESIDENT * blocks), THREADS, 0, pool, many);
+      const auto weights = classes
+                               ? (many.exact ? weights_kernel<true, true> : weights_kernel<false, true>)
+                               : (many.exact ? weights_kernel<true, false> : weights_kernel<false, false>);
+      launch(weights, std::min(slots * WEIGHT_UNITS, RESIDENT * blocks), THREADS, 0, pool, many);
       launch_many_sum(op, pool, many, stream);
       const bool last = many.first_ref + plan.refs_per_pass >= pool.m;
       launch(merge, slots + 2 * blocks, THREADS, merge_bytes, pool, many, last);
@@ -1981,7 +2116,7 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   if (in.k > 1) {
     many.class_refs = static_cast<int>(in.m);
     many.operands = classes.take<uint16_t>(plan.refs_per_pass / 16);
-    many.ends = classes.take<int>(in.k);
+    many.classes = classes.take<ManyClasses>(1);
   }
   Carver rows(take(layout.rows));
   many.factors = rows.take<ManyFactor>(plan.rows_per_pass);

@@ -145,6 +145,74 @@ def test_labels(rng, which, dtype):
     assert out.isnan().all() == (which == "no class")
 
 
+def order_labels(which, n, k, rng):
+    """Labels (n,) of rows that are more than one tile, in any order: the kernel puts them in that of their classes."""
+    drawn, rows = torch.randint(k, (n,), generator=rng), torch.arange(n)
+    return {
+        "rising": drawn.sort().values,
+        "falling": drawn.sort(descending=True).values,
+        "turn by turn": rows % k,
+        "half of all classes": torch.where(rows % 2 == 0, -1, drawn),
+        "one row of all classes": torch.where(rows == n // 2, -1, drawn),
+        "every third class": drawn // 3 * 3,
+        "the first and the last": torch.where(drawn == 0, 0, k - 1),
+        "nearly all of one": torch.where(rows % 29 == 5, drawn, k // 2),
+        "a tile of none": torch.where(rows < 300, k, drawn),
+    }[which]
+
+
+ORDERS = [
+    "rising",
+    "falling",
+    "turn by turn",
+    "half of all classes",
+    "one row of all classes",
+    "every third class",
+    "the first and the last",
+    "nearly all of one",
+    "a tile of none",
+]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("times", [ALL_T, (0.97,), (0.3, 0.9)], ids=str)
+@pytest.mark.parametrize("which", ORDERS)
+@pytest.mark.parametrize("shape", [CUT, (1100, 10, 1511, 784), (700, 37, 401, 3072)], ids=str)
+def test_rows_in_the_order_of_classes(rng, shape, which, times, precision):
+    """Passes of several tiles and of one, all rows of a tile dense or some; what no row of a tile has is skipped."""
+    n, k, m, d = shape
+    refs = make_references(k * m, d, "manifold", rng).view(k, m, d).half()
+    t = torch.tensor([times[i % len(times)] for i in range(n)])[torch.randperm(n, generator=rng)]
+    labels = order_labels(which, n, k, rng)
+    x = make_noisy(refs[labels.clamp(0, k - 1), torch.randint(m, (n,), generator=rng)], t, rng)
+    check(x.cuda(), refs.cuda(), t.cuda(), labels.cuda(), precision=precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("which", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounds_that_rows_of_few_classes_have_references_in(rng, dtype, which, precision):
+    n, k, m, d = ROUNDS
+    refs = make_references(k * m, d, "shifted", rng).view(k, m, d).to(dtype)
+    counts = fill_partly(refs, rng)
+    labels = order_labels(which, n, k, rng)
+    t = torch.tensor([(0.2, 0.8, 0.97)[i % 3] for i in range(n)])
+    picked = (torch.rand(n, generator=rng) * counts[labels.clamp(0, k - 1)].clamp(1, m)).long()
+    x = make_noisy(refs.nan_to_num()[labels.clamp(0, k - 1), picked], t, rng)
+    check(x.cuda(), refs.cuda(), t.cuda(), labels.cuda(), counts.cuda(), precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("n", [257, 512, 700, 1100])
+def test_rows_do_not_depend_on_those_beside_them(rng, n, precision):
+    x, refs, t, labels = make_classes(n, 10, 2100, 1032, "gaussian", rng, times=(0.3, 0.7, 0.95))
+    assert_served("many_rows", x, refs, precision)
+    order = torch.randperm(n, generator=rng).cuda()
+    out = svel.stable_target(x, refs, t, labels, precision=precision)
+    other = svel.stable_target(x[order], refs, t[order], labels[order], precision=precision)
+    assert relative_error(other, out[order]) <= 2 * TOLERANCE[torch.float32, precision]
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("label", [0, 4, 9, -1])
 def test_one_class_alone_has_references(rng, label, precision):
