@@ -31,7 +31,7 @@ SHAPES = [
     (700, 1, 2049, 520),
     (27, 2, 2501, 3400),
     (200, 2, 1301, 784),
-    (300, 2, 1031, 1032),
+    (300, 2, 1301, 1032),
     (128, 10, 1009, 1032),
     (256, 10, 501, 3072),
     (321, 10, 4219, 1032),
@@ -39,7 +39,7 @@ SHAPES = [
     (1100, 10, 1511, 784),
     (256, 37, 57, 32_776),
 ]
-SHAPE = (300, 2, 1031, 1032)
+SHAPE = (300, 2, 1301, 1032)
 CUT = (321, 10, 4219, 1032)  # as many rows and classes, none of which ends where a tile does
 ROUNDS = (1100, 10, 7001, 1032)
 PRECISIONS = ("exact", "fast")
@@ -177,7 +177,7 @@ ORDERS = [
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("times", [ALL_T, (0.97,), (0.3, 0.9)], ids=str)
 @pytest.mark.parametrize("which", ORDERS)
-@pytest.mark.parametrize("shape", [CUT, (1100, 10, 1511, 784), (700, 37, 401, 3072)], ids=str)
+@pytest.mark.parametrize("shape", [CUT, (1100, 10, 1511, 784), (700, 19, 901, 2056)], ids=str)
 def test_rows_in_the_order_of_classes(rng, shape, which, times, precision):
     """Passes of several tiles and of one, all rows of a tile dense or some; what no row of a tile has is skipped."""
     n, k, m, d = shape
@@ -205,7 +205,7 @@ def test_rounds_that_rows_of_few_classes_have_references_in(rng, dtype, which, p
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("n", [257, 512, 700, 1100])
 def test_rows_do_not_depend_on_those_beside_them(rng, n, precision):
-    x, refs, t, labels = make_classes(n, 10, 2100, 1032, "gaussian", rng, times=(0.3, 0.7, 0.95))
+    x, refs, t, labels = make_classes(n, 5, 2100, 1032, "gaussian", rng, times=(0.3, 0.7, 0.95))
     assert_served("many_rows", x, refs, precision)
     order = torch.randperm(n, generator=rng).cuda()
     out = svel.stable_target(x, refs, t, labels, precision=precision)
