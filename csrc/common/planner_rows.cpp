@@ -30,6 +30,13 @@ int64_t all_references(const Problem& p) {
   return p.has_labels ? p.k * p.m : p.m;
 }
 
+// Whether rows meet references so often that their norms had better be formed once: T tiles of rows in the
+// order of K classes meet K + T - 1 classes in all, and those of a pool T times the pool.
+bool has_norms(int64_t n, int64_t classes) {
+  const int64_t k = std::max<int64_t>(classes, 1);
+  return (n / MANY_ROWS + k - 1) * MANY_ROWS >= MANY_NORMS_ROWS * k;
+}
+
 }  // namespace
 
 ManyLayout many_layout(int64_t n, int64_t refs, int64_t d, int64_t classes, int64_t rows_per_pass,
@@ -39,7 +46,7 @@ ManyLayout many_layout(int64_t n, int64_t refs, int64_t d, int64_t classes, int6
   ManyLayout layout;
   layout.order = n > rows_per_pass ? round_up(4 * std::min(n, MANY_LIST_ROWS), 256) : 0;
   layout.centre = round_up(16 * d_padded + (64 + 4 * MANY_PAIRS) * d_tiles + 256, 256);
-  layout.norms = n >= MANY_NORMS_ROWS && refs <= MANY_NORMS_REFS ? round_up(4 * refs, 256) : 0;
+  layout.norms = refs <= MANY_NORMS_REFS && has_norms(n, classes) ? round_up(4 * refs, 256) : 0;
   layout.classes =
       classes > 0 ? round_up(MANY_CLASSES_BYTES + 8 * rows_per_pass + refs_per_pass / 8 + 48, 256) : 0;
   layout.rows = round_up(rows_per_pass * MANY_ROW_BYTES + 256, 256);
@@ -115,9 +122,7 @@ double many_rows_seconds(const Problem& p, const Plan& plan) {
                met = std::min(refs, refs / k * (k + tiles - 1) / tiles + 2 * MANY_TILE);
   const double again = plan.fast ? 0 : read / 2;
   const double wave = p.sm_count * MANY_TILE * p.d * MANY_ROWS * product;
-  const bool has_norms = p.n >= MANY_NORMS_ROWS && all_references(p) <= MANY_NORMS_REFS;
-  const double norms = has_norms ? refs * p.d * read / 2 : 0;  // of all references, once
-  return rounds * (PASS_SECONDS + LOST_WAVE * wave) + norms +
+  return rounds * (PASS_SECONDS + LOST_WAVE * wave) +
          met * p.d * (full * of_tile(MANY_ROWS) + of_tile(width) + tiles * again);
 }
 

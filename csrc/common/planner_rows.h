@@ -29,7 +29,8 @@ constexpr int64_t MANY_ROW_TILES = MANY_PASS_ROWS / MANY_ROWS;  // of a pass, at
 constexpr int64_t MANY_CLASSES_BYTES = 4 * MANY_CLASSES + 20 * MANY_ROW_TILES;
 // Of classes: the ranges of a tile's rows and the ends of its references' classes, for both warpgroups.
 constexpr int64_t MANY_CLASSES_SMEM_BYTES = MANY_SMEM_BYTES + 2 * (MANY_ROWS * 8 + 128 * 4);
-// From so many rows on, and up to so many references, |r_j|^2 are formed once, not in every pass over them.
+// From so many rows of a pool on, or as often as these meet a reference of classes, and up to so many
+// references, |r_j|^2 are formed once, not in every pass over them.
 constexpr int64_t MANY_NORMS_ROWS = 1024, MANY_NORMS_REFS = int64_t{1} << 22;
 
 // The workspace of one call, in bytes, piece by piece; also its order in memory.
