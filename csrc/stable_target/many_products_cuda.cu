@@ -938,11 +938,14 @@ struct MetPairs {
   int until[SCORE_TILES], pair_of[SCORE_TILES];
   int2 of_rows[MANY_PASS_ROWS / 64];
   int dense[MANY_ROW_TILES];
+  int whole, cuts;  // units from `whole` on are cut into so many, each of a part of the rows
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// LOW: row tiles of dense rows, in their first places; else as for pools.
+// LOW: row tiles of dense rows, in their first places; else as for pools. A last wave of units that is at
+// most half full is cut into parts of the rows; a tile then is the part `tile / SCORE_TILES - 1` of another.
+// Parts narrower than 64 rows are none.
 template <bool LOW>
 struct ClassTiles : ScoreTiles {
   const MetPairs* met;
@@ -997,21 +1000,47 @@ struct ClassTiles : ScoreTiles {
       if (lane < SCORE_TILES) shared.until[lane] = until, shared.pair_of[lane] = begin - (until - count);
     }
     __syncthreads();
-    return met->until[SCORE_TILES - 1];
+    if (threadIdx.x == 0) {
+      const int clusters = static_cast<int>(gridDim.x) / 2, left = shared.until[SCORE_TILES - 1] % clusters;
+      const bool alike = early == 0 || early >= rows;  // else the first rows of a tile have y_lo
+      shared.cuts = !alike || left == 0 ? 1 : 4 * left <= clusters ? 4 : 2 * left <= clusters ? 2 : 1;
+      shared.whole = shared.until[SCORE_TILES - 1] - left;
+    }
+    __syncthreads();
+    return met->whole + (met->until[SCORE_TILES - 1] - met->whole) * met->cuts;
+  }
+  __device__ int uncut(int unit) const {  // the unit that it is a part of
+    return unit < met->whole ? unit : met->whole + (unit - met->whole) / met->cuts;
   }
   __device__ int tile(int unit, int) const {
+    const int all_rows = uncut(unit);
     int own = 0;
-    while (unit >= met->until[own]) ++own;
+    while (all_rows >= met->until[own]) ++own;
+    if (unit >= met->whole && met->cuts > 1) own += SCORE_TILES * (1 + (unit - met->whole) % met->cuts);
     return own;
   }
-  __device__ int within(int unit, int each) const { return met->pair_of[tile(unit, each)] + unit; }
-  __device__ int row0(int tile) const {
-    return LOW ? static_cast<int>(MANY_ROWS) * tile : ScoreTiles::row0(tile);
+  __device__ int within(int unit, int each) const {
+    return met->pair_of[tile(unit, each) % SCORE_TILES] + uncut(unit);
   }
-  __device__ int width(int tile) const {
+  __device__ int whole_width(int tile) const {
     return LOW ? row_tile_width(met->dense[tile]) : ScoreTiles::width(tile);
   }
-  __device__ int low(int tile) const { return LOW ? 0 : ScoreTiles::low(tile); }
+  __device__ int part_width(int tile) const { return max(whole_width(tile % SCORE_TILES) / met->cuts, 64); }
+  __device__ int row0(int tile) const {
+    const int own = tile % SCORE_TILES,
+              first = LOW ? static_cast<int>(MANY_ROWS) * own : ScoreTiles::row0(own);
+    return tile < SCORE_TILES ? first : first + (tile / SCORE_TILES - 1) * part_width(tile);
+  }
+  __device__ int width(int tile) const {
+    if (tile < SCORE_TILES) return whole_width(tile);
+    const int part = part_width(tile);
+    return (tile / SCORE_TILES - 1) * part < whole_width(tile % SCORE_TILES) ? part : 0;
+  }
+  __device__ int low(int tile) const {
+    if constexpr (LOW) return 0;
+    if (tile < SCORE_TILES) return ScoreTiles::low(tile);
+    return ScoreTiles::low(tile % SCORE_TILES) > 0 ? width(tile) : 0;
+  }
 };
 
 // As SumGrid.
@@ -1094,12 +1123,14 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     if (threadIdx.x == 256) {
       for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
         const int tile = tiles.tile(unit, pairs);
+        if (CLASSES && tiles.width(tile) == 0) continue;
         copy_score_tile<T>(many, args, ring, tiles.row0(tile), ref0_of(unit), tiles.width(tile),
                            tiles.low(tile), steps, plain, rank);
       }
     } else if (LOW && warp == 1) {
       for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
         const int tile = tiles.tile(unit, pairs);
+        if (CLASSES && tiles.width(tile) == 0) continue;
         fetch_scores(many, ring, tiles.row0(tile), ref0_of(unit), valid, tiles.width(tile), steps);
       }
     }
@@ -1109,6 +1140,7 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
     for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
       const int64_t ref0 = ref0_of(unit);
       const int tile = tiles.tile(unit, pairs), row0 = tiles.row0(tile), low = tiles.low(tile);
+      if (CLASSES && tiles.width(tile) == 0) continue;
       with_constants<HALF, HALF && LOW>(tiles.width(tile), plain, [&](auto wide, auto is_plain) {
         constexpr int WIDTH = decltype(wide)::value;
         constexpr bool PLAIN = decltype(is_plain)::value;
