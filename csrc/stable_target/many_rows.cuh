@@ -345,16 +345,16 @@ struct ManyClassParts {
 __device__ inline void choose_class_sums(const Many& many, ManyClassSums& sums) {
   constexpr int TILES = static_cast<int>(MANY_ROW_TILES);
   const int d_tiles = static_cast<int>(many.d_stride / MANY_TILE);
-  int steps[TILES], across[TILES], most_steps = 0, used = 0, full = 0;
+  int steps[TILES], across[TILES], most_steps = 0, full = 0;
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile) {
     const int dense = sums.dense[tile];
     const bool is_full = dense > static_cast<int>(MANY_ROWS) / 2;
     steps[tile] = dense ? sums.steps[tile].y - sums.steps[tile].x : 0;
     across[tile] = is_full ? (d_tiles + 1) / 2 : (d_tiles + 3) / 4;
-    most_steps = max(most_steps, steps[tile]), used += dense > 0, full += is_full;
+    most_steps = max(most_steps, steps[tile]), full += is_full;
   }
-  const int clusters = many.blocks / 2 - (full == 0 && used == 1 ? ManySums::LEFT : 0);
+  const int clusters = many.blocks / 2 - (full ? 0 : ManySums::LEFT);
   const auto length = [&](int cuts) { return max(1, (most_steps + cuts - 1) / cuts); };
   const auto time_of = [&](int cuts) {
     const int each = length(cuts);
