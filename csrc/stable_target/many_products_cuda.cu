@@ -402,14 +402,15 @@ __device__ inline void tensor_copy_once(uint32_t shared, const CUtensorMap& map,
       "l"(read_once_policy()) : "memory");
 }
 
-template <typename T>
+// CLASSES: row tiles come one after the other, and few of them want the same references.
+template <typename T, bool CLASSES>
 __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ring& ring, int64_t row0,
                                 int64_t ref0, int width, int low, int steps, bool plain, int rank) {
   constexpr int CENTRE = DtypeOf<T>::value == Dtype::f16 ? DEPTH * 2 : DEPTH * 4;
   const char* const centre = DtypeOf<T>::value == Dtype::f16
                                  ? reinterpret_cast<const char*>(many.centre_half)
                                  : reinterpret_cast<const char*>(many.centre_float);
-  const bool alone = many.rows <= MANY_ROWS;  // else tiles of other rows want these references too
+  const bool alone = CLASSES || many.rows <= MANY_ROWS;  // else tiles of other rows want these references too
   for (int step = 0; step < steps; ++step, ring.next()) {
     const Stage stage = ring.stage();
     wait_barrier(stage.empty, ring.parity ^ 1);
@@ -1124,8 +1125,8 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
       for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
         const int tile = tiles.tile(unit, pairs);
         if (CLASSES && tiles.width(tile) == 0) continue;
-        copy_score_tile<T>(many, args, ring, tiles.row0(tile), ref0_of(unit), tiles.width(tile),
-                           tiles.low(tile), steps, plain, rank);
+        copy_score_tile<T, CLASSES>(many, args, ring, tiles.row0(tile), ref0_of(unit), tiles.width(tile),
+                                    tiles.low(tile), steps, plain, rank);
       }
     } else if (LOW && warp == 1) {
       for (int unit = blockIdx.x / 2; unit < units; unit += gridDim.x / 2) {
