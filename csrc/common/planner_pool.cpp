@@ -24,9 +24,19 @@ bool can_read(const Problem& p, int64_t m) {
   return p.precision != "exact" || p.d >= LEAST_EXACT_D;
 }
 
-// What passes of 32 rows each take of the workspace.
-int64_t pass_bytes(const Problem& p, const PoolParts& parts) {
-  return POOL_ROWS * (4 * POOL_D + 128) + parts.clusters * parts.segments * POOL_ROWS * (4 * p.d + 20) +
+// Of m references, whether all these clusters run at once or fewer do, who have more segments each.
+int64_t most_parts(int64_t m, int64_t clusters) {
+  int64_t most = 0;
+  for (; clusters > 0; --clusters) {
+    const PoolParts parts = pool_parts(m, clusters);
+    most = std::max(most, parts.clusters * parts.segments);
+  }
+  return most;
+}
+
+// What a pass of 32 rows takes of the workspace.
+int64_t pass_bytes(const Problem& p, int64_t m, const PoolParts& parts) {
+  return POOL_ROWS * (4 * POOL_D + 128) + most_parts(m, parts.clusters) * POOL_ROWS * (4 * p.d + 20) +
          POOL_ROWS * 32 * ceil_div(p.d, 256) + POOL_ROWS * (256 + parts.clusters * POOL_LISTED * 24);
 }
 constexpr int64_t SHARED_BYTES = 4 * POOL_D + 4096;
@@ -46,7 +56,7 @@ void describe(const Problem& p, int64_t m, const PoolParts& parts, Plan& plan) {
   plan.rows_per_pass = POOL_ROWS;
   plan.refs_per_pass = m;
   plan.smem_bytes = POOL_SMEM_BYTES;
-  plan.workspace_bytes = pass_bytes(p, parts) + SHARED_BYTES;
+  plan.workspace_bytes = pass_bytes(p, m, parts) + SHARED_BYTES;
 }
 
 }  // namespace
@@ -80,7 +90,7 @@ bool plan_pool_bank(const Problem& p, const Plan& plan, PoolBankPlan& bank) {
   const PoolParts parts = pool_parts(m, p.sm_count / POOL_CLUSTER);
   describe(p, m, parts, bank.pool);
   bank.passes = ceil_div(p.n, POOL_ROWS);
-  const int64_t each = pass_bytes(p, parts);
+  const int64_t each = pass_bytes(p, m, parts);
   bank.at_once = std::clamp<int64_t>((WORKSPACE_LIMIT / 2 - SHARED_BYTES) / each, 1, bank.passes);
   bank.pool.workspace_bytes =
       bank.at_once * each + SHARED_BYTES + 13 * p.n + 8 * ceil_div(m, POOL_TILE) + 256;

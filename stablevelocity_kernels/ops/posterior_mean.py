@@ -48,9 +48,9 @@ def posterior_mean(
         counts: (K,), or (1,) without labels; int32 or int64: how many leading references of each group are valid.
         source: (N, *S), one more reference for its own row alone; dtype of x or of refs.
         precision: "exact" (2e-6 against float64) or "fast" (1e-3 allowed).
-        null_rows: rows of label -1 are to be expected. What they come to is the same either way. On CUDA, beside a class
-            bank of float16, such rows then share their reads of it, 32 of them at a time, at the cost of a few
-            launches; unannounced, every few of them read all of it.
+        null_rows: rows of label -1 are to be expected. They come to the same either way, but on CUDA, beside a class
+            bank of float16, 32 of them then read it together, at the cost of a few launches; otherwise every few of
+            them do.
 
     Returns:
         mean (N, *S) and lse (N,), float32 (float64 for float64 x). With logit_j = -(|x - alpha r_j|^2 - sigma^2 D) /

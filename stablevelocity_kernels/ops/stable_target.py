@@ -64,9 +64,9 @@ def stable_target(
         path: "linear" or "cosine"; for another interpolant use `posterior_mean`.
         prediction: "velocity", "x0", "noise" or "score".
         precision: "exact" (2e-6 against float64) or "fast" (1e-3 allowed).
-        null_rows: rows of label -1 are to be expected. What they come to is the same either way. On CUDA, beside a class
-            bank of float16, such rows then share their reads of it, 32 of them at a time, at the cost of a few
-            launches; unannounced, every few of them read all of it.
+        null_rows: rows of label -1 are to be expected. They come to the same either way, but on CUDA, beside a class
+            bank of float16, 32 of them then read it together, at the cost of a few launches; otherwise every few of
+            them do.
 
     Returns:
         (N, *S) of x's dtype. A row whose set is empty, or with NaN or Inf in its inputs, is NaN.
