@@ -34,8 +34,8 @@ bool plan_pool(const Problem& problem, Plan& plan);
 constexpr int POOL_BANK_ROWS = 4096;  // of a call, at most
 struct PoolBankPlan {
   Plan pool;        // of the bank as one pool
-  int64_t passes;   // that are launched; those without rows end at once
-  int64_t at_once;  // of them, which share the launches around
+  int64_t passes;   // that there may be; those without rows end at once
+  int64_t at_once;  // of them, to a launch
 };
 
 // Whether a call of this plan that may have such rows is to be made ready for them.

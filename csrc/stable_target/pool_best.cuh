@@ -29,6 +29,10 @@ __global__ void __launch_bounds__(32 * POOL_AGAIN_WARPS)
   __shared__ float worst[POOL_MOST_CLUSTERS], tops[33];
   __shared__ double scratch[33];
   float* const x = reinterpret_cast<float*>(shared_x);  // exact: it has at most 32 bits
+  if constexpr (BANK) {
+    const int slot = blockIdx.y;
+    if (slot > 0 && bank.first + slot >= *bank.sizes) return;  // see pool_kernel
+  }
   wait_for_previous_launch();
   allow_next_launch();  // the merge begins with the parts, which are there
   const int slot = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;

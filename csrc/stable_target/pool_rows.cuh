@@ -16,7 +16,8 @@
 // references as stored are then exact to float32, and so are weights as two halves. The largest weight is 1,
 // exactly, so a row with one neighbour gets that neighbour. Bytes: m d references.
 //
-// BANK: the pool is all that is valid in a class bank, for the rows of label -1 (PoolBank).
+// BANK: the pool is all that is valid in a class bank, for the rows of label -1 (PoolBank), and the grid's
+// second dimension has passes of 32 rows each, as many as there may be.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -67,12 +68,10 @@ struct PoolArgs {
   int d, rows;
   int segments, segment_tiles;  // parts: clusters x segments
 
-  // Several passes have what they write one behind the other: that of `pass`.
-  __host__ __device__ PoolArgs of_pass(int64_t pass, int64_t clusters) const {
+  // Of several passes what the kernel has written in `pass`.
+  __device__ PoolArgs of_pass(int64_t pass, int64_t clusters) const {
     const int64_t before = pass * clusters * segments * POOL_ROWS;
     PoolArgs its = *this;
-    its.upper += pass * POOL_ROWS * POOL_D, its.lower += pass * POOL_ROWS * POOL_D;
-    its.factors += pass * POOL_ROWS;
     its.sums += before * d, its.best += before, its.total += before, its.moment += before;
     its.list += pass * clusters * POOL_ROWS * POOL_LISTED;
     return its;
@@ -164,7 +163,18 @@ struct PoolBlock {
   __device__ static void next(int& s, int& phase) {
     if (++s == POOL_STAGES) s = 0, phase ^= 1;
   }
+  // BANK: passes have what they read and write one behind the other. The last one is the first to get blocks.
+  __device__ static int pass() { return static_cast<int>(gridDim.y - 1 - blockIdx.y); }
+  __device__ static int row_of_pass() {
+    static_assert(BANK, "there is one pass");
+    return pass() * POOL_ROWS;
+  }
+  __device__ int place_of_cluster() const {
+    if constexpr (BANK) return pass() * static_cast<int>(gridDim.x / POOL_CLUSTER) + cluster;
+    return cluster;
+  }
   __device__ int64_t part(int segment) const {
+    if constexpr (BANK) return static_cast<int64_t>(place_of_cluster()) * args.segments + segment;
     return static_cast<int64_t>(cluster) * args.segments + segment;
   }
 
@@ -268,9 +278,11 @@ struct PoolBlock {
     const int own_row = PAIR * half, first_row = rank * OWN + own_row;  // in the mail, and of all
     float best[PAIR], total[PAIR], moment[PAIR];
     float4 factor[PAIR];
+    const float4* factors = args.factors;
+    if constexpr (BANK) factors += row_of_pass();
 #pragma unroll
     for (int r = 0; r < PAIR; ++r)
-      best[r] = POOL_NO_BEST, total[r] = 0, moment[r] = 0, factor[r] = args.factors[first_row + r];
+      best[r] = POOL_NO_BEST, total[r] = 0, moment[r] = 0, factor[r] = factors[first_row + r];
     int segment = 0, in_segment = 0;
     PoolTile ahead = tile_at(0, count);
     for (int i = 0, s = 0, phase = 0; i < count; ++i, next(s, phase)) {
@@ -373,7 +385,7 @@ struct PoolBlock {
     }
 #pragma unroll
     for (int r = 0; r < OWN; ++r)
-      args.list[(cluster * POOL_ROWS + rank * OWN + r) * POOL_LISTED + lane] = list[r].own;
+      args.list[(place_of_cluster() * POOL_ROWS + rank * OWN + r) * POOL_LISTED + lane] = list[r].own;
   }
 
   // Four warps: a thread has the upper and lower halves of one row.
@@ -382,7 +394,8 @@ struct PoolBlock {
     constexpr int OWN = L::OWN;
     const int g = lane / 4, t = lane % 4, row = 8 * warp + g;
     uint32_t y[POOL_SLICE / 16][4];
-    const int64_t at = static_cast<int64_t>(row) * POOL_D + rank * POOL_SLICE + 2 * t;
+    int64_t at = static_cast<int64_t>(row) * POOL_D + rank * POOL_SLICE + 2 * t;
+    if constexpr (BANK) at += static_cast<int64_t>(row_of_pass()) * POOL_D;
 #pragma unroll
     for (int k = 0; k < POOL_SLICE / 16; ++k) {
       y[k][0] = *reinterpret_cast<const uint32_t*>(args.upper + at + 16 * k);
@@ -533,7 +546,7 @@ struct PoolBlock {
       if (lane == 0) arrive(empty(s));
       if (++in_segment == args.segment_tiles || i + 1 == count) {
         int rows = args.rows;
-        if constexpr (BANK) rows = *bank.sizes - bank.first;
+        if constexpr (BANK) rows = *bank.sizes - bank.first - row_of_pass();
         const int first = rank * POOL_SLICE + 2 * t, left = row < rows ? args.d - first : 0;
         float* const to = args.sums + (part(segment) * POOL_ROWS + row) * args.d + first;
 #pragma unroll
@@ -562,9 +575,16 @@ __global__ void __launch_bounds__(POOL_THREADS, 1)
   char* const memory = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
   const int cluster = static_cast<int>(blockIdx.x / POOL_CLUSTER);
   const int clusters = static_cast<int>(gridDim.x / POOL_CLUSTER);
-  wait_for_previous_launch();
   if constexpr (BANK) {
-    if (*bank.sizes <= bank.first) return;
+    // Passes without rows go before the others have begun. The first one waits even so, or what follows could
+    // overtake what came before.
+    const int pass = PoolBlock<EXACT, BANK>::pass();
+    const bool is_empty = *bank.sizes <= bank.first + pass * POOL_ROWS;
+    if (is_empty && pass > 0) return;
+    wait_for_previous_launch();
+    if (is_empty) return;
+  } else {
+    wait_for_previous_launch();
   }
   const int64_t m = *args.valid, tiles = BANK ? m : (m + POOL_TILE - 1) / POOL_TILE;
   const int begin = static_cast<int>(tiles * cluster / clusters);

@@ -10,8 +10,8 @@
 namespace svel::cuda {
 namespace {
 
-// All rows of a pool; BANK: the rows of label -1, as many as there may be. `at_once` passes of 32 rows share
-// the launches around the pool kernel, which has one for each. doubtful: (words,).
+// All rows of a pool; BANK: the rows of label -1, as many as there may be, `at_once` passes of 32 rows to a
+// launch. doubtful: (words,).
 template <bool BANK>
 void run_passes(const char* op, const Inputs& in, const Plan& plan, int64_t at_once, PoolBankIf<BANK> bank,
                 uint64_t* doubtful, int words, Carver& carver, int64_t room, cudaStream_t stream) {
@@ -83,13 +83,9 @@ void run_passes(const char* op, const Inputs& in, const Plan& plan, int64_t at_o
     if constexpr (BANK) bank.first = static_cast<int>(first);
     launch_following(op, true, pool_prepare_kernel<BANK>, dim3(POOL_ROWS + 1, static_cast<unsigned>(passes)),
                      POOL_PREPARE_THREADS, 0, stream, in, centre, mean_norm, first, made, bank);
-    for (int64_t pass = 0; pass < passes; ++pass) {
-      PoolArgs of_pass = args.of_pass(pass, cut.clusters);
-      of_pass.rows = static_cast<int>(std::min<int64_t>(POOL_ROWS, here - pass * POOL_ROWS));
-      PoolBankIf<BANK> its = bank;
-      if constexpr (BANK) its.first += static_cast<int>(pass * POOL_ROWS);
-      check_cuda(op, cudaLaunchKernelEx(&config, kernel, of_pass, map, its));
-    }
+    args.rows = static_cast<int>(std::min<int64_t>(POOL_ROWS, here));
+    config.gridDim.y = static_cast<unsigned>(passes);
+    check_cuda(op, cudaLaunchKernelEx(&config, kernel, args, map, bank));
     const unsigned rows = static_cast<unsigned>(here);
     if (!plan.fast)
       launch_following(op, true, pool_again_kernel<BANK>, dim3(POOL_AGAIN_BLOCKS, rows),
@@ -103,6 +99,7 @@ void run_passes(const char* op, const Inputs& in, const Plan& plan, int64_t at_o
   static_assert(POOL_ROWS * sizeof(float) >= POOL_CLUSTER * sizeof(double));
   attributes[0].id = cudaLaunchAttributeCooperative;  // its blocks wait for one another
   attributes[0].val.cooperative = 1;
+  config.gridDim.y = 1;
   config.blockDim = dim3(POOL_SETTLE_THREADS);
   config.dynamicSmemBytes = 0;
   config.numAttrs = 1;

@@ -154,7 +154,7 @@ struct PoolRows {  // written by pool_prepare_kernel; see PoolArgs
   int* merged;  // (POOL_ROWS,) blocks of the merge that are done: none
   int64_t parts;
 
-  __host__ __device__ PoolRows of_pass(int64_t pass) const {  // see PoolArgs
+  __device__ PoolRows of_pass(int64_t pass) const {  // see PoolArgs
     PoolRows its = *this;
     its.upper += pass * POOL_ROWS * POOL_D, its.lower += pass * POOL_ROWS * POOL_D;
     its.factors += pass * POOL_ROWS, its.rows += pass * POOL_ROWS;
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(POOL_PREPARE_THREADS)
     first += static_cast<int64_t>(blockIdx.y) * POOL_ROWS;
     made = all_made.of_pass(blockIdx.y);
     if (first >= *bank.sizes) {
-      wait_for_previous_launch();
+      if (blockIdx.y == 0) wait_for_previous_launch();  // see pool_kernel
       return;
     }
   }
@@ -353,14 +353,14 @@ __global__ void __launch_bounds__(POOL_MERGE_THREADS)
   __shared__ PoolStep staged[POOL_STAGED];
   __shared__ float tops[33];
   __shared__ bool last;
-  if (!judged.again) wait_for_previous_launch();
-  const __half* const refs = static_cast<const __half*>(in.refs.data);
   const int slot = blockIdx.y, e = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   const PoolPass<BANK> pass(all_args, bank, slot, clusters);
   if (pass.is_empty) {
-    if (judged.again) wait_for_previous_launch();
+    if (slot == 0) wait_for_previous_launch();  // see pool_kernel
     return;
   }
+  if (!judged.again) wait_for_previous_launch();
+  const __half* const refs = static_cast<const __half*>(in.refs.data);
   const PoolArgs& args = pass.args;
   float top = POOL_NO_BEST;
   for (int p = threadIdx.x; p < parts; p += blockDim.x)
