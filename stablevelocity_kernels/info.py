@@ -100,7 +100,8 @@ def plan(
         each block builds the list of units), deal (whether units that share a class are dealt out, to be read
         together), splits, rows_per_pass, refs_per_pass, smem_bytes, workspace_bytes, aligned (16-byte loads), wide
         (float64 arithmetic), fast (weights of one half), null_passes (of 32 rows of label -1 each, for which the pool
-        kernel is launched beside the bulk kernel; 0: it is not), null_at_once (of them, to a launch), the least bytes and flops, and the reason in words.
+        kernel is launched beside the bulk kernel; 0: it is not), null_at_once (of them, to a launch), the least bytes
+        and flops, and the reason in words.
 
     Raises:
         ValueError: for a size below zero, an unknown precision or device.
