@@ -155,6 +155,37 @@ def test_class_bank_shapes(measure, device, name):
     )
 
 
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_class_bank_with_null_rows(measure, device, precision):
+    """The published step with a null label that stands for all references of all classes, announced."""
+    if device.type != "cuda":
+        pytest.skip("the shape is that of a GPU")
+    n, k, m, d = 256, 1000, 256, 4096
+    nulls = n // 10 + 1
+    rng = torch.Generator().manual_seed(0)
+    bank = torch.randn(k, m, d, device=device, dtype=torch.float16)
+    labels = torch.randint(k, (n,), generator=rng).to(device)
+    picked = bank[labels, torch.randint(m, (n,), generator=rng).to(device)]
+    x, t = _problem(picked.cpu(), device, rng)
+    labels[:nulls] = -1
+    few = slice(nulls - CHECKED_ROWS // 2, nulls + CHECKED_ROWS // 2)
+    options = {"precision": precision, "null_rows": True}
+    measure(
+        f"class bank, {nulls} rows of the null label over all: {n}×{k}×{m}×{d} float16 {precision}",
+        lambda: svel.stable_target(x, bank, t, labels, **options),
+        check=(
+            lambda: svel.stable_target(x, bank, t, labels, **options)[few],
+            reference.stable_target(x[few].double(), bank, t[few].double(), labels[few]).cpu(),
+            TOLERANCE[torch.float32, precision],
+        ),
+        peers={"pool + gather + bmm": lambda: peers.target_with_null(x, bank, t, labels, nulls)},
+        bytes_read=k * m * d * 2 + n * d * 4,
+        bytes_written=n * d * 4,
+        flops=4.0 * (nulls * k + n - nulls) * m * d,
+        rate="float16",
+    )
+
+
 # Where few references of a row matter, some do, and all (the worst case)
 TIMES = (0.5, 0.7, 0.9, 0.98, 0.999)
 

@@ -70,6 +70,12 @@ def target_matmul_chunks(x: Tensor, refs: Tensor, t: Tensor, chunk: int = 1 << 1
     return (x - centre - mean / total) / sigma
 
 
+def target_with_null(x: Tensor, refs: Tensor, t: Tensor, labels: Tensor, nulls: int) -> Tensor:
+    """A class bank whose first `nulls` rows take all references: a pool for these, a gather for the others."""
+    over_all = target_matmul_chunks(x[:nulls], refs.flatten(0, 1), t[:nulls])
+    return torch.cat([over_all, target_bmm(x[nulls:], refs, t[nulls:], labels[nulls:])])
+
+
 def target_matmul_half(x: Tensor, refs: Tensor, t: Tensor) -> Tensor:
     """One shared pool with half-precision products: the matrix units' speed, not the contract's accuracy."""
     alpha, sigma = _column(t)

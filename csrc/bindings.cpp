@@ -9,6 +9,7 @@
 #include "build_config.h"
 #include "common/isa.h"
 #include "common/planner.h"
+#include "common/planner_pool.h"
 #include "stable_target/ranges.h"
 
 namespace py = pybind11;
@@ -43,8 +44,8 @@ py::dict build_info() {
 }
 
 py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool has_source, int x_size,
-              int refs_size, bool refs_bf16, bool aligned, const std::string& precision, int sm_count,
-              int64_t smem_limit, int cc, double bandwidth) {
+              int refs_size, bool refs_bf16, bool aligned, bool null_rows, const std::string& precision,
+              int sm_count, int64_t smem_limit, int cc, double bandwidth) {
   svel::Problem problem;
   problem.n = n;
   problem.k = k;
@@ -61,7 +62,10 @@ py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool 
   problem.smem_limit = smem_limit;
   problem.cc = cc;
   problem.bandwidth = bandwidth;
-  const svel::Plan made = svel::make_plan(problem);
+  svel::Plan made = svel::make_plan(problem);
+  svel::PoolBankPlan bank{};
+  if (null_rows && svel::plan_pool_bank(problem, made, bank))
+    made.workspace_bytes = svel::pool_bank_offset(made) + bank.pool.workspace_bytes;
   py::dict result;
   result["kernel"] = made.kernel;
   result["tile_rows"] = made.tile_rows;
@@ -87,6 +91,8 @@ py::dict plan(int64_t n, int64_t k, int64_t m, int64_t d, bool has_labels, bool 
   result["refs_per_pass"] = made.refs_per_pass;
   result["smem_bytes"] = made.smem_bytes;
   result["workspace_bytes"] = made.workspace_bytes;
+  result["null_passes"] = bank.passes;
+  result["null_at_once"] = bank.at_once;
   result["bytes"] = made.bytes;
   result["flops"] = made.flops;
   result["reason"] = made.reason;
@@ -141,8 +147,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "plan", &plan, py::kw_only(), py::arg("n"), py::arg("k"), py::arg("m"), py::arg("d"),
       py::arg("has_labels"), py::arg("has_source"), py::arg("x_size"), py::arg("refs_size"),
-      py::arg("refs_bf16"), py::arg("aligned"), py::arg("precision"), py::arg("sm_count"),
-      py::arg("smem_limit"), py::arg("cc"), py::arg("bandwidth"),
+      py::arg("refs_bf16"), py::arg("aligned"), py::arg("null_rows"), py::arg("precision"),
+      py::arg("sm_count"), py::arg("smem_limit"), py::arg("cc"), py::arg("bandwidth"),
       "The CUDA launch of posterior_mean and stable_target for a problem, as a dict; see common/planner.h.");
   m.def("unit_shares", &unit_shares, py::kw_only(), py::arg("tiles"), py::arg("rows"), py::arg("together"),
         py::arg("two"), py::arg("four"), py::arg("row"), py::arg("unit"), py::arg("deal"), py::arg("teams"),

@@ -78,6 +78,7 @@ def plan(
     refs_dtype: torch.dtype = torch.float16,
     precision: str = "exact",
     aligned: bool = True,
+    null_rows: bool = False,
     device: str | torch.device | None = None,
 ) -> dict[str, Any]:
     """The CUDA launch that `posterior_mean` and `stable_target` make for a problem.
@@ -88,6 +89,7 @@ def plan(
         source: whether each row brings a reference of its own.
         x_dtype, refs_dtype: float16, bfloat16, float32 or float64.
         aligned: whether every reference starts at a multiple of 16 bytes.
+        null_rows: whether rows of label -1 are to be expected.
         device: a CUDA device of this machine, or a key of `DEVICES`; None: the current one, or "h100" without one.
 
     Returns:
@@ -97,8 +99,9 @@ def plan(
         tile costs with one row, two and more, the end of a unit for each of its rows, and of any), own_list (whether
         each block builds the list of units), deal (whether units that share a class are dealt out, to be read
         together), splits, rows_per_pass, refs_per_pass, smem_bytes, workspace_bytes, aligned (16-byte loads), wide
-        (float64 arithmetic), fast (weights of one half), the least bytes and flops, and the
-        reason in words.
+        (float64 arithmetic), fast (weights of one half), null_passes (of 32 rows of label -1 each, for which the pool
+        kernel is launched beside the bulk kernel; 0: it is not), null_at_once (of them, to a launch), the least bytes
+        and flops, and the reason in words.
 
     Raises:
         ValueError: for a size below zero, an unknown precision or device.
@@ -117,6 +120,7 @@ def plan(
         refs_size=refs_dtype.itemsize,
         refs_bf16=refs_dtype == torch.bfloat16,
         aligned=aligned,
+        null_rows=null_rows,
         precision=precision,
         **_describe(device)._asdict(),
     )

@@ -154,6 +154,61 @@ def test_what_the_pool_kernel_leaves_to_others(sizes, other):
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("device", ["h100", "h200"])
+@pytest.mark.parametrize(
+    ("n", "m", "d", "k"),
+    [
+        (256, 256, 4096, 1000),
+        (256, 256, 1024, 1000),
+        (30, 256, 4096, 1000),
+        (4096, 256, 4096, 1000),
+        (4096, 2**20, 4096, 2000),
+        (256, 1, 4096, 5000),
+    ],
+)
+def test_rows_of_the_null_label_beside_a_class_bank(n, m, d, k, device, precision):
+    """Passes for all rows, since the host does not know how many are such; without the announcement nothing is else."""
+    usual = info.plan(n, m, d, k, precision=precision, device=device)
+    plan = info.plan(n, m, d, k, precision=precision, device=device, null_rows=True)
+    differ = {"null_passes", "null_at_once", "workspace_bytes"}
+    assert {name for name in plan if plan[name] != usual[name]} == differ
+    assert usual["kernel"] == "bulk"
+    assert usual["null_passes"] == usual["null_at_once"] == 0
+    assert plan["null_passes"] == -(-n // 32)
+    assert 0 < plan["null_at_once"] <= plan["null_passes"]
+    room = plan["workspace_bytes"] - usual["workspace_bytes"]
+    tiles = -(-k * m // 32)
+    assert plan["null_at_once"] * 32 * (4 * 4096 + 16 * 4 * d) < room - 8 * tiles < 160 << 20
+
+
+@pytest.mark.parametrize(
+    ("sizes", "other"),
+    [
+        ((256, 256, 4096), {}),
+        ((26, 256, 4096, 1000), {}),
+        ((5000, 256, 4096, 1000), {}),
+        ((256, 256, 256, 1000), {}),
+        ((256, 4, 4096, 1000), {}),
+        ((256, 256, 4104, 1000), {}),
+        ((256, 2**22, 4096, 512), {}),
+        ((256, 2000, 4096, 10), {}),
+        ((256, 256, 4092, 1000), {"aligned": False}),
+        ((256, 256, 4096, 1000), {"source": True}),
+        ((256, 256, 4096, 1000), {"refs_dtype": torch.bfloat16}),
+        ((256, 256, 4096, 1000), {"refs_dtype": torch.float32}),
+        ((256, 256, 4096, 1000), {"x_dtype": torch.float64}),
+        ((256, 256, 4096, 1000), {"device": "b200"}),
+        ((256, 256, 4096, 1000), {"device": "a100"}),
+    ],
+    ids=str,
+)
+def test_null_rows_that_are_served_as_any_others(sizes, other):
+    for precision in ("exact", "fast"):
+        options = {**H100, "precision": precision, **other}
+        assert info.plan(*sizes, null_rows=True, **options) == info.plan(*sizes, **options)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("device", ["h100", "h200"])
 @pytest.mark.parametrize(

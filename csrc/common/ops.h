@@ -12,7 +12,7 @@ namespace svel::SVEL_DEVICE {
 std::tuple<Tensor, Tensor> posterior_mean(const Tensor& x, const Tensor& refs, const Tensor& alpha,
                                           const Tensor& sigma, const MaybeTensor& labels,
                                           const MaybeTensor& counts, const MaybeTensor& source,
-                                          const std::string& precision);
+                                          const std::string& precision, bool null_rows);
 
 std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, const Tensor& alpha,
                                           const Tensor& sigma, const MaybeTensor& labels,
@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, c
 
 Tensor stable_target(const Tensor& x, const Tensor& refs, const Tensor& t, const MaybeTensor& labels,
                      const MaybeTensor& counts, const MaybeTensor& source, const std::string& path,
-                     const std::string& prediction, const std::string& precision);
+                     const std::string& prediction, const std::string& precision, bool null_rows);
 
 Returned affine_step(Argument& sample, Argument& velocity, Argument& a, Argument& b, MaybeArgument& c,
                      MaybeArgument& velocity_uncond, MaybeArgument& noise, double guidance_scale);

@@ -29,4 +29,21 @@ PoolParts pool_parts(int64_t m, int64_t clusters);
 // Whether the kernel serves the problem and pays.
 bool plan_pool(const Problem& problem, Plan& plan);
 
+// Rows of label -1 beside the bulk kernel, which reads the whole bank for every few of them (pool_bank.cuh).
+// How many there are only the device knows: launches are for all rows of the call.
+constexpr int POOL_BANK_ROWS = 4096;  // of a call, at most
+struct PoolBankPlan {
+  Plan pool;        // of the bank as one pool
+  int64_t passes;   // that there may be; those without rows end at once
+  int64_t at_once;  // of them, to a launch
+};
+
+// Whether a call of this plan that may have such rows is to be made ready for them.
+bool plan_pool_bank(const Problem& problem, const Plan& plan, PoolBankPlan& bank);
+
+// Where in the workspace what this takes begins, behind that of the plan itself.
+constexpr int64_t pool_bank_offset(const Plan& plan) {
+  return (plan.workspace_bytes + 255) / 256 * 256;
+}
+
 }  // namespace svel

@@ -18,9 +18,10 @@ constexpr int POOL_AGAIN_WARPS = 16, POOL_AGAIN_BLOCKS = 4;  // of a row
 constexpr int POOL_AGAIN_ROUNDS = 2, POOL_MOST_CLUSTERS = POOL_AGAIN_ROUNDS * POOL_AGAIN_WARPS;
 
 // Grid: (POOL_AGAIN_BLOCKS, rows); steps (rows, clusters x POOL_LISTED). A warp has a cluster's list.
+template <bool BANK>
 __global__ void __launch_bounds__(32 * POOL_AGAIN_WARPS)
-    pool_again_kernel(const Inputs in, const PoolArgs args, const PoolRow* rows, int parts, int clusters,
-                      PoolAgain* again, PoolStep* steps) {
+    pool_again_kernel(const Inputs in, const PoolArgs all_args, const PoolRow* rows, int parts, int clusters,
+                      PoolAgain* again, PoolStep* steps, const PoolBankIf<BANK> bank) {
   constexpr int ROUNDS = POOL_AGAIN_ROUNDS, EACH = POOL_D / (32 * POOL_AGAIN_WARPS);
   __shared__ float4 shared_x[POOL_D / 4];
   __shared__ PoolBest taken[POOL_MOST_CLUSTERS * POOL_LISTED];
@@ -28,16 +29,23 @@ __global__ void __launch_bounds__(32 * POOL_AGAIN_WARPS)
   __shared__ float worst[POOL_MOST_CLUSTERS], tops[33];
   __shared__ double scratch[33];
   float* const x = reinterpret_cast<float*>(shared_x);  // exact: it has at most 32 bits
+  if constexpr (BANK) {
+    const int slot = blockIdx.y;
+    if (slot > 0 && bank.first + slot >= *bank.sizes) return;  // see pool_kernel
+  }
   wait_for_previous_launch();
   allow_next_launch();  // the merge begins with the parts, which are there
   const int slot = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const PoolPass<BANK> pass(all_args, bank, slot, clusters);
+  if (pass.is_empty) return;
+  const PoolArgs& args = pass.args;
   const int d = static_cast<int>(in.d);
   PoolBest best[ROUNDS];
 #pragma unroll
   for (int k = 0; k < ROUNDS; ++k) {
     const int c = warp + k * POOL_AGAIN_WARPS;
     best[k] = {-INFINITY, 0};
-    if (c < clusters) best[k] = args.list[(c * POOL_ROWS + slot) * POOL_LISTED + lane];
+    if (c < clusters) best[k] = args.list[(c * POOL_ROWS + pass.row) * POOL_LISTED + lane];
   }
   const PoolRow row = rows[slot];
   float own_x[EACH] = {};
@@ -46,8 +54,8 @@ __global__ void __launch_bounds__(32 * POOL_AGAIN_WARPS)
   float top = POOL_NO_BEST;
   double weight = 0;
   for (int p = threadIdx.x; p < parts; p += blockDim.x) {
-    const double part = args.total[p * POOL_ROWS + slot];
-    const float its = args.best[p * POOL_ROWS + slot];
+    const double part = args.total[p * POOL_ROWS + pass.row];
+    const float its = args.best[p * POOL_ROWS + pass.row];
     if (part == 0) continue;  // written by nobody
     const float higher = fmaxf(top, its);
     weight =

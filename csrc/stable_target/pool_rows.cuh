@@ -15,9 +15,14 @@
 // Rows are y = x - alpha c times a power of two and the row's rate, as the sum of two halves; products with
 // references as stored are then exact to float32, and so are weights as two halves. The largest weight is 1,
 // exactly, so a row with one neighbour gets that neighbour. Bytes: m d references.
+//
+// BANK: the pool is all that is valid in a class bank, for the rows of label -1 (PoolBank), and the grid's
+// second dimension has passes of 32 rows each, as many as there may be.
 #pragma once
 
 #include <cuda_fp16.h>
+
+#include <type_traits>
 
 #include "common/cluster.cuh"
 #include "common/planner_pool.h"
@@ -33,19 +38,44 @@ struct PoolBest {  // a reference among the best of a row, and its logit as it w
   int reference;
 };
 
+// References first, ..., first + 31 of a class bank, one class behind the other: a bit for each that counts.
+struct alignas(8) PoolTile {
+  int first;
+  uint32_t valid;
+};
+
+struct PoolBank {         // written by pool_null_kernel, but for `first`
+  const PoolTile* tiles;  // those with a reference that counts, in their order
+  const int* order;       // rows of label -1, in the order of their noise
+  const int* sizes;       // two: rows, tiles
+  int first;              // place in `order` from which on these are the rows
+};
+struct PoolNoBank {};
+template <bool BANK>
+using PoolBankIf = std::conditional_t<BANK, PoolBank, PoolNoBank>;
+
 struct PoolArgs {
   const __half *upper, *lower;  // (POOL_ROWS, POOL_D) y, zeros beyond the rows and elements
   const float4* factors;        // (POOL_ROWS,) base-2 logit = x (dot - z) - y (norm - mean_norm), z = y.c
   const float* mean_norm;       // one: of some references
   const float* centre;          // (POOL_D,)
-  const int64_t* valid;         // two: references that count, whether the centre is other than zero
-  float* sums;                  // (parts, POOL_ROWS, d) of scaled weights times references
-  float* best;                  // (parts, POOL_ROWS)
-  double* total;                // (parts, POOL_ROWS) of scaled weights; zero before
-  double* moment;               // (parts, POOL_ROWS) of scaled weights times (norm - mean_norm)
-  PoolBest* list;  // (clusters, POOL_ROWS, POOL_LISTED), if exact: the best of a cluster's references
+  const int64_t* valid;  // two: references that count (BANK: tiles), whether the centre is other than zero
+  float* sums;           // (parts, POOL_ROWS, d) of scaled weights times references
+  float* best;           // (parts, POOL_ROWS)
+  double* total;         // (parts, POOL_ROWS) of scaled weights; zero before
+  double* moment;        // (parts, POOL_ROWS) of scaled weights times (norm - mean_norm)
+  PoolBest* list;        // (clusters, POOL_ROWS, POOL_LISTED), if exact: the best of a cluster's references
   int d, rows;
   int segments, segment_tiles;  // parts: clusters x segments
+
+  // Of several passes what the kernel has written in `pass`.
+  __device__ PoolArgs of_pass(int64_t pass, int64_t clusters) const {
+    const int64_t before = pass * clusters * segments * POOL_ROWS;
+    PoolArgs its = *this;
+    its.sums += before * d, its.best += before, its.total += before, its.moment += before;
+    its.list += pass * clusters * POOL_ROWS * POOL_LISTED;
+    return its;
+  }
 };
 
 // Shared memory of a block, in bytes from a multiple of 1024.
@@ -56,7 +86,8 @@ struct PoolLayout {
       POOL_CLUSTER * (OWN + 1) * POOL_TILE * 4;        // by sender: OWN rows of dots, and norms
   static constexpr int WEIGHTS = POOL_STAGES * STAGE;  // per stage, see weight_place
   static constexpr int MAILS = WEIGHTS + POOL_STAGES * POOL_ROWS * 128;
-  static constexpr int KEEP = MAILS + POOL_STAGES * MAIL;  // per stage and pair of rows: 2 factors, a flag
+  static constexpr int KEEP = MAILS + POOL_STAGES * MAIL;  // per stage and pair of rows: 2 factors, a flag,
+                                                           // BANK: PoolTile::valid
   static constexpr int CENTRE = KEEP + POOL_STAGES * POOL_ROWS * 8;        // (POOL_SLICE,)
   static constexpr int OWN_WEIGHTS = CENTRE + POOL_SLICE * 4;              // (OWN, 128)
   static constexpr int LOGITS = OWN_WEIGHTS + OWN * 128;                   // per stage: (OWN, POOL_TILE)
@@ -65,7 +96,8 @@ struct PoolLayout {
   static constexpr int MAILED = EMPTY + 8 * POOL_STAGES;
   static constexpr int WEIGHED = MAILED + 8 * POOL_STAGES;
   static constexpr int SCORED = WEIGHED + 8 * POOL_STAGES;
-  static constexpr int BYTES = SCORED + 8 * POOL_STAGES;
+  static constexpr int COUNT = SCORED + 8 * POOL_STAGES;  // BANK: of the cluster's tiles
+  static constexpr int BYTES = COUNT + 8;
 };
 static_assert(PoolLayout::BYTES + 1024 <= POOL_SMEM_BYTES, "the planner reserves less");
 
@@ -111,16 +143,17 @@ __device__ inline float exp2_approx(float v) {
 }
 
 // EXACT: weights of two halves, twice as many columns of one product; else of one.
-template <bool EXACT>
+template <bool EXACT, bool BANK>
 struct PoolBlock {
   using L = PoolLayout;
 
   const PoolArgs& args;
   char* memory;
-  uint32_t base;      // its shared address
-  int64_t m;          // references that count
-  int begin, count;   // tiles of this cluster
-  int cluster, rank;  // of this block in the cluster
+  uint32_t base;             // its shared address
+  int64_t m;                 // references that count, unless BANK
+  int begin, count_for_all;  // tiles of this cluster
+  int cluster, rank;         // of this block in the cluster
+  const PoolBankIf<BANK>& bank;
 
   __device__ uint32_t full(int s) const { return base + L::FULL + 8 * s; }
   __device__ uint32_t empty(int s) const { return base + L::EMPTY + 8 * s; }
@@ -130,25 +163,59 @@ struct PoolBlock {
   __device__ static void next(int& s, int& phase) {
     if (++s == POOL_STAGES) s = 0, phase ^= 1;
   }
+  // BANK: passes have what they read and write one behind the other. The last one is the first to get blocks.
+  __device__ static int pass() { return static_cast<int>(gridDim.y - 1 - blockIdx.y); }
+  __device__ static int row_of_pass() {
+    static_assert(BANK, "there is one pass");
+    return pass() * POOL_ROWS;
+  }
+  __device__ int place_of_cluster() const {
+    if constexpr (BANK) return pass() * static_cast<int>(gridDim.x / POOL_CLUSTER) + cluster;
+    return cluster;
+  }
   __device__ int64_t part(int segment) const {
+    if constexpr (BANK) return static_cast<int64_t>(place_of_cluster()) * args.segments + segment;
     return static_cast<int64_t>(cluster) * args.segments + segment;
+  }
+
+  // For a role to begin with: one register for all roles would be spilled by those that have the fewest.
+  __device__ int own_count() const {
+    return BANK ? static_cast<int>(load_shared(base + L::COUNT)) : count_for_all;
+  }
+  // BANK: tile i of this cluster. It is asked for a tile ahead, since it comes from memory.
+  __device__ PoolTile tile_at(int i, int count) const {
+    if constexpr (BANK) {
+      if (i < count) {
+        const int2 tile = __ldg(reinterpret_cast<const int2*>(bank.tiles + begin + i));
+        return {tile.x, static_cast<uint32_t>(tile.y)};
+      }
+    }
+    return {};
+  }
+  __device__ int first_of(const PoolTile& tile, int i) const {
+    return BANK ? tile.first : (begin + i) * POOL_TILE;
   }
 
   // One thread.
   __device__ void produce(const CUtensorMap& map) const {
+    const int count = own_count();
+    PoolTile ahead = tile_at(0, count);
     for (int i = 0, s = 0, phase = 1; i < count; ++i, next(s, phase)) {
+      const PoolTile tile = ahead;
+      ahead = tile_at(i + 1, count);
       wait_barrier(empty(s), phase);
       arrive_expecting(full(s), L::STAGE);
 #pragma unroll
       for (int b = 0; b < L::BOXES; ++b)
-        tensor_copy(base + s * L::STAGE + b * L::BOX, map, rank * POOL_SLICE + 64 * b,
-                    (begin + i) * POOL_TILE, full(s));
+        tensor_copy(base + s * L::STAGE + b * L::BOX, map, rank * POOL_SLICE + 64 * b, first_of(tile, i),
+                    full(s));
     }
   }
 
   // Four warps; lane = 16 bytes of a reference and of the fourth after it.
   template <bool CENTRED>
   __device__ void take_norms(int warp, int lane) const {
+    const int count = own_count();
     constexpr int EACH = POOL_TILE / 16;
     const int chunk = lane % 8, r0 = 4 * EACH * warp + lane / 8;
     const float start = -*args.mean_norm / (POOL_CLUSTER * 8 * 2);
@@ -205,21 +272,28 @@ struct PoolBlock {
 
   // Two warps, each for half of the block's rows; lane = reference.
   __device__ void weigh(int half, int lane) const {
+    const int count = own_count();
     constexpr int OWN = L::OWN, PAIR = OWN / 2;
     static_assert(PAIR == 2, "a lane sends 16 bytes of a row to half of the peers");
     const int own_row = PAIR * half, first_row = rank * OWN + own_row;  // in the mail, and of all
     float best[PAIR], total[PAIR], moment[PAIR];
     float4 factor[PAIR];
+    const float4* factors = args.factors;
+    if constexpr (BANK) factors += row_of_pass();
 #pragma unroll
     for (int r = 0; r < PAIR; ++r)
-      best[r] = POOL_NO_BEST, total[r] = 0, moment[r] = 0, factor[r] = args.factors[first_row + r];
+      best[r] = POOL_NO_BEST, total[r] = 0, moment[r] = 0, factor[r] = factors[first_row + r];
     int segment = 0, in_segment = 0;
+    PoolTile ahead = tile_at(0, count);
     for (int i = 0, s = 0, phase = 0; i < count; ++i, next(s, phase)) {
+      const PoolTile tile = ahead;
+      ahead = tile_at(i + 1, count);
       if (half == 0 && lane == 0) arrive_expecting(mailed(s), L::MAIL);
       __syncwarp();
       wait_barrier(mailed(s), phase);
       const float* const mail = reinterpret_cast<const float*>(memory + L::MAILS + s * L::MAIL);
-      const bool valid = static_cast<int64_t>(begin + i) * POOL_TILE + lane < m;
+      const bool valid =
+          BANK ? tile.valid >> lane & 1 : static_cast<int64_t>(begin + i) * POOL_TILE + lane < m;
       float norm = 0;
 #pragma unroll
       for (int from = 0; from < POOL_CLUSTER; ++from)
@@ -266,7 +340,7 @@ struct PoolBlock {
       if (lane < POOL_CLUSTER) {
         const uint32_t keeps = base + L::KEEP + (s * POOL_ROWS + first_row) * 8;
         send(peer_address(keeps, lane), peer_address(weighed(s), lane),
-             make_uint4(__float_as_uint(keep[0]), __float_as_uint(keep[1]), matters, 0));
+             make_uint4(__float_as_uint(keep[0]), __float_as_uint(keep[1]), matters, tile.valid));
       }
       __syncwarp();  // OWN_WEIGHTS is read above and overwritten next
       if (++in_segment == args.segment_tiles || i + 1 == count) {
@@ -290,11 +364,15 @@ struct PoolBlock {
 
   // One warp. What it is slow to take holds up the stage and thereby, a ring later, the weighers.
   __device__ void list_best(int lane) const {
+    const int count = own_count();
     constexpr int OWN = L::OWN;
     PoolList list[OWN];
 #pragma unroll
     for (int r = 0; r < OWN; ++r) list[r].clear();
+    PoolTile ahead = tile_at(0, count);
     for (int i = 0, s = 0, phase = 0; i < count; ++i, next(s, phase)) {
+      const PoolTile tile = ahead;
+      ahead = tile_at(i + 1, count);
       wait_barrier(scored(s), phase);
       float logits[OWN];
 #pragma unroll
@@ -303,19 +381,21 @@ struct PoolBlock {
       __syncwarp();
       if (lane == 0) arrive(empty(s));
 #pragma unroll
-      for (int r = 0; r < OWN; ++r) list[r].take(logits[r], (begin + i) * POOL_TILE, lane, i == 0);
+      for (int r = 0; r < OWN; ++r) list[r].take(logits[r], first_of(tile, i), lane, i == 0);
     }
 #pragma unroll
     for (int r = 0; r < OWN; ++r)
-      args.list[(cluster * POOL_ROWS + rank * OWN + r) * POOL_LISTED + lane] = list[r].own;
+      args.list[(place_of_cluster() * POOL_ROWS + rank * OWN + r) * POOL_LISTED + lane] = list[r].own;
   }
 
   // Four warps: a thread has the upper and lower halves of one row.
   __device__ void score(int warp, int lane) const {
+    const int count = own_count();
     constexpr int OWN = L::OWN;
     const int g = lane / 4, t = lane % 4, row = 8 * warp + g;
     uint32_t y[POOL_SLICE / 16][4];
-    const int64_t at = static_cast<int64_t>(row) * POOL_D + rank * POOL_SLICE + 2 * t;
+    int64_t at = static_cast<int64_t>(row) * POOL_D + rank * POOL_SLICE + 2 * t;
+    if constexpr (BANK) at += static_cast<int64_t>(row_of_pass()) * POOL_D;
 #pragma unroll
     for (int k = 0; k < POOL_SLICE / 16; ++k) {
       y[k][0] = *reinterpret_cast<const uint32_t*>(args.upper + at + 16 * k);
@@ -383,9 +463,25 @@ struct PoolBlock {
     fence_async();
     named_barrier(2, 128);
   }
+  // The same of those whose bits are not set. What could be made ready ahead would take registers of the
+  // sums.
+  __device__ void clear_others(int s, uint32_t valid, int thread) const {
+    static_assert(POOL_TILE == 32 && L::BOX == 2 * 128 * 16, "a thread clears 16 bytes of two references");
+    int row = thread / 8;
+    asm volatile("" : "+r"(row));
+    uint4* const to = reinterpret_cast<uint4*>(memory + s * L::STAGE) + thread;
+#pragma unroll
+    for (int b = 0; b < L::BOXES; ++b) {
+      if (!(valid >> row & 1)) to[256 * b] = make_uint4(0, 0, 0, 0);
+      if (!(valid >> (row + 16) & 1)) to[256 * b + 128] = make_uint4(0, 0, 0, 0);
+    }
+    fence_async();
+    named_barrier(2, 128);
+  }
 
   // Four warps: a thread has 2 of 8 elements for one row.
   __device__ void add(int warp, int lane) const {
+    const int count = own_count();
     const int g = lane / 4, t = lane % 4, row = 8 * warp + g;
     // Of the weights, as load_matrices wants them: halves of a row, chunks of 8 references.
     const int wide_row = 16 * warp + lane % 16;
@@ -404,9 +500,13 @@ struct PoolBlock {
       if (warp == 0 && lane == 0) arrive_expecting(weighed(s), POOL_ROWS * ((EXACT ? 128 : 64) + 8));
       wait_barrier(full(s), phase);
       wait_barrier(weighed(s), phase);
-      if (tail < POOL_TILE && i + 1 == count) clear_invalid(s, tail, 32 * warp + lane);
-      // Where no weight matters factors are 1.
+      if (!BANK && tail < POOL_TILE && i + 1 == count) clear_invalid(s, tail, 32 * warp + lane);
+      // Where no weight matters factors are 1. All four warps find the same.
       if (__any_sync(0xffffffffu, load_shared(base + L::KEEP + s * POOL_ROWS * 8 + flag_of_lane))) {
+        if (BANK) {
+          const uint32_t valid = load_shared(base + L::KEEP + s * POOL_ROWS * 8 + 12);
+          if (valid != ~0u) clear_others(s, valid, 32 * warp + lane);
+        }
         const float keep = __uint_as_float(load_shared(base + L::KEEP + s * POOL_ROWS * 8 + keep_of_lane));
         uint32_t weights[POOL_TILE / 16][4];
         const uint32_t from = base + L::WEIGHTS + s * POOL_ROWS * 128 + weights_of_lane;
@@ -445,7 +545,9 @@ struct PoolBlock {
       __syncwarp();
       if (lane == 0) arrive(empty(s));
       if (++in_segment == args.segment_tiles || i + 1 == count) {
-        const int first = rank * POOL_SLICE + 2 * t, left = row < args.rows ? args.d - first : 0;
+        int rows = args.rows;
+        if constexpr (BANK) rows = *bank.sizes - bank.first - row_of_pass();
+        const int first = rank * POOL_SLICE + 2 * t, left = row < rows ? args.d - first : 0;
         float* const to = args.sums + (part(segment) * POOL_ROWS + row) * args.d + first;
 #pragma unroll
         for (int b = 0; b < L::BOXES; ++b) {
@@ -464,23 +566,35 @@ struct PoolBlock {
 
 #endif
 
-template <bool EXACT>
+template <bool EXACT, bool BANK>
 __global__ void __launch_bounds__(POOL_THREADS, 1)
-    pool_kernel(const PoolArgs args, const __grid_constant__ CUtensorMap map) {
+    pool_kernel(const PoolArgs args, const __grid_constant__ CUtensorMap map, const PoolBankIf<BANK> bank) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = PoolLayout;
   extern __shared__ char raw[];
   char* const memory = raw + ((1024 - (shared_address(raw) & 1023)) & 1023);
   const int cluster = static_cast<int>(blockIdx.x / POOL_CLUSTER);
   const int clusters = static_cast<int>(gridDim.x / POOL_CLUSTER);
-  wait_for_previous_launch();
-  const int64_t m = *args.valid, tiles = (m + POOL_TILE - 1) / POOL_TILE;
+  if constexpr (BANK) {
+    // Passes without rows go before the others have begun. The first one waits even so, or what follows could
+    // overtake what came before.
+    const int pass = PoolBlock<EXACT, BANK>::pass();
+    const bool is_empty = *bank.sizes <= bank.first + pass * POOL_ROWS;
+    if (is_empty && pass > 0) return;
+    wait_for_previous_launch();
+    if (is_empty) return;
+  } else {
+    wait_for_previous_launch();
+  }
+  const int64_t m = *args.valid, tiles = BANK ? m : (m + POOL_TILE - 1) / POOL_TILE;
   const int begin = static_cast<int>(tiles * cluster / clusters);
   const int count = static_cast<int>(tiles * (cluster + 1) / clusters) - begin;
   const int rank = static_cast<int>(blockIdx.x % POOL_CLUSTER);
-  const PoolBlock<EXACT> block{args, memory, shared_address(memory), m, begin, count, cluster, rank};
+  const PoolBlock<EXACT, BANK> block{args, memory, shared_address(memory), m, begin, count, cluster,
+                                     rank, bank};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
+    if (BANK) *reinterpret_cast<int*>(memory + L::COUNT) = count;
     for (int s = 0; s < POOL_STAGES; ++s) {
       init_barrier(block.full(s), 1);
       init_barrier(block.empty(s), EXACT ? 5 : 4);

@@ -26,19 +26,22 @@ __device__ inline void meet_grid() {
   __syncthreads();
 }
 
-// One cooperative grid. parts (blocks,), sums (blocks, d).
+// One cooperative grid. doubtful (words,), parts (blocks,), sums (blocks, d). BANK: bits are places in its
+// order.
+template <bool BANK>
 __global__ void __launch_bounds__(POOL_SETTLE_THREADS)
-    pool_settle_kernel(const Inputs in, const uint64_t* doubtful, PoolPart* parts, double* sums) {
+    pool_settle_kernel(const Inputs in, const uint64_t* doubtful, PoolPart* parts, double* sums, int words,
+                       const PoolBankIf<BANK> bank) {
   constexpr int THREADS = POOL_SETTLE_THREADS;
   __shared__ SettleInBlock shared;
   __shared__ double keeps[POOL_MOST_BLOCKS];
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, blocks = gridDim.x;
   const Settle<__half, BlockCrew> settle{in, {tid}, shared, sums + blockIdx.x * in.d, 0, in.d};
-  for (uint64_t left = *doubtful; left; left &= left - 1) {
-    const int64_t index = __ffsll(static_cast<long long>(left)) - 1, m = valid_count(in, 0);
+  const auto settle_row = [&](int64_t index) {
+    const int64_t m = BANK ? in.k * in.m : valid_count(in, 0);
     const Row row = row_coefficients(in, index);
-    const Weighed own =
-        settle.weigh<false>(row, in.x, {0, 0, m * blockIdx.x / blocks, m * (blockIdx.x + 1) / blocks});
+    const Weighed own = settle.weigh<false>(
+        row, in.x, {BANK ? -1 : 0, 0, m * blockIdx.x / blocks, m * (blockIdx.x + 1) / blocks});
     if (tid == 0) parts[blockIdx.x] = {own.best, own.total};
     meet_grid();
     PoolPart part = {-INFINITY, 0};
@@ -60,6 +63,16 @@ __global__ void __launch_bounds__(POOL_SETTLE_THREADS)
     }
     if (in.lse.data && blockIdx.x == 0 && tid == 0) write_lse(in, index, {top, total, 0, 0});
     meet_grid();  // parts and sums are overwritten next
+  };
+  for (int word = 0; word < (BANK ? words : 1); ++word) {
+    for (uint64_t left = doubtful[word]; left; left &= left - 1) {
+      const int place = 64 * word + __ffsll(static_cast<long long>(left)) - 1;
+      if constexpr (BANK) {
+        settle_row(bank.order[place]);
+      } else {
+        settle_row(place);
+      }
+    }
   }
 }
 

@@ -66,20 +66,51 @@ struct PoolStep {                 // one of them
   int64_t reference;
 };
 
+// The pass of which a row is that comes at place `slot` of several passes; without BANK there is one.
+template <bool BANK>
+struct PoolPass {
+  PoolArgs args;
+  int row;        // of the pass
+  bool is_empty;  // there is no such row
+
+  __device__ PoolPass(const PoolArgs& all, const PoolBankIf<BANK>& bank, int slot, int clusters)
+      : args(all), row(slot), is_empty(false) {
+    if constexpr (BANK) {
+      args = all.of_pass(slot / POOL_ROWS, clusters), row = slot % POOL_ROWS;
+      is_empty = bank.first + slot >= *bank.sizes;
+    }
+  }
+};
+
 // centre (POOL_D,), rounded to float16; valid[0], and valid[1]: whether the centre is other than zero. It is
 // zero where the common part of the references is no larger than what they differ by. mean_norm: of |r - c|^2
 // over the references seen. doubtful: nobody so far. One cluster; scratch: three sums of each block.
+template <bool BANK>
 __global__ void SVEL_CLUSTER(POOL_CLUSTER) __launch_bounds__(POOL_SLICE)
     pool_centre_kernel(const Inputs in, float* centre, int64_t* valid, float* mean_norm, uint64_t* doubtful,
-                       double* scratch) {
+                       double* scratch, const PoolBankIf<BANK> bank) {
   allow_next_launch();
   __shared__ double sums[33];
   __shared__ int64_t places[POOL_SAMPLES];
   const int e = static_cast<int>(blockIdx.x * POOL_SLICE + threadIdx.x);
-  const int64_t count = valid_count(in, 0);
-  const int samples = count < POOL_SAMPLES ? static_cast<int>(count) : POOL_SAMPLES;
+  int64_t count;
+  int samples;
+  if constexpr (BANK) {  // from tiles all over the bank, the same one more often where there are few
+    if (bank.sizes[0] == 0) return;
+    count = bank.sizes[1], samples = count > 0 ? POOL_SAMPLES : 0;
+    if (threadIdx.x < samples) {
+      const PoolTile tile = bank.tiles[count * threadIdx.x / samples];
+      int skipped = static_cast<int>(threadIdx.x) % __popc(tile.valid);
+      uint32_t valid = tile.valid;
+      for (; skipped > 0; --skipped) valid &= valid - 1;
+      places[threadIdx.x] = int64_t{tile.first + __ffs(static_cast<int>(valid)) - 1} * in.d;
+    }
+  } else {
+    count = valid_count(in, 0);
+    samples = count < POOL_SAMPLES ? static_cast<int>(count) : POOL_SAMPLES;
+    if (threadIdx.x < samples) places[threadIdx.x] = count * threadIdx.x / samples * in.d;
+  }
   const __half* const refs = static_cast<const __half*>(in.refs.data);
-  if (threadIdx.x < samples) places[threadIdx.x] = count * threadIdx.x / samples * in.d;
   __syncthreads();
   float seen[POOL_SAMPLES];
 #pragma unroll
@@ -111,7 +142,7 @@ __global__ void SVEL_CLUSTER(POOL_CLUSTER) __launch_bounds__(POOL_SLICE)
   if (e == 0) {
     valid[0] = count, valid[1] = centred;
     *mean_norm = static_cast<float>(centred ? of_gaps : of_all);
-    *doubtful = 0;
+    if (!BANK) *doubtful = 0;
   }
 }
 
@@ -122,6 +153,14 @@ struct PoolRows {  // written by pool_prepare_kernel; see PoolArgs
   double* total;
   int* merged;  // (POOL_ROWS,) blocks of the merge that are done: none
   int64_t parts;
+
+  __device__ PoolRows of_pass(int64_t pass) const {  // see PoolArgs
+    PoolRows its = *this;
+    its.upper += pass * POOL_ROWS * POOL_D, its.lower += pass * POOL_ROWS * POOL_D;
+    its.factors += pass * POOL_ROWS, its.rows += pass * POOL_ROWS;
+    its.total += pass * parts * POOL_ROWS, its.merged += pass * POOL_ROWS;
+    return its;
+  }
 };
 
 // Elements first, first + step, ... of a row of x that begins at `from`, zeros beyond d; all on their way at
@@ -178,22 +217,37 @@ __device__ inline int pool_row_at(const Inputs& in, int64_t place) {
 }
 
 // Blocks 0 to POOL_ROWS - 1: y = (sign x - alpha c) rate 2^e as two halves, of the row at place first +
-// block. Block POOL_ROWS: totals of zero. A thread has 8 elements, 16 of them a chain.
+// block. Block POOL_ROWS: totals of zero. A thread has 8 elements, 16 of them a chain. BANK: grid.y passes.
+template <bool BANK>
 __global__ void __launch_bounds__(POOL_PREPARE_THREADS)
     pool_prepare_kernel(const Inputs in, const float* centre, const float* mean_of_norms, int64_t first,
-                        const PoolRows made) {
+                        const PoolRows all_made, const PoolBankIf<BANK> bank) {
   constexpr int EACH = POOL_PREPARE_EACH, WARPS = POOL_PREPARE_THREADS / 32;
   __shared__ double scratch[WARPS][4], of_dot[WARPS][1];
   __shared__ float tops[33];
   allow_next_launch();
   const int slot = blockIdx.x, d = static_cast<int>(in.d), e = EACH * static_cast<int>(threadIdx.x);
+  PoolRows made = all_made;
+  if constexpr (BANK) {
+    first += static_cast<int64_t>(blockIdx.y) * POOL_ROWS;
+    made = all_made.of_pass(blockIdx.y);
+    if (first >= *bank.sizes) {
+      if (blockIdx.y == 0) wait_for_previous_launch();  // see pool_kernel
+      return;
+    }
+  }
   if (slot == POOL_ROWS) {
     wait_for_previous_launch();
     for (int64_t i = threadIdx.x; i < made.parts * POOL_ROWS; i += blockDim.x) made.total[i] = 0;
     if (threadIdx.x < POOL_ROWS) made.merged[threadIdx.x] = 0;
     return;
   }
-  const int64_t index = pool_row_at(in, first + slot);
+  int64_t index = -1;
+  if constexpr (BANK) {
+    if (first + slot < *bank.sizes) index = bank.order[first + slot];
+  } else {
+    index = pool_row_at(in, first + slot);
+  }
   Row row{};
   bool alive = false;
   if (index >= 0) row = make_row(in, index, 0, alive);
@@ -286,39 +340,46 @@ struct PoolJudged {        // if exact
   int most_steps;
   PoolSums* left;      // (POOL_ROWS, blocks of a row)
   int* merged;         // see PoolRows
-  uint64_t* doubtful;  // a bit for each row whose output may be off by more than POOL_DOUBT
+  uint64_t* doubtful;  // a bit for each row whose output may be off by more than POOL_DOUBT (BANK: its place)
 };
 
 // Slot blockIdx.y of out, and of lse, from the parts and what was scored again, for which it waits last.
 // Grid: parts of d x rows. Behind pool_again_kernel, which has waited for the parts, or behind these.
+template <bool BANK>
 __global__ void __launch_bounds__(POOL_MERGE_THREADS)
-    pool_merge_kernel(const Inputs in, const PoolArgs args, const PoolRow* rows, int parts,
-                      const PoolJudged judged) {
+    pool_merge_kernel(const Inputs in, const PoolArgs all_args, const PoolRow* rows, int parts,
+                      const PoolJudged judged, int clusters, const PoolBankIf<BANK> bank) {
   __shared__ double keeps[POOL_MOST_PARTS], scratch[33];
   __shared__ PoolStep staged[POOL_STAGED];
   __shared__ float tops[33];
   __shared__ bool last;
+  const int slot = blockIdx.y, e = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const PoolPass<BANK> pass(all_args, bank, slot, clusters);
+  if (pass.is_empty) {
+    if (slot == 0) wait_for_previous_launch();  // see pool_kernel
+    return;
+  }
   if (!judged.again) wait_for_previous_launch();
   const __half* const refs = static_cast<const __half*>(in.refs.data);
-  const int slot = blockIdx.y, e = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const PoolArgs& args = pass.args;
   float top = POOL_NO_BEST;
   for (int p = threadIdx.x; p < parts; p += blockDim.x)
-    if (args.total[p * POOL_ROWS + slot] != 0) top = fmaxf(top, args.best[p * POOL_ROWS + slot]);
+    if (args.total[p * POOL_ROWS + pass.row] != 0) top = fmaxf(top, args.best[p * POOL_ROWS + pass.row]);
   const float most = block_max<float>(top, tops);
   double share = 0, with_norm = 0;
   for (int p = threadIdx.x; p < parts; p += blockDim.x) {
-    const double part = args.total[p * POOL_ROWS + slot];  // 0: written by nobody
-    keeps[p] = part == 0 ? 0.0 : exp2(static_cast<double>(args.best[p * POOL_ROWS + slot]) - most);
+    const double part = args.total[p * POOL_ROWS + pass.row];  // 0: written by nobody
+    keeps[p] = part == 0 ? 0.0 : exp2(static_cast<double>(args.best[p * POOL_ROWS + pass.row]) - most);
     if (keeps[p] == 0) continue;
     share += keeps[p] * part;
-    with_norm += keeps[p] * args.moment[p * POOL_ROWS + slot];
+    with_norm += keeps[p] * args.moment[p * POOL_ROWS + pass.row];
   }
   const double before = block_sum<double>(share, scratch), moment = block_sum<double>(with_norm, scratch);
   double total = before, sum = 0, above = 0;
   if (e < in.d) {
 #pragma unroll 8
     for (int p = 0; p < parts; ++p) {
-      const int64_t at = (static_cast<int64_t>(p) * POOL_ROWS + slot) * in.d + e;
+      const int64_t at = (static_cast<int64_t>(p) * POOL_ROWS + pass.row) * in.d + e;
       if (keeps[p] != 0) sum += keeps[p] * args.sums[at];
     }
   }
@@ -376,8 +437,15 @@ __global__ void __launch_bounds__(POOL_MERGE_THREADS)
   const PoolSums of = threadIdx.x < gridDim.x ? left[threadIdx.x] : PoolSums{};
   const PoolSums all = {warp_sum(of.out), warp_sum(of.mean), warp_sum(of.rest)};
   const bool doubt = pool_error(row, again, all, moment / before, *args.mean_norm, in.lse.data) > POOL_DOUBT;
-  if (threadIdx.x == 0 && row.alive && doubt)
-    atomicOr(reinterpret_cast<unsigned long long*>(judged.doubtful), 1ull << row.index);
+  if (threadIdx.x == 0 && row.alive && doubt) {
+    unsigned long long* const words = reinterpret_cast<unsigned long long*>(judged.doubtful);
+    if constexpr (BANK) {
+      const int place = bank.first + slot;
+      atomicOr(words + place / 64, 1ull << place % 64);
+    } else {
+      atomicOr(words, 1ull << row.index);
+    }
+  }
 }
 
 }  // namespace svel::cuda

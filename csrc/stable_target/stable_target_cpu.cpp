@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> mean_and_lse(Arguments args, const Tensor& alpha, con
 std::tuple<Tensor, Tensor> posterior_mean(const Tensor& x, const Tensor& refs, const Tensor& alpha,
                                           const Tensor& sigma, const MaybeTensor& labels,
                                           const MaybeTensor& counts, const MaybeTensor& source,
-                                          const std::string& precision) {
+                                          const std::string& precision, bool /*null_rows*/) {
   check_posterior_mean(x, refs, alpha, sigma, labels, counts, source, precision);
   return mean_and_lse({"posterior_mean", x, refs, labels, counts, source}, alpha, sigma, mean_dtype(x));
 }
@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> posterior_part(const Tensor& x, const Tensor& refs, c
 
 Tensor stable_target(const Tensor& x, const Tensor& refs, const Tensor& t, const MaybeTensor& labels,
                      const MaybeTensor& counts, const MaybeTensor& source, const std::string& path,
-                     const std::string& prediction, const std::string& precision) {
+                     const std::string& prediction, const std::string& precision, bool /*null_rows*/) {
   check_stable_target(x, refs, t, labels, counts, source, path, prediction, precision);
   Arguments args("stable_target", x, refs, labels, counts, source);
   PosteriorProblem& p = args.problem;

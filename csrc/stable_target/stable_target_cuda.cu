@@ -7,6 +7,7 @@
 #include "common/ops.h"
 #include "common/tensors.cuh"
 #include "stable_target/launch.cuh"
+#include "stable_target/pool_bank.h"
 
 namespace svel::cuda {
 namespace {
@@ -18,6 +19,7 @@ struct Arguments {
   const MaybeTensor& counts;
   const MaybeTensor& source;
   const std::string& precision;
+  bool null_rows = false;
 };
 
 void launch(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream) {
@@ -91,10 +93,13 @@ void run(const char* op, const Arguments& given, Inputs in, const Tensor& time_o
     run_gather(op, *in.gather, x.get_device_index(), stream);
     in.gather = nullptr;
   }
-  const Tensor workspace = in.stage == Stage::rest
-                               ? **list
-                               : torch::stable::new_empty(x, {plan.workspace_bytes}, ScalarType::Byte);
+  PoolBankPlan bank;
+  const bool has_bank = given.null_rows && plan_pool_bank(problem, plan, bank);
+  const int64_t bytes = has_bank ? pool_bank_offset(plan) + bank.pool.workspace_bytes : plan.workspace_bytes;
+  const Tensor workspace =
+      in.stage == Stage::rest ? **list : torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   if (in.stage == Stage::list) *list = workspace;
+  if (has_bank) return run_pool_bank(op, in, plan, bank, workspace.mutable_data_ptr(), stream);
   launch(op, in, plan, workspace.mutable_data_ptr(), stream);
 }
 
@@ -126,9 +131,9 @@ std::tuple<Tensor, Tensor> mean_and_lse(const char* op, const Arguments& given, 
 std::tuple<Tensor, Tensor> posterior_mean(const Tensor& x, const Tensor& refs, const Tensor& alpha,
                                           const Tensor& sigma, const MaybeTensor& labels,
                                           const MaybeTensor& counts, const MaybeTensor& source,
-                                          const std::string& precision) {
+                                          const std::string& precision, bool null_rows) {
   check_posterior_mean(x, refs, alpha, sigma, labels, counts, source, precision);
-  return mean_and_lse("posterior_mean", {x, refs, labels, counts, source, precision}, alpha, sigma,
+  return mean_and_lse("posterior_mean", {x, refs, labels, counts, source, precision, null_rows}, alpha, sigma,
                       mean_dtype(x), false);
 }
 
@@ -212,7 +217,7 @@ void posterior_part_out(const Tensor& x, const Tensor& refs, const Tensor& time_
 
 Tensor stable_target(const Tensor& x, const Tensor& refs, const Tensor& t, const MaybeTensor& labels,
                      const MaybeTensor& counts, const MaybeTensor& source, const std::string& path,
-                     const std::string& prediction, const std::string& precision) {
+                     const std::string& prediction, const std::string& precision, bool null_rows) {
   const char* const op = "stable_target";
   check_stable_target(x, refs, t, labels, counts, source, path, prediction, precision);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -221,7 +226,7 @@ Tensor stable_target(const Tensor& x, const Tensor& refs, const Tensor& t, const
   in.from_time = true;
   in.path = path_of(path);
   in.prediction = prediction_of(prediction);
-  run(op, {x, refs, labels, counts, source, precision}, in, t, std::nullopt, out, std::nullopt);
+  run(op, {x, refs, labels, counts, source, precision, null_rows}, in, t, std::nullopt, out, std::nullopt);
   return out;
 }
 

@@ -241,7 +241,12 @@ class ReferenceBank(nn.Module):
     def _target(self, path, x_t, t, group, source, prediction, precision, sent=False) -> Tensor:
         """`target` on an `Interpolant`, for rows of the ops' group labels."""
         refs = self.refs[0] if group is None else self.refs
-        return path.target(x_t, refs, t, group, self.counts, source, prediction=prediction, precision=precision)
+        options = {
+            "prediction": prediction,
+            "precision": precision,
+            "null_rows": group is not None and self.null == "all",
+        }
+        return path.target(x_t, refs, t, group, self.counts, source, **options)
 
     def filled(self) -> float:
         """Share of the class rings' slots that hold a reference, in [0, 1]. Waits for the device."""

@@ -113,6 +113,7 @@ class Interpolant(ABC):
         *,
         prediction: str = "velocity",
         precision: str = "exact",
+        null_rows: bool = False,
     ) -> Tensor:
         """StableVM target over a reference set; arguments and result as in `stablevelocity_kernels.stable_target`.
 
@@ -120,13 +121,11 @@ class Interpolant(ABC):
         """
         check_prediction(prediction)
         if self.name is not None:
-            return stable_target(
-                x_t, refs, t, labels, counts, source, path=self.name, prediction=prediction, precision=precision
-            )
+            options = {"path": self.name, "prediction": prediction, "precision": precision, "null_rows": null_rows}
+            return stable_target(x_t, refs, t, labels, counts, source, **options)
         at, work = self._inside(t), _work_dtype(x_t)
-        mean, _ = posterior_mean(
-            x_t, refs, at.alpha.to(work), at.sigma.to(work), labels, counts, source, precision=precision
-        )
+        alpha, sigma, options = at.alpha.to(work), at.sigma.to(work), {"precision": precision, "null_rows": null_rows}
+        mean, _ = posterior_mean(x_t, refs, alpha, sigma, labels, counts, source, **options)
         return self.prediction(x_t, mean, t, prediction)
 
     def step(

@@ -10,11 +10,11 @@ from ._register import define, refuse_gradient
 
 SCHEMA = (
     "posterior_mean(Tensor x, Tensor refs, Tensor alpha, Tensor sigma, Tensor? labels=None, Tensor? counts=None, "
-    "Tensor? source=None, *, str precision='exact') -> (Tensor mean, Tensor lse)"
+    "Tensor? source=None, *, str precision='exact', bool null_rows=False) -> (Tensor mean, Tensor lse)"
 )
 
 
-def _fake(x, refs, alpha, sigma, labels=None, counts=None, source=None, *, precision="exact"):
+def _fake(x, refs, alpha, sigma, labels=None, counts=None, source=None, *, precision="exact", null_rows=False):
     _checks.check_posterior_mean(x, refs, alpha, sigma, labels, counts, source, precision)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:1], dtype=dtype)
@@ -34,6 +34,7 @@ def posterior_mean(
     source: Tensor | None = None,
     *,
     precision: str = "exact",
+    null_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Posterior mean of the clean sample given a noisy one, over a finite set of references.
 
@@ -47,6 +48,9 @@ def posterior_mean(
         counts: (K,), or (1,) without labels; int32 or int64: how many leading references of each group are valid.
         source: (N, *S), one more reference for its own row alone; dtype of x or of refs.
         precision: "exact" (2e-6 against float64) or "fast" (1e-3 allowed).
+        null_rows: rows of label -1 are to be expected. They come to the same either way, but on CUDA, beside a class
+            bank of float16, 32 of them then read it together, at the cost of a few launches; otherwise every few of
+            them do.
 
     Returns:
         mean (N, *S) and lse (N,), float32 (float64 for float64 x). With logit_j = -(|x - alpha r_j|^2 - sigma^2 D) /
@@ -58,4 +62,6 @@ def posterior_mean(
         RuntimeError: naming the argument, what was expected and what came. On CPU also for a label out of range; on
             CUDA such a row is NaN.
     """
-    return torch.ops.svel.posterior_mean(x, refs, alpha, sigma, labels, counts, source, precision=precision)
+    return torch.ops.svel.posterior_mean(
+        x, refs, alpha, sigma, labels, counts, source, precision=precision, null_rows=null_rows
+    )

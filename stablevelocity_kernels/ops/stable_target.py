@@ -10,7 +10,7 @@ from ._register import define, refuse_gradient
 
 SCHEMA = (
     "stable_target(Tensor x, Tensor refs, Tensor t, Tensor? labels=None, Tensor? counts=None, Tensor? source=None, *, "
-    "str path='linear', str prediction='velocity', str precision='exact') -> Tensor"
+    "str path='linear', str prediction='velocity', str precision='exact', bool null_rows=False) -> Tensor"
 )
 
 
@@ -25,6 +25,7 @@ def _fake(
     path="linear",
     prediction="velocity",
     precision="exact",
+    null_rows=False,
 ):
     _checks.check_stable_target(x, refs, t, labels, counts, source, path, prediction, precision)
     return x.new_empty(x.shape)
@@ -45,6 +46,7 @@ def stable_target(
     path: str = "linear",
     prediction: str = "velocity",
     precision: str = "exact",
+    null_rows: bool = False,
 ) -> Tensor:
     """StableVM target of each noisy sample over its reference set (paper, StableVM: the self-normalised estimator).
 
@@ -62,6 +64,9 @@ def stable_target(
         path: "linear" or "cosine"; for another interpolant use `posterior_mean`.
         prediction: "velocity", "x0", "noise" or "score".
         precision: "exact" (2e-6 against float64) or "fast" (1e-3 allowed).
+        null_rows: rows of label -1 are to be expected. They come to the same either way, but on CUDA, beside a class
+            bank of float16, 32 of them then read it together, at the cost of a few launches; otherwise every few of
+            them do.
 
     Returns:
         (N, *S) of x's dtype. A row whose set is empty, or with NaN or Inf in its inputs, is NaN.
@@ -71,5 +76,14 @@ def stable_target(
             CUDA such a row is NaN.
     """
     return torch.ops.svel.stable_target(
-        x, refs, t, labels, counts, source, path=path, prediction=prediction, precision=precision
+        x,
+        refs,
+        t,
+        labels,
+        counts,
+        source,
+        path=path,
+        prediction=prediction,
+        precision=precision,
+        null_rows=null_rows,
     )

@@ -43,6 +43,7 @@ def posterior_mean(
     source: Tensor | None = None,
     *,
     precision: str = "exact",
+    null_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See stablevelocity_kernels.posterior_mean; computed in float64, and returned in float64 only for float64 x."""
     _checks.check_posterior_mean(x, refs, alpha, sigma, labels, counts, source, precision)

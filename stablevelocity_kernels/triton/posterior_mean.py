@@ -19,6 +19,7 @@ def posterior_mean(
     source: Tensor | None = None,
     *,
     precision: str = "exact",
+    null_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See stablevelocity_kernels.posterior_mean; "fast" computes the same as "exact"."""
     _checks.check_posterior_mean(x, refs, alpha, sigma, labels, counts, source, precision)

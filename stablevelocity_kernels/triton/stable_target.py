@@ -20,6 +20,7 @@ def stable_target(
     path: str = "linear",
     prediction: str = "velocity",
     precision: str = "exact",
+    null_rows: bool = False,
 ) -> Tensor:
     """See stablevelocity_kernels.stable_target; "fast" computes the same as "exact"."""
     _checks.check_stable_target(x, refs, t, labels, counts, source, path, prediction, precision)

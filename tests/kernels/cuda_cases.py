@@ -43,6 +43,32 @@ def make_large_pool(n, m, d):
     return (1 - t[:, None]) * x0 + t[:, None] * torch.randn(n, d, device="cuda"), refs, t
 
 
+def draw_rows(refs, n, rng, times=ALL_T, counts=None, everywhere=8):
+    """x, t and labels of rows near valid references, on the GPU; every `everywhere`-th row has those of all classes."""
+    k, m = refs.shape[:2]
+    t = torch.tensor([times[i % len(times)] for i in range(n)])
+    labels = torch.randint(k, (n,), generator=rng)
+    most = torch.full((k,), m) if counts is None else counts.clamp(1, m)
+    picked = (torch.rand(n, generator=rng) * most[labels]).long()
+    x = make_noisy(refs[labels, picked], t, rng)
+    if everywhere:
+        labels[::everywhere] = -1
+    return x.cuda(), t.cuda(), labels.cuda()
+
+
+def fill_partly(refs, rng):
+    """Counts, and NaN in what is not filled. Of several the first is whole; of many one is zero and one negative."""
+    k, m = refs.shape[:2]
+    counts = torch.randint(m // 2, m, (k,), generator=rng)
+    if k > 1:
+        counts[0] = m
+    if k > 2:
+        counts[1], counts[k - 1] = 0, -3
+    for group, count in zip(refs, counts.tolist(), strict=True):
+        group[max(count, 0) :] = math.nan
+    return counts
+
+
 def make_crowds(n, m, d, rng, times):
     """References crowded about two opposite points, so that no centre makes scores small, and rows near one of them.
 

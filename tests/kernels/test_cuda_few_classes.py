@@ -9,6 +9,8 @@ from cuda_cases import (
     assert_close_at_each_time,
     assert_served,
     captured,
+    draw_rows,
+    fill_partly,
     kernels_run,
     nothing_waits,
     on_two_streams,
@@ -47,19 +49,6 @@ PRECISIONS = ("exact", "fast")
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-def draw_rows(refs, n, rng, times=ALL_T, counts=None, everywhere=8):
-    """x, t and labels of rows near valid references, on the GPU; every `everywhere`-th row has those of all classes."""
-    k, m = refs.shape[:2]
-    t = torch.tensor([times[i % len(times)] for i in range(n)])
-    labels = torch.randint(k, (n,), generator=rng)
-    most = torch.full((k,), m) if counts is None else counts.clamp(1, m)
-    picked = (torch.rand(n, generator=rng) * most[labels]).long()
-    x = make_noisy(refs[labels, picked], t, rng)
-    if everywhere:
-        labels[::everywhere] = -1
-    return x.cuda(), t.cuda(), labels.cuda()
-
-
 def make_classes(n, k, m, d, geometry, rng, dtype=torch.float16, **options):
     """x (n, d), refs (k, m, d), t (n,), labels (n,). On the GPU."""
     refs = make_references(k * m, d, geometry, rng).view(k, m, d).to(dtype)
@@ -74,19 +63,6 @@ def check(x, refs, t, labels, counts=None, precision="exact", **options):
     expected = reference.stable_target(x.double(), refs, t, labels, counts, **options)
     assert_close_at_each_time(out, expected, t, precision)
     return out
-
-
-def fill_partly(refs, rng):
-    """Counts, and NaN in what is not filled. Of several the first is whole; of many one is zero and one negative."""
-    k, m = refs.shape[:2]
-    counts = torch.randint(m // 2, m, (k,), generator=rng)
-    if k > 1:
-        counts[0] = m
-    if k > 2:
-        counts[1], counts[k - 1] = 0, -3
-    for group, count in zip(refs, counts.tolist(), strict=True):
-        group[max(count, 0) :] = math.nan
-    return counts
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

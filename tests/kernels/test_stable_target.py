@@ -208,6 +208,16 @@ def test_every_output_is_written(implementation, rng, poisoned_memory, d):
     assert not implementation.op("stable_target")(x, refs, t).isnan().any()
 
 
+def test_announced_null_rows_come_to_the_same(implementation, rng):
+    x, refs, t = torch.randn(5, 12, generator=rng), torch.randn(3, 6, 12, generator=rng), torch.full((5,), 0.6)
+    given = x, refs, t, torch.tensor([-1, 0, 2, -1, 1]), torch.tensor([6, 2, 0])
+    for op, others in (("stable_target", given[2:]), ("posterior_mean", (1 - t, *given[2:]))):
+        call = implementation.op(op)
+        outs = (call(x, refs, *others, null_rows=announced) for announced in (True, False))
+        for one, other in zip(*(out if isinstance(out, tuple) else (out,) for out in outs), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 def test_out_of_range_label_is_an_error_on_cpu(torch_op):
     if torch_op.device == "cuda":
         pytest.skip("no label is read on the host there; the next test")
