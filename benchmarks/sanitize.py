@@ -77,18 +77,33 @@ def pools(rng: torch.Generator) -> None:
 def many(rng: torch.Generator) -> None:
     """Many rows beside a pool, and beside few classes: lists short and long, dense rows, late ones and expected."""
     for d, dtype in ((520, torch.float16), (1032, torch.bfloat16), (5000, torch.float16)):
-        refs = torch.randn(3, 707, d, device="cuda", generator=rng).to(dtype)
+        refs = torch.randn(3, 907, d, device="cuda", generator=rng).to(dtype)
         t = torch.tensor([0.05, 0.3, 0.7, 0.9, 0.95, 0.98, 0.999], device="cuda").repeat(11)
         labels = torch.arange(len(t), device="cuda") % 4 - 1
         between = (refs[labels, 0] + refs[labels, 1]).float() / 2  # two references
         noise = t[:, None] * torch.randn(len(t), d, device="cuda", generator=rng)
         x = torch.cat([(1 - t[:, None]) * mean + noise for mean in (between, refs[labels, 2].float())])
         labels, t = labels.repeat(2), t.repeat(2)
-        counts = torch.tensor([707, 0, 300], device="cuda")
+        counts = torch.tensor([907, 0, 300], device="cuda")
         for precision in ("exact", "fast"):
             svel.stable_target(x, refs.flatten(0, 1), t, precision=precision)
             svel.stable_target(x, refs, t, labels, counts, precision=precision)
             svel.posterior_mean(x.half(), refs, 1 - t, t, labels, counts, precision=precision)
+
+
+def held(rng: torch.Generator) -> None:
+    """Small sets: one chunk and several, classes, rows of all of them, rows in doubt, x of another dtype."""
+    for d, m, dtype in ((264, 100, torch.float16), (1032, 700, torch.bfloat16), (4096, 40, torch.float16)):
+        refs = torch.randn(3, m, d, device="cuda", generator=rng).to(dtype)
+        t = torch.tensor([0.05, 0.3, 0.7, 0.95, 0.98, 0.999, float("nan")], device="cuda").repeat(20)
+        labels = torch.arange(len(t), device="cuda") % 4 - 1
+        mean = (refs[labels, 0] + refs[labels, 1]).float() / 2
+        x = (1 - t[:, None]) * mean + t[:, None] * torch.randn(len(t), d, device="cuda", generator=rng)
+        counts = torch.tensor([m, 0, m - 30], device="cuda")
+        svel.stable_target(x, refs[0], t)
+        svel.posterior_mean(x, refs[0], 1 - t, t, precision="fast")
+        svel.posterior_mean(x.half(), refs, 1 - t, t, labels, counts)
+        svel.stable_target(x, refs, t, labels, counts)
 
 
 def steps(rng: torch.Generator) -> None:
@@ -136,7 +151,7 @@ def draws(rng: torch.Generator) -> None:
             svel.conditional_target_(x_t, x0, rows, u[:, 0], t_set.float())
 
 
-PARTS = {part.__name__: part for part in (targets, banks, mixed, pools, many, steps, losses, pushes, draws)}
+PARTS = {part.__name__: part for part in (targets, banks, mixed, pools, many, held, steps, losses, pushes, draws)}
 
 
 def main() -> None:

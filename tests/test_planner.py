@@ -19,7 +19,7 @@ def test_every_plan_is_within_the_limits(d, refs_dtype):
     for n, m, k, source in itertools.product((1, 7, 256, 50_000), (1, 256, 1_000_000), (None, 10), (False, True)):
         aligned = d * refs_dtype.itemsize % 16 == 0
         plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, source=source, aligned=aligned, **H100)
-        assert plan["kernel"] in ("pool", "many_rows", "bulk", "stream", "two_pass", "tiled", "small")
+        assert plan["kernel"] in ("pool", "held", "many_rows", "bulk", "stream", "two_pass", "tiled", "small")
         assert 0 < plan["threads"] <= 1024
         assert plan["threads"] % 32 == 0
         assert 0 <= plan["smem_bytes"] <= 232448
@@ -49,6 +49,9 @@ def test_workspace_is_bounded(n, m, d, k):
         ((2, 64, 2**20, 2), "bulk", "two_pass"),
         ((2, 64, 2**21, 2), "bulk", "two_pass"),
         ((26, 1_280_000, 4096, None), "pool", "stream"),
+        ((256, 256, 4096, None), "held", "tiled"),
+        ((256, 1024, 4096, None), "held", "tiled"),
+        ((256, 256, 4096, 10), "held", "stream"),
         ((256, 50_000, 3072, None), "many_rows", "tiled"),
         ((4096, 50_000, 4096, None), "many_rows", "tiled"),
         ((16_384, 50_000, 3072, None), "many_rows", "tiled"),
@@ -75,6 +78,9 @@ def test_blocks_of_the_bulk_kernel_hold_a_sample_between_them(d, refs_dtype, dev
         plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, device=device)
         if k is None and plan["kernel"] == "pool":
             continue  # see test_few_rows_beside_a_large_pool
+        if plan["kernel"] == "held":
+            assert (n, m, k) == (256, 256, 10)
+            continue  # see test_small_sets
         if plan["kernel"] == "many_rows":
             assert n == 256
             assert m in (256, 50_000)
@@ -209,11 +215,63 @@ def test_null_rows_that_are_served_as_any_others(sizes, other):
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["h100", "h200"])
+@pytest.mark.parametrize(
+    ("n", "m", "d", "k"),
+    [
+        *itertools.product((16, 256, 1024), (1, 64, 256, 1001, 2047), (256, 784, 4096), (None,)),
+        *itertools.product((64, 256, 512), (256,), (4096,), (10,)),
+        (50_000, 256, 3072, None),
+        (16, 120, 40_000, None),
+        (256, 800, 3080, 3),
+    ],
+)
+def test_small_sets(n, m, d, k, device, refs_dtype, precision):
+    """Blocks that all run at once have slices of chunks, which hold the set between them."""
+    limits = info.DEVICES[device]
+    plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, precision=precision, device=device)
+    assert plan["kernel"] == "held"
+    assert plan["workspace_bytes"] < 256 << 20
+    assert plan["smem_bytes"] <= limits.smem_limit
+    teams = (k or 1) * -(-m // plan["tile_refs"])
+    assert plan["slices"] * plan["slice"] >= d > (plan["slices"] - 1) * plan["slice"]
+    assert plan["tile_refs"] % 16 == plan["slice"] % 16 == 0
+    assert plan["blocks"] <= limits.sm_count
+    assert plan["blocks"] % (teams * plan["slices"]) == 0
+    assert 2 * plan["tile_refs"] * plan["slice"] < plan["smem_bytes"]
+    assert plan["fast"] is (precision == "fast")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "other"),
+    [
+        ((15, 256, 4096), {}),
+        ((256, 2561, 1024), {}),
+        ((256, 257, 4096, 10), {}),
+        ((32, 256, 4096, 10), {}),
+        ((256, 256, 248), {}),
+        ((256, 256, 60_000), {}),
+        ((256, 256, 4096), {"source": True}),
+        ((256, 256, 4096), {"aligned": False}),
+        ((256, 256, 4096), {"refs_dtype": torch.float32}),
+        ((256, 256, 4096), {"x_dtype": torch.float64}),
+        ((256, 256, 4096), {"device": "b200"}),
+        ((256, 256, 4096), {"device": "a100"}),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_for_small_sets_leaves_to_others(sizes, other):
+    for precision in ("exact", "fast"):
+        assert info.plan(*sizes, **{**H100, "precision": precision, **other})["kernel"] != "held"
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("device", ["h100", "h200"])
 @pytest.mark.parametrize(
     ("n", "m", "d"),
-    list(itertools.product((65, 256, 4096, 16_384), (2048, 50_000, 2**31 - 1024), (256, 3072, 51_200))),
+    list(itertools.product((65, 256, 4096, 16_384), (2568, 50_000, 2**31 - 1024), (256, 3072, 51_200))),
 )
 def test_many_rows_beside_a_pool(n, m, d, device, refs_dtype, precision):
     limits = info.DEVICES[device]
@@ -329,7 +387,7 @@ def test_class_banks_of_two_bytes_are_on_the_matrix_units(d, refs_dtype):
 @pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_two_blocks_share_a_multiprocessor_where_samples_are_short(device, refs_dtype):
     limits = info.DEVICES[device]
-    for n, d, k in itertools.product((9, 256, 257, 2048), (40, 264, 512, 520, 1024), (10, 1001, 1024)):
+    for n, d, k in itertools.product((9, 256, 257, 2048), (40, 264, 512, 520, 1024), (13, 1001, 1024)):
         plan = info.plan(n, 200, d, k, refs_dtype=refs_dtype, device=device)
         assert plan["products"]
         assert plan["blocks"] == 2 * limits.sm_count
@@ -381,7 +439,7 @@ def test_every_multiprocessor_has_a_part_of_a_class_bank():
         (256, 1024, 32, 4),
         (256, 1024, 100, 2),
         (2048, 8192, 1001, 2),
-        (100, 4096, 10, 2),
+        (100, 4096, 11, 2),
     ],
 )
 def test_many_rows_of_class_banks_share_a_pass_by_four(n, d, k, rows):

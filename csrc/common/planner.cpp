@@ -5,6 +5,7 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "common/planner_held.h"
 #include "common/planner_pool.h"
 #include "common/planner_rows.h"
 
@@ -283,6 +284,27 @@ bool has_few_classes(const Problem& p, const Plan& many) {
   return !plan_bulk(p, bulk) || many_rows_seconds(p, many) < bulk_seconds(p, bulk);
 }
 
+// Whether the kernel for small sets, by its plan, is to have one. Pools of fewer than 2,048 references took
+// register tiles or groups of warps (H100, 4,096 elements): 256 rows beside 256, 512 and 1,024 references
+// 810, 883 and 964 us, for 39, 60 and 91; 64 rows beside 256 and 1,024 67 and 152, for 31 and 47; 16 rows
+// beside 256 40, for 34. Of more, the kernel for many rows takes what is below, about: 256 rows beside 2,048
+// 148 us, beside 4,096 of 256 elements 77. Banks: ten classes of 256, 64, 256 and 512 rows 42, 69 and 204 us,
+// for 40, 62 and 88; 32 rows 34, for 39.
+constexpr int64_t SMALL_SET_ROWS = 16;
+constexpr double SMALL_MANY_SECONDS = 75e-6, SMALL_MANY_ELEMENT_SECONDS = 13.4e-9,
+                 SMALL_MANY_PRODUCT_SECONDS = 8.4e-15;
+
+bool is_small_set(const Problem& p, const Plan& held) {
+  Plan other;
+  const double seconds = held_seconds(p, held);
+  const double products = static_cast<double>(ceil_div(p.n, 64) * 64 * groups(p) * p.m * p.d);
+  const double many = SMALL_MANY_SECONDS + SMALL_MANY_ELEMENT_SECONDS * static_cast<double>(p.d) +
+                      SMALL_MANY_PRODUCT_SECONDS * products;
+  if (plan_many_rows(p, other) && many <= seconds) return false;
+  if (!p.has_labels) return p.n >= SMALL_SET_ROWS;
+  return !plan_bulk(p, other) || seconds < bulk_seconds(p, other);
+}
+
 bool plan_stream(const Problem& p, Plan& plan) {
   for (const StreamTile& tile : STREAM_TILES) {
     const bool plain = !p.aligned || p.refs_size == 8;
@@ -445,6 +467,8 @@ Plan make_plan(const Problem& p) {
   Plan plan;
   if (p.d > 0 && (p.x_size == 8 || p.refs_size == 8)) {
     plan_two_pass(p, plan, "float64: scores, softmax and weighted sum in double");
+  } else if (Plan held; plan_held(p, held) && is_small_set(p, held)) {
+    plan = held;
   } else if (plan_pool(p, plan)) {  // few rows beside a large pool: nothing else comes near
   } else if (Plan many; plan_many_rows(p, many) && (!p.has_labels || has_few_classes(p, many))) {
     plan = many;

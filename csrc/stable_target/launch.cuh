@@ -3,6 +3,7 @@
 // aligned to 256 bytes.
 #pragma once
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -14,6 +15,7 @@ namespace svel::cuda {
 
 void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
+void run_held(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_bulk(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_stream(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_two_pass(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
@@ -27,6 +29,20 @@ bool has_short_list(int64_t n, int64_t k, int64_t m);
 
 // Clusters of `size` blocks that run at once; the answer for a kernel and a size does not change.
 int resident_clusters(const char* op, const void* kernel, const cudaLaunchConfig_t& config, int size);
+
+// Rows from `first` on, at most `rows` of them.
+inline Inputs slice_rows(const Inputs& in, int64_t first, int64_t rows) {
+  const auto from = [first](Array a, int64_t width) {
+    if (a.data) a.data = static_cast<char*>(a.data) + first * width * size_of(a.dtype);
+    return a;
+  };
+  Inputs part = in;
+  part.n = std::min(rows, in.n - first);
+  part.x = from(in.x, in.d), part.source = from(in.source, in.d), part.out = from(in.out, in.d);
+  part.time_or_alpha = from(in.time_or_alpha, 1), part.sigma = from(in.sigma, 1), part.lse = from(in.lse, 1);
+  if (in.labels) part.labels += first;
+  return part;
+}
 
 // Hands out consecutive pieces of a workspace, each aligned to 16 bytes.
 class Carver {

@@ -2009,20 +2009,6 @@ auto merge_kernel_for(int64_t d) {
   return d > LISTED_D / 2 ? merge_kernel<T, 2, 8, CLASSES> : merge_kernel<T, 1, 8, CLASSES>;
 }
 
-// Rows from `first` on, at most `rows` of them.
-Inputs slice_rows(const Inputs& in, int64_t first, int64_t rows) {
-  const auto from = [first](Array a, int64_t width) {
-    if (a.data) a.data = static_cast<char*>(a.data) + first * width * size_of(a.dtype);
-    return a;
-  };
-  Inputs part = in;
-  part.n = std::min(rows, in.n - first);
-  part.x = from(in.x, in.d), part.source = from(in.source, in.d), part.out = from(in.out, in.d);
-  part.time_or_alpha = from(in.time_or_alpha, 1), part.sigma = from(in.sigma, 1), part.lse = from(in.lse, 1);
-  if (in.labels) part.labels += first;
-  return part;
-}
-
 // Blocks of select_kernel that have room before all tiles are scored, about: of clusters without a last one.
 // Of more than one tile of rows: any.
 int early_blocks(const Many& many) {

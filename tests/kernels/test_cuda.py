@@ -49,7 +49,7 @@ def check_bank(x, refs, t, labels, counts=None, source=None, prediction="velocit
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("side", [4, 16, 32, 64])
 def test_class_banks_of_photographs(rng, side, dtype):
-    groups, m, n = 3, 200, 60
+    groups, m, n = 3, 200, 12
     refs = photographs(groups * m, side, rng).to(dtype).view(groups, m, -1)
     labels = torch.arange(n) % groups
     t = torch.tensor(ALL_T)[torch.arange(n) % len(ALL_T)]

@@ -1,0 +1,53 @@
+// The plan of the kernel for small sets (stable_target/held_cuda.cu): float16 or bfloat16 references that the
+// multiprocessors' shared memories hold all together, a pool or few classes, on compute capability 9.0.
+#pragma once
+
+#include "common/planner.h"
+
+namespace svel {
+
+constexpr int HELD_THREADS = 512;
+constexpr int64_t HELD_MOST_ROWS = 1024;    // of a pass
+constexpr int64_t HELD_BATCH = 32;          // rows that a block multiplies at a time, or half as many
+constexpr int64_t HELD_MOST_REFS = 1024;    // of a chunk
+constexpr int64_t HELD_MOST_SLICE = 384;    // elements of a slice
+constexpr int64_t HELD_FIXED_SMEM = 12800;  // beside references, rows and weights
+constexpr int64_t HELD_MOST_TEAMS = 160;    // of blocks with one chunk
+constexpr int64_t HELD_ROW_SMEM = 36;       // of a row of the call
+constexpr int64_t held_rows_smem(int64_t n) {
+  return ceil_div(HELD_ROW_SMEM * n, 128) * 128;
+}
+constexpr int64_t HELD_PAD = 8;  // values between lines of shared memory: eight meet all banks
+
+// How a set is cut: each class into chunks of references, samples into slices; a block holds a slice of a
+// chunk, and has one of `row_parts` parts of the rows that have the chunk's class.
+struct HeldCut {
+  int64_t chunk = 0, chunks = 0, slice = 0, slices = 0, row_parts = 0;
+  int64_t batch = 0, buffers = 0;  // of rows, or of their weights, in shared memory
+};
+
+constexpr int64_t held_parts(bool bf16) {  // of a float32, see Split
+  return bf16 ? 3 : 2;
+}
+constexpr int64_t held_padded(int64_t m) {  // references of a class, in scores and weights
+  return ceil_div(m, 8) * 8;
+}
+int64_t held_smem(const HeldCut& cut, int64_t n, bool bf16);
+
+// The workspace, in bytes, piece by piece; also its order in memory.
+struct HeldLayout {
+  int64_t scores, sums, exact, weights, ends, scales, centres;
+  int64_t total() const { return scores + sums + exact + weights + ends + scales + centres; }
+};
+HeldLayout held_layout(int64_t n, int64_t k, int64_t m, int64_t d, bool bf16, const HeldCut& cut);
+
+// False where the kernel cannot serve.
+bool plan_held(const Problem& problem, Plan& plan);
+
+// The cut of that plan.
+HeldCut held_cut(const Plan& plan, int64_t k, int64_t m);
+
+// What it takes by that plan, about.
+double held_seconds(const Problem& problem, const Plan& plan);
+
+}  // namespace svel
