@@ -44,7 +44,8 @@ ManyLayout many_layout(int64_t n, int64_t refs, int64_t d, int64_t classes, int6
   const int64_t d_padded = round_up(d, MANY_TILE), d_tiles = d_padded / MANY_TILE;
   const int64_t tiles = d_tiles * ceil_div(rows_per_pass, MANY_ROWS);
   ManyLayout layout;
-  layout.order = n > rows_per_pass ? round_up(4 * std::min(n, MANY_LIST_ROWS), 256) : 0;
+  const bool ordered = n > rows_per_pass || (classes > 1 && n > MANY_ROWS);
+  layout.order = ordered ? round_up(4 * std::min(n, MANY_LIST_ROWS), 256) : 0;
   layout.centre = round_up(16 * d_padded + (64 + 4 * MANY_PAIRS) * d_tiles + 256, 256);
   layout.norms = refs <= MANY_NORMS_REFS && has_norms(n, classes) ? round_up(4 * refs, 256) : 0;
   layout.classes =
