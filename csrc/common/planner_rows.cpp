@@ -117,8 +117,8 @@ double many_rows_seconds(const Problem& p, const Plan& plan) {
   const int64_t rounds = ceil_div(p.n, plan.rows_per_pass) * ceil_div(all_references(p), plan.refs_per_pass);
   if (!ordered) return rounds * PASS_SECONDS + refs * p.d * (full * of_tile(MANY_ROWS) + of_tile(width));
   // At each place where one tile ends and the next begins a class is met by both, and a tile meets parts of
-  // two pairs of reference tiles. With labels drawn evenly, and no rows of all classes. Each tile has dense
-  // rows, which were not expected where not all were: they read what it meets once more.
+  // two pairs of reference tiles. With labels drawn evenly, and no rows of all classes. As measured when the
+  // dense rows of each tile had not been expected: they read what it meets once more.
   const double tiles = ceil_div(p.n, MANY_ROWS),
                met = std::min(refs, refs / k * (k + tiles - 1) / tiles + 2 * MANY_TILE);
   const double again = plan.fast ? 0 : read / 2;
