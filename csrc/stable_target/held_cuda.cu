@@ -253,16 +253,21 @@ struct Weigher {
     for (int g = begin; g < end; ++g) visit(g, group < 0 ? g * held.padded : 0, shared.class_counts[g]);
   }
 
+  // This thread's first scores, two at a time, which need not come from memory again.
+  struct Kept {
+    static constexpr int MOST = 2;
+    double2 scores[MOST];
+    int number = 0;
+  };
   // The scores from their shares; this thread's best and where it is.
   struct Best {
     double score = -INFINITY;
-    int64_t reference = -1;                     // among all
-    double2 first = make_double2(INFINITY, 0);  // its first two scores; INFINITY: none
+    int64_t reference = -1;  // among all
     __device__ __forceinline__ void note(double its, int64_t at) {
       if (its > score) score = its, reference = at;
     }
   };
-  __device__ __forceinline__ Best add_shares(const RowFacts& facts) const {
+  __device__ __forceinline__ Best add_shares(const RowFacts& facts, Kept& kept) const {
     const int slices = static_cast<int>(held.cut.slices);
     const float* const shares = held.scores + facts.row.index * slices * held.stride;
     double* const exact = held.exact + facts.row.index * held.stride;
@@ -291,7 +296,10 @@ struct Weigher {
             sum.x += static_cast<double>(v[q].x), sum.y += static_cast<double>(v[q].y);
         }
         *reinterpret_cast<double2*>(exact + place + j) = sum;
-        if (best.first.x == INFINITY) best.first = sum;
+#pragma unroll
+        for (int q = 0; q < Kept::MOST; ++q)
+          if (kept.number == q) kept.scores[q] = sum;
+        ++kept.number;
         best.note(sum.x, g * in.m + j);
         if (j + 1 < count) best.note(sum.y, g * in.m + j + 1);
       }
@@ -301,16 +309,23 @@ struct Weigher {
 
   // Weights, times WEIGHT_SCALE, beside that of score `top`, to memory; their sum, without.
   __device__ __forceinline__ double weigh(const RowFacts& facts, double rate2, double top,
-                                          double2 first = make_double2(INFINITY, 0)) const {
+                                          const Kept& kept) const {
     const double* const exact = held.exact + facts.row.index * held.stride;
     double total = 0;
+    int turn = 0;
     each_class(facts.group, [&](int, int place, int count) {
 #pragma unroll 1
       for (int j = 2 * thread; j < (count + 7) / 8 * 8; j += 2 * GROUP) {
         float left[2] = {};
-        const double2 its =
-            first.x == INFINITY ? *reinterpret_cast<const double2*>(exact + place + j) : first;
-        first.x = INFINITY;
+        double2 its;
+        if (j < count && turn < min(kept.number, Kept::MOST)) {
+#pragma unroll
+          for (int q = 0; q < Kept::MOST; ++q)
+            if (turn == q) its = kept.scores[q];
+        } else {
+          its = *reinterpret_cast<const double2*>(exact + place + j);
+        }
+        if (j < count) ++turn;
 #pragma unroll
         for (int q = 0; q < 2; ++q) {
           const double score = q ? its.y : its.x;
@@ -382,13 +397,14 @@ struct Weigher {
   __device__ __forceinline__ void operator()(const RowFacts& facts) const {
     const bool wants_scales = facts.any && held.exact_weights;
     const float scale_of_first = wants_scales ? first_scale(facts) : 0;
-    const Best best = facts.any ? add_shares(facts) : Best{};
+    Kept kept;
+    const Best best = facts.any ? add_shares(facts, kept) : Best{};
     const float square = wants_scales ? square_of_scales(facts, scale_of_first) : 0;
     int number = 0;
     if (facts.any) each_class(facts.group, [&](int, int, int count) { number += count; });
     if (number == 0) return leave_nothing(in, facts.row.index, thread);
     const double rate2 = facts.row.rate() * LOG2_E, top = crew.maximum(best.score);
-    const double total = weigh(facts, rate2, top, best.first);
+    const double total = weigh(facts, rate2, top, kept);
     // Whether what scores may be off by is seen.
     float wrong = 0;  // beside the most that is not
     if (held.exact_weights) {
@@ -460,7 +476,7 @@ struct Weigher {
       // The best may be another now.
       const double before = top;
       top = crew.maximum(now.score), of_best += rate2 * (top - before);
-      total = own.weigh(facts, rate2, top);
+      total = own.weigh(facts, rate2, top, Kept{});
     }
     own.leave(facts, total);
     if (thread == 0 && in.lse.data) write_lse(in, row.index, PartRow{of_best, total, 0, 0, 0, 0});
@@ -733,6 +749,7 @@ struct HeldKernel {
                    all_rows = rows_of_128_bytes(shared_address(boxes_of(turn, 0)));
 #pragma unroll 1
     for (int item = warp / GROUP_WARPS; item < tiles * groups; item += GROUPS) {
+      __syncwarp();
       const int of_rows = item / tiles, j0 = (item - of_rows * tiles) * TILE;
       uint64_t a = all_refs + j0 * (LINE_BYTES >> 4), b = all_rows + of_rows * boxes * (BOX >> 4);
       float sums[SUMS] = {};
@@ -874,6 +891,7 @@ struct HeldKernel {
           for (int h = 0; h < 2; ++h) x[i][p][h] = 8 * h < left ? of_row[8 * h] : 0;
         }
       }
+      __syncwarp();
       const uint64_t a = all_refs + tile * (ref_box >> 4), b = all_rows + of_rows * boxes * (BOX >> 4);
       const auto b_of = [&](int at) { return b + at / LINE_STEPS * (BOX >> 4) + at % LINE_STEPS * 2; };
       constexpr int REFS_STEP = 16 * LINE_BYTES >> 4;
@@ -933,43 +951,73 @@ struct HeldKernel {
     wait_copies();
   }
 
-  // Of rows with several chunks: four elements at a time.
+  // Of rows with several chunks: four elements at a time, in two places, where all that is read is asked for
+  // before any of it is used.
   __device__ __forceinline__ void put_together() const {
-    const int fours = static_cast<int>(in.d / 4);
+    constexpr int PLACES = 2, AHEAD = 4;
+    const int fours = static_cast<int>(in.d / 4), all = static_cast<int>(in.n) * fours;
+    const int apart = static_cast<int>(gridDim.x) * HELD_THREADS;
 #pragma unroll 1
-    for (int i = static_cast<int>(blockIdx.x) * HELD_THREADS + tid; i < static_cast<int>(in.n) * fours;
-         i += static_cast<int>(gridDim.x) * HELD_THREADS) {
-      const int index = i / fours, e = 4 * (i - index * fours);
-      const int64_t label = in.labels && classes > 1 ? in.labels[index] : 0;
-      if (label < -1 || label >= classes || !has_several(static_cast<int>(label))) continue;
-      if (!row_is_finite(in, index)) continue;
-      const int begin = label < 0 ? 0 : static_cast<int>(label) * chunks,
-                end = label < 0 ? teams : begin + chunks;
-      float4 sum = make_float4(0, 0, 0, 0);
-      bool any = false;
-#pragma unroll 4
-      for (int k = begin; k < end; ++k) {
-        if (shared.team_counts[k] == 0) continue;
-        any = true;
-        const float4 v =
-            __ldcg(reinterpret_cast<const float4*>(held.sums + (int64_t{k} * in.n + index) * in.d + e));
-        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    for (int i = static_cast<int>(blockIdx.x) * HELD_THREADS + tid; i < all; i += PLACES * apart) {
+      int64_t to[PLACES], labels[PLACES];
+      double2 by[PLACES];
+      float4 x[PLACES], sums[PLACES];
+      int index[PLACES], begin[PLACES], end[PLACES], most = 0;
+      bool any[PLACES];
+#pragma unroll
+      for (int q = 0; q < PLACES; ++q) {
+        const int at = min(i + q * apart, all - 1);
+        index[q] = at / fours, to[q] = int64_t{index[q]} * in.d + 4 * (at - index[q] * fours);
+        labels[q] = in.labels && classes > 1 ? in.labels[index[q]] : 0;
+        by[q] = __ldcg(held.ends + index[q]);
+        if (USUAL)
+          x[q] = __ldcg(reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + to[q]));
       }
-      if (!any) continue;  // NaN is there
-      const double2 by = __ldcg(held.ends + index);
-      const int64_t to = int64_t{index} * in.d + e;
-      if (USUAL) {
-        const float4 x = *reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + to);
-        const auto end = [&](float x, float sum) {
-          return static_cast<float>(fma(by.y, static_cast<double>(x), by.x * static_cast<double>(sum)));
-        };
-        *reinterpret_cast<float4*>(static_cast<float*>(in.out.data) + to) =
-            make_float4(end(x.x, sum.x), end(x.y, sum.y), end(x.z, sum.z), end(x.w, sum.w));
-      } else {
-        const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
-        for (int q = 0; q < 4; ++q)
-          store_as(in.out, to + q,
-                   fma(by.y, load_as<double>(in.x, to + q), by.x * static_cast<double>(sums[q])));
+#pragma unroll
+      for (int q = 0; q < PLACES; ++q) {
+        const bool served = i + q * apart < all && labels[q] >= -1 && labels[q] < classes &&
+                            has_several(static_cast<int>(labels[q])) && row_is_finite(in, index[q]);
+        begin[q] = served && labels[q] >= 0 ? static_cast<int>(labels[q]) * chunks : 0;
+        end[q] = !served ? 0 : labels[q] < 0 ? teams : begin[q] + chunks;
+        most = max(most, end[q] - begin[q]);
+        sums[q] = make_float4(0, 0, 0, 0), any[q] = false;
+      }
+#pragma unroll 1
+      for (int first = 0; first < most; first += AHEAD) {
+        float4 v[PLACES][AHEAD];
+#pragma unroll
+        for (int q = 0; q < PLACES; ++q) {
+#pragma unroll
+          for (int s = 0; s < AHEAD; ++s) {
+            const int k = begin[q] + first + s;
+            const bool is_there = k < end[q] && shared.team_counts[min(k, teams - 1)] > 0;
+            any[q] = any[q] || is_there;
+            const float* const from = held.sums + int64_t{k} * in.n * in.d + to[q];
+            v[q][s] = is_there ? __ldcg(reinterpret_cast<const float4*>(from)) : make_float4(0, 0, 0, 0);
+          }
+        }
+#pragma unroll
+        for (int q = 0; q < PLACES; ++q)
+#pragma unroll
+          for (int s = 0; s < AHEAD; ++s)
+            sums[q].x += v[q][s].x, sums[q].y += v[q][s].y, sums[q].z += v[q][s].z, sums[q].w += v[q][s].w;
+      }
+#pragma unroll
+      for (int q = 0; q < PLACES; ++q) {
+        if (!any[q]) continue;  // not served, or NaN is there
+        if (USUAL) {
+          const auto end = [&](float x, float sum) {
+            return static_cast<float>(
+                fma(by[q].y, static_cast<double>(x), by[q].x * static_cast<double>(sum)));
+          };
+          *reinterpret_cast<float4*>(static_cast<float*>(in.out.data) + to[q]) = make_float4(
+              end(x[q].x, sums[q].x), end(x[q].y, sums[q].y), end(x[q].z, sums[q].z), end(x[q].w, sums[q].w));
+        } else {
+          const float own[4] = {sums[q].x, sums[q].y, sums[q].z, sums[q].w};
+          for (int e = 0; e < 4; ++e)
+            store_as(in.out, to[q] + e,
+                     fma(by[q].y, load_as<double>(in.x, to[q] + e), by[q].x * static_cast<double>(own[e])));
+        }
       }
     }
   }
