@@ -120,7 +120,8 @@ struct Tile {
   static constexpr int ROWS = static_cast<int>(held_group(PARTS == 3));
   static constexpr int BOX_BYTES = PARTS * ROWS * LINE_BYTES;
   // Of a thread, see wgmma.cuh: what parts come to, one after the other.
-  static constexpr int SUMS = ROWS / 2, ACC = PARTS * SUMS;
+  static constexpr int SUMS = ROWS / 2;
+  [[maybe_unused]] static constexpr int ACC = PARTS * SUMS;
 };
 __device__ __forceinline__ int chunk_in_line(int line, int chunk) {
   return line * LINE_BYTES + ((chunk ^ (line & 7)) << 4);
