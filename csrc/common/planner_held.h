@@ -11,7 +11,7 @@ constexpr int64_t HELD_MOST_ROWS = 1024;   // of a pass
 constexpr int64_t HELD_BATCH = 64;         // rows that a block prepares at a time, or fewer
 constexpr int64_t HELD_MOST_REFS = 1024;   // of a chunk
 constexpr int64_t HELD_MOST_SLICE = 384;   // elements of a slice
-constexpr int64_t HELD_FIXED_SMEM = 9856;  // beside references, rows and weights
+constexpr int64_t HELD_FIXED_SMEM = 9984;  // beside references, rows and weights
 constexpr int64_t HELD_MOST_TEAMS = 160;   // of blocks with one chunk
 constexpr int64_t HELD_ROW_SMEM = 24;      // of a row of the call
 constexpr int64_t held_rows_smem(int64_t n) {

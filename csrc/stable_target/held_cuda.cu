@@ -20,7 +20,9 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/cluster.cuh"
 #include "common/planner_held.h"
+#include "common/tensor_map.cuh"
 #include "common/wgmma.cuh"
 #include "stable_target/bulk_products.cuh"
 #include "stable_target/launch.cuh"
@@ -34,6 +36,7 @@ constexpr int GROUP_WARPS = 4, GROUP = 32 * GROUP_WARPS, GROUPS = HELD_THREADS /
 // and the mean cancel, one.
 constexpr int SCORE_DEPTH = 4, SUM_DEPTH = 1;
 constexpr float WEIGHT_SCALE = 1 << 14;  // of the best: a weight's second part of float16 keeps its digits
+constexpr int NORMS_AT_ONCE = 2 * HELD_THREADS / 8;  // references: eight threads form two norms
 constexpr int LISTED = 256;  // references of a group that are scored again at a time: two to a thread
 
 // What a score may be off by, of the root of the sum over slices of the square of the largest term: almost
@@ -41,6 +44,8 @@ constexpr int LISTED = 256;  // references of a group that are scored again at a
 constexpr float HELD_ROUNDING = 9e-8f, LEAST_SHARE = 0.25f;
 
 struct Held {
+  CUtensorMap refs;  // (k m, d), boxes of box_refs x HELD_LINE
+  int box_refs;
   HeldCut cut;
   int64_t stride;   // references of all classes, in scores and weights
   int padded;       // of a class
@@ -76,6 +81,7 @@ struct HeldShared {
     int list[GROUPS][LISTED];
   };
   float centre[HELD_MOST_SLICE];
+  Barrier come[HELD_MOST_REFS / NORMS_AT_ONCE];  // references
   int of_warps[WARPS];
   int class_counts[HELD_MOST_TEAMS], team_counts[HELD_MOST_TEAMS];  // valid references
   // Of a batch, of one after the other. places: where its scores begin, among all; -1: no row.
@@ -492,8 +498,6 @@ struct HeldKernel {
   static constexpr int EACH = 2, AT_ONCE = EACH * WARPS;                // rows that are prepared at a time
   static constexpr int ROWS = Tile<T>::ROWS, BOX = Tile<T>::BOX_BYTES, SUMS = Tile<T>::SUMS;
   static constexpr int LINE = static_cast<int>(HELD_LINE), TILE = static_cast<int>(HELD_TILE);
-  // Eight threads bring a reference, as many references at a time, and form its norm.
-  static constexpr int REFS_AT_ONCE = HELD_THREADS / LINE_CHUNKS, PAIR = 2 * REFS_AT_ONCE;
 
   const Inputs& in;
   const Held& held;
@@ -513,8 +517,8 @@ struct HeldKernel {
   const int group = team / chunks, first_ref = team % chunks * chunk, offset = rank * slice;
   const int length = static_cast<int>(min(in.d - offset, int64_t{slice}));
   const int valid = count_of(group, team);
-  const int ref_boxes = slice / LINE, ref_box = chunk * LINE_BYTES;  // in bytes
-  const int boxes = (max(slice, chunk) + LINE - 1) / LINE;           // of a group of rows
+  const int used_boxes = (length + LINE - 1) / LINE, ref_box = chunk * LINE_BYTES;  // in bytes
+  const int boxes = (max(slice, chunk) + LINE - 1) / LINE;                          // of a group of rows
   int rows = 0, first_row = 0;  // of the class's rows, those of this block,
   int step = 0;                 // and of a batch: all have as many, or nearly
   bool several = false;         // whether any row has several chunks
@@ -532,28 +536,28 @@ struct HeldKernel {
   }
   __device__ __forceinline__ int line_of(int p, int i) const { return p * ROWS + i % ROWS; }
 
-  // Each thread 16 bytes of a line, of two references at a time.
+  // The references, by tensor copies, which leave the way of other loads free, in the order that norms are
+  // formed in; by one warp.
   __device__ __forceinline__ void begin_loading() const {
-    const T* const from =
-        static_cast<const T*>(in.refs.data) + (int64_t{group} * in.m + first_ref) * in.d + offset;
-    const int part8 = tid % LINE_CHUNKS;
+    if (warp != 0) return;
+    const int box_refs = held.box_refs, tall = (valid + box_refs - 1) / box_refs,
+              bytes = used_boxes * LINE_BYTES;
+    if (lane == 0) {
 #pragma unroll 1
-    for (int first = tid / LINE_CHUNKS; first - tid / LINE_CHUNKS < chunk; first += PAIR) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int j = first + k * REFS_AT_ONCE;
-        if (j >= chunk) break;
-        char* to = refs + chunk_in_line(j, part8);
-#pragma unroll 1
-        for (int e = 8 * part8; e < slice; e += LINE, to += ref_box) {
-          if (j < valid && e < length) {
-            copy_async(reinterpret_cast<float4*>(to), reinterpret_cast<const float*>(from + j * in.d + e));
-          } else {
-            *reinterpret_cast<float4*>(to) = make_float4(0, 0, 0, 0);
-          }
-        }
+      for (int turn = 0; turn * NORMS_AT_ONCE < valid; ++turn) {
+        init_barrier(&shared.come[turn], 1);
+        publish_barriers();
+        arrive_expecting(&shared.come[turn],
+                         min(NORMS_AT_ONCE, tall * box_refs - turn * NORMS_AT_ONCE) * bytes);
       }
-      end_copies();
+    }
+    __syncwarp();
+    const int first = static_cast<int>(group * in.m) + first_ref;
+#pragma unroll 1
+    for (int i = lane; i < tall * used_boxes; i += 32) {
+      const int j = i / used_boxes * box_refs, box = i % used_boxes;
+      tensor_copy(shared_address(refs) + box * ref_box + j * LINE_BYTES, held.refs, offset + box * LINE,
+                  first + j, shared_address(&shared.come[j / NORMS_AT_ONCE]));
     }
   }
 
@@ -601,35 +605,30 @@ struct HeldKernel {
   }
   __device__ __forceinline__ int end_of(int first) const { return min(rows, first + step); }
 
-  // |d_j|^2 of the slice, by the threads that have brought the reference, as it comes, and |c|^2; the centre
-  // is in shared memory.
+  // |d_j|^2 of the slice, eight threads to a reference, as references come, and |c|^2; the centre is in
+  // shared memory. Steps of sums that no reference fills are made zero.
   __device__ __forceinline__ void form_norms() const {
     const int part8 = tid % LINE_CHUNKS;
-    int later = (chunk + PAIR - 1) / PAIR;
 #pragma unroll 1
-    for (int first = tid / LINE_CHUNKS; later > 0; first += PAIR) {
-      --later;
-      if (later >= 3) {
-        wait_copies<3>();
-      } else if (later == 2) {
-        wait_copies<2>();
-      } else if (later == 1) {
-        wait_copies<1>();
-      } else {
-        wait_copies<0>();
-      }
+    for (int turn = 0; turn * NORMS_AT_ONCE < valid; ++turn) {
+      wait_barrier(&shared.come[turn], 0);
+      const int first = turn * NORMS_AT_ONCE + tid / LINE_CHUNKS;
       float square[2] = {};
 #pragma unroll 1
-      for (int box = 0; box < ref_boxes; ++box) {
+      for (int box = 0; box < used_boxes; ++box) {
         const float* const centre = shared.centre + box * LINE + 8 * part8;
         const float4 low = *reinterpret_cast<const float4*>(centre),
                      high = *reinterpret_cast<const float4*>(centre + 4);
         const float c[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const int j = first + k * REFS_AT_ONCE;
-          if (j >= chunk) break;
-          const uint4 raw = *reinterpret_cast<const uint4*>(refs + box * ref_box + chunk_in_line(j, part8));
+          const int j = first + k * (NORMS_AT_ONCE / 2);
+          uint4* const place = reinterpret_cast<uint4*>(refs + box * ref_box + chunk_in_line(j, part8));
+          if (j >= valid) {
+            if (j < (valid + 15) / 16 * 16) *place = make_uint4(0, 0, 0, 0);
+            continue;
+          }
+          const uint4 raw = *place;
           const T* const r = reinterpret_cast<const T*>(&raw);
           float eight = 0;
 #pragma unroll
@@ -645,8 +644,8 @@ struct HeldKernel {
 #pragma unroll
         for (int hop = LINE_CHUNKS / 2; hop > 0; hop /= 2)
           square[k] += __shfl_xor_sync(0xffffffffu, square[k], hop);
-        const int j = first + k * REFS_AT_ONCE;
-        if (part8 == 0 && j < chunk) shared.norms[j] = square[k];
+        const int j = first + k * (NORMS_AT_ONCE / 2);
+        if (part8 == 0 && j < valid) shared.norms[j] = square[k];
       }
     }
     if (warp == 0 && first_ref == 0 && part == 0) {
@@ -807,6 +806,10 @@ struct HeldKernel {
       if (tid < step && i >= 0 && i < rows)
         held.scales[(int64_t{index_of(i)} * teams + team) * slices + rank] = shared.scales[turn % 3][tid];
     };
+    if (rows == 0) {  // copies must have ended before the block does
+#pragma unroll 1
+      for (int k = 0; k * NORMS_AT_ONCE < valid; ++k) wait_barrier(&shared.come[k], 0);
+    }
     int turn = 0;
 #pragma unroll 1
     for (; turn * step < rows; ++turn) {
@@ -1069,6 +1072,9 @@ void run_held(const char* op, const Inputs& in, const Plan& plan, void* workspac
   held.cut = held_cut(plan, in.k, in.m);
   held.padded = static_cast<int>(held_padded(in.m)), held.stride = in.k * held.padded;
   held.exact_weights = !plan.fast;
+  // Of a chunk a whole number.
+  held.box_refs = static_cast<int>(std::min(held.cut.chunk & -held.cut.chunk, HELD_TILE));
+  held.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.k * in.m, 2 * in.d, held.box_refs);
   const HeldLayout layout = held_layout(plan.rows_per_pass, in.k, in.m, in.d, bf16, held.cut);
   char* next = static_cast<char*>(workspace);
   const auto take = [&](int64_t bytes) {
