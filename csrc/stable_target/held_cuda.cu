@@ -575,18 +575,22 @@ struct HeldKernel {
     for (int first = 0; first < in.n; first += HELD_THREADS) {
       const int index = first + tid;
       RowFacts facts{};
-      if (index < in.n) facts = know_row(in, index);
+      if (index < in.n) {
+        facts = know_row(in, index);
+        // The first row that each group of warps is to weigh.
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g)
+          if (index == static_cast<int>(blockIdx.x + gridDim.x * g)) shared.facts[g] = facts;
+      }
       spread = spread || (facts.any && has_several(facts.group));
       const bool mine = facts.any && valid > 0 && (facts.group < 0 || facts.group == group);
       const unsigned all = __ballot_sync(0xffffffffu, mine);
       if (lane == 0) shared.of_warps[warp] = __popc(all);
       __syncthreads();
-      int place = count + __popc(all & ((1u << lane) - 1));
-#pragma unroll 1
-      for (int w = 0; w < WARPS; ++w) {
-        if (w < warp) place += shared.of_warps[w];
-        count += shared.of_warps[w];
-      }
+      const int of_warp = lane < WARPS ? shared.of_warps[lane] : 0;
+      const int place = count + __popc(all & ((1u << lane) - 1)) +
+                        __reduce_add_sync(0xffffffffu, lane < warp ? of_warp : 0);
+      count += __reduce_add_sync(0xffffffffu, of_warp);
       if (mine) {
         const float high = static_cast<float>(facts.row.alpha);
         list.index[place] = index;
@@ -1010,12 +1014,13 @@ struct HeldKernel {
       for (int q = 0; q < PLACES; ++q) {
         if (!any[q]) continue;  // not served, or NaN is there
         if (USUAL) {
-          const auto end = [&](float x, float sum) {
+          const auto result = [&](float x, float sum) {
             return static_cast<float>(
                 fma(by[q].y, static_cast<double>(x), by[q].x * static_cast<double>(sum)));
           };
-          *reinterpret_cast<float4*>(static_cast<float*>(in.out.data) + to[q]) = make_float4(
-              end(x[q].x, sums[q].x), end(x[q].y, sums[q].y), end(x[q].z, sums[q].z), end(x[q].w, sums[q].w));
+          *reinterpret_cast<float4*>(static_cast<float*>(in.out.data) + to[q]) =
+              make_float4(result(x[q].x, sums[q].x), result(x[q].y, sums[q].y), result(x[q].z, sums[q].z),
+                          result(x[q].w, sums[q].w));
         } else {
           const float own[4] = {sums[q].x, sums[q].y, sums[q].z, sums[q].w};
           for (int e = 0; e < 4; ++e)
@@ -1039,9 +1044,6 @@ struct HeldKernel {
     list_rows(own_centre);
     float4 x[EACH][MOST];
     load_x(0, 0, x);
-    // The first row that each group of warps is to weigh.
-    const int64_t own = blockIdx.x + int64_t{gridDim.x} * (warp / GROUP_WARPS);
-    if (tid % GROUP == 0 && own < in.n) shared.facts[warp / GROUP_WARPS] = know_row(in, own);
     score_rows(x);
     weigh_rows();
     meet_all();
