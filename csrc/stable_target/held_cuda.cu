@@ -127,7 +127,6 @@ struct Tile {
   static constexpr int BOX_BYTES = PARTS * ROWS * LINE_BYTES;
   // Of a thread, see wgmma.cuh: what parts come to, one after the other.
   static constexpr int SUMS = ROWS / 2;
-  [[maybe_unused]] static constexpr int ACC = PARTS * SUMS;
 };
 __device__ __forceinline__ int chunk_in_line(int line, int chunk) {
   return line * LINE_BYTES + ((chunk ^ (line & 7)) << 4);
@@ -135,7 +134,8 @@ __device__ __forceinline__ int chunk_in_line(int line, int chunk) {
 
 // acc = a b^T over DEPTH steps of 16, a_step apart in the descriptor of a; under way.
 template <typename T, int DEPTH, int COLUMNS, int A_STEP>
-__device__ __forceinline__ void begin_lines(float (&acc)[Tile<T>::ACC], uint64_t a, uint64_t b) {
+__device__ __forceinline__ void begin_lines(float (&acc)[Tile<T>::PARTS * Tile<T>::SUMS], uint64_t a,
+                                            uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const auto multiply = [&](auto adds, int k) {
     constexpr int ADD = decltype(adds)::value;
@@ -159,13 +159,13 @@ __device__ __forceinline__ void multiply_lines(uint64_t a, uint64_t b, float (&s
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int SUMS = Tile<T>::SUMS, PARTS = Tile<T>::PARTS, TURNS = STEPS / DEPTH;
   static_assert(STEPS % DEPTH == 0);
-  float acc[TURNS > 1 ? 2 : 1][Tile<T>::ACC];
+  float acc[TURNS > 1 ? 2 : 1][Tile<T>::PARTS * Tile<T>::SUMS];
 #pragma unroll
   for (int turn = 0; turn <= TURNS; ++turn) {
     if (turn < TURNS)
       begin_lines<T, DEPTH, COLUMNS, A_STEP>(acc[turn % 2], a + turn * DEPTH * A_STEP, b + 2 * turn * DEPTH);
     if (turn == 0) continue;
-    float (&made)[Tile<T>::ACC] = acc[(turn - 1) % 2];
+    float (&made)[Tile<T>::PARTS * Tile<T>::SUMS] = acc[(turn - 1) % 2];
     if (turn < TURNS) {
       wait_products<1>(made);
     } else {
