@@ -56,6 +56,13 @@ def draw_rows(refs, n, rng, times=ALL_T, counts=None, everywhere=8):
     return x.cuda(), t.cuda(), labels.cuda()
 
 
+def make_classes(n, k, m, d, geometry, rng, dtype=torch.float16, **options):
+    """x (n, d), refs (k, m, d), t (n,), labels (n,). On the GPU."""
+    refs = make_references(k * m, d, geometry, rng).view(k, m, d).to(dtype)
+    x, t, labels = draw_rows(refs, n, rng, **options)
+    return x, refs.cuda(), t, labels
+
+
 def fill_partly(refs, rng):
     """Counts, and NaN in what is not filled. Of several the first is whole; of many one is zero and one negative."""
     k, m = refs.shape[:2]
@@ -96,6 +103,10 @@ def invalidate(refs, count):
     refs = refs.clone()
     refs[max(0, count) :] = math.nan
     return refs
+
+
+def worst_row(out: Tensor, expected: Tensor) -> float:
+    return float(((out.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
 
 def assert_served(kernel, x, refs, precision):

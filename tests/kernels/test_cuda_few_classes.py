@@ -12,6 +12,7 @@ from cuda_cases import (
     draw_rows,
     fill_partly,
     kernels_run,
+    make_classes,
     nothing_waits,
     on_two_streams,
 )
@@ -47,13 +48,6 @@ CUT = (321, 10, 4219, 1032)  # as many rows and classes, none of which ends wher
 ROUNDS = (1100, 10, 7001, 1032)
 PRECISIONS = ("exact", "fast")
 DTYPES = (torch.float16, torch.bfloat16)
-
-
-def make_classes(n, k, m, d, geometry, rng, dtype=torch.float16, **options):
-    """x (n, d), refs (k, m, d), t (n,), labels (n,). On the GPU."""
-    refs = make_references(k * m, d, geometry, rng).view(k, m, d).to(dtype)
-    x, t, labels = draw_rows(refs, n, rng, **options)
-    return x, refs.cuda(), t, labels
 
 
 def check(x, refs, t, labels, counts=None, precision="exact", **options):

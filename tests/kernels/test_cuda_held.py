@@ -9,13 +9,15 @@ from cuda_cases import (
     assert_close_at_each_time,
     assert_served,
     captured,
+    draw_rows,
+    fill_partly,
     kernels_run,
+    make_classes,
     nothing_waits,
     on_two_streams,
+    worst_row,
 )
 from kernel_cases import ALL_T, between, largest_logit, offset_by_one, photographs
-from test_cuda_few_classes import draw_rows, fill_partly, make_classes
-from test_cuda_near_ties import worst_row
 
 import stablevelocity_kernels as svel
 from stablevelocity_kernels import reference

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cuda_cases import GEOMETRIES, check_pool, make_pool
+from cuda_cases import GEOMETRIES, check_pool, make_pool, worst_row
 from kernel_cases import between
 from torch import Tensor
 
@@ -34,10 +34,6 @@ SUMMED = [
     (65_536, torch.float16),
     (131_072, torch.bfloat16),
 ]
-
-
-def worst_row(out: Tensor, expected: Tensor) -> float:
-    return float(((out.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
 
 def make_ties(
