@@ -199,6 +199,13 @@ __device__ inline void wait_for_grid(unsigned before) {
   } while (((before ^ now) & 0x80000000u) == 0);
 }
 
+// Both, by all threads of all blocks.
+__device__ inline void meet_grid() {
+  __syncthreads();
+  if (threadIdx.x == 0) wait_for_grid(arrive_in_grid());
+  __syncthreads();
+}
+
 // To a counter of arrivals in device memory: what the block's threads wrote before a barrier is there for
 // whoever finds a higher number, and for the threads that a barrier joins him with. Returns the number so
 // far.

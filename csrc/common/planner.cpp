@@ -93,12 +93,8 @@ constexpr int64_t SCORES_LIMIT = int64_t{128} << 20;  // bytes of scores held at
 constexpr int64_t VECTORS_LIMIT = int64_t{64} << 20;  // bytes of per-row vectors held at a time
 constexpr int64_t ROW_BYTES = 96;                     // one row's entry in the work list
 
-int64_t groups(const Problem& p) {
-  return p.has_labels ? p.k : 1;
-}
-
 int64_t list_bytes(const Problem& p) {
-  return p.n * ROW_BYTES + 8 * (groups(p) + 1) + 4096;
+  return p.n * ROW_BYTES + 8 * (p.groups() + 1) + 4096;
 }
 
 // Of a multiprocessor, for a row, a reference and an element. Measured on an H200: units of two rows take
@@ -163,10 +159,10 @@ constexpr int64_t MANY_ROWS_BYTES = 400'000'000, MANY_ROWS_CLASS_BYTES = 1'600'0
 
 int products_rows(const Problem& p, bool own_list, int64_t slices, int64_t teams) {
   if (p.refs_bf16 || slices > 1 || p.shared_rows) return PRODUCTS_ROWS;
-  const int64_t each = p.n / groups(p);        // rows of a class
+  const int64_t each = p.n / p.groups();       // rows of a class
   const int64_t bytes = p.n * class_bytes(p);  // that rows would read one by one
   const bool heavy = p.d > 1024 && p.n > WARP_LIST_ROWS && bytes >= MANY_ROWS_BYTES &&
-                     bytes >= MANY_ROWS_CLASS_BYTES * groups(p);
+                     bytes >= MANY_ROWS_CLASS_BYTES * p.groups();
   const bool many = p.d > 1024 ? !own_list || each >= 2 : each >= (own_list ? 8 : 2);
   return heavy || (many && p.n >= std::min<int64_t>(teams, p.sm_count)) ? PRODUCTS_MANY_ROWS : PRODUCTS_ROWS;
 }
@@ -193,12 +189,12 @@ bool plan_bulk(const Problem& p, Plan& plan) {
                   slice = slices == 1 ? p.d : ceil_div(ceil_div(p.d, slices), 8) * 8;
     if (slices > std::min(p.sm_count, BULK_MOST_SLICES)) continue;
     if (slices <= BULK_MAX_CLUSTER && tile.elements > 16) continue;  // no clusters: of few multiprocessors
-    if (groups(p) * ceil_div(p.m, tile.tile_refs) >= int64_t{1} << 31) continue;  // tiles of a unit are ints
-    plan.own_list = p.n <= OWN_LIST_ROWS && groups(p) <= OWN_LIST_GROUPS && p.m < int64_t{1} << 31 &&
+    if (p.groups() * ceil_div(p.m, tile.tile_refs) >= int64_t{1} << 31) continue;  // tiles of a unit are ints
+    plan.own_list = p.n <= OWN_LIST_ROWS && p.groups() <= OWN_LIST_GROUPS && p.m < int64_t{1} << 31 &&
                     !(products && p.shared_rows);  // the launch that makes it hears of other processes' rows
     const int64_t stage =
         products ? tile.tile_refs * products_ref_bytes(held) : tile.tile_refs * slice * p.refs_size;
-    const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
+    const int64_t units = p.n * std::max<int64_t>(1, p.groups() * ceil_div(p.m, tile.tile_refs));
     const int64_t resident = products ? products_resident(tile.group) : 1;
     const int64_t teams = std::max<int64_t>(1, std::min(resident * p.sm_count / slices, units));
     int rows = products      ? products_rows(p, plan.own_list, slices, teams)
@@ -208,7 +204,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
       const int64_t shared = products      ? products_smem(tile.tile_refs, slices, rows)
                              : slices == 1 ? BULK_FIXED_SMEM + groups_sums_smem(tile.elements)
                                            : BULK_FIXED_SMEM;
-      return shared + (plan.own_list ? bulk_list_smem(p.n, groups(p)) : 0);
+      return shared + (plan.own_list ? bulk_list_smem(p.n, p.groups()) : 0);
     };
     const int64_t most_stages = products      ? products_stages(tile.group, tile.tile_refs * tile.elements)
                                 : slices == 1 ? GROUPS_MAX_STAGES
@@ -247,12 +243,12 @@ bool plan_bulk(const Problem& p, Plan& plan) {
     plan.blocks = teams * slices;
     plan.splits = teams;
     plan.rows_per_pass = p.n;
-    plan.refs_per_pass = groups(p) * p.m;
+    plan.refs_per_pass = p.references();
     plan.smem_bytes = fixed + std::max({stages * stage, SETTLE_SMEM, plan.own_list ? LIST_SCRATCH_SMEM : 0});
     const int64_t of_ties = products ? int64_t{products_ties(p.n)} * PRODUCTS_TIE_BYTES : 0;
     const int64_t of_rows = products ? 64 + of_ties + (p.shared_rows ? 4 * p.d : 0) : 24 * slices;
     plan.workspace_bytes =
-        unit_list_bytes(p.n, groups(p)) + of_rows * p.n + 4096 +
+        unit_list_bytes(p.n, p.groups()) + of_rows * p.n + 4096 +
         plan.blocks * (plan.tile_rows * ((products ? 4 : 16) * slice + 512 + of_ties) + 8 * slice);
     plan.reason = tile.reason;
     return true;
@@ -268,7 +264,7 @@ constexpr double BULK_UNIT_SHARE = 0.75, BULK_READ_SHARE = 0.84;  // of the band
 constexpr double L2_BYTES = 45e6, L2_BANDWIDTH = 3.4e12;
 
 double bulk_seconds(const Problem& p, const Plan& plan) {
-  const double k = static_cast<double>(groups(p)), n = static_cast<double>(p.n), rows = plan.tile_rows;
+  const double k = static_cast<double>(p.groups()), n = static_cast<double>(p.n), rows = plan.tile_rows;
   const double seen = k * (1 - std::exp(-n / k));  // classes
   // The last unit of a class has any number of rows.
   const double units = std::max(seen, n / rows + seen * (rows - 1) / (2 * rows));
@@ -297,7 +293,7 @@ constexpr double SMALL_MANY_SECONDS = 75e-6, SMALL_MANY_ELEMENT_SECONDS = 13.4e-
 bool is_small_set(const Problem& p, const Plan& held) {
   Plan other;
   const double seconds = held_seconds(p, held);
-  const double products = static_cast<double>(ceil_div(p.n, 64) * 64 * groups(p) * p.m * p.d);
+  const double products = static_cast<double>(ceil_div(p.n, 64) * 64 * p.references() * p.d);
   const double many = SMALL_MANY_SECONDS + SMALL_MANY_ELEMENT_SECONDS * static_cast<double>(p.d) +
                       SMALL_MANY_PRODUCT_SECONDS * products;
   if (plan_many_rows(p, other) && many <= seconds) return false;
@@ -326,11 +322,11 @@ bool plan_stream(const Problem& p, Plan& plan) {
     plan.smem_bytes = STREAM_FIXED_SMEM + plan.stages * stage;
     const int64_t resident =
         std::clamp<int64_t>(p.smem_limit / (plan.smem_bytes + 1024), 1, 512 / tile.threads);
-    const int64_t units = p.n * std::max<int64_t>(1, groups(p) * ceil_div(p.m, tile.tile_refs));
+    const int64_t units = p.n * std::max<int64_t>(1, p.groups() * ceil_div(p.m, tile.tile_refs));
     plan.blocks = std::max<int64_t>(1, std::min(resident * p.sm_count, units));
     plan.splits = plan.blocks;
     plan.rows_per_pass = p.n;
-    plan.refs_per_pass = groups(p) * p.m;
+    plan.refs_per_pass = p.references();
     plan.workspace_bytes = list_bytes(p) + plan.blocks * (20 * p.d + 64);
     plan.reason = tile.reason;
     return true;
@@ -340,7 +336,7 @@ bool plan_stream(const Problem& p, Plan& plan) {
 
 void plan_two_pass(const Problem& p, Plan& plan, const std::string& reason) {
   const int64_t work = p.x_size == 8 || p.refs_size == 8 || p.d <= EXACT_D ? 8 : 4;
-  const int64_t tiles = std::max<int64_t>(1, groups(p) * ceil_div(p.m, TWO_PASS_TILE_REFS));
+  const int64_t tiles = std::max<int64_t>(1, p.groups() * ceil_div(p.m, TWO_PASS_TILE_REFS));
   plan.kernel = "two_pass";
   plan.aligned = p.aligned;
   plan.wide = p.x_size == 8 || p.refs_size == 8 || p.d <= EXACT_D;
@@ -355,7 +351,7 @@ void plan_two_pass(const Problem& p, Plan& plan, const std::string& reason) {
   const int64_t score_bytes = (tiles * TWO_PASS_TILE_REFS + 1) * plan.splits * work;
   const int64_t rows = std::min(SCORES_LIMIT / score_bytes, VECTORS_LIMIT / std::max<int64_t>(1, p.d * work));
   plan.rows_per_pass = std::clamp<int64_t>(rows, 1, std::max<int64_t>(1, p.n));
-  plan.refs_per_pass = groups(p) * p.m;
+  plan.refs_per_pass = p.references();
   plan.blocks = int64_t{16} * p.sm_count;
   plan.workspace_bytes =
       list_bytes(p) + plan.rows_per_pass * (score_bytes + p.d * work + 8 * plan.splits + 64);
@@ -482,7 +478,7 @@ Plan make_plan(const Problem& p) {
   } else if (!plan_bulk(p, plan) && !plan_stream(p, plan)) {
     plan_two_pass(p, plan, "D above what one block holds: scores first, then the weighted sum");
   }
-  const int64_t read = std::min(groups(p), std::max<int64_t>(p.n, 1)) * p.m * p.d * p.refs_size;
+  const int64_t read = std::min(p.groups(), std::max<int64_t>(p.n, 1)) * p.m * p.d * p.refs_size;
   plan.bytes = read * (plan.kernel == "two_pass" ? 2 : 1) + p.n * p.d * p.x_size * (p.has_source ? 3 : 2);
   plan.flops = 4 * p.n * p.m * p.d;
   return plan;

@@ -22,6 +22,9 @@ struct Problem {
   int cc = 90;                  // compute capability times ten
   bool has_sm90a = true;        // code for compute capability 9.0 with its own instructions was compiled
   std::string precision = "exact";
+
+  int64_t groups() const { return has_labels ? k : 1; }
+  int64_t references() const { return groups() * m; }  // of all groups
 };
 
 // What units of class banks cost: a tile with one row TILE_WEIGHT, with two rows and with more; the change to
@@ -66,6 +69,9 @@ struct Plan {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
+}
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
 }
 constexpr int64_t WORKSPACE_LIMIT = int64_t{256} << 20;
 constexpr int TWO_PASS_TILE_REFS = 16;

@@ -12,10 +12,6 @@ constexpr int64_t LEAST_ROWS = 64;                      // of a pass, at most
 constexpr int64_t LEAST_D = 256;                        // shorter sums leave the softmax in charge
 constexpr int64_t HELD_WORKSPACE = int64_t{192} << 20;  // bytes
 
-int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
-
 // Of held_seconds, by a fit of 22 pools and banks on an H100 (16 to 1,024 rows, 256 to 2,048 references of
 // 256 to 4,096 elements, 30 to 163 us), which it meets within a seventh or, with D of 1,024, a quarter: what
 // every call takes, and a batch of rows; a multiprocessor's rate of products, in both passes; what a row is
@@ -29,7 +25,7 @@ constexpr int64_t SHORT_D = 1024;
 constexpr double SHORT_SECONDS = 9e-6;
 
 double seconds_of(const Problem& p, const HeldCut& cut) {
-  const double k = static_cast<double>(p.has_labels ? p.k : 1), n = static_cast<double>(p.n);
+  const double k = static_cast<double>(p.groups()), n = static_cast<double>(p.n);
   const double sm = p.sm_count, m = static_cast<double>(p.m), d = static_cast<double>(p.d);
   const double rows = std::ceil(n / k / static_cast<double>(cut.row_parts));  // of a block
   const double chunk = static_cast<double>(cut.chunk), slice = static_cast<double>(cut.slice);
@@ -81,7 +77,7 @@ namespace {
 
 // The quickest cut for so many rows of a pass, and what it takes; no cut: INFINITY.
 double best_cut(const Problem& pass, HeldCut& best) {
-  const int64_t k = pass.has_labels ? pass.k : 1;
+  const int64_t k = pass.groups();
   double least = INFINITY;
   for (int64_t chunks = ceil_div(pass.m, HELD_MOST_REFS);
        k * chunks <= std::min<int64_t>(pass.sm_count, HELD_MOST_TEAMS); ++chunks) {
@@ -116,9 +112,9 @@ double best_cut(const Problem& pass, HeldCut& best) {
 bool plan_held(const Problem& p, Plan& plan) {
   if (p.cc != 90 || !p.has_sm90a || p.refs_size != 2 || p.x_size == 8 || !p.aligned) return false;
   if (p.has_source || p.shared_rows || p.n < 1 || p.d < LEAST_D) return false;
-  const int64_t k = p.has_labels ? p.k : 1, each = p.smem_limit / 2;  // values of a block, at most
-  if (p.m < 1 || k < 1 || k > p.sm_count || k * p.m > MOST_REFS) return false;
-  if (p.d > p.sm_count * HELD_MOST_SLICE || k * p.m * p.d > p.sm_count * each) return false;
+  const int64_t k = p.groups(), each = p.smem_limit / 2;  // values of a block, at most
+  if (p.m < 1 || k < 1 || k > p.sm_count || p.references() > MOST_REFS) return false;
+  if (p.d > p.sm_count * HELD_MOST_SLICE || p.references() * p.d > p.sm_count * each) return false;
   Problem pass = p;
   HeldCut best;
   for (int64_t most = HELD_MOST_ROWS; most >= LEAST_ROWS; most /= 2) {
@@ -137,7 +133,7 @@ bool plan_held(const Problem& p, Plan& plan) {
   plan.blocks = k * best.chunks * best.slices * best.row_parts;
   plan.splits = best.chunks;
   plan.rows_per_pass = pass.n;
-  plan.refs_per_pass = k * p.m;
+  plan.refs_per_pass = p.references();
   plan.stages = static_cast<int>(best.buffers);
   plan.smem_bytes = held_smem(best, pass.n, p.refs_bf16);
   plan.workspace_bytes = held_layout(pass.n, k, p.m, p.d, p.refs_bf16, best).total();
@@ -149,8 +145,7 @@ bool plan_held(const Problem& p, Plan& plan) {
 double held_seconds(const Problem& p, const Plan& plan) {
   Problem pass = p;
   pass.n = plan.rows_per_pass;
-  return static_cast<double>(ceil_div(p.n, pass.n)) *
-         seconds_of(pass, held_cut(plan, p.has_labels ? p.k : 1, p.m));
+  return static_cast<double>(ceil_div(p.n, pass.n)) * seconds_of(pass, held_cut(plan, p.groups(), p.m));
 }
 
 }  // namespace svel

@@ -83,7 +83,7 @@ bool plan_pool(const Problem& p, Plan& plan) {
 
 bool plan_pool_bank(const Problem& p, const Plan& plan, PoolBankPlan& bank) {
   if (!p.has_labels || p.shared_rows || plan.kernel != "bulk" || p.n > POOL_BANK_ROWS) return false;
-  const int64_t m = p.k * p.m;
+  const int64_t m = p.references();
   if (!can_read(p, m)) return false;
   // As above: for a single unit of rows the bulk kernel reads the bank once as well.
   if (ceil_div(p.n / NULL_SHARE, plan.tile_rows) * p.d <= LEAST_SHARE) return false;

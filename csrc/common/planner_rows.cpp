@@ -22,14 +22,6 @@ constexpr double READ_SHARE = 0.78;                // of the bandwidth
 // blocks, of which the last is seldom full: so much of one is lost.
 constexpr double LOST_WAVE = 0.6;
 
-int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
-
-int64_t all_references(const Problem& p) {
-  return p.has_labels ? p.k * p.m : p.m;
-}
-
 // Whether rows meet references so often that their norms had better be formed once: T tiles of rows in the
 // order of K classes meet K + T - 1 classes in all, and those of a pool T times the pool.
 bool has_norms(int64_t n, int64_t classes) {
@@ -64,7 +56,7 @@ bool plan_many_rows(const Problem& p, Plan& plan) {
   if (p.cc != 90 || !p.has_sm90a || p.refs_size != 2 || p.x_size == 8 || !p.aligned) return false;
   if (p.has_source) return false;  // exact: 2.006e-6 seen at t = 0.2, M = 700
   if (p.has_labels && (p.k > MANY_CLASSES || p.shared_rows)) return false;
-  const int64_t refs = all_references(p), classes = p.has_labels ? p.k : 0;
+  const int64_t refs = p.references(), classes = p.has_labels ? p.k : 0;
   const int64_t smem = classes > 1 ? MANY_CLASSES_SMEM_BYTES : MANY_SMEM_BYTES;
   if (p.n < MIN_ROWS || refs < MIN_REFS || p.d < MIN_D || d_tiles > MANY_SEGMENTS) return false;
   if (refs > MOST_REFS || smem > p.smem_limit) return false;
@@ -106,14 +98,14 @@ bool plan_many_rows(const Problem& p, Plan& plan) {
 }
 
 double many_rows_seconds(const Problem& p, const Plan& plan) {
-  const double refs = static_cast<double>(all_references(p)), k = p.has_labels ? p.k : 1;
+  const double refs = static_cast<double>(p.references()), k = static_cast<double>(p.groups());
   const bool ordered = k > 1 && p.n > MANY_ROWS;
   const int64_t full = p.n / MANY_ROWS, left = p.n % MANY_ROWS;
   const int64_t width = left == 0 ? 0 : left <= 64 ? 64 : left <= 128 ? 128 : MANY_ROWS;
   const double product = p.refs_bf16 ? PRODUCT_SECONDS_BF16 : PRODUCT_SECONDS;
   const double read = 2 * p.refs_size / (READ_SHARE * p.bandwidth);  // for two products
   const auto of_tile = [&](int64_t rows) { return rows ? std::max(rows * product, read) : 0; };
-  const int64_t rounds = ceil_div(p.n, plan.rows_per_pass) * ceil_div(all_references(p), plan.refs_per_pass);
+  const int64_t rounds = ceil_div(p.n, plan.rows_per_pass) * ceil_div(p.references(), plan.refs_per_pass);
   if (!ordered) return rounds * PASS_SECONDS + refs * p.d * (full * of_tile(MANY_ROWS) + of_tile(width));
   // At each place where one tile ends and the next begins a class is met by both, and a tile meets parts of
   // two pairs of reference tiles. With labels drawn evenly, and no rows of all classes. Each tile has dense

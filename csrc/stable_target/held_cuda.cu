@@ -109,13 +109,6 @@ __device__ __forceinline__ uint4 load_straight(uint32_t row) {
   return make_uint4(v[0], v[1], v[2], v[3]);
 }
 
-// The cooperative grid, all threads.
-__device__ __forceinline__ void meet_all() {
-  __syncthreads();
-  if (threadIdx.x == 0) wait_for_grid(arrive_in_grid());
-  __syncthreads();
-}
-
 // TILES times sixteen references, or elements of D, beside sixteen rows, or eight. load_a(step, tile): the
 // left operand; lines: of the right one, PARTS of them, `part` bytes apart.
 template <typename T, int DEPTH, typename LoadA>
@@ -711,7 +704,7 @@ struct HeldKernel {
     const Weigher<T> weigh{in, held, shared, crew};
     const RowFacts& facts = shared.facts[crew.number];
     int index = static_cast<int>(blockIdx.x + gridDim.x * crew.number);
-    meet_all();
+    meet_grid();
 #pragma unroll 1
     while (index < in.n) {
       weigh(facts);
@@ -894,10 +887,10 @@ struct HeldKernel {
     form_norms();
     score_rows(x);
     weigh_rows();
-    meet_all();
+    meet_grid();
     sum_rows();
     if (!several) return;
-    meet_all();
+    meet_grid();
     put_together();
   }
 };

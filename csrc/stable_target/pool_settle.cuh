@@ -19,13 +19,6 @@ struct PoolPart {  // of what one block has of a row
   double total;    // of weights, the best's 1
 };
 
-// All threads of all blocks.
-__device__ inline void meet_grid() {
-  __syncthreads();
-  if (threadIdx.x == 0) wait_for_grid(arrive_in_grid());
-  __syncthreads();
-}
-
 // One cooperative grid. doubtful (words,), parts (blocks,), sums (blocks, d). BANK: bits are places in its
 // order.
 template <bool BANK>
