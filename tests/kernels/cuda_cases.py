@@ -186,3 +186,39 @@ def on_two_streams(op: Callable, problems: Sequence[Sequence[Tensor]]) -> Iterat
     torch.cuda.synchronize()
     for made, right in zip(outs, expected, strict=True):
         yield from ((out, right) for out in made)
+
+
+def check_partly_filled(check: Callable, shape, geometry, rng, dtype, precision):
+    """Holes between classes, classes without references, labels of none, and rows of all classes beside them."""
+    n, k, m, d = shape
+    refs = make_references(k * m, d, geometry, rng).view(k, m, d).to(dtype)
+    counts = fill_partly(refs, rng)
+    x, t, labels = draw_rows(refs.nan_to_num(), n, rng, counts=counts)
+    labels[3], labels[4], t[5], x[6, d - 1] = k, -2, math.nan, math.inf
+    for kind in (torch.int32, torch.int64):
+        out = check(x, refs.cuda(), t, labels, counts.to(kind).cuda(), precision)
+        empty = (labels == k) | (labels == -2) | (counts.cuda()[labels.clamp(0, k - 1)] <= 0) & (labels >= 0)
+        assert out[empty].isnan().all()
+
+
+def check_graph_of_classes(shape, rng):
+    """A graph of both ops gives what they give, whatever its inputs become; nothing waits."""
+    n, k, m, d = shape
+
+    def fresh(geometry, counts=None):
+        refs = make_references(k * m, d, geometry, rng).view(k, m, d).half()
+        counts = fill_partly(refs, rng) if counts is None else counts
+        return [*draw_rows(refs.nan_to_num(), n, rng, counts=counts), refs.cuda(), counts.cuda()]
+
+    def target(x, t, labels, refs, counts):
+        mean, lse = svel.posterior_mean(x, refs, 1 - t, t, labels, counts)
+        return svel.stable_target(x, refs, t, labels, counts), mean, lse
+
+    static = fresh("manifold")
+    replay = captured(target, static)
+    with nothing_waits():
+        target(*static)
+    for geometry, counts in (("shifted", None), ("gaussian", torch.full((k,), m)), ("manifold", torch.zeros(k).long())):
+        new = fresh(geometry, counts)
+        for out, expected in zip(replay(new), target(*new), strict=True):
+            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)

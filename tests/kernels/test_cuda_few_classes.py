@@ -8,12 +8,12 @@ from cuda_cases import (
     GEOMETRIES,
     assert_close_at_each_time,
     assert_served,
-    captured,
+    check_graph_of_classes,
+    check_partly_filled,
     draw_rows,
     fill_partly,
     kernels_run,
     make_classes,
-    nothing_waits,
     on_two_streams,
 )
 from kernel_cases import ALL_T, largest_logit, offset_by_one, photographs
@@ -72,15 +72,7 @@ def test_shapes(rng, n, k, m, d, geometry, dtype, precision):
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize(("n", "k", "m", "d"), SHAPES)
 def test_partly_filled(rng, n, k, m, d, geometry, dtype, precision):
-    """Holes between classes, classes without references, labels of none, and rows of all classes beside them."""
-    refs = make_references(k * m, d, geometry, rng).view(k, m, d).to(dtype)
-    counts = fill_partly(refs, rng)
-    x, t, labels = draw_rows(refs.nan_to_num(), n, rng, counts=counts)
-    labels[3], labels[4], t[5], x[6, d - 1] = k, -2, math.nan, math.inf
-    for kind in (torch.int32, torch.int64):
-        out = check(x, refs.cuda(), t, labels, counts.to(kind).cuda(), precision)
-        empty = (labels == k) | (labels == -2) | (counts.cuda()[labels.clamp(0, k - 1)] <= 0) & (labels >= 0)
-        assert out[empty].isnan().all()
+    check_partly_filled(check, (n, k, m, d), geometry, rng, dtype, precision)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -347,25 +339,7 @@ def test_repeats_bit_for_bit(rng):
 
 @pytest.mark.parametrize("shape", [SHAPE, CUT, (700, 1, 2600, 520)], ids=str)
 def test_nothing_waits_and_a_graph_follows_its_inputs(rng, shape):
-    n, k, m, d = shape
-
-    def fresh(geometry, counts=None):
-        refs = make_references(k * m, d, geometry, rng).view(k, m, d).half()
-        counts = fill_partly(refs, rng) if counts is None else counts
-        return [*draw_rows(refs.nan_to_num(), n, rng, counts=counts), refs.cuda(), counts.cuda()]
-
-    def target(x, t, labels, refs, counts):
-        mean, lse = svel.posterior_mean(x, refs, 1 - t, t, labels, counts)
-        return svel.stable_target(x, refs, t, labels, counts), mean, lse
-
-    static = fresh("manifold")
-    replay = captured(target, static)
-    with nothing_waits():
-        target(*static)
-    for geometry, counts in (("shifted", None), ("gaussian", torch.full((k,), m)), ("manifold", torch.zeros(k).long())):
-        new = fresh(geometry, counts)
-        for out, expected in zip(replay(new), target(*new), strict=True):
-            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    check_graph_of_classes(shape, rng)
 
 
 def test_two_streams_at_once(rng):
