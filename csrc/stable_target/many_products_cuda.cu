@@ -1240,12 +1240,14 @@ void launch_sum(const char* op, const Inputs& in, const Many& many, const SumArg
 
 }  // namespace
 
-void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream) {
+void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream,
+                       int64_t ref_bytes, int64_t row_bytes) {
+  if (ref_bytes == 0) ref_bytes = 2 * in.d;
+  if (row_bytes == 0) row_bytes = 2 * many.d_stride;
   ScoreArguments args;
-  args.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, static_cast<int>(MANY_TILE));
-  args.queries =
-      map_rows(op, low ? many.dense_lo : many.hi, Dtype::f16, in.d, many.padded, 2 * many.d_stride, 64);
-  args.lows = map_rows(op, many.lo, Dtype::f16, in.d, many.padded, 2 * many.d_stride, LOW_BOX);
+  args.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.m, ref_bytes, static_cast<int>(MANY_TILE));
+  args.queries = map_rows(op, low ? many.dense_lo : many.hi, Dtype::f16, in.d, many.padded, row_bytes, 64);
+  args.lows = map_rows(op, many.lo, Dtype::f16, in.d, many.padded, row_bytes, LOW_BOX);
   const bool half = in.refs.dtype == Dtype::f16;
   const auto run = many.class_refs > 0
                        ? (half ? launch_score<__half, true> : launch_score<__nv_bfloat16, true>)

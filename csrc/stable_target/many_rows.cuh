@@ -49,6 +49,9 @@ struct ManyFacts {
   int late;                    // of which so many lack y_lo.d
   int early;  // rows of the pass expected to be dense, see early_rows: until the last, or their number
   int splits, narrow_splits;  // of the sums, see ManySums
+  // Of float32 references: the bits of the largest share of |d_j| that their first halves leave out, so far;
+  // of what the rows' bounds have; blocks of halves_kernel that are through.
+  int max_rest, known_rest, halved;
 };
 
 struct ManySlot {  // one row of a pass
@@ -57,7 +60,7 @@ struct ManySlot {  // one row of a pass
   double best;   // largest score so far: -INFINITY before any
   double total;  // sum of exp(rate (s_j - best)) so far; between list and sums of a dense row, of either sign
   float own;     // bound of |(y_hi - y).d_j| / |d_j|, with the rounding of the sums,
-  float summed;  // and of this alone
+  float summed;  // and of this alone; of float32 references |y|
   float rate2;   // rate log2(e)
   float top;     // what weights are relative to: the largest score up to this round, as they have it
   int alive;
@@ -296,9 +299,10 @@ struct ManySums {
   ManyTiles rows;
   int d_tiles, pairs, fours, splits, narrow_splits;
 
-  __device__ explicit ManySums(const Many& many)
+  // parts: of D, one after the other, each as long as d_stride.
+  __device__ explicit ManySums(const Many& many, int parts = 1)
       : rows(many.facts->dense),
-        d_tiles(static_cast<int>(many.d_stride / MANY_TILE)),
+        d_tiles(static_cast<int>(parts * many.d_stride / MANY_TILE)),
         pairs((d_tiles + 1) / 2),
         fours((d_tiles + 3) / 4),
         splits(many.facts->splits),
@@ -332,8 +336,8 @@ struct ManyClassParts {
   const ManyClassSums& sums;
   int d_tiles;
 
-  __device__ explicit ManyClassParts(const Many& many)
-      : sums(many.classes->sums), d_tiles(static_cast<int>(many.d_stride / MANY_TILE)) {}
+  __device__ explicit ManyClassParts(const Many& many, int parts = 1)
+      : sums(many.classes->sums), d_tiles(static_cast<int>(parts * many.d_stride / MANY_TILE)) {}
   __device__ int splits_of(int row_tile) const { return sums.splits[row_tile]; }
   __device__ int index(int row_tile, int split, int d_tile) const {
     return (sums.parts_before[row_tile] + split) * d_tiles + d_tile;
@@ -395,7 +399,9 @@ __device__ inline void follow_previous() {
   wait_for_previous_launch();
 }
 
-void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream);
+// ref_bytes, row_bytes: from one reference, or y, to the next; 0: they follow one another.
+void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream,
+                       int64_t ref_bytes = 0, int64_t row_bytes = 0);
 void launch_many_sum(const char* op, const Inputs& in, const Many& many, cudaStream_t stream);
 
 }  // namespace svel::cuda
