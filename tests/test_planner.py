@@ -285,6 +285,38 @@ def test_many_rows_beside_a_pool(n, m, d, device, refs_dtype, precision):
     assert plan["fast"] is (precision == "fast")
 
 
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("device", ["h100", "h200"])
+@pytest.mark.parametrize(
+    ("n", "m", "d", "k"),
+    [
+        (27, 50_000, 3072, None),
+        (256, 50_000, 3072, None),
+        (1024, 50_000, 3072, None),
+        (4096, 50_000, 1024, None),
+        (4096, 50_000, 128, None),
+        (16_384, 50_000, 3080, None),
+        (128, 2**31 - 1024, 4096, None),
+        (256, 50_000, 25_600, None),
+        (256, 5000, 3072, 10),
+        (1024, 5000, 3072, 10),
+        (100, 5000, 4096, 1),
+    ],
+)
+def test_many_rows_beside_float32(n, m, d, k, device, precision):
+    """The halves of a round's references are in the workspace, which stays bounded."""
+    limits = info.DEVICES[device]
+    plan = info.plan(n, m, d, k, refs_dtype=torch.float32, precision=precision, device=device)
+    assert plan["kernel"] == "many_rows"
+    assert plan["workspace_bytes"] < 256 << 20
+    assert plan["smem_bytes"] <= limits.smem_limit
+    assert plan["refs_per_pass"] % plan["tile_refs"] == 0
+    padded = -(-d // 128) * 128
+    taken = plan["refs_per_pass"] * (4 * padded + 4) + 17 * plan["refs_per_pass"] * plan["rows_per_pass"] // 4
+    assert taken < plan["workspace_bytes"]
+    assert plan["bytes"] == 4 * (k or 1) * m * d + 8 * n * d
+
+
 @pytest.mark.parametrize(
     ("sizes", "other"),
     [
@@ -296,10 +328,18 @@ def test_many_rows_beside_a_pool(n, m, d, device, refs_dtype, precision):
         ((256, 2**31 - 1023, 4096), {}),
         ((256, 50_000, 4100), {"aligned": False}),
         ((256, 50_000, 4096), {"aligned": False}),
-        ((256, 50_000, 4096), {"refs_dtype": torch.float32}),
         ((256, 50_000, 4096), {"x_dtype": torch.float64}),
         ((256, 50_000, 4096), {"device": "b200"}),
         ((256, 50_000, 4096), {"device": "a100"}),
+        ((26, 50_000, 4096), {"refs_dtype": torch.float32}),
+        ((256, 2047, 4096), {"refs_dtype": torch.float32}),
+        ((65, 2568, 256), {"refs_dtype": torch.float32}),  # sooner done by units
+        ((256, 50_000, 120), {"refs_dtype": torch.float32}),
+        ((256, 50_000, 25_608), {"refs_dtype": torch.float32}),
+        ((256, 50_000, 3076), {"refs_dtype": torch.float32}),  # a half of eight elements is no 16 bytes
+        ((256, 50_000, 3072), {"refs_dtype": torch.float32, "aligned": False}),
+        ((256, 50_000, 3072), {"refs_dtype": torch.float32, "source": True}),
+        ((256, 50_000, 3072), {"refs_dtype": torch.float32, "device": "a100"}),
     ],
     ids=str,
 )
@@ -354,7 +394,8 @@ def test_few_classes_beside_many_rows(n, m, d, k, device, refs_dtype, precision)
         ((256, 2**29, 4096, 4), {}),
         ((256, 5000, 3072, 10), {"source": True}),
         ((256, 5000, 3072, 10), {"aligned": False}),
-        ((256, 5000, 3072, 10), {"refs_dtype": torch.float32}),
+        ((256, 5000, 3076, 10), {"refs_dtype": torch.float32}),
+        ((64, 256, 1024, 10), {"refs_dtype": torch.float32}),
         ((256, 5000, 3072, 10), {"x_dtype": torch.float64}),
         ((256, 5000, 3072, 10), {"device": "b200"}),
         ((256, 5000, 3072, 10), {"device": "a100"}),

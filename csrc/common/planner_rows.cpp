@@ -19,8 +19,9 @@ constexpr double PRODUCT_SECONDS = 8.4e-15,
                  PRODUCT_SECONDS_BF16 = 10.4e-15;  // a row, a reference, an element
 constexpr double READ_SHARE = 0.78;                // of the bandwidth
 // Of float32, by the products of dense rows: exact 1 for all references, 2 more for the rest of scores, and 4
-// for the sums, where references of two bytes have 1, 1 and 2. Not measured.
-constexpr double FLOAT_PRODUCTS = 7.0 / 4;
+// for the sums, where references of two bytes have 1, 1 and 2. A round has the launch that makes halves, too.
+// Not measured.
+constexpr double FLOAT_PRODUCTS = 7.0 / 4, FLOAT_PASS_SECONDS = 60e-6;
 constexpr double FLOAT_READ = 10, FLOAT_FAST_READ = 6;  // bytes of an element by products
 // Rows in the order of their classes, beside ten classes of 5,000 on an H100: 300 rows 519 us, 512 rows 623,
 // 1,024 rows 853, 2,048 rows 1,251; beside fifty of 1,000, 1,024 rows 806. A pass is a few waves of thread
@@ -43,7 +44,7 @@ int64_t best_rounds(const Problem& p, int64_t refs, int64_t rows, int64_t least)
   const auto time_of = [&](int64_t rounds) {
     const int64_t units = ceil_div(ceil_div(refs, rounds), 2 * MANY_TILE) * row_tiles;
     return static_cast<double>(rounds) *
-           (PASS_SECONDS + static_cast<double>(ceil_div(units, clusters)) * wave);
+           (FLOAT_PASS_SECONDS + static_cast<double>(ceil_div(units, clusters)) * wave);
   };
   int64_t best = least;
   for (int64_t rounds = least; rounds <= least + least / 2 + 1; ++rounds)
@@ -139,6 +140,7 @@ double many_rows_seconds(const Problem& p, const Plan& plan) {
   const double product = p.refs_bf16              ? PRODUCT_SECONDS_BF16
                          : is_float && !plan.fast ? PRODUCT_SECONDS * FLOAT_PRODUCTS
                                                   : PRODUCT_SECONDS;
+  const double pass = is_float ? FLOAT_PASS_SECONDS : PASS_SECONDS;
   const double bytes = !is_float ? 2 * p.refs_size : plan.fast ? FLOAT_FAST_READ : FLOAT_READ;
   const double read = bytes / (READ_SHARE * p.bandwidth);  // for the products
   const auto of_tile = [&](int64_t rows) { return rows ? std::max(rows * product, read) : 0; };
@@ -146,8 +148,7 @@ double many_rows_seconds(const Problem& p, const Plan& plan) {
   const int64_t rounds = passes * ceil_div(p.references(), plan.refs_per_pass);
   const double halves =  // made in every pass
       is_float ? passes * refs * p.d * 8 / (READ_SHARE * p.bandwidth) : 0;
-  if (!ordered)
-    return rounds * PASS_SECONDS + halves + refs * p.d * (full * of_tile(MANY_ROWS) + of_tile(width));
+  if (!ordered) return rounds * pass + halves + refs * p.d * (full * of_tile(MANY_ROWS) + of_tile(width));
   // At each place where one tile ends and the next begins a class is met by both, and a tile meets parts of
   // two pairs of reference tiles. With labels drawn evenly, and no rows of all classes. Each tile has dense
   // rows, which were not expected where not all were: they read what it meets once more.
@@ -155,7 +156,7 @@ double many_rows_seconds(const Problem& p, const Plan& plan) {
                met = std::min(refs, refs / k * (k + tiles - 1) / tiles + 2 * MANY_TILE);
   const double again = plan.fast ? 0 : read / 2;
   const double wave = p.sm_count * MANY_TILE * p.d * MANY_ROWS * product;
-  return rounds * (PASS_SECONDS + LOST_WAVE * wave) + halves +
+  return rounds * (pass + LOST_WAVE * wave) + halves +
          met * p.d * (full * of_tile(MANY_ROWS) + of_tile(width) + tiles * again);
 }
 
