@@ -1,5 +1,5 @@
-// One shared pool of 16-bit references and many rows, on Hopper's matrix units. With c a centre of the
-// references, d_j = r_j - c and y = x - alpha c, a row's scores are
+// One shared pool of references and many rows, on Hopper's matrix units: of 16 bits, or float32, see below.
+// With c a centre of the references, d_j = r_j - c and y = x - alpha c, a row's scores are
 //   s_j = y.d_j - alpha/2 (|d_j|^2 - norm0),
 // its weights p = softmax_j(rate s_j), its mean c + sum_j p_j d_j.
 // Rows go in passes, in the order of falling time; the references of a pass in rounds whose scores fit the
@@ -22,6 +22,15 @@
 // c; where it is not, the remainder is multiplied too. The matrix units truncate what they add up, so at most
 // 64 products are summed before they join ordinary float32 sums; y_lo.d, which is small, they add up to the
 // end, as they do all sums where results need not be exact.
+//
+// Float32 references are not operands. Before a round those of the round become two halves each, r_j - c =
+// d_hi
+// + d_lo to 22 bits, in the workspace: d_hi in the first d_stride elements of a row, d_lo in as many more.
+// All products are the same kernels' as of float16 without a centre. Scores are of y_hi.d_hi, with a bound
+// that has the largest share that d_hi leaves out of any; those of dense rows get y_lo.d_hi + y_hi.d_lo, one
+// product of twice the length, for which y has both halves too, in the other order; sums are of twice as many
+// elements, and are put together in merge. No row is expected to be dense. Lists are scored and summed from
+// the references as stored.
 //
 // A bank of few classes is a pool of all their references, those that are not valid too, of which a row has a
 // range, or all: scores of others are -INFINITY, so that they come in no list and weigh nothing. What holds
@@ -95,7 +104,7 @@ struct Many {
   ManyFacts* facts;     // one
   ManySlot* slots;      // (rows,)
   ManyFactor* factors;  // (rows,)
-  __half *hi, *lo;      // (rows, d_stride) y 2^e
+  __half *hi, *lo;      // (rows, d_stride) y 2^e; of float32 references one array, (rows, [lo, hi])
   float* norms;         // (m,) |d_j|^2 scale^2 - mean_norm; none: formed beside the scores
   float* scores;        // (rows, score_stride): scores, then weights; from gather on of dense rows, as below
   float* maxima;        // (rows, score_stride / MANY_GROUP), likewise

@@ -628,12 +628,10 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   }
 }
 
-// A warp per float32 reference of the round: its d_j times the scale as a half, and where exact the rest as
-// another, d_stride on; |d_j|^2 - mean_norm, where exact of what these come to: so scores are those of a
-// reference next to it, and what x and alpha d_j have in common makes no difference. References are read here
-// and by lists, products are of these halves alone, of which the first ones tell which references can matter.
-// So rows' bounds have what the first halves leave out of any reference, once it is known, by the last block.
-// halves: of the first reference of the round.
+// A warp per float32 reference of the round: the halves of its d_j times the scale; and |d_j|^2 - mean_norm
+// of what these come to, so that scores are those of a reference next to it. What the first halves leave out,
+// of any reference, comes into the rows' bounds, by the last block. halves: of the first reference of the
+// round.
 template <bool CLASSES>
 __global__ void __launch_bounds__(THREADS)
     halves_kernel(const Inputs in, const Many many, __half* const halves) {
@@ -2196,8 +2194,7 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, __h
     }
     for (many.first_ref = 0; many.first_ref < pool.m; many.first_ref += plan.refs_per_pass) {
       many.refs = std::min(plan.refs_per_pass, pool.m - many.first_ref);
-      // What products are of, and whose elements are counted so: of float32 references, exact, first halves
-      // and second ones by turns, as the sums; y_lo and y_hi for the scores of dense rows.
+      // What products are of. Float32: halves, and but for the first scores twice as many elements.
       Inputs operands = pool;
       Many product = many;
       if (is_float) {
