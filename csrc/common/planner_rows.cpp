@@ -47,7 +47,7 @@ int64_t best_rounds(const Problem& p, int64_t refs, int64_t rows, int64_t least)
            (FLOAT_PASS_SECONDS + static_cast<double>(ceil_div(units, clusters)) * wave);
   };
   int64_t best = least;
-  for (int64_t rounds = least; rounds <= least + least / 2 + 1; ++rounds)
+  for (int64_t rounds = least; rounds <= least + std::min<int64_t>(least / 2 + 1, 8); ++rounds)
     if (time_of(rounds) < time_of(best)) best = rounds;
   return best;
 }
