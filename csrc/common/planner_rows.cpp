@@ -36,7 +36,8 @@ ManyLayout many_layout(int64_t n, int64_t refs, int64_t d, int64_t classes, int6
   const int64_t d_padded = round_up(d, MANY_TILE), d_tiles = d_padded / MANY_TILE;
   const int64_t tiles = d_tiles * ceil_div(rows_per_pass, MANY_ROWS);
   ManyLayout layout;
-  layout.order = n > rows_per_pass ? round_up(4 * std::min(n, MANY_LIST_ROWS), 256) : 0;
+  const bool ordered = n > rows_per_pass || (classes > 1 && n > MANY_ROWS);
+  layout.order = ordered ? round_up(4 * std::min(n, MANY_LIST_ROWS), 256) : 0;
   layout.centre = round_up(16 * d_padded + (64 + 4 * MANY_PAIRS) * d_tiles + 256, 256);
   layout.norms = refs <= MANY_NORMS_REFS && has_norms(n, classes) ? round_up(4 * refs, 256) : 0;
   layout.classes =
@@ -108,8 +109,8 @@ double many_rows_seconds(const Problem& p, const Plan& plan) {
   const int64_t rounds = ceil_div(p.n, plan.rows_per_pass) * ceil_div(p.references(), plan.refs_per_pass);
   if (!ordered) return rounds * PASS_SECONDS + refs * p.d * (full * of_tile(MANY_ROWS) + of_tile(width));
   // At each place where one tile ends and the next begins a class is met by both, and a tile meets parts of
-  // two pairs of reference tiles. With labels drawn evenly, and no rows of all classes. Each tile has dense
-  // rows, which were not expected where not all were: they read what it meets once more.
+  // two pairs of reference tiles. With labels drawn evenly, and no rows of all classes. As measured when the
+  // dense rows of each tile had not been expected: they read what it meets once more.
   const double tiles = ceil_div(p.n, MANY_ROWS),
                met = std::min(refs, refs / k * (k + tiles - 1) / tiles + 2 * MANY_TILE);
   const double again = plan.fast ? 0 : read / 2;
