@@ -12,41 +12,37 @@ constexpr int64_t LEAST_ROWS = 64;                      // of a pass, at most
 constexpr int64_t LEAST_D = 256;                        // shorter sums leave the softmax in charge
 constexpr int64_t HELD_WORKSPACE = int64_t{192} << 20;  // bytes
 
-// Of held_seconds: what every call takes, and a batch of rows; what a row is weighed in for 256 references
-// and eight slices; several chunks, and a multiprocessor's rate of what they leave: by a fit of 22 pools and
-// banks on an H100 (16 to 1,024 rows, 256 to 2,048 references of 256 to 4,096 elements, 30 to 163 us), with
-// products by mma.sync, and norms that were formed when all references were there, for which a call has 2.4
-// us less. A multiprocessor's rate of products by wgmma is reckoned, at 60 % of what it can do.
-constexpr double CALL_SECONDS = 21e-6, BATCH_SECONDS = 2.8e-6, PRODUCT_RATE = 4.4e12;
-constexpr double WEIGH_SECONDS = 0.57e-6, CHUNKS_SECONDS = 9e-6, SUMS_RATE = 150e9;
+// Of held_seconds, by a fit of 26 pools and banks on an H100 (16 to 1,024 rows, 256 to 2,560 references of
+// 256 to 4,096 elements, 27 to 314 us), which it meets within a fourteenth or, with 1,024 rows beside 1,024
+// references or D of 256, a third: what every call takes, and several chunks; a multiprocessor's rate of
+// products, a quarter of what it can do; and the rate of shares of scores, written and read, and of weights.
+constexpr double CALL_SECONDS = 20.5e-6, CHUNKS_SECONDS = 9.4e-6, PRODUCT_RATE = 2.02e12,
+                 SHARES_RATE = 3.4e12;
 constexpr double READ_SHARE = 0.8;  // of the bandwidth
-// Of short samples more rows are in doubt: by so much pools and banks of 1,024 elements took more.
+// Of classes of short samples, which were not fitted and have more rows in doubt.
 constexpr int64_t SHORT_D = 1024;
 constexpr double SHORT_SECONDS = 9e-6;
 
 double seconds_of(const Problem& p, const HeldCut& cut) {
   const double k = static_cast<double>(p.groups()), n = static_cast<double>(p.n);
-  const double sm = p.sm_count, m = static_cast<double>(p.m), d = static_cast<double>(p.d);
-  const double rows = std::ceil(n / k / static_cast<double>(cut.row_parts));  // of a block
+  const double m = static_cast<double>(p.m), d = static_cast<double>(p.d);
+  // Of the fullest class, with labels drawn evenly.
+  const double of_class = n / k + (k > 1 ? 1.5 * std::sqrt(n / k) : 0);
+  const double rows = std::ceil(of_class / static_cast<double>(cut.row_parts));  // of a block
   const double chunk = static_cast<double>(cut.chunk), slice = static_cast<double>(cut.slice);
-  const double batches = std::ceil(rows / static_cast<double>(cut.batch));
   // Four groups of warps have a product each, of a group of rows; one alone takes more than a quarter of the
   // time of four.
+  const double parts = static_cast<double>(held_parts(p.refs_bf16));
   const double group = static_cast<double>(held_group(p.refs_bf16)), tile = static_cast<double>(HELD_TILE);
   const auto tiles = [&](double length) {
     const double count = std::ceil(length / tile) * std::ceil(rows / group), left = std::fmod(count, 4);
     return count - left + (left > 0 ? std::max(left, 2.5) : 0);
   };
-  const double products = 2 * static_cast<double>(held_parts(p.refs_bf16)) * group * tile *
-                          (tiles(chunk) * slice + tiles(slice) * chunk);
-  const double weighed =
-      static_cast<double>(ceil_div(p.n, 4 * p.sm_count) * ceil_div(p.m, 256) * ceil_div(cut.slices, 8));
-  const double sums =
-      cut.chunks > 1
-          ? CHUNKS_SECONDS + 4 * (rows * slice + n * d * static_cast<double>(cut.chunks) / sm) / SUMS_RATE
-          : 0;
-  return CALL_SECONDS + 2 * k * m * d / (READ_SHARE * p.bandwidth) + batches * BATCH_SECONDS +
-         products / PRODUCT_RATE + weighed * WEIGH_SECONDS + sums + (p.d <= SHORT_D ? SHORT_SECONDS : 0);
+  const double products = 2 * parts * group * tile * (tiles(chunk) * slice + tiles(slice) * chunk);
+  const double shares = (2 * 4 + 2 * parts) * n * m * static_cast<double>(cut.slices);  // bytes
+  return CALL_SECONDS + 2 * k * m * d / (READ_SHARE * p.bandwidth) + products / PRODUCT_RATE +
+         shares / SHARES_RATE + (cut.chunks > 1 ? CHUNKS_SECONDS : 0) +
+         (k > 1 && p.d <= SHORT_D ? SHORT_SECONDS : 0);
 }
 
 }  // namespace
