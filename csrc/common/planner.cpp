@@ -8,6 +8,7 @@
 #include "common/planner_held.h"
 #include "common/planner_pool.h"
 #include "common/planner_rows.h"
+#include "common/planner_swept.h"
 
 namespace svel {
 namespace {
@@ -301,6 +302,16 @@ bool is_small_set(const Problem& p, const Plan& held) {
   return !plan_bulk(p, other) || seconds < bulk_seconds(p, other);
 }
 
+// Whether the kernel for larger small sets, by its plan, is to have one: nothing else but the kernel for many
+// rows comes near, from so many rows and so many values on.
+constexpr int64_t SWEPT_LEAST_REFS = 64, SWEPT_LEAST_VALUES = int64_t{1} << 22;
+
+bool is_larger_set(const Problem& p, const Plan& swept) {
+  if (p.n < SMALL_SET_ROWS || p.m < SWEPT_LEAST_REFS || p.m * p.d < SWEPT_LEAST_VALUES) return false;
+  Plan many;
+  return !plan_many_rows(p, many) || swept_seconds(p, swept) < many_rows_seconds(p, many);
+}
+
 bool plan_stream(const Problem& p, Plan& plan) {
   for (const StreamTile& tile : STREAM_TILES) {
     const bool plain = !p.aligned || p.refs_size == 8;
@@ -465,6 +476,8 @@ Plan make_plan(const Problem& p) {
     plan_two_pass(p, plan, "float64: scores, softmax and weighted sum in double");
   } else if (Plan held; plan_held(p, held) && is_small_set(p, held)) {
     plan = held;
+  } else if (Plan swept; plan_swept(p, swept) && is_larger_set(p, swept)) {
+    plan = swept;
   } else if (plan_pool(p, plan)) {  // few rows beside a large pool: nothing else comes near
   } else if (Plan many; plan_many_rows(p, many) && (!p.has_labels || has_few_classes(p, many))) {
     plan = many;
