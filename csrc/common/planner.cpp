@@ -291,25 +291,31 @@ constexpr int64_t SMALL_SET_ROWS = 16;
 constexpr double SMALL_MANY_SECONDS = 75e-6, SMALL_MANY_ELEMENT_SECONDS = 13.4e-9,
                  SMALL_MANY_PRODUCT_SECONDS = 8.4e-15;
 
+double small_many_seconds(const Problem& p) {
+  const double products = static_cast<double>(ceil_div(p.n, 64) * 64 * p.references() * p.d);
+  return SMALL_MANY_SECONDS + SMALL_MANY_ELEMENT_SECONDS * static_cast<double>(p.d) +
+         SMALL_MANY_PRODUCT_SECONDS * products;
+}
+
 bool is_small_set(const Problem& p, const Plan& held) {
   Plan other;
   const double seconds = held_seconds(p, held);
-  const double products = static_cast<double>(ceil_div(p.n, 64) * 64 * p.references() * p.d);
-  const double many = SMALL_MANY_SECONDS + SMALL_MANY_ELEMENT_SECONDS * static_cast<double>(p.d) +
-                      SMALL_MANY_PRODUCT_SECONDS * products;
-  if (plan_many_rows(p, other) && many <= seconds) return false;
+  if (plan_many_rows(p, other) && small_many_seconds(p) <= seconds) return false;
   if (!p.has_labels) return p.n >= SMALL_SET_ROWS;
   return !plan_bulk(p, other) || seconds < bulk_seconds(p, other);
 }
 
-// Whether the kernel for larger small sets, by its plan, is to have one: nothing else but the kernel for many
-// rows comes near, from so many rows and so many values on.
+// Whether the kernel for larger small sets, by its plan, is to have one: from so many references and values
+// on. Its time is reckoned, that of the others measured, so it has to be well below the kernel for many rows.
 constexpr int64_t SWEPT_LEAST_REFS = 64, SWEPT_LEAST_VALUES = int64_t{1} << 22;
+constexpr double SWEPT_SHARE = 0.6;
 
 bool is_larger_set(const Problem& p, const Plan& swept) {
   if (p.n < SMALL_SET_ROWS || p.m < SWEPT_LEAST_REFS || p.m * p.d < SWEPT_LEAST_VALUES) return false;
-  Plan many;
-  return !plan_many_rows(p, many) || swept_seconds(p, swept) < many_rows_seconds(p, many);
+  Plan other;
+  const double seconds = swept_seconds(p, swept);
+  if (plan_many_rows(p, other) && SWEPT_SHARE * small_many_seconds(p) <= seconds) return false;
+  return p.n >= TILED_ROWS || !plan_bulk(p, other) || seconds < bulk_seconds(p, other);
 }
 
 bool plan_stream(const Problem& p, Plan& plan) {
@@ -476,9 +482,9 @@ Plan make_plan(const Problem& p) {
     plan_two_pass(p, plan, "float64: scores, softmax and weighted sum in double");
   } else if (Plan held; plan_held(p, held) && is_small_set(p, held)) {
     plan = held;
+  } else if (plan_pool(p, plan)) {  // few rows beside a large pool: nothing else comes near
   } else if (Plan swept; plan_swept(p, swept) && is_larger_set(p, swept)) {
     plan = swept;
-  } else if (plan_pool(p, plan)) {  // few rows beside a large pool: nothing else comes near
   } else if (Plan many; plan_many_rows(p, many) && (!p.has_labels || has_few_classes(p, many))) {
     plan = many;
   } else if (!p.has_labels && p.d > 0 && p.d <= SMALL_D && (p.n >= SMALL_ROWS || p.d <= EXACT_D)) {

@@ -6,7 +6,7 @@
 namespace svel {
 namespace {
 
-constexpr int64_t LEAST_ROWS = 64;                       // of a pass, at most
+constexpr int64_t LEAST_ROWS = 32;                       // of a pass, at most
 constexpr int64_t LEAST_D = 1024;                        // shorter samples have too few tiles of sums
 constexpr int64_t SWEPT_WORKSPACE = int64_t{224} << 20;  // bytes
 // Steps of a slice: the fewer, the more shares there are to add up; the more, the more float32 sums round.

@@ -35,12 +35,12 @@ constexpr int LINE_BYTES = 2 * STEP, BOX = STEP * LINE_BYTES, REFS = GROUPS * BO
 static_assert(LINE_BYTES == 128 && TILE == GROUPS * STEP);
 constexpr int REVIEWED = 4;  // references of a row that a block scores again at a time
 
-struct Review {  // of a row
-  double top, total;
-  float wrong;  // see Weigher; below zero: nothing is scored again
-  int best;     // reference
+struct Review {             // of a row
+  double top, total, near;  // references above `near` are scored again, and the best
+  float wrong;              // see Weigher; below zero: nothing is scored again
+  int best;                 // reference
 };
-static_assert(sizeof(Review) <= 32);
+static_assert(sizeof(Review) == 32);
 struct ReviewGroup {
   int row, refs[REVIEWED];  // -1: none
   int unused[3];
@@ -52,8 +52,9 @@ struct SweptCut {
 };
 
 struct Swept {
-  // As of Held. Slices of 2,048 elements are off by more than those of 384, beside their largest terms.
-  static constexpr float ROUNDING = 1.5e-7f;
+  // As of Held. By emulation (8,192 elements in slices of 384, 1,024 and 2,048) scores are off by 5e-8 of the
+  // largest terms, median of rows, whatever the slice; 1e-7 far from the origin.
+  static constexpr float ROUNDING = 1.2e-7f;
   static constexpr int WEIGHTS = STEP;
 
   CUtensorMap refs;          // (m, d), boxes of STEP x STEP
@@ -485,12 +486,14 @@ struct SweptKernel {
     const double first = group.maximum(
         found.score == its.top && found.reference >= 0 ? -static_cast<double>(found.reference) : -INFINITY);
     const int best = its.best = first > -INFINITY ? static_cast<int>(-first) : 0;
+    // What shares of the weight below 2^-bits are off by, each by itself, is seen no more.
+    const float bits = 2 + 2 * fmaxf(log2f(fmaxf(its.wrong, 1)), 0);
+    const double near = its.near = its.top - bits / (facts.row.rate() * LOG2_E);
     if (thread == 0) set.reviews[row] = its;
     if (its.wrong <= 0) {  // lse wants the best alone
       if (thread == 0) set.groups[atomicAdd(set.counter, 1)] = {row, {best, -1, -1, -1}, {}};
       return;
     }
-    const double near = its.top - bits_of_review(its.wrong) / (facts.row.rate() * LOG2_E);
     int* const list = shared.list[group.number];
     int* const counts = shared.counts[group.number];
 #pragma unroll 1
@@ -524,10 +527,6 @@ struct SweptKernel {
       group.wait();
     }
   }
-  // What shares of the weight below 2^-bits are off by, each by itself, is seen no more.
-  __device__ __forceinline__ static double bits_of_review(float wrong) {
-    return 2 + 2 * fmaxf(log2f(wrong), 0.0f);
-  }
 
   __device__ __forceinline__ void weigh_rows() const {
     const HeldGroup group{crew, tid % GROUP, shared.scratch[crew]};
@@ -540,7 +539,7 @@ struct SweptKernel {
       weigh.weigh_shares(facts, [&](const Best& best, double top, double total, float wrong) {
         weigh.leave(facts, total);
         if (wrong > 0 || in.lse.data)
-          list_for_review(in, set, shared, group, facts, best, {top, total, wrong, 0});
+          list_for_review(in, set, shared, group, facts, best, {top, total, 0, wrong, 0});
       });
     });
   }
@@ -612,7 +611,6 @@ struct SweptKernel {
       const double of_best = times * __ldcg(reviewed + review.best);
       double top = review.top, total = review.total;
       if (review.wrong > 0) {
-        const double near = top - bits_of_review(review.wrong) / rate2;
         double now = -INFINITY;
 #pragma unroll 1
         for (int j = 2 * group.tid; j < valid; j += 2 * GROUP) {
@@ -620,7 +618,7 @@ struct SweptKernel {
           for (int q = 0; q < 2; ++q) {
             if (j + q >= valid) continue;
             double score = exact[j + q];
-            if (score > near || j + q == review.best)
+            if (score > review.near || j + q == review.best)
               exact[j + q] = score = review.top + (times * __ldcg(reviewed + j + q) - of_best) / rate2;
             if (score > now) now = score;
           }
