@@ -56,6 +56,8 @@ POOLS = {
         "pool_small": (256, 256, 4096, torch.float16),
         "pool_small_1024": (256, 1024, 4096, torch.float16),
         "pool_small_few_rows": (64, 256, 4096, torch.float16),
+        "pool_latents": (64, 1024, 65_536, torch.float16),
+        "pool_latents_long": (64, 512, 262_144, torch.float16),
         "pool_small_d": (10_000, 100_000, 10, torch.float32),
         "pool_tiny": (256, 2_048, 10, torch.float32),
     },

@@ -19,7 +19,7 @@ def test_every_plan_is_within_the_limits(d, refs_dtype):
     for n, m, k, source in itertools.product((1, 7, 256, 50_000), (1, 256, 1_000_000), (None, 10), (False, True)):
         aligned = d * refs_dtype.itemsize % 16 == 0
         plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, source=source, aligned=aligned, **H100)
-        assert plan["kernel"] in ("pool", "held", "many_rows", "bulk", "stream", "two_pass", "tiled", "small")
+        assert plan["kernel"] in ("pool", "held", "swept", "many_rows", "bulk", "stream", "two_pass", "tiled", "small")
         assert 0 < plan["threads"] <= 1024
         assert plan["threads"] % 32 == 0
         assert 0 <= plan["smem_bytes"] <= 232448
@@ -52,6 +52,9 @@ def test_workspace_is_bounded(n, m, d, k):
         ((256, 256, 4096, None), "held", "tiled"),
         ((256, 1024, 4096, None), "held", "tiled"),
         ((256, 256, 4096, 10), "held", "stream"),
+        ((64, 1024, 65_536, None), "swept", "tiled"),
+        ((256, 512, 262_144, None), "swept", "two_pass"),
+        ((256, 2000, 16_384, None), "swept", "tiled"),
         ((256, 50_000, 3072, None), "many_rows", "tiled"),
         ((4096, 50_000, 4096, None), "many_rows", "tiled"),
         ((16_384, 50_000, 3072, None), "many_rows", "tiled"),
@@ -267,11 +270,61 @@ def test_what_the_kernel_for_small_sets_leaves_to_others(sizes, other):
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["h100", "h200"])
+@pytest.mark.parametrize(
+    ("n", "m", "d", "k"),
+    [
+        *itertools.product((64, 256, 4096), (300, 1024), (60_000, 65_544, 262_144), (None, 1)),
+        (64, 64, 2**20, None),
+        (256, 2000, 16_384, None),
+        (16, 1024, 65_536, None),
+    ],
+)
+def test_larger_small_sets(n, m, d, k, device, refs_dtype, precision):
+    """Slices of samples, of which no block keeps any, and passes of rows that the workspace has room for."""
+    limits = info.DEVICES[device]
+    plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, precision=precision, device=device)
+    assert plan["kernel"] == "swept"
+    assert plan["workspace_bytes"] < 256 << 20
+    assert plan["smem_bytes"] <= limits.smem_limit
+    assert plan["blocks"] == limits.sm_count
+    assert plan["slices"] * plan["slice"] >= d > (plan["slices"] - 1) * plan["slice"]
+    assert plan["slice"] % 64 == 0
+    assert 1 <= plan["rows_per_pass"] <= min(n, 1024)
+    assert plan["fast"] is (precision == "fast")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "other"),
+    [
+        ((15, 1024, 65_536), {}),
+        ((64, 63, 262_144), {}),
+        ((256, 8193, 65_536), {}),
+        ((256, 256, 65_536, 10), {}),
+        ((256, 256, 4096), {}),
+        ((256, 50_000, 4096), {}),
+        ((256, 2048, 4096), {}),
+        ((256, 1024, 65_536), {"source": True}),
+        ((256, 1024, 65_536), {"aligned": False}),
+        ((256, 1024, 65_536), {"refs_dtype": torch.float32}),
+        ((256, 1024, 65_536), {"x_dtype": torch.float64}),
+        ((256, 1024, 65_536), {"device": "b200"}),
+        ((256, 1024, 65_536), {"device": "a100"}),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_for_larger_small_sets_leaves_to_others(sizes, other):
+    for precision in ("exact", "fast"):
+        assert info.plan(*sizes, **{**H100, "precision": precision, **other})["kernel"] != "swept"
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("device", ["h100", "h200"])
 @pytest.mark.parametrize(
     ("n", "m", "d"),
-    list(itertools.product((65, 256, 4096, 16_384), (2568, 50_000, 2**31 - 1024), (256, 3072, 51_200))),
+    list(itertools.product((65, 256, 4096, 16_384), (8200, 50_000, 2**31 - 1024), (256, 3072, 51_200))),
 )
 def test_many_rows_beside_a_pool(n, m, d, device, refs_dtype, precision):
     limits = info.DEVICES[device]

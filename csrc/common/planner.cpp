@@ -8,6 +8,7 @@
 #include "common/planner_held.h"
 #include "common/planner_pool.h"
 #include "common/planner_rows.h"
+#include "common/planner_swept.h"
 
 namespace svel {
 namespace {
@@ -307,15 +308,31 @@ constexpr int64_t SMALL_SET_ROWS = 16;
 constexpr double SMALL_MANY_SECONDS = 75e-6, SMALL_MANY_ELEMENT_SECONDS = 13.4e-9,
                  SMALL_MANY_PRODUCT_SECONDS = 8.4e-15;
 
+double small_many_seconds(const Problem& p) {
+  const double products = static_cast<double>(ceil_div(p.n, 64) * 64 * p.references() * p.d);
+  return SMALL_MANY_SECONDS + SMALL_MANY_ELEMENT_SECONDS * static_cast<double>(p.d) +
+         SMALL_MANY_PRODUCT_SECONDS * products;
+}
+
 bool is_small_set(const Problem& p, const Plan& held) {
   Plan other;
   const double seconds = held_seconds(p, held);
-  const double products = static_cast<double>(ceil_div(p.n, 64) * 64 * p.references() * p.d);
-  const double many = SMALL_MANY_SECONDS + SMALL_MANY_ELEMENT_SECONDS * static_cast<double>(p.d) +
-                      SMALL_MANY_PRODUCT_SECONDS * products;
-  if (plan_many_rows(p, other) && many <= seconds) return false;
+  if (plan_many_rows(p, other) && small_many_seconds(p) <= seconds) return false;
   if (!p.has_labels) return p.n >= SMALL_SET_ROWS;
   return !plan_bulk(p, other) || seconds < bulk_seconds(p, other);
+}
+
+// Whether the kernel for larger small sets, by its plan, is to have one: from so many references and values
+// on. Its time is reckoned, that of the others measured, so it has to be well below the kernel for many rows.
+constexpr int64_t SWEPT_LEAST_REFS = 64, SWEPT_LEAST_VALUES = int64_t{1} << 22;
+constexpr double SWEPT_SHARE = 0.6;
+
+bool is_larger_set(const Problem& p, const Plan& swept) {
+  if (p.n < SMALL_SET_ROWS || p.m < SWEPT_LEAST_REFS || p.m * p.d < SWEPT_LEAST_VALUES) return false;
+  Plan other;
+  const double seconds = swept_seconds(p, swept);
+  if (plan_many_rows(p, other) && SWEPT_SHARE * small_many_seconds(p) <= seconds) return false;
+  return p.n >= TILED_ROWS || !plan_bulk(p, other) || seconds < bulk_seconds(p, other);
 }
 
 bool plan_stream(const Problem& p, Plan& plan) {
@@ -483,6 +500,8 @@ Plan make_plan(const Problem& p) {
   } else if (Plan held; plan_held(p, held) && is_small_set(p, held)) {
     plan = held;
   } else if (plan_pool(p, plan)) {  // few rows beside a large pool: nothing else comes near
+  } else if (Plan swept; plan_swept(p, swept) && is_larger_set(p, swept)) {
+    plan = swept;
   } else if (Plan many; plan_many_rows(p, many) && (p.has_labels       ? has_few_classes(p, many)
                                                     : p.refs_size == 4 ? has_float_pool(p, many)
                                                                        : true)) {

@@ -26,6 +26,7 @@ void launch(const char* op, const Inputs& in, const Plan& plan, void* workspace,
   const auto run = plan.kernel == "pool"        ? run_pool
                    : plan.kernel == "many_rows" ? run_many_rows
                    : plan.kernel == "held"      ? run_held
+                   : plan.kernel == "swept"     ? run_swept
                    : plan.kernel == "bulk"      ? run_bulk
                    : plan.kernel == "stream"    ? run_stream
                    : plan.kernel == "tiled"     ? run_tiled
