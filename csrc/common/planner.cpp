@@ -8,6 +8,7 @@
 #include "common/planner_held.h"
 #include "common/planner_pool.h"
 #include "common/planner_rows.h"
+#include "common/planner_short.h"
 
 namespace svel {
 namespace {
@@ -468,6 +469,7 @@ Plan make_plan(const Problem& p) {
   } else if (plan_pool(p, plan)) {  // few rows beside a large pool: nothing else comes near
   } else if (Plan many; plan_many_rows(p, many) && (!p.has_labels || has_few_classes(p, many))) {
     plan = many;
+  } else if (plan_short_rows(p, plan)) {  // scores of short samples never reach memory
   } else if (!p.has_labels && p.d > 0 && p.d <= SMALL_D && (p.n >= SMALL_ROWS || p.d <= EXACT_D)) {
     plan_small(p, plan);
   } else if (!p.has_labels && p.d > SMALL_D && p.d <= TILED_D && p.n >= TILED_ROWS &&
