@@ -297,15 +297,20 @@ __device__ float margin_of(float error, float rate) {
   return 2 * log2f(error) / rate;
 }
 
-// ---- the products
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
 __device__ float exp2_approx(float v) {
   float out;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
   return out;
 }
+// A weight in 22 bits, which two parts hold.
+__device__ float weight_of(float score, float best, float rate) {
+  return __uint_as_float(__float_as_uint(exp2_approx(fmaf(score - best, rate, WEIGHT_BITS))) & ~3u);
+}
+
+// ---- the products
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
 __device__ uint32_t bits(__half2 v) {
   return *reinterpret_cast<uint32_t*>(&v);
 }
@@ -341,15 +346,17 @@ __device__ void copy_tiles(const Short& s, Ring ring, char* rows, Barrier* rows_
   const char* const from = s.queries + static_cast<int64_t>(blockIdx.x) * 2 * S::ROW_BYTES;
   for (int at = 0; at < 2 * S::ROW_BYTES; at += S::ROW_PART_BYTES)
     bulk_copy(rows + at, from + at, S::ROW_PART_BYTES, rows_full, policy);
-  for (int64_t tile = begin; tile < end; ++tile) {
+  for (int tile = begin; tile < end; ++tile) {
     for (int part = 0; part < parts; ++part, next<S>(ring)) {
       wait_barrier(ring.empty + ring.at, ring.parity ^ 1);
       Barrier* const full = ring.full + ring.at;
       arrive_expecting(full, S::TILE_BYTES + (part == 0 ? 4 * S::REFS : 0));
-      bulk_copy(ring.slots + ring.at * S::TILE_BYTES, s.tiles + (tile * parts + part) * S::TILE_BYTES,
-                S::TILE_BYTES, full, policy);
+      bulk_copy(ring.slots + ring.at * S::TILE_BYTES,
+                s.tiles + static_cast<int64_t>(tile * parts + part) * S::TILE_BYTES, S::TILE_BYTES, full,
+                policy);
       if (part == 0)
-        bulk_copy(ring.norms + ring.at * 4 * S::REFS, s.norms + tile * S::REFS, 4 * S::REFS, full, policy);
+        bulk_copy(ring.norms + ring.at * 4 * S::REFS, s.norms + static_cast<int64_t>(tile) * S::REFS,
+                  4 * S::REFS, full, policy);
     }
   }
 }
@@ -376,12 +383,12 @@ __device__ __forceinline__ void add_scores(float (&scores)[REFS / 2], uint32_t r
 // product() in wgmma.cuh.
 template <int PANELS, bool EXACT, bool LOW>
 __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ring ring, uint32_t rows,
-                                            int64_t begin, int64_t end, int64_t valid, int64_t part) {
+                                            int begin, int end, int valid, int64_t part) {
   using S = Shape<PANELS, EXACT>;
   constexpr int REFS = S::REFS, HALVES = REFS / 64, PIECES = PANELS * HALVES;
   constexpr int BUFFERS = PANELS <= 2 ? 2 : 1;
   const int lane = threadIdx.x % 32, quad = lane % 4;
-  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * SHORT_ROWS + threadIdx.x / 32 * 16 + lane / 4;
+  const int row0 = static_cast<int>(blockIdx.x * SHORT_ROWS + threadIdx.x / 32 * 16) + lane / 4;
   float rate[2], half[2], best[2], lowest[2], total[2] = {0, 0};
   int listed[2] = {0, 0};
 #pragma unroll
@@ -393,7 +400,7 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
 #pragma unroll
   for (int i = 0; i < PANELS * 32; ++i) sums[i] = 0;
 
-  for (int64_t tile = begin; tile < end; ++tile) {
+  for (int tile = begin; tile < end; ++tile) {
     const uint32_t high = shared_address(ring.slots + ring.at * S::TILE_BYTES);
     const float* const norms = reinterpret_cast<const float*>(ring.norms + ring.at * 4 * REFS);
     Barrier* const high_empty = ring.empty + ring.at;
@@ -429,7 +436,7 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
       }
     }
     if ((tile + 1) * REFS > valid) {
-      const int left = static_cast<int>(valid - tile * REFS);
+      const int left = valid - tile * REFS;
 #pragma unroll
       for (int i = 0; i < REFS / 2; ++i)
         if (i / 4 * 8 + 2 * quad + i % 2 >= left) scores[i] = -INFINITY;
@@ -456,8 +463,9 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
         if (!(most[h] > before[h] || most[h] >= lowest[h])) continue;
         const float error = error_of(s.factors[row0 + 8 * h], best[h], in.d);
         lowest[h] = error > 1 ? best[h] - margin_of(error, rate[h]) : INFINITY;
-        if (before[h] < lowest[h]) listed[h] = 0;  // all that are listed have less than these
-        if (!(error > 1) || listed[h] > 4 * SHORT_LISTED) continue;
+        if (before[h] < lowest[h]) listed[h] = 0;            // all that are listed have less than these
+        if (listed[h] > SHORT_LISTED) lowest[h] = INFINITY;  // too many: their errors average out
+        if (lowest[h] == INFINITY) continue;
         float2* const list = s.lists + ((part * s.stride + row0 + 8 * h) * SHORT_LANES + quad) * SHORT_LISTED;
 #pragma unroll
         for (int i = 0; i < REFS / 4; ++i) {
@@ -465,11 +473,12 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
           if (score >= lowest[h]) {
             if (listed[h] < SHORT_LISTED)
               list[listed[h]] = {
-                  __int_as_float(static_cast<int>(s.first_ref + tile * REFS) + i / 2 * 8 + 2 * quad + i % 2),
+                  __int_as_float(static_cast<int>(s.first_ref) + tile * REFS + i / 2 * 8 + 2 * quad + i % 2),
                   score};
             ++listed[h];
           }
         }
+        if (listed[h] > SHORT_LISTED) lowest[h] = INFINITY;
       }
     }
 
@@ -480,10 +489,12 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
         const int h = word % 2, at = 4 * (2 * k + word / 2) + 2 * h;
-        float a = exp2_approx(fmaf(scores[at] - best[h], rate[h], WEIGHT_BITS)),
-              b = exp2_approx(fmaf(scores[at + 1] - best[h], rate[h], WEIGHT_BITS));
-        if constexpr (EXACT) {  // 22 bits, which two parts hold
-          a = __uint_as_float(__float_as_uint(a) & ~3u), b = __uint_as_float(__float_as_uint(b) & ~3u);
+        float a, b;
+        if constexpr (EXACT) {
+          a = weight_of(scores[at], best[h], rate[h]), b = weight_of(scores[at + 1], best[h], rate[h]);
+        } else {
+          a = exp2_approx(fmaf(scores[at] - best[h], rate[h], WEIGHT_BITS));
+          b = exp2_approx(fmaf(scores[at + 1] - best[h], rate[h], WEIGHT_BITS));
         }
         const __half2 upper = __floats2half2_rn(a, b);
         weights[k][word] = bits(upper);
@@ -587,8 +598,10 @@ __global__ void __launch_bounds__(SHORT_THREADS, 1)
     publish_barriers();
   }
   __syncthreads();
-  const int64_t valid = valid_of_round(in, s), tiles = (valid + S::REFS - 1) / S::REFS;
-  const int64_t begin = tiles * blockIdx.y / s.splits, end = tiles * (blockIdx.y + 1) / s.splits;
+  const int valid = static_cast<int>(valid_of_round(in, s));
+  const int64_t tiles = (valid + S::REFS - 1) / S::REFS;
+  const int begin = static_cast<int>(tiles * blockIdx.y / s.splits),
+            end = static_cast<int>(tiles * (blockIdx.y + 1) / s.splits);
   const bool low = EXACT && s.facts->low;
   if (threadIdx.x >= 256) {
     give_up_registers<24>();
@@ -611,14 +624,20 @@ __global__ void __launch_bounds__(SHORT_THREADS, 1)
 
 struct Listed {
   int reference;
-  float score;
+  float score, of_block;  // and what the block's weights are relative to
 };
+// What the products made of an element, in units of its scale.
+__device__ float two_parts(float d, float scale) {
+  const float v = d * scale, high = __half2float(__float2half(v));
+  return high + __half2float(__float2half(v - high));
+}
+constexpr double NOTHING = 1.5e-7;  // of all weight, float32 cannot tell so much from none
 
 // One block per row. What blocks have left of it together, with the exact weights of the references of most
 // weight where that shows, and the source.
 __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, const Short s) {
   __shared__ double scratch[33];
-  __shared__ double y[MOST_D], factors[MERGE_THREADS], off[MOST_LISTED];
+  __shared__ double y[MOST_D], factors[MERGE_THREADS], exact[MOST_LISTED], used[MOST_LISTED];
   __shared__ Listed found[MOST_LISTED], sorted[MOST_LISTED];
   __shared__ int count, overflowed;
   const int tid = threadIdx.x, lane = tid % 32;
@@ -660,7 +679,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
         const float2 entry = s.lists[list * SHORT_LISTED + k];
         if (!(entry.y >= lowest)) continue;
         const int to = atomicAdd(&count, 1);
-        if (to < MOST_LISTED) found[to] = {__float_as_int(entry.x), entry.y};
+        if (to < MOST_LISTED) found[to] = {__float_as_int(entry.x), entry.y, s.totals[at].y};
       }
     }
     __syncthreads();
@@ -682,17 +701,20 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
         score = fma(fma(-0.5 * row.alpha, d, y[e]), d, score);
       }
       score = warp_sum(score);
-      if (lane == 0) off[k] = score;
+      if (lane == 0) exact[k] = score;
     }
     __syncthreads();
-    double exact = off[0];
-    for (int k = 1; k < listed; ++k) exact = fmax(exact, off[k]);
-    kept = exp2(fmin(fmax((level - exact) * rate, -1.0), 1.0));
-    level = exact;
+    double largest = exact[0];
+    for (int k = 1; k < listed; ++k) largest = fmax(largest, exact[k]);
+    kept = exp2(fmin(fmax((level - largest) * rate, -1.0), 1.0));
+    level = largest;
     __syncthreads();
-    for (int k = tid; k < listed; k += MERGE_THREADS)
-      off[k] =
-          exp2((off[k] - level) * rate) - kept * exp2((static_cast<double>(sorted[k].score) - best) * f.rate);
+    for (int k = tid; k < listed; k += MERGE_THREADS) {
+      const Listed& own = sorted[k];
+      exact[k] = exp2((exact[k] - level) * rate);
+      used[k] = kept * weight_of(own.score, own.of_block, f.rate) *
+                exp2((static_cast<double>(own.of_block) - best) * f.rate - WEIGHT_BITS);
+    }
   }
   double with_source = 0, of_references = has_references ? 1 : 0;
   if (in.source.data) {
@@ -725,18 +747,27 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
     }
   }
   total = block_sum<double>(total, scratch);
-  for (int k = 0; k < listed; ++k) total += off[k];
+  double listed_exact = 0, listed_used = 0;
+  for (int k = 0; k < listed; ++k) listed_exact += exact[k], listed_used += used[k];
+  // Where the list has all the weight it alone counts: then the sums are right but for float32's digits.
+  const double rest = total - listed_used;
+  const bool alone = listed > 0 && rest < NOTHING * total;
+  total = alone ? listed_exact : rest + listed_exact;
   total = total * of_references + with_source;
   const bool good = alive && (has_references || in.source.data) && total > 0;
   const double inverse = good ? 1 / total : NAN, unit = ldexp(1.0, -shift_of(facts.magnitude));
+  const float scale = power(shift_of(facts.magnitude));
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t e = tid + i * MERGE_THREADS;
     if (e >= in.d) continue;
     const double c = facts.centre[e];
-    double sum = sums[i] * unit;
-    for (int k = 0; k < listed; ++k)
-      sum = fma(off[k], load_as<double>(in.refs, sorted[k].reference * in.d + e) - c, sum);
+    double sum = alone ? 0.0 : sums[i] * unit;
+    for (int k = 0; k < listed; ++k) {
+      const double d = load_as<double>(in.refs, sorted[k].reference * in.d + e) - c;
+      sum = fma(exact[k], d, sum);
+      if (!alone) sum = fma(-used[k] * unit, two_parts(static_cast<float>(d), scale), sum);
+    }
     sum *= of_references;
     const int64_t at = index * in.d + e;
     if (in.source.data) sum = fma(with_source, load_as<double>(in.source, at) - c, sum);
