@@ -15,8 +15,8 @@ constexpr double PART_COST = 1.0;
 
 }  // namespace
 
-ShortLayout short_layout(int64_t d, int64_t rows_per_pass, int64_t refs_per_pass, int64_t parts, bool fast) {
-  const int64_t padded = round_up(d, SHORT_PANEL), rows = parts * rows_per_pass;
+ShortLayout short_layout(int64_t d, int64_t rows_per_pass, int64_t refs_per_pass, int64_t splits, bool fast) {
+  const int64_t padded = round_up(d, SHORT_PANEL), rows = splits * rows_per_pass;
   ShortLayout layout;
   layout.facts = SHORT_FACTS_BYTES;
   layout.refs = 2 * padded * refs_per_pass * (fast ? 1 : 2);
@@ -42,13 +42,12 @@ bool plan_short_rows(const Problem& p, Plan& plan) {
   const int64_t rounds = ceil_div(p.m, REFS_LIMIT / of_ref / tile_refs * tile_refs);
   const int64_t refs = round_up(ceil_div(p.m, rounds), tile_refs), tiles = refs / tile_refs;
 
-  // As many rows as have room with one part for each round, then as many parts as make whole waves.
+  // As many rows as have room with one part, then as many parts as make whole waves.
   const auto bytes = [&](int64_t rows, int64_t splits) {
-    const ShortLayout layout = short_layout(p.d, rows, 0, rounds * splits, fast);
+    const ShortLayout layout = short_layout(p.d, rows, 0, splits, fast);
     return layout.total() - layout.facts;
   };
   const int64_t most_rows = PARTS_LIMIT / bytes(SHORT_ROWS, 1) * SHORT_ROWS;
-  if (most_rows == 0) return false;
   const int64_t rows = std::min(round_up(p.n, SHORT_ROWS), most_rows), row_tiles = rows / SHORT_ROWS;
   double least = 0;
   for (int64_t splits = 1; splits <= std::min<int64_t>(tiles, 2 * p.sm_count); ++splits) {
@@ -68,7 +67,7 @@ bool plan_short_rows(const Problem& p, Plan& plan) {
   plan.blocks = row_tiles * plan.splits;
   plan.fast = fast;
   plan.smem_bytes = short_smem(panels);
-  plan.workspace_bytes = short_layout(p.d, rows, refs, rounds * plan.splits, fast).total();
+  plan.workspace_bytes = short_layout(p.d, rows, refs, plan.splits, fast).total();
   plan.reason =
       "one pool of short samples: scores, softmax and sums of a tile in registers, on the matrix units";
   return true;

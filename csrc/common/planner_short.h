@@ -36,8 +36,8 @@ struct ShortLayout {
   int64_t facts, refs, norms, rows, factors, sums, totals, headers, lists;
   int64_t total() const { return facts + refs + norms + rows + factors + sums + totals + headers + lists; }
 };
-// parts: of a row's references, all rounds together.
-ShortLayout short_layout(int64_t d, int64_t rows_per_pass, int64_t refs_per_pass, int64_t parts, bool fast);
+// splits: parts of a row's references.
+ShortLayout short_layout(int64_t d, int64_t rows_per_pass, int64_t refs_per_pass, int64_t splits, bool fast);
 
 // False where this kernel cannot serve, or another serves better.
 bool plan_short_rows(const Problem& problem, Plan& plan);

@@ -57,13 +57,13 @@ struct Short {
   float* norms;   // |d|^2
   char* queries;  // 64 rows: parts x panels x 64 x 128 bytes
   Factors* factors;  // (rows,)
-  float* sums;       // (parts, rows, padded d)
-  float2* totals;    // (parts, rows): sum of weights, and the score that they are relative to
-  int* headers;      // (parts, rows, SHORT_LANES): how many of
-  float2* lists;     // (parts, rows, SHORT_LANES, SHORT_LISTED): a reference, as an int, and its score
+  float* sums;       // (splits, rows, padded d)
+  float2* totals;    // (splits, rows): sum of weights, and the score that they are relative to
+  int* headers;      // (splits, rows, SHORT_LANES): how many of
+  float2* lists;     // (splits, rows, SHORT_LANES, SHORT_LISTED): a reference, as an int, and its score
   int64_t first_row, rows, stride;  // rows of this pass, and with those that fill the last block
   int64_t first_ref, refs;          // of this round; whole tiles
-  int panels, splits, first_part, parts;
+  int panels, splits;
   bool exact;
 };
 
@@ -383,11 +383,12 @@ __device__ __forceinline__ void add_scores(float (&scores)[REFS / 2], uint32_t r
 // product() in wgmma.cuh.
 template <int PANELS, bool EXACT, bool LOW>
 __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ring ring, uint32_t rows,
-                                            int begin, int end, int valid, int64_t part) {
+                                            int begin, int end, int valid) {
   using S = Shape<PANELS, EXACT>;
   constexpr int REFS = S::REFS, HALVES = REFS / 64, PIECES = PANELS * HALVES;
   constexpr int BUFFERS = PANELS <= 2 ? 2 : 1;
   const int lane = threadIdx.x % 32, quad = lane % 4;
+  const int64_t part = blockIdx.y;
   const int row0 = static_cast<int>(blockIdx.x * SHORT_ROWS + threadIdx.x / 32 * 16) + lane / 4;
   float rate[2], half[2], best[2], lowest[2], total[2] = {0, 0};
   int listed[2] = {0, 0};
@@ -399,6 +400,25 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
   float sums[PANELS * 32];
 #pragma unroll
   for (int i = 0; i < PANELS * 32; ++i) sums[i] = 0;
+  if (s.first_ref > 0) {  // goes on where the round before has ended
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t at = part * s.stride + row0 + 8 * h;
+      const float2 before = s.totals[at];
+      total[h] = quad == 0 ? before.x : 0.0f, best[h] = before.y;
+      if constexpr (EXACT) {
+        listed[h] = s.headers[at * SHORT_LANES + quad];
+        const float error = error_of(s.factors[row0 + 8 * h], best[h], in.d);
+        if (error > 1 && listed[h] <= SHORT_LISTED) lowest[h] = best[h] - margin_of(error, rate[h]);
+      }
+      const float2* const from = reinterpret_cast<const float2*>(s.sums + at * PANELS * SHORT_PANEL) + quad;
+#pragma unroll
+      for (int i = 0; i < PANELS * 8; ++i) {
+        const float2 pair = from[4 * i];
+        sums[4 * i + 2 * h] = pair.x, sums[4 * i + 2 * h + 1] = pair.y;
+      }
+    }
+  }
 
   for (int tile = begin; tile < end; ++tile) {
     const uint32_t high = shared_address(ring.slots + ring.at * S::TILE_BYTES);
@@ -609,12 +629,11 @@ __global__ void __launch_bounds__(SHORT_THREADS, 1)
   } else {
     take_registers<240>();
     const uint32_t own = shared_address(rows) + threadIdx.x / 128 * S::ROW_BYTES;
-    const int64_t part = s.first_part + blockIdx.y;
     wait_barrier(rows_full, 0);
     if (low) {
-      if constexpr (EXACT) weigh_tiles<PANELS, EXACT, true>(in, s, ring, own, begin, end, valid, part);
+      if constexpr (EXACT) weigh_tiles<PANELS, EXACT, true>(in, s, ring, own, begin, end, valid);
     } else {
-      weigh_tiles<PANELS, EXACT, false>(in, s, ring, own, begin, end, valid, part);
+      weigh_tiles<PANELS, EXACT, false>(in, s, ring, own, begin, end, valid);
     }
   }
 #endif
@@ -662,14 +681,14 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
   if (in.source.data) of_source = block_sum<double>(of_source, scratch);
 
   float most = -INFINITY;
-  for (int p = tid; p < s.parts; p += MERGE_THREADS) most = fmaxf(most, s.totals[p * s.stride + local].y);
+  for (int p = tid; p < s.splits; p += MERGE_THREADS) most = fmaxf(most, s.totals[p * s.stride + local].y);
   const float best = block_max<float>(most, reinterpret_cast<float*>(scratch));
   if (tid == 0) count = overflowed = 0;
   __syncthreads();
   const float error = s.exact && has_references ? error_of(f, best, in.d) : 0.0f;
   if (error > 1) {
     const float lowest = best - margin_of(error, f.rate);
-    for (int i = tid; i < s.parts * SHORT_LANES; i += MERGE_THREADS) {
+    for (int i = tid; i < s.splits * SHORT_LANES; i += MERGE_THREADS) {
       const int64_t at = i / SHORT_LANES * s.stride + local;
       if (!(s.totals[at].y >= lowest)) continue;
       const int64_t list = at * SHORT_LANES + i % SHORT_LANES;
@@ -726,9 +745,9 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
 
   double total = 0, sums[2] = {0, 0};
   const int64_t padded = s.panels * SHORT_PANEL;
-  for (int first = 0; first < s.parts && has_references; first += MERGE_THREADS) {
+  for (int first = 0; first < s.splits && has_references; first += MERGE_THREADS) {
     __syncthreads();
-    const int parts = min(s.parts - first, MERGE_THREADS);
+    const int parts = min(s.splits - first, MERGE_THREADS);
     if (tid < parts) {
       const float2 of_part = s.totals[(first + tid) * s.stride + local];
       const double weight = of_part.y == -INFINITY && !isnan(of_part.x)
@@ -798,8 +817,8 @@ void run_short_rows(const char* op, const Inputs& in, const Plan& plan, void* wo
   const int64_t rounds = ceil_div(in.m, plan.refs_per_pass);
   Short s;
   s.panels = static_cast<int>(plan.tile_d / SHORT_PANEL), s.splits = static_cast<int>(plan.splits);
-  s.parts = static_cast<int>(rounds * plan.splits), s.exact = !plan.fast, s.stride = plan.rows_per_pass;
-  const ShortLayout layout = short_layout(in.d, plan.rows_per_pass, plan.refs_per_pass, s.parts, plan.fast);
+  s.exact = !plan.fast, s.stride = plan.rows_per_pass;
+  const ShortLayout layout = short_layout(in.d, plan.rows_per_pass, plan.refs_per_pass, s.splits, plan.fast);
   char* at = static_cast<char*>(workspace);
   const auto take = [&at](int64_t bytes) {
     char* const piece = at;
@@ -827,7 +846,6 @@ void run_short_rows(const char* op, const Inputs& in, const Plan& plan, void* wo
     s.rows = std::min(plan.rows_per_pass, in.n - s.first_row);
     for (int64_t round = 0; round < rounds; ++round) {
       s.first_ref = round * plan.refs_per_pass, s.refs = plan.refs_per_pass;
-      s.first_part = static_cast<int>(round * plan.splits);
       const unsigned of_refs = rounds > 1 || s.first_row == 0 ? blocks(s.refs) : 0,
                      of_rows = round == 0 ? blocks(plan.rows_per_pass) : 0;
       if (of_refs + of_rows > 0) {
