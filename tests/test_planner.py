@@ -425,7 +425,7 @@ def test_short_rows_fill_the_device():
         ((256, 50_000, 32), {}),
         ((256, 50_000, 264), {"refs_dtype": torch.float32}),
         ((256, 50_000, 256), {}),  # the kernel for many rows has it
-        ((64, 200_000, 128), {}),  # and the pool kernel this
+        ((64, 200_000, 128), {"precision": "fast"}),  # and the pool kernel this
         ((256, 5000, 128, 10), {}),
         ((256, 50_000, 128), {"x_dtype": torch.float64}),
         ((256, 50_000, 128), {"device": "b200"}),

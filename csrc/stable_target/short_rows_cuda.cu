@@ -87,10 +87,17 @@ __device__ int64_t valid_of_round(const Inputs& in, const Short& s) {
   return left < 0 ? 0 : left < s.refs ? left : s.refs;
 }
 
+// Launches but the first overlap with the one before, on whose results all that they do depends.
+__device__ void follow_previous() {
+  wait_for_previous_launch();
+  allow_next_launch();
+}
+
 // ---- what the products take
 
 // One block. 16-bit references have no centre where it is small beside what they are apart.
 __global__ void __launch_bounds__(CENTRE_THREADS) centre_kernel(const Inputs in, const Short s) {
+  allow_next_launch();
   __shared__ double sums[CENTRE_THREADS], squares[CENTRE_THREADS];
   __shared__ double scratch[33];
   const int width = s.panels * static_cast<int>(SHORT_PANEL), parts = CENTRE_THREADS / width;
@@ -161,6 +168,7 @@ __device__ bool loads_vectors(const Array& a, int64_t d) {
 
 // The largest |d|.
 __global__ void __launch_bounds__(PREPARE_THREADS) magnitude_kernel(const Inputs in, const Short s) {
+  follow_previous();
   if (is_plain_half(in, *s.facts)) return;
   const Lanes lanes(s.panels);
   const int64_t valid = valid_count(in, 0), warps = static_cast<int64_t>(gridDim.x) * (PREPARE_THREADS / 32);
@@ -274,6 +282,7 @@ __device__ void prepare_row(const Inputs& in, const Short& s, const Lanes& lanes
 // Blocks of the references first, then of the rows.
 __global__ void __launch_bounds__(PREPARE_THREADS)
     prepare_kernel(const Inputs in, const Short s, const unsigned ref_blocks) {
+  follow_previous();
   const Lanes lanes(s.panels);
   const bool of_refs = blockIdx.x < ref_blocks;
   const int64_t block = of_refs ? blockIdx.x : blockIdx.x - ref_blocks;
@@ -618,6 +627,7 @@ __global__ void __launch_bounds__(SHORT_THREADS, 1)
     publish_barriers();
   }
   __syncthreads();
+  follow_previous();
   const int valid = static_cast<int>(valid_of_round(in, s));
   const int64_t tiles = (valid + S::REFS - 1) / S::REFS;
   const int begin = static_cast<int>(tiles * blockIdx.y / s.splits),
@@ -659,6 +669,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
   __shared__ double y[MOST_D], factors[MERGE_THREADS], exact[MOST_LISTED], used[MOST_LISTED];
   __shared__ Listed found[MOST_LISTED], sorted[MOST_LISTED];
   __shared__ int count, overflowed;
+  follow_previous();
   const int tid = threadIdx.x, lane = tid % 32;
   const int64_t local = blockIdx.x, index = s.first_row + local;
   bool alive;
@@ -806,8 +817,7 @@ void launch_weigh(const char* op, const Inputs& in, const Short& s, const Plan& 
                                       static_cast<int>(plan.smem_bytes)));
   const dim3 grid(static_cast<unsigned>((s.rows + SHORT_ROWS - 1) / SHORT_ROWS),
                   static_cast<unsigned>(s.splits));
-  kernel<<<grid, SHORT_THREADS, static_cast<size_t>(plan.smem_bytes), stream>>>(in, s);
-  check_launch(op);
+  launch_following(op, true, kernel, grid, SHORT_THREADS, plan.smem_bytes, stream, in, s);
 }
 
 }  // namespace
@@ -840,8 +850,7 @@ void run_short_rows(const char* op, const Inputs& in, const Plan& plan, void* wo
   const int64_t each = PREPARE_THREADS / 32 * (s.panels <= 2 ? 4 / s.panels : 1);  // samples of a block
   const auto blocks = [each](int64_t samples) { return static_cast<unsigned>(ceil_div(samples, each)); };
   const unsigned most = static_cast<unsigned>(std::clamp<int64_t>(ceil_div(in.m, 4 * each), 1, 1024));
-  magnitude_kernel<<<most, PREPARE_THREADS, 0, stream>>>(in, s);
-  check_launch(op);
+  launch_following(op, true, magnitude_kernel, dim3(most), PREPARE_THREADS, 0, stream, in, s);
   for (s.first_row = 0; s.first_row < in.n; s.first_row += plan.rows_per_pass) {
     s.rows = std::min(plan.rows_per_pass, in.n - s.first_row);
     for (int64_t round = 0; round < rounds; ++round) {
@@ -849,8 +858,8 @@ void run_short_rows(const char* op, const Inputs& in, const Plan& plan, void* wo
       const unsigned of_refs = rounds > 1 || s.first_row == 0 ? blocks(s.refs) : 0,
                      of_rows = round == 0 ? blocks(plan.rows_per_pass) : 0;
       if (of_refs + of_rows > 0) {
-        prepare_kernel<<<of_refs + of_rows, PREPARE_THREADS, 0, stream>>>(in, s, of_refs);
-        check_launch(op);
+        launch_following(op, true, prepare_kernel, dim3(of_refs + of_rows), PREPARE_THREADS, 0, stream, in, s,
+                         of_refs);
       }
       const auto weigh = s.panels == 1   ? launch_weigh<1>
                          : s.panels == 2 ? launch_weigh<2>
@@ -858,8 +867,8 @@ void run_short_rows(const char* op, const Inputs& in, const Plan& plan, void* wo
                                          : launch_weigh<4>;
       weigh(op, in, s, plan, stream);
     }
-    merge_kernel<<<static_cast<unsigned>(s.rows), MERGE_THREADS, 0, stream>>>(in, s);
-    check_launch(op);
+    launch_following(op, true, merge_kernel, dim3(static_cast<unsigned>(s.rows)), MERGE_THREADS, 0, stream,
+                     in, s);
   }
 }
 
