@@ -266,7 +266,7 @@ __device__ void prepare_row(const Inputs& in, const Short& s, const Lanes& lanes
   store_parts(v, power(own), high, s.exact ? high + part_bytes : nullptr);
   if (lanes.chunk != 0) return;
   Factors to{};
-  to.rate = 1e-30f;  // not zero: less than all scores of a row is -INFINITY
+  to.rate = 1e-36f;  // not zero: less than all scores of a row is -INFINITY
   if (alive) {
     const double rate = row.rate() * LOG2_E, unit = ldexp(1.0, shift);
     to.rate = fmaxf(static_cast<float>(rate / unit), to.rate);
