@@ -25,7 +25,7 @@ ShortLayout short_layout(int64_t d, int64_t rows_per_pass, int64_t refs_per_pass
   layout.factors = 32 * rows_per_pass;
   layout.sums = 4 * padded * rows;
   layout.totals = 8 * rows;
-  layout.headers = fast ? 0 : 4 * SHORT_LANES * rows;
+  layout.headers = fast ? 0 : 8 * SHORT_LANES * rows;
   layout.lists = fast ? 0 : int64_t{8} * SHORT_LANES * SHORT_LISTED * rows;
   return layout;
 }

@@ -9,7 +9,8 @@ namespace svel {
 constexpr int64_t SHORT_ROWS = 128;  // of a thread block: two warpgroups with 64 each
 constexpr int SHORT_THREADS = 384;   // and one that copies
 constexpr int SHORT_LANES = 4;       // threads that share a row of the products, each with a list of
-constexpr int SHORT_LISTED = 32;     // references near the best at most
+constexpr int SHORT_KEPT = 16;       // references near the best at most,
+constexpr int SHORT_LISTED = SHORT_KEPT + 32;  // and those of a tile
 constexpr int64_t SHORT_PANEL = 64;  // elements of 128 bytes, what a swizzled row of shared memory holds
 constexpr int64_t SHORT_MOST_PANELS = 4;
 constexpr int64_t SHORT_FACTS_BYTES = 1536;  // the centre and what is known of all references

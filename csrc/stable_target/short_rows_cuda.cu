@@ -59,8 +59,9 @@ struct Short {
   Factors* factors;  // (rows,)
   float* sums;       // (splits, rows, padded d)
   float2* totals;    // (splits, rows): sum of weights, and the score that they are relative to
-  int* headers;      // (splits, rows, SHORT_LANES): how many of
-  float2* lists;     // (splits, rows, SHORT_LANES, SHORT_LISTED): a reference, as an int, and its score
+  float2*
+      headers;    // (splits, rows, SHORT_LANES): how many of, as an int, and above which score there are all
+  float2* lists;  // (splits, rows, SHORT_LANES, SHORT_LISTED): a reference, as an int, and its score
   int64_t first_row, rows, stride;  // rows of this pass, and with those that fill the last block
   int64_t first_ref, refs;          // of this round; whole tiles
   int panels, splits;
@@ -401,6 +402,7 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
   const int row0 = static_cast<int>(blockIdx.x * SHORT_ROWS + threadIdx.x / 32 * 16) + lane / 4;
   float rate[2], half[2], best[2], lowest[2], total[2] = {0, 0};
   int listed[2] = {0, 0};
+  float floor[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const Factors& f = s.factors[row0 + 8 * h];
@@ -416,9 +418,10 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
       const float2 before = s.totals[at];
       total[h] = quad == 0 ? before.x : 0.0f, best[h] = before.y;
       if constexpr (EXACT) {
-        listed[h] = s.headers[at * SHORT_LANES + quad];
+        const float2 header = s.headers[at * SHORT_LANES + quad];
+        listed[h] = __float_as_int(header.x), floor[h] = header.y;
         const float error = error_of(s.factors[row0 + 8 * h], best[h], in.d);
-        if (error > 1 && listed[h] <= SHORT_LISTED) lowest[h] = best[h] - margin_of(error, rate[h]);
+        if (error > 1) lowest[h] = fmaxf(best[h] - margin_of(error, rate[h]), floor[h]);
       }
       const float2* const from = reinterpret_cast<const float2*>(s.sums + at * PANELS * SHORT_PANEL) + quad;
 #pragma unroll
@@ -491,23 +494,29 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
       for (int h = 0; h < 2; ++h) {
         if (!(most[h] > before[h] || most[h] >= lowest[h])) continue;
         const float error = error_of(s.factors[row0 + 8 * h], best[h], in.d);
-        lowest[h] = error > 1 ? best[h] - margin_of(error, rate[h]) : INFINITY;
-        if (before[h] < lowest[h]) listed[h] = 0;            // all that are listed have less than these
-        if (listed[h] > SHORT_LISTED) lowest[h] = INFINITY;  // too many: their errors average out
-        if (lowest[h] == INFINITY) continue;
+        lowest[h] = error > 1 ? fmaxf(best[h] - margin_of(error, rate[h]), floor[h]) : INFINITY;
+        if (before[h] < lowest[h]) listed[h] = 0;  // all that are listed have less than these
+        if (!(error > 1)) continue;
         float2* const list = s.lists + ((part * s.stride + row0 + 8 * h) * SHORT_LANES + quad) * SHORT_LISTED;
 #pragma unroll
         for (int i = 0; i < REFS / 4; ++i) {
           const float score = scores[i / 2 * 4 + 2 * h + i % 2];
           if (score >= lowest[h]) {
-            if (listed[h] < SHORT_LISTED)
-              list[listed[h]] = {
-                  __int_as_float(static_cast<int>(s.first_ref) + tile * REFS + i / 2 * 8 + 2 * quad + i % 2),
-                  score};
-            ++listed[h];
+            list[listed[h]++] = {
+                __int_as_float(static_cast<int>(s.first_ref) + tile * REFS + i / 2 * 8 + 2 * quad + i % 2),
+                score};
           }
         }
-        if (listed[h] > SHORT_LISTED) lowest[h] = INFINITY;
+        while (listed[h] > SHORT_KEPT) {  // those nearer the best; of equal ones none
+          floor[h] = lowest[h] = nextafterf(best[h] - 0.5f * (best[h] - lowest[h]), INFINITY);
+          int kept = 0;
+#pragma unroll 1
+          for (int k = 0; k < listed[h]; ++k) {
+            const float2 entry = list[k];
+            if (entry.y >= lowest[h]) list[kept++] = entry;
+          }
+          listed[h] = kept;
+        }
       }
     }
 
@@ -599,7 +608,7 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
     total[h] += __shfl_xor_sync(0xffffffffu, total[h], 1);
     total[h] += __shfl_xor_sync(0xffffffffu, total[h], 2);
     if (quad == 0) s.totals[at] = {total[h], best[h]};
-    if (EXACT) s.headers[at * SHORT_LANES + quad] = listed[h];
+    if (EXACT) s.headers[at * SHORT_LANES + quad] = {__int_as_float(listed[h]), floor[h]};
     float2* const to = reinterpret_cast<float2*>(s.sums + at * PANELS * SHORT_PANEL) + quad;
 #pragma unroll
     for (int i = 0; i < PANELS * 8; ++i) to[4 * i] = {sums[4 * i + 2 * h], sums[4 * i + 2 * h + 1]};
@@ -668,7 +677,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
   __shared__ double scratch[33];
   __shared__ double y[MOST_D], factors[MERGE_THREADS], exact[MOST_LISTED], used[MOST_LISTED];
   __shared__ Listed found[MOST_LISTED], sorted[MOST_LISTED];
-  __shared__ int count, overflowed;
+  __shared__ int count;
   follow_previous();
   const int tid = threadIdx.x, lane = tid % 32;
   const int64_t local = blockIdx.x, index = s.first_row + local;
@@ -694,27 +703,38 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
   float most = -INFINITY;
   for (int p = tid; p < s.splits; p += MERGE_THREADS) most = fmaxf(most, s.totals[p * s.stride + local].y);
   const float best = block_max<float>(most, reinterpret_cast<float*>(scratch));
-  if (tid == 0) count = overflowed = 0;
-  __syncthreads();
   const float error = s.exact && has_references ? error_of(f, best, in.d) : 0.0f;
+  int listed = 0;
   if (error > 1) {
-    const float lowest = best - margin_of(error, f.rate);
+    // Above which score all are listed; and if these are too many, nearer the best.
+    float lowest = best - margin_of(error, f.rate), floor = lowest;
     for (int i = tid; i < s.splits * SHORT_LANES; i += MERGE_THREADS) {
       const int64_t at = i / SHORT_LANES * s.stride + local;
-      if (!(s.totals[at].y >= lowest)) continue;
-      const int64_t list = at * SHORT_LANES + i % SHORT_LANES;
-      const int own = s.headers[list];
-      if (own > SHORT_LISTED) overflowed = 1;
-      for (int k = 0; k < min(own, SHORT_LISTED); ++k) {
-        const float2 entry = s.lists[list * SHORT_LISTED + k];
-        if (!(entry.y >= lowest)) continue;
-        const int to = atomicAdd(&count, 1);
-        if (to < MOST_LISTED) found[to] = {__float_as_int(entry.x), entry.y, s.totals[at].y};
-      }
+      if (s.totals[at].y >= lowest) floor = fmaxf(floor, s.headers[at * SHORT_LANES + i % SHORT_LANES].y);
     }
-    __syncthreads();
+    lowest = block_max<float>(floor, reinterpret_cast<float*>(scratch));
+    for (listed = MOST_LISTED + 1; listed > MOST_LISTED && lowest <= best;) {
+      if (tid == 0) count = 0;
+      __syncthreads();
+      for (int i = tid; i < s.splits * SHORT_LANES; i += MERGE_THREADS) {
+        const int64_t at = i / SHORT_LANES * s.stride + local, list = at * SHORT_LANES + i % SHORT_LANES;
+        const float of_block = s.totals[at].y;
+        if (!(of_block >= lowest)) continue;
+        const int own = __float_as_int(s.headers[list].x);
+        for (int k = 0; k < own; ++k) {
+          const float2 entry = s.lists[list * SHORT_LISTED + k];
+          if (!(entry.y >= lowest)) continue;
+          const int to = atomicAdd(&count, 1);
+          if (to < MOST_LISTED) found[to] = {__float_as_int(entry.x), entry.y, of_block};
+        }
+      }
+      __syncthreads();
+      listed = count;
+      lowest = nextafterf(best - 0.5f * (best - lowest), INFINITY);
+      __syncthreads();
+    }
+    if (listed > MOST_LISTED) listed = 0;
   }
-  const int listed = overflowed || count > MOST_LISTED ? 0 : count;
   for (int k = tid; k < listed; k += MERGE_THREADS) {  // in an order that does not change
     int place = 0;
     for (int other = 0; other < listed; ++other) place += found[other].reference < found[k].reference;
@@ -734,16 +754,26 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
       if (lane == 0) exact[k] = score;
     }
     __syncthreads();
-    double largest = exact[0];
-    for (int k = 1; k < listed; ++k) largest = fmax(largest, exact[k]);
-    kept = exp2(fmin(fmax((level - largest) * rate, -1.0), 1.0));
+    for (int k = tid; k < listed; k += MERGE_THREADS) {
+      const Listed& own = sorted[k];
+      used[k] = weight_of(own.score, own.of_block, f.rate) *
+                exp2((static_cast<double>(own.of_block) - best) * f.rate - WEIGHT_BITS);
+    }
+    __syncthreads();
+    // Scores of the products are off by much the same for all, as their digits are cut and not rounded: by so
+    // much as the listed ones are, together, are the others moved.
+    double largest = exact[0], off = 0, weights = 0;
+    for (int k = 0; k < listed; ++k) {
+      largest = fmax(largest, exact[k]);
+      off = fma(used[k], exact[k] - ldexp(static_cast<double>(sorted[k].score), -f.shift), off);
+      weights += used[k];
+    }
+    kept = exp2(fmin(fmax((level + off / weights - largest) * rate, -1.0), 1.0));
     level = largest;
     __syncthreads();
     for (int k = tid; k < listed; k += MERGE_THREADS) {
-      const Listed& own = sorted[k];
       exact[k] = exp2((exact[k] - level) * rate);
-      used[k] = kept * weight_of(own.score, own.of_block, f.rate) *
-                exp2((static_cast<double>(own.of_block) - best) * f.rate - WEIGHT_BITS);
+      used[k] *= kept;
     }
   }
   double with_source = 0, of_references = has_references ? 1 : 0;
@@ -842,7 +872,7 @@ void run_short_rows(const char* op, const Inputs& in, const Plan& plan, void* wo
   s.factors = reinterpret_cast<Factors*>(take(layout.factors));
   s.sums = reinterpret_cast<float*>(take(layout.sums));
   s.totals = reinterpret_cast<float2*>(take(layout.totals));
-  s.headers = reinterpret_cast<int*>(take(layout.headers));
+  s.headers = reinterpret_cast<float2*>(take(layout.headers));
   s.lists = reinterpret_cast<float2*>(take(layout.lists));
 
   centre_kernel<<<1, CENTRE_THREADS, 0, stream>>>(in, s);
