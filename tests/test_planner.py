@@ -10,6 +10,7 @@ from stablevelocity_kernels import info
 pytestmark = pytest.mark.skipif(info._C is None, reason="the planner needs the compiled extension")
 
 H100 = {"device": "h100"}
+KERNELS = ("pool", "held", "swept", "many_rows", "short_rows", "bulk", "stream", "two_pass", "tiled", "small")
 SIZES_D = (0, 1, 2, 8, 9, 10, 32, 33, 64, 784, 1000, 4096, 4100, 8192, 16384, 16392, 65537, 2**21)
 
 
@@ -19,7 +20,7 @@ def test_every_plan_is_within_the_limits(d, refs_dtype):
     for n, m, k, source in itertools.product((1, 7, 256, 50_000), (1, 256, 1_000_000), (None, 10), (False, True)):
         aligned = d * refs_dtype.itemsize % 16 == 0
         plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, source=source, aligned=aligned, **H100)
-        assert plan["kernel"] in ("pool", "held", "swept", "many_rows", "bulk", "stream", "two_pass", "tiled", "small")
+        assert plan["kernel"] in KERNELS
         assert 0 < plan["threads"] <= 1024
         assert plan["threads"] % 32 == 0
         assert 0 <= plan["smem_bytes"] <= 232448
@@ -58,6 +59,8 @@ def test_workspace_is_bounded(n, m, d, k):
         ((256, 50_000, 3072, None), "many_rows", "tiled"),
         ((4096, 50_000, 4096, None), "many_rows", "tiled"),
         ((16_384, 50_000, 3072, None), "many_rows", "tiled"),
+        ((4096, 50_000, 128, None), "short_rows", "tiled"),
+        ((10_000, 100_000, 64, None), "short_rows", "tiled"),
         ((10_000, 100_000, 10, None), "small", "small"),
         ((256, 2048, 10, None), "small", "small"),
         ((128, 256, 2, 10), "two_pass", "two_pass"),
@@ -475,6 +478,57 @@ def test_class_banks_of_two_bytes_are_on_the_matrix_units(d, refs_dtype):
         info.plan(256, 256, 32, 1001, **options),
     ]
     assert not any(plan["products"] for plan in others)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("device", ["h100", "h200"])
+@pytest.mark.parametrize(
+    ("n", "m", "d"),
+    [
+        *itertools.product((256, 4096, 100_000), (2048, 50_000, 2**31 - 1), (33, 64, 65, 128, 200, 255)),
+        (128, 50_000, 48),
+        (9000, 64, 128),
+    ],
+)
+def test_many_short_rows_beside_a_pool(n, m, d, device, refs_dtype, precision):
+    aligned = d * refs_dtype.itemsize % 16 == 0
+    plan = info.plan(n, m, d, refs_dtype=refs_dtype, precision=precision, aligned=aligned, device=device)
+    assert plan["kernel"] == "short_rows"
+    assert plan["workspace_bytes"] < 256 << 20
+    assert plan["smem_bytes"] <= info.DEVICES[device].smem_limit - 256  # and its barriers
+    assert plan["rows_per_pass"] % plan["tile_rows"] == 0
+    assert plan["refs_per_pass"] % plan["tile_refs"] == 0
+    assert plan["blocks"] == plan["rows_per_pass"] // plan["tile_rows"] * plan["splits"]
+    assert plan["fast"] == (precision == "fast")
+
+
+def test_short_rows_fill_the_device():
+    for n in (128, 256, 1000, 4096, 10_000):
+        plan = info.plan(n, 50_000, 128, **H100)
+        waves = plan["blocks"] / 132
+        assert waves / -(-plan["blocks"] // 132) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("sizes", "other"),
+    [
+        ((26, 50_000, 128), {}),
+        ((256, 1000, 128), {}),  # few scores
+        ((10_000, 63, 128), {}),
+        ((256, 50_000, 32), {}),
+        ((256, 50_000, 264), {"refs_dtype": torch.float32}),
+        ((256, 50_000, 256), {}),  # the kernel for many rows has it
+        ((64, 200_000, 128), {"precision": "fast"}),  # and the pool kernel this
+        ((256, 5000, 128, 10), {}),
+        ((256, 50_000, 128), {"x_dtype": torch.float64}),
+        ((256, 50_000, 128), {"device": "b200"}),
+        ((256, 50_000, 128), {"device": "a100"}),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_for_short_rows_leaves_to_others(sizes, other):
+    assert info.plan(*sizes, **{**H100, **other})["kernel"] != "short_rows"
 
 
 @pytest.mark.parametrize("device", ["h100", "h200"])

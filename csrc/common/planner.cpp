@@ -8,6 +8,7 @@
 #include "common/planner_held.h"
 #include "common/planner_pool.h"
 #include "common/planner_rows.h"
+#include "common/planner_short.h"
 #include "common/planner_swept.h"
 
 namespace svel {
@@ -506,6 +507,7 @@ Plan make_plan(const Problem& p) {
                                                     : p.refs_size == 4 ? has_float_pool(p, many)
                                                                        : true)) {
     plan = many;
+  } else if (plan_short_rows(p, plan)) {  // scores of short samples never reach memory
   } else if (!p.has_labels && p.d > 0 && p.d <= SMALL_D && (p.n >= SMALL_ROWS || p.d <= EXACT_D)) {
     plan_small(p, plan);
   } else if (is_tiled(p)) {
