@@ -243,14 +243,28 @@ struct SweptKernel {
 
   __device__ __forceinline__ void wait_for_crew() const { named_barrier(1 + crew, GROUP); }
 
-  template <int ADD, int COLUMNS>
-  __device__ __forceinline__ static void multiply(Acc& acc, uint64_t a, uint64_t b) {
+  // acc = a b^T over COUNT steps of 16, a's given as columns or not; under way, and until it has ended.
+  template <int COUNT, int COLUMNS>
+  __device__ __forceinline__ static void begin_products(Acc& acc, uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if constexpr (PARTS == 2) {
-      product_shared<ADD, COLUMNS>(acc, a, b);
-    } else {
-      product_shared_bf16<ADD, COLUMNS>(acc, a, b);
-    }
+    const auto multiply = [&](auto adds, int k) {
+      constexpr int ADD = decltype(adds)::value;
+      if constexpr (PARTS == 2) {
+        product_shared<ADD, COLUMNS>(acc, a + 2 * k, b + 2 * k);
+      } else {
+        product_shared_bf16<ADD, COLUMNS>(acc, a + 2 * k, b + 2 * k);
+      }
+    };
+    start_products();
+    multiply(std::integral_constant<int, 0>{}, 0);
+#pragma unroll
+    for (int k = 1; k < COUNT; ++k) multiply(std::integral_constant<int, 1>{}, k);
+    commit_products();
+#endif
+  }
+  __device__ __forceinline__ static void end_products(Acc& acc) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    wait_products<0>(acc);
 #endif
   }
   __device__ __forceinline__ static float of_parts(const Acc& acc, int i) {  // the smallest first
@@ -389,13 +403,9 @@ struct SweptKernel {
           const uint64_t a = stages + (slot * STAGE + crew * BOX >> 4),
                          b = stages + (slot * STAGE + REFS >> 4);
           Acc acc;
-          start_products();
-          multiply<0, 0>(acc, a, b);
-#pragma unroll
-          for (int k = 1; k < STEP / 16; ++k) multiply<1, 0>(acc, a + 2 * k, b + 2 * k);
-          commit_products();
+          begin_products<STEP / 16, 0>(acc, a, b);
           add_norms(ring + slot * STAGE + crew * BOX, slot, d - unit.slice * slice - step * STEP, squares);
-          wait_products<0>(acc);
+          end_products(acc);
 #pragma unroll
           for (int i = 0; i < PAIRS; ++i) {
             const float2 unscale = *reinterpret_cast<const float2*>(&shared.unscale[slot][8 * i + pair]);
@@ -668,10 +678,8 @@ struct SweptKernel {
 #pragma unroll 1
           for (int k = 0; k < sixteens; ++k) {
             Acc acc;
-            start_products();
-            multiply<0, 1>(acc, a + k * REFS_STEP, b + 2 * k);
-            commit_products();
-            wait_products<0>(acc);
+            begin_products<1, 1>(acc, a + k * REFS_STEP, b + 2 * k);
+            end_products(acc);
 #pragma unroll
             for (int i = 0; i < SUMS; ++i) sums[i] += of_parts(acc, i);
           }
