@@ -293,6 +293,7 @@ bool has_few_classes(const Problem& p, const Plan& many) {
 constexpr double TILED_SECONDS = 30e-6, TILED_RATE = 9e12;  // operations per second
 
 bool has_float_pool(const Problem& p, const Plan& many) {
+  if (Plan fused; plan_short_rows(p, fused)) return false;
   const double seconds = many_rows_seconds(p, many);
   if (is_tiled(p)) return seconds < TILED_SECONDS + 4.0 * p.n * p.m * p.d / TILED_RATE;
   Plan bulk;

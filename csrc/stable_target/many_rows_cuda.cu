@@ -2161,7 +2161,7 @@ template <typename T, bool CLASSES>
 auto merge_kernel_for(int64_t d) {
   if (d > LISTED_D) return merge_kernel<T, 0, 0, CLASSES>;
   if constexpr (IS_FLOAT<T>) {
-    return merge_kernel<T, 2, 4, CLASSES>;
+    return d > LISTED_D / 2 ? merge_kernel<T, 2, 4, CLASSES> : merge_kernel<T, 1, 4, CLASSES>;
   } else {
     if (d > EIGHT_LISTED_D) return merge_kernel<T, 2, 4, CLASSES>;
     return d > LISTED_D / 2 ? merge_kernel<T, 2, 8, CLASSES> : merge_kernel<T, 1, 8, CLASSES>;
