@@ -18,9 +18,11 @@ constexpr double PRODUCT_SECONDS = 8.4e-15,
                  PRODUCT_SECONDS_BF16 = 10.4e-15;  // a row, a reference, an element
 constexpr double READ_SHARE = 0.78;                // of the bandwidth
 // Rows in the order of their classes, beside ten classes of 5,000 on an H100: 300 rows 426 us, 512 rows 489,
-// 1,024 rows 624, 4,096 rows 1,626; beside fifty of 1,000, 1,024 rows 690. A pass is a few waves of thread
-// blocks, of which the last is seldom full: so much of one is lost.
-constexpr double LOST_WAVE = 0.5;
+// 1,024 rows 624, 4,096 rows 1,626; beside fifty of 1,000, 1,024 rows 690, which this meets within a tenth.
+// Of short samples and classes it is too low: 1,024 rows beside ten classes of 1,000 of 256 took 167 us,
+// beside twenty of 2,000 of 512 272. A pass is a few waves of thread blocks, of which the last is seldom
+// full: so much of one is lost.
+constexpr double ORDERED_PASS_SECONDS = 90e-6, LOST_WAVE = 0.4;
 
 // Whether rows meet references so often that their norms had better be formed once: T tiles of rows in the
 // order of K classes meet K + T - 1 classes in all, and those of a pool T times the pool.
@@ -113,7 +115,7 @@ double many_rows_seconds(const Problem& p, const Plan& plan) {
   const double tiles = ceil_div(p.n, MANY_ROWS),
                met = std::min(refs, refs / k * (k + tiles - 1) / tiles + 2 * MANY_TILE);
   const double wave = p.sm_count * MANY_TILE * p.d * MANY_ROWS * product;
-  return rounds * (PASS_SECONDS + LOST_WAVE * wave) +
+  return rounds * (ORDERED_PASS_SECONDS + LOST_WAVE * wave) +
          met * p.d * (full * of_tile(MANY_ROWS) + of_tile(width));
 }
 
