@@ -511,7 +511,7 @@ def test_a_kernel_can_be_asked_for(monkeypatch):
     assert info.plan(*sizes, **H100)["kernel"] == "many_rows"
     assert info.plan(8, *sizes[1:], **H100)["kernel"] == "bulk"  # where it cannot serve
     monkeypatch.setenv("SVEL_KERNEL", "abacus")
-    with pytest.raises(ValueError, match="SVEL_KERNEL: expected one of .*many_rows.*, got 'abacus'"):
+    with pytest.raises(ValueError, match=r"SVEL_KERNEL: expected one of .*many_rows.*, got 'abacus'"):
         info.plan(*sizes, **H100)
 
 
