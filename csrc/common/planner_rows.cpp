@@ -12,21 +12,22 @@ constexpr int64_t MIN_D = 256;                            // shorter sums leave 
 constexpr int64_t MIN_D_FLOAT = 128;                      // and of float32 others take longer still
 constexpr int64_t SCORES_LIMIT = int64_t{128} << 20;      // bytes of scores and their maxima
 
-// Of many_rows_seconds, beside 50,000 references of 3,072 on an H100: 256 rows 373 us, 1,024 rows 1,360, 256
-// of bfloat16 453. Few rows are bound by memory, from which the references come twice.
-constexpr double PASS_SECONDS = 44e-6;
-constexpr double PRODUCT_SECONDS = 8.4e-15,
-                 PRODUCT_SECONDS_BF16 = 10.4e-15;  // a row, a reference, an element
-constexpr double READ_SHARE = 0.78;                // of the bandwidth
+// Of many_rows_seconds, by 48 class banks on an H200 (64 to 4,096 rows, 2 to 100 classes of 256 to 5,000
+// references of 256 to 8,192 elements) and 14 on an H100, there ten classes of 5,000 of 3,072 most of all:
+// 256 rows 377 us, 300 rows 426, 512 rows 489, 1,024 rows 624, 4,096 rows 1,626; 256 of bfloat16 453. Half
+// are within an eighth of it. What a pass takes, and one in the order of classes, which is a few waves of
+// thread blocks, of which the last is seldom full: so much of one is lost; products, and a pair of a row and
+// a reference. Few rows are bound by memory, from which the references come twice.
+constexpr double PASS_SECONDS = 80e-6, ORDERED_PASS_SECONDS = 110e-6, LOST_WAVE = 0.3;
+constexpr double PRODUCT_SECONDS = 6.3e-15,
+                 PRODUCT_SECONDS_BF16 = 8.3e-15;  // a row, a reference, an element
+constexpr double PAIR_SECONDS = 7e-12;
+constexpr double READ_SHARE = 0.78;  // of the bandwidth
 // Of float32, by the products of dense rows: exact 1 for all references, 2 more for the rest of scores, and 4
 // for the sums, where references of two bytes have 1, 1 and 2. A round has the launch that makes halves, too.
 // Not measured.
-constexpr double FLOAT_PRODUCTS = 7.0 / 4, FLOAT_PASS_SECONDS = 60e-6;
+constexpr double FLOAT_PRODUCTS = 7.0 / 4, FLOAT_PASS_SECONDS = 16e-6;
 constexpr double FLOAT_READ = 10, FLOAT_FAST_READ = 6;  // bytes of an element by products
-// Rows in the order of their classes, beside ten classes of 5,000 on an H100: 300 rows 426 us, 512 rows 489,
-// 1,024 rows 624, 4,096 rows 1,626; beside fifty of 1,000, 1,024 rows 690. A pass is a few waves of thread
-// blocks, of which the last is seldom full: so much of one is lost.
-constexpr double LOST_WAVE = 0.5;
 
 // Whether rows meet references so often that their norms had better be formed once: T tiles of rows in the
 // order of K classes meet K + T - 1 classes in all, and those of a pool T times the pool.
@@ -44,7 +45,7 @@ int64_t best_rounds(const Problem& p, int64_t refs, int64_t rows, int64_t least)
   const auto time_of = [&](int64_t rounds) {
     const int64_t units = ceil_div(ceil_div(refs, rounds), 2 * MANY_TILE) * row_tiles;
     return static_cast<double>(rounds) *
-           (FLOAT_PASS_SECONDS + static_cast<double>(ceil_div(units, clusters)) * wave);
+           (PASS_SECONDS + FLOAT_PASS_SECONDS + static_cast<double>(ceil_div(units, clusters)) * wave);
   };
   int64_t best = least;
   for (int64_t rounds = least; rounds <= least + std::min<int64_t>(least / 2 + 1, 8); ++rounds)
@@ -141,22 +142,22 @@ double many_rows_seconds(const Problem& p, const Plan& plan) {
   const double product = p.refs_bf16              ? PRODUCT_SECONDS_BF16
                          : is_float && !plan.fast ? PRODUCT_SECONDS * FLOAT_PRODUCTS
                                                   : PRODUCT_SECONDS;
-  const double pass = is_float ? FLOAT_PASS_SECONDS : PASS_SECONDS;
+  const double pair = p.d * product + PAIR_SECONDS;
   const double bytes = !is_float ? 2 * p.refs_size : plan.fast ? FLOAT_FAST_READ : FLOAT_READ;
-  const double read = bytes / (READ_SHARE * p.bandwidth);  // for the products
-  const auto of_tile = [&](int64_t rows) { return rows ? std::max(rows * product, read) : 0; };
+  const double read = bytes * p.d / (READ_SHARE * p.bandwidth);  // for the products
+  const auto of_tile = [&](int64_t rows) { return rows ? std::max(rows * pair, read) : 0; };
+  const double tile_seconds = full * of_tile(MANY_ROWS) + of_tile(width);  // beside a reference
   const int64_t passes = ceil_div(p.n, plan.rows_per_pass);
   const int64_t rounds = passes * ceil_div(p.references(), plan.refs_per_pass);
   const double halves =  // made in every pass
-      is_float ? passes * refs * p.d * 8 / (READ_SHARE * p.bandwidth) : 0;
-  if (!ordered) return rounds * pass + halves + refs * p.d * (full * of_tile(MANY_ROWS) + of_tile(width));
+      is_float ? rounds * FLOAT_PASS_SECONDS + passes * refs * p.d * 8 / (READ_SHARE * p.bandwidth) : 0;
+  if (!ordered) return rounds * PASS_SECONDS + halves + refs * tile_seconds;
   // At each place where one tile ends and the next begins a class is met by both, and a tile meets parts of
   // two pairs of reference tiles. With labels drawn evenly, and no rows of all classes.
   const double tiles = ceil_div(p.n, MANY_ROWS),
                met = std::min(refs, refs / k * (k + tiles - 1) / tiles + 2 * MANY_TILE);
-  const double wave = p.sm_count * MANY_TILE * p.d * MANY_ROWS * product;
-  return rounds * (pass + LOST_WAVE * wave) + halves +
-         met * p.d * (full * of_tile(MANY_ROWS) + of_tile(width));
+  const double wave = p.sm_count * MANY_TILE * MANY_ROWS * pair;
+  return rounds * (ORDERED_PASS_SECONDS + LOST_WAVE * wave) + halves + met * tile_seconds;
 }
 
 }  // namespace svel

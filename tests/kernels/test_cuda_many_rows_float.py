@@ -19,6 +19,7 @@ from cuda_cases import (
     nothing_waits,
     on_two_streams,
     rows_of,
+    served_by,
     worst_row,
 )
 from kernel_cases import between, largest_logit, offset_by_one, with_gaps
@@ -31,6 +32,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(svel.backends().get("CUDA") != "native", reason="the compiled CUDA kernels do not serve"),
 ]
+prefer = served_by("many_rows")
 # Rows: tiles of 64, 128 and 256 whole and cut, and more than one pass. D: steps of 64 and tiles of 128 whole and cut,
 # lists that shared memory holds and longer samples.
 SHAPES = [

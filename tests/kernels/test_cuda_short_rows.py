@@ -18,6 +18,7 @@ from cuda_cases import (
     make_pool_of_size,
     nothing_waits,
     on_two_streams,
+    served_by,
     worst_row,
 )
 from kernel_cases import between, largest_logit, offset_by_one, with_gaps
@@ -30,6 +31,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(svel.backends().get("CUDA") != "native", reason="the compiled CUDA kernels do not serve"),
 ]
+prefer = served_by("short_rows")
 # Rows: tiles of 128 whole and cut, the second half without rows. References: whole tiles and not, one tile and less for
 # each part. D: one to four panels of 64, whole and cut, with and without loads of eight elements.
 SHAPES = [

@@ -16,6 +16,7 @@ from cuda_cases import (
     make_pool,
     nothing_waits,
     on_two_streams,
+    served_by,
     worst_row,
 )
 from kernel_cases import ALL_T, between, largest_logit, offset_by_one
@@ -28,6 +29,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(svel.backends().get("CUDA") != "native", reason="the compiled CUDA kernels do not serve"),
 ]
+prefer = served_by("swept")
 # Rows, references, D. Tiles of rows, of references and of D that are whole and cut; slices too; fewer units than blocks
 # and several rounds of them. The last: several passes.
 SHAPES = [
