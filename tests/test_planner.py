@@ -59,7 +59,7 @@ def test_workspace_is_bounded(n, m, d, k):
         ((256, 50_000, 3072, None), "many_rows", "tiled"),
         ((4096, 50_000, 4096, None), "many_rows", "tiled"),
         ((16_384, 50_000, 3072, None), "many_rows", "tiled"),
-        ((4096, 50_000, 264, None), "short_rows", "tiled"),
+        ((4096, 50_000, 128, None), "short_rows", "tiled"),
         ((10_000, 100_000, 64, None), "short_rows", "tiled"),
         ((10_000, 100_000, 10, None), "small", "small"),
         ((256, 2048, 10, None), "small", "small"),

@@ -23,9 +23,8 @@
 // 64 products are summed before they join ordinary float32 sums; y_lo.d, which is small, they add up to the
 // end, as they do all sums where results need not be exact.
 //
-// Float32 references are not operands. Before a round those of the round become two halves each, r_j - c =
-// d_hi
-// + d_lo to 22 bits, in the workspace: d_hi in the first d_stride elements of a row, d_lo in as many more.
+// Float32 references are not operands. Before a round those of the round become two halves each, of 22 bits,
+// r_j - c = d_hi + d_lo, in the workspace: d_hi in the first d_stride elements of a row, d_lo in as many more.
 // All products are the same kernels' as of float16 without a centre. Scores are of y_hi.d_hi, with a bound
 // that has the largest share that d_hi leaves out of any; those of dense rows get y_lo.d_hi + y_hi.d_lo, one
 // product of twice the length, for which y has both halves too, in the other order; sums are of twice as many
@@ -125,7 +124,8 @@ struct Many {
   float* sums;           // (rows, d_stride) sum of p_j d_j scale, where has_sums
   float* partial;        // (splits, row tiles, d tiles, MANY_ROWS, MANY_TILE)
   int64_t first_row;     // of the pass
-  int64_t first_ref;     // of the round
+  int64_t first_ref;     // of the round,
+  int64_t map_ref;       // in the map of tensor copies: of float32 references, whose halves are the round's, 0
   int64_t rows, padded;  // rows of the pass; rounded up to 64
   int64_t refs;          // of the round, valid or not
   int64_t score_stride, d_stride;
@@ -144,6 +144,11 @@ inline Inputs as_pool(const Inputs& in) {
   if (in.k > 1) pool.m = in.k * in.m, pool.k = 1, pool.counts = nullptr;
   pool.labels = nullptr;
   return pool;
+}
+
+// Of the map of tensor copies.
+inline int64_t many_map_rows(const Inputs& pool, const Many& many) {
+  return pool.m - many.first_ref + many.map_ref;
 }
 
 __device__ inline int64_t many_valid(const Inputs& in, const Many& many) {  // references of the round

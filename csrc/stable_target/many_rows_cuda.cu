@@ -2225,15 +2225,15 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, __h
     for (many.first_ref = 0; many.first_ref < pool.m; many.first_ref += plan.refs_per_pass) {
       many.refs = std::min(plan.refs_per_pass, pool.m - many.first_ref);
       // What products are of. Float32: halves, and but for the first scores twice as many elements.
+      if (is_float) many.norms = norms - many.first_ref;
+      many.map_ref = is_float ? 0 : many.first_ref;
       Inputs operands = pool;
       Many product = many;
       if (is_float) {
         const int64_t row_bytes = 4 * many.d_stride;
-        many.norms = product.norms = norms - many.first_ref;
         launch(classes ? halves_kernel<true> : halves_kernel<false>,
                static_cast<unsigned>(ceil_div(many.refs, warps)), THREADS, 0, pool, many, halves);
-        // References are counted from the first of all, and none beyond the round are there.
-        operands.refs = {reinterpret_cast<char*>(halves) - many.first_ref * row_bytes, Dtype::f16};
+        operands.refs = {halves, Dtype::f16};  // none beyond the round are there
         operands.m = many.first_ref + many.refs;
         launch_many_score(op, operands, many, false, stream, row_bytes, row_bytes);
         operands.d = product.d_stride = 2 * many.d_stride;
