@@ -23,11 +23,10 @@ constexpr double PRODUCT_SECONDS = 6.3e-15,
                  PRODUCT_SECONDS_BF16 = 8.3e-15;  // a row, a reference, an element
 constexpr double PAIR_SECONDS = 7e-12;
 constexpr double READ_SHARE = 0.78;  // of the bandwidth
-// Of float32, by the products of dense rows: exact 1 for all references, 2 more for the rest of scores, and 4
-// for the sums, where references of two bytes have 1, 1 and 2. A round has the launch that makes halves, too.
-// Not measured.
+// Of float32, by the products of dense rows: 1 for all references, 2 more for the rest of scores, and 4 for
+// the sums, where references of two bytes have 1, 1 and 2. A round has the launch that makes halves, too.
 constexpr double FLOAT_PRODUCTS = 7.0 / 4, FLOAT_PASS_SECONDS = 16e-6;
-constexpr double FLOAT_READ = 10, FLOAT_FAST_READ = 6;  // bytes of an element by products
+constexpr double FLOAT_READ = 10;  // bytes of an element by products
 
 // Whether rows meet references so often that their norms had better be formed once: T tiles of rows in the
 // order of K classes meet K + T - 1 classes in all, and those of a pool T times the pool.
@@ -40,8 +39,8 @@ bool has_norms(int64_t n, int64_t classes) {
 // round is few waves of thread blocks.
 int64_t best_rounds(const Problem& p, int64_t refs, int64_t rows, int64_t least) {
   const int64_t clusters = std::max<int64_t>(p.sm_count / 2, 1), row_tiles = ceil_div(rows, MANY_ROWS);
-  const double products = p.precision == "fast" ? 1 : 3;  // of the scores
-  const double wave = products * PRODUCT_SECONDS / 4 * clusters * 2 * MANY_TILE * MANY_ROWS * p.d;
+  constexpr double PRODUCTS = 3;  // of the scores
+  const double wave = PRODUCTS * PRODUCT_SECONDS / 4 * clusters * 2 * MANY_TILE * MANY_ROWS * p.d;
   const auto time_of = [&](int64_t rounds) {
     const int64_t units = ceil_div(ceil_div(refs, rounds), 2 * MANY_TILE) * row_tiles;
     return static_cast<double>(rounds) *
@@ -119,7 +118,8 @@ bool plan_many_rows(const Problem& p, Plan& plan) {
   plan.stages = MANY_STAGES;
   plan.rows_per_pass = rows;
   plan.refs_per_pass = round_up(ceil_div(refs, rounds), MANY_TILE);
-  plan.fast = p.precision == "fast";
+  plan.fast =
+      p.precision == "fast" && !is_float;  // upper halves alone leave float32 too few digits at small t
   plan.blocks = p.sm_count;
   plan.smem_bytes = smem;
   plan.workspace_bytes = many_layout(p.n, refs, p.d, classes, is_float, rows, plan.refs_per_pass).total();
@@ -139,11 +139,11 @@ double many_rows_seconds(const Problem& p, const Plan& plan) {
   const int64_t full = p.n / MANY_ROWS, left = p.n % MANY_ROWS;
   const int64_t width = left == 0 ? 0 : left <= 64 ? 64 : left <= 128 ? 128 : MANY_ROWS;
   const bool is_float = p.refs_size == 4;
-  const double product = p.refs_bf16              ? PRODUCT_SECONDS_BF16
-                         : is_float && !plan.fast ? PRODUCT_SECONDS * FLOAT_PRODUCTS
-                                                  : PRODUCT_SECONDS;
+  const double product = p.refs_bf16 ? PRODUCT_SECONDS_BF16
+                         : is_float  ? PRODUCT_SECONDS * FLOAT_PRODUCTS
+                                     : PRODUCT_SECONDS;
   const double pair = p.d * product + PAIR_SECONDS;
-  const double bytes = !is_float ? 2 * p.refs_size : plan.fast ? FLOAT_FAST_READ : FLOAT_READ;
+  const double bytes = is_float ? FLOAT_READ : 2 * p.refs_size;
   const double read = bytes * p.d / (READ_SHARE * p.bandwidth);  // for the products
   const auto of_tile = [&](int64_t rows) { return rows ? std::max(rows * pair, read) : 0; };
   const double tile_seconds = full * of_tile(MANY_ROWS) + of_tile(width);  // beside a reference

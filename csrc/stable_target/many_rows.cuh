@@ -24,12 +24,12 @@
 // end, as they do all sums where results need not be exact.
 //
 // Float32 references are not operands. Before a round those of the round become two halves each, of 22 bits,
-// r_j - c = d_hi + d_lo, in the workspace: d_hi in the first d_stride elements of a row, d_lo in as many more.
-// All products are the same kernels' as of float16 without a centre. Scores are of y_hi.d_hi, with a bound
-// that has the largest share that d_hi leaves out of any; those of dense rows get y_lo.d_hi + y_hi.d_lo, one
-// product of twice the length, for which y has both halves too, in the other order; sums are of twice as many
-// elements, and are put together in merge. No row is expected to be dense. Lists are scored and summed from
-// the references as stored.
+// r_j - c = d_hi + d_lo, in the workspace: d_hi in the first d_stride elements of a row, d_lo in as many
+// more. All products are the same kernels' as of float16 without a centre. Scores are of y_hi.d_hi, with a
+// bound that has the largest share that d_hi leaves out of any; those of dense rows get y_lo.d_hi +
+// y_hi.d_lo, one product of twice the length, for which y has both halves too, in the other order; sums are
+// of twice as many elements, and are put together in merge. No row is expected to be dense. Lists are scored
+// and summed from the references as stored.
 //
 // A bank of few classes is a pool of all their references, those that are not valid too, of which a row has a
 // range, or all: scores of others are -INFINITY, so that they come in no list and weigh nothing. What holds
@@ -125,7 +125,7 @@ struct Many {
   float* partial;        // (splits, row tiles, d tiles, MANY_ROWS, MANY_TILE)
   int64_t first_row;     // of the pass
   int64_t first_ref;     // of the round,
-  int64_t map_ref;       // in the map of tensor copies: of float32 references, whose halves are the round's, 0
+  int64_t map_ref;       // and in the map of tensor copies, which of float32 is of the round alone
   int64_t rows, padded;  // rows of the pass; rounded up to 64
   int64_t refs;          // of the round, valid or not
   int64_t score_stride, d_stride;
