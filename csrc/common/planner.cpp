@@ -283,10 +283,10 @@ bool has_few_classes(const Problem& p, const Plan& many) {
 
 // Whether the kernel for small sets, by its plan, is to have one. Pools of fewer than 2,048 references took
 // register tiles or groups of warps (H100, 4,096 elements): 256 rows beside 256, 512 and 1,024 references
-// 810, 883 and 964 us, for 39, 60 and 91; 64 rows beside 256 and 1,024 67 and 152, for 31 and 47; 16 rows
-// beside 256 40, for 34. Of more, the kernel for many rows takes what is below, about: 256 rows beside 2,048
-// 148 us, beside 4,096 of 256 elements 77. Banks: ten classes of 256, 64, 256 and 512 rows 42, 69 and 204 us,
-// for 40, 62 and 88; 32 rows 34, for 39.
+// 810, 883 and 964 us, for 34, 49 and 81; 64 rows beside 256 and 1,024 67 and 152, for 27 and 43; 16 rows
+// beside 256 40, for 27. Of more, the kernel for many rows takes what is below, about: 256 rows beside 2,048
+// 148 us, for 139; beside 4,096 of 256 elements 77. Banks: ten classes of 256, 64, 256 and 512 rows 42, 69
+// and 204 us, for 39, 54 and 72.
 constexpr int64_t SMALL_SET_ROWS = 16;
 constexpr double SMALL_MANY_SECONDS = 75e-6, SMALL_MANY_ELEMENT_SECONDS = 13.4e-9,
                  SMALL_MANY_PRODUCT_SECONDS = 8.4e-15;

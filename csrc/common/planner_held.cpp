@@ -12,43 +12,44 @@ constexpr int64_t LEAST_ROWS = 64;                      // of a pass, at most
 constexpr int64_t LEAST_D = 256;                        // shorter sums leave the softmax in charge
 constexpr int64_t HELD_WORKSPACE = int64_t{192} << 20;  // bytes
 
-// Of held_seconds, by a fit of 22 pools and banks on an H100 (16 to 1,024 rows, 256 to 2,048 references of
-// 256 to 4,096 elements, 30 to 163 us), which it meets within a seventh or, with D of 1,024, a quarter: what
-// every call takes, and a batch of rows; a multiprocessor's rate of products, in both passes; what a row is
-// weighed in for 256 references and eight slices; several chunks, and a multiprocessor's rate of what they
-// leave.
-constexpr double CALL_SECONDS = 23.4e-6, BATCH_SECONDS = 2.8e-6, PRODUCT_RATE = 1.51e12;
-constexpr double WEIGH_SECONDS = 0.57e-6, CHUNKS_SECONDS = 9e-6, SUMS_RATE = 150e9;
+// Of held_seconds, by a fit of 26 pools and banks on an H100 (16 to 1,024 rows, 256 to 2,560 references of
+// 256 to 4,096 elements, 27 to 314 us), which it meets within a fourteenth or, with 1,024 rows beside 1,024
+// references or D of 256, a third: what every call takes, and several chunks; a multiprocessor's rate of
+// products, a quarter of what it can do; and the rate of shares of scores, written and read, and of weights.
+constexpr double CALL_SECONDS = 20.5e-6, CHUNKS_SECONDS = 9.4e-6, PRODUCT_RATE = 2.02e12,
+                 SHARES_RATE = 3.4e12;
 constexpr double READ_SHARE = 0.8;  // of the bandwidth
-// Of short samples more rows are in doubt: by so much pools and banks of 1,024 elements took more.
+// Of classes of short samples, which were not fitted and have more rows in doubt.
 constexpr int64_t SHORT_D = 1024;
 constexpr double SHORT_SECONDS = 9e-6;
 
 double seconds_of(const Problem& p, const HeldCut& cut) {
   const double k = static_cast<double>(p.groups()), n = static_cast<double>(p.n);
-  const double sm = p.sm_count, m = static_cast<double>(p.m), d = static_cast<double>(p.d);
-  const double rows = std::ceil(n / k / static_cast<double>(cut.row_parts));  // of a block
+  const double m = static_cast<double>(p.m), d = static_cast<double>(p.d);
+  // Of the fullest class, with labels drawn evenly.
+  const double of_class = n / k + (k > 1 ? 1.5 * std::sqrt(n / k) : 0);
+  const double rows = std::ceil(of_class / static_cast<double>(cut.row_parts));  // of a block
   const double chunk = static_cast<double>(cut.chunk), slice = static_cast<double>(cut.slice);
-  const double batches = std::ceil(rows / static_cast<double>(cut.batch));
-  const double products =
-      2.0 * 2 * static_cast<double>(held_parts(p.refs_bf16)) * (std::ceil(rows / 8) * 8) * chunk * slice;
-  const double weighed =
-      static_cast<double>(ceil_div(p.n, 4 * p.sm_count) * ceil_div(p.m, 256) * ceil_div(cut.slices, 8));
-  const double sums =
-      cut.chunks > 1
-          ? CHUNKS_SECONDS + 4 * (rows * slice + n * d * static_cast<double>(cut.chunks) / sm) / SUMS_RATE
-          : 0;
-  return CALL_SECONDS + 2 * k * m * d / (READ_SHARE * p.bandwidth) + batches * BATCH_SECONDS +
-         products / PRODUCT_RATE + weighed * WEIGH_SECONDS + sums + (p.d <= SHORT_D ? SHORT_SECONDS : 0);
+  // Four groups of warps have a product each, of a group of rows; one alone takes more than a quarter of the
+  // time of four.
+  const double parts = static_cast<double>(held_parts(p.refs_bf16));
+  const double group = static_cast<double>(held_group(p.refs_bf16)), tile = static_cast<double>(HELD_TILE);
+  const auto tiles = [&](double length) {
+    const double count = std::ceil(length / tile) * std::ceil(rows / group), left = std::fmod(count, 4);
+    return count - left + (left > 0 ? std::max(left, 2.5) : 0);
+  };
+  const double products = 2 * parts * group * tile * (tiles(chunk) * slice + tiles(slice) * chunk);
+  const double shares = (2 * 4 + 2 * parts) * n * m * static_cast<double>(cut.slices);  // bytes
+  return CALL_SECONDS + 2 * k * m * d / (READ_SHARE * p.bandwidth) + products / PRODUCT_RATE +
+         shares / SHARES_RATE + (cut.chunks > 1 ? CHUNKS_SECONDS : 0) +
+         (k > 1 && p.d <= SHORT_D ? SHORT_SECONDS : 0);
 }
 
 }  // namespace
 
 int64_t held_smem(const HeldCut& cut, int64_t n, bool bf16) {
-  const int64_t line = std::max(cut.slice, cut.chunk) + HELD_PAD;
-  const int64_t refs = cut.chunk * (cut.slice + HELD_PAD),
-                lines = cut.buffers * cut.batch * held_parts(bf16) * line;
-  return HELD_FIXED_SMEM + held_rows_smem(n) + 2 * (refs + lines);
+  return HELD_ALIGNMENT + held_refs_smem(cut) + held_lines_smem(cut, bf16) + HELD_FIXED_SMEM +
+         held_rows_smem(n);
 }
 
 HeldLayout held_layout(int64_t n, int64_t k, int64_t m, int64_t d, bool bf16, const HeldCut& cut) {
@@ -88,10 +89,15 @@ double best_cut(const Problem& pass, HeldCut& best) {
       for (cut.row_parts = 1; cut.row_parts <= 8; cut.row_parts *= 2) {
         const int64_t most = pass.sm_count / (teams * cut.row_parts);
         if (most < 1 || (cut.row_parts > 1 && pass.n < k * 16 * cut.row_parts)) break;
-        cut.slice = round_up(ceil_div(pass.d, most), 16), cut.slices = ceil_div(pass.d, cut.slice);
+        cut.slice = round_up(ceil_div(pass.d, most), HELD_LINE), cut.slices = ceil_div(pass.d, cut.slice);
         if (cut.slice > HELD_MOST_SLICE) break;
         // The next batch of rows is prepared beside the products of one, where there is room.
-        for (const auto [batch, buffers] : {std::pair{HELD_BATCH, 2}, {HELD_BATCH, 1}, {HELD_BATCH / 2, 1}}) {
+        for (const auto [batch, buffers] : {std::pair{HELD_BATCH, 2},
+                                            {HELD_BATCH, 1},
+                                            {HELD_BATCH / 2, 2},
+                                            {HELD_BATCH / 2, 1},
+                                            {HELD_BATCH / 4, 1}}) {
+          if (batch < held_group(pass.refs_bf16)) break;
           cut.batch = batch, cut.buffers = buffers;
           if (held_smem(cut, pass.n, pass.refs_bf16) > pass.smem_limit) continue;
           const double time = seconds_of(pass, cut);

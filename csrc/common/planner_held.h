@@ -7,17 +7,22 @@
 namespace svel {
 
 constexpr int HELD_THREADS = 512;
-constexpr int64_t HELD_MOST_ROWS = 1024;    // of a pass
-constexpr int64_t HELD_BATCH = 32;          // rows that a block multiplies at a time, or half as many
-constexpr int64_t HELD_MOST_REFS = 1024;    // of a chunk
-constexpr int64_t HELD_MOST_SLICE = 384;    // elements of a slice
-constexpr int64_t HELD_FIXED_SMEM = 12800;  // beside references, rows and weights
-constexpr int64_t HELD_MOST_TEAMS = 160;    // of blocks with one chunk
-constexpr int64_t HELD_ROW_SMEM = 36;       // of a row of the call
+constexpr int64_t HELD_MOST_ROWS = 1024;   // of a pass
+constexpr int64_t HELD_BATCH = 64;         // rows that a block prepares at a time, or fewer
+constexpr int64_t HELD_MOST_REFS = 1024;   // of a chunk
+constexpr int64_t HELD_MOST_SLICE = 384;   // elements of a slice
+constexpr int64_t HELD_FIXED_SMEM = 9984;  // beside references, rows and weights
+constexpr int64_t HELD_MOST_TEAMS = 160;   // of blocks with one chunk
+constexpr int64_t HELD_ROW_SMEM = 24;      // of a row of the call
 constexpr int64_t held_rows_smem(int64_t n) {
   return ceil_div(HELD_ROW_SMEM * n, 128) * 128;
 }
-constexpr int64_t HELD_PAD = 8;  // values between lines of shared memory: eight meet all banks
+constexpr int64_t HELD_LINE = 64;          // values of a line of shared memory
+constexpr int64_t HELD_TILE = 64;          // references, or elements of a sum, of a product
+constexpr int64_t HELD_ALIGNMENT = 1024;   // of lines, in bytes
+constexpr int64_t held_group(bool bf16) {  // rows of a product
+  return bf16 ? 16 : 32;
+}
 
 // How a set is cut: each class into chunks of references, samples into slices; a block holds a slice of a
 // chunk, and has one of `row_parts` parts of the rows that have the chunk's class.
@@ -31,6 +36,13 @@ constexpr int64_t held_parts(bool bf16) {  // of a float32, see Split
 }
 constexpr int64_t held_padded(int64_t m) {  // references of a class, in scores and weights
   return ceil_div(m, 8) * 8;
+}
+constexpr int64_t held_refs_smem(const HeldCut& cut) {
+  return 2 * cut.chunk * cut.slice;
+}
+constexpr int64_t held_lines_smem(const HeldCut& cut, bool bf16) {
+  const int64_t longest = cut.slice > cut.chunk ? cut.slice : cut.chunk;
+  return 2 * cut.buffers * cut.batch * held_parts(bf16) * ceil_div(longest, HELD_LINE) * HELD_LINE;
 }
 int64_t held_smem(const HeldCut& cut, int64_t n, bool bf16);
 

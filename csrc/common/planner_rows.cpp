@@ -17,10 +17,12 @@ constexpr double PASS_SECONDS = 44e-6;
 constexpr double PRODUCT_SECONDS = 8.4e-15,
                  PRODUCT_SECONDS_BF16 = 10.4e-15;  // a row, a reference, an element
 constexpr double READ_SHARE = 0.78;                // of the bandwidth
-// Rows in the order of their classes, beside ten classes of 5,000 on an H100: 300 rows 519 us, 512 rows 623,
-// 1,024 rows 853, 2,048 rows 1,251; beside fifty of 1,000, 1,024 rows 806. A pass is a few waves of thread
-// blocks, of which the last is seldom full: so much of one is lost.
-constexpr double LOST_WAVE = 0.6;
+// Rows in the order of their classes, beside ten classes of 5,000 on an H100: 300 rows 426 us, 512 rows 489,
+// 1,024 rows 624, 4,096 rows 1,626; beside fifty of 1,000, 1,024 rows 690, which this meets within a tenth.
+// Of short samples and classes it is too low: 1,024 rows beside ten classes of 1,000 of 256 took 167 us,
+// beside twenty of 2,000 of 512 272. A pass is a few waves of thread blocks, of which the last is seldom
+// full: so much of one is lost.
+constexpr double ORDERED_PASS_SECONDS = 90e-6, LOST_WAVE = 0.4;
 
 // Whether rows meet references so often that their norms had better be formed once: T tiles of rows in the
 // order of K classes meet K + T - 1 classes in all, and those of a pool T times the pool.
@@ -36,7 +38,8 @@ ManyLayout many_layout(int64_t n, int64_t refs, int64_t d, int64_t classes, int6
   const int64_t d_padded = round_up(d, MANY_TILE), d_tiles = d_padded / MANY_TILE;
   const int64_t tiles = d_tiles * ceil_div(rows_per_pass, MANY_ROWS);
   ManyLayout layout;
-  layout.order = n > rows_per_pass ? round_up(4 * std::min(n, MANY_LIST_ROWS), 256) : 0;
+  const bool ordered = n > rows_per_pass || (classes > 1 && n > MANY_ROWS);
+  layout.order = ordered ? round_up(4 * std::min(n, MANY_LIST_ROWS), 256) : 0;
   layout.centre = round_up(16 * d_padded + (64 + 4 * MANY_PAIRS) * d_tiles + 256, 256);
   layout.norms = refs <= MANY_NORMS_REFS && has_norms(n, classes) ? round_up(4 * refs, 256) : 0;
   layout.classes =
@@ -108,14 +111,12 @@ double many_rows_seconds(const Problem& p, const Plan& plan) {
   const int64_t rounds = ceil_div(p.n, plan.rows_per_pass) * ceil_div(p.references(), plan.refs_per_pass);
   if (!ordered) return rounds * PASS_SECONDS + refs * p.d * (full * of_tile(MANY_ROWS) + of_tile(width));
   // At each place where one tile ends and the next begins a class is met by both, and a tile meets parts of
-  // two pairs of reference tiles. With labels drawn evenly, and no rows of all classes. Each tile has dense
-  // rows, which were not expected where not all were: they read what it meets once more.
+  // two pairs of reference tiles. With labels drawn evenly, and no rows of all classes.
   const double tiles = ceil_div(p.n, MANY_ROWS),
                met = std::min(refs, refs / k * (k + tiles - 1) / tiles + 2 * MANY_TILE);
-  const double again = plan.fast ? 0 : read / 2;
   const double wave = p.sm_count * MANY_TILE * p.d * MANY_ROWS * product;
-  return rounds * (PASS_SECONDS + LOST_WAVE * wave) +
-         met * p.d * (full * of_tile(MANY_ROWS) + of_tile(width) + tiles * again);
+  return rounds * (ORDERED_PASS_SECONDS + LOST_WAVE * wave) +
+         met * p.d * (full * of_tile(MANY_ROWS) + of_tile(width));
 }
 
 }  // namespace svel

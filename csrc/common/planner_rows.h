@@ -26,7 +26,7 @@ constexpr int64_t MANY_LIST_ROWS = int64_t{1} << 14;  // most rows that are sort
 // Classes at most that are seen as one pool, of which a row has a part.
 constexpr int64_t MANY_CLASSES = 128;
 constexpr int64_t MANY_ROW_TILES = MANY_PASS_ROWS / MANY_ROWS;  // of a pass, at most
-constexpr int64_t MANY_CLASSES_BYTES = 4 * MANY_CLASSES + 20 * MANY_ROW_TILES;
+constexpr int64_t MANY_CLASSES_BYTES = 4 * MANY_CLASSES + 28 * MANY_ROW_TILES;
 // Of classes: the ranges of a tile's rows and the ends of its references' classes, for both warpgroups.
 constexpr int64_t MANY_CLASSES_SMEM_BYTES = MANY_SMEM_BYTES + 2 * (MANY_ROWS * 8 + 128 * 4);
 // From so many rows of a pool on, or as often as these meet a reference of classes, and up to so many

@@ -9,6 +9,8 @@ namespace svel {
 #define SVEL_16(OP, v)                                                                                \
   OP(v[0]), OP(v[1]), OP(v[2]), OP(v[3]), OP(v[4]), OP(v[5]), OP(v[6]), OP(v[7]), OP(v[8]), OP(v[9]), \
       OP(v[10]), OP(v[11]), OP(v[12]), OP(v[13]), OP(v[14]), OP(v[15])
+#define SVEL_24(OP, v) \
+  SVEL_16(OP, v), OP(v[16]), OP(v[17]), OP(v[18]), OP(v[19]), OP(v[20]), OP(v[21]), OP(v[22]), OP(v[23])
 #define SVEL_32(OP, v)                                                                                    \
   SVEL_16(OP, v), OP(v[16]), OP(v[17]), OP(v[18]), OP(v[19]), OP(v[20]), OP(v[21]), OP(v[22]), OP(v[23]), \
       OP(v[24]), OP(v[25]), OP(v[26]), OP(v[27]), OP(v[28]), OP(v[29]), OP(v[30]), OP(v[31])
@@ -34,6 +36,7 @@ namespace svel {
 
 // And their names in a template.
 #define SVEL_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define SVEL_NAMES_24 SVEL_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define SVEL_NAMES_32 \
   SVEL_NAMES_16       \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -68,6 +71,7 @@ __device__ inline void commit_products() {
                  : "memory");                                 \
   }
 SVEL_WAIT(16)
+SVEL_WAIT(24)
 SVEL_WAIT(32)
 SVEL_WAIT(64)
 SVEL_WAIT(128)
@@ -117,17 +121,31 @@ SVEL_PRODUCT(48, 96, "%48", "%49", "%50", "%51")
 SVEL_PRODUCT(64, 128, "%64", "%65", "%66", "%67")
 SVEL_PRODUCT(128, 256, "%128", "%129", "%130", "%131")
 #undef SVEL_PRODUCT
+
+// The same of bfloat16, for n of 48.
+template <int ADD, int COLUMNS>
+__device__ inline void product_shared_bf16(float (&acc)[24], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %26, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {" SVEL_NAMES_24
+      "}, %24, %25, add, 1, 1, %27, 0;\n}"
+      : SVEL_24("+f", acc)
+      : "l"(a), "l"(b), "n"(ADD), "n"(COLUMNS)
+      : "memory");
+}
 #undef SVEL_NAMES_128
 #undef SVEL_NAMES_64
 #undef SVEL_NAMES_48
 #undef SVEL_NAMES_40
 #undef SVEL_NAMES_32
+#undef SVEL_NAMES_24
 #undef SVEL_NAMES_16
 #undef SVEL_128
 #undef SVEL_64
 #undef SVEL_48
 #undef SVEL_40
 #undef SVEL_32
+#undef SVEL_24
 #undef SVEL_16
 
 // Rows of 128 bytes, 16-byte chunk c of row r at c ^ (r % 8); groups of 8 rows follow one another, in either

@@ -18,8 +18,11 @@
 // Score. -|x - alpha r_j|^2 / 2 is alpha (s_j + alpha/2 |c|^2) less |x|^2 / 2, s_j what shares add up to: for
 // rows of one class c is the same, rows of all classes add its part.
 #include <algorithm>
+#include <type_traits>
 
+#include "common/cluster.cuh"
 #include "common/planner_held.h"
+#include "common/tensor_map.cuh"
 #include "common/wgmma.cuh"
 #include "stable_target/bulk_products.cuh"
 #include "stable_target/launch.cuh"
@@ -33,7 +36,7 @@ constexpr int GROUP_WARPS = 4, GROUP = 32 * GROUP_WARPS, GROUPS = HELD_THREADS /
 // and the mean cancel, one.
 constexpr int SCORE_DEPTH = 4, SUM_DEPTH = 1;
 constexpr float WEIGHT_SCALE = 1 << 14;  // of the best: a weight's second part of float16 keeps its digits
-constexpr int TILES = 2;                 // of sixteen references, or elements, that a warp has at a time
+constexpr int NORMS_AT_ONCE = 2 * HELD_THREADS / 8;  // references: eight threads form two norms
 constexpr int LISTED = 256;  // references of a group that are scored again at a time: two to a thread
 
 // What a score may be off by, of the root of the sum over slices of the square of the largest term: almost
@@ -41,6 +44,8 @@ constexpr int LISTED = 256;  // references of a group that are scored again at a
 constexpr float HELD_ROUNDING = 9e-8f, LEAST_SHARE = 0.25f;
 
 struct Held {
+  CUtensorMap refs;  // (k m, d), boxes of box_refs x HELD_LINE
+  int box_refs;
   HeldCut cut;
   int64_t stride;   // references of all classes, in scores and weights
   int padded;       // of a class
@@ -71,78 +76,110 @@ __device__ __noinline__ RowFacts know_row(const Inputs& in, int64_t index) {
 }
 
 struct HeldShared {
-  float norms[HELD_MOST_REFS], centre[HELD_MOST_SLICE];
+  union {
+    float norms[HELD_MOST_REFS];  // until all have scored
+    int list[GROUPS][LISTED];
+  };
+  float centre[HELD_MOST_SLICE];
+  Barrier come[HELD_MOST_REFS / NORMS_AT_ONCE];  // references
   int of_warps[WARPS];
   int class_counts[HELD_MOST_TEAMS], team_counts[HELD_MOST_TEAMS];  // valid references
-  // Of a batch, of one after the other.
-  float unscale[2][HELD_BATCH], scales[3][HELD_BATCH];
+  // Of a batch, of one after the other. places: where its scores begin, among all; -1: no row.
+  int places[2][HELD_BATCH];
+  float unscale[2][HELD_BATCH], half_alpha[2][HELD_BATCH], scales[3][HELD_BATCH];
   // Of groups.
   double scratch[GROUPS][GROUP_WARPS];
-  int list[GROUPS][LISTED], counts[GROUPS][GROUP_WARPS];
+  int counts[GROUPS][GROUP_WARPS];
   RowFacts facts[GROUPS];
 };
 static_assert(sizeof(HeldShared) <= HELD_FIXED_SMEM);
 
 // What a block knows of the rows of its class, in their order; ends: of its own.
 struct HeldRows {
-  double2* ends;       // of Held
-  int* index;          // in x
-  int* place;          // of the class's first reference among the row's scores; PARTLY: it has several chunks
+  double2* ends;       // of Held, when all have scored; until then what comes next
   float *high, *rest;  // alpha in float32, and what that drops
   float* half_alpha;   // with the sign of x, see Row
+  int* index;          // in x
+  int* place;          // of the class's first reference among the row's scores; PARTLY: it has several chunks
 
   __device__ HeldRows(char* memory, int64_t n)
       : ends(reinterpret_cast<double2*>(memory)),
-        index(reinterpret_cast<int*>(ends + n)),
-        place(index + n),
-        high(reinterpret_cast<float*>(place + n)),
+        high(reinterpret_cast<float*>(memory)),
         rest(high + n),
-        half_alpha(rest + n) {}
+        half_alpha(rest + n),
+        index(reinterpret_cast<int*>(ends + n)),
+        place(index + n) {}
 };
-static_assert(sizeof(double2) + 5 * sizeof(int) == HELD_ROW_SMEM);
+static_assert(sizeof(double2) + 2 * sizeof(int) == HELD_ROW_SMEM && sizeof(double2) >= 3 * sizeof(float));
 constexpr int PARTLY = 1 << 30;
 
-// Four 8 x 8 matrices: each lane names a row of 16 bytes.
-__device__ __forceinline__ uint4 load_straight(uint32_t row) {
-  uint32_t v[4];
-  load_matrices(row, v);
-  return make_uint4(v[0], v[1], v[2], v[3]);
+// Products of HELD_TILE references, or elements of a sum, beside a group of ROWS rows, by a group of warps.
+// Shared memory has references and parts of rows in lines of HELD_LINE values, 128 bytes, of which 16 bytes
+// lie as rows_of_128_bytes says. References: all of a block's lines for its first HELD_LINE elements, and so
+// on. Rows: of a group a line of each for the first part, of each for the second: a box; a box for each
+// HELD_LINE of y or weights; then the next group's.
+constexpr int LINE_BYTES = 128, LINE_CHUNKS = 8, LINE_STEPS = 4;
+static_assert(LINE_BYTES == 2 * HELD_LINE);
+template <typename T>
+struct Tile {
+  static constexpr int PARTS = Split<T>::PARTS;
+  static constexpr int ROWS = static_cast<int>(held_group(PARTS == 3));
+  static constexpr int BOX_BYTES = PARTS * ROWS * LINE_BYTES;
+  // Of a thread, see wgmma.cuh: what parts come to, one after the other.
+  static constexpr int SUMS = ROWS / 2;
+};
+__device__ __forceinline__ int chunk_in_line(int line, int chunk) {
+  return line * LINE_BYTES + ((chunk ^ (line & 7)) << 4);
 }
 
-// TILES times sixteen references, or elements of D, beside sixteen rows, or eight. load_a(step, tile): the
-// left operand; lines: of the right one, PARTS of them, `part` bytes apart.
-template <typename T, int DEPTH, typename LoadA>
-__device__ __forceinline__ void multiply_lines(int steps, bool both, const LoadA& load_a, uint32_t lines,
-                                               uint32_t part, float (&sums)[TILES][2][4]) {
-  constexpr int PARTS = Split<T>::PARTS;
-#pragma unroll 1
-  for (int first = 0; first < steps; first += DEPTH) {
-    float acc[TILES][2][4] = {};
+// acc = a b^T over DEPTH steps of 16, a_step apart in the descriptor of a; under way.
+template <typename T, int DEPTH, int COLUMNS, int A_STEP>
+__device__ __forceinline__ void begin_lines(float (&acc)[Tile<T>::PARTS * Tile<T>::SUMS], uint64_t a,
+                                            uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const auto multiply = [&](auto adds, int k) {
+    constexpr int ADD = decltype(adds)::value;
+    if constexpr (Tile<T>::PARTS == 2) {
+      product_shared<ADD, COLUMNS>(acc, a + k * A_STEP, b + 2 * k);
+    } else {
+      product_shared_bf16<ADD, COLUMNS>(acc, a + k * A_STEP, b + 2 * k);
+    }
+  };
+  start_products();
+  multiply(std::integral_constant<int, 0>{}, 0);
 #pragma unroll
-    for (int s = 0; s < DEPTH; ++s) {
-      if (first + s >= steps) break;
-      uint4 a[TILES], b[PARTS];
+  for (int k = 1; k < DEPTH; ++k) multiply(std::integral_constant<int, 1>{}, k);
+  commit_products();
+#endif
+}
+
+// sums += a b^T over STEPS steps, the matrix units adding up DEPTH of them.
+template <typename T, int STEPS, int DEPTH, int COLUMNS, int A_STEP>
+__device__ __forceinline__ void multiply_lines(uint64_t a, uint64_t b, float (&sums)[Tile<T>::SUMS]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int SUMS = Tile<T>::SUMS, PARTS = Tile<T>::PARTS, TURNS = STEPS / DEPTH;
+  static_assert(STEPS % DEPTH == 0);
+  float acc[TURNS > 1 ? 2 : 1][Tile<T>::PARTS * Tile<T>::SUMS];
 #pragma unroll
-      for (int k = 0; k < TILES; ++k) a[k] = load_a(first + s, k);
-#pragma unroll
-      for (int p = 0; p < PARTS; ++p) b[p] = load_straight(lines + p * part + 32 * (first + s));
-#pragma unroll
-      for (int p = PARTS - 1; p >= 0; --p)
-#pragma unroll
-        for (int k = 0; k < TILES; ++k) multiply_16<T>(acc[k][0], a[k], make_uint2(b[p].x, b[p].y));
-      if (!both) continue;
-#pragma unroll
-      for (int p = PARTS - 1; p >= 0; --p)
-#pragma unroll
-        for (int k = 0; k < TILES; ++k) multiply_16<T>(acc[k][1], a[k], make_uint2(b[p].z, b[p].w));
+  for (int turn = 0; turn <= TURNS; ++turn) {
+    if (turn < TURNS)
+      begin_lines<T, DEPTH, COLUMNS, A_STEP>(acc[turn % 2], a + turn * DEPTH * A_STEP, b + 2 * turn * DEPTH);
+    if (turn == 0) continue;
+    float (&made)[Tile<T>::PARTS * Tile<T>::SUMS] = acc[(turn - 1) % 2];
+    if (turn < TURNS) {
+      wait_products<1>(made);
+    } else {
+      wait_products<0>(made);
     }
 #pragma unroll
-    for (int k = 0; k < TILES; ++k)
+    for (int i = 0; i < SUMS; ++i) {
+      float of_parts = made[(PARTS - 1) * SUMS + i];
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-#pragma unroll
-        for (int q = 0; q < 4; ++q) sums[k][i][q] += acc[k][i][q];
+      for (int p = PARTS - 2; p >= 0; --p) of_parts += made[p * SUMS + i];
+      sums[i] += of_parts;
+    }
   }
+#endif
 }
 
 // A group's reductions; all its threads get the result.
@@ -216,16 +253,21 @@ struct Weigher {
     for (int g = begin; g < end; ++g) visit(g, group < 0 ? g * held.padded : 0, shared.class_counts[g]);
   }
 
+  // This thread's first scores, two at a time, which need not come from memory again.
+  struct Kept {
+    static constexpr int MOST = 2;
+    double2 scores[MOST];
+    int number = 0;
+  };
   // The scores from their shares; this thread's best and where it is.
   struct Best {
     double score = -INFINITY;
-    int64_t reference = -1;                     // among all
-    double2 first = make_double2(INFINITY, 0);  // its first two scores; INFINITY: none
+    int64_t reference = -1;  // among all
     __device__ __forceinline__ void note(double its, int64_t at) {
       if (its > score) score = its, reference = at;
     }
   };
-  __device__ __forceinline__ Best add_shares(const RowFacts& facts) const {
+  __device__ __forceinline__ Best add_shares(const RowFacts& facts, Kept& kept) const {
     const int slices = static_cast<int>(held.cut.slices);
     const float* const shares = held.scores + facts.row.index * slices * held.stride;
     double* const exact = held.exact + facts.row.index * held.stride;
@@ -241,7 +283,7 @@ struct Weigher {
       for (int j = 2 * thread; j < count; j += 2 * GROUP) {
         double2 sum = make_double2(common, common);
         const float* from = shares + place + j;
-        constexpr int AHEAD = 8;
+        constexpr int AHEAD = 16;
 #pragma unroll 1
         for (int s = 0; s < slices; s += AHEAD, from += AHEAD * held.stride) {
           float2 v[AHEAD];
@@ -254,7 +296,10 @@ struct Weigher {
             sum.x += static_cast<double>(v[q].x), sum.y += static_cast<double>(v[q].y);
         }
         *reinterpret_cast<double2*>(exact + place + j) = sum;
-        if (best.first.x == INFINITY) best.first = sum;
+#pragma unroll
+        for (int q = 0; q < Kept::MOST; ++q)
+          if (kept.number == q) kept.scores[q] = sum;
+        ++kept.number;
         best.note(sum.x, g * in.m + j);
         if (j + 1 < count) best.note(sum.y, g * in.m + j + 1);
       }
@@ -264,16 +309,23 @@ struct Weigher {
 
   // Weights, times WEIGHT_SCALE, beside that of score `top`, to memory; their sum, without.
   __device__ __forceinline__ double weigh(const RowFacts& facts, double rate2, double top,
-                                          double2 first = make_double2(INFINITY, 0)) const {
+                                          const Kept& kept) const {
     const double* const exact = held.exact + facts.row.index * held.stride;
     double total = 0;
+    int turn = 0;
     each_class(facts.group, [&](int, int place, int count) {
 #pragma unroll 1
       for (int j = 2 * thread; j < (count + 7) / 8 * 8; j += 2 * GROUP) {
         float left[2] = {};
-        const double2 its =
-            first.x == INFINITY ? *reinterpret_cast<const double2*>(exact + place + j) : first;
-        first.x = INFINITY;
+        double2 its;
+        if (j < count && turn < min(kept.number, Kept::MOST)) {
+#pragma unroll
+          for (int q = 0; q < Kept::MOST; ++q)
+            if (turn == q) its = kept.scores[q];
+        } else {
+          its = *reinterpret_cast<const double2*>(exact + place + j);
+        }
+        if (j < count) ++turn;
 #pragma unroll
         for (int q = 0; q < 2; ++q) {
           const double score = q ? its.y : its.x;
@@ -310,19 +362,32 @@ struct Weigher {
     if (thread == 0 && in.lse.data) store_as(in.lse, index, NAN);
   }
 
+  // The largest terms of the row's shares, of a slice one after the other; and the first of this thread's,
+  // which is on its way while other things are done.
+  __device__ __forceinline__ const float* scales_of(const RowFacts& facts) const {
+    return held.scales + facts.row.index * in.k * held.cut.chunks * held.cut.slices;
+  }
+  __device__ __forceinline__ int first_team(const RowFacts& facts) const {
+    return max(facts.group, 0) * static_cast<int>(held.cut.chunks);
+  }
+  __device__ __forceinline__ float first_scale(const RowFacts& facts) const {
+    const int slices = static_cast<int>(held.cut.slices), begin = first_team(facts);
+    if (thread >= slices || shared.team_counts[begin] == 0) return 0;
+    return __ldcg(scales_of(facts) + begin * slices + thread);
+  }
+
   // This thread's share of the sum over slices of the square of the largest term.
-  __device__ __forceinline__ float square_of_scales(const RowFacts& facts) const {
+  __device__ __forceinline__ float square_of_scales(const RowFacts& facts, float first) const {
     const int slices = static_cast<int>(held.cut.slices), chunks = static_cast<int>(held.cut.chunks);
-    const int teams = static_cast<int>(in.k) * chunks;
-    const int begin = facts.group < 0 ? 0 : facts.group * chunks,
-              end = facts.group < 0 ? teams : begin + chunks;
-    const float* const scales = held.scales + facts.row.index * teams * slices;
+    const int begin = first_team(facts),
+              end = facts.group < 0 ? static_cast<int>(in.k) * chunks : begin + chunks;
+    const float* const scales = scales_of(facts);
     float square = 0;
 #pragma unroll 1
     for (int s = thread; s < slices; s += GROUP) {
-      float most = 0;
+      float most = s == thread ? first : 0;
 #pragma unroll 4
-      for (int k = begin; k < end; ++k)
+      for (int k = s == thread ? begin + 1 : begin; k < end; ++k)
         if (shared.team_counts[k] > 0) most = fmaxf(most, __ldcg(scales + k * slices + s));
       square = fmaf(most, most, square);
     }
@@ -330,13 +395,16 @@ struct Weigher {
   }
 
   __device__ __forceinline__ void operator()(const RowFacts& facts) const {
-    const float square = facts.any && held.exact_weights ? square_of_scales(facts) : 0;
-    const Best best = facts.any ? add_shares(facts) : Best{};
+    const bool wants_scales = facts.any && held.exact_weights;
+    const float scale_of_first = wants_scales ? first_scale(facts) : 0;
+    Kept kept;
+    const Best best = facts.any ? add_shares(facts, kept) : Best{};
+    const float square = wants_scales ? square_of_scales(facts, scale_of_first) : 0;
     int number = 0;
     if (facts.any) each_class(facts.group, [&](int, int, int count) { number += count; });
     if (number == 0) return leave_nothing(in, facts.row.index, thread);
     const double rate2 = facts.row.rate() * LOG2_E, top = crew.maximum(best.score);
-    const double total = weigh(facts, rate2, top, best.first);
+    const double total = weigh(facts, rate2, top, kept);
     // Whether what scores may be off by is seen.
     float wrong = 0;  // beside the most that is not
     if (held.exact_weights) {
@@ -408,7 +476,7 @@ struct Weigher {
       // The best may be another now.
       const double before = top;
       top = crew.maximum(now.score), of_best += rate2 * (top - before);
-      total = own.weigh(facts, rate2, top);
+      total = own.weigh(facts, rate2, top, Kept{});
     }
     own.leave(facts, total);
     if (thread == 0 && in.lse.data) write_lse(in, row.index, PartRow{of_best, total, 0, 0, 0, 0});
@@ -420,15 +488,17 @@ template <typename T, bool USUAL>
 struct HeldKernel {
   static constexpr int PARTS = Split<T>::PARTS;
   static constexpr int MOST = static_cast<int>(HELD_MOST_SLICE / 128);  // fours of a lane
-  static constexpr int EACH = static_cast<int>(HELD_BATCH) / WARPS;     // rows of a warp in a batch
+  static constexpr int EACH = 2, AT_ONCE = EACH * WARPS;                // rows that are prepared at a time
+  static constexpr int ROWS = Tile<T>::ROWS, BOX = Tile<T>::BOX_BYTES, SUMS = Tile<T>::SUMS;
+  static constexpr int LINE = static_cast<int>(HELD_LINE), TILE = static_cast<int>(HELD_TILE);
 
   const Inputs& in;
   const Held& held;
   HeldShared& shared;
   const HeldRows list;
-  T* const refs;   // (chunk, slice + HELD_PAD)
-  T* const lines;  // (buffers, PARTS, batch, line): y, then weights
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  char* const refs;   // (slice / LINE, chunk) lines
+  char* const lines;  // (buffers, batch / ROWS, boxes, PARTS, ROWS) lines: y, then weights
+  const int tid = threadIdx.x, lane = tid % 32, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const int chunks = static_cast<int>(held.cut.chunks), slices = static_cast<int>(held.cut.slices);
   const int row_parts = static_cast<int>(held.cut.row_parts), classes = static_cast<int>(in.k);
   const int chunk = static_cast<int>(held.cut.chunk), slice = static_cast<int>(held.cut.slice);
@@ -440,8 +510,8 @@ struct HeldKernel {
   const int group = team / chunks, first_ref = team % chunks * chunk, offset = rank * slice;
   const int length = static_cast<int>(min(in.d - offset, int64_t{slice}));
   const int valid = count_of(group, team);
-  const int pitch = slice + static_cast<int>(HELD_PAD);
-  const int line = max(slice, chunk) + static_cast<int>(HELD_PAD);
+  const int used_boxes = (length + LINE - 1) / LINE, ref_box = chunk * LINE_BYTES;  // in bytes
+  const int boxes = (max(slice, chunk) + LINE - 1) / LINE;                          // of a group of rows
   int rows = 0, first_row = 0;  // of the class's rows, those of this block,
   int step = 0;                 // and of a batch: all have as many, or nearly
   bool several = false;         // whether any row has several chunks
@@ -453,25 +523,40 @@ struct HeldKernel {
   __device__ __forceinline__ bool has_several(int its_group) const { return chunks > 1 || its_group < 0; }
   __device__ __forceinline__ int index_of(int i) const { return list.index[first_row + i]; }
 
+  // Where the lines of the group of row i of a batch begin, and in a box its line of part p.
+  __device__ __forceinline__ char* boxes_of(int turn, int i) const {
+    return lines + (turn % buffers * (batch / ROWS) + i / ROWS) * boxes * BOX;
+  }
+  __device__ __forceinline__ int line_of(int p, int i) const { return p * ROWS + i % ROWS; }
+
+  // The references, by tensor copies, which leave the way of other loads free, in the order that norms are
+  // formed in; by one warp.
   __device__ __forceinline__ void begin_loading() const {
-    const T* const from =
-        static_cast<const T*>(in.refs.data) + (int64_t{group} * in.m + first_ref) * in.d + offset;
+    if (warp != 0) return;
+    const int box_refs = held.box_refs, tall = (valid + box_refs - 1) / box_refs,
+              bytes = used_boxes * LINE_BYTES;
+    if (lane == 0) {
 #pragma unroll 1
-    for (int j = warp; j < chunk; j += WARPS) {
-#pragma unroll 1
-      for (int e = 8 * lane; e < slice; e += 8 * 32) {
-        float4* const to = reinterpret_cast<float4*>(refs + j * pitch + e);
-        if (j < valid && e < length) {
-          copy_async(to, reinterpret_cast<const float*>(from + j * in.d + e));
-        } else {
-          *to = make_float4(0, 0, 0, 0);
-        }
+      for (int turn = 0; turn * NORMS_AT_ONCE < valid; ++turn) {
+        init_barrier(&shared.come[turn], 1);
+        publish_barriers();
+        arrive_expecting(&shared.come[turn],
+                         min(NORMS_AT_ONCE, tall * box_refs - turn * NORMS_AT_ONCE) * bytes);
       }
+    }
+    __syncwarp();
+    const int first = static_cast<int>(group * in.m) + first_ref;
+#pragma unroll 1
+    for (int i = lane; i < tall * used_boxes; i += 32) {
+      const int j = i / used_boxes * box_refs, box = i % used_boxes;
+      tensor_copy(shared_address(refs) + box * ref_box + j * LINE_BYTES, held.refs, offset + box * LINE,
+                  first + j, shared_address(&shared.come[j / NORMS_AT_ONCE]));
     }
   }
 
   // The rows of this class, in their order, what is to know of them, and which are this block's.
-  __device__ __forceinline__ void list_rows() {
+  // own_centre: this thread's element of the centre, for all.
+  __device__ __forceinline__ void list_rows(float own_centre) {
 #pragma unroll 1
     for (int i = tid; i < teams; i += HELD_THREADS) {
       shared.team_counts[i] = count_of(i / chunks, i);
@@ -483,18 +568,22 @@ struct HeldKernel {
     for (int first = 0; first < in.n; first += HELD_THREADS) {
       const int index = first + tid;
       RowFacts facts{};
-      if (index < in.n) facts = know_row(in, index);
+      if (index < in.n) {
+        facts = know_row(in, index);
+        // The first row that each group of warps is to weigh.
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g)
+          if (index == static_cast<int>(blockIdx.x + gridDim.x * g)) shared.facts[g] = facts;
+      }
       spread = spread || (facts.any && has_several(facts.group));
       const bool mine = facts.any && valid > 0 && (facts.group < 0 || facts.group == group);
       const unsigned all = __ballot_sync(0xffffffffu, mine);
       if (lane == 0) shared.of_warps[warp] = __popc(all);
       __syncthreads();
-      int place = count + __popc(all & ((1u << lane) - 1));
-#pragma unroll 1
-      for (int w = 0; w < WARPS; ++w) {
-        if (w < warp) place += shared.of_warps[w];
-        count += shared.of_warps[w];
-      }
+      const int of_warp = lane < WARPS ? shared.of_warps[lane] : 0;
+      const int place = count + __popc(all & ((1u << lane) - 1)) +
+                        __reduce_add_sync(0xffffffffu, lane < warp ? of_warp : 0);
+      count += __reduce_add_sync(0xffffffffu, of_warp);
       if (mine) {
         const float high = static_cast<float>(facts.row.alpha);
         list.index[place] = index;
@@ -503,6 +592,7 @@ struct HeldKernel {
         list.high[place] = high, list.rest[place] = static_cast<float>(facts.row.alpha - high);
         list.half_alpha[place] = copysignf(0.5f * high, static_cast<float>(facts.row.sign));
       }
+      if (first == 0 && tid < slice) shared.centre[tid] = own_centre;
       several = __syncthreads_or(spread);
     }
     const int each = ((count + row_parts - 1) / row_parts + 7) / 8 * 8;
@@ -512,29 +602,48 @@ struct HeldKernel {
   }
   __device__ __forceinline__ int end_of(int first) const { return min(rows, first + step); }
 
-  // |d_j|^2 of the slice, eight threads to a reference, and |c|^2; the centre is in shared memory.
+  // |d_j|^2 of the slice, eight threads to a reference, as references come, and |c|^2; the centre is in
+  // shared memory. Steps of sums that no reference fills are made zero.
   __device__ __forceinline__ void form_norms() const {
+    const int part8 = tid % LINE_CHUNKS;
 #pragma unroll 1
-    for (int j = tid / 8; j < chunk; j += HELD_THREADS / 8) {
-      float square = 0;
+    for (int turn = 0; turn * NORMS_AT_ONCE < valid; ++turn) {
+      wait_barrier(&shared.come[turn], 0);
+      const int first = turn * NORMS_AT_ONCE + tid / LINE_CHUNKS;
+      float square[2] = {};
 #pragma unroll 1
-      for (int e = 8 * (tid % 8); e < slice; e += 8 * 8) {
-        const uint4 raw = *reinterpret_cast<const uint4*>(refs + j * pitch + e);
-        const T* const r = reinterpret_cast<const T*>(&raw);
-        const float4 low = *reinterpret_cast<const float4*>(shared.centre + e),
-                     high = *reinterpret_cast<const float4*>(shared.centre + e + 4);
+      for (int box = 0; box < used_boxes; ++box) {
+        const float* const centre = shared.centre + box * LINE + 8 * part8;
+        const float4 low = *reinterpret_cast<const float4*>(centre),
+                     high = *reinterpret_cast<const float4*>(centre + 4);
         const float c[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        float eight = 0;
 #pragma unroll
-        for (int q = 0; q < 8; ++q) {
-          const float apart = to_float(r[q]) - c[q];
-          eight = fmaf(apart, apart, eight);
+        for (int k = 0; k < 2; ++k) {
+          const int j = first + k * (NORMS_AT_ONCE / 2);
+          uint4* const place = reinterpret_cast<uint4*>(refs + box * ref_box + chunk_in_line(j, part8));
+          if (j >= valid) {
+            if (j < (valid + 15) / 16 * 16) *place = make_uint4(0, 0, 0, 0);
+            continue;
+          }
+          const uint4 raw = *place;
+          const T* const r = reinterpret_cast<const T*>(&raw);
+          float eight = 0;
+#pragma unroll
+          for (int q = 0; q < 8; ++q) {
+            const float apart = to_float(r[q]) - c[q];
+            eight = fmaf(apart, apart, eight);
+          }
+          square[k] += eight;
         }
-        square += eight;
       }
 #pragma unroll
-      for (int hop = 4; hop > 0; hop /= 2) square += __shfl_xor_sync(0xffffffffu, square, hop);
-      if (tid % 8 == 0) shared.norms[j] = square;
+      for (int k = 0; k < 2; ++k) {
+#pragma unroll
+        for (int hop = LINE_CHUNKS / 2; hop > 0; hop /= 2)
+          square[k] += __shfl_xor_sync(0xffffffffu, square[k], hop);
+        const int j = first + k * (NORMS_AT_ONCE / 2);
+        if (part8 == 0 && j < valid) shared.norms[j] = square[k];
+      }
     }
     if (warp == 0 && first_ref == 0 && part == 0) {
       double square = 0;
@@ -548,12 +657,12 @@ struct HeldKernel {
     }
   }
 
-  // x of a warp's rows of the batch that begins at `first`.
-  __device__ __forceinline__ void load_x(int first, float4 (&x)[EACH][MOST]) const {
+  // x of a warp's rows of the batch that begins at `first`, AT_ONCE rows from `from` on.
+  __device__ __forceinline__ void load_x(int first, int from, float4 (&x)[EACH][MOST]) const {
     const int end = end_of(first);
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
-      const int i = warp + k * WARPS;
+      const int i = from + warp + k * WARPS;
       const bool is_row = i < batch && first + i < end;
       const int64_t base = is_row ? index_of(first + i) * in.d + offset : 0;
 #pragma unroll
@@ -567,18 +676,22 @@ struct HeldKernel {
     }
   }
 
-  // Their y, in parts.
-  __device__ __forceinline__ void prepare(int first, int turn, const float4 (&x)[EACH][MOST]) const {
+  // Their y, in parts, and what is to know of them. Lines without a row are left as they are: what products
+  // make of one line goes to no other.
+  __device__ __forceinline__ void prepare(int first, int from, int turn,
+                                          const float4 (&x)[EACH][MOST]) const {
     const int end = end_of(first);
-    T* const to_batch = lines + turn % buffers * PARTS * batch * line;
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
-      const int i = warp + k * WARPS;
+      const int i = from + warp + k * WARPS;
       if (i >= batch) continue;
+      if (first + i >= end) {
+        if (lane == 0) shared.places[turn % 2][i] = -1, shared.scales[turn % 3][i] = 0;
+        continue;
+      }
       const int its = first_row + first + i;
-      const bool is_row = first + i < end;
-      const float high = is_row ? list.high[its] : 0, rest = is_row ? list.rest[its] : 0;
-      const float sign = is_row ? copysignf(1, list.half_alpha[its]) : 0;
+      const float high = list.high[its], rest = list.rest[its], half_alpha = list.half_alpha[its];
+      const float sign = copysignf(1, half_alpha);
       float y[MOST][4], most = 0, scale = 1;
 #pragma unroll
       for (int v = 0; v < MOST; ++v) {
@@ -597,7 +710,8 @@ struct HeldKernel {
         const int exponent = static_cast<int>(__float_as_uint(most) >> 23) - 127;  // of a normal number
         scale = __int_as_float((127 + min(12 - exponent, 120)) << 23);
       }
-      T* const to = to_batch + i * line;
+      // A lane's four values are half of 16 bytes.
+      char* const to = boxes_of(turn, i) + lane / 16 * BOX + lane % 2 * 8;
 #pragma unroll
       for (int v = 0; v < MOST; ++v) {
         const int e = 128 * v + 4 * lane;
@@ -609,72 +723,76 @@ struct HeldKernel {
           T own[4];
 #pragma unroll
           for (int q = 0; q < 4; ++q) own[q] = Split<T>::nearest(y[v][q]), y[v][q] -= to_float(own[q]);
-          *reinterpret_cast<uint2*>(to + p * batch * line + e) =
+          *reinterpret_cast<uint2*>(to + 2 * v * BOX + chunk_in_line(line_of(p, i), lane % 16 / 2)) =
               make_uint2(pair_of(own[0], own[1]), pair_of(own[2], own[3]));
         }
       }
-      if (lane == 0) shared.unscale[turn % 2][i] = 1 / scale, shared.scales[turn % 3][i] = 0;
+      if (lane == 0) {
+        shared.places[turn % 2][i] =
+            static_cast<int>((int64_t{list.index[its]} * slices + rank) * held.stride) +
+            (list.place[its] & ~PARTLY) + first_ref;
+        shared.unscale[turn % 2][i] = 1 / scale, shared.half_alpha[turn % 2][i] = fabsf(half_alpha);
+        shared.scales[turn % 3][i] = 0;
+      }
     }
   }
 
-  // What a warp multiplies, one after the other: items of eight rows, which may come last, two to a warp.
-  __device__ __forceinline__ int item_of(int turn) const {
-    return turn * WARPS + (turn % 2 ? WARPS - 1 - warp : warp);
-  }
-
-  // The batch's shares of scores, to memory.
+  // The batch's shares of scores, to memory. A thread of a product has references `mine` and eight more of
+  // its warp's sixteen, and of each eight rows two.
   __device__ __forceinline__ void score(int first, int turn) const {
-    const int end = end_of(first);
-    const int halves = batch / 16, steps = slice / 16, matrix = lane / 8, row8 = lane % 8;
-    const int tiles = (valid + 16 * TILES - 1) / (16 * TILES);
-    const int from = lane / 4, pair = lane % 4 * 2;
-    const T* const of_batch = lines + turn % buffers * PARTS * batch * line;
+    const int tiles = (valid + TILE - 1) / TILE, groups = (end_of(first) - first + ROWS - 1) / ROWS;
+    const int mine = warp % GROUP_WARPS * 16 + lane / 4, pair = lane % 4 * 2;
+    const uint64_t all_refs = rows_of_128_bytes(shared_address(refs)),
+                   all_rows = rows_of_128_bytes(shared_address(boxes_of(turn, 0)));
 #pragma unroll 1
-    for (int turns = 0; turns * WARPS < tiles * halves; ++turns) {
-      const int item = item_of(turns);
-      if (item >= tiles * halves) continue;
-      const int half = item >= tiles, j0 = (item - half * tiles) * 16 * TILES, i0 = 16 * half;
-      if (first + i0 >= end) continue;
-      const uint32_t a = shared_address(refs + (j0 + matrix % 2 * 8 + row8) * pitch + matrix / 2 * 8);
-      const uint32_t b = shared_address(of_batch + (i0 + matrix / 2 * 8 + row8) * line + matrix % 2 * 8);
-      const auto load_a = [&](int step, int tile) {
-        return load_straight(a + 32 * step + 32 * tile * pitch);
-      };
-      float sums[TILES][2][4] = {};
-      multiply_lines<T, SCORE_DEPTH>(steps, first + i0 + 8 < end, load_a, b, 2 * batch * line, sums);
-      float norms[TILES][2];
+    for (int item = warp / GROUP_WARPS; item < tiles * groups; item += GROUPS) {
+      __syncwarp();
+      const int of_rows = item / tiles, j0 = (item - of_rows * tiles) * TILE;
+      uint64_t a = all_refs + j0 * (LINE_BYTES >> 4), b = all_rows + of_rows * boxes * (BOX >> 4);
+      float sums[SUMS] = {};
+#pragma unroll 1
+      for (int e = 0; e < length; e += LINE, a += ref_box >> 4, b += BOX >> 4)
+        multiply_lines<T, LINE_STEPS, SCORE_DEPTH, 0, 2>(a, b, sums);
+      float norms[2];
 #pragma unroll
-      for (int k = 0; k < TILES; ++k)
+      for (int h = 0; h < 2; ++h) {
+        const int j = j0 + mine + 8 * h;
+        norms[h] = j < valid ? shared.norms[j] : -1;
+      }
+      constexpr int PAIRS = ROWS / 8;
+      float most[2 * PAIRS];
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          norms[k][h] = j0 + 16 * k + 8 * h + from < valid ? shared.norms[j0 + 16 * k + 8 * h + from] : -1;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < PAIRS; ++i) {
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
-          const int at = i0 + 8 * i + pair + p;  // in the batch
-          const bool is_row = first + at < end;
-          const int its = first_row + (is_row ? first + at : 0);
-          float* const to = held.scores + (int64_t{list.index[its]} * slices + rank) * held.stride +
-                            (list.place[its] & ~PARTLY) + first_ref + j0 + from;
-          const float unscale = shared.unscale[turn % 2][at], half_alpha = fabsf(list.half_alpha[its]);
-          float most = 0;
+          const int at = of_rows * ROWS + 8 * i + pair + p;  // in the batch
+          const int place = shared.places[turn % 2][at];
+          const float unscale = shared.unscale[turn % 2][at], half_alpha = shared.half_alpha[turn % 2][at];
+          float* const to = held.scores + place + j0 + mine;
+          most[2 * i + p] = 0;
 #pragma unroll
-          for (int k = 0; k < TILES; ++k) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              if (!is_row || norms[k][h] == -1) continue;
-              const float product = sums[k][i][2 * h + p] * unscale, norm = half_alpha * norms[k][h];
-              to[16 * k + 8 * h] = product - norm;
-              most = fmaxf(most, fabsf(product) + norm);
-            }
+          for (int h = 0; h < 2; ++h) {
+            if (place < 0 || norms[h] == -1) continue;
+            const float product = sums[4 * i + 2 * h + p] * unscale, norm = half_alpha * norms[h];
+            to[8 * h] = product - norm;
+            most[2 * i + p] = fmaxf(most[2 * i + p], fabsf(product) + norm);
           }
-#pragma unroll
-          for (int hop = 4; hop <= 16; hop *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, hop));
-          if (from == 0 && is_row)
-            atomicMax(reinterpret_cast<int*>(&shared.scales[turn % 3][at]), __float_as_int(most));
         }
       }
+      // Of eight lanes that have the same rows each is left with one of these, or every second.
+#pragma unroll
+      for (int hop = 16, left = PAIRS; hop >= 4; hop /= 2, left /= 2) {
+        const bool upper = lane & hop;
+#pragma unroll
+        for (int r = 0; r < max(left, 1); ++r) {
+          const float keep = left > 0 && upper ? most[left + r] : most[r],
+                      give = left == 0 || upper ? most[r] : most[left + r];
+          most[r] = fmaxf(keep, __shfl_xor_sync(0xffffffffu, give, hop));
+        }
+      }
+      const int r = lane / 4 * 2 * PAIRS / 8;
+      atomicMax(reinterpret_cast<int*>(&shared.scales[turn % 3][of_rows * ROWS + 8 * (r / 2) + pair + r % 2]),
+                __float_as_int(most[0]));
     }
   }
 
@@ -685,14 +803,25 @@ struct HeldKernel {
       if (tid < step && i >= 0 && i < rows)
         held.scales[(int64_t{index_of(i)} * teams + team) * slices + rank] = shared.scales[turn % 3][tid];
     };
+    if (rows == 0) {  // copies must have ended before the block does
+#pragma unroll 1
+      for (int k = 0; k * NORMS_AT_ONCE < valid; ++k) wait_barrier(&shared.come[k], 0);
+    }
     int turn = 0;
 #pragma unroll 1
     for (; turn * step < rows; ++turn) {
       if (turn > 0 && buffers == 1) __syncthreads();  // all have scored the one before
-      prepare(turn * step, turn, x);
+      for (int from = 0;;) {
+        prepare(turn * step, from, turn, x);
+        from += AT_ONCE;
+        if (from >= step) break;
+        load_x(turn * step, from, x);
+      }
+      if (turn == 0) form_norms();
+      fence_async();
       __syncthreads();
       leave_scales(turn - 1);
-      load_x((turn + 1) * step, x);
+      load_x((turn + 1) * step, 0, x);
       score(turn * step, turn);
     }
     __syncthreads();
@@ -718,19 +847,19 @@ struct HeldKernel {
 
   // The weights of the batch that begins at `first`, on their way to shared memory: a warp to a row's part.
   __device__ __forceinline__ void fetch_weights(int first, int turn) const {
-    const int end = end_of(first);
-    T* const to = lines + turn % buffers * PARTS * batch * line;
+    const int count = end_of(first) - first, used = (valid + 15) / 16 * 16;
 #pragma unroll 1
-    for (int at = warp; at < PARTS * batch; at += WARPS) {
-      const int p = at / batch, its = first + at - p * batch;
-      const bool is_row = its < end;
+    for (int at = warp; at < PARTS * count; at += WARPS) {
+      const int p = at / count, i = at - p * count, its = first_row + first + i;
       const T* const from = static_cast<const T*>(held.weights) +
-                            (int64_t{p} * in.n + (is_row ? index_of(its) : 0)) * held.stride + first_ref +
-                            (is_row ? list.place[first_row + its] & ~PARTLY : 0);
+                            (int64_t{p} * in.n + list.index[its]) * held.stride + first_ref +
+                            (list.place[its] & ~PARTLY);
+      char* const to = boxes_of(turn, i);
 #pragma unroll 1
-      for (int j = 8 * lane; j < chunk; j += 8 * 32) {
-        float4* const there = reinterpret_cast<float4*>(to + at * line + j);
-        if (is_row && j < valid) {
+      for (int j = 8 * lane; j < used; j += 8 * 32) {
+        float4* const there = reinterpret_cast<float4*>(to + j / LINE * BOX +
+                                                        chunk_in_line(line_of(p, i), j / 8 % LINE_CHUNKS));
+        if (j < valid) {
           copy_async(there, reinterpret_cast<const float*>(from + j));
         } else {
           *there = make_float4(0, 0, 0, 0);
@@ -740,65 +869,62 @@ struct HeldKernel {
   }
 
   __device__ __forceinline__ void sum(int first, int turn) const {
-    const int end = end_of(first);
-    const int halves = batch / 16, steps = (valid + 15) / 16, matrix = lane / 8, row8 = lane % 8;
-    const int tiles = (length + 16 * TILES - 1) / (16 * TILES);
-    const int from = lane / 4, pair = lane % 4 * 2;
-    const T* const of_batch = lines + turn % buffers * PARTS * batch * line;
+    const int end = end_of(first), steps = (valid + 15) / 16;
+    const int tiles = (length + TILE - 1) / TILE, groups = (end - first + ROWS - 1) / ROWS;
+    const int mine = warp % GROUP_WARPS * 16 + lane / 4, pair = lane % 4 * 2;
+    const uint64_t all_refs = rows_of_128_bytes(shared_address(refs)),
+                   all_rows = rows_of_128_bytes(shared_address(boxes_of(turn, 0)));
 #pragma unroll 1
-    for (int turns = 0; turns * WARPS < tiles * halves; ++turns) {
-      const int item = item_of(turns);
-      if (item >= tiles * halves) continue;
-      const int half = item >= tiles, e0 = (item - half * tiles) * 16 * TILES, i0 = 16 * half;
-      if (first + i0 >= end) continue;
-      const uint32_t a = shared_address(refs + (matrix / 2 * 8 + row8) * pitch + e0 + matrix % 2 * 8);
-      const uint32_t b = shared_address(of_batch + (i0 + matrix / 2 * 8 + row8) * line + matrix % 2 * 8);
-      const auto load_a = [&](int step, int tile) {
-        return load_transposed(a + 32 * step * pitch + 32 * tile);
-      };
-      float x[2][2][TILES][2];
+    for (int item = warp / GROUP_WARPS; item < tiles * groups; item += GROUPS) {
+      const int of_rows = item / tiles, tile = item - of_rows * tiles, e0 = tile * TILE + mine;
+      constexpr int PAIRS = ROWS / 8;
+      float x[PAIRS][2][2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < PAIRS; ++i) {
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
-          const int its = first + i0 + 8 * i + pair + p;
+          const int its = first + of_rows * ROWS + 8 * i + pair + p;
           const bool whole = USUAL && its < end && !(list.place[first_row + its] & PARTLY);
-          const int left = whole ? length - e0 - from : 0;
+          const int left = whole ? length - e0 : 0;
           const float* const of_row =
-              static_cast<const float*>(in.x.data) + (whole ? index_of(its) * in.d + offset + e0 + from : 0);
+              static_cast<const float*>(in.x.data) + (whole ? index_of(its) * in.d + offset + e0 : 0);
 #pragma unroll
-          for (int k = 0; k < TILES; ++k)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) x[i][p][k][h] = 16 * k + 8 * h < left ? of_row[16 * k + 8 * h] : 0;
+          for (int h = 0; h < 2; ++h) x[i][p][h] = 8 * h < left ? of_row[8 * h] : 0;
         }
       }
-      float sums[TILES][2][4] = {};
-      multiply_lines<T, SUM_DEPTH>(steps, first + i0 + 8 < end, load_a, b, 2 * batch * line, sums);
+      __syncwarp();
+      const uint64_t a = all_refs + tile * (ref_box >> 4), b = all_rows + of_rows * boxes * (BOX >> 4);
+      const auto b_of = [&](int at) { return b + at / LINE_STEPS * (BOX >> 4) + at % LINE_STEPS * 2; };
+      constexpr int REFS_STEP = 16 * LINE_BYTES >> 4;
+      float sums[SUMS] = {};
+      int at = 0;
+#pragma unroll 1
+      for (; at + LINE_STEPS <= steps; at += LINE_STEPS)
+        multiply_lines<T, LINE_STEPS, SUM_DEPTH, 1, REFS_STEP>(a + at * REFS_STEP, b_of(at), sums);
+#pragma unroll 1
+      for (; at < steps; ++at) multiply_lines<T, 1, 1, 1, REFS_STEP>(a + at * REFS_STEP, b_of(at), sums);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < PAIRS; ++i) {
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
-          const int its = first + i0 + 8 * i + pair + p;
-          const int left = its < end ? length - e0 - from : 0;  // elements
-          const int64_t at = index_of(its) * in.d + offset + e0 + from;
+          const int its = first + of_rows * ROWS + 8 * i + pair + p;
+          if (its >= end) continue;
+          const int left = length - e0;  // elements
+          const int64_t at = index_of(its) * in.d + offset + e0;
           const double2 by = list.ends[its];
           const bool partly = list.place[first_row + its] & PARTLY;
           float* const to =
               partly ? held.sums + team * in.n * in.d + at : static_cast<float*>(in.out.data) + at;
 #pragma unroll
-          for (int k = 0; k < TILES; ++k) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const int e = 16 * k + 8 * h;
-              if (e >= left) continue;
-              const float sum = sums[k][i][2 * h + p];
-              const double mean = by.x * static_cast<double>(sum);
-              if (USUAL || partly) {
-                to[e] =
-                    partly ? sum : static_cast<float>(fma(by.y, static_cast<double>(x[i][p][k][h]), mean));
-              } else {
-                store_as(in.out, at + e, fma(by.y, load_as<double>(in.x, at + e), mean));
-              }
+          for (int h = 0; h < 2; ++h) {
+            const int e = 8 * h;
+            if (e >= left) continue;
+            const float sum = sums[4 * i + 2 * h + p];
+            const double mean = by.x * static_cast<double>(sum);
+            if (USUAL || partly) {
+              to[e] = partly ? sum : static_cast<float>(fma(by.y, static_cast<double>(x[i][p][h]), mean));
+            } else {
+              store_as(in.out, at + e, fma(by.y, load_as<double>(in.x, at + e), mean));
             }
           }
         }
@@ -807,60 +933,93 @@ struct HeldKernel {
   }
 
   __device__ __forceinline__ void sum_rows() const {
-#pragma unroll 1
-    for (int i = tid; i < rows; i += HELD_THREADS) list.ends[i] = __ldcg(held.ends + index_of(i));
     fetch_weights(0, 0);
+#pragma unroll 1
+    for (int i = tid; i < rows; i += HELD_THREADS)
+      copy_async(reinterpret_cast<float4*>(list.ends + i),
+                 reinterpret_cast<const float*>(held.ends + index_of(i)));
 #pragma unroll 1
     for (int turn = 0; turn * step < rows; ++turn) {
       wait_copies();
+      fence_async();
       __syncthreads();
-      if (buffers == 1) {
-        sum(turn * step, turn);
-        __syncthreads();
-      }
+      if (buffers == 2) fetch_weights((turn + 1) * step, turn + 1);
+      sum(turn * step, turn);
+      if (buffers == 2 || (turn + 1) * step >= rows) continue;
+      __syncthreads();
       fetch_weights((turn + 1) * step, turn + 1);
-      if (buffers == 2) sum(turn * step, turn);
     }
     wait_copies();
   }
 
-  // Of rows with several chunks: four elements at a time.
+  // Of rows with several chunks: four elements at a time, in two places, where all that is read is asked for
+  // before any of it is used.
   __device__ __forceinline__ void put_together() const {
-    const int fours = static_cast<int>(in.d / 4);
+    constexpr int PLACES = 2, AHEAD = 4;
+    const int fours = static_cast<int>(in.d / 4), all = static_cast<int>(in.n) * fours;
+    const int apart = static_cast<int>(gridDim.x) * HELD_THREADS;
 #pragma unroll 1
-    for (int i = static_cast<int>(blockIdx.x) * HELD_THREADS + tid; i < static_cast<int>(in.n) * fours;
-         i += static_cast<int>(gridDim.x) * HELD_THREADS) {
-      const int index = i / fours, e = 4 * (i - index * fours);
-      const int64_t label = in.labels && classes > 1 ? in.labels[index] : 0;
-      if (label < -1 || label >= classes || !has_several(static_cast<int>(label))) continue;
-      if (!row_is_finite(in, index)) continue;
-      const int begin = label < 0 ? 0 : static_cast<int>(label) * chunks,
-                end = label < 0 ? teams : begin + chunks;
-      float4 sum = make_float4(0, 0, 0, 0);
-      bool any = false;
-#pragma unroll 4
-      for (int k = begin; k < end; ++k) {
-        if (shared.team_counts[k] == 0) continue;
-        any = true;
-        const float4 v =
-            __ldcg(reinterpret_cast<const float4*>(held.sums + (int64_t{k} * in.n + index) * in.d + e));
-        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    for (int i = static_cast<int>(blockIdx.x) * HELD_THREADS + tid; i < all; i += PLACES * apart) {
+      int64_t to[PLACES], labels[PLACES];
+      double2 by[PLACES];
+      float4 x[PLACES], sums[PLACES];
+      int index[PLACES], begin[PLACES], end[PLACES], most = 0;
+      bool any[PLACES];
+#pragma unroll
+      for (int q = 0; q < PLACES; ++q) {
+        const int at = min(i + q * apart, all - 1);
+        index[q] = at / fours, to[q] = int64_t{index[q]} * in.d + 4 * (at - index[q] * fours);
+        labels[q] = in.labels && classes > 1 ? in.labels[index[q]] : 0;
+        by[q] = __ldcg(held.ends + index[q]);
+        if (USUAL)
+          x[q] = __ldcg(reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + to[q]));
       }
-      if (!any) continue;  // NaN is there
-      const double2 by = __ldcg(held.ends + index);
-      const int64_t to = int64_t{index} * in.d + e;
-      if (USUAL) {
-        const float4 x = *reinterpret_cast<const float4*>(static_cast<const float*>(in.x.data) + to);
-        const auto end = [&](float x, float sum) {
-          return static_cast<float>(fma(by.y, static_cast<double>(x), by.x * static_cast<double>(sum)));
-        };
-        *reinterpret_cast<float4*>(static_cast<float*>(in.out.data) + to) =
-            make_float4(end(x.x, sum.x), end(x.y, sum.y), end(x.z, sum.z), end(x.w, sum.w));
-      } else {
-        const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
-        for (int q = 0; q < 4; ++q)
-          store_as(in.out, to + q,
-                   fma(by.y, load_as<double>(in.x, to + q), by.x * static_cast<double>(sums[q])));
+#pragma unroll
+      for (int q = 0; q < PLACES; ++q) {
+        const bool served = i + q * apart < all && labels[q] >= -1 && labels[q] < classes &&
+                            has_several(static_cast<int>(labels[q])) && row_is_finite(in, index[q]);
+        begin[q] = served && labels[q] >= 0 ? static_cast<int>(labels[q]) * chunks : 0;
+        end[q] = !served ? 0 : labels[q] < 0 ? teams : begin[q] + chunks;
+        most = max(most, end[q] - begin[q]);
+        sums[q] = make_float4(0, 0, 0, 0), any[q] = false;
+      }
+#pragma unroll 1
+      for (int first = 0; first < most; first += AHEAD) {
+        float4 v[PLACES][AHEAD];
+#pragma unroll
+        for (int q = 0; q < PLACES; ++q) {
+#pragma unroll
+          for (int s = 0; s < AHEAD; ++s) {
+            const int k = begin[q] + first + s;
+            const bool is_there = k < end[q] && shared.team_counts[min(k, teams - 1)] > 0;
+            any[q] = any[q] || is_there;
+            const float* const from = held.sums + int64_t{k} * in.n * in.d + to[q];
+            v[q][s] = is_there ? __ldcg(reinterpret_cast<const float4*>(from)) : make_float4(0, 0, 0, 0);
+          }
+        }
+#pragma unroll
+        for (int q = 0; q < PLACES; ++q)
+#pragma unroll
+          for (int s = 0; s < AHEAD; ++s)
+            sums[q].x += v[q][s].x, sums[q].y += v[q][s].y, sums[q].z += v[q][s].z, sums[q].w += v[q][s].w;
+      }
+#pragma unroll
+      for (int q = 0; q < PLACES; ++q) {
+        if (!any[q]) continue;  // not served, or NaN is there
+        if (USUAL) {
+          const auto result = [&](float x, float sum) {
+            return static_cast<float>(
+                fma(by[q].y, static_cast<double>(x), by[q].x * static_cast<double>(sum)));
+          };
+          *reinterpret_cast<float4*>(static_cast<float*>(in.out.data) + to[q]) =
+              make_float4(result(x[q].x, sums[q].x), result(x[q].y, sums[q].y), result(x[q].z, sums[q].z),
+                          result(x[q].w, sums[q].w));
+        } else {
+          const float own[4] = {sums[q].x, sums[q].y, sums[q].z, sums[q].w};
+          for (int e = 0; e < 4; ++e)
+            store_as(in.out, to[q] + e,
+                     fma(by[q].y, load_as<double>(in.x, to[q] + e), by[q].x * static_cast<double>(own[e])));
+        }
       }
     }
   }
@@ -875,16 +1034,9 @@ struct HeldKernel {
     float own_centre = 0;
     if (valid > 0 && tid < length) own_centre = to_float(centre[tid]);
     begin_loading();
-    list_rows();
-    if (tid < slice) shared.centre[tid] = own_centre;
+    list_rows(own_centre);
     float4 x[EACH][MOST];
-    load_x(0, x);
-    // The first row that each group of warps is to weigh.
-    const int64_t own = blockIdx.x + int64_t{gridDim.x} * (warp / GROUP_WARPS);
-    if (tid % GROUP == 0 && own < in.n) shared.facts[warp / GROUP_WARPS] = know_row(in, own);
-    wait_copies();
-    __syncthreads();
-    form_norms();
+    load_x(0, 0, x);
     score_rows(x);
     weigh_rows();
     meet_grid();
@@ -898,11 +1050,12 @@ struct HeldKernel {
 template <typename T, bool USUAL>
 __global__ void __launch_bounds__(HELD_THREADS, 1)
     held_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Held held) {
-  extern __shared__ __align__(128) char memory[];
-  HeldShared& shared = *reinterpret_cast<HeldShared*>(memory);
-  const HeldRows list(memory + HELD_FIXED_SMEM, in.n);
-  T* const refs = reinterpret_cast<T*>(memory + HELD_FIXED_SMEM + held_rows_smem(in.n));
-  T* const lines = refs + held.cut.chunk * (held.cut.slice + HELD_PAD);
+  extern __shared__ __align__(1024) char memory[];
+  char* const refs = memory + (HELD_ALIGNMENT - shared_address(memory) % HELD_ALIGNMENT) % HELD_ALIGNMENT;
+  char* const lines = refs + held_refs_smem(held.cut);
+  char* const rest = lines + held_lines_smem(held.cut, Split<T>::PARTS == 3);
+  HeldShared& shared = *reinterpret_cast<HeldShared*>(rest);
+  const HeldRows list(rest + HELD_FIXED_SMEM, in.n);
   HeldKernel<T, USUAL>{in, held, shared, list, refs, lines}.run();
 }
 
@@ -914,6 +1067,9 @@ void run_held(const char* op, const Inputs& in, const Plan& plan, void* workspac
   held.cut = held_cut(plan, in.k, in.m);
   held.padded = static_cast<int>(held_padded(in.m)), held.stride = in.k * held.padded;
   held.exact_weights = !plan.fast;
+  // Of a chunk a whole number.
+  held.box_refs = static_cast<int>(std::min(held.cut.chunk & -held.cut.chunk, HELD_TILE));
+  held.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.k * in.m, 2 * in.d, held.box_refs);
   const HeldLayout layout = held_layout(plan.rows_per_pass, in.k, in.m, in.d, bf16, held.cut);
   char* next = static_cast<char*>(workspace);
   const auto take = [&](int64_t bytes) {

@@ -932,33 +932,38 @@ __device__ __forceinline__ void sum_tile(const Many& many, Ring& ring, const Sum
 
 // ---- classes
 
-// The pairs of reference tiles that are multiplied with each row tile: units of the tiles until this one, and
-// what leads from a unit's number to its pair.
-constexpr int SCORE_TILES = static_cast<int>(MANY_PASS_ROWS) / 128;
+// The pairs of reference tiles that are multiplied with each row tile.
 struct MetPairs {
-  int until[SCORE_TILES], pair_of[SCORE_TILES];
+  static constexpr int TILES = static_cast<int>(MANY_ROW_TILES);
+  int until[TILES], units[TILES];  // units of the tiles until this one, and of it
+  int begin[TILES];                // its first pair
+  int width[TILES], early[TILES];
+  int halves[TILES];  // 2: both halves of y of all rows, and two units for each pair, of 128 rows each
   int2 of_rows[MANY_PASS_ROWS / 64];
-  int dense[MANY_ROW_TILES];
   int whole, cuts;  // units from `whole` on are cut into so many, each of a part of the rows
+  int deep;         // as ScoreTiles has it
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// LOW: row tiles of dense rows, in their first places; else as for pools. A last wave of units that is at
-// most half full is cut into parts of the rows; a tile then is the part `tile / SCORE_TILES - 1` of another.
-// Parts narrower than 64 rows are none.
+// Row tiles of the scores of a bank of classes, each with early rows of its own. LOW: tiles of dense rows, in
+// their first places, where some are late. A last wave of units that is at most half full is cut into parts
+// of the rows; parts narrower than 64 rows are none. Of `tile` here come the rows of a unit: the first, how
+// many, and of how many y_lo.
 template <bool LOW>
-struct ClassTiles : ScoreTiles {
+struct ClassTiles {
+  static constexpr int TILES = MetPairs::TILES;
+  int rows;
   const MetPairs* met;
 
-  using ScoreTiles::ScoreTiles;
-  // Finds which are met, by all threads; returns the units of all tiles. References that lie between those of
-  // two tiles which are one for the sums count as met.
+  __device__ ClassTiles(int rows_, int) : rows(rows_) {}
+  // Finds which are met, by all threads: what lies between the first and the last reference of its rows.
+  // Returns the units of all tiles.
   __device__ int meet(const Many& many, MetPairs& shared, int64_t valid) {
     met = &shared;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = rows / 64;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if constexpr (!LOW) {
-      for (int part = warp; part < parts; part += MANY_THREADS / 32) {
+      for (int part = warp; part < rows / 64; part += MANY_THREADS / 32) {
         int low = INT_MAX, high = 0;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -972,76 +977,83 @@ struct ClassTiles : ScoreTiles {
     }
     if (warp == 0) {
       int2 own{INT_MAX, 0};
-      const auto join = [&](int row, int rows_of_tile) {
-        int2 joined{INT_MAX, 0};
-        for (int part = row / 64; part < min((row + rows_of_tile) / 64, parts); ++part)
-          joined = {min(joined.x, shared.of_rows[part].x), max(joined.y, shared.of_rows[part].y)};
-        return joined;
-      };
-      if constexpr (LOW) {
-        if (lane < static_cast<int>(MANY_ROW_TILES)) {
-          const int2 steps = many.classes->sums.steps[lane];
-          shared.dense[lane] = many.classes->sums.dense[lane];
-          if (shared.dense[lane] > 0) own = {steps.x * many_sum_refs(true), steps.y * many_sum_refs(true)};
-        }
-      } else if (lane < all()) {
-        own = join(ScoreTiles::row0(lane), ScoreTiles::width(lane));
-        if (lane < both && lane % 2 == 0 && own.x < own.y) {
-          const int2 next = join(ScoreTiles::row0(lane) + 128, 128);
-          if (next.x < next.y) own.y = max(own.y, next.x);
-        }
+      int width = 0, early = 0;
+      const int left = rows - static_cast<int>(MANY_ROWS) * lane;
+      if (LOW && lane < TILES) {
+        const int2 steps = many.classes->sums.steps[lane];
+        width = row_tile_width(many.classes->sums.dense[lane]);
+        if (many.classes->late[lane] > 0)
+          own = {steps.x * many_sum_refs(true), steps.y * many_sum_refs(true)};
+      } else if (lane < TILES && left > 0) {
+        for (int part = 4 * lane; part < min(4 * lane + 4, rows / 64); ++part)
+          own = {min(own.x, shared.of_rows[part].x), max(own.y, shared.of_rows[part].y)};
+        width = row_tile_width(left);
+        early = early_end<true>(many, *many.facts, MANY_ROWS * lane) - static_cast<int>(MANY_ROWS) * lane;
       }
+      const int halves = early > EARLY_BESIDE ? 2 : 1;
       constexpr int PAIR = static_cast<int>(2 * MANY_TILE);
-      const int begin = own.x / PAIR, count = own.x < own.y ? (own.y + PAIR - 1) / PAIR - begin : 0;
-      int until = count;
-      for (int offset = 1; offset < SCORE_TILES; offset *= 2) {
+      const int begin = own.x / PAIR, pairs = own.x < own.y ? (own.y + PAIR - 1) / PAIR - begin : 0;
+      const int units = halves * pairs;
+      int until = units;
+#pragma unroll
+      for (int offset = 1; offset < TILES; offset *= 2) {
         const int other = __shfl_up_sync(0xffffffffu, until, offset);
         if (lane >= offset) until += other;
       }
-      if (lane < SCORE_TILES) shared.until[lane] = until, shared.pair_of[lane] = begin - (until - count);
+      if (lane < TILES) {
+        shared.until[lane] = until, shared.units[lane] = units, shared.begin[lane] = begin;
+        shared.width[lane] = width, shared.early[lane] = early, shared.halves[lane] = halves;
+      }
+      // Of the tiles of a last wave each part has y_lo of all its rows or of none.
+      const int clusters = static_cast<int>(gridDim.x) / 2, all = __shfl_sync(0xffffffffu, until, TILES - 1);
+      const int last = all % clusters;
+      const bool is_cut = lane < TILES && units > 0 && until > all - last && halves == 1 && width > 128;
+      const bool by_two = __all_sync(0xffffffffu, !is_cut || early % 128 == 0);
+      const bool by_four = __all_sync(0xffffffffu, !is_cut || early % 64 == 0);
+      const bool deep = halves == 1 && early > 0 && width + early > static_cast<int>(MANY_ROWS);
+      const int any_deep = __any_sync(0xffffffffu, lane < TILES && deep);
+      if (lane == 0) {
+        const bool few = 4 * last <= clusters;
+        shared.cuts = last == 0 || 2 * last > clusters ? 1 : by_two && !few ? 2 : by_four ? 4 : 1;
+        shared.whole = all - last, shared.deep = any_deep;
+      }
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      const int clusters = static_cast<int>(gridDim.x) / 2, left = shared.until[SCORE_TILES - 1] % clusters;
-      const bool alike = early == 0 || early >= rows;  // else the first rows of a tile have y_lo
-      shared.cuts = !alike || left == 0 ? 1 : 4 * left <= clusters ? 4 : 2 * left <= clusters ? 2 : 1;
-      shared.whole = shared.until[SCORE_TILES - 1] - left;
-    }
-    __syncthreads();
-    return met->whole + (met->until[SCORE_TILES - 1] - met->whole) * met->cuts;
+    return met->whole + (met->until[TILES - 1] - met->whole) * met->cuts;
   }
+  __device__ bool deep() const { return !LOW && met->deep; }
   __device__ int uncut(int unit) const {  // the unit that it is a part of
     return unit < met->whole ? unit : met->whole + (unit - met->whole) / met->cuts;
   }
-  __device__ int tile(int unit, int) const {
-    const int all_rows = uncut(unit);
+  __device__ int row_tile(int uncut_unit) const {
     int own = 0;
-    while (all_rows >= met->until[own]) ++own;
-    if (unit >= met->whole && met->cuts > 1) own += SCORE_TILES * (1 + (unit - met->whole) % met->cuts);
+    while (uncut_unit >= met->until[own]) ++own;
     return own;
   }
-  __device__ int within(int unit, int each) const {
-    return met->pair_of[tile(unit, each) % SCORE_TILES] + uncut(unit);
+  __device__ int number_in(int own, int uncut_unit) const {  // among the units of a tile
+    return uncut_unit - (met->until[own] - met->units[own]);
   }
-  __device__ int whole_width(int tile) const {
-    return LOW ? row_tile_width(met->dense[tile]) : ScoreTiles::width(tile);
+  __device__ int tile(int unit, int) const {
+    const int all_rows = uncut(unit), own = row_tile(all_rows);
+    int row = static_cast<int>(MANY_ROWS) * own, width = met->width[own], low = met->early[own];
+    if (met->halves[own] > 1) {  // `low` is how many rows the tile has
+      const int half = number_in(own, all_rows) % 2;
+      row += 128 * half, width = low = half ? row_tile_width(low - 128) : 128;
+    }
+    if (unit >= met->whole && met->cuts > 1) {
+      const int part = max(width / met->cuts, 64), first = (unit - met->whole) % met->cuts * part;
+      width = first < width ? part : 0, row += first;
+      low = min(max(low - first, 0), part);
+    }
+    return row / 64 | width / 64 << 8 | low / 16 << 16;
   }
-  __device__ int part_width(int tile) const { return max(whole_width(tile % SCORE_TILES) / met->cuts, 64); }
-  __device__ int row0(int tile) const {
-    const int own = tile % SCORE_TILES,
-              first = LOW ? static_cast<int>(MANY_ROWS) * own : ScoreTiles::row0(own);
-    return tile < SCORE_TILES ? first : first + (tile / SCORE_TILES - 1) * part_width(tile);
+  __device__ int within(int unit, int) const {
+    const int all_rows = uncut(unit), own = row_tile(all_rows);
+    return met->begin[own] + number_in(own, all_rows) / met->halves[own];
   }
-  __device__ int width(int tile) const {
-    if (tile < SCORE_TILES) return whole_width(tile);
-    const int part = part_width(tile);
-    return (tile / SCORE_TILES - 1) * part < whole_width(tile % SCORE_TILES) ? part : 0;
-  }
-  __device__ int low(int tile) const {
-    if constexpr (LOW) return 0;
-    if (tile < SCORE_TILES) return ScoreTiles::low(tile);
-    return ScoreTiles::low(tile % SCORE_TILES) > 0 ? width(tile) : 0;
-  }
+  static __device__ int row0(int tile) { return (tile & 0xff) * 64; }
+  static __device__ int width(int tile) { return (tile >> 8 & 0xff) * 64; }
+  static __device__ int low(int tile) { return LOW ? 0 : (tile >> 16) * 16; }
 };
 
 // As SumGrid.
@@ -1106,12 +1118,15 @@ __global__ void SVEL_CLUSTER(2) __launch_bounds__(MANY_THREADS, 1)
   const int64_t rows = LOW ? many.facts->dense : many.padded, valid = many_valid(in, many);
   if (LOW && many.facts->late == 0) return;  // both blocks of the cluster
   std::conditional_t<CLASSES, ClassTiles<LOW>, ScoreTiles> tiles(
-      static_cast<int>(rows), KIND == Scores::EXACT ? early_rows<CLASSES>(many) : 0);
+      static_cast<int>(rows),
+      KIND == Scores::EXACT && !CLASSES ? early_end<CLASSES>(many, *many.facts, 0) : 0);
   const int pairs = static_cast<int>((valid + 2 * MANY_TILE - 1) / (2 * MANY_TILE));
-  int units = tiles.all() * pairs;
+  int units;
   if constexpr (CLASSES) {
     __shared__ MetPairs met;
     units = tiles.meet(many, met, valid);
+  } else {
+    units = tiles.all() * pairs;
   }
   const int steps = static_cast<int>((in.d + DEPTH - 1) / DEPTH);
   const int rank = blockIdx.x % 2;

@@ -26,9 +26,10 @@
 // A bank of few classes is a pool of all their references, those that are not valid too, of which a row has a
 // range, or all: scores of others are -INFINITY, so that they come in no list and weigh nothing. What holds
 // references that are not valid, or not finite, may hold NaN: sums take zeros in their place (`operands`).
-// More rows than a tile holds are in the order of their classes, and what no row of a tile has is not
-// multiplied: no scores are stored there, and of a row's scores none are read but those of its range, in
-// whole groups. Dense rows come in the first places of their tile.
+// More rows than a tile holds go to tiles in the order of their classes, where they are in that of their
+// time; what no row of a tile has is not multiplied: no scores are stored there, and of a row's scores none
+// are read but those of its range, in whole groups. The first rows of each tile are early, and dense ones
+// come in the first places of their tile.
 #pragma once
 
 #include <climits>
@@ -47,7 +48,7 @@ struct ManyFacts {
   int max_norm;                // the bits of max_j |d_j|^2 scale^2, a float32
   int dense;                   // rows that are dense in this round,
   int late;                    // of which so many lack y_lo.d
-  int early;  // rows of the pass expected to be dense, see early_rows: until the last, or their number
+  int early;  // rows of the pass until the last expected to be dense, see early_end; of classes: below
   int splits, narrow_splits;  // of the sums, see ManySums
 };
 
@@ -79,11 +80,13 @@ struct ManyClassSums {
 struct ManyClasses {
   int ends[MANY_CLASSES];  // of the valid references of each
   ManyClassSums sums;
+  int early[MANY_ROW_TILES];  // by row tiles of the pass: rows until the last expected to be dense,
+  int late[MANY_ROW_TILES];   // dense rows that lack y_lo.d
 };
 static_assert(sizeof(ManyClasses) == MANY_CLASSES_BYTES);
 
 struct Many {
-  int* order;           // (n,) rows by falling time; none: one pass has them all
+  int* order;           // (n,) rows by falling time, or by class; none: one pass has them all, by time
   float* centre;        // (2, d_stride) candidates, see centre_kernel
   float* centre_float;  // (d_stride,) c scale
   __half* centre_half;  // (d_stride,) c
@@ -218,30 +221,36 @@ __device__ inline int64_t row_tile_ends(int64_t rows) {
   return rows - left + (left > 0 ? row_tile_width(left) : 0);
 }
 
-// Whether rows are in the order of their classes; else all of them are one tile.
+// Whether the tiles of rows are in the order of their classes; else all rows are one tile.
 __device__ inline bool ordered_by_class(const Many& many) {
-  return many.class_refs > 0 && (many.order || many.rows > MANY_ROWS);
+  return many.class_refs > 0 && many.order;
 }
 
-// The first rows of a pass, whose scores have y_lo.d from the start: those expected to be dense, as many as
-// fill tiles. Where a pass has more than one tile and not all are expected, none: the dense rows of a mixture
-// would nearly all pass through the product for late rows too, in whose tiles they are. In the order of
-// classes likewise, by their number.
+// Where the rows end whose scores have y_lo.d from the start: the first rows of a pass, those expected to be
+// dense, as many as fill tiles. Where a pass has more than one tile and not all are expected, none: the dense
+// rows of a mixture would nearly all pass through the product for late rows too, in whose tiles they are.
+// CLASSES: the first rows of the tile of row `at`, since only tiles that have late rows have that product.
 constexpr int EARLY_BESIDE = 128;  // so many at most have both halves in a tile of MANY_ROWS
 template <bool CLASSES>
-__device__ inline int early_rows(const Many& many, const ManyFacts& facts) {
-  const int rows = static_cast<int>(many.padded), early = many.exact ? facts.early : 0;
-  if constexpr (CLASSES) {
-    if (ordered_by_class(many)) return early < many.rows ? 0 : rows;
-  }
-  if (early == 0 || (many.rows > MANY_ROWS && early < many.rows)) return 0;
-  if (facts.plain && rows > EARLY_BESIDE && early > 64 && early <= 96) return early <= 80 ? 80 : 96;
+__device__ inline int early_end(const Many& many, const ManyFacts& facts, int64_t at) {
+  const int tile = CLASSES ? static_cast<int>(at / MANY_ROWS) : 0, first = tile * static_cast<int>(MANY_ROWS);
+  const int rows = CLASSES ? min(static_cast<int>(many.padded) - first, static_cast<int>(MANY_ROWS))
+                           : static_cast<int>(many.padded),
+            early = !many.exact ? 0
+                    : CLASSES   ? many.classes->early[tile]
+                                : facts.early;
+  if (early == 0 || (!CLASSES && many.rows > MANY_ROWS && early < many.rows)) return first;
+  if (facts.plain && rows > EARLY_BESIDE && early > 64 && early <= 96) return first + (early <= 80 ? 80 : 96);
   const int each = early > 64 || (rows > 64 && rows <= 128) ? 128 : 64;
-  return min((early + each - 1) / each * each, rows);
+  return first + min((early + each - 1) / each * each, rows);
 }
+
+// How many dense rows lack y_lo.d, of all or of the tile of this place. Where some do, the scores of those
+// beside them have moved to their places too.
 template <bool CLASSES>
-__device__ inline int early_rows(const Many& many) {
-  return early_rows<CLASSES>(many, *many.facts);
+__device__ inline int late_rows(const Many& many, int64_t place) {
+  if constexpr (CLASSES) return many.classes->late[place / MANY_ROWS];
+  return many.facts->late;
 }
 
 // Row tiles of the scores: where many rows are early, theirs have both halves of up to 128 rows; then those

@@ -191,7 +191,11 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
   double value = of_warps[k][0];
   for (int warp = 1; warp < MANY_TILE / 32; ++warp) value = joined(k, value, of_warps[k][warp]);
   many.statistics[blockIdx.x * STATISTICS + k] = value;
-  if (blockIdx.x == 0 && k == 0) many.facts->early = 0;
+  if constexpr (CLASSES) {
+    if (blockIdx.x == 0 && k < static_cast<int>(MANY_ROW_TILES)) many.classes->early[k] = 0;
+  } else if (blockIdx.x == 0 && k == 0) {
+    many.facts->early = 0;
+  }
 }
 
 __device__ double two_to(int exponent) {  // for exponents of normal numbers
@@ -243,8 +247,8 @@ __device__ int2 range_of(const Inputs& in, const Row& row, bool alive) {
   return {first, first + static_cast<int>(row.count)};
 }
 
-// Rows are sorted by this: falling time, and those that have no references last. by_class: first by class,
-// rows of all classes after those, then by the first digits of the time.
+// Rows are sorted by this: falling time, and those that have no references last. by_class: by class, rows of
+// all classes after those.
 template <bool LABELS>
 using Order = std::conditional_t<LABELS, uint32_t, float>;
 template <bool LABELS>
@@ -252,19 +256,23 @@ __device__ Order<LABELS> order_of(const Row& row, bool alive, bool by_class) {
   const double rate = row.rate();
   const float of_time = alive && rate >= 0 ? static_cast<float>(rate) : INFINITY;
   if constexpr (LABELS) {
-    static_assert(MANY_CLASSES < 255, "eight bits");
     if (!alive) return UINT_MAX;
-    const uint32_t bits = __float_as_uint(fabsf(of_time));
-    const uint32_t group = static_cast<uint32_t>(row.group < 0 ? MANY_CLASSES : row.group);
-    return by_class ? group << 24 | bits >> 7 : bits;
+    if (by_class) return static_cast<uint32_t>(row.group < 0 ? MANY_CLASSES : row.group);
+    return __float_as_uint(fabsf(of_time));
   }
   return of_time;
 }
 
-// A warp per row, every so many of them: its place. Memory: n floats. LABELS: rows have them.
+// A warp per row, every so many of them: its place. Memory: n floats. LABELS: rows have them. By class those
+// of one are as they came, so that two tiles which share it both have rows of all times; rows_kernel puts the
+// rows of a tile in the order of these.
 template <bool LABELS>
 __global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Inputs in, const Many many) {
-  follow_previous();
+  if constexpr (LABELS) {
+    allow_next_launch();  // what is read was there before any launch
+  } else {
+    follow_previous();
+  }
   extern __shared__ uint32_t order_memory[];
   auto* const orders = reinterpret_cast<Order<LABELS>*>(order_memory);
   const int64_t n = in.n;
@@ -279,6 +287,7 @@ __global__ void __launch_bounds__(ORDER_THREADS) order_kernel(const Inputs in, c
     orders[i] = order_of<LABELS>(row, alive, LABELS && ordered_by_class(many));
   }
   __syncthreads();
+  if constexpr (LABELS) wait_for_previous_launch();
   const int lane = threadIdx.x % 32, warps = gridDim.x * (ORDER_THREADS / 32);
   for (int64_t i = (blockIdx.x * ORDER_THREADS + threadIdx.x) / 32; i < n; i += warps) {
     const Order<LABELS> own = orders[i];
@@ -321,9 +330,10 @@ __device__ Distances distances_of(const float4 (&of_warps)[THREADS / 32][32]) {
 // depends on it. A product for rows that were not expected takes no less than reading the references; for
 // the rows of one tile more than it would have beside the first: these are expected to be dense sooner, the
 // more so where few rows have most of what matters, as those of smooth images. Passes of more have all rows
-// early or none, see early_rows. doubt: of scores of y_hi, in bits; among references nearer than they can
-// tell apart all of them matter. Where it is large the halves' products are better had apart: y_lo.d is
-// small, and so is what its sums drop, which in one sum with y_hi.d is twice as much.
+// early or none, see early_end, those of classes each tile its own. doubt: of scores of y_hi, in bits; among
+// references nearer than they can tell apart all of them matter. Where it is large the halves' products are
+// better had apart: y_lo.d is small, and so is what its sums drop, which in one sum with y_hi.d is twice as
+// much.
 constexpr float MOST_DOUBT_EARLY = 2;
 __device__ bool expect_dense(const Row& row, float doubt, const Distances& distances, float references,
                              bool one_tile) {
@@ -464,11 +474,11 @@ __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, co
     // The largest norm is taken for twice the mean.
     const float doubt =
         static_cast<float>(doubt_of(slot, 2 * choice.mean_norm * inverse * inverse, slot.own));
-    const bool by_class = LABELS && ordered_by_class(many);
+    const bool by_tile = LABELS && many.classes;
     if (many.exact && expect_dense(row, doubt, distances, static_cast<float>(row.count),
-                                   many.rows <= MANY_ROWS && !by_class)) {
-      if (by_class) {
-        atomicAdd(&many.facts->early, 1);
+                                   many.rows <= MANY_ROWS || by_tile)) {
+      if (by_tile) {
+        atomicMax(&many.classes->early[at / MANY_ROWS], static_cast<int>(at % MANY_ROWS) + 1);
       } else {
         atomicMax(&many.facts->early, static_cast<int>(at) + 1);
       }
@@ -501,28 +511,34 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   const int64_t local = blockIdx.x;
   int64_t at = local;
   __shared__ int int_scratch[33];
-  // Its row, and its place among those of the only pass, if it has not been found before.
+  // Its row, and its place among those of the only pass, or of its tile, if it has not been found before.
   __shared__ Row row;
   __shared__ Order<LABELS> rates[MANY_PASS_ROWS], own_rate;
   __shared__ bool has_references;
-  const int64_t listed = local >= many.rows ? 0 : many.order ? 1 : many.rows;
+  const bool by_class = LABELS && ordered_by_class(many);
+  const auto is_placed = [&] { return many.order && !by_class; };
+  const int64_t first = by_class ? local / MANY_ROWS * MANY_ROWS : 0;  // of those `listed`
+  const auto left = [&] { return by_class ? min(many.rows - first, MANY_ROWS) : many.rows; };
+  const int64_t listed = local >= many.rows ? 0 : is_placed() ? 1 : left();
   int64_t all = 0;
   if constexpr (LABELS) all = all_references(in, int_scratch);
 #pragma unroll 1
   for (int64_t j = tid; j < listed; j += THREADS) {
     bool any;
-    const Row of_j =
-        row_of(in, many.order ? many.order[many.first_row + local] : many.first_row + j, all, any);
-    rates[j] = order_of<LABELS>(of_j, any, LABELS && ordered_by_class(many));
-    if (many.order || j == local) row = of_j, has_references = any, own_rate = rates[j];
+    const Row of_j = row_of(
+        in, many.order ? many.order[many.first_row + (by_class ? first + j : local)] : many.first_row + j,
+        all, any);
+    rates[j] = order_of<LABELS>(of_j, any, false);
+    if (is_placed() || j == local - first) row = of_j, has_references = any, own_rate = rates[j];
   }
   __syncthreads();
-  if (!many.order && local < many.rows) {
+  if (!is_placed() && local < many.rows) {
     int before = 0;
 #pragma unroll 1
-    for (int64_t j = tid; j < many.rows; j += THREADS)
-      before += rates[j] < own_rate || (rates[j] == own_rate && j < local);
+    for (int64_t j = tid; j < left(); j += THREADS)
+      before += rates[j] < own_rate || (rates[j] == own_rate && j < local - first);
     at = block_sum<int>(before, int_scratch);
+    if (by_class) at += first;
   }
   wait_for_previous_launch();
   __shared__ double statistics[STATISTICS];
@@ -759,7 +775,7 @@ __global__ void __launch_bounds__(SELECT_THREADS)
       return;
     }
     const double norm = largest_norm(facts);
-    const bool early = at < early_rows<CLASSES>(many, facts);
+    const bool early = at < early_end<CLASSES>(many, facts, at);
     const double top = best_with(slot, best);
     // A reference whose score lies `bits` below the top weighs at most 2^(doubt - bits) of the largest.
     // Groups by the bits beyond doubt of their best; from which on do all references of such groups weigh
@@ -859,7 +875,7 @@ __global__ void __launch_bounds__(SELECT_THREADS)
 struct ClassPlaces {
   static constexpr int TILES = static_cast<int>(MANY_ROW_TILES);
   int2 met[TILES], met_by_dense[TILES];  // references of the round that rows of a tile have, or dense rows
-  int dense_of[LIMITS][TILES];           // for each limit
+  int dense_of[LIMITS][TILES], late_of[LIMITS][TILES];  // for each limit
   ManyClassSums sums;
 
   // By whole warps, all of a tile's.
@@ -892,7 +908,8 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
       allow_next_launch();  // weights_kernel reads what select_kernel left before it waits
     }
     __syncthreads();
-    const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32, early = early_rows<CLASSES>(many);
+    const int slot = threadIdx.x, lane = slot % 32, warp = slot / 32;
+    const int early = early_end<CLASSES>(many, *many.facts, slot);
     const bool is_row = real && slot < many.rows;
     const int count = is_row ? many.fills[slot] : 0, listed = is_row ? many.counts[slot] : 0;
     const int reviewed = is_row ? many.review_most[slot] : 0;
@@ -909,7 +926,7 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
       if (is_row) own = range_in_round(many, slot, many_valid(in, many));
       if (slot < ClassPlaces::TILES) {
         classes.met[slot] = classes.met_by_dense[slot] = {INT_MAX, 0};
-        for (int k = 0; k < LIMITS; ++k) classes.dense_of[k][slot] = 0;
+        for (int k = 0; k < LIMITS; ++k) classes.dense_of[k][slot] = classes.late_of[k][slot] = 0;
       }
     }
     __syncthreads();
@@ -925,6 +942,7 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
       if (all) atomicAdd(&of_limit[k][0], all), atomicAdd(&of_limit[k][1], late);
       if constexpr (CLASSES) {
         if (all) atomicAdd(&classes.dense_of[k][warp / TILE_WARPS], all);
+        if (late) atomicAdd(&classes.late_of[k][warp / TILE_WARPS], late);
       }
       if (sum) atomicAdd(&of_limit[k][2], sum), atomicMax(&of_limit[k][3], most);
     }
@@ -940,7 +958,8 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
           const int rows = classes.dense_of[k][tile], width = row_tile_width(rows);
           if (rows == 0) continue;
           elements = static_cast<float>(max(met.y - met.x, 0)) * static_cast<float>(in.d);
-          time += product(many.exact ? 2 : 1, width) + (many.exact && of_limit[k][1] ? product(1, width) : 0);
+          const bool late = many.exact && classes.late_of[k][tile] > 0;
+          time += product(many.exact ? 2 : 1, width) + (late ? product(1, width) : 0);
         }
       } else {
 #pragma unroll 1
@@ -1008,6 +1027,9 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
         choose_class_sums(many, sums);
         __syncwarp();
         if (real && lane == 0) many.classes->sums = sums;
+        const int which = __ffs(static_cast<int>(MANY_SURVIVORS)) - __ffs(limit);
+        if (real && lane < ClassPlaces::TILES)
+          many.classes->late[lane] = many.exact ? classes.late_of[which][lane] : 0;
       }
     }
     const int full = ManyTiles(total).full, narrow = ManyTiles(total).narrow;
@@ -1031,16 +1053,20 @@ __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const Inputs in, c
   }
 }
 
-// Where late rows come: what the product for them needs. CLASSES: scores of the row's references alone;
-// others that are there are not read.
+// Where late rows come: what the product for them needs. CLASSES: in tiles that have some; scores of the
+// row's references alone, others that are there are not read.
 template <bool CLASSES>
 __global__ void __launch_bounds__(THREADS) gather_kernel(const Inputs in, const Many many) {
   follow_previous();
   if (many.facts->late == 0) return;
-  const int early = early_rows<CLASSES>(many), dense = many.facts->dense;
+  const int of_pass = early_end<CLASSES>(many, *many.facts, 0), dense = many.facts->dense;
   const int64_t valid = many_valid(in, many), refs = ceil_div(valid, MANY_TILE) * MANY_TILE;
   for (int unit = blockIdx.x; unit < dense * GATHER_BLOCKS; unit += gridDim.x) {
     const int64_t to = dense_place<CLASSES>(many, unit / GATHER_BLOCKS), source = many.dense_slots[to];
+    if constexpr (CLASSES) {
+      if (late_rows<CLASSES>(many, to) == 0) continue;
+    }
+    const int early = CLASSES ? early_end<CLASSES>(many, *many.facts, to) : of_pass;
     const int thread = unit % GATHER_BLOCKS * THREADS + threadIdx.x;
     const float4* const lows = reinterpret_cast<const float4*>(many.lo + source * many.d_stride);
     float4* const dense_lows = reinterpret_cast<float4*>(many.dense_lo + to * many.d_stride);
@@ -1151,7 +1177,7 @@ __device__ __forceinline__ void store_weights(const Inputs& in, const Many& many
   __shared__ int scratch[THREADS / 32];
   __shared__ double wide_scratch[33];
   const int64_t valid = many_valid(in, many);
-  const bool moved = EXACT && many.facts->late > 0;  // by gather_kernel, and have better scores
+  const bool moved = EXACT && late_rows<CLASSES>(many, at) > 0;  // by gather_kernel, and have better scores
   const int64_t source = many.dense_slots[at];
   ManySlot& slot = many.slots[source];
   const float* const from = many.scores + (moved ? at : source) * many.score_stride;
@@ -1290,7 +1316,7 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
   const float least = least_reviewed(many, slot, static_cast<float>(total), most);
   if (!(least <= 1)) return 0;
   const float* const maxima =  // of scores, which gather_kernel may have moved
-      many.maxima + (many.facts->late > 0 ? place : at) * (many.score_stride / MANY_GROUP);
+      many.maxima + (late_rows<CLASSES>(many, place) > 0 ? place : at) * (many.score_stride / MANY_GROUP);
   const int groups = static_cast<int>(groups_of<CLASSES>(many, at, many_valid(in, many)).end);
   const int first_group =
       CLASSES ? static_cast<int>(groups_of<CLASSES>(many, at, many_valid(in, many)).first) : 0;
@@ -1990,8 +2016,12 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
   if (block < 0) {
     merge_list<T, VECTORS, LISTED, CLASSES>(in, many, many.list_order[blockIdx.x], last);
     if (blockIdx.x > 0) return;
-    wait_for_previous_launch();                           // launches end in their order
-    if (last && threadIdx.x == 0) many.facts->early = 0;  // of the next pass
+    wait_for_previous_launch();  // launches end in their order
+    if constexpr (CLASSES) {     // of the next pass
+      if (last && threadIdx.x < MANY_ROW_TILES) many.classes->early[threadIdx.x] = 0;
+    } else {
+      if (last && threadIdx.x == 0) many.facts->early = 0;
+    }
     return;
   }
   const int dense = many.facts->dense, blocks = static_cast<int>(gridDim.x) - rows;

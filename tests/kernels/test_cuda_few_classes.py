@@ -165,6 +165,33 @@ def test_rounds_that_rows_of_few_classes_have_references_in(rng, dtype, which, p
     check(x.cuda(), refs.cuda(), t.cuda(), labels.cuda(), counts.cuda(), precision)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", ["gaussian", "shifted"])
+@pytest.mark.parametrize("shape", [CUT, (1024, 10, 1511, 1032), (1800, 10, 1511, 1032)], ids=str)
+def test_tiles_of_any_number_of_early_rows(rng, shape, geometry, dtype):
+    """Late times are a share of the rows of each class, from none to all."""
+    n, k, m, d = shape
+    refs = make_references(k * m, d, geometry, rng).view(k, m, d).to(dtype)
+    for shares in ([0.0, 0.1, 0.2, 0.28, 0.35, 0.45, 0.6, 0.8, 1.0, 1.0], [0.0] * 9 + [0.1], [1.0] * 9 + [0.2]):
+        labels = torch.randint(k, (n,), generator=rng)
+        is_late = torch.rand(n, generator=rng) < torch.tensor(shares)[labels]
+        t = torch.where(is_late, 0.97, 0.3 + 0.2 * torch.randint(2, (n,), generator=rng))
+        x = make_noisy(refs[labels, torch.randint(m, (n,), generator=rng)], t, rng)
+        check(x.cuda(), refs.cuda(), t.cuda(), labels.cuda())
+
+
+def test_dense_rows_that_were_not_expected_in_some_tiles(rng):
+    """Of photographs at small times, where scores leave much in doubt; in other tiles dense rows are expected."""
+    refs = photographs(20_000, 32, rng).half().view(4, 5000, -1)
+    n = 1024
+    labels = torch.randint(4, (n,), generator=rng)
+    for few in (0, 1, 2):  # classes of rows that are not expected
+        t = torch.where(labels < few, 0.2, torch.tensor([0.6, 0.8, 0.95])[torch.arange(n) % 3])
+        t[:5] = 0.3  # a few in any tile
+        x = make_noisy(refs[labels, torch.randint(5000, (n,), generator=rng)], t, rng)
+        check(x.cuda(), refs.cuda(), t.cuda(), labels.cuda())
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("n", [257, 512, 700, 1100])
 def test_rows_do_not_depend_on_those_beside_them(rng, n, precision):
