@@ -15,18 +15,18 @@ constexpr double PART_COST = 1.0;
 
 }  // namespace
 
-ShortLayout short_layout(int64_t d, int64_t rows_per_pass, int64_t refs_per_pass, int64_t splits, bool fast) {
+ShortLayout short_layout(int64_t d, int64_t rows_per_pass, int64_t refs_per_pass, int64_t splits) {
   const int64_t padded = round_up(d, SHORT_PANEL), rows = splits * rows_per_pass;
   ShortLayout layout;
   layout.facts = SHORT_FACTS_BYTES;
-  layout.refs = 2 * padded * refs_per_pass * (fast ? 1 : 2);
+  layout.refs = 4 * padded * refs_per_pass;
   layout.norms = round_up(4 * refs_per_pass, 256);
-  layout.rows = 2 * padded * rows_per_pass * (fast ? 1 : 2);
-  layout.factors = 32 * rows_per_pass;
+  layout.rows = 4 * padded * rows_per_pass;
+  layout.factors = 16 * rows_per_pass;
   layout.sums = 4 * padded * rows;
-  layout.totals = 8 * rows;
-  layout.headers = fast ? 0 : 8 * SHORT_LANES * rows;
-  layout.lists = fast ? 0 : int64_t{8} * SHORT_LANES * SHORT_LISTED * rows;
+  layout.totals = 24 * rows;
+  layout.doubts = 16 * (rows_per_pass + 1);
+  layout.settling = SHORT_SETTLE_BLOCKS * (8 * SHORT_SETTLE_ROWS * (padded + 1) + 4);
   return layout;
 }
 
@@ -37,15 +37,14 @@ bool plan_short_rows(const Problem& p, Plan& plan) {
   if (p.d < MIN_D || panels > SHORT_MOST_PANELS || p.n < MIN_ROWS || p.m < MIN_REFS) return false;
   if (p.m >= int64_t{1} << 31 || short_smem(panels) > p.smem_limit) return false;
   if (p.n < MIN_SCORES / p.m) return false;
-  const bool fast = p.precision == "fast";
-  const int64_t of_ref = short_layout(p.d, 0, 256, 0, fast).refs / 256 + 4;
+  const int64_t of_ref = short_layout(p.d, 0, 256, 0).refs / 256 + 4;
   const int64_t rounds = ceil_div(p.m, REFS_LIMIT / of_ref / tile_refs * tile_refs);
   const int64_t refs = round_up(ceil_div(p.m, rounds), tile_refs), tiles = refs / tile_refs;
 
   // As many rows as have room with one part, then as many parts as make whole waves.
   const auto bytes = [&](int64_t rows, int64_t splits) {
-    const ShortLayout layout = short_layout(p.d, rows, 0, splits, fast);
-    return layout.total() - layout.facts;
+    const ShortLayout layout = short_layout(p.d, rows, 0, splits);
+    return layout.total() - layout.facts - layout.settling;
   };
   const int64_t most_rows = PARTS_LIMIT / bytes(SHORT_ROWS, 1) * SHORT_ROWS;
   const int64_t rows = std::min(round_up(p.n, SHORT_ROWS), most_rows), row_tiles = rows / SHORT_ROWS;
@@ -65,9 +64,9 @@ bool plan_short_rows(const Problem& p, Plan& plan) {
   plan.rows_per_pass = rows;
   plan.refs_per_pass = refs;
   plan.blocks = row_tiles * plan.splits;
-  plan.fast = fast;
+  plan.fast = p.precision == "fast";
   plan.smem_bytes = short_smem(panels);
-  plan.workspace_bytes = short_layout(p.d, rows, refs, plan.splits, fast).total();
+  plan.workspace_bytes = short_layout(p.d, rows, refs, plan.splits).total();
   plan.reason =
       "one pool of short samples: scores, softmax and sums of a tile in registers, on the matrix units";
   return true;

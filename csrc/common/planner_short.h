@@ -6,12 +6,11 @@
 
 namespace svel {
 
-constexpr int64_t SHORT_ROWS = 128;  // of a thread block: two warpgroups with 64 each
-constexpr int SHORT_THREADS = 384;   // and one that copies
-constexpr int SHORT_LANES = 4;       // threads that share a row of the products, each with a list of
-constexpr int SHORT_KEPT = 16;       // references near the best at most,
-constexpr int SHORT_LISTED = SHORT_KEPT + 32;  // and those of a tile
-constexpr int64_t SHORT_PANEL = 64;  // elements of 128 bytes, what a swizzled row of shared memory holds
+constexpr int64_t SHORT_ROWS = 128;       // of a thread block: two warpgroups with 64 each
+constexpr int SHORT_THREADS = 384;        // and one that copies
+constexpr int SHORT_SETTLE_ROWS = 16;     // that are evaluated again side by side
+constexpr int SHORT_SETTLE_BLOCKS = 264;  // two for each multiprocessor of an H100
+constexpr int64_t SHORT_PANEL = 64;       // elements of 128 bytes, what a swizzled row of shared memory holds
 constexpr int64_t SHORT_MOST_PANELS = 4;
 constexpr int64_t SHORT_FACTS_BYTES = 1536;  // the centre and what is known of all references
 
@@ -34,11 +33,11 @@ static_assert(short_smem(SHORT_MOST_PANELS) <= 232448);
 
 // The workspace of one call, in bytes, piece by piece; also its order in memory.
 struct ShortLayout {
-  int64_t facts, refs, norms, rows, factors, sums, totals, headers, lists;
-  int64_t total() const { return facts + refs + norms + rows + factors + sums + totals + headers + lists; }
+  int64_t facts, refs, norms, rows, factors, sums, totals, doubts, settling;
+  int64_t total() const { return facts + refs + norms + rows + factors + sums + totals + doubts + settling; }
 };
 // splits: parts of a row's references.
-ShortLayout short_layout(int64_t d, int64_t rows_per_pass, int64_t refs_per_pass, int64_t splits, bool fast);
+ShortLayout short_layout(int64_t d, int64_t rows_per_pass, int64_t refs_per_pass, int64_t splits);
 
 // False where this kernel cannot serve, or another serves better.
 bool plan_short_rows(const Problem& problem, Plan& plan);

@@ -12,11 +12,11 @@
 // units drop digits. Weights have 22 bits too, and their total is of these. While one warpgroup works out
 // weights the other multiplies.
 //
-// What blocks have found of a row is merged in float64. Where scores are large for their digits, blocks list
-// references near the best; the merge scores these again, in float64, and adds what their weights were off
-// by.
+// What blocks have found of a row is merged in float64: also how far apart the references of weight are, and
+// so by how much the row may be off. A row for which that shows is evaluated once more, in float64, with all
+// of its references (settle_kernel).
 //
-// precision = "fast": one part of everything, no lists.
+// precision = "fast": one part of the weights, and fewer rows that are evaluated again.
 #include "common/planner_short.h"
 #include "common/wgmma.cuh"
 #include "stable_target/launch.cuh"
@@ -28,11 +28,12 @@ namespace {
 constexpr int CENTRE_THREADS = 1024, CENTRE_REFS = 256;  // of which the centre is the mean
 constexpr int PREPARE_THREADS = 256;
 constexpr int MERGE_THREADS = 128;
-constexpr int MOST_LISTED = 256;  // of a row; of more the errors average out
 constexpr int MOST_D = static_cast<int>(SHORT_MOST_PANELS * SHORT_PANEL);
 constexpr int LARGEST = 14;        // largest values have this exponent, as float16
 constexpr int MOST_SHIFT = 60;     // of the exponents of values
 constexpr float WEIGHT_BITS = 14;  // the largest weight is 2^14: what is left of small ones is not subnormal
+constexpr int SETTLE_THREADS = 256;
+static_assert(SETTLE_THREADS >= MOST_D);
 
 struct Facts {  // of all references
   float centre[MOST_D];
@@ -43,13 +44,32 @@ struct Facts {  // of all references
 static_assert(sizeof(Facts) <= SHORT_FACTS_BYTES);
 
 // Of a row, for scores in units of 2^-shift: s = y.d - half norm, where norms are in units of the references'
-// scale; log2 of a weight is rate s. Then what tells by how much s may be off, see error_of.
+// scale; log2 of a weight is rate s.
 struct Factors {
-  float rate, half, unit, of_norm, spread;
-  int shift;
-  int unused[2];
+  float rate, half;
+  int shift, unused;
 };
-static_assert(sizeof(Factors) == 32);
+static_assert(sizeof(Factors) == 16);
+
+// What a block has of a row.
+struct Total {
+  float weights, best;   // their sum, and the score that they are relative to
+  float squares, norms;  // sums of squared weights; of weighed |d|^2
+  float copies;          // references with the best score
+  int reference;         // one of them, or -1
+};
+
+struct Doubt {   // a row to be evaluated again
+  int64_t row;   // of the pass
+  double level;  // its best score, about
+};
+
+// What blocks of settle_kernel leave to the last one of theirs.
+struct Settling {
+  int* arrived;    // (SHORT_SETTLE_BLOCKS,), zero when nobody works
+  double* totals;  // (SHORT_SETTLE_BLOCKS, SHORT_SETTLE_ROWS)
+  double* sums;    // (SHORT_SETTLE_BLOCKS, SHORT_SETTLE_ROWS, padded d)
+};
 
 struct Short {
   Facts* facts;
@@ -58,10 +78,10 @@ struct Short {
   char* queries;  // 64 rows: parts x panels x 64 x 128 bytes
   Factors* factors;  // (rows,)
   float* sums;       // (splits, rows, padded d)
-  float2* totals;    // (splits, rows): sum of weights, and the score that they are relative to
-  float2*
-      headers;    // (splits, rows, SHORT_LANES): how many of, as an int, and above which score there are all
-  float2* lists;  // (splits, rows, SHORT_LANES, SHORT_LISTED): a reference, as an int, and its score
+  Total* totals;     // (splits, rows)
+  int* doubts;       // how many
+  Doubt* doubtful;   // (rows,)
+  Settling settling;
   int64_t first_row, rows, stride;  // rows of this pass, and with those that fill the last block
   int64_t first_ref, refs;          // of this round; whole tiles
   int panels, splits;
@@ -134,6 +154,7 @@ __global__ void __launch_bounds__(CENTRE_THREADS) centre_kernel(const Inputs in,
     s.facts->mean_norm = static_cast<float>(spread + (centred ? 0.0 : offset));
     s.facts->magnitude = is_plain_half(in, *s.facts) ? __float_as_uint(power(LARGEST)) : 0;
   }
+  for (int i = tid; i < SHORT_SETTLE_BLOCKS; i += CENTRE_THREADS) s.settling.arrived[i] = 0;
 }
 
 // Of a warp: as many samples side by side as it has lanes for eight elements of each.
@@ -216,7 +237,7 @@ __device__ int64_t place_of(int chunk, int row, int rows) {
 }
 
 __device__ void prepare_reference(const Inputs& in, const Short& s, const Lanes& lanes, int64_t j) {
-  const int tile_refs = short_tile_refs(s.panels), parts = s.exact && s.facts->low ? 2 : 1;
+  const int tile_refs = short_tile_refs(s.panels), parts = s.facts->low ? 2 : 1;
   const int shift = shift_of(s.facts->magnitude);
   const bool valid = lanes.active && s.first_ref + j < valid_count(in, 0);
   float v[8] = {};
@@ -244,7 +265,6 @@ __device__ void prepare_row(const Inputs& in, const Short& s, const Lanes& lanes
   Row row{};
   if (lanes.active && local < s.rows) row = make_row(in, s.first_row + local, 0, alive);
   float v[8] = {}, largest = 0;
-  double square = 0;
   if (alive) {
     load_chunk(in.x, s.first_row + local, in.d, lanes.chunk, loads_vectors(in.x, in.d), v);
 #pragma unroll
@@ -252,29 +272,25 @@ __device__ void prepare_row(const Inputs& in, const Short& s, const Lanes& lanes
       if (8 * lanes.chunk + k >= in.d) continue;
       const double y = row.sign * v[k] - row.alpha * facts.centre[8 * lanes.chunk + k];
       v[k] = static_cast<float>(y);
-      square = fma(y, y, square);
       largest = fmaxf(largest, fabsf(v[k]));
     }
   }
-  square = lanes.reduce(square, [](double a, double b) { return a + b; });
   largest = lanes.reduce(largest, [](float a, float b) { return fmaxf(a, b); });
   if (!lanes.active || local >= s.stride) return;
   const int own = shift_of(__float_as_uint(largest)), of_refs = shift_of(facts.magnitude),
             shift = own + of_refs;
   const int64_t part_bytes = static_cast<int64_t>(s.panels) * 64 * 128;
-  char* const high = s.queries + local / 64 * (s.exact ? 2 : 1) * part_bytes +
-                     place_of(lanes.chunk, static_cast<int>(local % 64), 64);
-  store_parts(v, power(own), high, s.exact ? high + part_bytes : nullptr);
+  char* const high =
+      s.queries + local / 64 * 2 * part_bytes + place_of(lanes.chunk, static_cast<int>(local % 64), 64);
+  store_parts(v, power(own), high, high + part_bytes);
   if (lanes.chunk != 0) return;
+  if (local == 0) *s.doubts = 0;
   Factors to{};
   to.rate = 1e-36f;  // not zero: less than all scores of a row is -INFINITY
   if (alive) {
     const double rate = row.rate() * LOG2_E, unit = ldexp(1.0, shift);
     to.rate = fmaxf(static_cast<float>(rate / unit), to.rate);
     to.half = static_cast<float>(ldexp(0.5 * row.alpha, own - of_refs));
-    to.of_norm = static_cast<float>(0.5 * row.alpha * facts.mean_norm * unit);
-    to.spread = static_cast<float>(square * unit * facts.mean_norm * unit / 32);
-    to.unit = static_cast<float>(row.rate() / unit * (6e-8 / 5e-7));
   }
   to.shift = shift;
   s.factors[local] = to;
@@ -293,18 +309,6 @@ __global__ void __launch_bounds__(PREPARE_THREADS)
   } else {
     prepare_row(in, s, lanes, item);
   }
-}
-
-// What scores may be off by, over 5e-7 of a logit: a product of so many steps of 16, each cut to float32's
-// digits, and the rounding of the score and the norm. best: in the row's units.
-__device__ float error_of(const Factors& f, float best, int64_t d) {
-  const float product = best + f.of_norm;
-  return f.unit * sqrtf(static_cast<float>(d) / 64 * product * product + f.spread +
-                        0.3f * (best * best + f.of_norm * f.of_norm));
-}
-// References with less than the best score by this need no better score.
-__device__ float margin_of(float error, float rate) {
-  return 2 * log2f(error) / rate;
 }
 
 __device__ float exp2_approx(float v) {
@@ -332,12 +336,12 @@ struct Ring {
   uint32_t parity = 0;
 };
 
-template <int PANELS, bool EXACT>
+template <int PANELS>
 struct Shape {
   static constexpr int REFS = short_tile_refs(PANELS), SLOTS = short_slots(PANELS);
   static constexpr int PANEL_BYTES = REFS * 128, TILE_BYTES = PANELS * PANEL_BYTES;
   static constexpr int ROW_PART_BYTES = PANELS * 64 * 128;  // of 64 rows
-  static constexpr int ROW_BYTES = (EXACT ? 2 : 1) * ROW_PART_BYTES;
+  static constexpr int ROW_BYTES = 2 * ROW_PART_BYTES;
 };
 
 template <typename S>
@@ -346,10 +350,10 @@ __device__ void next(Ring& ring) {
 }
 
 // One thread: the rows, then all tiles in turn, part by part.
-template <int PANELS, bool EXACT>
+template <int PANELS>
 __device__ void copy_tiles(const Short& s, Ring ring, char* rows, Barrier* rows_full, int64_t begin,
                            int64_t end, bool low) {
-  using S = Shape<PANELS, EXACT>;
+  using S = Shape<PANELS>;
   const uint64_t policy = usual_policy();
   const int parts = low ? 2 : 1;
   arrive_expecting(rows_full, 2 * S::ROW_BYTES);
@@ -389,24 +393,31 @@ __device__ __forceinline__ void add_scores(float (&scores)[REFS / 2], uint32_t r
   }
 }
 
+// From shared memory, rather than from registers that hold it since it was loaded before.
+__device__ __forceinline__ float2 load_again(const float* from) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(shared_address(from)));
+  return v;
+}
+
 // A warpgroup's tiles. LOW: references have two parts. Of its 64 rows a thread has two, 8 apart: see
 // product() in wgmma.cuh.
 template <int PANELS, bool EXACT, bool LOW>
-__device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ring ring, uint32_t rows,
-                                            int begin, int end, int valid) {
-  using S = Shape<PANELS, EXACT>;
+__device__ __forceinline__ void weigh_tiles(const Short& s, Ring ring, uint32_t rows, int begin, int end,
+                                            int valid) {
+  using S = Shape<PANELS>;
   constexpr int REFS = S::REFS, HALVES = REFS / 64, PIECES = PANELS * HALVES;
   constexpr int BUFFERS = PANELS <= 2 ? 2 : 1;
   const int lane = threadIdx.x % 32, quad = lane % 4;
   const int64_t part = blockIdx.y;
   const int row0 = static_cast<int>(blockIdx.x * SHORT_ROWS + threadIdx.x / 32 * 16) + lane / 4;
-  float rate[2], half[2], best[2], lowest[2], total[2] = {0, 0};
-  int listed[2] = {0, 0};
-  float floor[2] = {-INFINITY, -INFINITY};
+  float rate[2], half[2], best[2], total[2] = {0, 0}, squares[2] = {0, 0}, of_norms[2] = {0, 0};
+  float copies[2] = {0, 0};
+  int reference[2] = {-1, -1};
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const Factors& f = s.factors[row0 + 8 * h];
-    rate[h] = f.rate, half[h] = f.half, best[h] = -INFINITY, lowest[h] = INFINITY;
+    rate[h] = f.rate, half[h] = f.half, best[h] = -INFINITY;
   }
   float sums[PANELS * 32];
 #pragma unroll
@@ -415,13 +426,11 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int64_t at = part * s.stride + row0 + 8 * h;
-      const float2 before = s.totals[at];
-      total[h] = quad == 0 ? before.x : 0.0f, best[h] = before.y;
-      if constexpr (EXACT) {
-        const float2 header = s.headers[at * SHORT_LANES + quad];
-        listed[h] = __float_as_int(header.x), floor[h] = header.y;
-        const float error = error_of(s.factors[row0 + 8 * h], best[h], in.d);
-        if (error > 1) lowest[h] = fmaxf(best[h] - margin_of(error, rate[h]), floor[h]);
+      const Total before = s.totals[at];
+      best[h] = before.best;
+      if (quad == 0) {
+        total[h] = before.weights, squares[h] = before.squares, of_norms[h] = before.norms;
+        copies[h] = before.copies, reference[h] = before.reference;
       }
       const float2* const from = reinterpret_cast<const float2*>(s.sums + at * PANELS * SHORT_PANEL) + quad;
 #pragma unroll
@@ -438,23 +447,21 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
     Barrier* const high_empty = ring.empty + ring.at;
     wait_barrier(ring.full + ring.at, ring.parity);
     next<S>(ring);
-    uint32_t low = 0;
-    Barrier* low_empty = nullptr;
+    [[maybe_unused]] uint32_t low = 0;
+    [[maybe_unused]] Barrier* low_empty = nullptr;
 
     // The smallest products are added first.
     float scores[REFS / 2];
     start_products();
-    if constexpr (EXACT) {
-      add_scores<PANELS, REFS, true>(scores, rows + S::ROW_PART_BYTES, high);
-      if constexpr (LOW) {
-        low = shared_address(ring.slots + ring.at * S::TILE_BYTES);
-        low_empty = ring.empty + ring.at;
-        wait_barrier(ring.full + ring.at, ring.parity);
-        next<S>(ring);
-        add_scores<PANELS, REFS, false>(scores, rows, low);
-      }
+    add_scores<PANELS, REFS, true>(scores, rows + S::ROW_PART_BYTES, high);
+    if constexpr (LOW) {
+      low = shared_address(ring.slots + ring.at * S::TILE_BYTES);
+      low_empty = ring.empty + ring.at;
+      wait_barrier(ring.full + ring.at, ring.parity);
+      next<S>(ring);
+      add_scores<PANELS, REFS, false>(scores, rows, low);
     }
-    add_scores<PANELS, REFS, !EXACT>(scores, rows, high);
+    add_scores<PANELS, REFS, false>(scores, rows, high);
     commit_products();
     wait_products<0>(scores);
 
@@ -474,59 +481,41 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
         if (i / 4 * 8 + 2 * quad + i % 2 >= left) scores[i] = -INFINITY;
     }
     float keep[2];
-    bool near = false;
-    float before[2], most[2];
+    bool has_best = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      most[h] = -INFINITY;
+      float most = -INFINITY;
 #pragma unroll
       for (int i = 0; i < REFS / 8; ++i)
-        most[h] = fmaxf(most[h], fmaxf(scores[4 * i + 2 * h], scores[4 * i + 2 * h + 1]));
-      most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 1));
-      most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 2));
-      before[h] = best[h];
-      best[h] = fmaxf(best[h], most[h]);
-      keep[h] = exp2_approx((before[h] - best[h]) * rate[h]);
-      near = near || most[h] > before[h] || most[h] >= lowest[h];
+        most = fmaxf(most, fmaxf(scores[4 * i + 2 * h], scores[4 * i + 2 * h + 1]));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+      const float before = best[h];
+      best[h] = fmaxf(before, most);
+      if (most > before) copies[h] = 0, reference[h] = -1;
+      keep[h] = exp2_approx((before - best[h]) * rate[h]);
+      has_best = has_best || most == best[h];
     }
-    if (EXACT && __any_sync(0xffffffffu, near)) {
+    if (__any_sync(0xffffffffu, has_best)) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (!(most[h] > before[h] || most[h] >= lowest[h])) continue;
-        const float error = error_of(s.factors[row0 + 8 * h], best[h], in.d);
-        lowest[h] = error > 1 ? fmaxf(best[h] - margin_of(error, rate[h]), floor[h]) : INFINITY;
-        if (before[h] < lowest[h]) listed[h] = 0;  // all that are listed have less than these
-        if (!(error > 1)) continue;
-        float2* const list = s.lists + ((part * s.stride + row0 + 8 * h) * SHORT_LANES + quad) * SHORT_LISTED;
-#pragma unroll
-        for (int i = 0; i < REFS / 4; ++i) {
-          const float score = scores[i / 2 * 4 + 2 * h + i % 2];
-          if (score >= lowest[h]) {
-            list[listed[h]++] = {
-                __int_as_float(static_cast<int>(s.first_ref) + tile * REFS + i / 2 * 8 + 2 * quad + i % 2),
-                score};
-          }
-        }
-        while (listed[h] > SHORT_KEPT) {  // those nearer the best; of equal ones none
-          floor[h] = lowest[h] = nextafterf(best[h] - 0.5f * (best[h] - lowest[h]), INFINITY);
-          int kept = 0;
-#pragma unroll 1
-          for (int k = 0; k < listed[h]; ++k) {
-            const float2 entry = list[k];
-            if (entry.y >= lowest[h]) list[kept++] = entry;
-          }
-          listed[h] = kept;
-        }
+      for (int i = 0; i < REFS / 2; ++i) {
+        const int h = i / 2 % 2;
+        if (scores[i] != best[h]) continue;
+        copies[h] += 1;
+        reference[h] = static_cast<int>(s.first_ref) + tile * REFS + i / 4 * 8 + 2 * quad + i % 2;
       }
     }
 
-    uint32_t weights[REFS / 16][4], rests[REFS / 16][4];
-    float added[2] = {0, 0};
+    uint32_t weights[REFS / 16][4];
+    [[maybe_unused]] uint32_t rests[REFS / 16][4];
+    float added[2] = {0, 0}, squares_added[2] = {0, 0}, norms_added[2] = {0, 0};
 #pragma unroll
     for (int k = 0; k < REFS / 16; ++k) {
+      float2 norm;
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
         const int h = word % 2, at = 4 * (2 * k + word / 2) + 2 * h;
+        if (h == 0) norm = load_again(norms + 8 * (2 * k + word / 2) + 2 * quad);
         float a, b;
         if constexpr (EXACT) {
           a = weight_of(scores[at], best[h], rate[h]), b = weight_of(scores[at + 1], best[h], rate[h]);
@@ -539,14 +528,20 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
         const float2 rounded = __half22float2(upper);
         if constexpr (EXACT) {
           rests[k][word] = bits(__floats2half2_rn(a - rounded.x, b - rounded.y));
-          added[h] += a + b;
         } else {
-          added[h] += rounded.x + rounded.y;
+          a = rounded.x, b = rounded.y;
         }
+        added[h] += a + b;
+        squares_added[h] = fmaf(b, b, fmaf(a, a, squares_added[h]));
+        norms_added[h] = fmaf(b, norm.y, fmaf(a, norm.x, norms_added[h]));
       }
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) total[h] = fmaf(total[h], keep[h], added[h]);
+    for (int h = 0; h < 2; ++h) {
+      total[h] = fmaf(total[h], keep[h], added[h]);
+      squares[h] = fmaf(squares[h], keep[h] * keep[h], squares_added[h]);
+      of_norms[h] = fmaf(of_norms[h], keep[h], norms_added[h]);
+    }
 
     // 64 elements of D and 64 references at a time.
     float parts[BUFFERS][32];
@@ -566,15 +561,21 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
               product<1, 1>(sum, rests[refs0 / 16 + k], of_high + k * (2048 >> 4));
             }
           }
-          if constexpr (LOW) {
-            const uint64_t of_low = rows_of_128_bytes(low + panel * S::PANEL_BYTES + refs0 * 128);
+        }
+        if constexpr (LOW) {
+          const uint64_t of_low = rows_of_128_bytes(low + panel * S::PANEL_BYTES + refs0 * 128);
 #pragma unroll
-            for (int k = 0; k < 4; ++k) product<1, 1>(sum, weights[refs0 / 16 + k], of_low + k * (2048 >> 4));
+          for (int k = 0; k < 4; ++k) {
+            if (!EXACT && k == 0) {
+              product<0, 1>(sum, weights[refs0 / 16], of_low);
+            } else {
+              product<1, 1>(sum, weights[refs0 / 16 + k], of_low + k * (2048 >> 4));
+            }
           }
         }
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          if (!EXACT && k == 0) {
+          if (!EXACT && !LOW && k == 0) {
             product<0, 1>(sum, weights[refs0 / 16], of_high);
           } else {
             product<1, 1>(sum, weights[refs0 / 16 + k], of_high + k * (2048 >> 4));
@@ -605,10 +606,15 @@ __device__ __forceinline__ void weigh_tiles(const Inputs& in, const Short& s, Ri
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t at = part * s.stride + row0 + 8 * h;
-    total[h] += __shfl_xor_sync(0xffffffffu, total[h], 1);
-    total[h] += __shfl_xor_sync(0xffffffffu, total[h], 2);
-    if (quad == 0) s.totals[at] = {total[h], best[h]};
-    if (EXACT) s.headers[at * SHORT_LANES + quad] = {__int_as_float(listed[h]), floor[h]};
+#pragma unroll
+    for (int lanes = 1; lanes <= 2; lanes *= 2) {
+      total[h] += __shfl_xor_sync(0xffffffffu, total[h], lanes);
+      squares[h] += __shfl_xor_sync(0xffffffffu, squares[h], lanes);
+      of_norms[h] += __shfl_xor_sync(0xffffffffu, of_norms[h], lanes);
+      copies[h] += __shfl_xor_sync(0xffffffffu, copies[h], lanes);
+      reference[h] = max(reference[h], __shfl_xor_sync(0xffffffffu, reference[h], lanes));
+    }
+    if (quad == 0) s.totals[at] = {total[h], best[h], squares[h], of_norms[h], copies[h], reference[h]};
     float2* const to = reinterpret_cast<float2*>(s.sums + at * PANELS * SHORT_PANEL) + quad;
 #pragma unroll
     for (int i = 0; i < PANELS * 8; ++i) to[4 * i] = {sums[4 * i + 2 * h], sums[4 * i + 2 * h + 1]};
@@ -622,7 +628,7 @@ template <int PANELS, bool EXACT>
 __global__ void __launch_bounds__(SHORT_THREADS, 1)
     weigh_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Short s) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using S = Shape<PANELS, EXACT>;
+  using S = Shape<PANELS>;
   extern __shared__ char raw[];
   __shared__ Barrier barriers[2 * S::SLOTS + 1];
   const uint32_t misaligned = shared_address(raw) % 1024;
@@ -641,18 +647,18 @@ __global__ void __launch_bounds__(SHORT_THREADS, 1)
   const int64_t tiles = (valid + S::REFS - 1) / S::REFS;
   const int begin = static_cast<int>(tiles * blockIdx.y / s.splits),
             end = static_cast<int>(tiles * (blockIdx.y + 1) / s.splits);
-  const bool low = EXACT && s.facts->low;
+  const bool low = s.facts->low;
   if (threadIdx.x >= 256) {
     give_up_registers<24>();
-    if (threadIdx.x == 256) copy_tiles<PANELS, EXACT>(s, ring, rows, rows_full, begin, end, low);
+    if (threadIdx.x == 256) copy_tiles<PANELS>(s, ring, rows, rows_full, begin, end, low);
   } else {
     take_registers<240>();
     const uint32_t own = shared_address(rows) + threadIdx.x / 128 * S::ROW_BYTES;
     wait_barrier(rows_full, 0);
     if (low) {
-      if constexpr (EXACT) weigh_tiles<PANELS, EXACT, true>(in, s, ring, own, begin, end, valid);
+      weigh_tiles<PANELS, EXACT, true>(s, ring, own, begin, end, valid);
     } else {
-      weigh_tiles<PANELS, EXACT, false>(in, s, ring, own, begin, end, valid);
+      weigh_tiles<PANELS, EXACT, false>(s, ring, own, begin, end, valid);
     }
   }
 #endif
@@ -660,26 +666,58 @@ __global__ void __launch_bounds__(SHORT_THREADS, 1)
 
 // ---- the end
 
-struct Listed {
-  int reference;
-  float score, of_block;  // and what the block's weights are relative to
-};
-// What the products made of an element, in units of its scale.
-__device__ float two_parts(float d, float scale) {
-  const float v = d * scale, high = __half2float(__float2half(v));
-  return high + __half2float(__float2half(v - high));
-}
-constexpr double NOTHING = 1.5e-7;  // of all weight, float32 cannot tell so much from none
+// Rows whose mean may be off by so much, over what the output is relative to, are evaluated again. Scores are
+// off by SCORE_ERROR of their terms, the standard deviation; beside a source, whose score is not, by their
+// common part too, which is three times that.
+constexpr double SCORE_ERROR = 6e-8, SOURCE_ERROR = 3, DOUBT_EXACT = 7e-7, DOUBT_FAST = 2.5e-4;
+constexpr double SUM_ERROR = 1.0 / 12;  // "exact": float32 sums show where 1 / 12 of |mean| is more than that
+constexpr double NO_SPREAD = 1e-6;      // what rounding leaves of the others' weight, and of |d|^2
 
-// One block per row. What blocks have left of it together, with the exact weights of the references of most
-// weight where that shows, and the source.
+template <int COUNT>
+__device__ void block_sums(double (&values)[COUNT], double* scratch) {  // COUNT for each warp
+  const int warps = static_cast<int>(blockDim.x) / 32;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) values[i] = warp_sum(values[i]);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) scratch[threadIdx.x / 32 * COUNT + i] = values[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    values[i] = 0;
+    for (int w = 0; w < warps; ++w) values[i] += scratch[w * COUNT + i];
+  }
+}
+
+// A row's references and its source together: the score that weights are relative to, and the factors of
+// both.
+struct Joined {
+  double level, of_references, with_source;
+};
+__device__ Joined join(const Inputs& in, double level, bool has_references, double of_source, double rate) {
+  Joined joined = {level, has_references ? 1.0 : 0.0, 0};
+  if (!in.source.data) return joined;
+  joined.level = has_references ? fmax(level, of_source) : of_source;
+  joined.with_source = exp2((of_source - joined.level) * rate);
+  if (has_references) joined.of_references = exp2((level - joined.level) * rate);
+  return joined;
+}
+
+// total: all weights, relative to level; square: |y|^2.
+__device__ void write_row_lse(const Inputs& in, const Row& row, int64_t index, double total, double level,
+                              double square) {
+  const double shift = row.rate() * level - square / (2 * row.sigma * row.sigma);
+  store_as(in.lse, index, total > 0 ? log(total) + shift + 0.5 * static_cast<double>(in.d) : NAN);
+}
+
+// One block per row. What blocks have left of it together, and the source; whether that is good enough.
 __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, const Short s) {
-  __shared__ double scratch[33];
-  __shared__ double y[MOST_D], factors[MERGE_THREADS], exact[MOST_LISTED], used[MOST_LISTED];
-  __shared__ Listed found[MOST_LISTED], sorted[MOST_LISTED];
-  __shared__ int count;
+  constexpr int WARPS = MERGE_THREADS / 32;
+  __shared__ double scratch[5 * WARPS], y[MOST_D], factors[MERGE_THREADS];
   follow_previous();
-  const int tid = threadIdx.x, lane = tid % 32;
+  const int tid = threadIdx.x;
   const int64_t local = blockIdx.x, index = s.first_row + local;
   bool alive;
   const Row row = make_row(in, index, 0, alive);
@@ -688,114 +726,44 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
   const double rate = row.rate() * LOG2_E;
   const bool has_references = alive && row.count > 0;
 
-  double square = 0, of_source = 0;
+  double sources[3] = {0, 0, 0};  // |y|^2; score and |d|^2 of the source
   for (int64_t e = tid; e < in.d; e += MERGE_THREADS) {
     const double c = facts.centre[e];
     y[e] = row.sign * load_as<double>(in.x, index * in.d + e) - row.alpha * c;
-    square = fma(y[e], y[e], square);
+    sources[0] = fma(y[e], y[e], sources[0]);
     if (!in.source.data) continue;
     const double own = load_as<double>(in.source, index * in.d + e) - c;
-    of_source += (y[e] - 0.5 * row.alpha * own) * own;
+    sources[1] += (y[e] - 0.5 * row.alpha * own) * own;
+    sources[2] = fma(own, own, sources[2]);
   }
-  if (in.lse.data) square = block_sum<double>(square, scratch);
-  if (in.source.data) of_source = block_sum<double>(of_source, scratch);
+  block_sums(sources, scratch);
+  const double square = sources[0], of_source = sources[1], square_of_source = sources[2];
 
   float most = -INFINITY;
-  for (int p = tid; p < s.splits; p += MERGE_THREADS) most = fmaxf(most, s.totals[p * s.stride + local].y);
+  for (int p = tid; p < s.splits; p += MERGE_THREADS) most = fmaxf(most, s.totals[p * s.stride + local].best);
   const float best = block_max<float>(most, reinterpret_cast<float*>(scratch));
-  const float error = s.exact && has_references ? error_of(f, best, in.d) : 0.0f;
-  int listed = 0;
-  if (error > 1) {
-    // Above which score all are listed; and if these are too many, nearer the best.
-    float lowest = best - margin_of(error, f.rate), floor = lowest;
-    for (int i = tid; i < s.splits * SHORT_LANES; i += MERGE_THREADS) {
-      const int64_t at = i / SHORT_LANES * s.stride + local;
-      if (s.totals[at].y >= lowest) floor = fmaxf(floor, s.headers[at * SHORT_LANES + i % SHORT_LANES].y);
-    }
-    lowest = block_max<float>(floor, reinterpret_cast<float*>(scratch));
-    for (listed = MOST_LISTED + 1; listed > MOST_LISTED && lowest <= best;) {
-      if (tid == 0) count = 0;
-      __syncthreads();
-      for (int i = tid; i < s.splits * SHORT_LANES; i += MERGE_THREADS) {
-        const int64_t at = i / SHORT_LANES * s.stride + local, list = at * SHORT_LANES + i % SHORT_LANES;
-        const float of_block = s.totals[at].y;
-        if (!(of_block >= lowest)) continue;
-        const int own = __float_as_int(s.headers[list].x);
-        for (int k = 0; k < own; ++k) {
-          const float2 entry = s.lists[list * SHORT_LISTED + k];
-          if (!(entry.y >= lowest)) continue;
-          const int to = atomicAdd(&count, 1);
-          if (to < MOST_LISTED) found[to] = {__float_as_int(entry.x), entry.y, of_block};
-        }
-      }
-      __syncthreads();
-      listed = count;
-      lowest = nextafterf(best - 0.5f * (best - lowest), INFINITY);
-      __syncthreads();
-    }
-    if (listed > MOST_LISTED) listed = 0;
-  }
-  for (int k = tid; k < listed; k += MERGE_THREADS) {  // in an order that does not change
-    int place = 0;
-    for (int other = 0; other < listed; ++other) place += found[other].reference < found[k].reference;
-    sorted[place] = found[k];
-  }
-  __syncthreads();
-  double level = ldexp(static_cast<double>(best), -f.shift),
-         kept = 1;  // the score that weights are relative to
-  if (listed > 0) {
-    for (int k = tid / 32; k < listed; k += MERGE_THREADS / 32) {
-      double score = 0;
-      for (int64_t e = lane; e < in.d; e += 32) {
-        const double d = load_as<double>(in.refs, sorted[k].reference * in.d + e) - facts.centre[e];
-        score = fma(fma(-0.5 * row.alpha, d, y[e]), d, score);
-      }
-      score = warp_sum(score);
-      if (lane == 0) exact[k] = score;
-    }
-    __syncthreads();
-    for (int k = tid; k < listed; k += MERGE_THREADS) {
-      const Listed& own = sorted[k];
-      used[k] = weight_of(own.score, own.of_block, f.rate) *
-                exp2((static_cast<double>(own.of_block) - best) * f.rate - WEIGHT_BITS);
-    }
-    __syncthreads();
-    // Scores of the products are off by much the same for all, as their digits are cut and not rounded: by so
-    // much as the listed ones are, together, are the others moved.
-    double largest = exact[0], off = 0, weights = 0;
-    for (int k = 0; k < listed; ++k) {
-      largest = fmax(largest, exact[k]);
-      off = fma(used[k], exact[k] - ldexp(static_cast<double>(sorted[k].score), -f.shift), off);
-      weights += used[k];
-    }
-    kept = exp2(fmin(fmax((level + off / weights - largest) * rate, -1.0), 1.0));
-    level = largest;
-    __syncthreads();
-    for (int k = tid; k < listed; k += MERGE_THREADS) {
-      exact[k] = exp2((exact[k] - level) * rate);
-      used[k] *= kept;
-    }
-  }
-  double with_source = 0, of_references = has_references ? 1 : 0;
-  if (in.source.data) {
-    const double joined = has_references ? fmax(level, of_source) : of_source;
-    with_source = exp2((of_source - joined) * rate);
-    if (has_references) of_references = exp2((level - joined) * rate);
-    level = joined;
-  }
+  double level = ldexp(static_cast<double>(best), -f.shift);  // the score that weights are relative to
 
-  double total = 0, sums[2] = {0, 0};
+  // Of all parts: weights, their squares, weighed |d|^2, and how many references have the best score: copies
+  // of one, or what its few digits cannot tell apart.
+  double totals[4] = {0, 0, 0, 0}, sums[2] = {0, 0};
+  int reference = -1;
   const int64_t padded = s.panels * SHORT_PANEL;
   for (int first = 0; first < s.splits && has_references; first += MERGE_THREADS) {
     __syncthreads();
     const int parts = min(s.splits - first, MERGE_THREADS);
     if (tid < parts) {
-      const float2 of_part = s.totals[(first + tid) * s.stride + local];
-      const double weight = of_part.y == -INFINITY && !isnan(of_part.x)
+      const Total of_part = s.totals[(first + tid) * s.stride + local];
+      const double weight = of_part.best == -INFINITY && !isnan(of_part.weights)
                                 ? 0.0
-                                : kept * exp2((static_cast<double>(of_part.y) - best) * f.rate - WEIGHT_BITS);
+                                : exp2((static_cast<double>(of_part.best) - best) * f.rate - WEIGHT_BITS);
       factors[tid] = weight;
-      total += weight * of_part.x;
+      if (weight != 0) {
+        totals[0] += weight * of_part.weights;
+        totals[1] += weight * weight * of_part.squares;
+        totals[2] += weight * of_part.norms;
+      }
+      if (of_part.best == best) totals[3] += of_part.copies, reference = max(reference, of_part.reference);
     }
     __syncthreads();
     const float* from = s.sums + (first * s.stride + local) * padded + tid;
@@ -806,36 +774,319 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
         sums[1] = fma(weight, static_cast<double>(from[MERGE_THREADS]), sums[1]);
     }
   }
-  total = block_sum<double>(total, scratch);
-  double listed_exact = 0, listed_used = 0;
-  for (int k = 0; k < listed; ++k) listed_exact += exact[k], listed_used += used[k];
-  // Where the list has all the weight it alone counts: then the sums are right but for float32's digits.
-  const double rest = total - listed_used;
-  const bool alone = listed > 0 && rest < NOTHING * total;
-  total = alone ? listed_exact : rest + listed_exact;
-  total = total * of_references + with_source;
+  block_sums(totals, scratch);
+  reference = block_max<int>(reference, reinterpret_cast<int*>(scratch));
+  const double unit = ldexp(1.0, -shift_of(facts.magnitude));
+  const Joined joined = join(in, level, has_references, of_source, rate);
+  double total = totals[0] * joined.of_references + joined.with_source;
   const bool good = alive && (has_references || in.source.data) && total > 0;
-  const double inverse = good ? 1 / total : NAN, unit = ldexp(1.0, -shift_of(facts.magnitude));
-  const float scale = power(shift_of(facts.magnitude));
+  const double inverse = good ? 1 / total : NAN;
+
+  // Squares: of the mean less the centre, the output, the noise, the best reference less the mean. Its score.
+  double squares[5] = {0, 0, 0, 0, 0};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t e = tid + i * MERGE_THREADS;
     if (e >= in.d) continue;
     const double c = facts.centre[e];
-    double sum = alone ? 0.0 : sums[i] * unit;
-    for (int k = 0; k < listed; ++k) {
-      const double d = load_as<double>(in.refs, sorted[k].reference * in.d + e) - c;
-      sum = fma(exact[k], d, sum);
-      if (!alone) sum = fma(-used[k] * unit, two_parts(static_cast<float>(d), scale), sum);
-    }
-    sum *= of_references;
+    double sum = sums[i] * unit * joined.of_references;
     const int64_t at = index * in.d + e;
-    if (in.source.data) sum = fma(with_source, load_as<double>(in.source, at) - c, sum);
-    store_as(in.out, at, row.a * load_as<double>(in.x, at) + row.b * (c + sum * inverse));
+    if (in.source.data) sum = fma(joined.with_source, load_as<double>(in.source, at) - c, sum);
+    const double mean = sum * inverse, out = row.a * load_as<double>(in.x, at) + row.b * (c + mean),
+                 noise = y[e] - row.alpha * mean;
+    store_as(in.out, at, out);
+    squares[0] = fma(mean, mean, squares[0]);
+    squares[1] = fma(out, out, squares[1]);
+    squares[2] = fma(noise, noise, squares[2]);
+    if (reference < 0) continue;
+    const double d = load_as<double>(in.refs, reference * in.d + e) - c;
+    squares[3] = fma(d - mean, d - mean, squares[3]);
+    squares[4] = fma(fma(-0.5 * row.alpha, d, y[e]), d, squares[4]);
   }
-  if (!in.lse.data || tid != 0) return;
-  const double shift = row.rate() * level - square / (2 * row.sigma * row.sigma);
-  store_as(in.lse, index, good ? log(total) + shift + 0.5 * static_cast<double>(in.d) : NAN);
+  block_sums(squares, scratch);
+
+  bool doubtful = false, moves = false;
+  if (reference >= 0 && good) {
+    // What scores are off by, as sums of products of 16, each cut to float32's digits, and in rounding.
+    const double of_all =
+                     totals[2] * joined.of_references * unit * unit + joined.with_source * square_of_source,
+                 norm = of_all * inverse, half = 0.5 * row.alpha * norm, product = level + half;
+    const double error = SCORE_ERROR * row.rate() *
+                         sqrt((0.25 + static_cast<double>(in.d) / 256) * product * product +
+                              square * norm / 32 + 0.3 * (level * level + half * half));
+    // By how much that moves the mean: the best, with all that have its score; others, each for itself.
+    const double own = totals[3] * joined.of_references * inverse,
+                 spread = fmax(norm - squares[0] - NO_SPREAD * norm, 0.0);
+    double moved, rest;
+    if (in.source.data) {
+      const double share = fmax(own, joined.with_source * inverse);
+      rest = fmax(1 - share, 0.0);
+      moved = 2 * SOURCE_ERROR * SOURCE_ERROR * fmin(share, rest) * spread;
+    } else {
+      rest = fmax(1 - own, 0.0);
+      const double squared = totals[1] * ldexp(1.0, -2 * static_cast<int>(WEIGHT_BITS)) * inverse * inverse;
+      const double largest = fmin(fmin(inverse, rest), sqrt(fmax(squared - own * inverse, 0.0)));
+      moved = 2 * own * own * squares[3] + largest * fmax(spread - own * squares[3], 0.0);
+    }
+    const double limit = s.exact ? DOUBT_EXACT : DOUBT_FAST;
+    double scale = squares[1] / (row.b * row.b);
+    if (in.lse.data && row.alpha > 0) scale = fmin(scale, squares[2] / (row.alpha * row.alpha));
+    doubtful = moved * error * error > limit * limit * scale ||
+               (s.exact && rest > NO_SPREAD && squares[0] * SUM_ERROR * SUM_ERROR > scale);
+    // Of references elsewhere nothing is known; they may be as far away as those here are.
+    moves = in.partial && error * error * facts.mean_norm / 4 > limit * limit * scale;
+  }
+  if (doubtful && tid == 0) s.doubtful[atomicAdd(s.doubts, 1)] = {local, level};
+  if (!in.lse.data) return;
+  level = joined.level;
+  if (moves) level = squares[4];
+  if (tid == 0) write_row_lse(in, row, index, good ? total : NAN, level, square);
+}
+
+// A row that is evaluated again, in float64; and in its own units, which references it takes.
+struct Sought {
+  double level, rate, half;  // the score that weights are relative to; of scores; alpha / 2
+  float half_norm;           // of |d|^2, for
+  float slack;               // what a score of one part of each may be off by, over |d|
+  float lowest;              // scores below have no weight
+};
+constexpr float HALF_ERROR = 1.1f / 2048;  // two roundings to float16
+constexpr float NO_WEIGHT = 36;            // bits: M such references are nothing
+__device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Rows in doubt once more, in float64: sixteen side by side, beside a share of all references. Products of
+// one float16 part each tell which references can have weight, with all that they may be off by; 32 are a
+// warp's. Then a warp has two rows, and scores and adds up these, one after the other. Weights are relative
+// to the best score as it is known already. Who comes last has the shares of all.
+__global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs in, const Short s) {
+  constexpr int ROWS = SHORT_SETTLE_ROWS, WARPS = SETTLE_THREADS / 32, OWN = ROWS / WARPS, EACH = MOST_D / 32;
+  static_assert(ROWS == 16 && ROWS % WARPS == 0);
+  __shared__ __align__(16) double y[ROWS * MOST_D];
+  __shared__ __align__(16) __half high[ROWS * MOST_D];  // chunks of a row are permuted, see place
+  __shared__ float centre[MOST_D];
+  __shared__ Sought sought[ROWS];
+  __shared__ unsigned weighty[ROWS][WARPS];  // bits: a warp's references
+  __shared__ double squares[ROWS], of_sources[ROWS];
+  __shared__ bool last;
+  follow_previous();
+  const int count = *s.doubts;
+  if (count == 0) return;
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, quad = lane % 4;
+  const int padded = s.panels * static_cast<int>(SHORT_PANEL), d = static_cast<int>(in.d);
+  const int64_t valid = valid_count(in, 0), tiles = (valid + SETTLE_THREADS - 1) / SETTLE_THREADS;
+  const int groups = (count + ROWS - 1) / ROWS;
+  const int shares = static_cast<int>(max(min(static_cast<int64_t>(gridDim.x) / groups, tiles), int64_t{1}));
+  const bool vectors = loads_vectors(in.refs, in.d);
+  const int of_refs = shift_of(s.facts->magnitude);
+  const float scale = power(of_refs);
+  if (tid < MOST_D) centre[tid] = s.facts->centre[tid];
+  const auto place = [padded](int row, int chunk) { return row * padded + 8 * (chunk ^ row % 8); };
+  // Of a row or a reference, a lane's elements.
+  const auto load = [&](const Array& from, int64_t index, double (&v)[EACH]) {
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int e = lane + 32 * i;
+      v[i] = e < d ? load_as<double>(from, index * in.d + e) : 0.0;
+    }
+  };
+
+  for (int64_t item = blockIdx.x; item < static_cast<int64_t>(groups) * shares; item += gridDim.x) {
+    const int group = static_cast<int>(item / shares), share = static_cast<int>(item % shares);
+    const Doubt* const doubtful = s.doubtful + static_cast<int64_t>(group) * ROWS;
+    const int rows = min(count - group * ROWS, ROWS);
+    __syncthreads();
+    for (int r = warp; r < ROWS; r += WARPS) {
+      double v[EACH] = {}, square = 0, of_source = 0;
+      Sought own{};
+      own.lowest = INFINITY;
+      int shift = 0;
+      if (r < rows) {
+        const int64_t local = doubtful[r].row, index = s.first_row + local;
+        const Row row = row_coefficients(in, index);
+        const Factors f = s.factors[local];
+        shift = f.shift - of_refs;
+        load(in.x, index, v);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+          v[i] = row.sign * v[i] - row.alpha * centre[lane + 32 * i];
+          square = fma(v[i], v[i], square);
+        }
+        square = warp_sum(square);
+        if (in.source.data) {
+          double source[EACH];
+          load(in.source, index, source);
+#pragma unroll
+          for (int i = 0; i < EACH; ++i) {
+            if (lane + 32 * i >= d) continue;
+            source[i] -= centre[lane + 32 * i];
+            of_source += (v[i] - 0.5 * row.alpha * source[i]) * source[i];
+          }
+          of_source = warp_sum(of_source);
+        }
+        own.level = doubtful[r].level, own.rate = row.rate() * LOG2_E, own.half = 0.5 * row.alpha;
+        own.half_norm = f.half;
+        own.slack = static_cast<float>(ldexp(sqrt(square), shift)) * HALF_ERROR;
+        own.lowest = static_cast<float>(ldexp(own.level, f.shift)) - NO_WEIGHT / f.rate;
+      }
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const int e = lane + 32 * i;
+        if (e >= padded) continue;
+        y[r * padded + e] = v[i];
+        high[place(r, e / 8) + e % 8] = __float2half(static_cast<float>(v[i]) * power(shift));
+      }
+      if (lane == 0) sought[r] = own, squares[r] = square, of_sources[r] = of_source;
+    }
+    __syncthreads();
+
+    double totals[OWN] = {}, sums[OWN][EACH] = {};
+    const int64_t end = tiles * (share + 1) / shares;
+    for (int64_t tile = tiles * share / shares; tile < end; ++tile) {
+      const int64_t first = tile * SETTLE_THREADS;
+      // Row lane / 4 and the one 8 further beside references 8 i + lane / 4, in the order of product().
+      float scores[4][4] = {}, norms[4] = {};
+#pragma unroll 1
+      for (int chunk = quad; chunk * 8 < d + 8 * quad; chunk += 4) {
+        uint4 a[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          a[h] = *reinterpret_cast<const uint4*>(high + place(lane / 4 + 8 * h, chunk));
+        const uint32_t front[4] = {a[0].x, a[1].x, a[0].y, a[1].y},
+                       back[4] = {a[0].z, a[1].z, a[0].w, a[1].w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t j = first + 32 * warp + 8 * i + lane / 4;
+          float v[8] = {};
+          if (j < valid) {
+            load_chunk(in.refs, j, in.d, chunk, vectors, v);
+#pragma unroll
+            for (int k = 0; k < 8; ++k) {
+              v[k] = (v[k] - centre[8 * chunk + k]) * scale;
+              norms[i] = fmaf(v[k], v[k], norms[i]);
+            }
+          }
+          uint32_t b[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const __half2 pair = __floats2half2_rn(v[2 * k], v[2 * k + 1]);
+            b[k] = *reinterpret_cast<const uint32_t*>(&pair);
+          }
+          multiply(scores[i], front, b[0], b[1]);
+          multiply(scores[i], back, b[2], b[3]);
+        }
+      }
+      unsigned bits[2] = {0, 0};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        norms[i] += __shfl_xor_sync(0xffffffffu, norms[i], 1);
+        norms[i] += __shfl_xor_sync(0xffffffffu, norms[i], 2);
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const float norm = __shfl_sync(0xffffffffu, norms[i], 4 * (2 * quad + side)), size = sqrtf(norm);
+          const int bit = 8 * i + 2 * quad + side;
+          if (first + 32 * warp + bit >= valid) continue;
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const Sought& own = sought[lane / 4 + 8 * h];
+            const float most = fmaf(own.slack, size, fmaf(-own.half_norm, norm, scores[i][2 * h + side]));
+            if (!(most < own.lowest)) bits[h] |= 1u << bit;
+          }
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        bits[h] |= __shfl_xor_sync(0xffffffffu, bits[h], 1);
+        bits[h] |= __shfl_xor_sync(0xffffffffu, bits[h], 2);
+        if (quad == 0) weighty[lane / 4 + 8 * h][warp] = bits[h];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int own = 0; own < OWN; ++own) {
+        const int r = warp + WARPS * own;
+        const Sought& of_row = sought[r];
+        for (int w = 0; w < WARPS; ++w) {
+          for (unsigned left = weighty[r][w]; left; left &= left - 1) {
+            const int64_t j = first + 32 * w + __ffs(static_cast<int>(left)) - 1;
+            double v[EACH], score = 0;
+            load(in.refs, j, v);
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+              if (32 * i >= padded) continue;
+              v[i] -= centre[lane + 32 * i];
+              score = fma(fma(-of_row.half, v[i], y[r * padded + lane + 32 * i]), v[i], score);
+            }
+            const double weight = exp2((warp_sum(score) - of_row.level) * of_row.rate);
+            totals[own] += weight;
+#pragma unroll
+            for (int i = 0; i < EACH; ++i)
+              if (32 * i < padded) sums[own][i] = fma(weight, v[i], sums[own][i]);
+          }
+        }
+      }
+      __syncthreads();
+    }
+
+    if (shares > 1) {
+#pragma unroll
+      for (int own = 0; own < OWN; ++own) {
+        const int64_t at = item * ROWS + warp + WARPS * own;
+        if (lane == 0) s.settling.totals[at] = totals[own];
+        if (totals[own] == 0) continue;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+          if (32 * i < padded) s.settling.sums[at * padded + lane + 32 * i] = sums[own][i];
+      }
+      __threadfence();
+      __syncthreads();
+      if (tid == 0) last = atomicAdd(s.settling.arrived + group, 1) == shares - 1;
+      __syncthreads();
+      if (!last) continue;
+      __threadfence();
+      if (tid == 0) s.settling.arrived[group] = 0;
+#pragma unroll
+      for (int own = 0; own < OWN; ++own) {
+        const int r = warp + WARPS * own;
+        if (r >= rows) continue;
+        totals[own] = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) sums[own][i] = 0;
+        for (int p = 0; p < shares; ++p) {
+          const int64_t at = (static_cast<int64_t>(group) * shares + p) * ROWS + r;
+          const double total = __ldcg(s.settling.totals + at);
+          if (total == 0) continue;
+          totals[own] += total;
+#pragma unroll
+          for (int i = 0; i < EACH; ++i)
+            if (32 * i < padded) sums[own][i] += __ldcg(s.settling.sums + at * padded + lane + 32 * i);
+        }
+      }
+    }
+#pragma unroll
+    for (int own = 0; own < OWN; ++own) {
+      const int r = warp + WARPS * own;
+      if (r >= rows) continue;
+      const int64_t index = s.first_row + doubtful[r].row;
+      const Row row = row_coefficients(in, index);
+      const Joined joined = join(in, sought[r].level, true, of_sources[r], sought[r].rate);
+      const double total = totals[own] * joined.of_references + joined.with_source;
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const int e = lane + 32 * i;
+        if (e >= d) continue;
+        const int64_t at = index * in.d + e;
+        const double c = centre[e];
+        double sum = sums[own][i] * joined.of_references;
+        if (in.source.data) sum = fma(joined.with_source, load_as<double>(in.source, at) - c, sum);
+        store_as(in.out, at, row.a * load_as<double>(in.x, at) + row.b * (c + sum / total));
+      }
+      if (in.lse.data && lane == 0) write_row_lse(in, row, index, total, joined.level, squares[r]);
+    }
+  }
 }
 
 // ---- host
@@ -858,7 +1109,7 @@ void run_short_rows(const char* op, const Inputs& in, const Plan& plan, void* wo
   Short s;
   s.panels = static_cast<int>(plan.tile_d / SHORT_PANEL), s.splits = static_cast<int>(plan.splits);
   s.exact = !plan.fast, s.stride = plan.rows_per_pass;
-  const ShortLayout layout = short_layout(in.d, plan.rows_per_pass, plan.refs_per_pass, s.splits, plan.fast);
+  const ShortLayout layout = short_layout(in.d, plan.rows_per_pass, plan.refs_per_pass, s.splits);
   char* at = static_cast<char*>(workspace);
   const auto take = [&at](int64_t bytes) {
     char* const piece = at;
@@ -871,9 +1122,13 @@ void run_short_rows(const char* op, const Inputs& in, const Plan& plan, void* wo
   s.queries = take(layout.rows);
   s.factors = reinterpret_cast<Factors*>(take(layout.factors));
   s.sums = reinterpret_cast<float*>(take(layout.sums));
-  s.totals = reinterpret_cast<float2*>(take(layout.totals));
-  s.headers = reinterpret_cast<float2*>(take(layout.headers));
-  s.lists = reinterpret_cast<float2*>(take(layout.lists));
+  s.totals = reinterpret_cast<Total*>(take(layout.totals));
+  char* const doubts = take(layout.doubts);
+  s.doubts = reinterpret_cast<int*>(doubts), s.doubtful = reinterpret_cast<Doubt*>(doubts + sizeof(Doubt));
+  constexpr int64_t SETTLED = SHORT_SETTLE_BLOCKS * SHORT_SETTLE_ROWS;
+  s.settling.totals = reinterpret_cast<double*>(take(8 * SETTLED));
+  s.settling.sums = reinterpret_cast<double*>(take(8 * SETTLED * plan.tile_d));
+  s.settling.arrived = reinterpret_cast<int*>(take(4 * SHORT_SETTLE_BLOCKS));
 
   centre_kernel<<<1, CENTRE_THREADS, 0, stream>>>(in, s);
   check_launch(op);
@@ -899,6 +1154,7 @@ void run_short_rows(const char* op, const Inputs& in, const Plan& plan, void* wo
     }
     launch_following(op, true, merge_kernel, dim3(static_cast<unsigned>(s.rows)), MERGE_THREADS, 0, stream,
                      in, s);
+    launch_following(op, true, settle_kernel, dim3(SHORT_SETTLE_BLOCKS), SETTLE_THREADS, 0, stream, in, s);
   }
 }
 
