@@ -450,18 +450,20 @@ __device__ __forceinline__ void weigh_tiles(const Short& s, Ring ring, uint32_t 
     [[maybe_unused]] uint32_t low = 0;
     [[maybe_unused]] Barrier* low_empty = nullptr;
 
+    uint32_t of_rows = rows;  // made again for each tile: descriptors of all panels have no room in registers
+    if (PANELS == 4) asm volatile("" : "+r"(of_rows));
     // The smallest products are added first.
     float scores[REFS / 2];
     start_products();
-    add_scores<PANELS, REFS, true>(scores, rows + S::ROW_PART_BYTES, high);
+    add_scores<PANELS, REFS, true>(scores, of_rows + S::ROW_PART_BYTES, high);
     if constexpr (LOW) {
       low = shared_address(ring.slots + ring.at * S::TILE_BYTES);
       low_empty = ring.empty + ring.at;
       wait_barrier(ring.full + ring.at, ring.parity);
       next<S>(ring);
-      add_scores<PANELS, REFS, false>(scores, rows, low);
+      add_scores<PANELS, REFS, false>(scores, of_rows, low);
     }
-    add_scores<PANELS, REFS, false>(scores, rows, high);
+    add_scores<PANELS, REFS, false>(scores, of_rows, high);
     commit_products();
     wait_products<0>(scores);
 
