@@ -671,8 +671,8 @@ __global__ void __launch_bounds__(SHORT_THREADS, 1)
 // Rows whose mean may be off by so much, over what the output is relative to, are evaluated again. Scores are
 // off by SCORE_ERROR of their terms, the standard deviation; beside a source, whose score is not, by their
 // common part too, which is three times that.
-constexpr double SCORE_ERROR = 6e-8, SOURCE_ERROR = 3, DOUBT_EXACT = 7e-7, DOUBT_FAST = 2.5e-4;
-constexpr double MANY = 1.4;  // of the limit, where a row is between many: each of them is off by itself
+constexpr double SCORE_ERROR = 6e-8, SOURCE_ERROR = 3, DOUBT_EXACT = 6e-7, DOUBT_FAST = 2.5e-4;
+constexpr double MANY = 1.6;  // of the limit, where a row is between many: each of them is off by itself
 constexpr double SUM_ERROR = 1.0 / 12;  // "exact": float32 sums show where 1 / 12 of |mean| is more than that
 constexpr double NO_SPREAD = 1e-6;      // what rounding leaves of the others' weight, and of |d|^2
 
@@ -914,10 +914,14 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
       const int64_t first = tile * THREADS, j = first + tid;
       double scores[ROWS] = {}, norm = 0;
       if (j < valid) {
+        float next[8];
+        load_chunk(in.refs, j, in.d, 0, vectors, next);
 #pragma unroll 1
         for (int e = 0; e < d; e += 8) {
           float v[8];
-          load_chunk(in.refs, j, in.d, e / 8, vectors, v);
+#pragma unroll
+          for (int k = 0; k < 8; ++k) v[k] = next[k];
+          if (e + 8 < d) load_chunk(in.refs, j, in.d, e / 8 + 1, vectors, next);
 #pragma unroll
           for (int k = 0; k < 8; ++k) {
             const double own = static_cast<double>(v[k]) - centre[e + k];
