@@ -8,7 +8,7 @@ namespace svel {
 
 constexpr int64_t SHORT_ROWS = 128;       // of a thread block: two warpgroups with 64 each
 constexpr int SHORT_THREADS = 384;        // and one that copies
-constexpr int SHORT_SETTLE_ROWS = 16;     // that are evaluated again side by side
+constexpr int SHORT_SETTLE_ROWS = 8;      // that are evaluated again side by side
 constexpr int SHORT_SETTLE_BLOCKS = 264;  // two for each multiprocessor of an H100
 constexpr int64_t SHORT_PANEL = 64;       // elements of 128 bytes, what a swizzled row of shared memory holds
 constexpr int64_t SHORT_MOST_PANELS = 4;

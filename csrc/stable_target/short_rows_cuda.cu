@@ -450,18 +450,20 @@ __device__ __forceinline__ void weigh_tiles(const Short& s, Ring ring, uint32_t 
     [[maybe_unused]] uint32_t low = 0;
     [[maybe_unused]] Barrier* low_empty = nullptr;
 
+    uint32_t of_rows = rows;  // made again for each tile: descriptors of all panels have no room in registers
+    if (PANELS == 4) asm volatile("" : "+r"(of_rows));
     // The smallest products are added first.
     float scores[REFS / 2];
     start_products();
-    add_scores<PANELS, REFS, true>(scores, rows + S::ROW_PART_BYTES, high);
+    add_scores<PANELS, REFS, true>(scores, of_rows + S::ROW_PART_BYTES, high);
     if constexpr (LOW) {
       low = shared_address(ring.slots + ring.at * S::TILE_BYTES);
       low_empty = ring.empty + ring.at;
       wait_barrier(ring.full + ring.at, ring.parity);
       next<S>(ring);
-      add_scores<PANELS, REFS, false>(scores, rows, low);
+      add_scores<PANELS, REFS, false>(scores, of_rows, low);
     }
-    add_scores<PANELS, REFS, false>(scores, rows, high);
+    add_scores<PANELS, REFS, false>(scores, of_rows, high);
     commit_products();
     wait_products<0>(scores);
 
@@ -669,7 +671,8 @@ __global__ void __launch_bounds__(SHORT_THREADS, 1)
 // Rows whose mean may be off by so much, over what the output is relative to, are evaluated again. Scores are
 // off by SCORE_ERROR of their terms, the standard deviation; beside a source, whose score is not, by their
 // common part too, which is three times that.
-constexpr double SCORE_ERROR = 6e-8, SOURCE_ERROR = 3, DOUBT_EXACT = 7e-7, DOUBT_FAST = 2.5e-4;
+constexpr double SCORE_ERROR = 6e-8, SOURCE_ERROR = 3, DOUBT_EXACT = 6e-7, DOUBT_FAST = 2.5e-4;
+constexpr double MANY = 1.6;  // of the limit, where a row is between many: each of them is off by itself
 constexpr double SUM_ERROR = 1.0 / 12;  // "exact": float32 sums show where 1 / 12 of |mean| is more than that
 constexpr double NO_SPREAD = 1e-6;      // what rounding leaves of the others' weight, and of |d|^2
 
@@ -763,7 +766,8 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
         totals[1] += weight * weight * of_part.squares;
         totals[2] += weight * of_part.norms;
       }
-      if (of_part.best == best) totals[3] += of_part.copies, reference = max(reference, of_part.reference);
+      if (of_part.best == best && best > -INFINITY)
+        totals[3] += of_part.copies, reference = max(reference, of_part.reference);
     }
     __syncthreads();
     const float* from = s.sums + (first * s.stride + local) * padded + tid;
@@ -778,7 +782,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
   reference = block_max<int>(reference, reinterpret_cast<int*>(scratch));
   const double unit = ldexp(1.0, -shift_of(facts.magnitude));
   const Joined joined = join(in, level, has_references, of_source, rate);
-  double total = totals[0] * joined.of_references + joined.with_source;
+  const double total = totals[0] * joined.of_references + joined.with_source;
   const bool good = alive && (has_references || in.source.data) && total > 0;
   const double inverse = good ? 1 / total : NAN;
 
@@ -798,7 +802,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
     squares[0] = fma(mean, mean, squares[0]);
     squares[1] = fma(out, out, squares[1]);
     squares[2] = fma(noise, noise, squares[2]);
-    if (reference < 0) continue;
+    if (reference < 0 || !good) continue;
     const double d = load_as<double>(in.refs, reference * in.d + e) - c;
     squares[3] = fma(d - mean, d - mean, squares[3]);
     squares[4] = fma(fma(-0.5 * row.alpha, d, y[e]), d, squares[4]);
@@ -818,17 +822,20 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
     const double own = totals[3] * joined.of_references * inverse,
                  spread = fmax(norm - squares[0] - NO_SPREAD * norm, 0.0);
     double moved, rest;
+    bool few = true;
     if (in.source.data) {
       const double share = fmax(own, joined.with_source * inverse);
       rest = fmax(1 - share, 0.0);
       moved = 2 * SOURCE_ERROR * SOURCE_ERROR * fmin(share, rest) * spread;
     } else {
       rest = fmax(1 - own, 0.0);
-      const double squared = totals[1] * ldexp(1.0, -2 * static_cast<int>(WEIGHT_BITS)) * inverse * inverse;
-      const double largest = fmin(fmin(inverse, rest), sqrt(fmax(squared - own * inverse, 0.0)));
+      const double squared = totals[1] * inverse * inverse;
+      const double of_others = sqrt(fmax(squared - own * inverse, 0.0)),
+                   largest = fmin(fmin(inverse, rest), of_others);
+      few = totals[3] > 1 || of_others > 0.7 * rest;
       moved = 2 * own * own * squares[3] + largest * fmax(spread - own * squares[3], 0.0);
     }
-    const double limit = s.exact ? DOUBT_EXACT : DOUBT_FAST;
+    const double limit = (s.exact ? DOUBT_EXACT : DOUBT_FAST) * (few ? 1 : MANY);
     double scale = squares[1] / (row.b * row.b);
     if (in.lse.data && row.alpha > 0) scale = fmin(scale, squares[2] / (row.alpha * row.alpha));
     doubtful = moved * error * error > limit * limit * scale ||
@@ -843,204 +850,142 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
   if (tid == 0) write_row_lse(in, row, index, good ? total : NAN, level, square);
 }
 
-// A row that is evaluated again, in float64; and in its own units, which references it takes.
-struct Sought {
-  double level, rate, half;  // the score that weights are relative to; of scores; alpha / 2
-  float half_norm;           // of |d|^2, for
-  float slack;               // what a score of one part of each may be off by, over |d|
-  float lowest;              // scores below have no weight
+struct Settled {             // of a row that is evaluated again
+  double level, rate, half;  // the score that weights are relative to; of scores, base 2; alpha / 2
+  double square, of_source;  // |y|^2, the source's score
 };
-constexpr float HALF_ERROR = 1.1f / 2048;  // two roundings to float16
-constexpr float NO_WEIGHT = 36;            // bits: M such references are nothing
-__device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+constexpr double NO_WEIGHT = -64;  // log2
 
-// Rows in doubt once more, in float64: sixteen side by side, beside a share of all references. Products of
-// one float16 part each tell which references can have weight, with all that they may be off by; 32 are a
-// warp's. Then a warp has two rows, and scores and adds up these, one after the other. Weights are relative
-// to the best score as it is known already. Who comes last has the shares of all.
+// Rows in doubt once more, in float64: eight side by side, beside a share of all references. A thread scores
+// one reference for all of them, then adds up one element of the references that have weight. Weights are
+// relative to the best score as it is known already. Who comes last has the shares of all.
 __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs in, const Short s) {
-  constexpr int ROWS = SHORT_SETTLE_ROWS, WARPS = SETTLE_THREADS / 32, OWN = ROWS / WARPS, EACH = MOST_D / 32;
-  static_assert(ROWS == 16 && ROWS % WARPS == 0);
-  __shared__ __align__(16) double y[ROWS * MOST_D];
-  __shared__ __align__(16) __half high[ROWS * MOST_D];  // chunks of a row are permuted, see place
+  constexpr int ROWS = SHORT_SETTLE_ROWS, THREADS = SETTLE_THREADS, WARPS = THREADS / 32;
+  static_assert(ROWS == WARPS, "a warp ends a row");
+  __shared__ __align__(16) double y[MOST_D * ROWS], weights[THREADS * ROWS];  // by element; by reference
+  __shared__ double totals[WARPS][ROWS];
   __shared__ float centre[MOST_D];
-  __shared__ Sought sought[ROWS];
-  __shared__ unsigned weighty[ROWS][WARPS];  // bits: a warp's references
-  __shared__ double squares[ROWS], of_sources[ROWS];
+  __shared__ Settled settled[ROWS];
+  __shared__ unsigned weighty[WARPS];  // bits: references of a warp
   __shared__ bool last;
   follow_previous();
   const int count = *s.doubts;
   if (count == 0) return;
-  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, quad = lane % 4;
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const int padded = s.panels * static_cast<int>(SHORT_PANEL), d = static_cast<int>(in.d);
-  const int64_t valid = valid_count(in, 0), tiles = (valid + SETTLE_THREADS - 1) / SETTLE_THREADS;
+  const int teams = THREADS / padded, team = tid / padded, element = tid % padded;  // of the sums
+  const int64_t valid = valid_count(in, 0), tiles = (valid + THREADS - 1) / THREADS;
   const int groups = (count + ROWS - 1) / ROWS;
   const int shares = static_cast<int>(max(min(static_cast<int64_t>(gridDim.x) / groups, tiles), int64_t{1}));
   const bool vectors = loads_vectors(in.refs, in.d);
-  const int of_refs = shift_of(s.facts->magnitude);
-  const float scale = power(of_refs);
   if (tid < MOST_D) centre[tid] = s.facts->centre[tid];
-  const auto place = [padded](int row, int chunk) { return row * padded + 8 * (chunk ^ row % 8); };
-  // Of a row or a reference, a lane's elements.
-  const auto load = [&](const Array& from, int64_t index, double (&v)[EACH]) {
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      const int e = lane + 32 * i;
-      v[i] = e < d ? load_as<double>(from, index * in.d + e) : 0.0;
-    }
-  };
 
   for (int64_t item = blockIdx.x; item < static_cast<int64_t>(groups) * shares; item += gridDim.x) {
     const int group = static_cast<int>(item / shares), share = static_cast<int>(item % shares);
     const Doubt* const doubtful = s.doubtful + static_cast<int64_t>(group) * ROWS;
     const int rows = min(count - group * ROWS, ROWS);
     __syncthreads();
-    for (int r = warp; r < ROWS; r += WARPS) {
-      double v[EACH] = {}, square = 0, of_source = 0;
-      Sought own{};
-      own.lowest = INFINITY;
-      int shift = 0;
-      if (r < rows) {
-        const int64_t local = doubtful[r].row, index = s.first_row + local;
-        const Row row = row_coefficients(in, index);
-        const Factors f = s.factors[local];
-        shift = f.shift - of_refs;
-        load(in.x, index, v);
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-          v[i] = row.sign * v[i] - row.alpha * centre[lane + 32 * i];
-          square = fma(v[i], v[i], square);
-        }
-        square = warp_sum(square);
-        if (in.source.data) {
-          double source[EACH];
-          load(in.source, index, source);
-#pragma unroll
-          for (int i = 0; i < EACH; ++i) {
-            if (lane + 32 * i >= d) continue;
-            source[i] -= centre[lane + 32 * i];
-            of_source += (v[i] - 0.5 * row.alpha * source[i]) * source[i];
+    {  // a warp has a row
+      Settled own{};
+      const int64_t index = warp < rows ? s.first_row + doubtful[warp].row : 0;
+      const Row row = row_coefficients(in, index);
+      for (int e = lane; e < padded; e += 32) {
+        double value = 0;
+        if (warp < rows && e < d) {
+          value = row.sign * load_as<double>(in.x, index * in.d + e) - row.alpha * centre[e];
+          own.square = fma(value, value, own.square);
+          if (in.source.data) {
+            const double source = load_as<double>(in.source, index * in.d + e) - centre[e];
+            own.of_source += (value - 0.5 * row.alpha * source) * source;
           }
-          of_source = warp_sum(of_source);
         }
-        own.level = doubtful[r].level, own.rate = row.rate() * LOG2_E, own.half = 0.5 * row.alpha;
-        own.half_norm = f.half;
-        own.slack = static_cast<float>(ldexp(sqrt(square), shift)) * HALF_ERROR;
-        own.lowest = static_cast<float>(ldexp(own.level, f.shift)) - NO_WEIGHT / f.rate;
+        y[e * ROWS + warp] = value;
       }
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        const int e = lane + 32 * i;
-        if (e >= padded) continue;
-        y[r * padded + e] = v[i];
-        high[place(r, e / 8) + e % 8] = __float2half(static_cast<float>(v[i]) * power(shift));
-      }
-      if (lane == 0) sought[r] = own, squares[r] = square, of_sources[r] = of_source;
+      own.square = warp_sum(own.square), own.of_source = warp_sum(own.of_source);
+      if (warp < rows)
+        own.level = doubtful[warp].level, own.rate = row.rate() * LOG2_E, own.half = 0.5 * row.alpha;
+      if (lane == 0) settled[warp] = own;
     }
     __syncthreads();
 
-    double totals[OWN] = {}, sums[OWN][EACH] = {};
+    double total[ROWS] = {}, sums[ROWS] = {};
     const int64_t end = tiles * (share + 1) / shares;
     for (int64_t tile = tiles * share / shares; tile < end; ++tile) {
-      const int64_t first = tile * SETTLE_THREADS;
-      // Row lane / 4 and the one 8 further beside references 8 i + lane / 4, in the order of product().
-      float scores[4][4] = {}, norms[4] = {};
+      const int64_t first = tile * THREADS, j = first + tid;
+      double scores[ROWS] = {}, norm = 0;
+      if (j < valid) {
+        float next[8];
+        load_chunk(in.refs, j, in.d, 0, vectors, next);
 #pragma unroll 1
-      for (int chunk = quad; chunk * 8 < d + 8 * quad; chunk += 4) {
-        uint4 a[2];
+        for (int e = 0; e < d; e += 8) {
+          float v[8];
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          a[h] = *reinterpret_cast<const uint4*>(high + place(lane / 4 + 8 * h, chunk));
-        const uint32_t front[4] = {a[0].x, a[1].x, a[0].y, a[1].y},
-                       back[4] = {a[0].z, a[1].z, a[0].w, a[1].w};
+          for (int k = 0; k < 8; ++k) v[k] = next[k];
+          if (e + 8 < d) load_chunk(in.refs, j, in.d, e / 8 + 1, vectors, next);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int64_t j = first + 32 * warp + 8 * i + lane / 4;
-          float v[8] = {};
-          if (j < valid) {
-            load_chunk(in.refs, j, in.d, chunk, vectors, v);
+          for (int k = 0; k < 8; ++k) {
+            const double own = static_cast<double>(v[k]) - centre[e + k];
+            norm = fma(own, own, norm);
+            const double2* const of_rows = reinterpret_cast<const double2*>(y + (e + k) * ROWS);
 #pragma unroll
-            for (int k = 0; k < 8; ++k) {
-              v[k] = (v[k] - centre[8 * chunk + k]) * scale;
-              norms[i] = fmaf(v[k], v[k], norms[i]);
+            for (int r = 0; r < ROWS; r += 2) {
+              const double2 pair = of_rows[r / 2];
+              scores[r] = fma(pair.x, own, scores[r]), scores[r + 1] = fma(pair.y, own, scores[r + 1]);
             }
           }
-          uint32_t b[4];
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const __half2 pair = __floats2half2_rn(v[2 * k], v[2 * k + 1]);
-            b[k] = *reinterpret_cast<const uint32_t*>(&pair);
-          }
-          multiply(scores[i], front, b[0], b[1]);
-          multiply(scores[i], back, b[2], b[3]);
         }
       }
-      unsigned bits[2] = {0, 0};
+      bool has_weight = false;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        norms[i] += __shfl_xor_sync(0xffffffffu, norms[i], 1);
-        norms[i] += __shfl_xor_sync(0xffffffffu, norms[i], 2);
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-          const float norm = __shfl_sync(0xffffffffu, norms[i], 4 * (2 * quad + side)), size = sqrtf(norm);
-          const int bit = 8 * i + 2 * quad + side;
-          if (first + 32 * warp + bit >= valid) continue;
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const Sought& own = sought[lane / 4 + 8 * h];
-            const float most = fmaf(own.slack, size, fmaf(-own.half_norm, norm, scores[i][2 * h + side]));
-            if (!(most < own.lowest)) bits[h] |= 1u << bit;
-          }
-        }
+      for (int r = 0; r < ROWS; ++r) {
+        const Settled& own = settled[r];
+        const double exponent = (scores[r] - own.half * norm - own.level) * own.rate;
+        double weight = 0;
+        if (j < valid && r < rows && exponent > NO_WEIGHT) weight = exp2(exponent), has_weight = true;
+        total[r] += weight;
+        weights[tid * ROWS + r] = weight;
       }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        bits[h] |= __shfl_xor_sync(0xffffffffu, bits[h], 1);
-        bits[h] |= __shfl_xor_sync(0xffffffffu, bits[h], 2);
-        if (quad == 0) weighty[lane / 4 + 8 * h][warp] = bits[h];
-      }
+      const unsigned bits = __ballot_sync(0xffffffffu, has_weight);
+      if (lane == 0) weighty[warp] = bits;
       __syncthreads();
+      if (team < teams && element < d) {
+        const double c = centre[element];
+        for (int w = team; w < WARPS; w += teams) {
+          for (unsigned left = weighty[w]; left; left &= left - 1) {
+            const int k = 32 * w + __ffs(static_cast<int>(left)) - 1;
+            const double own = load_as<double>(in.refs, (first + k) * in.d + element) - c;
+            const double2* const of_rows = reinterpret_cast<const double2*>(weights + k * ROWS);
 #pragma unroll
-      for (int own = 0; own < OWN; ++own) {
-        const int r = warp + WARPS * own;
-        const Sought& of_row = sought[r];
-        for (int w = 0; w < WARPS; ++w) {
-          for (unsigned left = weighty[r][w]; left; left &= left - 1) {
-            const int64_t j = first + 32 * w + __ffs(static_cast<int>(left)) - 1;
-            double v[EACH], score = 0;
-            load(in.refs, j, v);
-#pragma unroll
-            for (int i = 0; i < EACH; ++i) {
-              if (32 * i >= padded) continue;
-              v[i] -= centre[lane + 32 * i];
-              score = fma(fma(-of_row.half, v[i], y[r * padded + lane + 32 * i]), v[i], score);
+            for (int r = 0; r < ROWS; r += 2) {
+              const double2 pair = of_rows[r / 2];
+              sums[r] = fma(pair.x, own, sums[r]), sums[r + 1] = fma(pair.y, own, sums[r + 1]);
             }
-            const double weight = exp2((warp_sum(score) - of_row.level) * of_row.rate);
-            totals[own] += weight;
-#pragma unroll
-            for (int i = 0; i < EACH; ++i)
-              if (32 * i < padded) sums[own][i] = fma(weight, v[i], sums[own][i]);
           }
         }
       }
       __syncthreads();
     }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      total[r] = warp_sum(total[r]);
+      if (lane == 0) totals[warp][r] = total[r];
+      if (team < teams) weights[(team * ROWS + r) * padded + element] = sums[r];
+    }
+    __syncthreads();
 
+    // Row `warp`, from here on.
+    const int64_t at = item * ROWS + warp;
+    double all = 0;
+    for (int w = 0; w < WARPS; ++w) all += totals[w][warp];
+    const auto sum_of = [&](int e) {
+      double sum = 0;
+      for (int t = 0; t < teams; ++t) sum += weights[(t * ROWS + warp) * padded + e];
+      return sum;
+    };
     if (shares > 1) {
-#pragma unroll
-      for (int own = 0; own < OWN; ++own) {
-        const int64_t at = item * ROWS + warp + WARPS * own;
-        if (lane == 0) s.settling.totals[at] = totals[own];
-        if (totals[own] == 0) continue;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-          if (32 * i < padded) s.settling.sums[at * padded + lane + 32 * i] = sums[own][i];
-      }
+      if (lane == 0) s.settling.totals[at] = all;
+      if (all != 0)
+        for (int e = lane; e < padded; e += 32) s.settling.sums[at * padded + e] = sum_of(e);
       __threadfence();
       __syncthreads();
       if (tid == 0) last = atomicAdd(s.settling.arrived + group, 1) == shares - 1;
@@ -1048,44 +993,36 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
       if (!last) continue;
       __threadfence();
       if (tid == 0) s.settling.arrived[group] = 0;
-#pragma unroll
-      for (int own = 0; own < OWN; ++own) {
-        const int r = warp + WARPS * own;
-        if (r >= rows) continue;
-        totals[own] = 0;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) sums[own][i] = 0;
+    }
+    if (warp >= rows) continue;
+    const int64_t of_group = static_cast<int64_t>(group) * shares * ROWS + warp;
+    if (shares > 1) {
+      all = 0;
+      for (int p = 0; p < shares; ++p) all += __ldcg(s.settling.totals + of_group + p * ROWS);
+    }
+    const int64_t index = s.first_row + doubtful[warp].row;
+    const Row row = row_coefficients(in, index);
+    const Settled& own = settled[warp];
+    const Joined joined = join(in, own.level, true, own.of_source, own.rate);
+    all = all * joined.of_references + joined.with_source;
+    for (int e = lane; e < d; e += 32) {
+      double sum = 0;
+      if (shares > 1) {
         for (int p = 0; p < shares; ++p) {
-          const int64_t at = (static_cast<int64_t>(group) * shares + p) * ROWS + r;
-          const double total = __ldcg(s.settling.totals + at);
-          if (total == 0) continue;
-          totals[own] += total;
-#pragma unroll
-          for (int i = 0; i < EACH; ++i)
-            if (32 * i < padded) sums[own][i] += __ldcg(s.settling.sums + at * padded + lane + 32 * i);
+          const int64_t of_part = of_group + p * ROWS;
+          if (__ldcg(s.settling.totals + of_part) != 0) sum += __ldcg(s.settling.sums + of_part * padded + e);
         }
+      } else {
+        sum = sum_of(e);
       }
+      const double c = centre[e];
+      sum *= joined.of_references;
+      if (in.source.data)
+        sum = fma(joined.with_source, load_as<double>(in.source, index * in.d + e) - c, sum);
+      store_as(in.out, index * in.d + e,
+               row.a * load_as<double>(in.x, index * in.d + e) + row.b * (c + sum / all));
     }
-#pragma unroll
-    for (int own = 0; own < OWN; ++own) {
-      const int r = warp + WARPS * own;
-      if (r >= rows) continue;
-      const int64_t index = s.first_row + doubtful[r].row;
-      const Row row = row_coefficients(in, index);
-      const Joined joined = join(in, sought[r].level, true, of_sources[r], sought[r].rate);
-      const double total = totals[own] * joined.of_references + joined.with_source;
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        const int e = lane + 32 * i;
-        if (e >= d) continue;
-        const int64_t at = index * in.d + e;
-        const double c = centre[e];
-        double sum = sums[own][i] * joined.of_references;
-        if (in.source.data) sum = fma(joined.with_source, load_as<double>(in.source, at) - c, sum);
-        store_as(in.out, at, row.a * load_as<double>(in.x, at) + row.b * (c + sum / total));
-      }
-      if (in.lse.data && lane == 0) write_row_lse(in, row, index, total, joined.level, squares[r]);
-    }
+    if (in.lse.data && lane == 0) write_row_lse(in, row, index, all, joined.level, own.square);
   }
 }
 

@@ -78,7 +78,7 @@ def test_float32_of_256_elements(rng, geometry, precision):
 @pytest.mark.parametrize("time", [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.98, 0.999])
 @pytest.mark.parametrize(("n", "side"), [(256, 4), (300, 8)])
 def test_photographs_at_one_time(rng, n, side, time, dtype):
-    """Smooth pieces, many of them near one another: lists are short, full or too short."""
+    """Smooth pieces, many of them near one another: up to t = 0.3 half the rows are evaluated again."""
     x, refs, t = make_photograph_pool(n, 20_000, side, rng, dtype, times=(time,))
     check(x, refs, t)
     check(x, refs, t, precision="fast")
@@ -91,23 +91,49 @@ def test_one_time_for_all_rows(rng, d, time, geometry):
     check(*make_pool(300, 8200, d, geometry, rng, times=(time,), dtype=torch.float32))
 
 
-@pytest.mark.parametrize("copies", [1, 8, 200])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [33, 64, 128, 200])
-def test_near_ties(d, dtype, copies):
-    """Rows between two references, of which there are as many copies as a list holds, or more."""
+def make_ties(n, m, d, dtype=torch.float16, copies=1):
+    """Rows between two references each, and their times."""
     torch.manual_seed(0)
-    n, m = 400, 6000
     refs = torch.randn(m // copies, d, device="cuda").to(dtype)
     t = torch.tensor([0.05, 0.2, 0.35, 0.5, 0.7], device="cuda").repeat(n // 5)
     first = torch.randint(len(refs), (n,), device="cuda")
     second = (first + torch.randint(1, len(refs), (n,), device="cuda")) % len(refs)
     x = between(refs[first], refs[second], (1 - t[:, None]).double(), t[:, None].double())
-    refs = refs.repeat(copies, 1)[torch.randperm(len(refs) * copies, device="cuda")].contiguous()
-    assert_served("short_rows", x, refs, "exact")
+    return x, refs.repeat(copies, 1)[torch.randperm(len(refs) * copies, device="cuda")].contiguous(), t
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("copies", [1, 8, 200])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [33, 64, 128, 200])
+def test_near_ties(d, dtype, copies, precision):
+    """With copies of all references too: they are off alike."""
+    x, refs, t = make_ties(400, 6000, d, dtype, copies)
+    assert_served("short_rows", x, refs, precision)
+    limit = TOLERANCE[torch.float32, precision]
     for options in ({}, {"prediction": "x0"}):
-        out = svel.stable_target(x, refs, t, **options)
-        assert worst_row(out, reference.stable_target(x.double(), refs, t, **options)) <= LIMIT
+        out = svel.stable_target(x, refs, t, precision=precision, **options)
+        assert worst_row(out, reference.stable_target(x.double(), refs, t, **options)) <= limit
+
+
+@pytest.mark.parametrize("d", [40, 128, 256])
+@pytest.mark.parametrize(("n", "m"), [(30, 20_000), (200, 3001), (5000, 700)])
+def test_rows_in_doubt(n, m, d):
+    """They are evaluated again: groups of eight, whole and cut, by many blocks each; more groups than blocks."""
+    x, refs, t = make_ties(n, m, d)
+    assert_served("short_rows", x, refs, "exact")
+    counts = torch.tensor([m - 100], device="cuda")
+    source = refs[torch.randint(m, (n,), device="cuda")].float()
+    source[::2] = (x / (1 - t[:, None]))[::2]
+    for own in (None, source):
+        wide = None if own is None else own.double()
+        expected, expected_lse = reference.posterior_mean(x.double(), refs, 1 - t, t, None, counts, wide)
+        mean, lse = svel.posterior_mean(x, invalidate(refs, m - 100), 1 - t, t, None, counts, own)
+        assert worst_row(mean, expected) <= LIMIT
+        assert ((lse - expected_lse).abs() <= LIMIT * largest_logit(x, refs, 1 - t, t)).all()
+        out = svel.stable_target(x, refs, t, None, counts, own)
+        assert worst_row(out, reference.stable_target(x.double(), refs, t, None, counts, wide)) <= LIMIT
+        assert torch.equal(svel.stable_target(x, refs, t, None, counts, own), out)
 
 
 @pytest.mark.parametrize("d", [64, 250])
@@ -227,7 +253,7 @@ def test_lse_merges_over_disjoint_halves(rng, time, geometry, op):
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_repeats_bit_for_bit(rng, geometry):
-    """With lists too, whose order in memory changes."""
+    """Rows in doubt too, whose order changes."""
     x, refs, t = make_pool(400, 8009, 128, geometry, rng)
     first = svel.posterior_mean(x, refs, 1 - t, t)
     for _ in range(5):
