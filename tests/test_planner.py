@@ -321,7 +321,7 @@ def test_what_the_kernel_for_many_rows_leaves_to_others(sizes, other):
         (128, 50_000, 3072, 10),
         (256, 5000, 4096, 1),
         (100, 5000, 4096, 1),
-        (256, 6000, 784, 10),
+        (256, 6000, 1536, 10),
         (16_384, 128_000, 4096, 10),
         (256, 256, 40_000, 16),
         (256, 56, 32_776, 37),
@@ -346,7 +346,7 @@ def test_few_classes_beside_many_rows(n, m, d, k, device, refs_dtype, precision)
         ((256, 5000, 3072, 129), {}),  # more classes than it counts
         ((256, 1000, 3072, 100), {}),  # too many to read all of them for every row
         ((512, 1000, 3072, 50), {}),
-        ((1024, 1000, 3072, 50), {}),
+        ((1024, 1000, 2048, 50), {}),
         ((1024, 1000, 3072, 100), {}),
         ((256, 256, 4096, 10), {}),  # in the L2
         ((32, 5000, 3072, 10), {}),
@@ -556,6 +556,17 @@ def test_float64_is_planned_in_two_passes():
 def test_unaligned_references_are_staged_by_plain_loads():
     plan = info.plan(256, 256, 4097, 1001, aligned=False, **H100)
     assert (plan["kernel"], plan["aligned"]) == ("stream", False)
+
+
+def test_a_kernel_can_be_asked_for(monkeypatch):
+    sizes = (256, 1000, 1024, 10)
+    assert info.plan(*sizes, **H100)["kernel"] == "bulk"
+    monkeypatch.setenv("SVEL_KERNEL", "many_rows")
+    assert info.plan(*sizes, **H100)["kernel"] == "many_rows"
+    assert info.plan(8, *sizes[1:], **H100)["kernel"] == "bulk"  # where it cannot serve
+    monkeypatch.setenv("SVEL_KERNEL", "abacus")
+    with pytest.raises(ValueError, match=r"SVEL_KERNEL: expected one of .*many_rows.*, got 'abacus'"):
+        info.plan(*sizes, **H100)
 
 
 def test_floor_counts_each_class_once_at_most():

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <iterator>
 #include <stdexcept>
+#include <utility>
 
 #include "common/planner_held.h"
 #include "common/planner_pool.h"
@@ -263,6 +265,7 @@ bool plan_bulk(const Problem& p, Plan& plan) {
 constexpr double BULK_SECONDS = 20e-6;
 constexpr double BULK_UNIT_SHARE = 0.75, BULK_READ_SHARE = 0.84;  // of the bandwidth
 constexpr double L2_BYTES = 45e6, L2_BANDWIDTH = 3.4e12;
+constexpr double BULK_SHORT_D = 512;  // shorter samples take a unit no less time
 
 double bulk_seconds(const Problem& p, const Plan& plan) {
   const double k = static_cast<double>(p.groups()), n = static_cast<double>(p.n), rows = plan.tile_rows;
@@ -270,8 +273,9 @@ double bulk_seconds(const Problem& p, const Plan& plan) {
   // The last unit of a class has any number of rows.
   const double units = std::max(seen, n / rows + seen * (rows - 1) / (2 * rows));
   const double bytes = static_cast<double>(class_bytes(p)), unit_bandwidth = BULK_UNIT_SHARE * p.bandwidth;
-  const double from_units =
-      units * bytes / (k * bytes <= L2_BYTES ? std::max(L2_BANDWIDTH, unit_bandwidth) : unit_bandwidth);
+  const double short_samples = std::max(1.0, BULK_SHORT_D / static_cast<double>(p.d));
+  const double from_units = units * bytes * short_samples /
+                            (k * bytes <= L2_BYTES ? std::max(L2_BANDWIDTH, unit_bandwidth) : unit_bandwidth);
   return BULK_SECONDS + std::max(from_units, seen * bytes / (BULK_READ_SHARE * p.bandwidth));
 }
 
@@ -453,6 +457,22 @@ void plan_small(const Problem& p, Plan& plan) {
   plan.reason = "one pool, D <= 32: rows per thread, references broadcast from shared memory";
 }
 
+// The kernel that SVEL_KERNEL names, where it can serve: for tests, and to compare it with another.
+bool plan_wanted(const Problem& p, Plan& plan) {
+  const char* const name = std::getenv("SVEL_KERNEL");
+  if (name == nullptr || *name == 0) return false;
+  const std::pair<const char*, bool (*)(const Problem&, Plan&)> kernels[] = {
+      {"held", plan_held}, {"pool", plan_pool},     {"many_rows", plan_many_rows},
+      {"bulk", plan_bulk}, {"stream", plan_stream},
+  };
+  std::string names;
+  for (const auto& [kernel, plan_kernel] : kernels) {
+    if (std::string(kernel) == name) return plan_kernel(p, plan);
+    names += (names.empty() ? "" : ", ") + std::string(kernel);
+  }
+  throw std::invalid_argument("SVEL_KERNEL: expected one of " + names + ", got '" + name + "'");
+}
+
 }  // namespace
 
 Plan make_plan(const Problem& p) {
@@ -464,6 +484,8 @@ Plan make_plan(const Problem& p) {
   Plan plan;
   if (p.d > 0 && (p.x_size == 8 || p.refs_size == 8)) {
     plan_two_pass(p, plan, "float64: scores, softmax and weighted sum in double");
+  } else if (Plan wanted; plan_wanted(p, wanted)) {
+    plan = wanted;
   } else if (Plan held; plan_held(p, held) && is_small_set(p, held)) {
     plan = held;
   } else if (plan_pool(p, plan)) {  // few rows beside a large pool: nothing else comes near

@@ -11,18 +11,17 @@ constexpr int64_t MIN_REFS = 2048;                        // fewer: too few tile
 constexpr int64_t MIN_D = 256;                            // shorter sums leave the softmax in charge
 constexpr int64_t SCORES_LIMIT = int64_t{128} << 20;      // bytes of scores and their maxima
 
-// Of many_rows_seconds, beside 50,000 references of 3,072 on an H100: 256 rows 373 us, 1,024 rows 1,360, 256
-// of bfloat16 453. Few rows are bound by memory, from which the references come twice.
-constexpr double PASS_SECONDS = 44e-6;
-constexpr double PRODUCT_SECONDS = 8.4e-15,
-                 PRODUCT_SECONDS_BF16 = 10.4e-15;  // a row, a reference, an element
-constexpr double READ_SHARE = 0.78;                // of the bandwidth
-// Rows in the order of their classes, beside ten classes of 5,000 on an H100: 300 rows 426 us, 512 rows 489,
-// 1,024 rows 624, 4,096 rows 1,626; beside fifty of 1,000, 1,024 rows 690, which this meets within a tenth.
-// Of short samples and classes it is too low: 1,024 rows beside ten classes of 1,000 of 256 took 167 us,
-// beside twenty of 2,000 of 512 272. A pass is a few waves of thread blocks, of which the last is seldom
-// full: so much of one is lost.
-constexpr double ORDERED_PASS_SECONDS = 90e-6, LOST_WAVE = 0.4;
+// Of many_rows_seconds, by 48 class banks on an H200 (64 to 4,096 rows, 2 to 100 classes of 256 to 5,000
+// references of 256 to 8,192 elements) and 14 on an H100, there ten classes of 5,000 of 3,072 most of all:
+// 256 rows 377 us, 300 rows 426, 512 rows 489, 1,024 rows 624, 4,096 rows 1,626; 256 of bfloat16 453. Half
+// are within an eighth of it. What a pass takes, and one in the order of classes, which is a few waves of
+// thread blocks, of which the last is seldom full: so much of one is lost; products, and a pair of a row and
+// a reference. Few rows are bound by memory, from which the references come twice.
+constexpr double PASS_SECONDS = 80e-6, ORDERED_PASS_SECONDS = 110e-6, LOST_WAVE = 0.3;
+constexpr double PRODUCT_SECONDS = 6.3e-15,
+                 PRODUCT_SECONDS_BF16 = 8.3e-15;  // a row, a reference, an element
+constexpr double PAIR_SECONDS = 7e-12;
+constexpr double READ_SHARE = 0.78;  // of the bandwidth
 
 // Whether rows meet references so often that their norms had better be formed once: T tiles of rows in the
 // order of K classes meet K + T - 1 classes in all, and those of a pool T times the pool.
@@ -105,18 +104,18 @@ double many_rows_seconds(const Problem& p, const Plan& plan) {
   const bool ordered = k > 1 && p.n > MANY_ROWS;
   const int64_t full = p.n / MANY_ROWS, left = p.n % MANY_ROWS;
   const int64_t width = left == 0 ? 0 : left <= 64 ? 64 : left <= 128 ? 128 : MANY_ROWS;
-  const double product = p.refs_bf16 ? PRODUCT_SECONDS_BF16 : PRODUCT_SECONDS;
-  const double read = 2 * p.refs_size / (READ_SHARE * p.bandwidth);  // for two products
-  const auto of_tile = [&](int64_t rows) { return rows ? std::max(rows * product, read) : 0; };
+  const double pair = p.d * (p.refs_bf16 ? PRODUCT_SECONDS_BF16 : PRODUCT_SECONDS) + PAIR_SECONDS;
+  const double read = 2 * p.refs_size * p.d / (READ_SHARE * p.bandwidth);  // for two products
+  const auto of_tile = [&](int64_t rows) { return rows ? std::max(rows * pair, read) : 0; };
+  const double tile_seconds = full * of_tile(MANY_ROWS) + of_tile(width);  // beside a reference
   const int64_t rounds = ceil_div(p.n, plan.rows_per_pass) * ceil_div(p.references(), plan.refs_per_pass);
-  if (!ordered) return rounds * PASS_SECONDS + refs * p.d * (full * of_tile(MANY_ROWS) + of_tile(width));
+  if (!ordered) return rounds * PASS_SECONDS + refs * tile_seconds;
   // At each place where one tile ends and the next begins a class is met by both, and a tile meets parts of
   // two pairs of reference tiles. With labels drawn evenly, and no rows of all classes.
   const double tiles = ceil_div(p.n, MANY_ROWS),
                met = std::min(refs, refs / k * (k + tiles - 1) / tiles + 2 * MANY_TILE);
-  const double wave = p.sm_count * MANY_TILE * p.d * MANY_ROWS * product;
-  return rounds * (ORDERED_PASS_SECONDS + LOST_WAVE * wave) +
-         met * p.d * (full * of_tile(MANY_ROWS) + of_tile(width));
+  const double wave = p.sm_count * MANY_TILE * MANY_ROWS * pair;
+  return rounds * (ORDERED_PASS_SECONDS + LOST_WAVE * wave) + met * tile_seconds;
 }
 
 }  // namespace svel

@@ -15,6 +15,7 @@ from cuda_cases import (
     kernels_run,
     make_classes,
     on_two_streams,
+    served_by,
 )
 from kernel_cases import ALL_T, largest_logit, offset_by_one, photographs
 
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(svel.backends().get("CUDA") != "native", reason="the compiled CUDA kernels do not serve"),
 ]
+prefer = served_by("many_rows")
 # Rows, classes, references of each, D. Rows: tiles of 64, 128 and 256, whole and cut, and more than one pass.
 # Classes: one, which is a pool, and more; they begin anywhere in a tile, and may be shorter than one. D: in the tiles
 # of the sums two by two and alone, lists that shared memory holds and longer samples.

@@ -15,6 +15,7 @@ from cuda_cases import (
     kernels_run,
     make_classes,
     on_two_streams,
+    served_by,
     worst_row,
 )
 from kernel_cases import ALL_T, between, largest_logit, offset_by_one, photographs
@@ -27,6 +28,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(svel.backends().get("CUDA") != "native", reason="the compiled CUDA kernels do not serve"),
 ]
+prefer = served_by("held")
 # Rows, classes (None: a pool), references of each, D. Rows: one batch and several, parts of the rows; references: one
 # chunk and several, a whole number of sixteen or not; D: slices that are whole and cut. The last: several passes.
 SHAPES = [

@@ -17,6 +17,7 @@ from cuda_cases import (
     make_pool_of_size,
     nothing_waits,
     on_two_streams,
+    served_by,
 )
 from kernel_cases import largest_logit, offset_by_one, with_gaps
 
@@ -29,6 +30,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(svel.backends().get("CUDA") != "native", reason="the compiled CUDA kernels do not serve"),
 ]
+prefer = served_by("many_rows")
 # Rows: tiles of 64, 128 and 256 whole and cut, and more than one pass. References: whole tiles and not. D: steps of 64
 # and tiles of 128 whole and cut.
 SHAPES = [
