@@ -106,6 +106,19 @@ def held(rng: torch.Generator) -> None:
         svel.stable_target(x, refs, t, labels, counts)
 
 
+def swept(rng: torch.Generator) -> None:
+    """Larger small sets: tiles that are whole and cut, rows in doubt, lse, x of another dtype."""
+    for d, m, dtype in ((20_008, 800, torch.float16), (66_000, 265, torch.bfloat16)):
+        refs = torch.randn(m, d, device="cuda", generator=rng).to(dtype)
+        t = torch.tensor([0.05, 0.3, 0.7, 0.95, 0.98, 0.999, float("nan")], device="cuda").repeat(10)
+        mean = (refs[: len(t)] + refs[1 : len(t) + 1]).float() / 2
+        x = (1 - t[:, None]) * mean + t[:, None] * torch.randn(len(t), d, device="cuda", generator=rng)
+        counts = torch.tensor([m - 30], device="cuda")
+        svel.stable_target(x, refs, t)
+        svel.posterior_mean(x, refs, 1 - t, t, None, counts, precision="fast")
+        svel.posterior_mean(x.half(), refs, 1 - t, t)
+
+
 def steps(rng: torch.Generator) -> None:
     for shape in ((3, 8), (2, 2051), (2, 4, 16, 16)):
         for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -151,7 +164,9 @@ def draws(rng: torch.Generator) -> None:
             svel.conditional_target_(x_t, x0, rows, u[:, 0], t_set.float())
 
 
-PARTS = {part.__name__: part for part in (targets, banks, mixed, pools, many, held, steps, losses, pushes, draws)}
+PARTS = {
+    part.__name__: part for part in (targets, banks, mixed, pools, many, held, swept, steps, losses, pushes, draws)
+}
 
 
 def main() -> None:

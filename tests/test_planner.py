@@ -10,6 +10,7 @@ from stablevelocity_kernels import info
 pytestmark = pytest.mark.skipif(info._C is None, reason="the planner needs the compiled extension")
 
 H100 = {"device": "h100"}
+KERNELS = ("pool", "held", "swept", "many_rows", "short_rows", "bulk", "stream", "two_pass", "tiled", "small")
 SIZES_D = (0, 1, 2, 8, 9, 10, 32, 33, 64, 784, 1000, 4096, 4100, 8192, 16384, 16392, 65537, 2**21)
 
 
@@ -19,7 +20,7 @@ def test_every_plan_is_within_the_limits(d, refs_dtype):
     for n, m, k, source in itertools.product((1, 7, 256, 50_000), (1, 256, 1_000_000), (None, 10), (False, True)):
         aligned = d * refs_dtype.itemsize % 16 == 0
         plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, source=source, aligned=aligned, **H100)
-        assert plan["kernel"] in ("pool", "held", "many_rows", "bulk", "stream", "two_pass", "tiled", "small")
+        assert plan["kernel"] in KERNELS
         assert 0 < plan["threads"] <= 1024
         assert plan["threads"] % 32 == 0
         assert 0 <= plan["smem_bytes"] <= 232448
@@ -52,9 +53,14 @@ def test_workspace_is_bounded(n, m, d, k):
         ((256, 256, 4096, None), "held", "tiled"),
         ((256, 1024, 4096, None), "held", "tiled"),
         ((256, 256, 4096, 10), "held", "stream"),
+        ((64, 1024, 65_536, None), "swept", "tiled"),
+        ((256, 512, 262_144, None), "swept", "two_pass"),
+        ((256, 2000, 16_384, None), "swept", "tiled"),
         ((256, 50_000, 3072, None), "many_rows", "tiled"),
         ((4096, 50_000, 4096, None), "many_rows", "tiled"),
         ((16_384, 50_000, 3072, None), "many_rows", "tiled"),
+        ((4096, 50_000, 128, None), "short_rows", "tiled"),
+        ((10_000, 100_000, 64, None), "short_rows", "tiled"),
         ((10_000, 100_000, 10, None), "small", "small"),
         ((256, 2048, 10, None), "small", "small"),
         ((128, 256, 2, 10), "two_pass", "two_pass"),
@@ -267,11 +273,61 @@ def test_what_the_kernel_for_small_sets_leaves_to_others(sizes, other):
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["h100", "h200"])
+@pytest.mark.parametrize(
+    ("n", "m", "d", "k"),
+    [
+        *itertools.product((64, 256, 4096), (300, 1024), (60_000, 65_544, 262_144), (None, 1)),
+        (64, 64, 2**20, None),
+        (256, 2000, 16_384, None),
+        (16, 1024, 65_536, None),
+    ],
+)
+def test_larger_small_sets(n, m, d, k, device, refs_dtype, precision):
+    """Slices of samples, of which no block keeps any, and passes of rows that the workspace has room for."""
+    limits = info.DEVICES[device]
+    plan = info.plan(n, m, d, k, refs_dtype=refs_dtype, precision=precision, device=device)
+    assert plan["kernel"] == "swept"
+    assert plan["workspace_bytes"] < 256 << 20
+    assert plan["smem_bytes"] <= limits.smem_limit
+    assert plan["blocks"] == limits.sm_count
+    assert plan["slices"] * plan["slice"] >= d > (plan["slices"] - 1) * plan["slice"]
+    assert plan["slice"] % 64 == 0
+    assert 1 <= plan["rows_per_pass"] <= min(n, 1024)
+    assert plan["fast"] is (precision == "fast")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "other"),
+    [
+        ((15, 1024, 65_536), {}),
+        ((64, 63, 262_144), {}),
+        ((256, 8193, 65_536), {}),
+        ((256, 256, 65_536, 10), {}),
+        ((256, 256, 4096), {}),
+        ((256, 50_000, 4096), {}),
+        ((256, 2048, 4096), {}),
+        ((256, 1024, 65_536), {"source": True}),
+        ((256, 1024, 65_536), {"aligned": False}),
+        ((256, 1024, 65_536), {"refs_dtype": torch.float32}),
+        ((256, 1024, 65_536), {"x_dtype": torch.float64}),
+        ((256, 1024, 65_536), {"device": "b200"}),
+        ((256, 1024, 65_536), {"device": "a100"}),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_for_larger_small_sets_leaves_to_others(sizes, other):
+    for precision in ("exact", "fast"):
+        assert info.plan(*sizes, **{**H100, "precision": precision, **other})["kernel"] != "swept"
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("device", ["h100", "h200"])
 @pytest.mark.parametrize(
     ("n", "m", "d"),
-    list(itertools.product((65, 256, 4096, 16_384), (2568, 50_000, 2**31 - 1024), (256, 3072, 51_200))),
+    list(itertools.product((65, 256, 4096, 16_384), (8200, 50_000, 2**31 - 1024), (256, 3072, 51_200))),
 )
 def test_many_rows_beside_a_pool(n, m, d, device, refs_dtype, precision):
     limits = info.DEVICES[device]
@@ -285,6 +341,38 @@ def test_many_rows_beside_a_pool(n, m, d, device, refs_dtype, precision):
     assert plan["fast"] is (precision == "fast")
 
 
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("device", ["h100", "h200"])
+@pytest.mark.parametrize(
+    ("n", "m", "d", "k"),
+    [
+        (27, 50_000, 3072, None),
+        (256, 50_000, 3072, None),
+        (1024, 50_000, 3072, None),
+        (4096, 50_000, 1024, None),
+        (4096, 50_000, 264, None),
+        (16_384, 50_000, 3080, None),
+        (128, 2**31 - 1024, 4096, None),
+        (256, 50_000, 25_600, None),
+        (256, 5000, 3072, 10),
+        (1024, 5000, 3072, 10),
+        (100, 5000, 4096, 1),
+    ],
+)
+def test_many_rows_beside_float32(n, m, d, k, device, precision):
+    """The halves of a round's references are in the workspace, which stays bounded."""
+    limits = info.DEVICES[device]
+    plan = info.plan(n, m, d, k, refs_dtype=torch.float32, precision=precision, device=device)
+    assert plan["kernel"] == "many_rows"
+    assert plan["workspace_bytes"] < 256 << 20
+    assert plan["smem_bytes"] <= limits.smem_limit
+    assert plan["refs_per_pass"] % plan["tile_refs"] == 0
+    padded = -(-d // 128) * 128
+    taken = plan["refs_per_pass"] * (4 * padded + 4) + 17 * plan["refs_per_pass"] * plan["rows_per_pass"] // 4
+    assert taken < plan["workspace_bytes"]
+    assert plan["bytes"] == 4 * (k or 1) * m * d + 8 * n * d
+
+
 @pytest.mark.parametrize(
     ("sizes", "other"),
     [
@@ -296,10 +384,18 @@ def test_many_rows_beside_a_pool(n, m, d, device, refs_dtype, precision):
         ((256, 2**31 - 1023, 4096), {}),
         ((256, 50_000, 4100), {"aligned": False}),
         ((256, 50_000, 4096), {"aligned": False}),
-        ((256, 50_000, 4096), {"refs_dtype": torch.float32}),
         ((256, 50_000, 4096), {"x_dtype": torch.float64}),
         ((256, 50_000, 4096), {"device": "b200"}),
         ((256, 50_000, 4096), {"device": "a100"}),
+        ((26, 50_000, 4096), {"refs_dtype": torch.float32}),
+        ((256, 2047, 4096), {"refs_dtype": torch.float32}),
+        ((65, 2568, 256), {"refs_dtype": torch.float32}),  # sooner done by units
+        ((256, 50_000, 120), {"refs_dtype": torch.float32}),
+        ((256, 50_000, 25_608), {"refs_dtype": torch.float32}),
+        ((256, 50_000, 3076), {"refs_dtype": torch.float32}),  # a half of eight elements is no 16 bytes
+        ((256, 50_000, 3072), {"refs_dtype": torch.float32, "aligned": False}),
+        ((256, 50_000, 3072), {"refs_dtype": torch.float32, "source": True}),
+        ((256, 50_000, 3072), {"refs_dtype": torch.float32, "device": "a100"}),
     ],
     ids=str,
 )
@@ -354,7 +450,8 @@ def test_few_classes_beside_many_rows(n, m, d, k, device, refs_dtype, precision)
         ((256, 2**29, 4096, 4), {}),
         ((256, 5000, 3072, 10), {"source": True}),
         ((256, 5000, 3072, 10), {"aligned": False}),
-        ((256, 5000, 3072, 10), {"refs_dtype": torch.float32}),
+        ((256, 5000, 3076, 10), {"refs_dtype": torch.float32}),
+        ((64, 256, 1024, 10), {"refs_dtype": torch.float32}),
         ((256, 5000, 3072, 10), {"x_dtype": torch.float64}),
         ((256, 5000, 3072, 10), {"device": "b200"}),
         ((256, 5000, 3072, 10), {"device": "a100"}),
@@ -381,6 +478,57 @@ def test_class_banks_of_two_bytes_are_on_the_matrix_units(d, refs_dtype):
         info.plan(256, 256, 32, 1001, **options),
     ]
     assert not any(plan["products"] for plan in others)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("refs_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("device", ["h100", "h200"])
+@pytest.mark.parametrize(
+    ("n", "m", "d"),
+    [
+        *itertools.product((256, 4096, 100_000), (2048, 50_000, 2**31 - 1), (33, 64, 65, 128, 200, 255)),
+        (128, 50_000, 48),
+        (9000, 64, 128),
+    ],
+)
+def test_many_short_rows_beside_a_pool(n, m, d, device, refs_dtype, precision):
+    aligned = d * refs_dtype.itemsize % 16 == 0
+    plan = info.plan(n, m, d, refs_dtype=refs_dtype, precision=precision, aligned=aligned, device=device)
+    assert plan["kernel"] == "short_rows"
+    assert plan["workspace_bytes"] < 256 << 20
+    assert plan["smem_bytes"] <= info.DEVICES[device].smem_limit - 256  # and its barriers
+    assert plan["rows_per_pass"] % plan["tile_rows"] == 0
+    assert plan["refs_per_pass"] % plan["tile_refs"] == 0
+    assert plan["blocks"] == plan["rows_per_pass"] // plan["tile_rows"] * plan["splits"]
+    assert plan["fast"] == (precision == "fast")
+
+
+def test_short_rows_fill_the_device():
+    for n in (128, 256, 1000, 4096, 10_000):
+        plan = info.plan(n, 50_000, 128, **H100)
+        waves = plan["blocks"] / 132
+        assert waves / -(-plan["blocks"] // 132) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("sizes", "other"),
+    [
+        ((26, 50_000, 128), {}),
+        ((256, 1000, 128), {}),  # few scores
+        ((10_000, 63, 128), {}),
+        ((256, 50_000, 32), {}),
+        ((256, 50_000, 264), {"refs_dtype": torch.float32}),
+        ((256, 50_000, 256), {}),  # the kernel for many rows has it
+        ((64, 200_000, 128), {"precision": "fast"}),  # and the pool kernel this
+        ((256, 5000, 128, 10), {}),
+        ((256, 50_000, 128), {"x_dtype": torch.float64}),
+        ((256, 50_000, 128), {"device": "b200"}),
+        ((256, 50_000, 128), {"device": "a100"}),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_for_short_rows_leaves_to_others(sizes, other):
+    assert info.plan(*sizes, **{**H100, **other})["kernel"] != "short_rows"
 
 
 @pytest.mark.parametrize("device", ["h100", "h200"])

@@ -166,6 +166,11 @@ __device__ inline void fence_async() {
   SVEL_HOPPER_ASM("fence.proxy.async.shared::cta;" :: : "memory");
 }
 
+// Writes to any memory so far, and what others wrote before a barrier, likewise.
+__device__ inline void fence_async_all() {
+  SVEL_HOPPER_ASM("fence.proxy.async;" :: : "memory");
+}
+
 // All threads of all blocks of the cluster.
 __device__ inline void synchronize_cluster() {
   SVEL_HOPPER_ASM("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" :: : "memory");

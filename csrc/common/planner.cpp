@@ -10,6 +10,8 @@
 #include "common/planner_held.h"
 #include "common/planner_pool.h"
 #include "common/planner_rows.h"
+#include "common/planner_short.h"
+#include "common/planner_swept.h"
 
 namespace svel {
 namespace {
@@ -278,10 +280,28 @@ double bulk_seconds(const Problem& p, const Plan& plan) {
   return BULK_SECONDS + std::max(from_units, seen * bytes / (BULK_READ_SHARE * p.bandwidth));
 }
 
+// Whether register tiles serve what is left.
+bool is_tiled(const Problem& p) {
+  return !p.has_labels && p.d > SMALL_D && p.d <= TILED_D && p.n >= TILED_ROWS &&
+         ceil_div(p.n, 64) * ceil_div(p.d, 64) >= TILED_BLOCKS;
+}
+
 // Whether the kernel for many rows, by its plan, is to have a class bank.
 bool has_few_classes(const Problem& p, const Plan& many) {
   Plan bulk;
   return !plan_bulk(p, bulk) || many_rows_seconds(p, many) < bulk_seconds(p, bulk);
+}
+
+// Whether it is to have a pool of float32, by its plan: what else may serve takes float32's operations.
+// Register tiles: 4,096 rows beside 50,000 references of 128 11.7 ms on an H100.
+constexpr double TILED_SECONDS = 30e-6, TILED_RATE = 9e12;  // operations per second
+
+bool has_float_pool(const Problem& p, const Plan& many) {
+  if (Plan fused; plan_short_rows(p, fused)) return false;
+  const double seconds = many_rows_seconds(p, many);
+  if (is_tiled(p)) return seconds < TILED_SECONDS + 4.0 * p.n * p.m * p.d / TILED_RATE;
+  Plan bulk;
+  return !plan_bulk(p, bulk) || seconds < bulk_seconds(p, bulk);
 }
 
 // Whether the kernel for small sets, by its plan, is to have one. Pools of fewer than 2,048 references took
@@ -294,15 +314,32 @@ constexpr int64_t SMALL_SET_ROWS = 16;
 constexpr double SMALL_MANY_SECONDS = 75e-6, SMALL_MANY_ELEMENT_SECONDS = 13.4e-9,
                  SMALL_MANY_PRODUCT_SECONDS = 8.4e-15;
 
+double small_many_seconds(const Problem& p) {
+  const double products = static_cast<double>(ceil_div(p.n, 64) * 64 * p.references() * p.d);
+  return SMALL_MANY_SECONDS + SMALL_MANY_ELEMENT_SECONDS * static_cast<double>(p.d) +
+         SMALL_MANY_PRODUCT_SECONDS * products;
+}
+
 bool is_small_set(const Problem& p, const Plan& held) {
   Plan other;
   const double seconds = held_seconds(p, held);
-  const double products = static_cast<double>(ceil_div(p.n, 64) * 64 * p.references() * p.d);
-  const double many = SMALL_MANY_SECONDS + SMALL_MANY_ELEMENT_SECONDS * static_cast<double>(p.d) +
-                      SMALL_MANY_PRODUCT_SECONDS * products;
-  if (plan_many_rows(p, other) && many <= seconds) return false;
+  if (plan_many_rows(p, other) && small_many_seconds(p) <= seconds) return false;
   if (!p.has_labels) return p.n >= SMALL_SET_ROWS;
   return !plan_bulk(p, other) || seconds < bulk_seconds(p, other);
+}
+
+// Whether the kernel for larger small sets, by its plan, is to have one: from so many references and values
+// on. Its time is reckoned, within a seventh of what 64 rows beside 1,024 references of 65,536 take, so it
+// has to be well below the kernel for many rows.
+constexpr int64_t SWEPT_LEAST_REFS = 64, SWEPT_LEAST_VALUES = int64_t{1} << 22;
+constexpr double SWEPT_SHARE = 0.6;
+
+bool is_larger_set(const Problem& p, const Plan& swept) {
+  if (p.n < SMALL_SET_ROWS || p.m < SWEPT_LEAST_REFS || p.m * p.d < SWEPT_LEAST_VALUES) return false;
+  Plan other;
+  const double seconds = swept_seconds(p, swept);
+  if (plan_many_rows(p, other) && SWEPT_SHARE * small_many_seconds(p) <= seconds) return false;
+  return p.n >= TILED_ROWS || !plan_bulk(p, other) || seconds < bulk_seconds(p, other);
 }
 
 bool plan_stream(const Problem& p, Plan& plan) {
@@ -461,8 +498,13 @@ bool plan_wanted(const Problem& p, Plan& plan) {
   const char* const name = std::getenv("SVEL_KERNEL");
   if (name == nullptr || *name == 0) return false;
   const std::pair<const char*, bool (*)(const Problem&, Plan&)> kernels[] = {
-      {"held", plan_held}, {"pool", plan_pool},     {"many_rows", plan_many_rows},
-      {"bulk", plan_bulk}, {"stream", plan_stream},
+      {"held", plan_held},
+      {"pool", plan_pool},
+      {"swept", plan_swept},
+      {"many_rows", plan_many_rows},
+      {"short_rows", plan_short_rows},
+      {"bulk", plan_bulk},
+      {"stream", plan_stream},
   };
   std::string names;
   for (const auto& [kernel, plan_kernel] : kernels) {
@@ -488,12 +530,16 @@ Plan make_plan(const Problem& p) {
   } else if (Plan held; plan_held(p, held) && is_small_set(p, held)) {
     plan = held;
   } else if (plan_pool(p, plan)) {  // few rows beside a large pool: nothing else comes near
-  } else if (Plan many; plan_many_rows(p, many) && (!p.has_labels || has_few_classes(p, many))) {
+  } else if (Plan swept; plan_swept(p, swept) && is_larger_set(p, swept)) {
+    plan = swept;
+  } else if (Plan many; plan_many_rows(p, many) && (p.has_labels       ? has_few_classes(p, many)
+                                                    : p.refs_size == 4 ? has_float_pool(p, many)
+                                                                       : true)) {
     plan = many;
+  } else if (plan_short_rows(p, plan)) {  // scores of short samples never reach memory
   } else if (!p.has_labels && p.d > 0 && p.d <= SMALL_D && (p.n >= SMALL_ROWS || p.d <= EXACT_D)) {
     plan_small(p, plan);
-  } else if (!p.has_labels && p.d > SMALL_D && p.d <= TILED_D && p.n >= TILED_ROWS &&
-             ceil_div(p.n, 64) * ceil_div(p.d, 64) >= TILED_BLOCKS) {
+  } else if (is_tiled(p)) {
     plan_tiled(p, plan);
   } else if (p.d > 0 && p.d <= EXACT_D) {
     plan_two_pass(p, plan, "D <= 8: rounding does not average out, so all in float64");

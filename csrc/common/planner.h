@@ -37,8 +37,9 @@ struct UnitCosts {
 };
 
 struct Plan {
-  std::string kernel;  // "pool", "held", "many_rows", "bulk", "stream", "two_pass", "tiled" or "small"
-  int tile_rows = 1;   // per thread block: rows, references and elements of a sample held at a time
+  // "pool", "held", "swept", "many_rows", "short_rows", "bulk", "stream", "two_pass", "tiled" or "small"
+  std::string kernel;
+  int tile_rows = 1;  // per thread block: rows, references and elements of a sample held at a time
   int tile_refs = 1;
   int64_t tile_d = 0;
   int threads = 0;

@@ -1,5 +1,5 @@
-// The plan of the kernel for many rows (stable_target/many_rows.cuh): many rows, one shared set of float16 or
-// bfloat16 references, or few classes of them, on Hopper's matrix units.
+// The plan of the kernel for many rows (stable_target/many_rows.cuh): many rows, one shared set of float16,
+// bfloat16 or float32 references, or few classes of them, on Hopper's matrix units.
 #pragma once
 
 #include "common/planner.h"
@@ -35,14 +35,16 @@ constexpr int64_t MANY_NORMS_ROWS = 1024, MANY_NORMS_REFS = int64_t{1} << 22;
 
 // The workspace of one call, in bytes, piece by piece; also its order in memory.
 struct ManyLayout {
-  int64_t order, centre, norms, classes, rows, queries, scores, maxima, survivors, sums, partial;
+  int64_t order, centre, norms, classes, rows, queries, scores, maxima, survivors, sums, partial, halves;
   int64_t total() const {
-    return order + centre + norms + classes + rows + queries + scores + maxima + survivors + sums + partial;
+    return order + centre + norms + classes + rows + queries + scores + maxima + survivors + sums + partial +
+           halves;
   }
 };
-// refs: of all classes; classes: 0 without labels.
-ManyLayout many_layout(int64_t n, int64_t refs, int64_t d, int64_t classes, int64_t rows_per_pass,
-                       int64_t refs_per_pass);
+// refs: of all classes; classes: 0 without labels; is_float: float32, of which halves are made, two of an
+// element.
+ManyLayout many_layout(int64_t n, int64_t refs, int64_t d, int64_t classes, bool is_float,
+                       int64_t rows_per_pass, int64_t refs_per_pass);
 
 // False where this kernel cannot serve; and of a pool, where another serves better.
 bool plan_many_rows(const Problem& problem, Plan& plan);

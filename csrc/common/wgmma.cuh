@@ -73,6 +73,7 @@ __device__ inline void commit_products() {
 SVEL_WAIT(16)
 SVEL_WAIT(24)
 SVEL_WAIT(32)
+SVEL_WAIT(48)
 SVEL_WAIT(64)
 SVEL_WAIT(128)
 #undef SVEL_WAIT
@@ -122,17 +123,21 @@ SVEL_PRODUCT(64, 128, "%64", "%65", "%66", "%67")
 SVEL_PRODUCT(128, 256, "%128", "%129", "%130", "%131")
 #undef SVEL_PRODUCT
 
-// The same of bfloat16, for n of 48.
-template <int ADD, int COLUMNS>
-__device__ inline void product_shared_bf16(float (&acc)[24], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %26, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {" SVEL_NAMES_24
-      "}, %24, %25, add, 1, 1, %27, 0;\n}"
-      : SVEL_24("+f", acc)
-      : "l"(a), "l"(b), "n"(ADD), "n"(COLUMNS)
-      : "memory");
-}
+// The same of bfloat16, for n of 48 and 96.
+#define SVEL_PRODUCT(COUNT, N, A, B, ADDS, TRANSPOSES)                                           \
+  template <int ADD, int COLUMNS>                                                                \
+  __device__ inline void product_shared_bf16(float (&acc)[COUNT], uint64_t a, uint64_t b) {      \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADDS                                    \
+                 ", 0;\n"                                                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SVEL_NAMES_##COUNT \
+                 "}, " A ", " B ", add, 1, 1, " TRANSPOSES ", 0;\n}"                             \
+                 : SVEL_##COUNT("+f", acc)                                                       \
+                 : "l"(a), "l"(b), "n"(ADD), "n"(COLUMNS)                                        \
+                 : "memory");                                                                    \
+  }
+SVEL_PRODUCT(24, 48, "%24", "%25", "%26", "%27")
+SVEL_PRODUCT(48, 96, "%48", "%49", "%50", "%51")
+#undef SVEL_PRODUCT
 #undef SVEL_NAMES_128
 #undef SVEL_NAMES_64
 #undef SVEL_NAMES_48

@@ -15,7 +15,9 @@ namespace svel::cuda {
 
 void run_pool(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
+void run_short_rows(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_held(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
+void run_swept(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_bulk(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_stream(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);
 void run_two_pass(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream);

@@ -416,7 +416,7 @@ __device__ void copy_score_tile(const Many& many, const ScoreArguments& args, Ri
     wait_barrier(stage.empty, ring.parity ^ 1);
     arrive_expecting(stage.full, A_BYTES + (width + low) * ROW_BYTES + (plain ? 0 : CENTRE));
     const int e = step * DEPTH;
-    const int ref = static_cast<int>(many.first_ref + ref0);
+    const int ref = static_cast<int>(many.map_ref + ref0);
     if (alone) {  // scores, which are read again, stay in the L2
       tensor_copy_once(stage.a, args.refs, e, ref, shared_address(stage.full));
     } else {
@@ -721,7 +721,7 @@ __device__ inline void copy_sum_tile(const Many& many, const SumArguments& args,
     arrive_expecting(stage.full, (boxes * refs + width) * ROW_BYTES);
     for (int box = 0; box < boxes; ++box)
       tensor_copy(stage.a + box * refs * ROW_BYTES, args.refs, static_cast<int>(tile.e0) + box * 64,
-                  static_cast<int>(many.first_ref) + step * refs, shared_address(stage.full));
+                  static_cast<int>(many.map_ref) + step * refs, shared_address(stage.full));
     for (int box = rank; box < width / 64; box += 2)
       tensor_copy_to_all(stage.b + box * BOX_BYTES, args.weights, 2 * refs * step,
                          static_cast<int>(tile.row0) + box * 64, shared_address(stage.full), BOTH);
@@ -1255,12 +1255,15 @@ void launch_sum(const char* op, const Inputs& in, const Many& many, const SumArg
 
 }  // namespace
 
-void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream) {
+void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream,
+                       int64_t ref_bytes, int64_t row_bytes) {
+  if (ref_bytes == 0) ref_bytes = 2 * in.d;
+  if (row_bytes == 0) row_bytes = 2 * many.d_stride;
   ScoreArguments args;
-  args.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, static_cast<int>(MANY_TILE));
-  args.queries =
-      map_rows(op, low ? many.dense_lo : many.hi, Dtype::f16, in.d, many.padded, 2 * many.d_stride, 64);
-  args.lows = map_rows(op, many.lo, Dtype::f16, in.d, many.padded, 2 * many.d_stride, LOW_BOX);
+  args.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, many_map_rows(in, many), ref_bytes,
+                       static_cast<int>(MANY_TILE));
+  args.queries = map_rows(op, low ? many.dense_lo : many.hi, Dtype::f16, in.d, many.padded, row_bytes, 64);
+  args.lows = map_rows(op, many.lo, Dtype::f16, in.d, many.padded, row_bytes, LOW_BOX);
   const bool half = in.refs.dtype == Dtype::f16;
   const auto run = many.class_refs > 0
                        ? (half ? launch_score<__half, true> : launch_score<__nv_bfloat16, true>)
@@ -1270,7 +1273,8 @@ void launch_many_score(const char* op, const Inputs& in, const Many& many, bool 
 
 void launch_many_sum(const char* op, const Inputs& in, const Many& many, cudaStream_t stream) {
   SumArguments args;
-  args.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, many_sum_refs(many.exact));
+  args.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, many_map_rows(in, many), 2 * in.d,
+                       many_sum_refs(many.exact));
   args.weights =
       map_rows(op, many.scores, Dtype::f16, 2 * many.score_stride, many.padded, 4 * many.score_stride, 64);
   const bool half = in.refs.dtype == Dtype::f16;

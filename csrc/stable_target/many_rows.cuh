@@ -1,5 +1,5 @@
-// One shared pool of 16-bit references and many rows, on Hopper's matrix units. With c a centre of the
-// references, d_j = r_j - c and y = x - alpha c, a row's scores are
+// One shared pool of references and many rows, on Hopper's matrix units: of 16 bits, or float32, see below.
+// With c a centre of the references, d_j = r_j - c and y = x - alpha c, a row's scores are
 //   s_j = y.d_j - alpha/2 (|d_j|^2 - norm0),
 // its weights p = softmax_j(rate s_j), its mean c + sum_j p_j d_j.
 // Rows go in passes, in the order of falling time; the references of a pass in rounds whose scores fit the
@@ -22,6 +22,14 @@
 // c; where it is not, the remainder is multiplied too. The matrix units truncate what they add up, so at most
 // 64 products are summed before they join ordinary float32 sums; y_lo.d, which is small, they add up to the
 // end, as they do all sums where results need not be exact.
+//
+// Float32 references are not operands. Before a round those of the round become two halves each, of 22 bits,
+// r_j - c = d_hi + d_lo, in the workspace: d_hi in the first d_stride elements of a row, d_lo in as many
+// more. All products are the same kernels' as of float16 without a centre. Scores are of y_hi.d_hi, with a
+// bound that has the largest share that d_hi leaves out of any; those of dense rows get y_lo.d_hi +
+// y_hi.d_lo, one product of twice the length, for which y has both halves too, in the other order; sums are
+// of twice as many elements, and are put together in merge. No row is expected to be dense. Lists are scored
+// and summed from the references as stored.
 //
 // A bank of few classes is a pool of all their references, those that are not valid too, of which a row has a
 // range, or all: scores of others are -INFINITY, so that they come in no list and weigh nothing. What holds
@@ -50,6 +58,9 @@ struct ManyFacts {
   int late;                    // of which so many lack y_lo.d
   int early;  // rows of the pass until the last expected to be dense, see early_end; of classes: below
   int splits, narrow_splits;  // of the sums, see ManySums
+  // Of float32 references: the bits of the largest share of |d_j| that their first halves leave out, so far;
+  // of what the rows' bounds have; blocks of halves_kernel that are through.
+  int max_rest, known_rest, halved;
 };
 
 struct ManySlot {  // one row of a pass
@@ -58,7 +69,7 @@ struct ManySlot {  // one row of a pass
   double best;   // largest score so far: -INFINITY before any
   double total;  // sum of exp(rate (s_j - best)) so far; between list and sums of a dense row, of either sign
   float own;     // bound of |(y_hi - y).d_j| / |d_j|, with the rounding of the sums,
-  float summed;  // and of this alone
+  float summed;  // and of this alone; of float32 references |y|
   float rate2;   // rate log2(e)
   float top;     // what weights are relative to: the largest score up to this round, as they have it
   int alive;
@@ -95,7 +106,7 @@ struct Many {
   ManyFacts* facts;     // one
   ManySlot* slots;      // (rows,)
   ManyFactor* factors;  // (rows,)
-  __half *hi, *lo;      // (rows, d_stride) y 2^e
+  __half *hi, *lo;      // (rows, d_stride) y 2^e; of float32 references one array, (rows, [lo, hi])
   float* norms;         // (m,) |d_j|^2 scale^2 - mean_norm; none: formed beside the scores
   float* scores;        // (rows, score_stride): scores, then weights; from gather on of dense rows, as below
   float* maxima;        // (rows, score_stride / MANY_GROUP), likewise
@@ -113,7 +124,8 @@ struct Many {
   float* sums;           // (rows, d_stride) sum of p_j d_j scale, where has_sums
   float* partial;        // (splits, row tiles, d tiles, MANY_ROWS, MANY_TILE)
   int64_t first_row;     // of the pass
-  int64_t first_ref;     // of the round
+  int64_t first_ref;     // of the round,
+  int64_t map_ref;       // and in the map of tensor copies, which of float32 is of the round alone
   int64_t rows, padded;  // rows of the pass; rounded up to 64
   int64_t refs;          // of the round, valid or not
   int64_t score_stride, d_stride;
@@ -132,6 +144,11 @@ inline Inputs as_pool(const Inputs& in) {
   if (in.k > 1) pool.m = in.k * in.m, pool.k = 1, pool.counts = nullptr;
   pool.labels = nullptr;
   return pool;
+}
+
+// Of the map of tensor copies.
+inline int64_t many_map_rows(const Inputs& pool, const Many& many) {
+  return pool.m - many.first_ref + many.map_ref;
 }
 
 __device__ inline int64_t many_valid(const Inputs& in, const Many& many) {  // references of the round
@@ -305,9 +322,10 @@ struct ManySums {
   ManyTiles rows;
   int d_tiles, pairs, fours, splits, narrow_splits;
 
-  __device__ explicit ManySums(const Many& many)
+  // parts: of D, one after the other, each as long as d_stride.
+  __device__ explicit ManySums(const Many& many, int parts = 1)
       : rows(many.facts->dense),
-        d_tiles(static_cast<int>(many.d_stride / MANY_TILE)),
+        d_tiles(static_cast<int>(parts * many.d_stride / MANY_TILE)),
         pairs((d_tiles + 1) / 2),
         fours((d_tiles + 3) / 4),
         splits(many.facts->splits),
@@ -341,8 +359,8 @@ struct ManyClassParts {
   const ManyClassSums& sums;
   int d_tiles;
 
-  __device__ explicit ManyClassParts(const Many& many)
-      : sums(many.classes->sums), d_tiles(static_cast<int>(many.d_stride / MANY_TILE)) {}
+  __device__ explicit ManyClassParts(const Many& many, int parts = 1)
+      : sums(many.classes->sums), d_tiles(static_cast<int>(parts * many.d_stride / MANY_TILE)) {}
   __device__ int splits_of(int row_tile) const { return sums.splits[row_tile]; }
   __device__ int index(int row_tile, int split, int d_tile) const {
     return (sums.parts_before[row_tile] + split) * d_tiles + d_tile;
@@ -404,7 +422,9 @@ __device__ inline void follow_previous() {
   wait_for_previous_launch();
 }
 
-void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream);
+// ref_bytes, row_bytes: from one reference, or y, to the next; 0: they follow one another.
+void launch_many_score(const char* op, const Inputs& in, const Many& many, bool low, cudaStream_t stream,
+                       int64_t ref_bytes = 0, int64_t row_bytes = 0);
 void launch_many_sum(const char* op, const Inputs& in, const Many& many, cudaStream_t stream);
 
 }  // namespace svel::cuda

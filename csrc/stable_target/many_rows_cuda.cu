@@ -35,6 +35,25 @@ enum Statistic {
 constexpr int HELD_SAMPLES = static_cast<int>(MANY_SAMPLES) / CENTRE_LANES;  // of a thread of centre_kernel
 static_assert(MANY_PAIRS == 2 * MANY_SAMPLES);
 
+// Whether references are float32: halves of d_j are made, see halves_kernel.
+template <typename T>
+constexpr bool IS_FLOAT = DtypeOf<T>::value == Dtype::f32;
+
+// Eight references' elements as stored, aligned to 16 bytes.
+template <typename T>
+struct Eight {
+  static constexpr int VECTORS = sizeof(T) / 2;
+  uint4 raw[VECTORS];
+
+  __device__ __forceinline__ explicit Eight(const void* from) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) raw[i] = static_cast<const uint4*>(from)[i];
+  }
+  __device__ __forceinline__ float operator[](int k) const {
+    return to_float(reinterpret_cast<const T*>(raw)[k]);
+  }
+};
+
 // c with four binary digits, so that differences of it and halves near it are exact; zero where it is too
 // small or large for halves.
 __device__ float coarse(double mean) {
@@ -144,7 +163,7 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
     }
     if (e < in.d && samples_here > 0) {
       const double mean = sum / samples_here, variance = fmax(square / samples_here - mean * mean, 0.0);
-      all = coarse(mean);
+      all = IS_FLOAT<T> ? static_cast<float>(mean) : coarse(mean);
       strict = mean * mean >= 64 * variance ? all : 0.0f;
       own[SHIFT] = mean * mean, own[SPREAD] = variance;
       own[LEFT_OUT] = strict == 0 ? mean * mean : 0;
@@ -152,7 +171,7 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
       own[NORM_STRICT] = variance + (mean - strict) * (mean - strict);
       own[NORM_ALL] = variance + (mean - all) * (mean - all);
       own[MAX_PLAIN] = fmax(fabs(low), fabs(high));
-      own[MAX_CENTRED] = fmax(own[MAX_PLAIN], fmax(fabs(low - all), fabs(high - all)));
+      own[MAX_CENTRED] = fmax(IS_FLOAT<T> ? 0.0 : own[MAX_PLAIN], fmax(fabs(low - all), fabs(high - all)));
     }
     many.centre[e] = strict;
     many.centre[many.d_stride + e] = all;
@@ -209,15 +228,18 @@ struct Choice {  // of the centre
 
 // No centre while the common part of the references is no larger than what they differ by; one that leaves
 // out elements of small mean where that leaves out little, because it is exact nearly everywhere; else all of
-// it.
+// it. FLOAT: of float32 references, whose differences are made anyhow, all of it sooner.
+template <bool FLOAT>
 __device__ Choice choose_centre(const Inputs& in, const double (&statistics)[STATISTICS]) {
   Choice choice;
-  choice.which = statistics[SHIFT] <= 6 * statistics[SPREAD]      ? 0
-                 : statistics[LEFT_OUT] <= 6 * statistics[SPREAD] ? 1
-                                                                  : 2;
+  choice.which = FLOAT && statistics[SHIFT] > 0.25 * statistics[SPREAD] ? 2
+                 : statistics[SHIFT] <= 6 * statistics[SPREAD]          ? 0
+                 : statistics[LEFT_OUT] <= 6 * statistics[SPREAD]       ? 1
+                                                                        : 2;
   choice.scale = 1;
-  if (in.refs.dtype == Dtype::bf16) {  // the largest difference to 2 .. 4
-    const double largest = statistics[choice.which ? MAX_CENTRED : MAX_PLAIN];
+  if (FLOAT || in.refs.dtype == Dtype::bf16) {  // the largest difference to 2 .. 4
+    double largest = statistics[choice.which ? MAX_CENTRED : MAX_PLAIN];
+    if (FLOAT && largest == 0) largest = statistics[MAX_PLAIN];  // of copies, but others may differ
     if (largest > 0 && isfinite(largest))
       choice.scale = static_cast<float>(two_to(1 - max(-60, min(60, ilogb(largest)))));
   }
@@ -363,9 +385,16 @@ __host__ __device__ inline bool are_usual(const Inputs& in) {
   return is_vector(in.x) && is_vector(in.out) && !in.source.data;
 }
 
+// Halves from one row's y to the next.
+template <bool FLOAT>
+__device__ inline int64_t y_stride(const Many& many) {
+  return (FLOAT ? 2 : 1) * many.d_stride;
+}
+
 // y of a row in two halves, its slot and factors, the part of its source. Y: the type of y, in which it is
-// exact. distances: where exact, of the first warp. LABELS: its range, too.
-template <typename Y, bool USUAL, bool LABELS>
+// exact. distances: where exact, of the first warp. LABELS: its range, too. FLOAT: of references; the lower
+// halves come first, then the upper ones, and no rows are expected to be dense.
+template <typename Y, bool USUAL, bool LABELS, bool FLOAT>
 __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, const Row& row, bool alive,
                                           int64_t at, const Choice& choice, const float* candidate,
                                           const Distances& distances) {
@@ -424,6 +453,7 @@ __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, co
   const int exponent = alive && bits > 0 ? max(-100, min(100, 140 - (bits >> 23))) : 0;
   double square = 0, rest_square = 0, rest_centre = 0;  // all but the last of y 2^e
   const Y power = static_cast<Y>(two_to(exponent));
+  const int64_t stride = y_stride<FLOAT>(many);
 #pragma unroll 1
   for (int64_t e = 8 * tid; e < many.d_stride; e += 8 * THREADS) {
     Y y[8], squares = 0, rest_squares = 0;
@@ -438,11 +468,11 @@ __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, co
       const float rest = static_cast<float>(scaled - static_cast<Y>(__half2float(hi[k])));
       rest_squares += static_cast<Y>(rest) * rest;
       lo[k] = __float2half(rest);
-      if (choice.which) rest_centre += static_cast<double>(__half2float(lo[k])) * c[k];
+      if (!FLOAT && choice.which) rest_centre += static_cast<double>(__half2float(lo[k])) * c[k];
     }
     square += squares, rest_square += rest_squares;
-    *reinterpret_cast<uint4*>(many.hi + at * many.d_stride + e) = *reinterpret_cast<const uint4*>(hi);
-    *reinterpret_cast<uint4*>(many.lo + at * many.d_stride + e) = *reinterpret_cast<const uint4*>(lo);
+    *reinterpret_cast<uint4*>(many.hi + at * stride + e) = *reinterpret_cast<const uint4*>(hi);
+    *reinterpret_cast<uint4*>(many.lo + at * stride + e) = *reinterpret_cast<const uint4*>(lo);
   }
   __shared__ double parts[THREADS / 32][3];
   square = warp_sum(square), rest_square = warp_sum(rest_square), rest_centre = warp_sum(rest_centre);
@@ -469,14 +499,16 @@ __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, co
   if (alive) {
     slot.own =
         static_cast<float>(1.001 * (sqrtf(static_cast<float>(rest_square)) * unpower + rounding * length));
-    slot.summed = static_cast<float>(1.001 * 2 * rounding * length);  // twice as many products
+    slot.summed =  // twice as many products
+        static_cast<float>(FLOAT ? 1.001 * length : 1.001 * 2 * rounding * length);
     slot.rate2 = static_cast<float>(fmin(row.rate() * LOG2_E, 1e30));
     // The largest norm is taken for twice the mean.
     const float doubt =
         static_cast<float>(doubt_of(slot, 2 * choice.mean_norm * inverse * inverse, slot.own));
     const bool by_tile = LABELS && many.classes;
-    if (many.exact && expect_dense(row, doubt, distances, static_cast<float>(row.count),
-                                   many.rows <= MANY_ROWS || by_tile)) {
+    if (!FLOAT && many.exact &&
+        expect_dense(row, doubt, distances, static_cast<float>(row.count),
+                     many.rows <= MANY_ROWS || by_tile)) {
       if (by_tile) {
         atomicMax(&many.classes->early[at / MANY_ROWS], static_cast<int>(at % MANY_ROWS) + 1);
       } else {
@@ -499,7 +531,7 @@ __device__ __forceinline__ void store_row(const Inputs& in, const Many& many, co
 // One block per row of the pass: its slot, y in two halves, |y|^2, the part of its source. USUAL: as above.
 // Kernels of this file are short, so that much of their time is that of code that comes from memory: loops
 // that need not be unrolled are not.
-template <bool USUAL, bool LABELS>
+template <bool USUAL, bool LABELS, bool FLOAT>
 __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Many many) {
   if (USUAL && !many.order && static_cast<int64_t>(blockIdx.x) < many.rows) {  // x itself waits for nothing
     const float* const x = static_cast<const float*>(in.x.data) + blockIdx.x * in.d;
@@ -556,7 +588,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   }
   __shared__ float4 of_warps[THREADS / 32][32];
   static_assert(MANY_PAIRS == 4 * 32, "four to a lane");
-  if (many.exact) {
+  if (!FLOAT && many.exact) {
     const int tiles = static_cast<int>(many.d_stride / MANY_TILE);
     float4 sum{};
 #pragma unroll 1
@@ -574,8 +606,8 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
     of_warps[tid / 32][tid % 32] = sum;
   }
   __syncthreads();
-  const Distances distances = many.exact && tid < 32 ? distances_of(of_warps) : Distances{};
-  const Choice choice = choose_centre(in, statistics);
+  const Distances distances = !FLOAT && many.exact && tid < 32 ? distances_of(of_warps) : Distances{};
+  const Choice choice = choose_centre<FLOAT>(in, statistics);
   const float* const candidate = many.centre + (choice.which == 2 ? many.d_stride : 0);
   const auto centre = [&](int64_t e) { return choice.which ? candidate[e] : 0.0f; };
   if (blockIdx.x == 0 && many.first_row == 0) {
@@ -588,26 +620,109 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
       many.facts->scale = choice.scale;
       many.facts->inverse_scale = 1.0f / choice.scale;
       many.facts->mean_norm = choice.mean_norm;
-      many.facts->centred = choice.which != 0;
+      many.facts->centred = !FLOAT && choice.which != 0;
       many.facts->plain = in.refs.dtype == Dtype::f16 && choice.which == 0;
       many.facts->max_norm = 0;
+      if (FLOAT) many.facts->max_rest = 0;
     }
   }
+  if (FLOAT && blockIdx.x == 0 && tid == 0) many.facts->known_rest = many.facts->halved = 0;
 
   if (local >= many.rows) {
 #pragma unroll 1
     for (int64_t e = tid; e < many.d_stride; e += THREADS)
-      many.hi[at * many.d_stride + e] = many.lo[at * many.d_stride + e] = __float2half(0.0f);
+      many.hi[at * y_stride<FLOAT>(many) + e] = many.lo[at * y_stride<FLOAT>(many) + e] = __float2half(0.0f);
     if (tid == 0) many.slots[at] = ManySlot{}, many.factors[at] = {0, 0, 0};
     if (LABELS && tid == 0) many.ranges[at] = {0, 0};
     return;
   }
   // Without a centre y is x, which float32 holds: conversions to float64 would take most of the time.
   if (USUAL && !choice.which && !in.lse.data) {
-    store_row<float, USUAL, LABELS>(in, many, row, has_references, at, choice, candidate, distances);
+    store_row<float, USUAL, LABELS, FLOAT>(in, many, row, has_references, at, choice, candidate, distances);
   } else {
-    store_row<double, USUAL, LABELS>(in, many, row, has_references, at, choice, candidate, distances);
+    store_row<double, USUAL, LABELS, FLOAT>(in, many, row, has_references, at, choice, candidate, distances);
   }
+}
+
+// A warp per float32 reference of the round: the halves of its d_j times the scale; and |d_j|^2 - mean_norm
+// of what these come to, so that scores are those of a reference next to it. What the first halves leave out,
+// of any reference, comes into the rows' bounds, by the last block. halves: of the first reference of the
+// round.
+template <bool CLASSES>
+__global__ void __launch_bounds__(THREADS)
+    halves_kernel(const Inputs in, const Many many, __half* const halves) {
+  follow_previous();
+  __shared__ int of_warps[THREADS / 32][2];
+  __shared__ bool is_last;
+  const int lane = threadIdx.x % 32;
+  const int64_t place = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / 32;
+  const int64_t j = many.first_ref + place;
+  bool is_valid = place < many_valid(in, many);
+  if constexpr (CLASSES)
+    is_valid = is_valid && j < many.classes->ends[static_cast<uint32_t>(j) / many.class_refs];
+  float norm = 0, rest = 0;
+  if (is_valid) {
+    const float scale = many.facts->scale;
+    const float* const from = static_cast<const float*>(in.refs.data) + j * in.d;
+    __half* const to = halves + place * 2 * many.d_stride;
+    double norms = 0;
+    float rests = 0;
+#pragma unroll 2
+    for (int64_t e = 8 * lane; e < many.d_stride; e += 8 * 32) {
+      __align__(16) __half first[8], second[8];
+      float part = 0, d[8] = {};
+      if (e < in.d) {
+        const float4 low = __ldcs(reinterpret_cast<const float4*>(from + e)),
+                     high = __ldcs(reinterpret_cast<const float4*>(from + e + 4));
+        const float r[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        float c[8];
+        load8<float>({many.centre_float, Dtype::f32}, e, c);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) d[k] = fmaf(r[k], scale, -c[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        first[k] = __float2half(d[k]);
+        const float near = __half2float(first[k]), left = d[k] - near;
+        second[k] = __float2half(left);
+        const float value = near + __half2float(second[k]);
+        part = fmaf(value, value, part), rests = fmaf(left, left, rests);
+      }
+      norms += part;
+      *reinterpret_cast<uint4*>(to + e) = *reinterpret_cast<const uint4*>(first);
+      *reinterpret_cast<uint4*>(to + many.d_stride + e) = *reinterpret_cast<const uint4*>(second);
+    }
+    norms = warp_sum(norms), rests = warp_sum(rests);
+    norm = static_cast<float>(norms);
+    if (norm > 0) rest = sqrtf(rests / norm);
+    if (lane == 0) many.norms[j] = static_cast<float>(norms - many.facts->mean_norm);
+    if (CLASSES && !isfinite(norm)) norm = 0;
+    if (!isfinite(rest)) rest = 0;
+  }
+  if (lane == 0)
+    of_warps[threadIdx.x / 32][0] = __float_as_int(norm),
+                           of_warps[threadIdx.x / 32][1] = __float_as_int(rest);
+  __syncthreads();
+  // NaN counts as more than anything.
+  if (threadIdx.x < 2) {
+    int most = 0;
+#pragma unroll
+    for (int w = 0; w < THREADS / 32; ++w) most = max(most, of_warps[w][threadIdx.x]);
+    atomicMax(threadIdx.x == 0 ? &many.facts->max_norm : &many.facts->max_rest, most);
+    __threadfence();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) is_last = atomicAdd(&many.facts->halved, 1) + 1 == static_cast<int>(gridDim.x);
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  const int all = *static_cast<volatile int*>(&many.facts->max_rest);
+  const float more = __int_as_float(all) - __int_as_float(many.facts->known_rest);
+#pragma unroll 1
+  for (int64_t at = threadIdx.x; at < many.rows; at += THREADS)
+    many.slots[at].own = fmaf(more, many.slots[at].summed, many.slots[at].own);
+  __syncthreads();
+  if (threadIdx.x == 0) many.facts->known_rest = all, many.facts->halved = 0;
 }
 
 // A warp per reference: |r_j|^2 - mean_norm, where references are used as they are. CLASSES: the largest is
@@ -1253,8 +1368,8 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) weights_kernel(const Inputs
 
 // References that a block scores and sums at a time; so many times as many have room, for two blocks to a
 // multiprocessor. Eight of up to EIGHT_LISTED_D elements, four of more.
-__host__ __device__ constexpr int room_of(int listed) {
-  return listed == 8 ? 2 : 3;
+__host__ __device__ constexpr int room_of(int listed, int size) {
+  return listed == 8 || size == 4 ? 2 : 3;
 }
 constexpr int64_t EIGHT_LISTED_D = 3072;
 constexpr int FLUSHED = 16;  // references that float32 sums are of, before they join others
@@ -1414,20 +1529,20 @@ struct Listed {
 template <typename T>
 __device__ void load_differences(const Inputs& in, const Many& many, int64_t reference, int64_t e,
                                  float scale, float (&d)[8]) {
-  const uint4 raw =
-      *reinterpret_cast<const uint4*>(static_cast<const T*>(in.refs.data) + reference * in.d + e);
-  const T* const values = reinterpret_cast<const T*>(&raw);
+  const Eight<T> values(static_cast<const T*>(in.refs.data) + reference * in.d + e);
   const float4* const centre = reinterpret_cast<const float4*>(many.centre_float + e);
   const float4 low = centre[0], high = centre[1];
   const float c[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-  for (int k = 0; k < 8; ++k) d[k] = fmaf(to_float(values[k]), scale, -c[k]);
+  for (int k = 0; k < 8; ++k) d[k] = fmaf(values[k], scale, -c[k]);
 }
 
-// Eight elements of y of a row, to 22 bits.
+// Eight elements of y of a row, to 22 bits. T: of the references.
+template <typename T>
 __device__ __forceinline__ void load_y(const Many& many, int64_t at, int64_t e, float unit, float (&y)[8]) {
-  const uint4 raw_hi = *reinterpret_cast<const uint4*>(many.hi + at * many.d_stride + e);
-  const uint4 raw_lo = *reinterpret_cast<const uint4*>(many.lo + at * many.d_stride + e);
+  const int64_t stride = y_stride<IS_FLOAT<T>>(many);
+  const uint4 raw_hi = *reinterpret_cast<const uint4*>(many.hi + at * stride + e);
+  const uint4 raw_lo = *reinterpret_cast<const uint4*>(many.lo + at * stride + e);
   const __half* const hi = reinterpret_cast<const __half*>(&raw_hi);
   const __half* const lo = reinterpret_cast<const __half*>(&raw_lo);
 #pragma unroll
@@ -1470,8 +1585,7 @@ __device__ __noinline__ void score_short_list(const ShortList of, double* scores
   double own[SHORT_LIST] = {};  // the first one's score, and by how much others are above it
 #pragma unroll 1
   for (int64_t e = 8 * threadIdx.x; e < of.d; e += 8 * THREADS) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(refs + of.references[0] * of.d + e);
-    const T* const of_first = reinterpret_cast<const T*>(&raw);
+    const Eight<T> of_first(refs + of.references[0] * of.d + e);
     float x[8];
     if (vectors) {
       load8<float>(of.x, of.base + e, x);
@@ -1482,19 +1596,17 @@ __device__ __noinline__ void score_short_list(const ShortList of, double* scores
     double z[8];  // x - alpha r_0
 #pragma unroll
     for (int q = 0; q < 8; ++q) {
-      const double r = to_float(of_first[q]), c = of.centre[e + q] * of.unscale, own_x = of.sign * x[q];
+      const double r = of_first[q], c = of.centre[e + q] * of.unscale, own_x = of.sign * x[q];
       own[0] = fma(fma(-of.alpha, c, own_x) - 0.5 * of.alpha * (r - c), r - c, own[0]);
       z[q] = fma(-of.alpha, r, own_x);
     }
 #pragma unroll
     for (int k = 1; k < SHORT_LIST; ++k) {
       if (k >= of.count) continue;
-      const uint4 its = *reinterpret_cast<const uint4*>(refs + of.references[k] * of.d + e);
-      const T* const values = reinterpret_cast<const T*>(&its);
+      const Eight<T> values(refs + of.references[k] * of.d + e);
 #pragma unroll
       for (int q = 0; q < 8; ++q) {
-        const double apart =
-            static_cast<double>(to_float(values[q])) - static_cast<double>(to_float(of_first[q]));
+        const double apart = static_cast<double>(values[q]) - static_cast<double>(of_first[q]);
         own[k] = fma(fma(-0.5 * of.alpha, apart, z[q]), apart, own[k]);
       }
     }
@@ -1546,7 +1658,7 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, con
     for (int64_t e = 8 * threadIdx.x; e < in.d; e += 8 * THREADS) {
       float d_0[8], y[8];
       load_differences<T>(in, many, first, e, scale, d_0);
-      load_y(many, at, e, factor.unit, y);
+      load_y<T>(many, at, e, factor.unit, y);
 #pragma unroll
       for (int q = 0; q < 8; ++q) score += make_relative(factor.half_alpha, d_0[q], y[q]);
     }
@@ -1562,7 +1674,7 @@ __device__ void score_listed(const Inputs& in, const Many& many, int64_t at, con
     for (int64_t e = 8 * lane; e < in.d; e += 8 * 32) {
       float d[8], y[8];
       load_differences<T>(in, many, reference, e, scale, d);
-      load_y(many, at, e, factor.unit, y);
+      load_y<T>(many, at, e, factor.unit, y);
       if (relative) {
         float d_0[8];
         load_differences<T>(in, many, first, e, scale, d_0);
@@ -1644,13 +1756,12 @@ __device__ void store_reference(const Inputs& in, const Row& row, int64_t refere
   const double a = row.a, b = row.b;
 #pragma unroll 1
   for (int64_t e = 8 * threadIdx.x; e < in.d; e += 8 * THREADS) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(from + e);
-    const T* const values = reinterpret_cast<const T*>(&raw);
+    const Eight<T> values(from + e);
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
       const float4 v = *reinterpret_cast<const float4*>(x + e + 4 * q);
       const auto value = [&](int k, float x_k) {
-        return static_cast<float>(a * x_k + b * to_float(values[4 * q + k]));
+        return static_cast<float>(a * x_k + b * values[4 * q + k]);
       };
       *reinterpret_cast<float4*>(out + e + 4 * q) =
           make_float4(value(0, v.x), value(1, v.y), value(2, v.z), value(3, v.w));
@@ -1685,7 +1796,7 @@ template <typename T, int VECTORS, int LISTED, bool PLAIN, bool CLASSES>
 __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, int64_t at, const List& list,
                                            int count, float in_sums, ListScores how, bool last) {
   extern __shared__ __align__(128) char memory[];  // LISTED references, LISTS times; the first
-  constexpr int LISTS = room_of(LISTED);
+  constexpr int LISTS = room_of(LISTED, sizeof(T));
   __shared__ double parts[2][THREADS / 32][LISTED], scratch[33], exact[SHORT_LIST];
   static_assert(32 % LISTED == 0 && THREADS / 32 * LISTED % 32 == 0 && FLUSHED % LISTED == 0);
   const bool is_short = how == ListScores::DOUBLE, relative = how == ListScores::RELATIVE;
@@ -1707,9 +1818,12 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       char* const to = own_memory + (buffer * LISTED + k) * bytes;
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v)
-        if (has(v))
-          copy_async(reinterpret_cast<float4*>(to + v * APART),
-                     reinterpret_cast<const float*>(from + v * APART));
+        if (has(v)) {
+#pragma unroll
+          for (int i = 0; i < Eight<T>::VECTORS; ++i)
+            copy_async(reinterpret_cast<float4*>(to + v * APART + 16 * i),
+                       reinterpret_cast<const float*>(from + v * APART + 16 * i));
+        }
     }
     end_copies();
   };
@@ -1729,7 +1843,7 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
   for (int v = 0; v < VECTORS; ++v) {
     if (!has(v)) continue;
     const int64_t e = element(v);
-    load_y(many, at, e, factor.unit, y[v]);
+    load_y<T>(many, at, e, factor.unit, y[v]);
     if (!PLAIN) {
 #pragma unroll
       for (int q = 0; q < 8; ++q) centre[v][q] = many.centre_float[e + q];
@@ -1741,10 +1855,9 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
   }
   // Eight elements in shared memory, times the scale; visit(q, element).
   const auto each = [&](const char* of, const auto& visit) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(of);
-    const T* const values = reinterpret_cast<const T*>(&raw);
+    const Eight<T> values(of);
 #pragma unroll
-    for (int q = 0; q < 8; ++q) visit(q, PLAIN ? to_float(values[q]) : to_float(values[q]) * scale);
+    for (int q = 0; q < 8; ++q) visit(q, PLAIN ? values[q] : values[q] * scale);
   };
   const auto flush = [&] {
 #pragma unroll
@@ -1764,7 +1877,9 @@ __device__ __forceinline__ void sum_listed(const Inputs& in, const Many& many, i
       each(from, [&](int q, float r) {
         score += make_relative(factor.half_alpha, PLAIN ? r : r - centre[v][q], y[v][q]);
       });
-      *reinterpret_cast<uint4*>(kept + v * APART) = *reinterpret_cast<const uint4*>(from);
+#pragma unroll
+      for (int i = 0; i < Eight<T>::VECTORS; ++i)
+        reinterpret_cast<uint4*>(kept + v * APART)[i] = reinterpret_cast<const uint4*>(from)[i];
     }
     above += block_sum(score, scratch);
   }
@@ -1945,8 +2060,8 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
 }
 
 // A dense row: part `part` of `parts` of its elements. What came before, of its list too, and what the thread
-// blocks of the sums left.
-template <bool CLASSES>
+// blocks of the sums left. FLOAT: of either half of the references.
+template <bool FLOAT, bool CLASSES>
 __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, int place, int part, int parts,
                                            bool last) {
   const int64_t at = many.dense_slots[place];
@@ -1957,7 +2072,7 @@ __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, i
     __syncthreads();
   }
   const ManySlot slot = many.slots[at];
-  const std::conditional_t<CLASSES, ManyClassParts, ManySums> grid(many);
+  const std::conditional_t<CLASSES, ManyClassParts, ManySums> grid(many, FLOAT ? 2 : 1);
   const int row_tile = place / static_cast<int>(MANY_ROWS), splits = grid.splits_of(row_tile);
   const int64_t stride = static_cast<int64_t>(grid.split_stride(row_tile)) * (MANY_ROWS * MANY_TILE);
   const float* const partial =
@@ -1970,17 +2085,26 @@ __device__ __forceinline__ void merge_sums(const Inputs& in, const Many& many, i
   for (int k = 0; k < WEIGHT_UNITS; ++k) total += many.totals[place * WEIGHT_UNITS + k];
   total = slot.total * keep + total * keep_own;
   const double inverse = inverse_total(many, true, best, total);
+  // Where parts are; FLOAT: of second halves after those of first ones.
+  const auto at_split = [&](int split) {
+    if constexpr (FLOAT) {
+      if (split >= splits) return (split - splits) * stride + many.d_stride * MANY_ROWS;
+    }
+    return split * stride;
+  };
   wait_for_previous_launch();
   for (int64_t e = 4 * (static_cast<int64_t>(part) * THREADS + threadIdx.x); e < in.d;
        e += 4 * THREADS * parts) {
     const float* const from = partial + e / MANY_TILE * (MANY_ROWS * MANY_TILE) + e % MANY_TILE;
     float4 own{};
 #pragma unroll 1
-    for (int split = 0; split < splits; split += MERGED_SPLITS) {
+    for (int split = 0; split < (FLOAT ? 2 : 1) * splits; split += MERGED_SPLITS) {
       float4 v[MERGED_SPLITS];
 #pragma unroll
       for (int i = 0; i < MERGED_SPLITS; ++i)
-        v[i] = split + i < splits ? *reinterpret_cast<const float4*>(from + (split + i) * stride) : float4{};
+        v[i] = split + i < (FLOAT ? 2 : 1) * splits
+                   ? *reinterpret_cast<const float4*>(from + at_split(split + i))
+                   : float4{};
 #pragma unroll
       for (int i = 0; i < MERGED_SPLITS; ++i)
         own.x += v[i].x, own.y += v[i].y, own.z += v[i].z, own.w += v[i].w;
@@ -2029,14 +2153,19 @@ __global__ void __launch_bounds__(THREADS, 2) merge_kernel(const Inputs in, cons
   const int parts = last ? max(1, min(most, blocks / max(dense, 1))) : 1;
 #pragma unroll 1
   for (int unit = block; unit < dense * parts; unit += blocks)
-    merge_sums<CLASSES>(in, many, dense_place<CLASSES>(many, unit % dense), unit / dense, parts, last);
+    merge_sums<IS_FLOAT<T>, CLASSES>(in, many, dense_place<CLASSES>(many, unit % dense), unit / dense, parts,
+                                     last);
 }
 
 template <typename T, bool CLASSES>
 auto merge_kernel_for(int64_t d) {
   if (d > LISTED_D) return merge_kernel<T, 0, 0, CLASSES>;
-  if (d > EIGHT_LISTED_D) return merge_kernel<T, 2, 4, CLASSES>;
-  return d > LISTED_D / 2 ? merge_kernel<T, 2, 8, CLASSES> : merge_kernel<T, 1, 8, CLASSES>;
+  if constexpr (IS_FLOAT<T>) {
+    return d > LISTED_D / 2 ? merge_kernel<T, 2, 4, CLASSES> : merge_kernel<T, 1, 4, CLASSES>;
+  } else {
+    if (d > EIGHT_LISTED_D) return merge_kernel<T, 2, 4, CLASSES>;
+    return d > LISTED_D / 2 ? merge_kernel<T, 2, 8, CLASSES> : merge_kernel<T, 1, 8, CLASSES>;
+  }
 }
 
 // Blocks of select_kernel that have room before all tiles are scored, about: of clusters without a last one.
@@ -2048,15 +2177,29 @@ int early_blocks(const Many& many) {
   return static_cast<int>(2 * idle * SELECT_RESIDENT);
 }
 
-void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cudaStream_t stream) {
-  const bool half = in.refs.dtype == Dtype::f16, labels = in.labels != nullptr, classes = in.k > 1;
+template <typename T>
+auto merge_kernel_for(int64_t d, bool classes) {
+  return classes ? merge_kernel_for<T, true>(d) : merge_kernel_for<T, false>(d);
+}
+
+template <bool FLOAT>
+auto rows_kernel_for(bool usual, bool labels) {
+  return usual ? (labels ? rows_kernel<true, true, FLOAT> : rows_kernel<true, false, FLOAT>)
+               : (labels ? rows_kernel<false, true, FLOAT> : rows_kernel<false, false, FLOAT>);
+}
+
+// halves, norms: of the references of a round, where these are float32.
+void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, __half* halves, float* norms,
+              cudaStream_t stream) {
+  const bool half = in.refs.dtype == Dtype::f16, labels = in.labels != nullptr, classes = in.k > 1,
+             is_float = in.refs.dtype == Dtype::f32;
   const Inputs pool = as_pool(in);
-  const auto merge =
-      half ? (classes ? merge_kernel_for<__half, true>(in.d) : merge_kernel_for<__half, false>(in.d))
-           : (classes ? merge_kernel_for<__nv_bfloat16, true>(in.d)
-                      : merge_kernel_for<__nv_bfloat16, false>(in.d));
-  const int listed = in.d > EIGHT_LISTED_D ? 4 : 8;
-  const int merge_bytes = in.d > LISTED_D ? 0 : static_cast<int>((room_of(listed) * listed + 1) * 2 * in.d);
+  const auto merge = half       ? merge_kernel_for<__half>(in.d, classes)
+                     : is_float ? merge_kernel_for<float>(in.d, classes)
+                                : merge_kernel_for<__nv_bfloat16>(in.d, classes);
+  const int listed = in.d > EIGHT_LISTED_D || is_float ? 4 : 8, size = size_of(in.refs.dtype);
+  const int merge_bytes =
+      in.d > LISTED_D ? 0 : static_cast<int>((room_of(listed, size) * listed + 1) * size * in.d);
   check_cuda(op, cudaFuncSetAttribute(merge, cudaFuncAttributeMaxDynamicSharedMemorySize, merge_bytes));
   const auto launch = [&](auto* kernel, dim3 grid, int threads, int64_t bytes, const auto&... more) {
     launch_following(op, true, kernel, grid, threads, bytes, stream, more...);
@@ -2071,31 +2214,46 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
     many.rows = std::min(plan.rows_per_pass, in.n - many.first_row);
     many.padded = (many.rows + 63) / 64 * 64;
     const unsigned slots = static_cast<unsigned>(many.rows);
-    const auto rows = are_usual(in) ? (labels ? rows_kernel<true, true> : rows_kernel<true, false>)
-                                    : (labels ? rows_kernel<false, true> : rows_kernel<false, false>);
+    const auto rows = is_float ? rows_kernel_for<true>(are_usual(in), labels)
+                               : rows_kernel_for<false>(are_usual(in), labels);
     launch(rows, static_cast<unsigned>(many.padded), THREADS, 0, in, many);
-    if (many.norms && many.first_row == 0) {
-      const int64_t warps = THREADS / 32;
+    const int64_t warps = THREADS / 32;
+    if (many.norms && many.first_row == 0 && !is_float) {
       launch(classes ? norms_kernel<true> : norms_kernel<false>,
              static_cast<unsigned>(ceil_div(pool.m, warps)), THREADS, 0, pool, many);
     }
     for (many.first_ref = 0; many.first_ref < pool.m; many.first_ref += plan.refs_per_pass) {
       many.refs = std::min(plan.refs_per_pass, pool.m - many.first_ref);
-      launch_many_score(op, pool, many, false, stream);
+      // What products are of. Float32: halves, and but for the first scores twice as many elements.
+      if (is_float) many.norms = norms - many.first_ref;
+      many.map_ref = is_float ? 0 : many.first_ref;
+      Inputs operands = pool;
+      Many product = many;
+      if (is_float) {
+        const int64_t row_bytes = 4 * many.d_stride;
+        launch(classes ? halves_kernel<true> : halves_kernel<false>,
+               static_cast<unsigned>(ceil_div(many.refs, warps)), THREADS, 0, pool, many, halves);
+        operands.refs = {halves, Dtype::f16};  // none beyond the round are there
+        operands.m = many.first_ref + many.refs;
+        launch_many_score(op, operands, many, false, stream, row_bytes, row_bytes);
+        operands.d = product.d_stride = 2 * many.d_stride;
+      } else {
+        launch_many_score(op, pool, many, false, stream);
+      }
       launch(classes ? select_kernel<true> : select_kernel<false>, slots, SELECT_THREADS, 0, pool, many,
              early_blocks(many));
-      launch(classes ? place_kernel<true> : place_kernel<false>, 1, PLACE_THREADS, 0, pool, many);
+      launch(classes ? place_kernel<true> : place_kernel<false>, 1, PLACE_THREADS, 0, operands, product);
       if (many.exact) {
         launch(classes ? gather_kernel<true> : gather_kernel<false>, 4 * static_cast<unsigned>(many.blocks),
-               THREADS, 0, pool, many);
-        launch_many_score(op, pool, many, true, stream);
+               THREADS, 0, operands, product);
+        launch_many_score(op, operands, product, true, stream);
       }
       const unsigned blocks = static_cast<unsigned>(many.blocks);
       const auto weights = classes
                                ? (many.exact ? weights_kernel<true, true> : weights_kernel<false, true>)
                                : (many.exact ? weights_kernel<true, false> : weights_kernel<false, false>);
       launch(weights, std::min(slots * WEIGHT_UNITS, RESIDENT * blocks), THREADS, 0, pool, many);
-      launch_many_sum(op, pool, many, stream);
+      launch_many_sum(op, operands, product, stream);
       const bool last = many.first_ref + plan.refs_per_pass >= pool.m;
       launch(merge, slots + 2 * blocks, THREADS, merge_bytes, pool, many, last);
     }
@@ -2106,7 +2264,9 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, cud
 
 void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream) {
   const int64_t refs = in.k * in.m, labelled = in.labels ? in.k : 0;
-  const ManyLayout layout = many_layout(in.n, refs, in.d, labelled, plan.rows_per_pass, plan.refs_per_pass);
+  const bool is_float = in.refs.dtype == Dtype::f32;
+  const ManyLayout layout =
+      many_layout(in.n, refs, in.d, labelled, is_float, plan.rows_per_pass, plan.refs_per_pass);
   char* next = static_cast<char*>(workspace);
   const auto take = [&](int64_t bytes) {
     char* const piece = next;
@@ -2125,8 +2285,8 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   many.centre = centre.take<float>(2 * many.d_stride);
   many.statistics = centre.take<double>(d_tiles * STATISTICS);
   many.distances = centre.take<float>(d_tiles * MANY_PAIRS);
-  void* const norms = take(layout.norms);
-  many.norms = layout.norms > 0 && in.refs.dtype == Dtype::f16 ? static_cast<float*>(norms) : nullptr;
+  float* const norms = reinterpret_cast<float*>(take(layout.norms));
+  many.norms = layout.norms > 0 && in.refs.dtype == Dtype::f16 ? norms : nullptr;
   Carver classes(take(layout.classes));
   if (in.labels) many.ranges = classes.take<int2>(plan.rows_per_pass);
   if (in.k > 1) {
@@ -2149,25 +2309,33 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
   static_assert(2 * sizeof(ManyFactor) + sizeof(ManySlot) + 7 * sizeof(int) + WEIGHT_UNITS * sizeof(double) <=
                 MANY_ROW_BYTES);
   many.hi = reinterpret_cast<__half*>(take(layout.queries));
-  many.lo = many.hi + plan.rows_per_pass * many.d_stride;
-  many.dense_lo = many.lo + plan.rows_per_pass * many.d_stride;
+  if (is_float) {  // y_lo and y_hi of one row after those of another, of dense rows too
+    many.lo = many.hi, many.hi = many.lo + many.d_stride;
+    many.dense_lo = many.lo + 2 * plan.rows_per_pass * many.d_stride;
+  } else {
+    many.lo = many.hi + plan.rows_per_pass * many.d_stride;
+    many.dense_lo = many.lo + plan.rows_per_pass * many.d_stride;
+  }
   many.scores = reinterpret_cast<float*>(take(layout.scores));
   many.maxima = reinterpret_cast<float*>(take(layout.maxima));
   many.survivors = reinterpret_cast<int*>(take(layout.survivors));
   many.sums = reinterpret_cast<float*>(take(layout.sums));
   many.partial = reinterpret_cast<float*>(take(layout.partial));
+  __half* const halves = reinterpret_cast<__half*>(take(layout.halves));
   many.score_stride = plan.refs_per_pass;
   many.blocks = static_cast<int>(plan.blocks);
   many.exact = !plan.fast;
 
+  const bool of_classes = in.k > 1;
   const auto centre_of =
-      in.refs.dtype == Dtype::f16
-          ? (in.k > 1 ? centre_kernel<__half, true> : centre_kernel<__half, false>)
-          : (in.k > 1 ? centre_kernel<__nv_bfloat16, true> : centre_kernel<__nv_bfloat16, false>);
+      is_float ? (of_classes ? centre_kernel<float, true> : centre_kernel<float, false>)
+      : in.refs.dtype == Dtype::f16
+          ? (of_classes ? centre_kernel<__half, true> : centre_kernel<__half, false>)
+          : (of_classes ? centre_kernel<__nv_bfloat16, true> : centre_kernel<__nv_bfloat16, false>);
   centre_of<<<static_cast<unsigned>(d_tiles), MANY_TILE * CENTRE_LANES, 0, stream>>>(in, many);
   check_launch(op);
   for (int64_t first = 0; first < in.n; first += MANY_LIST_ROWS)
-    run_rows(op, slice_rows(in, first, MANY_LIST_ROWS), plan, many, stream);
+    run_rows(op, slice_rows(in, first, MANY_LIST_ROWS), plan, many, halves, norms, stream);
 }
 
 }  // namespace svel::cuda

@@ -23,14 +23,16 @@ struct Arguments {
 };
 
 void launch(const char* op, const Inputs& in, const Plan& plan, void* workspace, cudaStream_t stream) {
-  const auto run = plan.kernel == "pool"        ? run_pool
-                   : plan.kernel == "many_rows" ? run_many_rows
-                   : plan.kernel == "held"      ? run_held
-                   : plan.kernel == "bulk"      ? run_bulk
-                   : plan.kernel == "stream"    ? run_stream
-                   : plan.kernel == "tiled"     ? run_tiled
-                   : plan.kernel == "small"     ? run_small
-                                                : run_two_pass;
+  const auto run = plan.kernel == "pool"         ? run_pool
+                   : plan.kernel == "many_rows"  ? run_many_rows
+                   : plan.kernel == "short_rows" ? run_short_rows
+                   : plan.kernel == "held"       ? run_held
+                   : plan.kernel == "swept"      ? run_swept
+                   : plan.kernel == "bulk"       ? run_bulk
+                   : plan.kernel == "stream"     ? run_stream
+                   : plan.kernel == "tiled"      ? run_tiled
+                   : plan.kernel == "small"      ? run_small
+                                                 : run_two_pass;
   run(op, in, plan, workspace, stream);
 }
 

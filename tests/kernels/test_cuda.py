@@ -192,7 +192,8 @@ def test_longest_samples(k, m, d, x_dtype, source):
         (3, 70, 32_768),
     ],
 )
-def test_class_banks_on_the_matrix_units(rng, n, m, d, geometry, source, precision):
+def test_class_banks_on_the_matrix_units(rng, monkeypatch, n, m, d, geometry, source, precision):
+    monkeypatch.setenv("SVEL_KERNEL", "bulk")
     x, refs, t, labels, counts = make_bank(n, 4, m, d, torch.float16, rng, geometry)
     if torch.cuda.get_device_capability() >= (9, 0):
         assert info.plan(n, m, d, 4, precision=precision)["products"]
