@@ -6,9 +6,8 @@
 //  * when all have: scores. A unit is a tile of rows, one of references and a slice of samples: its shares of
 //    y.r_j - alpha/2 |d_j|^2, d_j = r_j - c, to memory
 //  * when all have: weights. Rows in which the rounding of shares would be seen name references of weight
-//  * if there are any, when all have: these are scored in float64, four of a row at a time by a block; when
-//  all
-//    have: the weights of their rows
+//  * if there are any, when all have: these are scored in float64, four of a row at a time by a block;
+//    when all have: the weights of their rows
 //  * when all have: sums. A unit is a tile of rows and one of D, over all references: results
 //
 // Units are dealt out to the blocks in turn, those of the same references together, so that these come from
