@@ -26,7 +26,7 @@ ShortLayout short_layout(int64_t d, int64_t rows_per_pass, int64_t refs_per_pass
   layout.sums = 4 * padded * rows;
   layout.totals = 24 * rows;
   layout.doubts = 16 * (rows_per_pass + 1);
-  layout.settling = SHORT_SETTLE_BLOCKS * (8 * SHORT_SETTLE_ROWS * (padded + 1) + 4);
+  layout.settling = SHORT_SETTLE_BLOCKS * (8 * SHORT_SETTLE_ROWS * (padded + 2) + 4);
   return layout;
 }
 

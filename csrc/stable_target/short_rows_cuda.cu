@@ -61,13 +61,14 @@ struct Total {
 
 struct Doubt {   // a row to be evaluated again
   int64_t row;   // of the pass
-  double level;  // its best score, about
+  double level;  // the exact score of the reference that was thought the best
 };
 
 // What blocks of settle_kernel leave to the last one of theirs.
 struct Settling {
   int* arrived;    // (SHORT_SETTLE_BLOCKS,), zero when nobody works
   double* totals;  // (SHORT_SETTLE_BLOCKS, SHORT_SETTLE_ROWS)
+  double* levels;  // the same: the scores that weights are relative to
   double* sums;    // (SHORT_SETTLE_BLOCKS, SHORT_SETTLE_ROWS, padded d)
 };
 
@@ -671,8 +672,7 @@ __global__ void __launch_bounds__(SHORT_THREADS, 1)
 // Rows whose mean may be off by so much, over what the output is relative to, are evaluated again. Scores are
 // off by SCORE_ERROR of their terms, the standard deviation; beside a source, whose score is not, by their
 // common part too, which is three times that.
-constexpr double SCORE_ERROR = 6e-8, SOURCE_ERROR = 3, DOUBT_EXACT = 6e-7, DOUBT_FAST = 2.5e-4;
-constexpr double MANY = 1.6;  // of the limit, where a row is between many: each of them is off by itself
+constexpr double SCORE_ERROR = 6e-8, SOURCE_ERROR = 3, DOUBT_EXACT = 4.5e-7, DOUBT_FAST = 1.8e-4;
 constexpr double SUM_ERROR = 1.0 / 12;  // "exact": float32 sums show where 1 / 12 of |mean| is more than that
 constexpr double NO_SPREAD = 1e-6;      // what rounding leaves of the others' weight, and of |d|^2
 
@@ -822,7 +822,6 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
     const double own = totals[3] * joined.of_references * inverse,
                  spread = fmax(norm - squares[0] - NO_SPREAD * norm, 0.0);
     double moved, rest;
-    bool few = true;
     if (in.source.data) {
       const double share = fmax(own, joined.with_source * inverse);
       rest = fmax(1 - share, 0.0);
@@ -832,10 +831,9 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
       const double squared = totals[1] * inverse * inverse;
       const double of_others = sqrt(fmax(squared - own * inverse, 0.0)),
                    largest = fmin(fmin(inverse, rest), of_others);
-      few = totals[3] > 1 || of_others > 0.7 * rest;
       moved = 2 * own * own * squares[3] + largest * fmax(spread - own * squares[3], 0.0);
     }
-    const double limit = (s.exact ? DOUBT_EXACT : DOUBT_FAST) * (few ? 1 : MANY);
+    const double limit = s.exact ? DOUBT_EXACT : DOUBT_FAST;
     double scale = squares[1] / (row.b * row.b);
     if (in.lse.data && row.alpha > 0) scale = fmin(scale, squares[2] / (row.alpha * row.alpha));
     doubtful = moved * error * error > limit * limit * scale ||
@@ -843,7 +841,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
     // Of references elsewhere nothing is known; they may be as far away as those here are.
     moves = in.partial && error * error * facts.mean_norm / 4 > limit * limit * scale;
   }
-  if (doubtful && tid == 0) s.doubtful[atomicAdd(s.doubts, 1)] = {local, level};
+  if (doubtful && tid == 0) s.doubtful[atomicAdd(s.doubts, 1)] = {local, squares[4]};
   if (!in.lse.data) return;
   level = joined.level;
   if (moves) level = squares[4];
@@ -854,11 +852,12 @@ struct Settled {             // of a row that is evaluated again
   double level, rate, half;  // the score that weights are relative to; of scores, base 2; alpha / 2
   double square, of_source;  // |y|^2, the source's score
 };
-constexpr double NO_WEIGHT = -64;  // log2
+constexpr double NO_WEIGHT = -64, MUCH_WEIGHT = 512;  // log2, beside the level
 
 // Rows in doubt once more, in float64: eight side by side, beside a share of all references. A thread scores
 // one reference for all of them, then adds up one element of the references that have weight. Weights are
-// relative to the best score as it is known already. Who comes last has the shares of all.
+// relative to a reference near the best, if not to a better one that is far above it. Who comes last has the
+// shares of all.
 __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs in, const Short s) {
   constexpr int ROWS = SHORT_SETTLE_ROWS, THREADS = SETTLE_THREADS, WARPS = THREADS / 32;
   static_assert(ROWS == WARPS, "a warp ends a row");
@@ -867,6 +866,7 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
   __shared__ float centre[MOST_D];
   __shared__ Settled settled[ROWS];
   __shared__ unsigned weighty[WARPS];  // bits: references of a warp
+  __shared__ double tops[WARPS][ROWS];
   __shared__ bool last;
   follow_previous();
   const int count = *s.doubts;
@@ -935,13 +935,36 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
           }
         }
       }
-      bool has_weight = false;
+      bool has_weight = false, has_much = false;
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         const Settled& own = settled[r];
-        const double exponent = (scores[r] - own.half * norm - own.level) * own.rate;
+        double& exponent = scores[r];
+        exponent = j < valid && r < rows ? (scores[r] - own.half * norm - own.level) * own.rate : -INFINITY;
+        has_much = has_much || exponent > MUCH_WEIGHT;
+      }
+      if (__syncthreads_or(has_much)) {  // the best of these is what weights are relative to from here on
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          double top = scores[r];
+          for (int hop = 16; hop > 0; hop /= 2) top = fmax(top, __shfl_xor_sync(0xffffffffu, top, hop));
+          if (lane == 0) tops[warp][r] = top;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          double more = 0;
+          for (int w = 0; w < WARPS; ++w) more = fmax(more, tops[w][r]);
+          const double keep = exp2(-more);
+          scores[r] -= more, total[r] *= keep, sums[r] *= keep;
+          if (tid == r && r < rows) settled[r].level += more / settled[r].rate;
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        const double exponent = scores[r];
         double weight = 0;
-        if (j < valid && r < rows && exponent > NO_WEIGHT) weight = exp2(exponent), has_weight = true;
+        if (exponent > NO_WEIGHT) weight = exp2(exponent), has_weight = true;
         total[r] += weight;
         weights[tid * ROWS + r] = weight;
       }
@@ -949,16 +972,28 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
       if (lane == 0) weighty[warp] = bits;
       __syncthreads();
       if (team < teams && element < d) {
-        const double c = centre[element];
+        const float c = centre[element];
+        constexpr int AT_ONCE = 8;  // on their way from memory
         for (int w = team; w < WARPS; w += teams) {
-          for (unsigned left = weighty[w]; left; left &= left - 1) {
-            const int k = 32 * w + __ffs(static_cast<int>(left)) - 1;
-            const double own = load_as<double>(in.refs, (first + k) * in.d + element) - c;
-            const double2* const of_rows = reinterpret_cast<const double2*>(weights + k * ROWS);
+          for (unsigned left = weighty[w]; left;) {
+            int ks[AT_ONCE];
+            float values[AT_ONCE];
 #pragma unroll
-            for (int r = 0; r < ROWS; r += 2) {
-              const double2 pair = of_rows[r / 2];
-              sums[r] = fma(pair.x, own, sums[r]), sums[r + 1] = fma(pair.y, own, sums[r + 1]);
+            for (int q = 0; q < AT_ONCE; ++q) {
+              ks[q] = left ? 32 * w + __ffs(static_cast<int>(left)) - 1 : -1;
+              left &= left - 1;
+              values[q] = ks[q] >= 0 ? load_as<float>(in.refs, (first + ks[q]) * in.d + element) : 0.0f;
+            }
+#pragma unroll
+            for (int q = 0; q < AT_ONCE; ++q) {
+              if (ks[q] < 0) break;
+              const double own = static_cast<double>(values[q]) - c;
+              const double2* const of_rows = reinterpret_cast<const double2*>(weights + ks[q] * ROWS);
+#pragma unroll
+              for (int r = 0; r < ROWS; r += 2) {
+                const double2 pair = of_rows[r / 2];
+                sums[r] = fma(pair.x, own, sums[r]), sums[r + 1] = fma(pair.y, own, sums[r + 1]);
+              }
             }
           }
         }
@@ -983,7 +1018,7 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
       return sum;
     };
     if (shares > 1) {
-      if (lane == 0) s.settling.totals[at] = all;
+      if (lane == 0) s.settling.totals[at] = all, s.settling.levels[at] = settled[warp].level;
       if (all != 0)
         for (int e = lane; e < padded; e += 32) s.settling.sums[at * padded + e] = sum_of(e);
       __threadfence();
@@ -996,21 +1031,27 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
     }
     if (warp >= rows) continue;
     const int64_t of_group = static_cast<int64_t>(group) * shares * ROWS + warp;
+    const Settled& own = settled[warp];
+    double level = own.level;
+    const auto share_of = [&](int p) {  // relative to the level of all
+      return exp2((__ldcg(s.settling.levels + of_group + p * ROWS) - level) * own.rate);
+    };
     if (shares > 1) {
       all = 0;
-      for (int p = 0; p < shares; ++p) all += __ldcg(s.settling.totals + of_group + p * ROWS);
+      for (int p = 0; p < shares; ++p) level = fmax(level, __ldcg(s.settling.levels + of_group + p * ROWS));
+      for (int p = 0; p < shares; ++p) all += share_of(p) * __ldcg(s.settling.totals + of_group + p * ROWS);
     }
     const int64_t index = s.first_row + doubtful[warp].row;
     const Row row = row_coefficients(in, index);
-    const Settled& own = settled[warp];
-    const Joined joined = join(in, own.level, true, own.of_source, own.rate);
+    const Joined joined = join(in, level, true, own.of_source, own.rate);
     all = all * joined.of_references + joined.with_source;
     for (int e = lane; e < d; e += 32) {
       double sum = 0;
       if (shares > 1) {
         for (int p = 0; p < shares; ++p) {
           const int64_t of_part = of_group + p * ROWS;
-          if (__ldcg(s.settling.totals + of_part) != 0) sum += __ldcg(s.settling.sums + of_part * padded + e);
+          if (__ldcg(s.settling.totals + of_part) != 0)
+            sum = fma(share_of(p), __ldcg(s.settling.sums + of_part * padded + e), sum);
         }
       } else {
         sum = sum_of(e);
@@ -1064,6 +1105,7 @@ void run_short_rows(const char* op, const Inputs& in, const Plan& plan, void* wo
   s.doubts = reinterpret_cast<int*>(doubts), s.doubtful = reinterpret_cast<Doubt*>(doubts + sizeof(Doubt));
   constexpr int64_t SETTLED = SHORT_SETTLE_BLOCKS * SHORT_SETTLE_ROWS;
   s.settling.totals = reinterpret_cast<double*>(take(8 * SETTLED));
+  s.settling.levels = reinterpret_cast<double*>(take(8 * SETTLED));
   s.settling.sums = reinterpret_cast<double*>(take(8 * SETTLED * plan.tile_d));
   s.settling.arrived = reinterpret_cast<int*>(take(4 * SHORT_SETTLE_BLOCKS));
 
