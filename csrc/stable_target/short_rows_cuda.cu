@@ -673,8 +673,11 @@ __global__ void __launch_bounds__(SHORT_THREADS, 1)
 // off by SCORE_ERROR of their terms, the standard deviation; beside a source, whose score is not, by their
 // common part too, which is three times that.
 constexpr double SCORE_ERROR = 6e-8, SOURCE_ERROR = 3, DOUBT_EXACT = 4.5e-7, DOUBT_FAST = 1.8e-4;
+constexpr double MANY = 2;  // of the limit, where a row is between many: each of them is off by itself
 constexpr double SUM_ERROR = 1.0 / 12;  // "exact": float32 sums show where 1 / 12 of |mean| is more than that
 constexpr double NO_SPREAD = 1e-6;      // what rounding leaves of the others' weight, and of |d|^2
+constexpr double LARGEST_SCORE =
+    1e15;  // in log2 of a weight: float64 has no digits for differences of larger ones
 
 template <int COUNT>
 __device__ void block_sums(double (&values)[COUNT], double* scratch) {  // COUNT for each warp
@@ -822,6 +825,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
     const double own = totals[3] * joined.of_references * inverse,
                  spread = fmax(norm - squares[0] - NO_SPREAD * norm, 0.0);
     double moved, rest;
+    bool few = true;
     if (in.source.data) {
       const double share = fmax(own, joined.with_source * inverse);
       rest = fmax(1 - share, 0.0);
@@ -831,13 +835,15 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
       const double squared = totals[1] * inverse * inverse;
       const double of_others = sqrt(fmax(squared - own * inverse, 0.0)),
                    largest = fmin(fmin(inverse, rest), of_others);
+      few = totals[3] > 1 || of_others > 0.7 * rest;
       moved = 2 * own * own * squares[3] + largest * fmax(spread - own * squares[3], 0.0);
     }
-    const double limit = s.exact ? DOUBT_EXACT : DOUBT_FAST;
+    const double limit = (s.exact ? DOUBT_EXACT : DOUBT_FAST) * (few ? 1 : MANY);
     double scale = squares[1] / (row.b * row.b);
     if (in.lse.data && row.alpha > 0) scale = fmin(scale, squares[2] / (row.alpha * row.alpha));
-    doubtful = moved * error * error > limit * limit * scale ||
-               (s.exact && rest > NO_SPREAD && squares[0] * SUM_ERROR * SUM_ERROR > scale);
+    doubtful = (moved * error * error > limit * limit * scale ||
+                (s.exact && rest > NO_SPREAD && squares[0] * SUM_ERROR * SUM_ERROR > scale)) &&
+               (fabs(level) + fabs(half)) * rate < LARGEST_SCORE;
     // Of references elsewhere nothing is known; they may be as far away as those here are.
     moves = in.partial && error * error * facts.mean_norm / 4 > limit * limit * scale;
   }
