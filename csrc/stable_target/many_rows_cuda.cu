@@ -648,8 +648,8 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
 
 // By a warp: whether a reference that has an element without a half is finite all the same. Then its halves
 // become zeros.
-__device__ __noinline__ bool drop_far(const float* from, const float* centre, float scale, int64_t d,
-                                      __half* to, int64_t d_stride) {
+__device__ __forceinline__ bool drop_far(const float* from, const float* centre, float scale, int64_t d,
+                                         __half* to, int64_t d_stride) {
   bool is_finite = true;
 #pragma unroll 1
   for (int64_t e = threadIdx.x % 32; e < d; e += 32)
@@ -1663,82 +1663,101 @@ __device__ inline ShortList short_list(const Inputs& in, const Many& many, const
 // How the references of a list are scored.
 enum class ListScores { FLOAT, RELATIVE, DOUBLE };
 
+// y.d - alpha/2 |d|^2 for d = r - from and y = x - alpha from, in float64; by a warp. from: times `scale`.
+__device__ double score_in_double(const Inputs& in, const Row& row, const float* r, const float* from,
+                                  double scale) {
+  double score = 0;
+#pragma unroll 4
+  for (int64_t e = threadIdx.x % 32; e < in.d; e += 32) {
+    const double c = from[e] * scale, d = r[e] - c, x = load_as<double>(in.x, row.index * in.d + e);
+    score = fma(fma(-row.alpha, c, row.sign * x) - 0.5 * row.alpha * d, d, score);
+  }
+  return warp_sum(score);
+}
+
 // After the scores, few blocks, so that they leave room while the last tiles are scored: where there are far
 // references, each row gets what it has of those of the round, as stored and in float64, as if they had come
 // before; and its scores of them, which are of zeros, become those of none. However many there are, and
-// slowly.
+// slowly. Those of a turn are scored relative to the best of them, since scores are large for float64, too.
 constexpr int FAR_BLOCKS_PART = 4;  // of a multiprocessor's one
 template <bool CLASSES>
-__global__ void __launch_bounds__(THREADS) far_kernel(const Inputs in, const Many many) {
+__global__ void __launch_bounds__(THREADS, 4) far_kernel(const Inputs in, const Many many) {
   follow_previous();
   if (!many.facts->far) return;
-  static_assert(THREADS == MANY_SURVIVORS && THREADS % MANY_GROUP == 0);
   constexpr int GROUP = static_cast<int>(MANY_GROUP);
-  __shared__ List list;
+  static_assert(THREADS % GROUP == 0);
+  __shared__ int references[THREADS], int_scratch[THREADS / 32], best_of_turn;
   __shared__ double scores[THREADS], scratch[33];
-  __shared__ int int_scratch[THREADS / 32];
-  const int tid = threadIdx.x, valid = static_cast<int>(many_valid(in, many));
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int valid = static_cast<int>(many_valid(in, many));
   const float scale = many.facts->scale;
+  const float* const refs = static_cast<const float*>(in.refs.data) + many.first_ref * in.d;
 #pragma unroll 1
   for (int64_t at = blockIdx.x; at < many.rows; at += gridDim.x) {
-    if (!many.slots[at].alive) continue;
+    ManySlot& slot = many.slots[at];
+    if (!slot.alive) continue;
     int2 own{0, valid};
     if constexpr (CLASSES) own = range_in_round(many, at, valid);
     float* const row_scores = many.scores + at * many.score_stride;
-    float* const maxima = many.maxima + at * (many.score_stride / MANY_GROUP);
-    const double rate2 = many.slots[at].rate2;
-    const double above = static_cast<double>(many.factors[at].half_alpha) * many.facts->mean_norm;
+    const double rate2 = slot.rate2;
 #pragma unroll 1
     for (int first = own.x / GROUP * GROUP; first < own.y; first += THREADS) {
       const int j = first + tid;
       bool is_far = j >= own.x && j < own.y;
       if constexpr (CLASSES) {
-        const uint32_t number = static_cast<uint32_t>(many.first_ref) + j;
+        const uint32_t number = static_cast<uint32_t>(many.first_ref + j);
         is_far = is_far && static_cast<int>(number) < many.classes->ends[number / many.class_refs];
       }
       is_far = is_far && many.norms[many.first_ref + j] == FAR_NORM;
       int count;
       const int place = block_prefix(is_far, int_scratch, count);
       if (count == 0) continue;
-      if (is_far) list.references[place] = j, row_scores[j] = -INFINITY;
+      if (is_far) references[place] = j, row_scores[j] = -INFINITY;
       __syncthreads();
       if (is_far) {
         float most = -INFINITY;
-        for (int k = 0; k < GROUP; ++k) most = fmaxf(most, row_scores[j / GROUP * GROUP + k]);
-        maxima[j / GROUP] = most;
-      }
-      const ManySlot slot = many.slots[at];
 #pragma unroll 1
-      for (int some = 0; some < count; some += SHORT_LIST) {
-        ShortList of = short_list(in, many, slot.row, list, min(SHORT_LIST, count - some));
-        of.references += some;
-        score_short_list<float, CLASSES>(of, scores + some);
+        for (int k = 0; k < GROUP; ++k) most = fmaxf(most, row_scores[j / GROUP * GROUP + k]);
+        many.maxima[at * (many.score_stride / GROUP) + j / GROUP] = most;
       }
-      double best = tid < count ? scores[tid] + above : -INFINITY;
-      const double score = best;
-      best = block_max(fmax(best, slot.best), scratch);
-      const double weight = tid < count ? exp2(rate2 * (score - best)) : 0.0,
-                   keep = has_sums(slot) ? exp2(rate2 * (slot.best - best)) : 0.0;
+      const Row row = slot.row;
+#pragma unroll 1
+      for (int k = warp; k < count; k += THREADS / 32) {
+        const double score =
+            score_in_double(in, row, refs + references[k] * in.d, many.centre_float, 1.0f / scale);
+        if (lane == 0) scores[k] = score;
+      }
+      __syncthreads();
+      double top = block_max<double>(tid < count ? scores[tid] : -INFINITY, scratch);
+      if (tid == 0) best_of_turn = 0;
+      __syncthreads();
+      if (tid < count && scores[tid] == top) atomicMax(&best_of_turn, tid);
+      __syncthreads();
+      const float* const from = refs + references[best_of_turn] * in.d;
+#pragma unroll 1
+      for (int k = warp; k < count; k += THREADS / 32) {
+        const double score = score_in_double(in, row, refs + references[k] * in.d, from, 1);
+        if (lane == 0) scores[k] = score;
+      }
+      __syncthreads();
+      const double relative = tid < count ? scores[tid] : -INFINITY, most = block_max(relative, scratch);
+      top += most + static_cast<double>(many.factors[at].half_alpha) * many.facts->mean_norm;
+      const double best = fmax(top, slot.best), of_turn = exp2(rate2 * (top - best)),
+                   keep = has_sums(slot) ? exp2(rate2 * (slot.best - best)) : 0.0,
+                   weight = tid < count ? exp2(rate2 * (relative - most)) * of_turn : 0.0;
       scores[tid] = weight;
       const double total = slot.total * keep + block_sum(weight, scratch);
 #pragma unroll 1
-      for (int64_t e = 8 * tid; e < in.d; e += 8 * THREADS) {
+      for (int64_t e = tid; e < in.d; e += THREADS) {
         float* const sums = many.sums + at * many.d_stride + e;
-        double sum[8];
-#pragma unroll
-        for (int k = 0; k < 8; ++k) sum[k] = has_sums(slot) ? keep * sums[k] : 0.0;
-#pragma unroll 1
-        for (int k = 0; k < count; ++k) {
-          float d[8];
-          load_differences<float>(in, many, many.first_ref + list.references[k], e, scale, d);
-#pragma unroll
-          for (int q = 0; q < 8; ++q) sum[q] = fma(scores[k], static_cast<double>(d[q]), sum[q]);
-        }
-#pragma unroll
-        for (int k = 0; k < 8; ++k) sums[k] = static_cast<float>(sum[k]);
+        const float c = many.centre_float[e];
+        double sum = has_sums(slot) ? keep * *sums : 0.0;
+#pragma unroll 4
+        for (int k = 0; k < count; ++k) sum += scores[k] * fmaf(refs[references[k] * in.d + e], scale, -c);
+        *sums = static_cast<float>(sum);
       }
-      __syncthreads();  // all have read the slot, the list and the weights
-      if (tid == 0) many.slots[at].best = best, many.slots[at].total = total;
+      __syncthreads();  // all have read the slot, the references and their weights
+      if (tid == 0) slot.best = best, slot.total = total;
       __syncthreads();
     }
   }
