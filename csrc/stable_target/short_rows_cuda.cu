@@ -882,7 +882,9 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
   const int teams = THREADS / padded, team = tid / padded, element = tid % padded;  // of the sums
   const int64_t valid = valid_count(in, 0), tiles = (valid + THREADS - 1) / THREADS;
   const int groups = (count + ROWS - 1) / ROWS;
-  const int shares = static_cast<int>(max(min(static_cast<int64_t>(gridDim.x) / groups, tiles), int64_t{1}));
+  const int64_t most =
+      min(static_cast<int64_t>(gridDim.x) / groups, int64_t{THREADS});  // factors have room for
+  const int shares = static_cast<int>(max(min(most, tiles), int64_t{1}));
   const bool vectors = loads_vectors(in.refs, in.d);
   if (tid < MOST_D) centre[tid] = s.facts->centre[tid];
 
@@ -1039,35 +1041,62 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
     const int64_t of_group = static_cast<int64_t>(group) * shares * ROWS + warp;
     const Settled& own = settled[warp];
     double level = own.level;
-    const auto share_of = [&](int p) {  // relative to the level of all
-      return exp2((__ldcg(s.settling.levels + of_group + p * ROWS) - level) * own.rate);
-    };
+    double* const factors = weights + warp * THREADS;  // of shares, relative to the level of all
     if (shares > 1) {
+      for (int p = lane; p < shares; p += 32)
+        level = fmax(level, __ldcg(s.settling.levels + of_group + p * ROWS));
+      for (int hop = 16; hop > 0; hop /= 2) level = fmax(level, __shfl_xor_sync(0xffffffffu, level, hop));
       all = 0;
-      for (int p = 0; p < shares; ++p) level = fmax(level, __ldcg(s.settling.levels + of_group + p * ROWS));
-      for (int p = 0; p < shares; ++p) all += share_of(p) * __ldcg(s.settling.totals + of_group + p * ROWS);
+      for (int p = lane; p < shares; p += 32) {
+        const double of_share = __ldcg(s.settling.totals + of_group + p * ROWS);
+        // Sums of a share without weight were not written.
+        factors[p] =
+            of_share != 0 ? exp2((__ldcg(s.settling.levels + of_group + p * ROWS) - level) * own.rate) : 0.0;
+        all = fma(factors[p], of_share, all);
+      }
+      all = warp_sum(all);
+      __syncwarp();
     }
     const int64_t index = s.first_row + doubtful[warp].row;
     const Row row = row_coefficients(in, index);
     const Joined joined = join(in, level, true, own.of_source, own.rate);
     all = all * joined.of_references + joined.with_source;
-    for (int e = lane; e < d; e += 32) {
-      double sum = 0;
+    constexpr int AT_ONCE = 4;  // elements of a lane, and shares, on their way from memory
+    for (int first = lane; first < d; first += 32 * AT_ONCE) {
+      double of_element[AT_ONCE] = {};
       if (shares > 1) {
-        for (int p = 0; p < shares; ++p) {
-          const int64_t of_part = of_group + p * ROWS;
-          if (__ldcg(s.settling.totals + of_part) != 0)
-            sum = fma(share_of(p), __ldcg(s.settling.sums + of_part * padded + e), sum);
+        for (int p0 = 0; p0 < shares; p0 += AT_ONCE) {
+          double v[AT_ONCE][AT_ONCE];
+#pragma unroll
+          for (int q = 0; q < AT_ONCE; ++q) {
+            const bool has = p0 + q < shares && factors[p0 + q] != 0;
+            const double* const from = s.settling.sums + (of_group + (p0 + q) * ROWS) * padded + first;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+              v[q][i] = has && first + 32 * i < d ? __ldcg(from + 32 * i) : 0.0;
+          }
+#pragma unroll
+          for (int q = 0; q < AT_ONCE; ++q) {
+            const double factor = p0 + q < shares ? factors[p0 + q] : 0.0;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) of_element[i] = fma(factor, v[q][i], of_element[i]);
+          }
         }
       } else {
-        sum = sum_of(e);
+        for (int i = 0; i < AT_ONCE; ++i)
+          if (first + 32 * i < d) of_element[i] = sum_of(first + 32 * i);
       }
-      const double c = centre[e];
-      sum *= joined.of_references;
-      if (in.source.data)
-        sum = fma(joined.with_source, load_as<double>(in.source, index * in.d + e) - c, sum);
-      store_as(in.out, index * in.d + e,
-               row.a * load_as<double>(in.x, index * in.d + e) + row.b * (c + sum / all));
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int e = first + 32 * i;
+        if (e >= d) continue;
+        const double c = centre[e];
+        double sum = of_element[i] * joined.of_references;
+        if (in.source.data)
+          sum = fma(joined.with_source, load_as<double>(in.source, index * in.d + e) - c, sum);
+        store_as(in.out, index * in.d + e,
+                 row.a * load_as<double>(in.x, index * in.d + e) + row.b * (c + sum / all));
+      }
     }
     if (in.lse.data && lane == 0) write_row_lse(in, row, index, all, joined.level, own.square);
   }
