@@ -674,6 +674,10 @@ __global__ void __launch_bounds__(SHORT_THREADS, 1)
 // common part too, which is three times that.
 constexpr double SCORE_ERROR = 6e-8, SOURCE_ERROR = 3, DOUBT_EXACT = 4.5e-7, DOUBT_FAST = 1.8e-4;
 constexpr double MANY = 2;  // of the limit, where a row is between many: each of them is off by itself
+// But for what they have in common: the matrix units cut each product towards zero, so references are off
+// alike where they and the row are alike. This, times |mean|^2 over the mean |d|^2, of the error is in
+// proportion to d.
+constexpr double ALIKE = 0.5;
 constexpr double SUM_ERROR = 1.0 / 12;  // "exact": float32 sums show where 1 / 12 of |mean| is more than that
 constexpr double NO_SPREAD = 1e-6;      // what rounding leaves of the others' weight, and of |d|^2
 constexpr double LARGEST_SCORE =
@@ -814,13 +818,15 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
 
   bool doubtful = false, moves = false;
   if (reference >= 0 && good) {
-    // What scores are off by, as sums of products of 16, each cut to float32's digits, and in rounding.
+    // What scores are off by: 16 products at a time are cut to two bits more than float32 has, then with the
+    // sum so far to float32's digits. Sums grow with D, and so do the cuts; then rounding.
     const double of_all =
                      totals[2] * joined.of_references * unit * unit + joined.with_source * square_of_source,
                  norm = of_all * inverse, half = 0.5 * row.alpha * norm, product = level + half;
-    const double error = SCORE_ERROR * row.rate() *
-                         sqrt((0.25 + static_cast<double>(in.d) / 256) * product * product +
-                              square * norm / 32 + 0.3 * (level * level + half * half));
+    const double cuts = 0.3 + static_cast<double>(in.d * in.d) / (192 * 192);
+    const double error =
+        SCORE_ERROR * row.rate() *
+        sqrt(cuts * product * product + square * norm / 32 + 0.3 * (level * level + half * half));
     // By how much that moves the mean: the best, with all that have its score; others, each for itself.
     const double own = totals[3] * joined.of_references * inverse,
                  spread = fmax(norm - squares[0] - NO_SPREAD * norm, 0.0);
@@ -838,6 +844,8 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
       few = totals[3] > 1 || of_others > 0.7 * rest;
       moved = 2 * own * own * squares[3] + largest * fmax(spread - own * squares[3], 0.0);
     }
+    const double alike = norm > 0 ? ALIKE * squares[0] / norm : 0;
+    moved += alike * alike * spread;
     const double limit = (s.exact ? DOUBT_EXACT : DOUBT_FAST) * (few ? 1 : MANY);
     double scale = squares[1] / (row.b * row.b);
     if (in.lse.data && row.alpha > 0) scale = fmin(scale, squares[2] / (row.alpha * row.alpha));
@@ -963,9 +971,10 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
         for (int r = 0; r < ROWS; ++r) {
           double more = 0;
           for (int w = 0; w < WARPS; ++w) more = fmax(more, tops[w][r]);
+          if (!(more > MUCH_WEIGHT)) more = 0;  // what is beside a row, which changes, leaves it as it is
           const double keep = exp2(-more);
           scores[r] -= more, total[r] *= keep, sums[r] *= keep;
-          if (tid == r && r < rows) settled[r].level += more / settled[r].rate;
+          if (tid == r && r < rows && more > 0) settled[r].level += more / settled[r].rate;
         }
       }
 #pragma unroll
