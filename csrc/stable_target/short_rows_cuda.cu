@@ -866,6 +866,48 @@ struct Settled {             // of a row that is evaluated again
   double level, rate, half;  // the score that weights are relative to; of scores, base 2; alpha / 2
   double square, of_source;  // |y|^2, the source's score
 };
+
+// Eight elements as they lie in memory, those of 16 bits in the first half. A conversion waits for its load,
+// so it is left to where the value is used.
+struct Chunk {
+  uint4 low, high;
+};
+__device__ Chunk fetch_chunk(const Array& from, int64_t index, int64_t d, int chunk, bool vectors) {
+  Chunk c{};
+  const int64_t at = index * d + 8 * chunk;
+  const bool wide = from.dtype == Dtype::f32;
+  const auto* const words = static_cast<const unsigned*>(from.data) + at;
+  const auto* const halves = static_cast<const unsigned short*>(from.data) + at;
+  if (vectors) {
+    c.low = *reinterpret_cast<const uint4*>(wide ? static_cast<const void*>(words) : halves);
+    if (wide) c.high = reinterpret_cast<const uint4*>(words)[1];
+    return c;
+  }
+  const int left = static_cast<int>(d) - 8 * chunk;
+  unsigned v[8] = {};
+#pragma unroll
+  for (int k = 0; k < 8; ++k)
+    if (k < left) v[k] = wide ? words[k] : halves[k];
+  if (wide) return {{v[0], v[1], v[2], v[3]}, {v[4], v[5], v[6], v[7]}};
+  c.low = {v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16};
+  return c;
+}
+__device__ unsigned fetch_bits(const Array& from, int64_t at) {
+  return from.dtype == Dtype::f32 ? static_cast<const unsigned*>(from.data)[at]
+                                  : static_cast<const unsigned short*>(from.data)[at];
+}
+__device__ float value_of(unsigned bits, Dtype dtype) {
+  return dtype == Dtype::f32   ? __uint_as_float(bits)
+         : dtype == Dtype::f16 ? __half2float(__ushort_as_half(static_cast<unsigned short>(bits)))
+                               : __uint_as_float(bits << 16);
+}
+__device__ void unpack_chunk(const Chunk& c, Dtype dtype, float (&v)[8]) {
+  const unsigned words[8] = {c.low.x, c.low.y, c.low.z, c.low.w, c.high.x, c.high.y, c.high.z, c.high.w};
+#pragma unroll
+  for (int k = 0; k < 8; ++k)
+    v[k] = value_of(dtype == Dtype::f32 ? words[k] : words[k / 2] >> 16 * (k % 2) & 0xffff, dtype);
+}
+
 constexpr double NO_WEIGHT = -64, MUCH_WEIGHT = 512;  // log2, beside the level
 
 // Rows in doubt once more, in float64: eight side by side, beside a share of all references. A thread scores
@@ -930,23 +972,30 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
       const int64_t first = tile * THREADS, j = first + tid;
       double scores[ROWS] = {}, norm = 0;
       if (j < valid) {
-        float next[8];
-        load_chunk(in.refs, j, in.d, 0, vectors, next);
+        constexpr int AHEAD = 4;  // chunks on their way
+        Chunk next[AHEAD];
+#pragma unroll
+        for (int q = 0; q < AHEAD; ++q)
+          if (8 * q < d) next[q] = fetch_chunk(in.refs, j, in.d, q, vectors);
 #pragma unroll 1
-        for (int e = 0; e < d; e += 8) {
-          float v[8];
+        for (int e0 = 0; e0 < d; e0 += 8 * AHEAD) {
 #pragma unroll
-          for (int k = 0; k < 8; ++k) v[k] = next[k];
-          if (e + 8 < d) load_chunk(in.refs, j, in.d, e / 8 + 1, vectors, next);
+          for (int q = 0; q < AHEAD; ++q) {
+            const int e = e0 + 8 * q;
+            if (e >= d) break;
+            float v[8];
+            unpack_chunk(next[q], in.refs.dtype, v);
+            if (e + 8 * AHEAD < d) next[q] = fetch_chunk(in.refs, j, in.d, e / 8 + AHEAD, vectors);
 #pragma unroll
-          for (int k = 0; k < 8; ++k) {
-            const double own = static_cast<double>(v[k]) - centre[e + k];
-            norm = fma(own, own, norm);
-            const double2* const of_rows = reinterpret_cast<const double2*>(y + (e + k) * ROWS);
+            for (int k = 0; k < 8; ++k) {
+              const double own = static_cast<double>(v[k]) - centre[e + k];
+              norm = fma(own, own, norm);
+              const double2* const of_rows = reinterpret_cast<const double2*>(y + (e + k) * ROWS);
 #pragma unroll
-            for (int r = 0; r < ROWS; r += 2) {
-              const double2 pair = of_rows[r / 2];
-              scores[r] = fma(pair.x, own, scores[r]), scores[r + 1] = fma(pair.y, own, scores[r + 1]);
+              for (int r = 0; r < ROWS; r += 2) {
+                const double2 pair = of_rows[r / 2];
+                scores[r] = fma(pair.x, own, scores[r]), scores[r + 1] = fma(pair.y, own, scores[r + 1]);
+              }
             }
           }
         }
@@ -990,21 +1039,21 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
       __syncthreads();
       if (team < teams && element < d) {
         const float c = centre[element];
-        constexpr int AT_ONCE = 8;  // on their way from memory
+        constexpr int AT_ONCE = 16;  // on their way from memory
         for (int w = team; w < WARPS; w += teams) {
           for (unsigned left = weighty[w]; left;) {
             int ks[AT_ONCE];
-            float values[AT_ONCE];
+            unsigned values[AT_ONCE];
 #pragma unroll
             for (int q = 0; q < AT_ONCE; ++q) {
               ks[q] = left ? 32 * w + __ffs(static_cast<int>(left)) - 1 : -1;
               left &= left - 1;
-              values[q] = ks[q] >= 0 ? load_as<float>(in.refs, (first + ks[q]) * in.d + element) : 0.0f;
+              values[q] = ks[q] >= 0 ? fetch_bits(in.refs, (first + ks[q]) * in.d + element) : 0;
             }
 #pragma unroll
             for (int q = 0; q < AT_ONCE; ++q) {
               if (ks[q] < 0) break;
-              const double own = static_cast<double>(values[q]) - c;
+              const double own = static_cast<double>(value_of(values[q], in.refs.dtype)) - c;
               const double2* const of_rows = reinterpret_cast<const double2*>(weights + ks[q] * ROWS);
 #pragma unroll
               for (int r = 0; r < ROWS; r += 2) {
@@ -1070,14 +1119,14 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
     const Row row = row_coefficients(in, index);
     const Joined joined = join(in, level, true, own.of_source, own.rate);
     all = all * joined.of_references + joined.with_source;
-    constexpr int AT_ONCE = 4;  // elements of a lane, and shares, on their way from memory
+    constexpr int AT_ONCE = 4, SHARES = 8;  // elements of a lane, and shares, on their way from memory
     for (int first = lane; first < d; first += 32 * AT_ONCE) {
       double of_element[AT_ONCE] = {};
       if (shares > 1) {
-        for (int p0 = 0; p0 < shares; p0 += AT_ONCE) {
-          double v[AT_ONCE][AT_ONCE];
+        for (int p0 = 0; p0 < shares; p0 += SHARES) {
+          double v[SHARES][AT_ONCE];
 #pragma unroll
-          for (int q = 0; q < AT_ONCE; ++q) {
+          for (int q = 0; q < SHARES; ++q) {
             const bool has = p0 + q < shares && factors[p0 + q] != 0;
             const double* const from = s.settling.sums + (of_group + (p0 + q) * ROWS) * padded + first;
 #pragma unroll
@@ -1085,7 +1134,7 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
               v[q][i] = has && first + 32 * i < d ? __ldcg(from + 32 * i) : 0.0;
           }
 #pragma unroll
-          for (int q = 0; q < AT_ONCE; ++q) {
+          for (int q = 0; q < SHARES; ++q) {
             const double factor = p0 + q < shares ? factors[p0 + q] : 0.0;
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i) of_element[i] = fma(factor, v[q][i], of_element[i]);
