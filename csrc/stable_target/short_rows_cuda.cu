@@ -961,9 +961,10 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
         for (int r = 0; r < ROWS; ++r) {
           double more = 0;
           for (int w = 0; w < WARPS; ++w) more = fmax(more, tops[w][r]);
+          if (more <= MUCH_WEIGHT) more = 0;  // of this row, whatever others beside it have
           const double keep = exp2(-more);
           scores[r] -= more, total[r] *= keep, sums[r] *= keep;
-          if (tid == r && r < rows) settled[r].level += more / settled[r].rate;
+          if (tid == r && more > 0) settled[r].level += more / settled[r].rate;
         }
       }
 #pragma unroll
