@@ -73,4 +73,21 @@ void launch_following(const char* op, bool follows, void (*kernel)(Params...), d
   check_cuda(op, cudaLaunchKernelEx(&config, kernel, args...));
 }
 
+// A launch whose blocks wait for one another: all run at once, or it is an error.
+template <typename... Params, typename... Args>
+void launch_together(const char* op, void (*kernel)(Params...), int64_t blocks, int threads, int64_t bytes,
+                     cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  check_cuda(op, cudaLaunchKernelEx(&config, kernel, args...));
+}
+
 }  // namespace svel::cuda

@@ -108,9 +108,6 @@ struct Tile {
   // Of a thread, see wgmma.cuh: what parts come to, one after the other.
   static constexpr int SUMS = ROWS / 2;
 };
-__device__ __forceinline__ int chunk_in_line(int line, int chunk) {
-  return line * LINE_BYTES + ((chunk ^ (line & 7)) << 4);
-}
 
 // acc = a b^T over DEPTH steps of 16, a_step apart in the descriptor of a; under way.
 template <typename T, int DEPTH, int COLUMNS, int A_STEP>
@@ -299,7 +296,7 @@ struct HeldKernel {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           const int j = first + k * (NORMS_AT_ONCE / 2);
-          uint4* const place = reinterpret_cast<uint4*>(refs + box * ref_box + chunk_in_line(j, part8));
+          uint4* const place = reinterpret_cast<uint4*>(refs + box * ref_box + chunk_address(0, j, part8));
           if (j >= valid) {
             if (j < (valid + 15) / 16 * 16) *place = make_uint4(0, 0, 0, 0);
             continue;
@@ -402,7 +399,7 @@ struct HeldKernel {
           T own[4];
 #pragma unroll
           for (int q = 0; q < 4; ++q) own[q] = Split<T>::nearest(y[v][q]), y[v][q] -= to_float(own[q]);
-          *reinterpret_cast<uint2*>(to + 2 * v * BOX + chunk_in_line(line_of(p, i), lane % 16 / 2)) =
+          *reinterpret_cast<uint2*>(to + 2 * v * BOX + chunk_address(0, line_of(p, i), lane % 16 / 2)) =
               make_uint2(pair_of(own[0], own[1]), pair_of(own[2], own[3]));
         }
       }
@@ -537,7 +534,7 @@ struct HeldKernel {
 #pragma unroll 1
       for (int j = 8 * lane; j < used; j += 8 * 32) {
         float4* const there = reinterpret_cast<float4*>(to + j / LINE * BOX +
-                                                        chunk_in_line(line_of(p, i), j / 8 % LINE_CHUNKS));
+                                                        chunk_address(0, line_of(p, i), j / 8 % LINE_CHUNKS));
         if (j < valid) {
           copy_async(there, reinterpret_cast<const float*>(from + j));
         } else {
@@ -768,18 +765,9 @@ void run_held(const char* op, const Inputs& in, const Plan& plan, void* workspac
                            : (usual ? held_kernel<__half, true> : held_kernel<__half, false>);
   check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(plan.smem_bytes)));
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeCooperative;  // blocks wait for one another
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
-  config.blockDim = dim3(HELD_THREADS);
-  config.dynamicSmemBytes = static_cast<size_t>(plan.smem_bytes);
-  config.stream = stream;
-  config.attrs = &together;
-  config.numAttrs = 1;
   for (int64_t first = 0; first < in.n; first += plan.rows_per_pass)
-    check_cuda(op, cudaLaunchKernelEx(&config, kernel, slice_rows(in, first, plan.rows_per_pass), held));
+    launch_together(op, kernel, plan.blocks, HELD_THREADS, plan.smem_bytes, stream,
+                    slice_rows(in, first, plan.rows_per_pass), held);
 }
 
 }  // namespace svel::cuda

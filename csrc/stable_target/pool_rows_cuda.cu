@@ -97,15 +97,9 @@ void run_passes(const char* op, const Inputs& in, const Plan& plan, int64_t at_o
   if (plan.fast) return;
   // The sums of the last rows are merged: there is room for as many in float64 as it has blocks.
   static_assert(POOL_ROWS * sizeof(float) >= POOL_CLUSTER * sizeof(double));
-  attributes[0].id = cudaLaunchAttributeCooperative;  // its blocks wait for one another
-  attributes[0].val.cooperative = 1;
-  config.gridDim.y = 1;
-  config.blockDim = dim3(POOL_SETTLE_THREADS);
-  config.dynamicSmemBytes = 0;
-  config.numAttrs = 1;
-  check_cuda(op,
-             cudaLaunchKernelEx(&config, pool_settle_kernel<BANK>, in, static_cast<const uint64_t*>(doubtful),
-                                settled, reinterpret_cast<double*>(args.sums), words, bank));
+  launch_together(op, pool_settle_kernel<BANK>, config.gridDim.x, POOL_SETTLE_THREADS, 0, stream, in,
+                  static_cast<const uint64_t*>(doubtful), settled, reinterpret_cast<double*>(args.sums),
+                  words, bank);
 }
 
 }  // namespace

@@ -117,10 +117,6 @@ struct SweptRows {
 };
 static_assert(sizeof(double2) == SWEPT_ROW_SMEM && sizeof(double2) >= 3 * sizeof(float));
 
-__device__ __forceinline__ int chunk_in_line(int line, int chunk) {
-  return line * LINE_BYTES + ((chunk ^ (line & 7)) << 4);
-}
-
 // USUAL: x and out are float32, aligned to 16 bytes.
 template <typename T, bool USUAL>
 struct SweptKernel {
@@ -371,7 +367,7 @@ struct SweptKernel {
     for (int q = 0; q < 8; ++q) c[q] = to_float(own[q]);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const uint4 its = *reinterpret_cast<const uint4*>(refs + chunk_in_line(first + 16 * k, chunk));
+      const uint4 its = *reinterpret_cast<const uint4*>(refs + chunk_address(0, first + 16 * k, chunk));
       const T* const r = reinterpret_cast<const T*>(&its);
       float eight = 0;
 #pragma unroll
@@ -802,16 +798,6 @@ void run_swept(const char* op, const Inputs& in, const Plan& plan, void* workspa
                            : (usual ? swept_kernel<__half, true> : swept_kernel<__half, false>);
   check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(plan.smem_bytes)));
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeCooperative;  // blocks wait for one another
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
-  config.blockDim = dim3(HELD_THREADS);
-  config.dynamicSmemBytes = static_cast<size_t>(plan.smem_bytes);
-  config.stream = stream;
-  config.attrs = &together;
-  config.numAttrs = 1;
   for (int64_t first = 0; first < in.n; first += plan.rows_per_pass) {
     const Inputs pass = slice_rows(in, first, plan.rows_per_pass);
     const int tile = static_cast<int>(swept_rows(bf16));
@@ -819,7 +805,7 @@ void run_swept(const char* op, const Inputs& in, const Plan& plan, void* workspa
         map_rows(op, set.queries, in.refs.dtype, set.elements, parts * pass.n, 2 * set.elements, tile);
     set.weight_parts =
         map_rows(op, set.weights, in.refs.dtype, set.stride, parts * pass.n, 2 * set.stride, tile);
-    check_cuda(op, cudaLaunchKernelEx(&config, kernel, pass, set));
+    launch_together(op, kernel, plan.blocks, HELD_THREADS, plan.smem_bytes, stream, pass, set);
   }
 }
 
