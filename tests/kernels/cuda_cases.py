@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from kernel_cases import ALL_T, photographs
+from kernel_cases import ALL_T, largest_logit, photographs
 from torch import Tensor
 
 import stablevelocity_kernels as svel
@@ -146,6 +146,59 @@ def check_pool(x, refs, t, counts=None, source=None, path="linear", prediction="
     wide = None if source is None else source.double()
     assert_close_at_each_time(out, reference.stable_target(x.double(), refs, t, source=wide, **options), t, precision)
     return out
+
+
+def check_mean_and_lse(x, refs, sigma, precision, left_out=0):
+    """posterior_mean of a pool with any alpha: below zero, zero and NaN too; without the last `left_out` references."""
+    alpha, valid, counts = 1 - sigma, refs, None
+    alpha[2], alpha[3], sigma[4] = 0, math.nan, math.nan
+    alpha[10:] *= -1
+    x[10:20] *= -1
+    if left_out:
+        counts = torch.tensor([len(refs) - left_out], device=refs.device)
+        valid = invalidate(refs, len(refs) - left_out)
+    mean, lse = svel.posterior_mean(x, valid, alpha, sigma, None, counts, precision=precision)
+    expected_mean, expected = reference.posterior_mean(x.double(), valid, alpha, sigma, None, counts)
+    good = ~expected.isnan()
+    assert torch.equal(lse.isnan(), expected.isnan())
+    assert torch.equal(mean.isnan(), expected_mean.isnan())
+    for value in sigma[good].unique():
+        rows = good & (sigma == value)
+        assert relative_error(mean[rows], expected_mean[rows]) <= TOLERANCE[torch.float32, precision]
+    scale = largest_logit(x[good], refs[: len(refs) - left_out], alpha[good], sigma[good])
+    assert ((lse - expected)[good].abs() <= TOLERANCE[torch.float32, precision] * scale).all()
+
+
+def check_merged_halves(op: Callable, x, refs, sigma, cut, limit):
+    """Means of a pool's references before `cut` and from it on, put together by their lse."""
+    halves = (refs[:cut], refs[cut:].contiguous())
+    means, lses = zip(*(op(x, half, 1 - sigma, sigma) for half in halves), strict=True)
+    share = torch.softmax(torch.stack(lses).double(), 0)[..., None]
+    merged = (share * torch.stack(means)).sum(0)
+    assert relative_error(merged, reference.posterior_mean(x.double(), refs, 1 - sigma, sigma)[0]) <= limit
+
+
+def check_repeats(x, refs, t, times=5):
+    """posterior_mean of a pool, bit for bit the same each time."""
+    first = svel.posterior_mean(x, refs, 1 - t, t)
+    for _ in range(times):
+        for ours, theirs in zip(svel.posterior_mean(x, refs, 1 - t, t), first, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def check_graph_of_pool(static, others):
+    """Nothing waits, and a graph follows its inputs. static, and each of others: [x, refs, t, counts] of a pool."""
+
+    def target(x, refs, t, counts):
+        mean, lse = svel.posterior_mean(x, refs, 1 - t, t, None, counts)
+        return svel.stable_target(x, refs, t, None, counts), mean, lse
+
+    replay = captured(target, static)
+    with nothing_waits():
+        target(*static)
+    for new in others:
+        for out, expected in zip(replay(new), target(*new), strict=True):
+            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def kernels_run(op: Callable, *args, **options) -> list[str]:

@@ -8,15 +8,17 @@ from cuda_cases import (
     GEOMETRIES,
     assert_close_at_each_time,
     assert_served,
-    captured,
+    check_graph_of_pool,
+    check_mean_and_lse,
+    check_merged_halves,
     check_partly_filled,
     check_pool,
+    check_repeats,
     invalidate,
     kernels_run,
     make_classes,
     make_photograph_pool,
     make_pool,
-    nothing_waits,
     on_two_streams,
     rows_of,
     served_by,
@@ -250,61 +252,27 @@ def test_samples_that_others_serve(rng, d):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_mean_and_lse(rng, precision):
-    """Any alpha: below zero, zero and NaN too."""
-    n, m, d = SHAPE
-    x, refs, sigma = make(n, m, d, "gaussian", rng, times=(0.5, 0.8, 0.95))
-    alpha = 1 - sigma
-    alpha[2], alpha[3], sigma[4] = 0, math.nan, math.nan
-    alpha[10:] *= -1
-    x[10:20] *= -1
-    mean, lse = svel.posterior_mean(x, refs, alpha, sigma, precision=precision)
-    expected_mean, expected = reference.posterior_mean(x.double(), refs, alpha, sigma)
-    good = ~expected.isnan()
-    assert torch.equal(lse.isnan(), expected.isnan())
-    assert torch.equal(mean.isnan(), expected_mean.isnan())
-    for value in sigma[good].unique():
-        rows = good & (sigma == value)
-        assert relative_error(mean[rows], expected_mean[rows]) <= TOLERANCE[torch.float32, precision]
-    scale = largest_logit(x[good], refs, alpha[good], sigma[good])
-    assert ((lse - expected)[good].abs() <= TOLERANCE[torch.float32, precision] * scale).all()
+    check_mean_and_lse(*make(*SHAPE, "gaussian", rng, times=(0.5, 0.8, 0.95)), precision)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("time", [0.5, 0.9, 0.98, 0.998])
 def test_parts_merge_over_disjoint_halves(rng, time, geometry):
     x, refs, sigma = make(90, 12_007, 1032, geometry, rng, times=(time,))
-    halves = (refs[:5997], refs[5997:].contiguous())
-    means, lses = zip(*(svel.posterior_part(x, half, 1 - sigma, sigma) for half in halves), strict=True)
-    share = torch.softmax(torch.stack(lses).double(), 0)[..., None]
-    merged = (share * torch.stack(means)).sum(0)
-    expected = reference.posterior_mean(x.double(), refs, 1 - sigma, sigma)[0]
-    assert relative_error(merged, expected) <= LIMIT
+    check_merged_halves(svel.posterior_part, x, refs, sigma, 5997, LIMIT)
 
 
 def test_repeats_bit_for_bit(rng):
     for shape in ((300, 8009, 1024), ROUNDS):
-        x, refs, t = make(*shape, "manifold", rng)
-        first = svel.posterior_mean(x, refs, 1 - t, t)
-        for _ in range(3):
-            for ours, theirs in zip(svel.posterior_mean(x, refs, 1 - t, t), first, strict=True):
-                assert torch.equal(ours, theirs)
+        check_repeats(*make(*shape, "manifold", rng), times=3)
 
 
 def test_nothing_waits_and_a_graph_follows_its_inputs(rng):
-    counts = torch.tensor([4000], device="cuda")
-    static = [*make(*SHAPE, "manifold", rng), counts]
+    def problem(geometry, count):
+        return [*make(*SHAPE, geometry, rng), torch.tensor([count], device="cuda")]
 
-    def target(x, refs, t, counts):
-        mean, lse = svel.posterior_mean(x, refs, 1 - t, t, None, counts)
-        return svel.stable_target(x, refs, t, None, counts), mean, lse
-
-    replay = captured(target, static)
-    with nothing_waits():
-        target(*static)
-    for geometry, count in (("shifted", 4999), ("gaussian", 4999), ("manifold", 17), ("shifted", 0)):
-        new = [*make(*SHAPE, geometry, rng), torch.tensor([count], device="cuda")]
-        for out, expected in zip(replay(new), target(*new), strict=True):
-            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    others = (("shifted", 4999), ("gaussian", 4999), ("manifold", 17), ("shifted", 0))
+    check_graph_of_pool(problem("manifold", 4000), (problem(*other) for other in others))
 
 
 def test_two_streams_at_once(rng):

@@ -7,8 +7,11 @@ import torch
 from cuda_cases import (
     GEOMETRIES,
     assert_served,
-    captured,
+    check_graph_of_pool,
+    check_mean_and_lse,
+    check_merged_halves,
     check_pool,
+    check_repeats,
     invalidate,
     kernels_run,
     make_crowds,
@@ -16,7 +19,6 @@ from cuda_cases import (
     make_photograph_pool,
     make_pool,
     make_pool_of_size,
-    nothing_waits,
     on_two_streams,
     served_by,
     worst_row,
@@ -218,25 +220,9 @@ def test_x_of_any_dtype_and_alignment(rng, dtype):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mean_and_lse(rng, dtype, precision):
-    """Any alpha: below zero, zero and NaN too."""
-    n, m, d = SHAPE
-    x, refs, sigma = make_pool(n, m, d, "gaussian", rng, times=(0.5, 0.8, 0.95), dtype=dtype)
-    alpha = 1 - sigma
-    alpha[2], alpha[3], sigma[4] = 0, math.nan, math.nan
-    alpha[10:] *= -1
-    x[10:20] *= -1
-    for counts in (None, torch.tensor([m - 700], device="cuda")):
-        valid = refs if counts is None else invalidate(refs, m - 700)
-        mean, lse = svel.posterior_mean(x, valid, alpha, sigma, None, counts, precision=precision)
-        expected_mean, expected = reference.posterior_mean(x.double(), valid, alpha, sigma, None, counts)
-        good = ~expected.isnan()
-        assert torch.equal(lse.isnan(), expected.isnan())
-        assert torch.equal(mean.isnan(), expected_mean.isnan())
-        for value in sigma[good].unique():
-            rows = good & (sigma == value)
-            assert relative_error(mean[rows], expected_mean[rows]) <= TOLERANCE[torch.float32, precision]
-        scale = largest_logit(x[good], refs[: m if counts is None else m - 700], alpha[good], sigma[good])
-        assert ((lse - expected)[good].abs() <= TOLERANCE[torch.float32, precision] * scale).all()
+    x, refs, sigma = make_pool(*SHAPE, "gaussian", rng, times=(0.5, 0.8, 0.95), dtype=dtype)
+    for left_out in (0, 700):
+        check_mean_and_lse(x.clone(), refs, sigma.clone(), precision, left_out)
 
 
 @pytest.mark.parametrize("op", ["posterior_mean", "posterior_part"])
@@ -244,40 +230,23 @@ def test_mean_and_lse(rng, dtype, precision):
 @pytest.mark.parametrize("time", [0.5, 0.9, 0.98, 0.998])
 def test_lse_merges_over_disjoint_halves(rng, time, geometry, op):
     x, refs, sigma = make_pool(130, 10_007, 120, geometry, rng, times=(time,))
-    halves = (refs[:4997], refs[4997:])
-    means, lses = zip(*(getattr(svel, op)(x, half, 1 - sigma, sigma) for half in halves), strict=True)
-    share = torch.softmax(torch.stack(lses).double(), 0)[..., None]
-    merged = (share * torch.stack(means)).sum(0)
-    expected = reference.posterior_mean(x.double(), refs, 1 - sigma, sigma)[0]
     limit = TOLERANCE[torch.float32, "exact" if op == "posterior_part" else "fast"]
-    assert relative_error(merged, expected) <= limit
+    check_merged_halves(getattr(svel, op), x, refs, sigma, 4997, limit)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_repeats_bit_for_bit(rng, geometry):
     """Rows in doubt too, whose order changes."""
     x, refs, t = make_pool(400, 8009, 128, geometry, rng)
-    first = svel.posterior_mean(x, refs, 1 - t, t)
-    for _ in range(5):
-        for ours, theirs in zip(svel.posterior_mean(x, refs, 1 - t, t), first, strict=True):
-            assert torch.equal(ours, theirs)
+    check_repeats(x, refs, t)
 
 
 def test_nothing_waits_and_a_graph_follows_its_inputs(rng):
-    counts = torch.tensor([4000], device="cuda")
-    static = [*make_pool(*SHAPE, "manifold", rng), counts]
+    def problem(geometry, count):
+        return [*make_pool(*SHAPE, geometry, rng), torch.tensor([count], device="cuda")]
 
-    def target(x, refs, t, counts):
-        mean, lse = svel.posterior_mean(x, refs, 1 - t, t, None, counts)
-        return svel.stable_target(x, refs, t, None, counts), mean, lse
-
-    replay = captured(target, static)
-    with nothing_waits():
-        target(*static)
-    for geometry, count in (("shifted", 4999), ("gaussian", 4999), ("manifold", 17), ("shifted", 0)):
-        new = [*make_pool(*SHAPE, geometry, rng), torch.tensor([count], device="cuda")]
-        for out, expected in zip(replay(new), target(*new), strict=True):
-            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    others = (("shifted", 4999), ("gaussian", 4999), ("manifold", 17), ("shifted", 0))
+    check_graph_of_pool(problem("manifold", 4000), (problem(*other) for other in others))
 
 
 def test_two_streams_at_once(rng):

@@ -8,13 +8,13 @@ from cuda_cases import (
     GEOMETRIES,
     assert_close_at_each_time,
     assert_served,
-    captured,
+    check_graph_of_pool,
     check_pool,
+    check_repeats,
     invalidate,
     kernels_run,
     make_photograph_pool,
     make_pool,
-    nothing_waits,
     on_two_streams,
     served_by,
     worst_row,
@@ -177,11 +177,7 @@ def test_the_kernel_serves(rng):
 
 
 def test_repeats_bit_for_bit(rng):
-    x, refs, t = make_pool(*SHORT, "manifold", rng)
-    first = svel.posterior_mean(x, refs, 1 - t, t)
-    for _ in range(5):
-        for ours, theirs in zip(svel.posterior_mean(x, refs, 1 - t, t), first, strict=True):
-            assert torch.equal(ours, theirs)
+    check_repeats(*make_pool(*SHORT, "manifold", rng))
 
 
 def test_two_streams(rng):
@@ -195,18 +191,8 @@ def test_nothing_waits_and_a_graph_follows_its_inputs(rng):
         x, refs, t = make_pool(*SHORT, geometry, rng)
         return [x, invalidate(refs, count), t, torch.tensor([count], device="cuda")]
 
-    def target(x, refs, t, counts):
-        mean, lse = svel.posterior_mean(x, refs, 1 - t, t, None, counts)
-        return svel.stable_target(x, refs, t, None, counts), mean, lse
-
-    static = fresh("manifold", 515)
-    replay = captured(target, static)
-    with nothing_waits():
-        target(*static)
-    for geometry, count in (("shifted", 400), ("gaussian", 515), ("manifold", 0)):
-        new = fresh(geometry, count)
-        for out, expected in zip(replay(new), target(*new), strict=True):
-            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    others = (("shifted", 400), ("gaussian", 515), ("manifold", 0))
+    check_graph_of_pool(fresh("manifold", 515), (fresh(*other) for other in others))
 
 
 def test_tables_of_references_made_at_hand(rng):
