@@ -674,6 +674,10 @@ __global__ void __launch_bounds__(SHORT_THREADS, 1)
 // common part too, which is three times that.
 constexpr double SCORE_ERROR = 6e-8, SOURCE_ERROR = 3, DOUBT_EXACT = 4.5e-7, DOUBT_FAST = 1.8e-4;
 constexpr double MANY = 2;  // of the limit, where a row is between many: each of them is off by itself
+// But for what they have in common: the matrix units cut each product towards zero, so references are off
+// alike where they and the row are alike. This, times |mean|^2 over the mean |d|^2, of the error is in
+// proportion to d.
+constexpr double ALIKE = 0.5;
 constexpr double SUM_ERROR = 1.0 / 12;  // "exact": float32 sums show where 1 / 12 of |mean| is more than that
 constexpr double NO_SPREAD = 1e-6;      // what rounding leaves of the others' weight, and of |d|^2
 constexpr double LARGEST_SCORE =
@@ -814,13 +818,15 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
 
   bool doubtful = false, moves = false;
   if (reference >= 0 && good) {
-    // What scores are off by, as sums of products of 16, each cut to float32's digits, and in rounding.
+    // What scores are off by: 16 products at a time are cut to two bits more than float32 has, then with the
+    // sum so far to float32's digits. Sums grow with D, and so do the cuts; then rounding.
     const double of_all =
                      totals[2] * joined.of_references * unit * unit + joined.with_source * square_of_source,
                  norm = of_all * inverse, half = 0.5 * row.alpha * norm, product = level + half;
-    const double error = SCORE_ERROR * row.rate() *
-                         sqrt((0.25 + static_cast<double>(in.d) / 256) * product * product +
-                              square * norm / 32 + 0.3 * (level * level + half * half));
+    const double cuts = 0.3 + static_cast<double>(in.d * in.d) / (192 * 192);
+    const double error =
+        SCORE_ERROR * row.rate() *
+        sqrt(cuts * product * product + square * norm / 32 + 0.3 * (level * level + half * half));
     // By how much that moves the mean: the best, with all that have its score; others, each for itself.
     const double own = totals[3] * joined.of_references * inverse,
                  spread = fmax(norm - squares[0] - NO_SPREAD * norm, 0.0);
@@ -838,6 +844,8 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
       few = totals[3] > 1 || of_others > 0.7 * rest;
       moved = 2 * own * own * squares[3] + largest * fmax(spread - own * squares[3], 0.0);
     }
+    const double alike = norm > 0 ? ALIKE * squares[0] / norm : 0;
+    moved += alike * alike * spread;
     const double limit = (s.exact ? DOUBT_EXACT : DOUBT_FAST) * (few ? 1 : MANY);
     double scale = squares[1] / (row.b * row.b);
     if (in.lse.data && row.alpha > 0) scale = fmin(scale, squares[2] / (row.alpha * row.alpha));
@@ -858,6 +866,48 @@ struct Settled {             // of a row that is evaluated again
   double level, rate, half;  // the score that weights are relative to; of scores, base 2; alpha / 2
   double square, of_source;  // |y|^2, the source's score
 };
+
+// Eight elements as they lie in memory, those of 16 bits in the first half. A conversion waits for its load,
+// so it is left to where the value is used.
+struct Chunk {
+  uint4 low, high;
+};
+__device__ Chunk fetch_chunk(const Array& from, int64_t index, int64_t d, int chunk, bool vectors) {
+  Chunk c{};
+  const int64_t at = index * d + 8 * chunk;
+  const bool wide = from.dtype == Dtype::f32;
+  const auto* const words = static_cast<const unsigned*>(from.data) + at;
+  const auto* const halves = static_cast<const unsigned short*>(from.data) + at;
+  if (vectors) {
+    c.low = *reinterpret_cast<const uint4*>(wide ? static_cast<const void*>(words) : halves);
+    if (wide) c.high = reinterpret_cast<const uint4*>(words)[1];
+    return c;
+  }
+  const int left = static_cast<int>(d) - 8 * chunk;
+  unsigned v[8] = {};
+#pragma unroll
+  for (int k = 0; k < 8; ++k)
+    if (k < left) v[k] = wide ? words[k] : halves[k];
+  if (wide) return {{v[0], v[1], v[2], v[3]}, {v[4], v[5], v[6], v[7]}};
+  c.low = {v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16};
+  return c;
+}
+__device__ unsigned fetch_bits(const Array& from, int64_t at) {
+  return from.dtype == Dtype::f32 ? static_cast<const unsigned*>(from.data)[at]
+                                  : static_cast<const unsigned short*>(from.data)[at];
+}
+__device__ float value_of(unsigned bits, Dtype dtype) {
+  return dtype == Dtype::f32   ? __uint_as_float(bits)
+         : dtype == Dtype::f16 ? __half2float(__ushort_as_half(static_cast<unsigned short>(bits)))
+                               : __uint_as_float(bits << 16);
+}
+__device__ void unpack_chunk(const Chunk& c, Dtype dtype, float (&v)[8]) {
+  const unsigned words[8] = {c.low.x, c.low.y, c.low.z, c.low.w, c.high.x, c.high.y, c.high.z, c.high.w};
+#pragma unroll
+  for (int k = 0; k < 8; ++k)
+    v[k] = value_of(dtype == Dtype::f32 ? words[k] : words[k / 2] >> 16 * (k % 2) & 0xffff, dtype);
+}
+
 constexpr double NO_WEIGHT = -64, MUCH_WEIGHT = 512;  // log2, beside the level
 
 // Rows in doubt once more, in float64: eight side by side, beside a share of all references. A thread scores
@@ -882,7 +932,9 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
   const int teams = THREADS / padded, team = tid / padded, element = tid % padded;  // of the sums
   const int64_t valid = valid_count(in, 0), tiles = (valid + THREADS - 1) / THREADS;
   const int groups = (count + ROWS - 1) / ROWS;
-  const int shares = static_cast<int>(max(min(static_cast<int64_t>(gridDim.x) / groups, tiles), int64_t{1}));
+  const int64_t most =
+      min(static_cast<int64_t>(gridDim.x) / groups, int64_t{THREADS});  // factors have room for
+  const int shares = static_cast<int>(max(min(most, tiles), int64_t{1}));
   const bool vectors = loads_vectors(in.refs, in.d);
   if (tid < MOST_D) centre[tid] = s.facts->centre[tid];
 
@@ -920,23 +972,30 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
       const int64_t first = tile * THREADS, j = first + tid;
       double scores[ROWS] = {}, norm = 0;
       if (j < valid) {
-        float next[8];
-        load_chunk(in.refs, j, in.d, 0, vectors, next);
+        constexpr int AHEAD = 4;  // chunks on their way
+        Chunk next[AHEAD];
+#pragma unroll
+        for (int q = 0; q < AHEAD; ++q)
+          if (8 * q < d) next[q] = fetch_chunk(in.refs, j, in.d, q, vectors);
 #pragma unroll 1
-        for (int e = 0; e < d; e += 8) {
-          float v[8];
+        for (int e0 = 0; e0 < d; e0 += 8 * AHEAD) {
 #pragma unroll
-          for (int k = 0; k < 8; ++k) v[k] = next[k];
-          if (e + 8 < d) load_chunk(in.refs, j, in.d, e / 8 + 1, vectors, next);
+          for (int q = 0; q < AHEAD; ++q) {
+            const int e = e0 + 8 * q;
+            if (e >= d) break;
+            float v[8];
+            unpack_chunk(next[q], in.refs.dtype, v);
+            if (e + 8 * AHEAD < d) next[q] = fetch_chunk(in.refs, j, in.d, e / 8 + AHEAD, vectors);
 #pragma unroll
-          for (int k = 0; k < 8; ++k) {
-            const double own = static_cast<double>(v[k]) - centre[e + k];
-            norm = fma(own, own, norm);
-            const double2* const of_rows = reinterpret_cast<const double2*>(y + (e + k) * ROWS);
+            for (int k = 0; k < 8; ++k) {
+              const double own = static_cast<double>(v[k]) - centre[e + k];
+              norm = fma(own, own, norm);
+              const double2* const of_rows = reinterpret_cast<const double2*>(y + (e + k) * ROWS);
 #pragma unroll
-            for (int r = 0; r < ROWS; r += 2) {
-              const double2 pair = of_rows[r / 2];
-              scores[r] = fma(pair.x, own, scores[r]), scores[r + 1] = fma(pair.y, own, scores[r + 1]);
+              for (int r = 0; r < ROWS; r += 2) {
+                const double2 pair = of_rows[r / 2];
+                scores[r] = fma(pair.x, own, scores[r]), scores[r + 1] = fma(pair.y, own, scores[r + 1]);
+              }
             }
           }
         }
@@ -961,10 +1020,10 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
         for (int r = 0; r < ROWS; ++r) {
           double more = 0;
           for (int w = 0; w < WARPS; ++w) more = fmax(more, tops[w][r]);
-          if (more <= MUCH_WEIGHT) more = 0;  // of this row, whatever others beside it have
+          if (!(more > MUCH_WEIGHT)) more = 0;  // what is beside a row, which changes, leaves it as it is
           const double keep = exp2(-more);
           scores[r] -= more, total[r] *= keep, sums[r] *= keep;
-          if (tid == r && more > 0) settled[r].level += more / settled[r].rate;
+          if (tid == r && r < rows && more > 0) settled[r].level += more / settled[r].rate;
         }
       }
 #pragma unroll
@@ -980,21 +1039,21 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
       __syncthreads();
       if (team < teams && element < d) {
         const float c = centre[element];
-        constexpr int AT_ONCE = 8;  // on their way from memory
+        constexpr int AT_ONCE = 16;  // on their way from memory
         for (int w = team; w < WARPS; w += teams) {
           for (unsigned left = weighty[w]; left;) {
             int ks[AT_ONCE];
-            float values[AT_ONCE];
+            unsigned values[AT_ONCE];
 #pragma unroll
             for (int q = 0; q < AT_ONCE; ++q) {
               ks[q] = left ? 32 * w + __ffs(static_cast<int>(left)) - 1 : -1;
               left &= left - 1;
-              values[q] = ks[q] >= 0 ? load_as<float>(in.refs, (first + ks[q]) * in.d + element) : 0.0f;
+              values[q] = ks[q] >= 0 ? fetch_bits(in.refs, (first + ks[q]) * in.d + element) : 0;
             }
 #pragma unroll
             for (int q = 0; q < AT_ONCE; ++q) {
               if (ks[q] < 0) break;
-              const double own = static_cast<double>(values[q]) - c;
+              const double own = static_cast<double>(value_of(values[q], in.refs.dtype)) - c;
               const double2* const of_rows = reinterpret_cast<const double2*>(weights + ks[q] * ROWS);
 #pragma unroll
               for (int r = 0; r < ROWS; r += 2) {
@@ -1040,35 +1099,62 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
     const int64_t of_group = static_cast<int64_t>(group) * shares * ROWS + warp;
     const Settled& own = settled[warp];
     double level = own.level;
-    const auto share_of = [&](int p) {  // relative to the level of all
-      return exp2((__ldcg(s.settling.levels + of_group + p * ROWS) - level) * own.rate);
-    };
+    double* const factors = weights + warp * THREADS;  // of shares, relative to the level of all
     if (shares > 1) {
+      for (int p = lane; p < shares; p += 32)
+        level = fmax(level, __ldcg(s.settling.levels + of_group + p * ROWS));
+      for (int hop = 16; hop > 0; hop /= 2) level = fmax(level, __shfl_xor_sync(0xffffffffu, level, hop));
       all = 0;
-      for (int p = 0; p < shares; ++p) level = fmax(level, __ldcg(s.settling.levels + of_group + p * ROWS));
-      for (int p = 0; p < shares; ++p) all += share_of(p) * __ldcg(s.settling.totals + of_group + p * ROWS);
+      for (int p = lane; p < shares; p += 32) {
+        const double of_share = __ldcg(s.settling.totals + of_group + p * ROWS);
+        // Sums of a share without weight were not written.
+        factors[p] =
+            of_share != 0 ? exp2((__ldcg(s.settling.levels + of_group + p * ROWS) - level) * own.rate) : 0.0;
+        all = fma(factors[p], of_share, all);
+      }
+      all = warp_sum(all);
+      __syncwarp();
     }
     const int64_t index = s.first_row + doubtful[warp].row;
     const Row row = row_coefficients(in, index);
     const Joined joined = join(in, level, true, own.of_source, own.rate);
     all = all * joined.of_references + joined.with_source;
-    for (int e = lane; e < d; e += 32) {
-      double sum = 0;
+    constexpr int AT_ONCE = 4, SHARES = 8;  // elements of a lane, and shares, on their way from memory
+    for (int first = lane; first < d; first += 32 * AT_ONCE) {
+      double of_element[AT_ONCE] = {};
       if (shares > 1) {
-        for (int p = 0; p < shares; ++p) {
-          const int64_t of_part = of_group + p * ROWS;
-          if (__ldcg(s.settling.totals + of_part) != 0)
-            sum = fma(share_of(p), __ldcg(s.settling.sums + of_part * padded + e), sum);
+        for (int p0 = 0; p0 < shares; p0 += SHARES) {
+          double v[SHARES][AT_ONCE];
+#pragma unroll
+          for (int q = 0; q < SHARES; ++q) {
+            const bool has = p0 + q < shares && factors[p0 + q] != 0;
+            const double* const from = s.settling.sums + (of_group + (p0 + q) * ROWS) * padded + first;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+              v[q][i] = has && first + 32 * i < d ? __ldcg(from + 32 * i) : 0.0;
+          }
+#pragma unroll
+          for (int q = 0; q < SHARES; ++q) {
+            const double factor = p0 + q < shares ? factors[p0 + q] : 0.0;
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) of_element[i] = fma(factor, v[q][i], of_element[i]);
+          }
         }
       } else {
-        sum = sum_of(e);
+        for (int i = 0; i < AT_ONCE; ++i)
+          if (first + 32 * i < d) of_element[i] = sum_of(first + 32 * i);
       }
-      const double c = centre[e];
-      sum *= joined.of_references;
-      if (in.source.data)
-        sum = fma(joined.with_source, load_as<double>(in.source, index * in.d + e) - c, sum);
-      store_as(in.out, index * in.d + e,
-               row.a * load_as<double>(in.x, index * in.d + e) + row.b * (c + sum / all));
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int e = first + 32 * i;
+        if (e >= d) continue;
+        const double c = centre[e];
+        double sum = of_element[i] * joined.of_references;
+        if (in.source.data)
+          sum = fma(joined.with_source, load_as<double>(in.source, index * in.d + e) - c, sum);
+        store_as(in.out, index * in.d + e,
+                 row.a * load_as<double>(in.x, index * in.d + e) + row.b * (c + sum / all));
+      }
     }
     if (in.lse.data && lane == 0) write_row_lse(in, row, index, all, joined.level, own.square);
   }
