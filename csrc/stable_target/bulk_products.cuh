@@ -503,55 +503,63 @@ __device__ __forceinline__ void await_parts(const int* ready, int count, int sli
   __syncwarp();
 }
 
-// From the row's parts to its mean, by all consumers.
-template <int THREADS>
-__device__ __noinline__ static void send_home(const ProductsSent sent) {
-  await_parts(sent.ready, sent.count, sent.slices, sent.rank);
+// From a row's parts to its mean, by THREADS threads from `first` on, whole warps, four times VECTORS
+// elements each. Mostly there is one other part: what it weighs and all sums are on their way at once.
+template <int THREADS, int VECTORS>
+__device__ __noinline__ static void send_home(const ProductsSent sent, int first) {
+  const int thread = static_cast<int>(threadIdx.x) - first, lane = thread % 32;
   const auto other = [&](int j) {
     return __ldcg(reinterpret_cast<const double2*>(sent.others + j * PRODUCTS_ROWS));
   };
-  double top = sent.log2_weight;
+  const auto greater = [](double a, double b) { return a >= b || b != b ? a : b; };
+  await_parts(sent.ready, sent.count, sent.slices, sent.rank);
+  const auto load = [&](float4(&to)[VECTORS], const float* from) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+      const int e = 4 * (thread + i * THREADS);
+      to[i] = e < sent.length ? __ldcg(reinterpret_cast<const float4*>(from + e)) : make_float4(0, 0, 0, 0);
+    }
+  };
+  float4 own[VECTORS], next[VECTORS];
+  load(own, sent.first);
+  load(next, sent.sums);
+  double top = sent.log2_weight, total = 0;
 #pragma unroll 1
-  for (int j = 0; j < sent.count; ++j) {
-    const double its = other(j).x;
-    top = top >= its || its != its ? top : its;
-  }
-  const double by_first = power(sent.log2_weight - top);
-  double total = by_first * sent.total;
+  for (int j = lane; j < sent.count; j += 32) top = greater(other(j).x, top);
 #pragma unroll 1
-  for (int j = 0; j < sent.count; ++j) {
+  for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(0xffffffffu, top, hop));
+#pragma unroll 1
+  for (int j = lane; j < sent.count; j += 32) {
     const double2 its = other(j);
     total = fma(power(its.x - top), its.y, total);
   }
-  constexpr int AT_ONCE = 2;
-#pragma unroll 1
-  for (int begin = 4 * threadIdx.x; begin < sent.length; begin += AT_ONCE * 4 * THREADS) {
-    double sum[AT_ONCE][4] = {};
-#pragma unroll 1
-    for (int j = -1; j < sent.count; ++j) {
-      const double by = (j < 0 ? by_first : power(other(j).x - top)) / total;
-      const float* const from = j < 0 ? sent.first : sent.sums + int64_t{j} * PRODUCTS_ROWS * sent.d;
+  const double by_first = power(sent.log2_weight - top);
+  total = fma(by_first, sent.total, warp_sum(total));
+  double sum[VECTORS][4] = {};
+  const auto add = [&](const float4(&part)[VECTORS], double by) {
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; ++i) {
-        const int e = begin + i * 4 * THREADS;
-        if (e >= sent.length) continue;
-        const float4 four = __ldcg(reinterpret_cast<const float4*>(from + e));
-        sum[i][0] = fma(by, static_cast<double>(four.x), sum[i][0]);
-        sum[i][1] = fma(by, static_cast<double>(four.y), sum[i][1]);
-        sum[i][2] = fma(by, static_cast<double>(four.z), sum[i][2]);
-        sum[i][3] = fma(by, static_cast<double>(four.w), sum[i][3]);
-      }
+    for (int i = 0; i < VECTORS; ++i) {
+      sum[i][0] = fma(by, static_cast<double>(part[i].x), sum[i][0]);
+      sum[i][1] = fma(by, static_cast<double>(part[i].y), sum[i][1]);
+      sum[i][2] = fma(by, static_cast<double>(part[i].z), sum[i][2]);
+      sum[i][3] = fma(by, static_cast<double>(part[i].w), sum[i][3]);
     }
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      const int e = begin + i * 4 * THREADS;
-      if (e < sent.length)
-        *reinterpret_cast<float4*>(sent.to + e) =
-            make_float4(static_cast<float>(sum[i][0]), static_cast<float>(sum[i][1]),
-                        static_cast<float>(sum[i][2]), static_cast<float>(sum[i][3]));
-    }
+  };
+  add(own, by_first / total);
+#pragma unroll 1
+  for (int j = 0; j < sent.count; ++j) {
+    if (j > 0) load(next, sent.sums + int64_t{j} * PRODUCTS_ROWS * sent.d);
+    add(next, power(other(j).x - top) / total);
   }
-  if (sent.lse && threadIdx.x == 0) *sent.lse = lse_of_row(sent.d, {top, total, 0, 0, 0, 0});
+#pragma unroll
+  for (int i = 0; i < VECTORS; ++i) {
+    const int e = 4 * (thread + i * THREADS);
+    if (e < sent.length)
+      *reinterpret_cast<float4*>(sent.to + e) =
+          make_float4(static_cast<float>(sum[i][0]), static_cast<float>(sum[i][1]),
+                      static_cast<float>(sum[i][2]), static_cast<float>(sum[i][3]));
+  }
+  if (sent.lse && thread == 0) *sent.lse = lse_of_row(sent.d, {top, total, 0, 0, 0, 0});
 }
 
 // Where the rows x of this process are there only now (AtHome::awaits_x): the others hear of it. By a warp.
@@ -1437,8 +1445,7 @@ struct Products {
 
   // Whether the unit's rows end with the segment, and with all that they have, if they are not in doubt.
   __device__ __forceinline__ bool ends_here(const Segment<ROWS>& segment) const {
-    constexpr int WHOLE = SEGMENT_UNIT_BEGIN | SEGMENT_PART_END;
-    return FULL && parts.ends && segment.from == segment.to && (segment.flags & WHOLE) == WHOLE;
+    return FULL && parts.ends && is_whole(segment);
   }
 
   // What a row has at the end of a segment to what it has of its part so far, one thread: in shared memory,
@@ -1500,31 +1507,54 @@ struct Products {
     return has;
   }
 
-  // Where rows are of several processes, a part's end: other blocks hear of it, or a row is sent.
+  // Whether the block, or its cluster, has all that its unit's rows have.
+  __device__ __forceinline__ static bool is_whole(const Segment<ROWS>& segment) {
+    constexpr int WHOLE = SEGMENT_UNIT_BEGIN | SEGMENT_PART_END;
+    return segment.from == segment.to && (segment.flags & WHOLE) == WHOLE;
+  }
+  // Whether a row's mean goes from the registers to the process whose row it is.
+  __device__ __forceinline__ bool goes_straight(const Segment<ROWS>& segment, int slot, int my_row) const {
+    return PARTS && is_whole(segment) && is_of_another(in, segment.rows[my_row].index) &&
+           !(shared().ends[slot][my_row].part.scale > 0);
+  }
+
+  // Where rows are of several processes, a part's end: other blocks hear of it, or a row is sent that others
+  // have parts of, and what goes with one that has been sent.
   __device__ __forceinline__ void end_part(const Segment<ROWS>& segment, int slot) const {
-    const bool begins = segment.flags & SEGMENT_UNIT_BEGIN;
+    const bool begins = segment.flags & SEGMENT_UNIT_BEGIN, whole = is_whole(segment);
     if (begins && !has_rows_of_another(segment)) return;
-    barrier();  // the sums of all warps are there
+    if (!whole) barrier();  // the sums of all warps are there
     if (!begins) {
       if (thread() == 0) raise_ready(parts.ready + block);
       return;
     }
+    if (thread() == 0) {
 #pragma unroll 1
-    for (int r = 0; r < segment.count; ++r) {
-      const RowState& row = segment.rows[r];
-      if (!is_of_another(in, row.index)) continue;
-      const ProductsEnd& end = shared().ends[slot][r];
-      double* const lse = static_cast<double*>(lse_of(in, row.index).data) + row.index;
-      if (end.part.scale > 0) {
-        if (thread() == 0) parts.rows[row.index].next = shared().late, shared().late = row.index;
-        continue;
+      for (int r = 0; r < segment.count; ++r) {
+        const int64_t index = segment.rows[r].index;
+        if (!is_of_another(in, index)) continue;
+        const PartRow& all = shared().ends[slot][r].part;
+        if (all.scale > 0) {
+          parts.rows[index].next = shared().late, shared().late = index;
+        } else if (whole && rank == 0) {
+          store_as(lse_of(in, index), index, lse_of_row(in, all));
+        }
       }
-      send_home<THREADS>(
-          {parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + r,
-           parts.sums + ((team + 1) * ROWS + r) * in.d + offset, parts.ready + (team + 1) * slices,
-           static_cast<float*>(row.out) + row.index * in.d + offset, rank == 0 ? lse : nullptr,
-           end.part.log2_weight, end.part.total, d, length, segment.to - segment.from, slices, rank});
     }
+    if (whole) return;
+    static_assert(ROWS == PRODUCTS_ROWS || !PARTS, "half of the threads for each row");
+    const int half = thread() / (THREADS / 2);
+    const RowState& row = segment.rows[min(half, segment.count - 1)];
+    const PartRow& part = shared().ends[slot][min(half, segment.count - 1)].part;
+    if (half >= segment.count || !is_of_another(in, row.index) || part.scale > 0) return;
+    constexpr int VECTORS = (HELD + 2 * THREADS - 1) / (2 * THREADS);
+    send_home<THREADS / 2, VECTORS>(
+        {parts.firsts + row.index * in.d + offset, parts.others + (team + 1) * ROWS + half,
+         parts.sums + ((team + 1) * ROWS + half) * in.d + offset, parts.ready + (team + 1) * slices,
+         static_cast<float*>(row.out) + row.index * in.d + offset,
+         rank == 0 ? static_cast<double*>(lse_of(in, row.index).data) + row.index : nullptr, part.log2_weight,
+         part.total, d, length, segment.to - segment.from, slices, rank},
+        half * (THREADS / 2));
   }
 
   // The rows of another process whose weights may be wrong, when the block, or its cluster, has done all
@@ -1608,12 +1638,24 @@ struct Products {
       const ProductsEnd& end = shared().ends[slot][my_row];
       if (ends_here(segment) && end.ends) end_row(mine, segment.rows[my_row], end.part.total);
     }
+    float* there = to;
+    if (PARTS && goes_straight(segment, slot, my_row)) {
+      const RowState& row = segment.rows[my_row];
+      there = static_cast<float*>(row.out) + row.index * in.d + offset + g;
+      const double exact = 1 / shared().ends[slot][my_row].part.total;
+      const float by = static_cast<float>(exact), rest = static_cast<float>(exact - by);
+#pragma unroll
+      for (int q = 0; q < CHUNKS; ++q) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) mine.sum[q][k] = fmaf(by, mine.sum[q][k], rest * mine.sum[q][k]);
+      }
+    }
 #pragma unroll
     for (int q = 0; q < CHUNKS; ++q) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int e = 32 * chunk(q) + 8 * k;
-        if (e < length) __stcg(to + e, mine.sum[q][k]);
+        if (e < length) __stcg(there + e, mine.sum[q][k]);
       }
     }
   }
