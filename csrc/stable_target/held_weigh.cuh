@@ -14,6 +14,9 @@ constexpr int GROUP_WARPS = 4, GROUP = 32 * GROUP_WARPS, GROUPS = HELD_THREADS /
 constexpr float WEIGHT_SCALE = 1 << 14;  // of the best: a weight's second part of float16 keeps its digits
 constexpr int LISTED = 256;  // references of a group that are scored again at a time: two to a thread
 constexpr float LEAST_SHARE = 0.25f;  // what the share of the best is taken for at least
+// Of a weight. FAST: one less, which leaves results within 2e-4, also of rows between two far references.
+template <typename T, bool FAST>
+constexpr int WEIGHT_PARTS = Split<T>::PARTS - FAST;
 
 // What calls know of a row. Not in line, here and below: code that has to come from memory first takes longer
 // than a call, and most of it runs once.
@@ -85,9 +88,9 @@ __device__ __noinline__ double exact_score(const Inputs& in, const Row& row, int
 
 // The weights of rows, by a group of warps each. Set: what is there of the rows, see Held; ROUNDING, WEIGHTS.
 // Shared: class_counts, team_counts, and of each group list, counts.
-template <typename T, typename Set, typename Shared>
+template <typename T, bool FAST, typename Set, typename Shared>
 struct Weigher {
-  static constexpr int PARTS = Split<T>::PARTS;
+  static constexpr int PARTS = WEIGHT_PARTS<T, FAST>;
 
   const Inputs& in;
   const Set& held;
@@ -157,7 +160,8 @@ struct Weigher {
     return best;
   }
 
-  // Weights, times WEIGHT_SCALE, beside that of score `top`, to memory; their sum, without.
+  // Weights, times WEIGHT_SCALE, beside that of score `top`, to memory; their sum, without. FAST: as they are
+  // there, so that what references have in common is not off.
   __device__ __forceinline__ double weigh(const RowFacts& facts, double rate2, double top,
                                           const Kept& kept) const {
     const double* const exact = held.exact + facts.row.index * held.stride;
@@ -196,6 +200,7 @@ struct Weigher {
           *reinterpret_cast<uint32_t*>(to) = pair_of(own[0], own[1]);
           to += in.n * held.stride;
         }
+        if (FAST) total -= static_cast<double>(left[0]) + static_cast<double>(left[1]);
       }
     });
     return crew.sum(total) / WEIGHT_SCALE;
@@ -248,7 +253,7 @@ struct Weigher {
   // the most that is not seen; 0: it is not. A row without references is left.
   template <typename Next>
   __device__ __forceinline__ void weigh_shares(const RowFacts& facts, const Next& next) const {
-    const bool wants_scales = facts.any && held.exact_weights;
+    const bool wants_scales = !FAST && facts.any && held.exact_weights;
     const float scale_of_first = wants_scales ? first_scale(facts) : 0;
     Kept kept;
     const Best best = facts.any ? add_shares(facts, kept) : Best{};
@@ -260,7 +265,7 @@ struct Weigher {
     const double total = weigh(facts, rate2, top, kept);
     // Whether what scores may be off by is seen.
     float wrong = 0;
-    if (held.exact_weights) {
+    if (!FAST && held.exact_weights) {
       const float share = static_cast<float>(1 / total), spread = static_cast<float>((total - 1) / total);
       const float by = fmaxf(0.5f * fabsf(static_cast<float>(facts.row.b)), 1);
       const float scale = static_cast<float>(rate2) * sqrtf(static_cast<float>(crew.sum(square)));
@@ -296,7 +301,7 @@ struct Weigher {
     if (thread < 32)
       of_best = exact_score<T>(in, row, first > -INFINITY ? static_cast<int64_t>(-first) : 0, thread);
     of_best = crew.sum(thread == 0 ? of_best : 0);
-    if (wrong > 0) {
+    if (!FAST && wrong > 0) {
       // What shares of the weight below 2^-bits are off by, each by itself, is seen no more.
       const double bits = 2 + 2 * fmaxf(log2f(wrong), 0.0f);
       int* const list = shared.list[crew.number];

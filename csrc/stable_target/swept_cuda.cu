@@ -479,7 +479,7 @@ struct SweptKernel {
     }
   }
 
-  using Weighs = Weigher<T, Swept, SweptShared>;
+  using Weighs = Weigher<T, false, Swept, SweptShared>;
   using Best = typename Weighs::Best;
 
   __device__ __noinline__ static void list_for_review(const Inputs& in, const Swept& set, SweptShared& shared,
