@@ -53,7 +53,7 @@ struct Held {
   double2* ends;    // (n,) out = x sum w_j r_j + y x
   float* scales;    // (n, teams, slices) the largest terms of shares
   double* centres;  // (k, slices) |c|^2
-  bool exact_weights;
+  float rounding;   // ROUNDING, beside the error that is not seen
 };
 
 struct HeldShared {
@@ -800,7 +800,7 @@ void run_held(const char* op, const Inputs& in, const Plan& plan, void* workspac
   Held held{};
   held.cut = held_cut(plan, in.k, in.m);
   held.padded = static_cast<int>(held_padded(in.m)), held.stride = in.k * held.padded;
-  held.exact_weights = !plan.fast;
+  held.rounding = Held::ROUNDING / (plan.fast ? MOST_ERROR_OF_FAST_SCORES : MOST_ERROR_OF_SCORES);
   // Of a chunk a whole number.
   held.box_refs = static_cast<int>(std::min(held.cut.chunk & -held.cut.chunk, HELD_TILE));
   held.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.k * in.m, 2 * in.d, held.box_refs);

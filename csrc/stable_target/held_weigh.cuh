@@ -13,7 +13,8 @@ constexpr int WARPS = HELD_THREADS / 32;
 constexpr int GROUP_WARPS = 4, GROUP = 32 * GROUP_WARPS, GROUPS = HELD_THREADS / GROUP;
 constexpr float WEIGHT_SCALE = 1 << 14;  // of the best: a weight's second part of float16 keeps its digits
 constexpr int LISTED = 256;  // references of a group that are scored again at a time: two to a thread
-constexpr float LEAST_SHARE = 0.25f;  // what the share of the best is taken for at least
+constexpr float LEAST_SHARE = 0.25f;                // what the share of the best is taken for at least
+constexpr float MOST_ERROR_OF_FAST_SCORES = 5e-4f;  // MOST_ERROR_OF_SCORES of precision "fast"
 // Of a weight. FAST: one less, which leaves results within 2e-4, also of rows between two far references.
 template <typename T, bool FAST>
 constexpr int WEIGHT_PARTS = Split<T>::PARTS - FAST;
@@ -86,7 +87,7 @@ __device__ __noinline__ double exact_score(const Inputs& in, const Row& row, int
   return -LOG2_E / (2 * row.sigma * row.sigma) * warp_sum(square);
 }
 
-// The weights of rows, by a group of warps each. Set: what is there of the rows, see Held; ROUNDING, WEIGHTS.
+// The weights of rows, by a group of warps each. Set: what is there of the rows, see Held; WEIGHTS.
 // Shared: class_counts, team_counts, and of each group list, counts.
 template <typename T, bool FAST, typename Set, typename Shared>
 struct Weigher {
@@ -253,27 +254,23 @@ struct Weigher {
   // the most that is not seen; 0: it is not. A row without references is left.
   template <typename Next>
   __device__ __forceinline__ void weigh_shares(const RowFacts& facts, const Next& next) const {
-    const bool wants_scales = !FAST && facts.any && held.exact_weights;
-    const float scale_of_first = wants_scales ? first_scale(facts) : 0;
+    const float scale_of_first = facts.any ? first_scale(facts) : 0;
     Kept kept;
     const Best best = facts.any ? add_shares(facts, kept) : Best{};
-    const float square = wants_scales ? square_of_scales(facts, scale_of_first) : 0;
+    const float square = facts.any ? square_of_scales(facts, scale_of_first) : 0;
     int number = 0;
     if (facts.any) each_class(facts.group, [&](int, int, int count) { number += count; });
     if (number == 0) return leave_nothing(in, facts.row.index, thread);
     const double rate2 = facts.row.rate() * LOG2_E, top = crew.maximum(best.score);
     const double total = weigh(facts, rate2, top, kept);
     // Whether what scores may be off by is seen.
-    float wrong = 0;
-    if (!FAST && held.exact_weights) {
-      const float share = static_cast<float>(1 / total), spread = static_cast<float>((total - 1) / total);
-      const float by = fmaxf(0.5f * fabsf(static_cast<float>(facts.row.b)), 1);
-      const float scale = static_cast<float>(rate2) * sqrtf(static_cast<float>(crew.sum(square)));
-      const float error = Set::ROUNDING / MOST_ERROR_OF_SCORES * scale * by;
-      // Copies of a sample are off alike: many of them are no better than a few.
-      if (error * sqrtf(fmaxf(share, LEAST_SHARE)) * spread > 1) wrong = error;
-    }
-    next(best, top, total, wrong);
+    const float share = static_cast<float>(1 / total), spread = static_cast<float>((total - 1) / total);
+    const float by = fmaxf(0.5f * fabsf(static_cast<float>(facts.row.b)), 1);
+    const float scale = static_cast<float>(rate2) * sqrtf(static_cast<float>(crew.sum(square)));
+    const float error = held.rounding * scale * by;
+    // Copies of a sample are off alike: many of them are no better than a few.
+    const bool seen = error * sqrtf(fmaxf(share, LEAST_SHARE)) * spread > 1;
+    next(best, top, total, seen ? error : 0);
   }
 
   __device__ __forceinline__ void operator()(const RowFacts& facts) const {
@@ -301,7 +298,7 @@ struct Weigher {
     if (thread < 32)
       of_best = exact_score<T>(in, row, first > -INFINITY ? static_cast<int64_t>(-first) : 0, thread);
     of_best = crew.sum(thread == 0 ? of_best : 0);
-    if (!FAST && wrong > 0) {
+    if (wrong > 0) {
       // What shares of the weight below 2^-bits are off by, each by itself, is seen no more.
       const double bits = 2 + 2 * fmaxf(log2f(wrong), 0.0f);
       int* const list = shared.list[crew.number];
