@@ -93,7 +93,7 @@ double best_cut(const Problem& pass, HeldCut& best) {
         cut.slice = round_up(ceil_div(pass.d, most), HELD_LINE), cut.slices = ceil_div(pass.d, cut.slice);
         if (cut.slice > HELD_MOST_SLICE) break;
         // The next batch of rows is prepared beside the products of one, where there is room.
-        for (const auto [batch, buffers] : {std::pair{HELD_BATCH, 2},
+        for (const auto& [batch, buffers] : {std::pair{HELD_BATCH, 2},
                                             {HELD_BATCH, 1},
                                             {HELD_BATCH / 2, 2},
                                             {HELD_BATCH / 2, 1},
