@@ -34,6 +34,9 @@ struct HeldCut {
 constexpr int64_t held_parts(bool bf16) {  // of a float32, see Split
   return bf16 ? 3 : 2;
 }
+constexpr int64_t held_sum_group(bool bf16, bool fast) {  // rows of a product of sums, of as many lines
+  return held_group(bf16) * held_parts(bf16) / (held_parts(bf16) - fast);
+}
 constexpr int64_t held_padded(int64_t m) {  // references of a class, in scores and weights
   return ceil_div(m, 8) * 8;
 }

@@ -17,6 +17,9 @@ constexpr int64_t SWEPT_MOST_REFS = 8192;   // more were not thought of
 constexpr int64_t swept_rows(bool bf16) {   // of a tile
   return bf16 ? 32 : 64;
 }
+constexpr int64_t swept_sum_box(bool bf16, bool fast) {  // rows of a copy of weights
+  return bf16 && fast ? 48 : swept_rows(bf16);
+}
 constexpr int64_t swept_stage(bool bf16) {
   return (SWEPT_TILE + held_parts(bf16) * swept_rows(bf16)) * 2 * SWEPT_BOX;
 }

@@ -103,7 +103,7 @@ SVEL_PRODUCT(16, 32, "%16, %17, %18, %19", "%20", "%21", "%22")
 SVEL_PRODUCT(32, 64, "%32, %33, %34, %35", "%36", "%37", "%38")
 #undef SVEL_PRODUCT
 
-// acc (64 x n) = (ADD ? acc : 0) + a (64 x 16) b^T (n x 16), both in shared memory, for n of 64 to 256;
+// acc (64 x n) = (ADD ? acc : 0) + a (64 x 16) b^T (n x 16), both in shared memory, for n of 32 to 256;
 // COLUMNS: a is given as 16 x 64.
 #define SVEL_PRODUCT(COUNT, N, A, B, ADDS, TRANSPOSES)                                         \
   template <int ADD, int COLUMNS>                                                              \
@@ -116,6 +116,7 @@ SVEL_PRODUCT(32, 64, "%32, %33, %34, %35", "%36", "%37", "%38")
                  : "l"(a), "l"(b), "n"(ADD), "n"(COLUMNS)                                      \
                  : "memory");                                                                  \
   }
+SVEL_PRODUCT(16, 32, "%16", "%17", "%18", "%19")
 SVEL_PRODUCT(32, 64, "%32", "%33", "%34", "%35")
 SVEL_PRODUCT(40, 80, "%40", "%41", "%42", "%43")
 SVEL_PRODUCT(48, 96, "%48", "%49", "%50", "%51")

@@ -13,7 +13,8 @@
 //
 // Products. y and the weights are sums of values of T (Split), references exact as they are stored. The
 // matrix units, which round towards zero, add up few products; what they give joins float32 sums. Of a slice
-// y is scaled by a power of two.
+// y is scaled by a power of two. FAST: a part of the weights less, and sums that the matrix units add up by
+// themselves.
 //
 // Score. -|x - alpha r_j|^2 / 2 is alpha (s_j + alpha/2 |c|^2) less |x|^2 / 2, s_j what shares add up to: for
 // rows of one class c is the same, rows of all classes add its part.
@@ -52,7 +53,7 @@ struct Held {
   double2* ends;    // (n,) out = x sum w_j r_j + y x
   float* scales;    // (n, teams, slices) the largest terms of shares
   double* centres;  // (k, slices) |c|^2
-  bool exact_weights;
+  float rounding;   // ROUNDING, beside the error that is not seen
 };
 
 struct HeldShared {
@@ -104,7 +105,7 @@ template <typename T>
 struct Tile {
   static constexpr int PARTS = Split<T>::PARTS;
   static constexpr int ROWS = static_cast<int>(held_group(PARTS == 3));
-  static constexpr int BOX_BYTES = PARTS * ROWS * LINE_BYTES;
+  static constexpr int LINES = PARTS * ROWS, BOX_BYTES = LINES * LINE_BYTES;
   // Of a thread, see wgmma.cuh: what parts come to, one after the other.
   static constexpr int SUMS = ROWS / 2;
 };
@@ -159,21 +160,53 @@ __device__ __forceinline__ void multiply_lines(uint64_t a, uint64_t b, float (&s
 #endif
 }
 
+// acc = a b^T over `steps` steps, all by the matrix units; b_of: where a step's b is.
+template <typename T, int COUNT, typename Of>
+__device__ __forceinline__ void multiply_all(uint64_t a, const Of& b_of, int steps, float (&acc)[COUNT]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int REFS_STEP = 16 * LINE_BYTES >> 4;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) acc[i] = 0;
+  const auto multiply = [&](auto several, int at) {
+    start_products();
+#pragma unroll
+    for (int k = 0; k < decltype(several)::value; ++k) {
+      if constexpr (Tile<T>::PARTS == 2) {
+        product_shared<1, 1>(acc, a + (at + k) * REFS_STEP, b_of(at) + 2 * k);
+      } else {
+        product_shared_bf16<1, 1>(acc, a + (at + k) * REFS_STEP, b_of(at) + 2 * k);
+      }
+    }
+    commit_products();
+  };
+  int at = 0;
+#pragma unroll 1
+  for (; at + LINE_STEPS <= steps; at += LINE_STEPS) multiply(std::integral_constant<int, LINE_STEPS>{}, at);
+#pragma unroll 1
+  for (; at < steps; ++at) multiply(std::integral_constant<int, 1>{}, at);
+  wait_products<0>(acc);
+#endif
+}
+
 // USUAL: x and out are float32, aligned to 16 bytes.
-template <typename T, bool USUAL>
+template <typename T, bool USUAL, bool FAST>
 struct HeldKernel {
   static constexpr int PARTS = Split<T>::PARTS;
   static constexpr int MOST = static_cast<int>(HELD_MOST_SLICE / 128);  // fours of a lane
   static constexpr int EACH = 2, AT_ONCE = EACH * WARPS;                // rows that are prepared at a time
   static constexpr int ROWS = Tile<T>::ROWS, BOX = Tile<T>::BOX_BYTES, SUMS = Tile<T>::SUMS;
+  static constexpr int OF_WEIGHT = WEIGHT_PARTS<T, FAST>, SUM_ROWS = Tile<T>::LINES / OF_WEIGHT;
+  static_assert(SUM_ROWS == held_sum_group(PARTS == 3, FAST));
   static constexpr int LINE = static_cast<int>(HELD_LINE), TILE = static_cast<int>(HELD_TILE);
 
   const Inputs& in;
   const Held& held;
   HeldShared& shared;
   const HeldRows list;
-  char* const refs;   // (slice / LINE, chunk) lines
-  char* const lines;  // (buffers, batch / ROWS, boxes, PARTS, ROWS) lines: y, then weights
+  char* const refs;  // (slice / LINE, chunk) lines
+  // (buffers, batch / ROWS, boxes, PARTS, ROWS) lines: y; then weights, (groups, sum_boxes, OF_WEIGHT,
+  // SUM_ROWS) of a buffer.
+  char* const lines;
   const int tid = threadIdx.x, lane = tid % 32, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const int chunks = static_cast<int>(held.cut.chunks), slices = static_cast<int>(held.cut.slices);
   const int row_parts = static_cast<int>(held.cut.row_parts), classes = static_cast<int>(in.k);
@@ -188,8 +221,9 @@ struct HeldKernel {
   const int valid = count_of(group, team);
   const int used_boxes = (length + LINE - 1) / LINE, ref_box = chunk * LINE_BYTES;  // in bytes
   const int boxes = (max(slice, chunk) + LINE - 1) / LINE;                          // of a group of rows
+  const int sum_boxes = FAST ? (chunk + LINE - 1) / LINE : boxes;
   int rows = 0, first_row = 0;  // of the class's rows, those of this block,
-  int step = 0;                 // and of a batch: all have as many, or nearly
+  int step = 0, sum_step = 0;   // and of a batch: all have as many, or nearly
   bool several = false;         // whether any row has several chunks
 
   __device__ __forceinline__ int count_of(int its_group, int of_team) const {
@@ -202,6 +236,10 @@ struct HeldKernel {
   // Where the lines of the group of row i of a batch begin, and in a box its line of part p.
   __device__ __forceinline__ char* boxes_of(int turn, int i) const {
     return lines + (turn % buffers * (batch / ROWS) + i / ROWS) * boxes * BOX;
+  }
+  __device__ __forceinline__ char* weights_of(int turn, int i) const {
+    if (!FAST) return boxes_of(turn, i);
+    return lines + (turn % buffers * (batch / ROWS) * boxes + i / SUM_ROWS * sum_boxes) * BOX;
   }
   __device__ __forceinline__ int line_of(int p, int i) const { return p * ROWS + i % ROWS; }
 
@@ -274,7 +312,11 @@ struct HeldKernel {
     const int each = ((count + row_parts - 1) / row_parts + 7) / 8 * 8;
     first_row = min(part * each, count), rows = min(each, count - first_row);
     const int turns = max((rows + batch - 1) / batch, 1);
-    step = ((rows + turns - 1) / turns + 7) / 8 * 8;
+    step = sum_step = ((rows + turns - 1) / turns + 7) / 8 * 8;
+    if (!FAST) return;
+    const int most = batch / ROWS * boxes / sum_boxes * SUM_ROWS,
+              sum_turns = max((rows + most - 1) / most, 1);
+    sum_step = ((rows + sum_turns - 1) / sum_turns + 7) / 8 * 8;
   }
   __device__ __forceinline__ int end_of(int first) const { return min(rows, first + step); }
 
@@ -506,7 +548,7 @@ struct HeldKernel {
 
   __device__ __forceinline__ void weigh_rows() const {
     const HeldGroup crew{warp / GROUP_WARPS, tid % GROUP, shared.scratch[warp / GROUP_WARPS]};
-    const Weigher<T, Held, HeldShared> weigh{in, held, shared, crew};
+    const Weigher<T, FAST, Held, HeldShared> weigh{in, held, shared, crew};
     const RowFacts& facts = shared.facts[crew.number];
     int index = static_cast<int>(blockIdx.x + gridDim.x * crew.number);
     meet_grid();
@@ -523,18 +565,19 @@ struct HeldKernel {
 
   // The weights of the batch that begins at `first`, on their way to shared memory: a warp to a row's part.
   __device__ __forceinline__ void fetch_weights(int first, int turn) const {
-    const int count = end_of(first) - first, used = (valid + 15) / 16 * 16;
+    const int count = min(rows, first + sum_step) - first, used = (valid + 15) / 16 * 16;
 #pragma unroll 1
-    for (int at = warp; at < PARTS * count; at += WARPS) {
+    for (int at = warp; at < OF_WEIGHT * count; at += WARPS) {
       const int p = at / count, i = at - p * count, its = first_row + first + i;
       const T* const from = static_cast<const T*>(held.weights) +
                             (int64_t{p} * in.n + list.index[its]) * held.stride + first_ref +
                             (list.place[its] & ~PARTLY);
-      char* const to = boxes_of(turn, i);
+      char* const to = weights_of(turn, i);
+      const int line = p * SUM_ROWS + i % SUM_ROWS;
 #pragma unroll 1
       for (int j = 8 * lane; j < used; j += 8 * 32) {
-        float4* const there = reinterpret_cast<float4*>(to + j / LINE * BOX +
-                                                        chunk_address(0, line_of(p, i), j / 8 % LINE_CHUNKS));
+        float4* const there =
+            reinterpret_cast<float4*>(to + j / LINE * BOX + chunk_address(0, line, j / 8 % LINE_CHUNKS));
         if (j < valid) {
           copy_async(there, reinterpret_cast<const float*>(from + j));
         } else {
@@ -545,21 +588,21 @@ struct HeldKernel {
   }
 
   __device__ __forceinline__ void sum(int first, int turn) const {
-    const int end = end_of(first), steps = (valid + 15) / 16;
-    const int tiles = (length + TILE - 1) / TILE, groups = (end - first + ROWS - 1) / ROWS;
+    const int end = min(rows, first + sum_step), steps = (valid + 15) / 16;
+    const int tiles = (length + TILE - 1) / TILE, groups = (end - first + SUM_ROWS - 1) / SUM_ROWS;
     const int mine = warp % GROUP_WARPS * 16 + lane / 4, pair = lane % 4 * 2;
     const uint64_t all_refs = rows_of_128_bytes(shared_address(refs)),
-                   all_rows = rows_of_128_bytes(shared_address(boxes_of(turn, 0)));
+                   all_rows = rows_of_128_bytes(shared_address(weights_of(turn, 0)));
 #pragma unroll 1
     for (int item = warp / GROUP_WARPS; item < tiles * groups; item += GROUPS) {
       const int of_rows = item / tiles, tile = item - of_rows * tiles, e0 = tile * TILE + mine;
-      constexpr int PAIRS = ROWS / 8;
+      constexpr int PAIRS = SUM_ROWS / 8;
       float x[PAIRS][2][2];
 #pragma unroll
       for (int i = 0; i < PAIRS; ++i) {
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
-          const int its = first + of_rows * ROWS + 8 * i + pair + p;
+          const int its = first + of_rows * SUM_ROWS + 8 * i + pair + p;
           const bool whole = USUAL && its < end && !(list.place[first_row + its] & PARTLY);
           const int left = whole ? length - e0 : 0;
           const float* const of_row =
@@ -569,21 +612,36 @@ struct HeldKernel {
         }
       }
       __syncwarp();
-      const uint64_t a = all_refs + tile * (ref_box >> 4), b = all_rows + of_rows * boxes * (BOX >> 4);
+      const uint64_t a = all_refs + tile * (ref_box >> 4), b = all_rows + of_rows * sum_boxes * (BOX >> 4);
       const auto b_of = [&](int at) { return b + at / LINE_STEPS * (BOX >> 4) + at % LINE_STEPS * 2; };
-      constexpr int REFS_STEP = 16 * LINE_BYTES >> 4;
-      float sums[SUMS] = {};
-      int at = 0;
+      constexpr int OF_ROWS = SUM_ROWS / 2;  // sums of a thread
+      float sums[FAST ? OF_WEIGHT * OF_ROWS : SUMS] = {};
+      if constexpr (FAST) {
+        if constexpr (OF_WEIGHT == 1) {
+          if (end - first - of_rows * SUM_ROWS <= SUM_ROWS / 2) {  // the other half of the lines has no rows
+            multiply_all<T>(a, b_of, steps, reinterpret_cast<float (&)[OF_ROWS / 2]>(sums));
+          } else {
+            multiply_all<T>(a, b_of, steps, sums);
+          }
+        } else {
+          multiply_all<T>(a, b_of, steps, sums);
+#pragma unroll
+          for (int i = 0; i < OF_ROWS; ++i) sums[i] += sums[i + OF_ROWS];
+        }
+      } else {
+        constexpr int REFS_STEP = 16 * LINE_BYTES >> 4;
+        int at = 0;
 #pragma unroll 1
-      for (; at + LINE_STEPS <= steps; at += LINE_STEPS)
-        multiply_lines<T, LINE_STEPS, SUM_DEPTH, 1, REFS_STEP>(a + at * REFS_STEP, b_of(at), sums);
+        for (; at + LINE_STEPS <= steps; at += LINE_STEPS)
+          multiply_lines<T, LINE_STEPS, SUM_DEPTH, 1, REFS_STEP>(a + at * REFS_STEP, b_of(at), sums);
 #pragma unroll 1
-      for (; at < steps; ++at) multiply_lines<T, 1, 1, 1, REFS_STEP>(a + at * REFS_STEP, b_of(at), sums);
+        for (; at < steps; ++at) multiply_lines<T, 1, 1, 1, REFS_STEP>(a + at * REFS_STEP, b_of(at), sums);
+      }
 #pragma unroll
       for (int i = 0; i < PAIRS; ++i) {
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
-          const int its = first + of_rows * ROWS + 8 * i + pair + p;
+          const int its = first + of_rows * SUM_ROWS + 8 * i + pair + p;
           if (its >= end) continue;
           const int left = length - e0;  // elements
           const int64_t at = index_of(its) * in.d + offset + e0;
@@ -615,15 +673,15 @@ struct HeldKernel {
       copy_async(reinterpret_cast<float4*>(list.ends + i),
                  reinterpret_cast<const float*>(held.ends + index_of(i)));
 #pragma unroll 1
-    for (int turn = 0; turn * step < rows; ++turn) {
+    for (int turn = 0; turn * sum_step < rows; ++turn) {
       wait_copies();
       fence_async();
       __syncthreads();
-      if (buffers == 2) fetch_weights((turn + 1) * step, turn + 1);
-      sum(turn * step, turn);
-      if (buffers == 2 || (turn + 1) * step >= rows) continue;
+      if (buffers == 2) fetch_weights((turn + 1) * sum_step, turn + 1);
+      sum(turn * sum_step, turn);
+      if (buffers == 2 || (turn + 1) * sum_step >= rows) continue;
       __syncthreads();
-      fetch_weights((turn + 1) * step, turn + 1);
+      fetch_weights((turn + 1) * sum_step, turn + 1);
     }
     wait_copies();
   }
@@ -723,7 +781,7 @@ struct HeldKernel {
   }
 };
 
-template <typename T, bool USUAL>
+template <typename T, bool USUAL, bool FAST = false>
 __global__ void __launch_bounds__(HELD_THREADS, 1)
     held_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Held held) {
   extern __shared__ __align__(1024) char memory[];
@@ -732,7 +790,7 @@ __global__ void __launch_bounds__(HELD_THREADS, 1)
   char* const rest = lines + held_lines_smem(held.cut, Split<T>::PARTS == 3);
   HeldShared& shared = *reinterpret_cast<HeldShared*>(rest);
   const HeldRows list(rest + HELD_FIXED_SMEM, in.n);
-  HeldKernel<T, USUAL>{in, held, shared, list, refs, lines}.run();
+  HeldKernel<T, USUAL, FAST>{in, held, shared, list, refs, lines}.run();
 }
 
 }  // namespace
@@ -742,7 +800,7 @@ void run_held(const char* op, const Inputs& in, const Plan& plan, void* workspac
   Held held{};
   held.cut = held_cut(plan, in.k, in.m);
   held.padded = static_cast<int>(held_padded(in.m)), held.stride = in.k * held.padded;
-  held.exact_weights = !plan.fast;
+  held.rounding = Held::ROUNDING / (plan.fast ? MOST_ERROR_OF_FAST_SCORES : MOST_ERROR_OF_SCORES);
   // Of a chunk a whole number.
   held.box_refs = static_cast<int>(std::min(held.cut.chunk & -held.cut.chunk, HELD_TILE));
   held.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.k * in.m, 2 * in.d, held.box_refs);
@@ -761,8 +819,15 @@ void run_held(const char* op, const Inputs& in, const Plan& plan, void* workspac
   held.scales = static_cast<float*>(take(layout.scales));
   held.centres = static_cast<double*>(take(layout.centres));
   const bool usual = is_vector(in.x) && is_vector(in.out);
-  const auto kernel = bf16 ? (usual ? held_kernel<__nv_bfloat16, true> : held_kernel<__nv_bfloat16, false>)
-                           : (usual ? held_kernel<__half, true> : held_kernel<__half, false>);
+  const auto kernel_of = [&](auto value) {
+    using T = decltype(value);
+    if (!usual) return held_kernel<T, false>;
+    // Where a block has no more rows than a product of "exact", that is the quicker: 256 x 256 x 4,096 33 us
+    // for 36 (H200). Of classes nobody knows.
+    const bool few = !in.labels && plan.rows_per_pass <= Tile<T>::ROWS * held.cut.row_parts;
+    return plan.fast && !few ? held_kernel<T, true, true> : held_kernel<T, true>;
+  };
+  const auto kernel = bf16 ? kernel_of(__nv_bfloat16{}) : kernel_of(__half{});
   check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(plan.smem_bytes)));
   for (int64_t first = 0; first < in.n; first += plan.rows_per_pass)

@@ -13,7 +13,11 @@ constexpr int WARPS = HELD_THREADS / 32;
 constexpr int GROUP_WARPS = 4, GROUP = 32 * GROUP_WARPS, GROUPS = HELD_THREADS / GROUP;
 constexpr float WEIGHT_SCALE = 1 << 14;  // of the best: a weight's second part of float16 keeps its digits
 constexpr int LISTED = 256;  // references of a group that are scored again at a time: two to a thread
-constexpr float LEAST_SHARE = 0.25f;  // what the share of the best is taken for at least
+constexpr float LEAST_SHARE = 0.25f;                // what the share of the best is taken for at least
+constexpr float MOST_ERROR_OF_FAST_SCORES = 5e-4f;  // MOST_ERROR_OF_SCORES of precision "fast"
+// Of a weight. FAST: one less, which leaves results within 2e-4, also of rows between two far references.
+template <typename T, bool FAST>
+constexpr int WEIGHT_PARTS = Split<T>::PARTS - FAST;
 
 // What calls know of a row. Not in line, here and below: code that has to come from memory first takes longer
 // than a call, and most of it runs once.
@@ -83,11 +87,11 @@ __device__ __noinline__ double exact_score(const Inputs& in, const Row& row, int
   return -LOG2_E / (2 * row.sigma * row.sigma) * warp_sum(square);
 }
 
-// The weights of rows, by a group of warps each. Set: what is there of the rows, see Held; ROUNDING, WEIGHTS.
+// The weights of rows, by a group of warps each. Set: what is there of the rows, see Held; WEIGHTS.
 // Shared: class_counts, team_counts, and of each group list, counts.
-template <typename T, typename Set, typename Shared>
+template <typename T, bool FAST, typename Set, typename Shared>
 struct Weigher {
-  static constexpr int PARTS = Split<T>::PARTS;
+  static constexpr int PARTS = WEIGHT_PARTS<T, FAST>;
 
   const Inputs& in;
   const Set& held;
@@ -157,7 +161,8 @@ struct Weigher {
     return best;
   }
 
-  // Weights, times WEIGHT_SCALE, beside that of score `top`, to memory; their sum, without.
+  // Weights, times WEIGHT_SCALE, beside that of score `top`, to memory; their sum, without. FAST: as they are
+  // there, so that what references have in common is not off.
   __device__ __forceinline__ double weigh(const RowFacts& facts, double rate2, double top,
                                           const Kept& kept) const {
     const double* const exact = held.exact + facts.row.index * held.stride;
@@ -196,6 +201,7 @@ struct Weigher {
           *reinterpret_cast<uint32_t*>(to) = pair_of(own[0], own[1]);
           to += in.n * held.stride;
         }
+        if (FAST) total -= static_cast<double>(left[0]) + static_cast<double>(left[1]);
       }
     });
     return crew.sum(total) / WEIGHT_SCALE;
@@ -248,27 +254,23 @@ struct Weigher {
   // the most that is not seen; 0: it is not. A row without references is left.
   template <typename Next>
   __device__ __forceinline__ void weigh_shares(const RowFacts& facts, const Next& next) const {
-    const bool wants_scales = facts.any && held.exact_weights;
-    const float scale_of_first = wants_scales ? first_scale(facts) : 0;
+    const float scale_of_first = facts.any ? first_scale(facts) : 0;
     Kept kept;
     const Best best = facts.any ? add_shares(facts, kept) : Best{};
-    const float square = wants_scales ? square_of_scales(facts, scale_of_first) : 0;
+    const float square = facts.any ? square_of_scales(facts, scale_of_first) : 0;
     int number = 0;
     if (facts.any) each_class(facts.group, [&](int, int, int count) { number += count; });
     if (number == 0) return leave_nothing(in, facts.row.index, thread);
     const double rate2 = facts.row.rate() * LOG2_E, top = crew.maximum(best.score);
     const double total = weigh(facts, rate2, top, kept);
     // Whether what scores may be off by is seen.
-    float wrong = 0;
-    if (held.exact_weights) {
-      const float share = static_cast<float>(1 / total), spread = static_cast<float>((total - 1) / total);
-      const float by = fmaxf(0.5f * fabsf(static_cast<float>(facts.row.b)), 1);
-      const float scale = static_cast<float>(rate2) * sqrtf(static_cast<float>(crew.sum(square)));
-      const float error = Set::ROUNDING / MOST_ERROR_OF_SCORES * scale * by;
-      // Copies of a sample are off alike: many of them are no better than a few.
-      if (error * sqrtf(fmaxf(share, LEAST_SHARE)) * spread > 1) wrong = error;
-    }
-    next(best, top, total, wrong);
+    const float share = static_cast<float>(1 / total), spread = static_cast<float>((total - 1) / total);
+    const float by = fmaxf(0.5f * fabsf(static_cast<float>(facts.row.b)), 1);
+    const float scale = static_cast<float>(rate2) * sqrtf(static_cast<float>(crew.sum(square)));
+    const float error = held.rounding * scale * by;
+    // Copies of a sample are off alike: many of them are no better than a few.
+    const bool seen = error * sqrtf(fmaxf(share, LEAST_SHARE)) * spread > 1;
+    next(best, top, total, seen ? error : 0);
   }
 
   __device__ __forceinline__ void operator()(const RowFacts& facts) const {

@@ -14,6 +14,8 @@
 // memory once in each pass; sums begin with what scores ended with, which the L2 still has. Stages of a ring
 // are filled two steps ahead by a thread of the first warp. A step is 64 elements of 256 references, or 64
 // references of 256 elements, beside parts of all rows of the tile; each group of four warps has a quarter.
+// FAST: a part of the weights less, so that a tile of sums has more rows, which the matrix units add up by
+// themselves.
 #include <algorithm>
 #include <type_traits>
 
@@ -58,7 +60,7 @@ struct Swept {
 
   CUtensorMap refs;          // (m, d), boxes of STEP x STEP
   CUtensorMap y_parts;       // (parts n, elements), boxes of a tile's rows x STEP
-  CUtensorMap weight_parts;  // (parts n, stride), the same
+  CUtensorMap weight_parts;  // (parts n, stride), boxes of SUM_BOX x STEP
   SweptCut cut;
   int64_t stride;       // references, padded
   int64_t elements;     // of y, padded
@@ -76,7 +78,7 @@ struct Swept {
   float* scales;          // (n, chunks, slices) the largest terms of shares
   int* counter;           // of groups
   const double* centres;  // of rows of several classes, which there are none of
-  bool exact_weights;
+  float rounding;         // as of Held
 };
 
 struct Unit {
@@ -118,9 +120,13 @@ struct SweptRows {
 static_assert(sizeof(double2) == SWEPT_ROW_SMEM && sizeof(double2) >= 3 * sizeof(float));
 
 // USUAL: x and out are float32, aligned to 16 bytes.
-template <typename T, bool USUAL>
+template <typename T, bool USUAL, bool FAST>
 struct SweptKernel {
   static constexpr int PARTS = Split<T>::PARTS, ROWS = static_cast<int>(swept_rows(PARTS == 3));
+  // Weights come in copies of SUM_BOX rows: one for each part or, of one part, one or two for a tile.
+  static constexpr int OF_WEIGHT = WEIGHT_PARTS<T, FAST>;
+  static constexpr int SUM_BOX = static_cast<int>(swept_sum_box(PARTS == 3, FAST));
+  static constexpr int MOST_SUM_ROWS = PARTS * ROWS / OF_WEIGHT;
   static constexpr int SUMS = ROWS / 2, PAIRS = ROWS / 8;  // of a thread, see wgmma.cuh
   static constexpr int STAGE = REFS + PARTS * ROWS * LINE_BYTES;
   static_assert(STAGE == swept_stage(PARTS == 3));
@@ -142,15 +148,27 @@ struct SweptKernel {
 
   // ---- units and the ring
 
+  // Rows of a tile; of sums half as many where there are blocks for all.
+  template <bool SUM>
+  __device__ __forceinline__ int tall() const {
+    if (!SUM || !FAST) return ROWS;
+    const bool halved =
+        OF_WEIGHT == 1 && d_tiles * ((n + SUM_BOX - 1) / SUM_BOX) <= static_cast<int>(gridDim.x);
+    return halved ? SUM_BOX : MOST_SUM_ROWS;
+  }
+  template <bool SUM>
+  __device__ __forceinline__ int tiles_of() const {
+    return SUM && FAST ? (n + tall<true>() - 1) / tall<true>() : row_tiles;
+  }
   template <bool SUM>
   __device__ __forceinline__ int units() const {
-    return valid == 0 ? 0 : row_tiles * (SUM ? d_tiles : ref_tiles * slices);
+    return valid == 0 ? 0 : tiles_of<SUM>() * (SUM ? d_tiles : ref_tiles * slices);
   }
   template <bool SUM>
   __device__ __forceinline__ Unit unit_of(int number) const {
-    const int rest = number / row_tiles;
+    const int tiles = tiles_of<SUM>(), rest = number / tiles;
     Unit unit;
-    unit.rows = number - rest * row_tiles;
+    unit.rows = number - rest * tiles;
     if (SUM) {
       unit.tile = d_tiles - 1 - rest, unit.slice = 0;
       unit.steps = (valid + STEP - 1) / STEP;
@@ -168,6 +186,11 @@ struct SweptKernel {
     if (feed.unit < units<SUM>()) feed.now = unit_of<SUM>(feed.unit);
   }
 
+  // Copies of weights of one part.
+  __device__ __forceinline__ int copies_of(const Unit& unit) const {
+    return (min(tall<true>(), n - unit.rows * tall<true>()) + SUM_BOX - 1) / SUM_BOX;
+  }
+
   // References of a stage, when it is free, and of scores their centre; by one thread.
   template <bool SUM>
   __device__ __forceinline__ void load_refs(const Feed& feed) const {
@@ -177,7 +200,11 @@ struct SweptKernel {
     const int first = feed.now.tile * TILE, column = SUM ? 0 : feed.now.slice * slice + feed.step * STEP;
     const int boxes = min(GROUPS, ((SUM ? d : valid) - first + STEP - 1) / STEP);
     const int of_centre = 2 * min(STEP, d - column);
-    arrive_expecting(full, boxes * BOX + PARTS * ROWS * LINE_BYTES + (SUM ? 0 : of_centre + 4 * ROWS));
+    if constexpr (SUM && OF_WEIGHT == 1) {
+      arrive_expecting(full, boxes * BOX + copies_of(feed.now) * SUM_BOX * LINE_BYTES);
+    } else {
+      arrive_expecting(full, boxes * BOX + PARTS * ROWS * LINE_BYTES + (SUM ? 0 : of_centre + 4 * ROWS));
+    }
     const uint32_t to = shared_address(ring + slot * STAGE);
     for (int box = 0; box < boxes; ++box) {
       const int along = first + box * STEP;
@@ -195,9 +222,16 @@ struct SweptKernel {
     Barrier* const full = &shared.full[slot];
     const int column = SUM ? feed.step * STEP : feed.now.slice * slice + feed.step * STEP;
     const uint32_t to = shared_address(ring + slot * STAGE + REFS);
-    for (int p = 0; p < PARTS; ++p)
-      tensor_copy(to + p * ROWS * LINE_BYTES, SUM ? set.weight_parts : set.y_parts, column, p * n + first,
-                  shared_address(full));
+    if constexpr (SUM && FAST) {
+      const int copies = OF_WEIGHT > 1 ? OF_WEIGHT : copies_of(feed.now);
+      for (int i = 0; i < copies; ++i)
+        tensor_copy(to + i * SUM_BOX * LINE_BYTES, set.weight_parts, column,
+                    feed.now.rows * tall<true>() + i * (OF_WEIGHT > 1 ? n : SUM_BOX), shared_address(full));
+    } else {
+      for (int p = 0; p < PARTS; ++p)
+        tensor_copy(to + p * ROWS * LINE_BYTES, SUM ? set.weight_parts : set.y_parts, column, p * n + first,
+                    shared_address(full));
+    }
     if (!SUM)
       bulk_copy(shared.unscale[slot], set.unscales + int64_t{column / STEP} * set.rows_padded + first,
                 4 * ROWS, full, usual_policy());
@@ -238,28 +272,35 @@ struct SweptKernel {
 
   __device__ __forceinline__ void wait_for_crew() const { named_barrier(1 + crew, GROUP); }
 
-  // acc = a b^T over COUNT steps of 16, a's given as columns or not; under way, and until it has ended.
-  template <int COUNT, int COLUMNS>
-  __device__ __forceinline__ static void begin_products(Acc& acc, uint64_t a, uint64_t b) {
+  // acc = (ADDS ? acc : 0) + a b^T over COUNT steps of 16, a's given as columns or not and A_STEP apart;
+  // under way, and until it has ended.
+  template <int COUNT, int COLUMNS, int ADDS = 0, int A_STEP = 2, int SIZE>
+  __device__ __forceinline__ static void begin_products(float (&acc)[SIZE], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     const auto multiply = [&](auto adds, int k) {
       constexpr int ADD = decltype(adds)::value;
       if constexpr (PARTS == 2) {
-        product_shared<ADD, COLUMNS>(acc, a + 2 * k, b + 2 * k);
+        product_shared<ADD, COLUMNS>(acc, a + A_STEP * k, b + 2 * k);
       } else {
-        product_shared_bf16<ADD, COLUMNS>(acc, a + 2 * k, b + 2 * k);
+        product_shared_bf16<ADD, COLUMNS>(acc, a + A_STEP * k, b + 2 * k);
       }
     };
     start_products();
-    multiply(std::integral_constant<int, 0>{}, 0);
+    multiply(std::integral_constant<int, ADDS>{}, 0);
 #pragma unroll
     for (int k = 1; k < COUNT; ++k) multiply(std::integral_constant<int, 1>{}, k);
     commit_products();
 #endif
   }
-  __device__ __forceinline__ static void end_products(Acc& acc) {
+  template <int SIZE>
+  __device__ __forceinline__ static void end_products(float (&acc)[SIZE]) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     wait_products<0>(acc);
+#endif
+  }
+  __device__ __forceinline__ static void end_products_before() {  // all but the last ones
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    wait_products<1>();
 #endif
   }
   __device__ __forceinline__ static float of_parts(const Acc& acc, int i) {  // the smallest first
@@ -479,7 +520,7 @@ struct SweptKernel {
     }
   }
 
-  using Weighs = Weigher<T, Swept, SweptShared>;
+  using Weighs = Weigher<T, FAST, Swept, SweptShared>;
   using Best = typename Weighs::Best;
 
   __device__ __noinline__ static void list_for_review(const Inputs& in, const Swept& set, SweptShared& shared,
@@ -650,6 +691,41 @@ struct SweptKernel {
     wait_for_crew();
   }
 
+  // The sums of a unit, all by the matrix units. A step's place in the ring is left when the next one's
+  // products are under way.
+  template <int SIZE>
+  __device__ __forceinline__ void add_all(const Unit& unit, bool has_elements, uint64_t stages,
+                                          float (&sums)[SIZE]) {
+    constexpr int REFS_STEP = 16 * LINE_BYTES >> 4;
+    const auto leave = [&](int step) {
+      __syncwarp();
+      if (lane == 0) arrive(&shared.empty[step % STAGES]);
+    };
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) sums[i] = 0;
+#pragma unroll 1
+    for (int step = 0; step < unit.steps; ++step, ++at) {
+      take_step<true>();
+      if (has_elements) {
+        const int slot = at % STAGES, left = valid - step * STEP;
+        if (left < STEP) clear_lines(ring + slot * STAGE + crew * BOX, left);
+        const uint64_t a = stages + (slot * STAGE + crew * BOX >> 4), b = stages + (slot * STAGE + REFS >> 4);
+        if (left > STEP - 16) {
+          begin_products<STEP / 16, 1, 1, REFS_STEP>(sums, a, b);
+        } else {
+#pragma unroll 1
+          for (int k = 0; k < (left + 15) / 16; ++k)
+            begin_products<1, 1, 1>(sums, a + k * REFS_STEP, b + 2 * k);
+        }
+      }
+      if (step == 0) continue;
+      end_products_before();
+      leave(at - 1);
+    }
+    end_products(sums);
+    leave(at - 1);
+  }
+
   __device__ __forceinline__ void sum_rows() {
     const int mine = warp % GROUP_WARPS * 16 + lane / 4, pair = lane % 4 * 2;
     const uint64_t stages = rows_of_128_bytes(shared_address(ring));
@@ -660,9 +736,20 @@ struct SweptKernel {
       const Unit unit = unit_of<true>(number);
       const int first = unit.tile * TILE + crew * STEP;
       const bool has_elements = first < d;
-      float sums[SUMS] = {};
+      float sums[FAST ? OF_WEIGHT * MOST_SUM_ROWS / 2 : SUMS] = {};
+      if constexpr (OF_WEIGHT == 1) {
+        if (copies_of(unit) == 1) {
+          add_all(unit, has_elements, stages, reinterpret_cast<float (&)[SUM_BOX / 2]>(sums));
+        } else {
+          add_all(unit, has_elements, stages, sums);
+        }
+      } else if constexpr (FAST) {
+        add_all(unit, has_elements, stages, sums);
+#pragma unroll
+        for (int i = 0; i < MOST_SUM_ROWS / 2; ++i) sums[i] += sums[i + MOST_SUM_ROWS / 2];
+      }
 #pragma unroll 1
-      for (int step = 0; step < unit.steps; ++step) {
+      for (int step = 0; !FAST && step < unit.steps; ++step) {
         take_step<true>();
         const int slot = at % STAGES, left = valid - step * STEP;
         if (has_elements) {
@@ -684,18 +771,19 @@ struct SweptKernel {
       if (!has_elements) continue;
       const int e0 = first + mine;
 #pragma unroll
-      for (int i = 0; i < PAIRS; ++i) {
+      for (int i = 0; i < MOST_SUM_ROWS / 8; ++i) {
+        if (OF_WEIGHT == 1 && 8 * i >= tall<true>()) break;
         float x[2][2];
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
-          const int row = unit.rows * ROWS + 8 * i + pair + p;
+          const int row = unit.rows * (FAST ? tall<true>() : ROWS) + 8 * i + pair + p;
           const float* const of_row = static_cast<const float*>(in.x.data) + int64_t{row} * d + e0;
 #pragma unroll
           for (int h = 0; h < 2; ++h) x[p][h] = USUAL && row < n && e0 + 8 * h < d ? of_row[8 * h] : 0;
         }
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
-          const int row = unit.rows * ROWS + 8 * i + pair + p;
+          const int row = unit.rows * (FAST ? tall<true>() : ROWS) + 8 * i + pair + p;
           if (row >= n) continue;
           const double2 by = rows.ends[row];
           const int64_t to = int64_t{row} * d + e0;
@@ -753,15 +841,16 @@ struct SweptKernel {
   }
 };
 
-template <typename T, bool USUAL>
+template <typename T, bool USUAL, bool FAST = false>
 __global__ void __launch_bounds__(HELD_THREADS, 1)
     swept_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Swept set) {
   extern __shared__ __align__(1024) char memory[];
   char* const ring = memory + (HELD_ALIGNMENT - shared_address(memory) % HELD_ALIGNMENT) % HELD_ALIGNMENT;
-  char* const rest = ring + STAGES * SweptKernel<T, USUAL>::STAGE;
+  using Kernel = SweptKernel<T, USUAL, FAST>;
+  char* const rest = ring + STAGES * Kernel::STAGE;
   SweptShared& shared = *reinterpret_cast<SweptShared*>(rest);
   const SweptRows rows(rest + SWEPT_FIXED_SMEM, in.n);
-  SweptKernel<T, USUAL>{in, set, shared, rows, ring}.run();
+  Kernel{in, set, shared, rows, ring}.run();
 }
 
 }  // namespace
@@ -773,7 +862,7 @@ void run_swept(const char* op, const Inputs& in, const Plan& plan, void* workspa
   set.cut.chunks = ceil_div(in.m, SWEPT_TILE), set.cut.slice = plan.slice, set.cut.slices = plan.slices;
   set.stride = swept_padded(in.m), set.padded = static_cast<int>(set.stride);
   set.elements = swept_padded(in.d), set.rows_padded = round_up(plan.rows_per_pass, 64);
-  set.exact_weights = !plan.fast;
+  set.rounding = Swept::ROUNDING / (plan.fast ? MOST_ERROR_OF_FAST_SCORES : MOST_ERROR_OF_SCORES);
   set.refs = map_rows(op, in.refs.data, in.refs.dtype, in.d, in.m, 2 * in.d, static_cast<int>(SWEPT_BOX));
   const SweptLayout layout = swept_layout(plan.rows_per_pass, in.m, in.d, bf16, set.cut.slices);
   char* next = static_cast<char*>(workspace);
@@ -794,17 +883,23 @@ void run_swept(const char* op, const Inputs& in, const Plan& plan, void* workspa
   set.scales = static_cast<float*>(take(layout.scales));
   set.counter = static_cast<int*>(take(layout.counter));
   const bool usual = is_vector(in.x) && is_vector(in.out);
-  const auto kernel = bf16 ? (usual ? swept_kernel<__nv_bfloat16, true> : swept_kernel<__nv_bfloat16, false>)
-                           : (usual ? swept_kernel<__half, true> : swept_kernel<__half, false>);
+  const bool fast = plan.fast && usual;
+  const auto kernel_of = [&](auto value) {
+    using T = decltype(value);
+    if (!usual) return swept_kernel<T, false>;
+    return fast ? swept_kernel<T, true, true> : swept_kernel<T, true>;
+  };
+  const auto kernel = bf16 ? kernel_of(__nv_bfloat16{}) : kernel_of(__half{});
   check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(plan.smem_bytes)));
   for (int64_t first = 0; first < in.n; first += plan.rows_per_pass) {
     const Inputs pass = slice_rows(in, first, plan.rows_per_pass);
-    const int tile = static_cast<int>(swept_rows(bf16));
+    const int tile = static_cast<int>(swept_rows(bf16)),
+              sum_box = static_cast<int>(swept_sum_box(bf16, fast));
     set.y_parts =
         map_rows(op, set.queries, in.refs.dtype, set.elements, parts * pass.n, 2 * set.elements, tile);
-    set.weight_parts =
-        map_rows(op, set.weights, in.refs.dtype, set.stride, parts * pass.n, 2 * set.stride, tile);
+    set.weight_parts = map_rows(op, set.weights, in.refs.dtype, set.stride, (parts - fast) * pass.n,
+                                2 * set.stride, sum_box);
     launch_together(op, kernel, plan.blocks, HELD_THREADS, plan.smem_bytes, stream, pass, set);
   }
 }
