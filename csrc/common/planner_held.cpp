@@ -94,10 +94,10 @@ double best_cut(const Problem& pass, HeldCut& best) {
         if (cut.slice > HELD_MOST_SLICE) break;
         // The next batch of rows is prepared beside the products of one, where there is room.
         for (const auto& [batch, buffers] : {std::pair{HELD_BATCH, 2},
-                                            {HELD_BATCH, 1},
-                                            {HELD_BATCH / 2, 2},
-                                            {HELD_BATCH / 2, 1},
-                                            {HELD_BATCH / 4, 1}}) {
+                                             {HELD_BATCH, 1},
+                                             {HELD_BATCH / 2, 2},
+                                             {HELD_BATCH / 2, 1},
+                                             {HELD_BATCH / 4, 1}}) {
           if (batch < held_group(pass.refs_bf16)) break;
           cut.batch = batch, cut.buffers = buffers;
           if (held_smem(cut, pass.n, pass.refs_bf16) > pass.smem_limit) continue;
