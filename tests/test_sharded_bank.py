@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from distributed import finish_processes, run_processes, start_processes
 
-from stablevelocity_kernels.testing import assert_close, make_references
+from stablevelocity_kernels.testing import TOLERANCE, assert_close, make_references
 
 SHAPE, CLASSES = (2, 3), 4
 WORLDS = (1, 2, 4)
@@ -711,6 +711,43 @@ def check_large_pool(rank, world, folder):
 def test_a_large_pool_on_two_gpus(tmp_path):
     two_gpus()
     run_processes(check_large_pool, 2, tmp_path, backend="nccl")
+
+
+def check_large_classes(rank, world, folder):
+    """Rows of which a block has hundreds of references or all: those of others go home from its registers."""
+    for d, classes, capacity, n, dtype in (
+        (512, 150, 700, 400, torch.float16),
+        (4096, 120, 700, 200, torch.float16),
+        (4096, 120, 700, 200, torch.bfloat16),
+        (8200, 60, 600, 120, torch.float16),
+    ):
+        torch.manual_seed(0)
+        plain = sv.ReferenceBank((d,), classes, capacity, dtype=dtype, device="cuda")
+        for ring in plain.refs:
+            ring.normal_()
+        plain.counts.fill_(capacity)
+        bank = sv.ShardedReferenceBank((d,), classes, capacity, dtype=dtype, peer_memory=True, device="cuda")
+        for y, ring in enumerate(plain.refs):
+            own = ring[(rank - y) % world :: world]
+            bank.refs[y, : len(own)] = own
+        bank.take_counts(plain.counts, plain.heads)
+        rng = on_gpu(6, rank)
+        labels = torch.randint(classes + 1, (n,), device="cuda", generator=rng)
+        t = 0.3 + 0.6 * torch.rand(n, device="cuda", generator=rng)
+        t[::4] = 0.99  # their weight is with many
+        noise = torch.randn(n, d, device="cuda", generator=rng)
+        x = (1 - t[:, None]) * plain.draw(labels, generator=rng).x0.float() + t[:, None] * noise
+        for prediction in ("velocity", "x0"):
+            wanted, out = (b.target(x, t, labels, prediction=prediction) for b in (plain, bank))
+            error = (out - wanted).norm(dim=1) / wanted.norm(dim=1)
+            assert error.max() <= TOLERANCE[torch.float32, "exact"], (d, dtype, prediction, error.max())
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+def test_large_classes_through_memory(tmp_path):
+    two_gpus()
+    run_processes(check_large_classes, 2, tmp_path, backend="nccl")
 
 
 def step_for_ever_on_gpus(peer_memory, rank, world, folder):

@@ -137,7 +137,7 @@ constexpr int ROW_HAS_ENDED = -2;  // to - from, where the result is there
 struct ProductsParts {
   ProductsRow* rows;  // (n,)
   PartRow* others;    // (blocks, rows of a unit at most)
-  float* firsts;      // (n, D); the result itself, where it is of this process
+  float* firsts;      // (n, D); the result itself, where rows are of one process
   float* sums;        // (blocks, rows of a unit at most, D)
   // (n + blocks times rows of a unit, listed) what parts have listed, the first ones and others.
   ProductsTie* ties;
@@ -523,13 +523,16 @@ __device__ __noinline__ static void send_home(const ProductsSent sent, int first
   float4 own[VECTORS], next[VECTORS];
   load(own, sent.first);
   load(next, sent.sums);
-  double top = sent.log2_weight, total = 0;
+  const double2 mine = lane < sent.count ? other(lane) : make_double2(-INFINITY, 0);
+  double top = greater(mine.x, sent.log2_weight);
 #pragma unroll 1
-  for (int j = lane; j < sent.count; j += 32) top = greater(other(j).x, top);
+  for (int j = lane + 32; j < sent.count; j += 32) top = greater(other(j).x, top);
 #pragma unroll 1
   for (int hop = 16; hop > 0; hop /= 2) top = greater(top, __shfl_xor_sync(0xffffffffu, top, hop));
+  const double weight = power(mine.x - top);
+  double total = lane < sent.count ? weight * mine.y : 0;
 #pragma unroll 1
-  for (int j = lane; j < sent.count; j += 32) {
+  for (int j = lane + 32; j < sent.count; j += 32) {
     const double2 its = other(j);
     total = fma(power(its.x - top), its.y, total);
   }
@@ -549,7 +552,8 @@ __device__ __noinline__ static void send_home(const ProductsSent sent, int first
 #pragma unroll 1
   for (int j = 0; j < sent.count; ++j) {
     if (j > 0) load(next, sent.sums + int64_t{j} * PRODUCTS_ROWS * sent.d);
-    add(next, power(other(j).x - top) / total);
+    const double near = __shfl_sync(0xffffffffu, weight, j & 31);
+    add(next, (j < 32 ? near : power(other(j).x - top)) / total);
   }
 #pragma unroll
   for (int i = 0; i < VECTORS; ++i) {
@@ -1486,7 +1490,8 @@ struct Products {
   }
 
   // A segment's sums from the warps' registers to memory, where they join those of the part so far: to the
-  // row's result where the unit begins, which `end_kernel` completes, else to the block's place for others.
+  // row's result where the unit begins, which `end_kernel` completes, else to the block's place for others;
+  // or to the process whose row it is, see goes_straight.
   __device__ __forceinline__ void end_segment(Mine& mine, const Segment<ROWS>& segment, int slot) const {
     const int g = lane() >> 2, my_row = THIRD ? (lane() & 3) >> 1 : lane() & 3;
     if constexpr (THIRD) {  // of two lanes each has parts of the weights

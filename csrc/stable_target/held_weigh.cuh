@@ -15,7 +15,8 @@ constexpr float WEIGHT_SCALE = 1 << 14;  // of the best: a weight's second part 
 constexpr int LISTED = 256;  // references of a group that are scored again at a time: two to a thread
 constexpr float LEAST_SHARE = 0.25f;                // what the share of the best is taken for at least
 constexpr float MOST_ERROR_OF_FAST_SCORES = 5e-4f;  // MOST_ERROR_OF_SCORES of precision "fast"
-// Of a weight. FAST: one less, which leaves results within 2e-4, also of rows between two far references.
+// Of a weight. FAST: one less, which leaves all rows of a time together within 2e-4, also those between two
+// far references; a single one 2e-3 at small t.
 template <typename T, bool FAST>
 constexpr int WEIGHT_PARTS = Split<T>::PARTS - FAST;
 

@@ -193,7 +193,8 @@ def test_rows_between_two_references(rng, shape, copies, dtype):
         out = svel.stable_target(x, refs if k else refs[0], t, labels if k else None, **options)
         expected = reference.stable_target(x.double(), refs if k else refs[0], t, labels if k else None, **options)
         assert worst_row(out, expected) <= TOLERANCE[torch.float32, "exact"]
-        check(x, refs if k else refs[0], t, labels if k else None, precision="fast", **options)
+        out = check(x, refs if k else refs[0], t, labels if k else None, precision="fast", **options)
+        assert worst_row(out, expected) <= 3e-3  # a single row may be off by 2e-3, at small t
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

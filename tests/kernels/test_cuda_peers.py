@@ -278,14 +278,18 @@ def test_draws_wait_for_pushes_under_way(d, rows, between):
 
 # So few slots that all blocks run at once.
 @pytest.mark.parametrize(("d", "slots"), [(264, 48), (520, 48), (4096, 48), (8200, 8)])
-@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize(
+    ("dtype", "path"), [(torch.float16, "linear"), (torch.float16, "cosine"), (torch.bfloat16, "linear")]
+)
 @pytest.mark.parametrize("ahead", [False, True])
-def test_parts_merge_their_rows_themselves(d, slots, path, ahead):
-    """Round after round: rows of two parts, cut between blocks, over all rings and an empty one, NaN among them."""
+def test_parts_merge_their_rows_themselves(d, slots, dtype, path, ahead):
+    """Round after round: rows of two parts, cut between blocks, over all rings, an empty one and one of a tile, NaN
+    among them."""
     world, n, t_min = 2, 3, 0.15
     rng = torch.Generator("cuda").manual_seed(4)
-    refs = torch.randn(3, world * slots, d, device="cuda", generator=rng).half()
-    counts = torch.tensor([world * slots, 0, 1], dtype=torch.int32, device="cuda")
+    refs = torch.randn(3, world * slots, d, device="cuda", generator=rng).to(dtype)
+    few = 8 * world  # a tile of each part, so that a block has all of a row
+    counts = torch.tensor([world * slots, 0, few], dtype=torch.int32, device="cuda")
     parts = [torch.stack([refs[y, (part - y) % world :: world] for y in range(3)]) for part in range(world)]
     held = [(counts - (part - torch.arange(3, device="cuda")) % world + world - 1) // world for part in range(world)]
     rows, at = world * n, [512]
@@ -324,7 +328,9 @@ def test_parts_merge_their_rows_themselves(d, slots, path, ahead):
         labels[:, 0] = 0
         t = 0.1 + 0.8 * torch.rand(world, n, device="cuda", generator=rng)
         at = path_coefficients(path, t.double())
-        slot = torch.randint(world * slots, (world, n), device="cuda", generator=rng).where(labels != 2, 0)
+        labels[:, 1], t[:, 1] = 2, 0.99  # its weight is with many
+        slot = torch.randint(world * slots, (world, n), device="cuda", generator=rng)
+        slot = slot.where(labels != 2, slot % few)
         picked, noise = refs[labels.clamp(0, 2), slot], torch.randn(world, n, d, device="cuda", generator=rng)
         x = (at.alpha[..., None] * picked + at.sigma[..., None] * noise).float()
         if again % 2:  # rows between two references of the process whose rows they are

@@ -152,7 +152,8 @@ def test_rows_between_two_references(rng, copies, dtype):
         out = svel.stable_target(x, refs, t, **options)
         expected = reference.stable_target(x.double(), refs, t, **options)
         assert worst_row(out, expected) <= TOLERANCE[torch.float32, "exact"]
-        check(x, refs, t, "fast", **options)
+        out = check(x, refs, t, "fast", **options)
+        assert worst_row(out, expected) <= 3e-3  # a single row may be off by 2e-3, at small t
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
