@@ -221,7 +221,7 @@ struct HeldKernel {
   const int valid = count_of(group, team);
   const int used_boxes = (length + LINE - 1) / LINE, ref_box = chunk * LINE_BYTES;  // in bytes
   const int boxes = (max(slice, chunk) + LINE - 1) / LINE;                          // of a group of rows
-  const int sum_boxes = FAST ? (chunk + LINE - 1) / LINE : boxes;
+  const int sum_boxes = (chunk + LINE - 1) / LINE;                                  // of a group of weights
   int rows = 0, first_row = 0;  // of the class's rows, those of this block,
   int step = 0, sum_step = 0;   // and of a batch: all have as many, or nearly
   bool several = false;         // whether any row has several chunks
@@ -238,7 +238,6 @@ struct HeldKernel {
     return lines + (turn % buffers * (batch / ROWS) + i / ROWS) * boxes * BOX;
   }
   __device__ __forceinline__ char* weights_of(int turn, int i) const {
-    if (!FAST) return boxes_of(turn, i);
     return lines + (turn % buffers * (batch / ROWS) * boxes + i / SUM_ROWS * sum_boxes) * BOX;
   }
   __device__ __forceinline__ int line_of(int p, int i) const { return p * ROWS + i % ROWS; }
@@ -312,8 +311,8 @@ struct HeldKernel {
     const int each = ((count + row_parts - 1) / row_parts + 7) / 8 * 8;
     first_row = min(part * each, count), rows = min(each, count - first_row);
     const int turns = max((rows + batch - 1) / batch, 1);
-    step = sum_step = ((rows + turns - 1) / turns + 7) / 8 * 8;
-    if (!FAST) return;
+    step = ((rows + turns - 1) / turns + 7) / 8 * 8;
+    // As many weights as the lines of a batch of y have room for.
     const int most = batch / ROWS * boxes / sum_boxes * SUM_ROWS,
               sum_turns = max((rows + most - 1) / most, 1);
     sum_step = ((rows + sum_turns - 1) / sum_turns + 7) / 8 * 8;
