@@ -606,21 +606,24 @@ struct HeldKernel {
   // Sums of a group of WIDE rows and a tile of elements.
   template <int WIDE>
   __device__ __forceinline__ void sum_group(int first, int end, int turn, int of_rows, int tile) const {
-    const int steps = (valid + 15) / 16, pair = lane % 4 * 2;
-    const int e0 = tile * TILE + warp % GROUP_WARPS * 16 + lane / 4;
+    const int steps = (valid + 15) / 16, begin = first + of_rows * SUM_ROWS + lane % 4 * 2;
+    // Of a warp's sixteen elements; a whole number of eight. A pass has fewer than 2^31 in all.
+    const int e0 = tile * TILE + warp % GROUP_WARPS * 16, left = length - e0, d = static_cast<int>(in.d);
+    const int e = offset + e0 + lane / 4;
     constexpr int PAIRS = WIDE / 8, BOX_STEP = WIDE * OF_WEIGHT * LINE_BYTES >> 4;
-    float x[PAIRS][2][2];
+    float x[PAIRS][2][2] = {};
+    if (USUAL && chunks == 1) {
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i) {
+      for (int i = 0; i < PAIRS; ++i) {
 #pragma unroll
-      for (int p = 0; p < 2; ++p) {
-        const int its = first + of_rows * SUM_ROWS + 8 * i + pair + p;
-        const bool whole = USUAL && its < end && !(list.place[first_row + its] & PARTLY);
-        const int left = whole ? length - e0 : 0;
-        const float* const of_row =
-            static_cast<const float*>(in.x.data) + (whole ? index_of(its) * in.d + offset + e0 : 0);
+        for (int p = 0; p < 2; ++p) {
+          const int its = begin + 8 * i + p;
+          const float* const of_row =
+              static_cast<const float*>(in.x.data) + (index_of(min(its, end - 1)) * d + e);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) x[i][p][h] = 8 * h < left ? of_row[8 * h] : 0;
+          for (int h = 0; h < 2; ++h)
+            if (its < end && 8 * h < left) x[i][p][h] = of_row[8 * h];
+        }
       }
     }
     __syncwarp();
@@ -650,32 +653,46 @@ struct HeldKernel {
 #pragma unroll 1
       for (; at < steps; ++at) multiply_lines<T, 1, 1, 1, REFS_STEP>(a + at * REFS_STEP, b_of(at), sums);
     }
+    // All in a row, for rows that there are not too, so that one does not wait for another.
+    float* const parts = held.sums + team * in.n * in.d;
+    const auto each_row = [&](const auto& visit) {  // visit(index, its, is_row, i, p)
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i) {
+      for (int i = 0; i < PAIRS; ++i) {
 #pragma unroll
-      for (int p = 0; p < 2; ++p) {
-        const int its = first + of_rows * SUM_ROWS + 8 * i + pair + p;
-        if (its >= end) continue;
-        const int left = length - e0;  // elements
-        const int64_t at = index_of(its) * in.d + offset + e0;
-        const double2 by = list.ends[its];
-        const bool partly = list.place[first_row + its] & PARTLY;
-        float* const to =
-            partly ? held.sums + team * in.n * in.d + at : static_cast<float*>(in.out.data) + at;
+        for (int p = 0; p < 2; ++p) {
+          const int its = begin + 8 * i + p, known = min(its, end - 1);
+          visit(index_of(known) * d + e, known, its < end, i, p);
+        }
+      }
+    };
+    if (chunks > 1) {
+      each_row([&](int at, int, bool is_row, int i, int p) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int e = 8 * h;
-          if (e >= left) continue;
-          const float sum = sums[4 * i + 2 * h + p];
-          const double mean = by.x * static_cast<double>(sum);
-          if (USUAL || partly) {
-            to[e] = partly ? sum : static_cast<float>(fma(by.y, static_cast<double>(x[i][p][h]), mean));
+        for (int h = 0; h < 2; ++h)
+          if (is_row && 8 * h < left) parts[at + 8 * h] = sums[4 * i + 2 * h + p];
+      });
+      return;
+    }
+    each_row([&](int at, int its, bool is_row, int i, int p) {
+      const double2 by = list.ends[its];
+      const bool partly = list.place[first_row + its] & PARTLY;
+      float* const to = (partly ? parts : static_cast<float*>(in.out.data)) + at;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float sum = sums[4 * i + 2 * h + p];
+        const double mean = by.x * static_cast<double>(sum);
+        if (USUAL) {
+          const float result = static_cast<float>(fma(by.y, static_cast<double>(x[i][p][h]), mean));
+          if (is_row && 8 * h < left) to[8 * h] = partly ? sum : result;
+        } else if (is_row && 8 * h < left) {
+          if (partly) {
+            to[8 * h] = sum;
           } else {
-            store_as(in.out, at + e, fma(by.y, load_as<double>(in.x, at + e), mean));
+            store_as(in.out, at + 8 * h, fma(by.y, load_as<double>(in.x, at + 8 * h), mean));
           }
         }
       }
-    }
+    });
   }
   __device__ __forceinline__ void sum(int first, int turn) const {
     const int end = min(rows, first + sum_step), count = end - first;
