@@ -233,12 +233,13 @@ struct HeldKernel {
   __device__ __forceinline__ bool has_several(int its_group) const { return chunks > 1 || its_group < 0; }
   __device__ __forceinline__ int index_of(int i) const { return list.index[first_row + i]; }
 
+  __device__ __forceinline__ int buffer_of(int turn) const { return turn & (buffers - 1); }  // of one or two
   // Where the lines of the group of row i of a batch begin; whether it is narrow, in a batch of `count` rows.
   __device__ __forceinline__ char* boxes_of(int turn, int i) const {
-    return lines + (turn % buffers * batch + i / ROWS * ROWS) * boxes * ROW;
+    return lines + (buffer_of(turn) * batch + i / ROWS * ROWS) * boxes * ROW;
   }
   __device__ __forceinline__ char* weights_of(int turn, int i) const {
-    return lines + turn % buffers * batch * boxes * ROW + i / SUM_ROWS * sum_boxes * BOX;
+    return lines + buffer_of(turn) * batch * boxes * ROW + i / SUM_ROWS * sum_boxes * BOX;
   }
   __device__ __forceinline__ static bool is_narrow(int count, int i) {
     return count - i / ROWS * ROWS <= NARROW;
