@@ -97,8 +97,8 @@ double best_cut(const Problem& pass, HeldCut& best) {
         if (most < 1 || (cut.row_parts > 1 && pass.n < k * 16 * cut.row_parts)) break;
         cut.slice = round_up(ceil_div(pass.d, most), HELD_LINE), cut.slices = ceil_div(pass.d, cut.slice);
         if (cut.slice > HELD_MOST_SLICE) break;
-        // The next batch of rows is prepared beside the products of one, where there is room.
         const int64_t group = held_group(pass.refs_bf16);
+        // The next batch of rows is prepared beside the products of one, where there is room.
         for (const auto& [batch, buffers] : {std::pair{HELD_BATCH, 2},
                                              {HELD_BATCH, 1},
                                              {HELD_BATCH / 2 + HELD_NARROW, 1},
@@ -107,9 +107,9 @@ double best_cut(const Problem& pass, HeldCut& best) {
                                              {HELD_BATCH / 4, 1}}) {
           if (batch < group) break;
           // A narrow group takes more of a row's time: for what would be a batch more of a few.
-          const double rows = rows_of(pass, cut);
+          const auto rows = static_cast<int64_t>(rows_of(pass, cut));
           if (batch % group != 0 &&
-              (rows > 2 * batch || std::ceil(rows / batch) == std::ceil(rows / (batch - HELD_NARROW))))
+              (rows > 2 * batch || ceil_div(rows, batch) == ceil_div(rows, batch - HELD_NARROW)))
             continue;
           cut.batch = batch, cut.buffers = buffers;
           if (held_smem(cut, pass.n, pass.refs_bf16) > pass.smem_limit) continue;
