@@ -249,6 +249,15 @@ def test_small_sets(n, m, d, k, device, refs_dtype, precision):
     assert plan["fast"] is (precision == "fast")
 
 
+def test_batches_of_small_sets():
+    """A narrow group of eight rows more, where it spares a block of the fullest class one of few batches."""
+    for dtype, narrow, usual in ((torch.float16, 40, 32), (torch.bfloat16, 24, 16)):
+        options = {**H100, "refs_dtype": dtype}
+        assert info.plan(256, 256, 4096, 10, **options)["tile_rows"] == narrow
+        assert info.plan(128, 256, 4096, 10, **options)["tile_rows"] == usual + 8 * (usual == 16)
+        assert info.plan(1024, 1024, 4096, **options)["tile_rows"] == usual
+
+
 @pytest.mark.parametrize(
     ("sizes", "other"),
     [

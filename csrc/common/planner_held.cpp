@@ -23,12 +23,17 @@ constexpr double READ_SHARE = 0.8;  // of the bandwidth
 constexpr int64_t SHORT_D = 1024;
 constexpr double SHORT_SECONDS = 9e-6;
 
+// Of a block of the fullest class, with labels drawn evenly.
+double rows_of(const Problem& p, const HeldCut& cut) {
+  const double k = static_cast<double>(p.groups()), n = static_cast<double>(p.n);
+  const double of_class = n / k + (k > 1 ? 1.5 * std::sqrt(n / k) : 0);
+  return std::ceil(of_class / static_cast<double>(cut.row_parts));
+}
+
 double seconds_of(const Problem& p, const HeldCut& cut) {
   const double k = static_cast<double>(p.groups()), n = static_cast<double>(p.n);
   const double m = static_cast<double>(p.m), d = static_cast<double>(p.d);
-  // Of the fullest class, with labels drawn evenly.
-  const double of_class = n / k + (k > 1 ? 1.5 * std::sqrt(n / k) : 0);
-  const double rows = std::ceil(of_class / static_cast<double>(cut.row_parts));  // of a block
+  const double rows = rows_of(p, cut);
   const double chunk = static_cast<double>(cut.chunk), slice = static_cast<double>(cut.slice);
   // Four groups of warps have a product each, of a group of rows; one alone takes more than a quarter of the
   // time of four.
@@ -92,13 +97,20 @@ double best_cut(const Problem& pass, HeldCut& best) {
         if (most < 1 || (cut.row_parts > 1 && pass.n < k * 16 * cut.row_parts)) break;
         cut.slice = round_up(ceil_div(pass.d, most), HELD_LINE), cut.slices = ceil_div(pass.d, cut.slice);
         if (cut.slice > HELD_MOST_SLICE) break;
+        const int64_t group = held_group(pass.refs_bf16);
         // The next batch of rows is prepared beside the products of one, where there is room.
         for (const auto& [batch, buffers] : {std::pair{HELD_BATCH, 2},
                                              {HELD_BATCH, 1},
-                                             {HELD_BATCH / 2, 2},
+                                             {HELD_BATCH / 2 + HELD_NARROW, 1},
                                              {HELD_BATCH / 2, 1},
+                                             {HELD_BATCH / 4 + HELD_NARROW, 1},
                                              {HELD_BATCH / 4, 1}}) {
-          if (batch < held_group(pass.refs_bf16)) break;
+          if (batch < group) break;
+          // A narrow group takes more of a row's time: for what would be a batch more of a few.
+          const auto rows = static_cast<int64_t>(rows_of(pass, cut));
+          if (batch % group != 0 &&
+              (rows > 2 * batch || ceil_div(rows, batch) == ceil_div(rows, batch - HELD_NARROW)))
+            continue;
           cut.batch = batch, cut.buffers = buffers;
           if (held_smem(cut, pass.n, pass.refs_bf16) > pass.smem_limit) continue;
           const double time = seconds_of(pass, cut);

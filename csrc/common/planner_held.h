@@ -23,6 +23,7 @@ constexpr int64_t HELD_ALIGNMENT = 1024;   // of lines, in bytes
 constexpr int64_t held_group(bool bf16) {  // rows of a product
   return bf16 ? 16 : 32;
 }
+constexpr int64_t HELD_NARROW = 8;  // where a batch has no more left
 
 // How a set is cut: each class into chunks of references, samples into slices; a block holds a slice of a
 // chunk, and has one of `row_parts` parts of the rows that have the chunk's class.

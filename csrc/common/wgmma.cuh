@@ -6,6 +6,8 @@
 
 namespace svel {
 
+#define SVEL_8(OP, v) OP(v[0]), OP(v[1]), OP(v[2]), OP(v[3]), OP(v[4]), OP(v[5]), OP(v[6]), OP(v[7])
+#define SVEL_12(OP, v) SVEL_8(OP, v), OP(v[8]), OP(v[9]), OP(v[10]), OP(v[11])
 #define SVEL_16(OP, v)                                                                                \
   OP(v[0]), OP(v[1]), OP(v[2]), OP(v[3]), OP(v[4]), OP(v[5]), OP(v[6]), OP(v[7]), OP(v[8]), OP(v[9]), \
       OP(v[10]), OP(v[11]), OP(v[12]), OP(v[13]), OP(v[14]), OP(v[15])
@@ -35,6 +37,8 @@ namespace svel {
   SVEL_40(OP, v), OP(v[40]), OP(v[41]), OP(v[42]), OP(v[43]), OP(v[44]), OP(v[45]), OP(v[46]), OP(v[47])
 
 // And their names in a template.
+#define SVEL_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define SVEL_NAMES_12 SVEL_NAMES_8 ", %8, %9, %10, %11"
 #define SVEL_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define SVEL_NAMES_24 SVEL_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define SVEL_NAMES_32 \
@@ -70,6 +74,8 @@ __device__ inline void commit_products() {
                  : "n"(PENDING)                               \
                  : "memory");                                 \
   }
+SVEL_WAIT(8)
+SVEL_WAIT(12)
 SVEL_WAIT(16)
 SVEL_WAIT(24)
 SVEL_WAIT(32)
@@ -103,7 +109,7 @@ SVEL_PRODUCT(16, 32, "%16, %17, %18, %19", "%20", "%21", "%22")
 SVEL_PRODUCT(32, 64, "%32, %33, %34, %35", "%36", "%37", "%38")
 #undef SVEL_PRODUCT
 
-// acc (64 x n) = (ADD ? acc : 0) + a (64 x 16) b^T (n x 16), both in shared memory, for n of 32 to 256;
+// acc (64 x n) = (ADD ? acc : 0) + a (64 x 16) b^T (n x 16), both in shared memory, for n of 16 to 256;
 // COLUMNS: a is given as 16 x 64.
 #define SVEL_PRODUCT(COUNT, N, A, B, ADDS, TRANSPOSES)                                         \
   template <int ADD, int COLUMNS>                                                              \
@@ -116,6 +122,7 @@ SVEL_PRODUCT(32, 64, "%32, %33, %34, %35", "%36", "%37", "%38")
                  : "l"(a), "l"(b), "n"(ADD), "n"(COLUMNS)                                      \
                  : "memory");                                                                  \
   }
+SVEL_PRODUCT(8, 16, "%8", "%9", "%10", "%11")
 SVEL_PRODUCT(16, 32, "%16", "%17", "%18", "%19")
 SVEL_PRODUCT(32, 64, "%32", "%33", "%34", "%35")
 SVEL_PRODUCT(40, 80, "%40", "%41", "%42", "%43")
@@ -124,7 +131,7 @@ SVEL_PRODUCT(64, 128, "%64", "%65", "%66", "%67")
 SVEL_PRODUCT(128, 256, "%128", "%129", "%130", "%131")
 #undef SVEL_PRODUCT
 
-// The same of bfloat16, for n of 48 and 96.
+// The same of bfloat16, for n of 24, 48 and 96.
 #define SVEL_PRODUCT(COUNT, N, A, B, ADDS, TRANSPOSES)                                           \
   template <int ADD, int COLUMNS>                                                                \
   __device__ inline void product_shared_bf16(float (&acc)[COUNT], uint64_t a, uint64_t b) {      \
@@ -136,6 +143,7 @@ SVEL_PRODUCT(128, 256, "%128", "%129", "%130", "%131")
                  : "l"(a), "l"(b), "n"(ADD), "n"(COLUMNS)                                        \
                  : "memory");                                                                    \
   }
+SVEL_PRODUCT(12, 24, "%12", "%13", "%14", "%15")
 SVEL_PRODUCT(24, 48, "%24", "%25", "%26", "%27")
 SVEL_PRODUCT(48, 96, "%48", "%49", "%50", "%51")
 #undef SVEL_PRODUCT
@@ -146,6 +154,8 @@ SVEL_PRODUCT(48, 96, "%48", "%49", "%50", "%51")
 #undef SVEL_NAMES_32
 #undef SVEL_NAMES_24
 #undef SVEL_NAMES_16
+#undef SVEL_NAMES_12
+#undef SVEL_NAMES_8
 #undef SVEL_128
 #undef SVEL_64
 #undef SVEL_48
@@ -153,6 +163,8 @@ SVEL_PRODUCT(48, 96, "%48", "%49", "%50", "%51")
 #undef SVEL_32
 #undef SVEL_24
 #undef SVEL_16
+#undef SVEL_12
+#undef SVEL_8
 
 // Rows of 128 bytes, 16-byte chunk c of row r at c ^ (r % 8); groups of 8 rows follow one another, in either
 // direction of a matrix. A step of 32 bytes along the rows adds 2 to a descriptor.

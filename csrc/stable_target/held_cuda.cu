@@ -98,7 +98,9 @@ constexpr int PARTLY = 1 << 30;
 // Shared memory has references and parts of rows in lines of HELD_LINE values, 128 bytes, of which 16 bytes
 // lie as rows_of_128_bytes says. References: all of a block's lines for its first HELD_LINE elements, and so
 // on. Rows: of a group a line of each for the first part, of each for the second: a box; a box for each
-// HELD_LINE of y or weights; then the next group's.
+// HELD_LINE of y or weights; then the next group's. A batch's last group is of NARROW rows where no more are
+// left.
+constexpr int NARROW = static_cast<int>(HELD_NARROW);
 constexpr int LINE_BYTES = 128, LINE_CHUNKS = 8, LINE_STEPS = 4;
 static_assert(LINE_BYTES == 2 * HELD_LINE);
 template <typename T>
@@ -106,14 +108,12 @@ struct Tile {
   static constexpr int PARTS = Split<T>::PARTS;
   static constexpr int ROWS = static_cast<int>(held_group(PARTS == 3));
   static constexpr int LINES = PARTS * ROWS, BOX_BYTES = LINES * LINE_BYTES;
-  // Of a thread, see wgmma.cuh: what parts come to, one after the other.
-  static constexpr int SUMS = ROWS / 2;
 };
 
-// acc = a b^T over DEPTH steps of 16, a_step apart in the descriptor of a; under way.
-template <typename T, int DEPTH, int COLUMNS, int A_STEP>
-__device__ __forceinline__ void begin_lines(float (&acc)[Tile<T>::PARTS * Tile<T>::SUMS], uint64_t a,
-                                            uint64_t b) {
+// acc = a b^T over DEPTH steps of 16, a_step apart in the descriptor of a; under way. acc: what parts come
+// to, one after the other; of a row a thread has half a sum, see wgmma.cuh.
+template <typename T, int DEPTH, int COLUMNS, int A_STEP, int COUNT>
+__device__ __forceinline__ void begin_lines(float (&acc)[COUNT], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const auto multiply = [&](auto adds, int k) {
     constexpr int ADD = decltype(adds)::value;
@@ -132,18 +132,18 @@ __device__ __forceinline__ void begin_lines(float (&acc)[Tile<T>::PARTS * Tile<T
 }
 
 // sums += a b^T over STEPS steps, the matrix units adding up DEPTH of them.
-template <typename T, int STEPS, int DEPTH, int COLUMNS, int A_STEP>
-__device__ __forceinline__ void multiply_lines(uint64_t a, uint64_t b, float (&sums)[Tile<T>::SUMS]) {
+template <typename T, int STEPS, int DEPTH, int COLUMNS, int A_STEP, int SUMS>
+__device__ __forceinline__ void multiply_lines(uint64_t a, uint64_t b, float (&sums)[SUMS]) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int SUMS = Tile<T>::SUMS, PARTS = Tile<T>::PARTS, TURNS = STEPS / DEPTH;
+  constexpr int PARTS = Tile<T>::PARTS, TURNS = STEPS / DEPTH;
   static_assert(STEPS % DEPTH == 0);
-  float acc[TURNS > 1 ? 2 : 1][Tile<T>::PARTS * Tile<T>::SUMS];
+  float acc[TURNS > 1 ? 2 : 1][PARTS * SUMS];
 #pragma unroll
   for (int turn = 0; turn <= TURNS; ++turn) {
     if (turn < TURNS)
       begin_lines<T, DEPTH, COLUMNS, A_STEP>(acc[turn % 2], a + turn * DEPTH * A_STEP, b + 2 * turn * DEPTH);
     if (turn == 0) continue;
-    float (&made)[Tile<T>::PARTS * Tile<T>::SUMS] = acc[(turn - 1) % 2];
+    float (&made)[PARTS * SUMS] = acc[(turn - 1) % 2];
     if (turn < TURNS) {
       wait_products<1>(made);
     } else {
@@ -194,7 +194,7 @@ struct HeldKernel {
   static constexpr int PARTS = Split<T>::PARTS;
   static constexpr int MOST = static_cast<int>(HELD_MOST_SLICE / 128);  // fours of a lane
   static constexpr int EACH = 2, AT_ONCE = EACH * WARPS;                // rows that are prepared at a time
-  static constexpr int ROWS = Tile<T>::ROWS, BOX = Tile<T>::BOX_BYTES, SUMS = Tile<T>::SUMS;
+  static constexpr int ROWS = Tile<T>::ROWS, BOX = Tile<T>::BOX_BYTES, ROW = BOX / ROWS;
   static constexpr int OF_WEIGHT = WEIGHT_PARTS<T, FAST>, SUM_ROWS = Tile<T>::LINES / OF_WEIGHT;
   static_assert(SUM_ROWS == held_sum_group(PARTS == 3, FAST));
   static constexpr int LINE = static_cast<int>(HELD_LINE), TILE = static_cast<int>(HELD_TILE);
@@ -205,7 +205,7 @@ struct HeldKernel {
   const HeldRows list;
   char* const refs;  // (slice / LINE, chunk) lines
   // (buffers, batch / ROWS, boxes, PARTS, ROWS) lines: y; then weights, (groups, sum_boxes, OF_WEIGHT,
-  // SUM_ROWS) of a buffer.
+  // SUM_ROWS) of a buffer. The last group may be narrow.
   char* const lines;
   const int tid = threadIdx.x, lane = tid % 32, warp = __shfl_sync(0xffffffffu, tid / 32, 0);
   const int chunks = static_cast<int>(held.cut.chunks), slices = static_cast<int>(held.cut.slices);
@@ -221,7 +221,7 @@ struct HeldKernel {
   const int valid = count_of(group, team);
   const int used_boxes = (length + LINE - 1) / LINE, ref_box = chunk * LINE_BYTES;  // in bytes
   const int boxes = (max(slice, chunk) + LINE - 1) / LINE;                          // of a group of rows
-  const int sum_boxes = FAST ? (chunk + LINE - 1) / LINE : boxes;
+  const int sum_boxes = (chunk + LINE - 1) / LINE;                                  // of a group of weights
   int rows = 0, first_row = 0;  // of the class's rows, those of this block,
   int step = 0, sum_step = 0;   // and of a batch: all have as many, or nearly
   bool several = false;         // whether any row has several chunks
@@ -233,15 +233,17 @@ struct HeldKernel {
   __device__ __forceinline__ bool has_several(int its_group) const { return chunks > 1 || its_group < 0; }
   __device__ __forceinline__ int index_of(int i) const { return list.index[first_row + i]; }
 
-  // Where the lines of the group of row i of a batch begin, and in a box its line of part p.
+  __device__ __forceinline__ int buffer_of(int turn) const { return turn & (buffers - 1); }  // of one or two
+  // Where the lines of the group of row i of a batch begin; whether it is narrow, in a batch of `count` rows.
   __device__ __forceinline__ char* boxes_of(int turn, int i) const {
-    return lines + (turn % buffers * (batch / ROWS) + i / ROWS) * boxes * BOX;
+    return lines + (buffer_of(turn) * batch + i / ROWS * ROWS) * boxes * ROW;
   }
   __device__ __forceinline__ char* weights_of(int turn, int i) const {
-    if (!FAST) return boxes_of(turn, i);
-    return lines + (turn % buffers * (batch / ROWS) * boxes + i / SUM_ROWS * sum_boxes) * BOX;
+    return lines + buffer_of(turn) * batch * boxes * ROW + i / SUM_ROWS * sum_boxes * BOX;
   }
-  __device__ __forceinline__ int line_of(int p, int i) const { return p * ROWS + i % ROWS; }
+  __device__ __forceinline__ static bool is_narrow(int count, int i) {
+    return count - i / ROWS * ROWS <= NARROW;
+  }
 
   // The references, by tensor copies, which leave the way of other loads free, in the order that norms are
   // formed in; by one warp.
@@ -312,10 +314,10 @@ struct HeldKernel {
     const int each = ((count + row_parts - 1) / row_parts + 7) / 8 * 8;
     first_row = min(part * each, count), rows = min(each, count - first_row);
     const int turns = max((rows + batch - 1) / batch, 1);
-    step = sum_step = ((rows + turns - 1) / turns + 7) / 8 * 8;
-    if (!FAST) return;
-    const int most = batch / ROWS * boxes / sum_boxes * SUM_ROWS,
-              sum_turns = max((rows + most - 1) / most, 1);
+    step = ((rows + turns - 1) / turns + 7) / 8 * 8;
+    // As many weights as the lines of a batch of y have room for.
+    const int room = batch * boxes / sum_boxes, left = !FAST && room % ROWS >= NARROW ? NARROW : 0;
+    const int most = room / ROWS * SUM_ROWS + left, sum_turns = max((rows + most - 1) / most, 1);
     sum_step = ((rows + sum_turns - 1) / sum_turns + 7) / 8 * 8;
   }
   __device__ __forceinline__ int end_of(int first) const { return min(rows, first + step); }
@@ -378,6 +380,10 @@ struct HeldKernel {
   // x of a warp's rows of the batch that begins at `first`, AT_ONCE rows from `from` on.
   __device__ __forceinline__ void load_x(int first, int from, float4 (&x)[EACH][MOST]) const {
     const int end = end_of(first);
+    // Those after them are asked for when these are prepared.
+    const int next = first + from + AT_ONCE + warp + lane / 16 * WARPS;
+    if (USUAL && next < end && lane % 16 * 32 < length)
+      prefetch(static_cast<const float*>(in.x.data) + index_of(next) * in.d + offset + lane % 16 * 32);
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
       const int i = from + warp + k * WARPS;
@@ -429,7 +435,8 @@ struct HeldKernel {
         scale = __int_as_float((127 + min(12 - exponent, 120)) << 23);
       }
       // A lane's four values are half of 16 bytes.
-      char* const to = boxes_of(turn, i) + lane / 16 * BOX + lane % 2 * 8;
+      const int wide = is_narrow(end - first, i) ? NARROW : ROWS;
+      char* const to = boxes_of(turn, i) + lane / 16 * wide * ROW + lane % 2 * 8;
 #pragma unroll
       for (int v = 0; v < MOST; ++v) {
         const int e = 128 * v + 4 * lane;
@@ -441,7 +448,8 @@ struct HeldKernel {
           T own[4];
 #pragma unroll
           for (int q = 0; q < 4; ++q) own[q] = Split<T>::nearest(y[v][q]), y[v][q] -= to_float(own[q]);
-          *reinterpret_cast<uint2*>(to + 2 * v * BOX + chunk_address(0, line_of(p, i), lane % 16 / 2)) =
+          *reinterpret_cast<uint2*>(to + 2 * v * wide * ROW +
+                                    chunk_address(0, p * wide + i % ROWS, lane % 16 / 2)) =
               make_uint2(pair_of(own[0], own[1]), pair_of(own[2], own[3]));
         }
       }
@@ -455,62 +463,70 @@ struct HeldKernel {
     }
   }
 
-  // The batch's shares of scores, to memory. A thread of a product has references `mine` and eight more of
-  // its warp's sixteen, and of each eight rows two.
-  __device__ __forceinline__ void score(int first, int turn) const {
-    const int tiles = (valid + TILE - 1) / TILE, groups = (end_of(first) - first + ROWS - 1) / ROWS;
+  // Shares of scores of a group of WIDE rows and a tile of references, to memory. A thread has references
+  // `mine` and eight more of its warp's sixteen, and of each eight rows two.
+  template <int WIDE>
+  __device__ __forceinline__ void score_group(int turn, int of_rows, int j0) const {
     const int mine = warp % GROUP_WARPS * 16 + lane / 4, pair = lane % 4 * 2;
-    const uint64_t all_refs = rows_of_128_bytes(shared_address(refs)),
-                   all_rows = rows_of_128_bytes(shared_address(boxes_of(turn, 0)));
+    uint64_t a = rows_of_128_bytes(shared_address(refs)) + j0 * (LINE_BYTES >> 4),
+             b = rows_of_128_bytes(shared_address(boxes_of(turn, of_rows * ROWS)));
+    float sums[WIDE / 2] = {};
+#pragma unroll 1
+    for (int e = 0; e < length; e += LINE, a += ref_box >> 4, b += WIDE * ROW >> 4)
+      multiply_lines<T, LINE_STEPS, SCORE_DEPTH, 0, 2>(a, b, sums);
+    float norms[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int j = j0 + mine + 8 * h;
+      norms[h] = j < valid ? shared.norms[j] : -1;
+    }
+    constexpr int PAIRS = WIDE / 8;
+    float most[2 * PAIRS];
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) {
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        const int at = of_rows * ROWS + 8 * i + pair + p;  // in the batch
+        const int place = shared.places[turn % 2][at];
+        const float unscale = shared.unscale[turn % 2][at], half_alpha = shared.half_alpha[turn % 2][at];
+        float* const to = held.scores + place + j0 + mine;
+        most[2 * i + p] = 0;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (place < 0 || norms[h] == -1) continue;
+          const float product = sums[4 * i + 2 * h + p] * unscale, norm = half_alpha * norms[h];
+          to[8 * h] = product - norm;
+          most[2 * i + p] = fmaxf(most[2 * i + p], fabsf(product) + norm);
+        }
+      }
+    }
+    // Of eight lanes that have the same rows each is left with one of these, or every second.
+#pragma unroll
+    for (int hop = 16, left = PAIRS; hop >= 4; hop /= 2, left /= 2) {
+      const bool upper = lane & hop;
+#pragma unroll
+      for (int r = 0; r < max(left, 1); ++r) {
+        const float keep = left > 0 && upper ? most[left + r] : most[r],
+                    give = left == 0 || upper ? most[r] : most[left + r];
+        most[r] = fmaxf(keep, __shfl_xor_sync(0xffffffffu, give, hop));
+      }
+    }
+    const int r = lane / 4 * 2 * PAIRS / 8;
+    atomicMax(reinterpret_cast<int*>(&shared.scales[turn % 3][of_rows * ROWS + 8 * (r / 2) + pair + r % 2]),
+              __float_as_int(most[0]));
+  }
+  __device__ __forceinline__ void score(int first, int turn) const {
+    const int count = end_of(first) - first;
+    const int tiles = (valid + TILE - 1) / TILE, groups = (count + ROWS - 1) / ROWS;
 #pragma unroll 1
     for (int item = warp / GROUP_WARPS; item < tiles * groups; item += GROUPS) {
       __syncwarp();
       const int of_rows = item / tiles, j0 = (item - of_rows * tiles) * TILE;
-      uint64_t a = all_refs + j0 * (LINE_BYTES >> 4), b = all_rows + of_rows * boxes * (BOX >> 4);
-      float sums[SUMS] = {};
-#pragma unroll 1
-      for (int e = 0; e < length; e += LINE, a += ref_box >> 4, b += BOX >> 4)
-        multiply_lines<T, LINE_STEPS, SCORE_DEPTH, 0, 2>(a, b, sums);
-      float norms[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int j = j0 + mine + 8 * h;
-        norms[h] = j < valid ? shared.norms[j] : -1;
+      if (is_narrow(count, of_rows * ROWS)) {
+        score_group<NARROW>(turn, of_rows, j0);
+      } else {
+        score_group<ROWS>(turn, of_rows, j0);
       }
-      constexpr int PAIRS = ROWS / 8;
-      float most[2 * PAIRS];
-#pragma unroll
-      for (int i = 0; i < PAIRS; ++i) {
-#pragma unroll
-        for (int p = 0; p < 2; ++p) {
-          const int at = of_rows * ROWS + 8 * i + pair + p;  // in the batch
-          const int place = shared.places[turn % 2][at];
-          const float unscale = shared.unscale[turn % 2][at], half_alpha = shared.half_alpha[turn % 2][at];
-          float* const to = held.scores + place + j0 + mine;
-          most[2 * i + p] = 0;
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            if (place < 0 || norms[h] == -1) continue;
-            const float product = sums[4 * i + 2 * h + p] * unscale, norm = half_alpha * norms[h];
-            to[8 * h] = product - norm;
-            most[2 * i + p] = fmaxf(most[2 * i + p], fabsf(product) + norm);
-          }
-        }
-      }
-      // Of eight lanes that have the same rows each is left with one of these, or every second.
-#pragma unroll
-      for (int hop = 16, left = PAIRS; hop >= 4; hop /= 2, left /= 2) {
-        const bool upper = lane & hop;
-#pragma unroll
-        for (int r = 0; r < max(left, 1); ++r) {
-          const float keep = left > 0 && upper ? most[left + r] : most[r],
-                      give = left == 0 || upper ? most[r] : most[left + r];
-          most[r] = fmaxf(keep, __shfl_xor_sync(0xffffffffu, give, hop));
-        }
-      }
-      const int r = lane / 4 * 2 * PAIRS / 8;
-      atomicMax(reinterpret_cast<int*>(&shared.scales[turn % 3][of_rows * ROWS + 8 * (r / 2) + pair + r % 2]),
-                __float_as_int(most[0]));
     }
   }
 
@@ -572,12 +588,13 @@ struct HeldKernel {
       const T* const from = static_cast<const T*>(held.weights) +
                             (int64_t{p} * in.n + list.index[its]) * held.stride + first_ref +
                             (list.place[its] & ~PARTLY);
+      const int wide = !FAST && is_narrow(count, i) ? NARROW : SUM_ROWS;
       char* const to = weights_of(turn, i);
-      const int line = p * SUM_ROWS + i % SUM_ROWS;
+      const int line = p * wide + i % SUM_ROWS;
 #pragma unroll 1
       for (int j = 8 * lane; j < used; j += 8 * 32) {
-        float4* const there =
-            reinterpret_cast<float4*>(to + j / LINE * BOX + chunk_address(0, line, j / 8 % LINE_CHUNKS));
+        float4* const there = reinterpret_cast<float4*>(to + j / LINE * wide * OF_WEIGHT * LINE_BYTES +
+                                                        chunk_address(0, line, j / 8 % LINE_CHUNKS));
         if (j < valid) {
           copy_async(there, reinterpret_cast<const float*>(from + j));
         } else {
@@ -587,81 +604,110 @@ struct HeldKernel {
     }
   }
 
-  __device__ __forceinline__ void sum(int first, int turn) const {
-    const int end = min(rows, first + sum_step), steps = (valid + 15) / 16;
-    const int tiles = (length + TILE - 1) / TILE, groups = (end - first + SUM_ROWS - 1) / SUM_ROWS;
-    const int mine = warp % GROUP_WARPS * 16 + lane / 4, pair = lane % 4 * 2;
-    const uint64_t all_refs = rows_of_128_bytes(shared_address(refs)),
-                   all_rows = rows_of_128_bytes(shared_address(weights_of(turn, 0)));
-#pragma unroll 1
-    for (int item = warp / GROUP_WARPS; item < tiles * groups; item += GROUPS) {
-      const int of_rows = item / tiles, tile = item - of_rows * tiles, e0 = tile * TILE + mine;
-      constexpr int PAIRS = SUM_ROWS / 8;
-      float x[PAIRS][2][2];
+  // Sums of a group of WIDE rows and a tile of elements.
+  template <int WIDE>
+  __device__ __forceinline__ void sum_group(int first, int end, int turn, int of_rows, int tile) const {
+    const int steps = (valid + 15) / 16, begin = first + of_rows * SUM_ROWS + lane % 4 * 2;
+    // Of a warp's sixteen elements; a whole number of eight. A pass has fewer than 2^31 in all.
+    const int e0 = tile * TILE + warp % GROUP_WARPS * 16, left = length - e0, d = static_cast<int>(in.d);
+    const int e = offset + e0 + lane / 4;
+    constexpr int PAIRS = WIDE / 8, BOX_STEP = WIDE * OF_WEIGHT * LINE_BYTES >> 4;
+    float x[PAIRS][2][2] = {};
+    if (USUAL && chunks == 1) {
 #pragma unroll
       for (int i = 0; i < PAIRS; ++i) {
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
-          const int its = first + of_rows * SUM_ROWS + 8 * i + pair + p;
-          const bool whole = USUAL && its < end && !(list.place[first_row + its] & PARTLY);
-          const int left = whole ? length - e0 : 0;
+          const int its = begin + 8 * i + p;
           const float* const of_row =
-              static_cast<const float*>(in.x.data) + (whole ? index_of(its) * in.d + offset + e0 : 0);
+              static_cast<const float*>(in.x.data) + (index_of(min(its, end - 1)) * d + e);
 #pragma unroll
-          for (int h = 0; h < 2; ++h) x[i][p][h] = 8 * h < left ? of_row[8 * h] : 0;
+          for (int h = 0; h < 2; ++h)
+            if (its < end && 8 * h < left) x[i][p][h] = of_row[8 * h];
         }
       }
-      __syncwarp();
-      const uint64_t a = all_refs + tile * (ref_box >> 4), b = all_rows + of_rows * sum_boxes * (BOX >> 4);
-      const auto b_of = [&](int at) { return b + at / LINE_STEPS * (BOX >> 4) + at % LINE_STEPS * 2; };
-      constexpr int OF_ROWS = SUM_ROWS / 2;  // sums of a thread
-      float sums[FAST ? OF_WEIGHT * OF_ROWS : SUMS] = {};
-      if constexpr (FAST) {
-        if constexpr (OF_WEIGHT == 1) {
-          if (end - first - of_rows * SUM_ROWS <= SUM_ROWS / 2) {  // the other half of the lines has no rows
-            multiply_all<T>(a, b_of, steps, reinterpret_cast<float (&)[OF_ROWS / 2]>(sums));
-          } else {
-            multiply_all<T>(a, b_of, steps, sums);
-          }
+    }
+    __syncwarp();
+    const uint64_t a = rows_of_128_bytes(shared_address(refs)) + tile * (ref_box >> 4),
+                   b = rows_of_128_bytes(shared_address(weights_of(turn, of_rows * SUM_ROWS)));
+    const auto b_of = [&](int at) { return b + at / LINE_STEPS * BOX_STEP + at % LINE_STEPS * 2; };
+    constexpr int OF_ROWS = WIDE / 2;  // sums of a thread
+    float sums[FAST ? OF_WEIGHT * OF_ROWS : OF_ROWS] = {};
+    if constexpr (FAST) {
+      if constexpr (OF_WEIGHT == 1) {
+        if (end - first - of_rows * SUM_ROWS <= SUM_ROWS / 2) {  // the other half of the lines has no rows
+          multiply_all<T>(a, b_of, steps, reinterpret_cast<float (&)[OF_ROWS / 2]>(sums));
         } else {
           multiply_all<T>(a, b_of, steps, sums);
-#pragma unroll
-          for (int i = 0; i < OF_ROWS; ++i) sums[i] += sums[i + OF_ROWS];
         }
       } else {
-        constexpr int REFS_STEP = 16 * LINE_BYTES >> 4;
-        int at = 0;
-#pragma unroll 1
-        for (; at + LINE_STEPS <= steps; at += LINE_STEPS)
-          multiply_lines<T, LINE_STEPS, SUM_DEPTH, 1, REFS_STEP>(a + at * REFS_STEP, b_of(at), sums);
-#pragma unroll 1
-        for (; at < steps; ++at) multiply_lines<T, 1, 1, 1, REFS_STEP>(a + at * REFS_STEP, b_of(at), sums);
+        multiply_all<T>(a, b_of, steps, sums);
+#pragma unroll
+        for (int i = 0; i < OF_ROWS; ++i) sums[i] += sums[i + OF_ROWS];
       }
+    } else {
+      constexpr int REFS_STEP = 16 * LINE_BYTES >> 4;
+      int at = 0;
+#pragma unroll 1
+      for (; at + LINE_STEPS <= steps; at += LINE_STEPS)
+        multiply_lines<T, LINE_STEPS, SUM_DEPTH, 1, REFS_STEP>(a + at * REFS_STEP, b_of(at), sums);
+#pragma unroll 1
+      for (; at < steps; ++at) multiply_lines<T, 1, 1, 1, REFS_STEP>(a + at * REFS_STEP, b_of(at), sums);
+    }
+    // All in a row, for rows that there are not too, so that one does not wait for another.
+    float* const parts = held.sums + team * in.n * in.d;
+    const auto each_row = [&](const auto& visit) {  // visit(index, its, is_row, i, p)
 #pragma unroll
       for (int i = 0; i < PAIRS; ++i) {
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
-          const int its = first + of_rows * SUM_ROWS + 8 * i + pair + p;
-          if (its >= end) continue;
-          const int left = length - e0;  // elements
-          const int64_t at = index_of(its) * in.d + offset + e0;
-          const double2 by = list.ends[its];
-          const bool partly = list.place[first_row + its] & PARTLY;
-          float* const to =
-              partly ? held.sums + team * in.n * in.d + at : static_cast<float*>(in.out.data) + at;
+          const int its = begin + 8 * i + p, known = min(its, end - 1);
+          visit(index_of(known) * d + e, known, its < end, i, p);
+        }
+      }
+    };
+    if (chunks > 1) {
+      each_row([&](int at, int, bool is_row, int i, int p) {
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int e = 8 * h;
-            if (e >= left) continue;
-            const float sum = sums[4 * i + 2 * h + p];
-            const double mean = by.x * static_cast<double>(sum);
-            if (USUAL || partly) {
-              to[e] = partly ? sum : static_cast<float>(fma(by.y, static_cast<double>(x[i][p][h]), mean));
-            } else {
-              store_as(in.out, at + e, fma(by.y, load_as<double>(in.x, at + e), mean));
-            }
+        for (int h = 0; h < 2; ++h)
+          if (is_row && 8 * h < left) parts[at + 8 * h] = sums[4 * i + 2 * h + p];
+      });
+      return;
+    }
+    each_row([&](int at, int its, bool is_row, int i, int p) {
+      const double2 by = list.ends[its];
+      const bool partly = list.place[first_row + its] & PARTLY;
+      float* const to = (partly ? parts : static_cast<float*>(in.out.data)) + at;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float sum = sums[4 * i + 2 * h + p];
+        const double mean = by.x * static_cast<double>(sum);
+        if (USUAL) {
+          const float result = static_cast<float>(fma(by.y, static_cast<double>(x[i][p][h]), mean));
+          if (is_row && 8 * h < left) to[8 * h] = partly ? sum : result;
+        } else if (is_row && 8 * h < left) {
+          if (partly) {
+            to[8 * h] = sum;
+          } else {
+            store_as(in.out, at + 8 * h, fma(by.y, load_as<double>(in.x, at + 8 * h), mean));
           }
         }
+      }
+    });
+  }
+  __device__ __forceinline__ void sum(int first, int turn) const {
+    const int end = min(rows, first + sum_step), count = end - first;
+    const int tiles = (length + TILE - 1) / TILE, groups = (count + SUM_ROWS - 1) / SUM_ROWS;
+    // To and fro: who has a wide group more than others has a narrow one less.
+    int own = warp / GROUP_WARPS;
+#pragma unroll 1
+    for (int item = own; item < tiles * groups;
+         item += GROUPS + GROUPS - 1 - 2 * own, own = GROUPS - 1 - own) {
+      const int of_rows = item / tiles, tile = item - of_rows * tiles;
+      if (!FAST && is_narrow(count, of_rows * ROWS)) {
+        sum_group<FAST ? SUM_ROWS : NARROW>(first, end, turn, of_rows, tile);
+      } else {
+        sum_group<SUM_ROWS>(first, end, turn, of_rows, tile);
       }
     }
   }

@@ -93,11 +93,28 @@ def test_a_pool_partly_filled(rng, count, precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [16, 17, 24, 32, 33, 48, 64, 65, 96, 97, 127, 128, 129, 160, 193, 257])
+@pytest.mark.parametrize("rows", [16, 17, 24, 32, 33, 48, 64, 65, 96, 97, 127, 128, 129, 160, 193, 208, 257])
 def test_rows_of_any_number(rng, rows, dtype, precision):
     """Batches and products of them that are full, half full and all but empty."""
     for m, d in ((1000, 3080), (256, 4096), (40, 392)):
         check(*make(rows, None, m, d, "gaussian", rng, dtype), precision=precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("largest", [7, 8, 9, 16, 17, 24, 25, 31, 32, 33, 39, 40, 41, 48, 49, 71, 73, 80, 81, 120, 256])
+def test_a_class_of_more_rows(rng, largest, dtype, precision):
+    """Narrow products, batches with and without; what a row gets depends on no other, wherever it lies."""
+    n, k, m, d = 256, 10, 256, 4096
+    refs = make_references(k * m, d, "gaussian", rng).view(k, m, d).to(dtype)
+    labels, t = torch.arange(n) % (k - 1) + 1, torch.tensor([0.2, 0.6, 0.9])[torch.arange(n) % 3]
+    labels[torch.randperm(n, generator=rng)[:largest]] = 0
+    x = make_noisy(refs[labels, torch.randint(m, (n,), generator=rng)], t, rng)
+    x, refs, t, labels = (v.cuda() for v in (x, refs, t, labels))
+    out = check(x, refs, t, labels, precision=precision)
+    order = torch.randperm(n, generator=rng).cuda()
+    moved = svel.stable_target(x[order], refs, t[order], labels[order], precision=precision)
+    assert torch.equal(moved, out[order])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
