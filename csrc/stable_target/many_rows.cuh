@@ -29,7 +29,8 @@
 // bound that has the largest share that d_hi leaves out of any; those of dense rows get y_lo.d_hi +
 // y_hi.d_lo, one product of twice the length, for which y has both halves too, in the other order; sums are
 // of twice as many elements, and are put together in merge. No row is expected to be dense. Lists are scored
-// and summed from the references as stored.
+// and summed from the references as stored. So are references that are too large for halves, the far ones, by
+// far_kernel, as if they had come in a round before: what follows sees none of them.
 //
 // A bank of few classes is a pool of all their references, those that are not valid too, of which a row has a
 // range, or all: scores of others are -INFINITY, so that they come in no list and weigh nothing. What holds
@@ -61,6 +62,7 @@ struct ManyFacts {
   // Of float32 references: the bits of the largest share of |d_j| that their first halves leave out, so far;
   // of what the rows' bounds have; blocks of halves_kernel that are through.
   int max_rest, known_rest, halved;
+  int far;  // whether some of them, so far, are too large for halves beside the scale, see FAR_NORM
 };
 
 struct ManySlot {  // one row of a pass

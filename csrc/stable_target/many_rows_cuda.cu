@@ -34,6 +34,8 @@ enum Statistic {
 };
 constexpr int HELD_SAMPLES = static_cast<int>(MANY_SAMPLES) / CENTRE_LANES;  // of a thread of centre_kernel
 static_assert(MANY_PAIRS == 2 * MANY_SAMPLES);
+// The norm of float32 references that are finite and have no halves; others' are no less than -mean_norm.
+constexpr float FAR_NORM = -FLT_MAX;
 
 // Whether references are float32: halves of d_j are made, see halves_kernel.
 template <typename T>
@@ -623,7 +625,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
       many.facts->centred = !FLOAT && choice.which != 0;
       many.facts->plain = in.refs.dtype == Dtype::f16 && choice.which == 0;
       many.facts->max_norm = 0;
-      if (FLOAT) many.facts->max_rest = 0;
+      if (FLOAT) many.facts->max_rest = many.facts->far = 0;
     }
   }
   if (FLOAT && blockIdx.x == 0 && tid == 0) many.facts->known_rest = many.facts->halved = 0;
@@ -644,10 +646,25 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   }
 }
 
+// By a warp: whether a reference that has an element without a half is finite all the same. Then its halves
+// become zeros.
+__device__ __forceinline__ bool drop_far(const float* from, const float* centre, float scale, int64_t d,
+                                         __half* to, int64_t d_stride) {
+  bool is_finite = true;
+#pragma unroll 1
+  for (int64_t e = threadIdx.x % 32; e < d; e += 32)
+    is_finite = is_finite && isfinite(fmaf(from[e], scale, -centre[e]));
+  if (!__all_sync(0xffffffffu, is_finite)) return false;
+#pragma unroll 1
+  for (int64_t e = 8 * (threadIdx.x % 32); e < 2 * d_stride; e += 8 * 32)
+    *reinterpret_cast<uint4*>(to + e) = uint4{};
+  return true;
+}
+
 // A warp per float32 reference of the round: the halves of its d_j times the scale; and |d_j|^2 - mean_norm
 // of what these come to, so that scores are those of a reference next to it. What the first halves leave out,
-// of any reference, comes into the rows' bounds, by the last block. halves: of the first reference of the
-// round.
+// of any reference, comes into the rows' bounds, by the last block. Far references become zeros, which come
+// in no bound. halves: of the first reference of the round.
 template <bool CLASSES>
 __global__ void __launch_bounds__(THREADS)
     halves_kernel(const Inputs in, const Many many, __half* const halves) {
@@ -695,7 +712,12 @@ __global__ void __launch_bounds__(THREADS)
     norms = warp_sum(norms), rests = warp_sum(rests);
     norm = static_cast<float>(norms);
     if (norm > 0) rest = sqrtf(rests / norm);
-    if (lane == 0) many.norms[j] = static_cast<float>(norms - many.facts->mean_norm);
+    float above = static_cast<float>(norms - many.facts->mean_norm);
+    if (!isfinite(norms) && drop_far(from, many.centre_float, scale, in.d, to, many.d_stride)) {
+      norm = rest = 0, above = FAR_NORM;
+      if (lane == 0) many.facts->far = 1;
+    }
+    if (lane == 0) many.norms[j] = above;
     if (CLASSES && !isfinite(norm)) norm = 0;
     if (!isfinite(rest)) rest = 0;
   }
@@ -1641,6 +1663,106 @@ __device__ inline ShortList short_list(const Inputs& in, const Many& many, const
 // How the references of a list are scored.
 enum class ListScores { FLOAT, RELATIVE, DOUBLE };
 
+// y.d - alpha/2 |d|^2 for d = r - from and y = x - alpha from, in float64; by a warp. from: times `scale`.
+__device__ double score_in_double(const Inputs& in, const Row& row, const float* r, const float* from,
+                                  double scale) {
+  double score = 0;
+#pragma unroll 4
+  for (int64_t e = threadIdx.x % 32; e < in.d; e += 32) {
+    const double c = from[e] * scale, d = r[e] - c, x = load_as<double>(in.x, row.index * in.d + e);
+    score = fma(fma(-row.alpha, c, row.sign * x) - 0.5 * row.alpha * d, d, score);
+  }
+  return warp_sum(score);
+}
+
+// After the scores, few blocks, so that they leave room while the last tiles are scored: where there are far
+// references, each row gets what it has of those of the round, as stored and in float64, as if they had come
+// before; and its scores of them, which are of zeros, become those of none. However many there are, and
+// slowly. Those of a turn are scored relative to the best of them, since scores are large for float64, too.
+constexpr int FAR_BLOCKS_PART = 4;  // of a multiprocessor's one
+template <bool CLASSES>
+__global__ void __launch_bounds__(THREADS, 4) far_kernel(const Inputs in, const Many many) {
+  follow_previous();
+  if (!many.facts->far) return;
+  constexpr int GROUP = static_cast<int>(MANY_GROUP);
+  static_assert(THREADS % GROUP == 0);
+  __shared__ int references[THREADS], int_scratch[THREADS / 32], best_of_turn;
+  __shared__ double scores[THREADS], scratch[33];
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int valid = static_cast<int>(many_valid(in, many));
+  const float scale = many.facts->scale;
+  const float* const refs = static_cast<const float*>(in.refs.data) + many.first_ref * in.d;
+#pragma unroll 1
+  for (int64_t at = blockIdx.x; at < many.rows; at += gridDim.x) {
+    ManySlot& slot = many.slots[at];
+    if (!slot.alive) continue;
+    int2 own{0, valid};
+    if constexpr (CLASSES) own = range_in_round(many, at, valid);
+    float* const row_scores = many.scores + at * many.score_stride;
+    const double rate2 = slot.rate2;
+#pragma unroll 1
+    for (int first = own.x / GROUP * GROUP; first < own.y; first += THREADS) {
+      const int j = first + tid;
+      bool is_far = j >= own.x && j < own.y;
+      if constexpr (CLASSES) {
+        const uint32_t number = static_cast<uint32_t>(many.first_ref + j);
+        is_far = is_far && static_cast<int>(number) < many.classes->ends[number / many.class_refs];
+      }
+      is_far = is_far && many.norms[many.first_ref + j] == FAR_NORM;
+      int count;
+      const int place = block_prefix(is_far, int_scratch, count);
+      if (count == 0) continue;
+      if (is_far) references[place] = j, row_scores[j] = -INFINITY;
+      __syncthreads();
+      if (is_far) {
+        float most = -INFINITY;
+#pragma unroll 1
+        for (int k = 0; k < GROUP; ++k) most = fmaxf(most, row_scores[j / GROUP * GROUP + k]);
+        many.maxima[at * (many.score_stride / GROUP) + j / GROUP] = most;
+      }
+      const Row row = slot.row;
+#pragma unroll 1
+      for (int k = warp; k < count; k += THREADS / 32) {
+        const double score =
+            score_in_double(in, row, refs + references[k] * in.d, many.centre_float, 1.0f / scale);
+        if (lane == 0) scores[k] = score;
+      }
+      __syncthreads();
+      double top = block_max<double>(tid < count ? scores[tid] : -INFINITY, scratch);
+      if (tid == 0) best_of_turn = 0;
+      __syncthreads();
+      if (tid < count && scores[tid] == top) atomicMax(&best_of_turn, tid);
+      __syncthreads();
+      const float* const from = refs + references[best_of_turn] * in.d;
+#pragma unroll 1
+      for (int k = warp; k < count; k += THREADS / 32) {
+        const double score = score_in_double(in, row, refs + references[k] * in.d, from, 1);
+        if (lane == 0) scores[k] = score;
+      }
+      __syncthreads();
+      const double relative = tid < count ? scores[tid] : -INFINITY, most = block_max(relative, scratch);
+      top += most + static_cast<double>(many.factors[at].half_alpha) * many.facts->mean_norm;
+      const double best = fmax(top, slot.best), of_turn = exp2(rate2 * (top - best)),
+                   keep = has_sums(slot) ? exp2(rate2 * (slot.best - best)) : 0.0,
+                   weight = tid < count ? exp2(rate2 * (relative - most)) * of_turn : 0.0;
+      scores[tid] = weight;
+      const double total = slot.total * keep + block_sum(weight, scratch);
+#pragma unroll 1
+      for (int64_t e = tid; e < in.d; e += THREADS) {
+        float* const sums = many.sums + at * many.d_stride + e;
+        const float c = many.centre_float[e];
+        double sum = has_sums(slot) ? keep * *sums : 0.0;
+#pragma unroll 4
+        for (int k = 0; k < count; ++k) sum += scores[k] * fmaf(refs[references[k] * in.d + e], scale, -c);
+        *sums = static_cast<float>(sum);
+      }
+      __syncthreads();  // all have read the slot, the references and their weights
+      if (tid == 0) slot.best = best, slot.total = total;
+      __syncthreads();
+    }
+  }
+}
+
 // Scores and weights of a row's listed references; best and total with those before. in_sums: what their
 // weights in the sums are relative to; -INFINITY: they are in none.
 template <typename T, bool CLASSES>
@@ -2236,6 +2358,8 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, __h
         operands.refs = {halves, Dtype::f16};  // none beyond the round are there
         operands.m = many.first_ref + many.refs;
         launch_many_score(op, operands, many, false, stream, row_bytes, row_bytes);
+        launch(classes ? far_kernel<true> : far_kernel<false>,
+               std::max(static_cast<unsigned>(many.blocks) / FAR_BLOCKS_PART, 1u), THREADS, 0, pool, many);
         operands.d = product.d_stride = 2 * many.d_stride;
       } else {
         launch_many_score(op, pool, many, false, stream);
