@@ -34,12 +34,15 @@ enum Statistic {
 };
 constexpr int HELD_SAMPLES = static_cast<int>(MANY_SAMPLES) / CENTRE_LANES;  // of a thread of centre_kernel
 static_assert(MANY_PAIRS == 2 * MANY_SAMPLES);
-// The norm of float32 references that are finite and have no halves; others' are no less than -mean_norm.
+// The norm of float32 references that are far; others' are no less than -mean_norm.
 constexpr float FAR_NORM = -FLT_MAX;
 
 // Whether references are float32: halves of d_j are made, see halves_kernel.
 template <typename T>
 constexpr bool IS_FLOAT = DtypeOf<T>::value == Dtype::f32;
+// Whether differences are times a scale: all but float16.
+template <typename T>
+constexpr bool IS_SCALED = DtypeOf<T>::value != Dtype::f16;
 
 // Eight references' elements as stored, aligned to 16 bytes.
 template <typename T>
@@ -94,10 +97,191 @@ __device__ void count_classes(const Inputs& in, const Many& many, int (&until)[M
   for (int i = 0; i < EACH_LANE; ++i) until[first + i] = before - sum + own[i];
 }
 
+// Of the samples how far each is from the others: the largest difference from the median of each element; and
+// its largest element. By tiles, (d_tiles, 2, MANY_SAMPLES) floats, where the parts of sums come later. Values
+// that are not finite are none.
+__device__ inline float* sample_sizes(const Many& many) {
+  return many.partial;
+}
+
+// Ascending values of a column, HELD_SAMPLES in each of its CENTRE_LANES threads; INFINITY for those that are
+// none. By all threads of a block.
+__device__ __forceinline__ void sort_column(float (&v)[HELD_SAMPLES]) {
+  constexpr int EACH = HELD_SAMPLES;
+  __shared__ float exchanged[CENTRE_LANES][EACH][MANY_TILE];
+  const int column = threadIdx.x % MANY_TILE, part = threadIdx.x / MANY_TILE;
+  const auto order = [](float& a, float& b) {
+    const float low = fminf(a, b);
+    b = fmaxf(a, b), a = low;
+  };
+  // The smaller or the larger ones of these and of another thread's, in their order or the opposite one.
+  const auto exchange = [&](int other, bool opposite) {
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) exchanged[part][i][column] = v[i];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const float own = exchanged[other][opposite ? EACH - 1 - i : i][column];
+      v[i] = part < other ? fminf(v[i], own) : fmaxf(v[i], own);
+    }
+  };
+#pragma unroll
+  for (int round = 0; round < EACH; ++round)
+#pragma unroll
+    for (int k = round % 2; k + 1 < EACH; k += 2) order(v[k], v[k + 1]);
+#pragma unroll 1
+  for (int merged = 2; merged <= CENTRE_LANES; merged *= 2) {  // bitonic
+    exchange(part ^ (merged - 1), true);
+#pragma unroll 1
+    for (int apart = merged / 4; apart > 0; apart /= 2) exchange(part ^ apart, false);
+#pragma unroll
+    for (int apart = EACH / 2; apart > 0; apart /= 2)
+#pragma unroll
+      for (int k = 0; k < EACH; ++k)
+        if (!(k & apart)) order(v[k], v[k + apart]);
+  }
+}
+
+// Element e of sample s; absent: where there is none.
+template <typename T, bool CLASSES>
+__device__ __forceinline__ float load_sample(const Inputs& in, const int* until, int64_t valid,
+                                             int64_t samples, int64_t s, int64_t e, float absent) {
+  if (e >= in.d || s >= samples) return absent;
+  int64_t sample = valid < MANY_SAMPLES ? s : valid * s / MANY_SAMPLES;
+  if constexpr (CLASSES)
+    sample =
+        find_reference(*reinterpret_cast<const int (*)[MANY_CLASSES]>(until), in.m, static_cast<int>(sample));
+  return to_float(static_cast<const T*>(in.refs.data)[sample * in.d + e]);
+}
+
+template <typename T, bool CLASSES>
+__global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) samples_kernel(const Inputs in, const Many many) {
+  allow_next_launch();
+  __shared__ float medians[MANY_TILE];
+  __shared__ int counts[MANY_TILE];
+  __shared__ int sizes[2 * MANY_SAMPLES];  // bits
+  __shared__ int until[CLASSES ? MANY_CLASSES : 1];
+  const int column = threadIdx.x % MANY_TILE, part = threadIdx.x / MANY_TILE;
+  const int64_t e = static_cast<int64_t>(blockIdx.x) * MANY_TILE + column;
+  if (threadIdx.x < 2 * MANY_SAMPLES) sizes[threadIdx.x] = 0;
+  if (part == 0) counts[column] = 0;
+  __syncthreads();
+  int64_t valid;
+  if constexpr (CLASSES) {
+    if (threadIdx.x < 32) count_classes(in, many, *reinterpret_cast<int (*)[MANY_CLASSES]>(until));
+    __syncthreads();
+    valid = until[MANY_CLASSES - 1];
+  } else {
+    valid = valid_count(in, 0);
+  }
+  const int64_t samples = valid < MANY_SAMPLES ? valid : MANY_SAMPLES;
+  const auto number = [part](int i) { return CLASSES ? part * HELD_SAMPLES + i : part + i * CENTRE_LANES; };
+  float seen[HELD_SAMPLES], sorted[HELD_SAMPLES];
+#pragma unroll
+  for (int i = 0; i < HELD_SAMPLES; ++i)
+    seen[i] = load_sample<T, CLASSES>(in, until, valid, samples, number(i), e, INFINITY);
+  int found = 0;
+#pragma unroll
+  for (int i = 0; i < HELD_SAMPLES; ++i) {
+    if (!isfinite(seen[i])) seen[i] = INFINITY;
+    sorted[i] = seen[i], found += seen[i] < INFINITY;
+  }
+  atomicAdd(&counts[column], found);
+  sort_column(sorted);
+  const int middle = max(counts[column] - 1, 0) / 2 - part * HELD_SAMPLES;
+#pragma unroll
+  for (int i = 0; i < HELD_SAMPLES; ++i)
+    if (i == middle) medians[column] = sorted[i];
+  __syncthreads();
+  const float median = medians[column];
+#pragma unroll
+  for (int i = 0; i < HELD_SAMPLES; ++i) {
+    const bool any = seen[i] < INFINITY;
+    const float size = any ? fabsf(seen[i] - median) : 0.0f, plain = any ? fabsf(seen[i]) : 0.0f;
+    const int most = __reduce_max_sync(0xffffffffu, __float_as_int(size)),
+              most_plain = __reduce_max_sync(0xffffffffu, __float_as_int(plain));
+    if (threadIdx.x % 32 == 0)
+      atomicMax(&sizes[number(i)], most), atomicMax(&sizes[MANY_SAMPLES + number(i)], most_plain);
+  }
+  __syncthreads();
+  if (threadIdx.x < 2 * MANY_SAMPLES)
+    sample_sizes(many)[blockIdx.x * 2 * MANY_SAMPLES + threadIdx.x] = __int_as_float(sizes[threadIdx.x]);
+}
+
+// Which samples the centre and the scale are not from: those that are OUTLIER times as far from the others as
+// the third of the farthest, or as half of them where halves do not reach both; copies of one reference do
+// not count. Where nearly all are copies, the others have no say in the centre, and half of them in the
+// scale.
+constexpr float OUTLIER = 16, WIDE = 0x1p15f, NARROW = 0x1p-14f;
+struct Samples {
+  unsigned outliers[MANY_SAMPLES / 32];  // a bit each
+  float size;                            // where nearly all are copies: of the others
+  // The largest difference of the others comes to 2^(1 + room) or twice that: halves reach up to 2^16, and
+  // small references have digits down to 2^-5. So the more room the smaller some are.
+  int room;
+  // Sizes differ so much that scores, which are as large as the norms above norm0, would hide small ones
+  // unless that is zero.
+  bool uneven;
+};
+constexpr int LEAST_ROOM = 4, MOST_ROOM = 10, UNEVEN = 6;  // powers of two
+// By all threads of a block.
+__device__ __forceinline__ void judge_samples(const Many& many, int64_t samples, Samples& judged) {
+  constexpr int COUNT = static_cast<int>(MANY_SAMPLES), PARTS = MANY_TILE * CENTRE_LANES / (2 * COUNT);
+  __shared__ float parts[PARTS][2 * COUNT], high, middle;
+  __shared__ int low_bits, top_bits;  // the smallest and the largest
+  const int tid = static_cast<int>(threadIdx.x);
+  float size = 0;
+#pragma unroll 4
+  for (int64_t tile = tid / (2 * COUNT); tile < many.d_stride / MANY_TILE; tile += PARTS)
+    size = fmaxf(size, sample_sizes(many)[tile * 2 * COUNT + tid % (2 * COUNT)]);
+  parts[tid / (2 * COUNT)][tid % (2 * COUNT)] = size;
+  if (tid == 0) high = middle = 0, low_bits = __float_as_int(INFINITY), top_bits = 0;
+  __syncthreads();
+  if (tid < 2 * COUNT) {
+#pragma unroll
+    for (int part = 1; part < PARTS; ++part) size = fmaxf(size, parts[part][tid]);
+    parts[0][tid] = size;
+  }
+  if (tid >= COUNT) size = 0;
+  const int apart = __syncthreads_count(size > 0);
+  if (size > 0) {
+    int rank = 0;
+#pragma unroll 16
+    for (int other = 0; other < COUNT; ++other) {
+      const float of_other = parts[0][other];
+      rank += of_other > 0 && (of_other < size || (of_other == size && other < tid));
+    }
+    if (rank == apart - 1 - (apart < 3 ? 0 : max(apart / 32, 1))) high = size;
+    if (rank == (apart - 1) / 2) middle = size;
+  }
+  __syncthreads();
+  const bool copies = apart <= samples / 8;
+  const float usual = high > WIDE * middle ? middle : high;
+  const bool is_outlier = size > (copies ? 0.0f : OUTLIER * usual);
+  const unsigned outliers = __ballot_sync(0xffffffffu, is_outlier);
+  if (tid < COUNT) {
+    const float least = fminf(size, parts[0][COUNT + tid]);
+    if (least > NARROW * usual) atomicMin(&low_bits, __float_as_int(least));
+    if (!is_outlier) atomicMax(&top_bits, __float_as_int(size));
+    if (tid % 32 == 0) judged.outliers[tid / 32] = outliers;
+  }
+  __syncthreads();
+  if (tid == 0) {
+    judged.size = copies ? middle : 0.0f;
+    const float low = __int_as_float(low_bits), top = fmaxf(__int_as_float(top_bits), judged.size);
+    const int spread = low < top && top < INFINITY ? ilogbf(top) - ilogbf(low) : 0;
+    judged.room = min(max(spread + 1, LEAST_ROOM), MOST_ROOM);
+    judged.uneven = copies || spread >= UNEVEN;
+  }
+  __syncthreads();
+}
+
 // Mean and variance of a sample of the references, per element; what follows from either choice of c, and
 // squared distances of some pairs of them, per tile. many.centre: first c = coarse mean wherever the mean is
 // many deviations from zero, then c everywhere. CLASSES: a thread's are neighbours, mostly of one class, so
-// that distances are those within classes; values that are not finite are none.
+// that distances are those within classes; values that are not finite are none. Where differences are scaled
+// outliers come in nothing but distances, and the largest of the others is over two to `room`.
 template <typename T, bool CLASSES>
 __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const Inputs in, const Many many) {
   allow_next_launch();
@@ -109,7 +293,9 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
   const int column = threadIdx.x % MANY_TILE, part = threadIdx.x / MANY_TILE;
   const int64_t e = static_cast<int64_t>(blockIdx.x) * MANY_TILE + column;
   __shared__ std::conditional_t<CLASSES, int[MANY_CLASSES], char> until;
-  __shared__ std::conditional_t<CLASSES, int[CENTRE_LANES][MANY_TILE], char> finite;
+  constexpr bool SCALED = IS_SCALED<T>, COUNTED = CLASSES || SCALED;  // not all samples come in the mean
+  __shared__ std::conditional_t<COUNTED, int[CENTRE_LANES][MANY_TILE], char> finite;
+  __shared__ std::conditional_t<SCALED, Samples, char> judged;
   if constexpr (CLASSES) {
     if (threadIdx.x < 32) count_classes(in, many, until);
     __syncthreads();
@@ -134,6 +320,10 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
     seen[i] =
         e < in.d && s < samples ? to_float(static_cast<const T*>(in.refs.data)[sample * in.d + e]) : 0.0f;
   }
+  if constexpr (SCALED) {
+    wait_for_previous_launch();
+    judge_samples(many, samples, judged);
+  }
   int found = 0;
 #pragma unroll
   for (int i = 0; i < HELD_SAMPLES; ++i) {
@@ -143,13 +333,17 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
     }
     const float v = seen[i];
     if (e >= in.d || (CLASSES ? part * HELD_SAMPLES + i : part + i * CENTRE_LANES) >= samples) continue;
+    if constexpr (SCALED) {
+      const int s = CLASSES ? part * HELD_SAMPLES + i : part + i * CENTRE_LANES;
+      if (judged.outliers[s / 32] >> s % 32 & 1) continue;
+    }
     ++found;
     sum += v, square += static_cast<double>(v) * v;
     low = fminf(low, v), high = fmaxf(high, v);
   }
   sums[part][column] = sum, squares[part][column] = square;
   lowest[part][column] = low, highest[part][column] = high;
-  if constexpr (CLASSES) finite[part][column] = found;
+  if constexpr (COUNTED) finite[part][column] = found;
   __syncthreads();
   double own[STATISTICS] = {};
   if (part == 0) {
@@ -159,7 +353,7 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
     }
     float all = 0, strict = 0;
     int64_t samples_here = samples;
-    if constexpr (CLASSES) {
+    if constexpr (COUNTED) {
       for (int other = 1; other < CENTRE_LANES; ++other) found += finite[other][column];
       samples_here = found;
     }
@@ -211,6 +405,13 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
   if (k >= STATISTICS) return;
   double value = of_warps[k][0];
   for (int warp = 1; warp < MANY_TILE / 32; ++warp) value = joined(k, value, of_warps[k][warp]);
+  if constexpr (SCALED) {
+    if (k >= MAX_PLAIN) value = ldexp(fmax(value, static_cast<double>(judged.size)), -judged.room);
+    if (k >= NORM_PLAIN && k < MAX_PLAIN && judged.uneven) value = 0;
+    if (blockIdx.x == 0 && k == 0)  // 16 times that of a reference of elements as large as the largest
+      many.facts->most_norm = judged.uneven ? static_cast<float>(in.d) * exp2f(8 + 2 * judged.room) : 0.0f;
+    if (!IS_FLOAT<T> && blockIdx.x == 0 && k == 0) many.facts->far = 0;
+  }
   many.statistics[blockIdx.x * STATISTICS + k] = value;
   if constexpr (CLASSES) {
     if (blockIdx.x == 0 && k < static_cast<int>(MANY_ROW_TILES)) many.classes->early[k] = 0;
@@ -230,16 +431,18 @@ struct Choice {  // of the centre
 
 // No centre while the common part of the references is no larger than what they differ by; one that leaves
 // out elements of small mean where that leaves out little, because it is exact nearly everywhere; else all of
-// it. FLOAT: of float32 references, whose differences are made anyhow, all of it sooner.
+// it. FLOAT: of float32 references, whose differences are made anyhow, all of it sooner, but where sizes
+// differ much: small ones would lose digits.
 template <bool FLOAT>
-__device__ Choice choose_centre(const Inputs& in, const double (&statistics)[STATISTICS]) {
+__device__ Choice choose_centre(const Inputs& in, const Many& many, const double (&statistics)[STATISTICS]) {
   Choice choice;
-  choice.which = FLOAT && statistics[SHIFT] > 0.25 * statistics[SPREAD] ? 2
-                 : statistics[SHIFT] <= 6 * statistics[SPREAD]          ? 0
-                 : statistics[LEFT_OUT] <= 6 * statistics[SPREAD]       ? 1
-                                                                        : 2;
+  const auto least_shift = [&] { return many.facts->most_norm > 0 ? 6 : 0.25; };
+  choice.which = FLOAT && statistics[SHIFT] > least_shift() * statistics[SPREAD] ? 2
+                 : statistics[SHIFT] <= 6 * statistics[SPREAD]                   ? 0
+                 : statistics[LEFT_OUT] <= 6 * statistics[SPREAD]                ? 1
+                                                                                 : 2;
   choice.scale = 1;
-  if (FLOAT || in.refs.dtype == Dtype::bf16) {  // the largest difference to 2 .. 4
+  if (FLOAT || in.refs.dtype == Dtype::bf16) {  // the largest difference to 2 .. 4, see Samples
     double largest = statistics[choice.which ? MAX_CENTRED : MAX_PLAIN];
     if (FLOAT && largest == 0) largest = statistics[MAX_PLAIN];  // of copies, but others may differ
     if (largest > 0 && isfinite(largest))
@@ -609,7 +812,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   }
   __syncthreads();
   const Distances distances = !FLOAT && many.exact && tid < 32 ? distances_of(of_warps) : Distances{};
-  const Choice choice = choose_centre<FLOAT>(in, statistics);
+  const Choice choice = choose_centre<FLOAT>(in, many, statistics);
   const float* const candidate = many.centre + (choice.which == 2 ? many.d_stride : 0);
   const auto centre = [&](int64_t e) { return choice.which ? candidate[e] : 0.0f; };
   if (blockIdx.x == 0 && many.first_row == 0) {
@@ -625,7 +828,14 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
       many.facts->centred = !FLOAT && choice.which != 0;
       many.facts->plain = in.refs.dtype == Dtype::f16 && choice.which == 0;
       many.facts->max_norm = 0;
-      if (FLOAT) many.facts->max_rest = many.facts->far = 0;
+      if (FLOAT) {
+        many.facts->max_rest = many.facts->far = 0;
+        const double least = LEAST_SQUARE * static_cast<double>(in.d), scale = choice.scale;
+        const double centre2 = choice.which == 2   ? statistics[SHIFT]
+                               : choice.which == 1 ? statistics[SHIFT] - statistics[LEFT_OUT]
+                                                   : 0.0;
+        many.facts->least_norm = centre2 * scale * scale < 4 * least ? static_cast<float>(least) : 0.0f;
+      }
     }
   }
   if (FLOAT && blockIdx.x == 0 && tid == 0) many.facts->known_rest = many.facts->halved = 0;
@@ -646,8 +856,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   }
 }
 
-// By a warp: whether a reference that has an element without a half is finite all the same. Then its halves
-// become zeros.
+// By a warp: whether a reference that halves do not hold is finite all the same. Then they become zeros.
 __device__ __forceinline__ bool drop_far(const float* from, const float* centre, float scale, int64_t d,
                                          __half* to, int64_t d_stride) {
   bool is_finite = true;
@@ -662,9 +871,9 @@ __device__ __forceinline__ bool drop_far(const float* from, const float* centre,
 }
 
 // A warp per float32 reference of the round: the halves of its d_j times the scale; and |d_j|^2 - mean_norm
-// of what these come to, so that scores are those of a reference next to it. What the first halves leave out,
-// of any reference, comes into the rows' bounds, by the last block. Far references become zeros, which come
-// in no bound. halves: of the first reference of the round.
+// of what these come to, so that scores are those of a reference next to it. What the first halves leave out
+// at most comes into the rows' bounds, as a share of the largest |d_j|, by the last block. Far references
+// become zeros, which come in no bound. halves: of the first reference of the round.
 template <bool CLASSES>
 __global__ void __launch_bounds__(THREADS)
     halves_kernel(const Inputs in, const Many many, __half* const halves) {
@@ -710,13 +919,14 @@ __global__ void __launch_bounds__(THREADS)
       *reinterpret_cast<uint4*>(to + many.d_stride + e) = *reinterpret_cast<const uint4*>(second);
     }
     norms = warp_sum(norms), rests = warp_sum(rests);
-    norm = static_cast<float>(norms);
-    if (norm > 0) rest = sqrtf(rests / norm);
+    norm = static_cast<float>(norms), rest = sqrtf(rests);
     float above = static_cast<float>(norms - many.facts->mean_norm);
-    if (!isfinite(norms) && drop_far(from, many.centre_float, scale, in.d, to, many.d_stride)) {
+    if (!holds(*many.facts, norm, many.facts->least_norm, norm == 0 && rests == 0) &&
+        drop_far(from, many.centre_float, scale, in.d, to, many.d_stride)) {
       norm = rest = 0, above = FAR_NORM;
       if (lane == 0) many.facts->far = 1;
     }
+    if (rest <= FLT_MAX) norm = fmaxf(norm, rest * rest);
     if (lane == 0) many.norms[j] = above;
     if (CLASSES && !isfinite(norm)) norm = 0;
     if (!isfinite(rest)) rest = 0;
@@ -738,13 +948,15 @@ __global__ void __launch_bounds__(THREADS)
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  const int all = *static_cast<volatile int*>(&many.facts->max_rest);
-  const float more = __int_as_float(all) - __int_as_float(many.facts->known_rest);
+  const float most = __int_as_float(*static_cast<volatile int*>(&many.facts->max_norm));
+  const float all =
+      most > 0 ? __int_as_float(*static_cast<volatile int*>(&many.facts->max_rest)) / sqrtf(most) : 0.0f;
+  const float more = all - __int_as_float(many.facts->known_rest);
 #pragma unroll 1
   for (int64_t at = threadIdx.x; at < many.rows; at += THREADS)
     many.slots[at].own = fmaf(more, many.slots[at].summed, many.slots[at].own);
   __syncthreads();
-  if (threadIdx.x == 0) many.facts->known_rest = all, many.facts->halved = 0;
+  if (threadIdx.x == 0) many.facts->known_rest = __float_as_int(all), many.facts->halved = 0;
 }
 
 // A warp per reference: |r_j|^2 - mean_norm, where references are used as they are. CLASSES: the largest is
@@ -1419,11 +1631,15 @@ struct List {
 // that is; beyond, errors are not each by itself. Nothing is gained where so few as are wanted have next to
 // nothing.
 constexpr float REVIEW_OFF = 4e-5f, REVIEW_OFF_LEAST = 1e-6f, REVIEW_LIMIT = 0.8e-6f;
+template <bool SCALED>
 __device__ inline float least_reviewed(const Many& many, const ManySlot& slot, float total, int most) {
   if (static_cast<float>(most) < 0.25f * total) return INFINITY;
   const ManyFacts& facts = *many.facts;
   const float doubt = static_cast<float>(doubt_of(slot, largest_norm(facts), slot.own)), largest = 1 / total;
-  const float unscale = facts.inverse_scale, norm2 = facts.mean_norm * unscale * unscale;
+  const bool is_known = !SCALED || facts.mean_norm > 0;  // else references are uneven, see Samples
+  const float unscale = facts.inverse_scale,
+              norm2 =
+                  (is_known ? facts.mean_norm : 0.25f * __int_as_float(facts.max_norm)) * unscale * unscale;
   const float of_x = static_cast<float>(slot.row.a / slot.row.b),
               told = static_cast<float>(slot.row.sigma / slot.row.alpha);
   const float apart2 = most > REVIEW_SOME ? norm2 : fminf(norm2, 20 * told * told);
@@ -1442,7 +1658,7 @@ __device__ inline float least_reviewed(const Many& many, const ManySlot& slot, f
 // enough, by their best: weights, which are many more bytes, are read of these alone.
 constexpr int REVIEW_BINS = 64;
 constexpr int REVIEW_AHEAD = 8;  // maxima of a thread that are on their way at once
-template <bool CLASSES>
+template <bool SCALED, bool CLASSES>
 __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_t at, int place, int most,
                                       List& list) {
   __shared__ int bins[REVIEW_BINS], near[THREADS], scratch[THREADS / 32], kept;
@@ -1450,7 +1666,7 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
   double total = 0;
 #pragma unroll
   for (int k = 0; k < WEIGHT_UNITS; ++k) total += many.totals[place * WEIGHT_UNITS + k];
-  const float least = least_reviewed(many, slot, static_cast<float>(total), most);
+  const float least = least_reviewed<SCALED>(many, slot, static_cast<float>(total), most);
   if (!(least <= 1)) return 0;
   const float* const maxima =  // of scores, which gather_kernel may have moved
       many.maxima + (late_rows<CLASSES>(many, place) > 0 ? place : at) * (many.score_stride / MANY_GROUP);
@@ -1664,23 +1880,29 @@ __device__ inline ShortList short_list(const Inputs& in, const Many& many, const
 enum class ListScores { FLOAT, RELATIVE, DOUBLE };
 
 // y.d - alpha/2 |d|^2 for d = r - from and y = x - alpha from, in float64; by a warp. from: times `scale`.
-__device__ double score_in_double(const Inputs& in, const Row& row, const float* r, const float* from,
-                                  double scale) {
+// largest: finite sums need |r| times this to be.
+template <typename T, typename From>
+__device__ double score_in_double(const Inputs& in, const Row& row, const T* r, const From* from,
+                                  double scale, float largest) {
   double score = 0;
 #pragma unroll 4
   for (int64_t e = threadIdx.x % 32; e < in.d; e += 32) {
-    const double c = from[e] * scale, d = r[e] - c, x = load_as<double>(in.x, row.index * in.d + e);
-    score = fma(fma(-row.alpha, c, row.sign * x) - 0.5 * row.alpha * d, d, score);
+    const float value = to_float(r[e]);
+    const double c = to_float(from[e]) * scale, d = value - c,
+                 x = load_as<double>(in.x, row.index * in.d + e);
+    score = isfinite(value * largest) ? fma(fma(-row.alpha, c, row.sign * x) - 0.5 * row.alpha * d, d, score)
+                                      : NAN;
   }
   return warp_sum(score);
 }
 
 // After the scores, few blocks, so that they leave room while the last tiles are scored: where there are far
 // references, each row gets what it has of those of the round, as stored and in float64, as if they had come
-// before; and its scores of them, which are of zeros, become those of none. However many there are, and
-// slowly. Those of a turn are scored relative to the best of them, since scores are large for float64, too.
+// before; and its scores of them, which are of zeros or of anything, become those of none. However many there
+// are, and slowly. Those of a turn are scored relative to the best of them, since scores are large for
+// float64, too. bfloat16: what is not finite is among them, and makes the row NaN, see select_kernel.
 constexpr int FAR_BLOCKS_PART = 4;  // of a multiprocessor's one
-template <bool CLASSES>
+template <typename T, bool CLASSES>
 __global__ void __launch_bounds__(THREADS, 4) far_kernel(const Inputs in, const Many many) {
   follow_previous();
   if (!many.facts->far) return;
@@ -1691,7 +1913,7 @@ __global__ void __launch_bounds__(THREADS, 4) far_kernel(const Inputs in, const 
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const int valid = static_cast<int>(many_valid(in, many));
   const float scale = many.facts->scale;
-  const float* const refs = static_cast<const float*>(in.refs.data) + many.first_ref * in.d;
+  const T* const refs = static_cast<const T*>(in.refs.data) + many.first_ref * in.d;
 #pragma unroll 1
   for (int64_t at = blockIdx.x; at < many.rows; at += gridDim.x) {
     ManySlot& slot = many.slots[at];
@@ -1708,7 +1930,11 @@ __global__ void __launch_bounds__(THREADS, 4) far_kernel(const Inputs in, const 
         const uint32_t number = static_cast<uint32_t>(many.first_ref + j);
         is_far = is_far && static_cast<int>(number) < many.classes->ends[number / many.class_refs];
       }
-      is_far = is_far && many.norms[many.first_ref + j] == FAR_NORM;
+      if constexpr (IS_FLOAT<T>) {
+        is_far = is_far && many.norms[many.first_ref + j] == FAR_NORM;
+      } else {
+        is_far = is_far && !(operand_bits<CLASSES>(many)[j / GROUP] >> j % GROUP & 1);
+      }
       int count;
       const int place = block_prefix(is_far, int_scratch, count);
       if (count == 0) continue;
@@ -1724,19 +1950,24 @@ __global__ void __launch_bounds__(THREADS, 4) far_kernel(const Inputs in, const 
 #pragma unroll 1
       for (int k = warp; k < count; k += THREADS / 32) {
         const double score =
-            score_in_double(in, row, refs + references[k] * in.d, many.centre_float, 1.0f / scale);
+            score_in_double(in, row, refs + references[k] * in.d, many.centre_float, 1.0f / scale, scale);
         if (lane == 0) scores[k] = score;
       }
       __syncthreads();
+      if constexpr (!IS_FLOAT<T>) {
+        const bool is_none = tid < count && !isfinite(scores[tid]);
+        if (is_none) many.maxima[at * (many.score_stride / GROUP) + references[tid] / GROUP] = INFINITY;
+        if (__syncthreads_or(is_none)) break;
+      }
       double top = block_max<double>(tid < count ? scores[tid] : -INFINITY, scratch);
       if (tid == 0) best_of_turn = 0;
       __syncthreads();
       if (tid < count && scores[tid] == top) atomicMax(&best_of_turn, tid);
       __syncthreads();
-      const float* const from = refs + references[best_of_turn] * in.d;
+      const T* const from = refs + references[best_of_turn] * in.d;
 #pragma unroll 1
       for (int k = warp; k < count; k += THREADS / 32) {
-        const double score = score_in_double(in, row, refs + references[k] * in.d, from, 1);
+        const double score = score_in_double(in, row, refs + references[k] * in.d, from, 1, 1);
         if (lane == 0) scores[k] = score;
       }
       __syncthreads();
@@ -1753,7 +1984,8 @@ __global__ void __launch_bounds__(THREADS, 4) far_kernel(const Inputs in, const 
         const float c = many.centre_float[e];
         double sum = has_sums(slot) ? keep * *sums : 0.0;
 #pragma unroll 4
-        for (int k = 0; k < count; ++k) sum += scores[k] * fmaf(refs[references[k] * in.d + e], scale, -c);
+        for (int k = 0; k < count; ++k)
+          sum += scores[k] * fmaf(to_float(refs[references[k] * in.d + e]), scale, -c);
         *sums = static_cast<float>(sum);
       }
       __syncthreads();  // all have read the slot, the references and their weights
@@ -2118,7 +2350,7 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
   float in_sums = -INFINITY;
   if (place >= 0) {
     if (most == 0) return;
-    count = review<CLASSES>(in, many, at, place, most, list);
+    count = review<IS_SCALED<T>, CLASSES>(in, many, at, place, most, list);
     if (count == 0 && threadIdx.x == 0) add_arrival(many.listed + at);
     if (count == 0) return;
     in_sums = slot.top;
@@ -2351,6 +2583,10 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, __h
       many.map_ref = is_float ? 0 : many.first_ref;
       Inputs operands = pool;
       Many product = many;
+      const auto far = [&](auto* kernel) {
+        launch(kernel, std::max(static_cast<unsigned>(many.blocks) / FAR_BLOCKS_PART, 1u), THREADS, 0, pool,
+               many);
+      };
       if (is_float) {
         const int64_t row_bytes = 4 * many.d_stride;
         launch(classes ? halves_kernel<true> : halves_kernel<false>,
@@ -2358,11 +2594,11 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, __h
         operands.refs = {halves, Dtype::f16};  // none beyond the round are there
         operands.m = many.first_ref + many.refs;
         launch_many_score(op, operands, many, false, stream, row_bytes, row_bytes);
-        launch(classes ? far_kernel<true> : far_kernel<false>,
-               std::max(static_cast<unsigned>(many.blocks) / FAR_BLOCKS_PART, 1u), THREADS, 0, pool, many);
+        far(classes ? far_kernel<float, true> : far_kernel<float, false>);
         operands.d = product.d_stride = 2 * many.d_stride;
       } else {
         launch_many_score(op, pool, many, false, stream);
+        if (!half) far(classes ? far_kernel<__nv_bfloat16, true> : far_kernel<__nv_bfloat16, false>);
       }
       launch(classes ? select_kernel<true> : select_kernel<false>, slots, SELECT_THREADS, 0, pool, many,
              early_blocks(many));
@@ -2456,8 +2692,13 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
       : in.refs.dtype == Dtype::f16
           ? (of_classes ? centre_kernel<__half, true> : centre_kernel<__half, false>)
           : (of_classes ? centre_kernel<__nv_bfloat16, true> : centre_kernel<__nv_bfloat16, false>);
-  centre_of<<<static_cast<unsigned>(d_tiles), MANY_TILE * CENTRE_LANES, 0, stream>>>(in, many);
-  check_launch(op);
+  const auto samples_of =
+      is_float ? (of_classes ? samples_kernel<float, true> : samples_kernel<float, false>)
+               : (of_classes ? samples_kernel<__nv_bfloat16, true> : samples_kernel<__nv_bfloat16, false>);
+  const bool scaled = in.refs.dtype != Dtype::f16;
+  const unsigned tiles = static_cast<unsigned>(d_tiles);
+  if (scaled) launch_following(op, false, samples_of, tiles, MANY_TILE * CENTRE_LANES, 0, stream, in, many);
+  launch_following(op, scaled, centre_of, tiles, MANY_TILE * CENTRE_LANES, 0, stream, in, many);
   for (int64_t first = 0; first < in.n; first += MANY_LIST_ROWS)
     run_rows(op, slice_rows(in, first, MANY_LIST_ROWS), plan, many, halves, norms, stream);
 }

@@ -8,8 +8,10 @@ from cuda_cases import (
     GEOMETRIES,
     assert_close_at_each_time,
     assert_served,
+    check_beside_far,
     check_graph_of_pool,
     check_mean_and_lse,
+    check_mean_near_each,
     check_merged_halves,
     check_partly_filled,
     check_pool,
@@ -21,6 +23,7 @@ from cuda_cases import (
     make_pool,
     on_two_streams,
     rows_of,
+    samples_of,
     served_by,
     worst_row,
 )
@@ -254,6 +257,16 @@ def test_far_samples_where_there_is_noise_alone(rng, precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", CLASSES, ids=str)
+def test_outliers_among_the_samples_of_classes(rng, shape, precision):
+    x, refs, t, labels = make_classes(*shape, "gaussian", rng, torch.float32)
+    flat = refs.view(-1, refs.shape[2])
+    flat[samples_of(len(flat))[[3, 40, 63]].cuda()] *= 1e6
+    flat[samples_of(len(flat))[[5]].cuda(), 77] = 1e9
+    check_classes(x, refs, t, labels, precision=precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", CLASSES, ids=str)
 def test_far_samples_of_classes(rng, shape, precision):
     x, refs, t, labels = make_classes(*shape, "gaussian", rng, torch.float32)
     refs[0, 1], refs[-1, -2] = 1e6 * refs[0, 1], 1e6 * refs[-1, -2]
@@ -273,6 +286,66 @@ def test_far_samples_beside_what_is_not_finite(rng):
         assert svel.stable_target(x, refs, t).isnan().all()
     out = check(x, refs, t, torch.tensor([4000], device="cuda"))
     assert not out.isnan().any()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", [100.0, 600.0, 3e3, 2e4, 1e6, 1e12])
+@pytest.mark.parametrize("among", [True, False], ids=["sample", "beside"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "element"])
+def test_an_outlier(rng, whole, among, size, precision):
+    """Among the references that the scale is from, or beside them; not far, nearly and far. Others keep digits."""
+    x, refs, t = make(*SHAPE, "gaussian", rng)
+    far = samples_of(len(refs))[[17]] + (0 if among else 1)
+    if whole:
+        refs[far] *= size
+    else:
+        refs[far, 77] = size
+    assert_served("many_rows", x, refs, precision)
+    check_beside_far(x, refs, t, far, precision, only_beside=size >= 1e6)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("count", [3, 8, 9, 28])
+def test_outliers_among_the_samples_and_beside_them(rng, count, geometry, precision):
+    x, refs, t = make(*SHAPE, geometry, rng)
+    far = (samples_of(len(refs))[::2][:count, None] + torch.arange(2)).flatten()
+    refs[far] *= 1e6
+    assert_served("many_rows", x, refs, precision)
+    check_beside_far(x, refs, t, far, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_outliers_of_many_rounds(rng, precision):
+    x, refs, t = make(*ROUNDS, "gaussian", rng)
+    far = torch.cat([samples_of(len(refs))[5:9], torch.tensor([1, len(refs) - 1])])
+    refs[far] *= 1e6
+    assert_served("many_rows", x, refs, precision)
+    check_beside_far(x, refs, t, far, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", ["half", "few", "most"])
+@pytest.mark.parametrize("size", [2.0**-7, 2.0**-12, 2.0**-18])
+def test_references_of_two_sizes(rng, size, kind, precision):
+    """By nature, not by accident: halves reach both, or those that they do not reach are summed as stored."""
+    m, d = SHAPE[1:]
+    share = {"half": 0.5, "few": 0.02, "most": 0.9}[kind]
+    kinds = (torch.rand(m, generator=rng) < share).long()
+    refs = torch.randn(m, d, generator=rng) * torch.where(kinds == 1, size, 1.0)[:, None]
+    check_mean_near_each(refs, kinds, (1.0, size), rng, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_zeros_and_few_others(rng, precision):
+    """Nearly all are copies of zero, one that is far is among the samples."""
+    m, d = SHAPE[1:]
+    refs = torch.randn(m, d, generator=rng) * (torch.rand(m, generator=rng) < 0.004)[:, None]
+    far = samples_of(m)[[17]]
+    refs[far] = 1e6 * torch.randn(1, d, generator=rng)
+    x, refs, t = rows_of(refs, 130, rng)
+    assert_served("many_rows", x, refs, precision)
+    check_beside_far(x, refs, t, far, precision)
 
 
 def test_copies_of_one_sample_alone(rng):
