@@ -98,8 +98,8 @@ __device__ void count_classes(const Inputs& in, const Many& many, int (&until)[M
 }
 
 // Of the samples how far each is from the others: the largest difference from the median of each element; and
-// its largest element. By tiles, (d_tiles, 2, MANY_SAMPLES) floats, where the parts of sums come later. Values
-// that are not finite are none.
+// its largest element. By tiles, (d_tiles, 2, MANY_SAMPLES) floats, where the parts of sums come later.
+// Values that are not finite are none.
 __device__ inline float* sample_sizes(const Many& many) {
   return many.partial;
 }

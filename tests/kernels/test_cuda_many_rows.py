@@ -211,14 +211,16 @@ def test_bfloat16_zeros_and_few_others(rng, precision):
 @pytest.mark.parametrize("shape", [(256, 10, 1001, 3072), (321, 4, 4219, 2056), (1100, 3, 2507, 784)], ids=str)
 def test_bfloat16_outliers_of_classes(rng, shape, geometry, precision):
     x, refs, t, labels = make_classes(*shape, geometry, rng, torch.bfloat16)
-    flat = refs.view(-1, refs.shape[2])
-    samples = samples_of(len(flat)).cuda()
-    flat[samples[[3, 40, 63]]] *= 1e6
-    flat[samples[[5]] + 1, 77] = 1e9
-    counts = torch.full((shape[1],), shape[2] - 1, device="cuda")
+    k, valid = shape[1], shape[2] - 1
+    samples = samples_of(k * valid).cuda()
+    classes, own = samples // valid, samples % valid
+    for s in (3, 40, 63):
+        refs[classes[s], own[s]] *= 1e6
+    refs[classes[5], own[5] + 1, 77] = 1e7
+    counts = torch.full((k,), valid, device="cuda")
     refs[:, -1] = math.nan
-    labels[4], own = 0, refs[0].float().norm(dim=1).nan_to_num().argmax()
-    x[4] = (1 - t[4]) * refs[0, own] + t[4] * torch.randn(shape[3], generator=rng).cuda()
+    labels[4], own, t[4] = classes[3], own[3], 0.51
+    x[4] = (1 - t[4]) * refs[labels[4], own] + t[4] * torch.randn(shape[3], generator=rng).cuda()
     assert_served("many_rows", x, refs, precision)
     out = svel.stable_target(x, refs, t, labels, counts, precision=precision)
     expected = reference.stable_target(x.double(), refs, t, labels, counts)
