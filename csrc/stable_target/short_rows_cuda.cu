@@ -17,6 +17,9 @@
 // of its references (settle_kernel).
 //
 // precision = "fast": one part of the weights, and fewer rows that are evaluated again.
+#include <cstring>
+#include <type_traits>
+
 #include "common/planner_short.h"
 #include "common/wgmma.cuh"
 #include "stable_target/launch.cuh"
@@ -674,6 +677,10 @@ __global__ void __launch_bounds__(SHORT_THREADS, 1)
 // common part too, which is three times that.
 constexpr double SCORE_ERROR = 6e-8, SOURCE_ERROR = 3, DOUBT_EXACT = 4.5e-7, DOUBT_FAST = 1.8e-4;
 constexpr double MANY = 2;  // of the limit, where a row is between many: each of them is off by itself
+// But for what they have in common: the matrix units cut each product towards zero, so references are off
+// alike where they and the row are alike. This, times |mean|^2 over the mean |d|^2, of the error is in
+// proportion to d.
+constexpr double ALIKE = 0.5;
 constexpr double SUM_ERROR = 1.0 / 12;  // "exact": float32 sums show where 1 / 12 of |mean| is more than that
 constexpr double NO_SPREAD = 1e-6;      // what rounding leaves of the others' weight, and of |d|^2
 constexpr double LARGEST_SCORE =
@@ -814,13 +821,15 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
 
   bool doubtful = false, moves = false;
   if (reference >= 0 && good) {
-    // What scores are off by, as sums of products of 16, each cut to float32's digits, and in rounding.
+    // What scores are off by: 16 products at a time are cut to two bits more than float32 has, then with the
+    // sum so far to float32's digits. Sums grow with D, and so do the cuts; then rounding.
     const double of_all =
                      totals[2] * joined.of_references * unit * unit + joined.with_source * square_of_source,
                  norm = of_all * inverse, half = 0.5 * row.alpha * norm, product = level + half;
-    const double error = SCORE_ERROR * row.rate() *
-                         sqrt((0.25 + static_cast<double>(in.d) / 256) * product * product +
-                              square * norm / 32 + 0.3 * (level * level + half * half));
+    const double cuts = 0.3 + static_cast<double>(in.d * in.d) / (192 * 192);
+    const double error =
+        SCORE_ERROR * row.rate() *
+        sqrt(cuts * product * product + square * norm / 32 + 0.3 * (level * level + half * half));
     // By how much that moves the mean: the best, with all that have its score; others, each for itself.
     const double own = totals[3] * joined.of_references * inverse,
                  spread = fmax(norm - squares[0] - NO_SPREAD * norm, 0.0);
@@ -838,6 +847,8 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(const Inputs in, c
       few = totals[3] > 1 || of_others > 0.7 * rest;
       moved = 2 * own * own * squares[3] + largest * fmax(spread - own * squares[3], 0.0);
     }
+    const double alike = norm > 0 ? ALIKE * squares[0] / norm : 0;
+    moved += alike * alike * spread;
     const double limit = (s.exact ? DOUBT_EXACT : DOUBT_FAST) * (few ? 1 : MANY);
     double scale = squares[1] / (row.b * row.b);
     if (in.lse.data && row.alpha > 0) scale = fmin(scale, squares[2] / (row.alpha * row.alpha));
@@ -858,33 +869,113 @@ struct Settled {             // of a row that is evaluated again
   double level, rate, half;  // the score that weights are relative to; of scores, base 2; alpha / 2
   double square, of_source;  // |y|^2, the source's score
 };
+
+// 16-bit and float32 elements become float64 by moving their bits, times a power of two that is left to the
+// instruction that takes the centre off: conversions are slow. Subnormal ones come out right; others are
+// finite whatever they were, since rows beside references that are not have no mean to doubt.
+template <typename T>
+constexpr double WIDE_SCALE = std::is_same_v<T, __half> ? 0x1p1008 : 0x1p896;
+
+template <typename T, int COUNT>
+struct Words {  // so many elements as they lie in memory
+  unsigned at[COUNT * sizeof(T) / 4];
+};
+// Elements e to e + COUNT - 1 of samples that begin at these offsets, zeros beyond the last element.
+template <typename T, int COUNT>
+__device__ void load_words(const T* from, const int (&offsets)[4], int e, int d, bool vectors,
+                           Words<T, COUNT> (&words)[4]) {
+  constexpr int BYTES = COUNT * sizeof(T);
+  static_assert(BYTES == 8 || BYTES == 16);
+  using Vector = std::conditional_t<BYTES == 16, uint4, uint2>;
+  if (vectors) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Vector v = e < d ? *reinterpret_cast<const Vector*>(from + offsets[i] + e) : Vector{};
+      memcpy(words[i].at, &v, sizeof(v));
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        const auto* const bits = reinterpret_cast<const unsigned*>(from + offsets[i]);
+        words[i].at[k] = e + k < d ? bits[e + k] : 0;
+      } else {
+        const auto* const bits = reinterpret_cast<const unsigned short*>(from + offsets[i]);
+        const unsigned upper = k % 2 ? words[i].at[k / 2] : 0;
+        words[i].at[k / 2] = upper | (e + k < d ? static_cast<unsigned>(bits[e + k]) : 0) << 16 * (k % 2);
+      }
+    }
+  }
+}
+// Element k less c.
+template <typename T, int COUNT>
+__device__ double difference(const Words<T, COUNT>& words, int k, double c) {
+  unsigned high, low = 0;
+  if constexpr (sizeof(T) == 4) {
+    const unsigned w = words.at[k];
+    high = (w & 0x80000000u) | (w & 0x7fffffffu) >> 3, low = w << 29;
+  } else {
+    const unsigned w = k % 2 ? words.at[k / 2] : words.at[k / 2] << 16;  // its bits are the upper ones
+    constexpr int UNUSED = std::is_same_v<T, __half> ? 6 : 3;            // exponents of float64 have more
+    high = (w & 0x80000000u) | (w & 0x7fff0000u) >> UNUSED;
+  }
+  return fma(__hiloint2double(static_cast<int>(high), static_cast<int>(low)), WIDE_SCALE<T>, -c);
+}
+
+// c += a b^T in float64: 16 x 16 by 8 x 16. Lane 4 g + t has rows g and g + 8 of a, alternating, at t, t + 4,
+// t + 8 and t + 12; of b row g at these; of c rows g and g + 8 at 2 t and 2 t + 1.
+__device__ void multiply_add(double (&c)[4], const double (&a)[8], double2 b01, double2 b23) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm("mma.sync.aligned.m16n8k16.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7, %8, %9, %10, "
+      "%11}, "
+      "{%12, %13, %14, %15}, {%0, %1, %2, %3};"
+      : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
+      : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(a[4]), "d"(a[5]), "d"(a[6]), "d"(a[7]), "d"(b01.x),
+        "d"(b01.y), "d"(b23.x), "d"(b23.y));
+#endif
+}
+
 constexpr double NO_WEIGHT = -64, MUCH_WEIGHT = 512;  // log2, beside the level
 
-// Rows in doubt once more, in float64: eight side by side, beside a share of all references. A thread scores
-// one reference for all of them, then adds up one element of the references that have weight. Weights are
-// relative to a reference near the best, if not to a better one that is far above it. Who comes last has the
-// shares of all.
+// Rows in doubt once more, in float64: eight side by side, beside a share of all references, by the matrix
+// units. A warp scores 32 references for all of them; then it adds up 32 elements of the references that have
+// weight, of all of these or of a part. Weights are relative to a reference near the best, if not to a better
+// one that is far above it. Who comes last has the shares of all.
+template <typename T>
 __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs in, const Short s) {
   constexpr int ROWS = SHORT_SETTLE_ROWS, THREADS = SETTLE_THREADS, WARPS = THREADS / 32;
-  static_assert(ROWS == WARPS, "a warp ends a row");
-  __shared__ __align__(16) double y[MOST_D * ROWS], weights[THREADS * ROWS];  // by element; by reference
+  static_assert(ROWS == WARPS && ROWS == 8, "a warp ends a row; they are the width of a product");
+  constexpr int AT_ONCE = 16 / sizeof(T);  // elements that a lane loads: 16, or 32, by four lanes
+  constexpr int UNIT = 32;                 // elements of a warp's sums
+  // By steps of 16 elements, as lanes have them; by reference.
+  __shared__ __align__(16) double y[MOST_D * ROWS], weights[THREADS * ROWS], centre[MOST_D];
   __shared__ double totals[WARPS][ROWS];
-  __shared__ float centre[MOST_D];
   __shared__ Settled settled[ROWS];
-  __shared__ unsigned weighty[WARPS];  // bits: references of a warp
+  __shared__ unsigned weighty[WARPS];  // bits: sixteen references of a warp
   __shared__ double tops[WARPS][ROWS];
   __shared__ bool last;
   follow_previous();
   const int count = *s.doubts;
   if (count == 0) return;
-  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   const int padded = s.panels * static_cast<int>(SHORT_PANEL), d = static_cast<int>(in.d);
-  const int teams = THREADS / padded, team = tid / padded, element = tid % padded;  // of the sums
   const int64_t valid = valid_count(in, 0), tiles = (valid + THREADS - 1) / THREADS;
   const int groups = (count + ROWS - 1) / ROWS;
-  const int shares = static_cast<int>(max(min(static_cast<int64_t>(gridDim.x) / groups, tiles), int64_t{1}));
+  const int64_t most =
+      min(static_cast<int64_t>(gridDim.x) / groups, int64_t{THREADS});  // factors have room for
+  const int shares = static_cast<int>(max(min(most, tiles), int64_t{1}));
   const bool vectors = loads_vectors(in.refs, in.d);
-  if (tid < MOST_D) centre[tid] = s.facts->centre[tid];
+  const T* const refs = static_cast<const T*>(in.refs.data);
+  if (tid < MOST_D) centre[tid] = tid < d ? s.facts->centre[tid] : 0.0;
+  // What a warp adds up: elements first_element to first_element + 3 of a lane's, of one of `parts` of a
+  // tile.
+  const int units = padded / UNIT, parts = WARPS / units, part = warp / units,
+            first_element = warp % units * UNIT + 4 * g;
+  unsigned own_references = (1u << 2 * WARPS / parts) - 1;  // bits: sixteens of a tile
+  own_references = part < parts ? own_references << 2 * WARPS / parts * part : 0;
 
   for (int64_t item = blockIdx.x; item < static_cast<int64_t>(groups) * shares; item += gridDim.x) {
     const int group = static_cast<int>(item / shares), share = static_cast<int>(item % shares);
@@ -905,7 +996,9 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
             own.of_source += (value - 0.5 * row.alpha * source) * source;
           }
         }
-        y[e * ROWS + warp] = value;
+        const int step = e / (4 * AT_ONCE) * (AT_ONCE / 4) + e % AT_ONCE / 4, of_lane = e / AT_ONCE % 4,
+                  i = e % 4;
+        y[((2 * step + i / 2) * 32 + 4 * warp + of_lane) * 2 + i % 2] = value;
       }
       own.square = warp_sum(own.square), own.of_source = warp_sum(own.of_source);
       if (warp < rows)
@@ -914,104 +1007,161 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
     }
     __syncthreads();
 
-    double total[ROWS] = {}, sums[ROWS] = {};
+    double total[2] = {}, sums[2][4] = {};  // of rows 2 t and 2 t + 1
     const int64_t end = tiles * (share + 1) / shares;
     for (int64_t tile = tiles * share / shares; tile < end; ++tile) {
-      const int64_t first = tile * THREADS, j = first + tid;
-      double scores[ROWS] = {}, norm = 0;
-      if (j < valid) {
-        float next[8];
-        load_chunk(in.refs, j, in.d, 0, vectors, next);
+      const int64_t first = tile * THREADS, own_first = first + 32 * warp + g;
+      double scores[2][4] = {}, norms[2][2] = {};
+      const T* const from = refs + first * d;
+      int offsets[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        offsets[i] = static_cast<int>(min(own_first + 8 * i, valid - 1) - first) * d;
+      Words<T, AT_ONCE> next[4];
+      load_words(from, offsets, AT_ONCE * t, d, vectors, next);
 #pragma unroll 1
-        for (int e = 0; e < d; e += 8) {
-          float v[8];
+      for (int e = AT_ONCE * t, step = 0; e < padded; e += 4 * AT_ONCE) {
+        Words<T, AT_ONCE> words[4];
 #pragma unroll
-          for (int k = 0; k < 8; ++k) v[k] = next[k];
-          if (e + 8 < d) load_chunk(in.refs, j, in.d, e / 8 + 1, vectors, next);
+        for (int i = 0; i < 4; ++i) words[i] = next[i];
+        load_words(from, offsets, e + 4 * AT_ONCE, d, vectors, next);
 #pragma unroll
-          for (int k = 0; k < 8; ++k) {
-            const double own = static_cast<double>(v[k]) - centre[e + k];
-            norm = fma(own, own, norm);
-            const double2* const of_rows = reinterpret_cast<const double2*>(y + (e + k) * ROWS);
+        for (int k = 0; k < AT_ONCE; k += 4, ++step) {
+          const double2* const of_rows = reinterpret_cast<const double2*>(y) + 2 * step * 32 + lane;
+          const double2* const of_centre = reinterpret_cast<const double2*>(centre + e + k);
+          const double2 b01 = of_rows[0], b23 = of_rows[32], c01 = of_centre[0], c23 = of_centre[1];
+          const double c[4] = {c01.x, c01.y, c23.x, c23.y};
 #pragma unroll
-            for (int r = 0; r < ROWS; r += 2) {
-              const double2 pair = of_rows[r / 2];
-              scores[r] = fma(pair.x, own, scores[r]), scores[r + 1] = fma(pair.y, own, scores[r + 1]);
+          for (int a = 0; a < 2; ++a) {
+            double own[8];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+#pragma unroll
+              for (int b = 0; b < 2; ++b) {
+                own[2 * i + b] = difference(words[2 * a + b], k + i, c[i]);
+                norms[a][b] = fma(own[2 * i + b], own[2 * i + b], norms[a][b]);
+              }
             }
+            multiply_add(scores[a], own, b01, b23);
           }
         }
       }
-      bool has_weight = false, has_much = false;
+      bool has_much = false;
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        const Settled& own = settled[r];
-        double& exponent = scores[r];
-        exponent = j < valid && r < rows ? (scores[r] - own.half * norm - own.level) * own.rate : -INFINITY;
-        has_much = has_much || exponent > MUCH_WEIGHT;
+      for (int a = 0; a < 2; ++a) {
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          double norm = norms[a][b];
+          norm += __shfl_xor_sync(0xffffffffu, norm, 1), norm += __shfl_xor_sync(0xffffffffu, norm, 2);
+#pragma unroll
+          for (int q = 0; q < 2; ++q) {
+            const Settled& own = settled[2 * t + q];
+            double& exponent = scores[a][2 * b + q];
+            exponent = own_first + 16 * a + 8 * b < valid && 2 * t + q < rows
+                           ? (exponent - own.half * norm - own.level) * own.rate
+                           : -INFINITY;
+            has_much = has_much || exponent > MUCH_WEIGHT;
+          }
+        }
       }
       if (__syncthreads_or(has_much)) {  // the best of these is what weights are relative to from here on
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-          double top = scores[r];
-          for (int hop = 16; hop > 0; hop /= 2) top = fmax(top, __shfl_xor_sync(0xffffffffu, top, hop));
-          if (lane == 0) tops[warp][r] = top;
+        for (int q = 0; q < 2; ++q) {
+          double top = fmax(fmax(scores[0][q], scores[0][2 + q]), fmax(scores[1][q], scores[1][2 + q]));
+          for (int hop = 16; hop > 2; hop /= 2) top = fmax(top, __shfl_xor_sync(0xffffffffu, top, hop));
+          if (g == 0) tops[warp][2 * t + q] = top;
         }
         __syncthreads();
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
+        for (int q = 0; q < 2; ++q) {
+          const int r = 2 * t + q;
           double more = 0;
           for (int w = 0; w < WARPS; ++w) more = fmax(more, tops[w][r]);
-          if (more <= MUCH_WEIGHT) more = 0;  // of this row, whatever others beside it have
+          if (!(more > MUCH_WEIGHT)) more = 0;  // what is beside a row, which changes, leaves it as it is
           const double keep = exp2(-more);
-          scores[r] -= more, total[r] *= keep, sums[r] *= keep;
-          if (tid == r && more > 0) settled[r].level += more / settled[r].rate;
+          total[q] *= keep;
+#pragma unroll
+          for (int a = 0; a < 2; ++a) {
+            scores[a][q] -= more, scores[a][2 + q] -= more;
+            sums[a][q] *= keep, sums[a][2 + q] *= keep;
+          }
+          if (tid < 4 && r < rows && more > 0) settled[r].level += more / settled[r].rate;
         }
       }
+      unsigned bits = 0;
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        const double exponent = scores[r];
-        double weight = 0;
-        if (exponent > NO_WEIGHT) weight = exp2(exponent), has_weight = true;
-        total[r] += weight;
-        weights[tid * ROWS + r] = weight;
+      for (int a = 0; a < 2; ++a) {
+        bool has_weight = false;
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          double weight[2] = {};
+#pragma unroll
+          for (int q = 0; q < 2; ++q) {
+            const double exponent = scores[a][2 * b + q];
+            if (exponent > NO_WEIGHT) weight[q] = exp2(exponent), has_weight = true;
+            total[q] += weight[q];
+          }
+          reinterpret_cast<double2*>(weights + (32 * warp + 16 * a + 8 * b + g) * ROWS)[t] = {weight[0],
+                                                                                              weight[1]};
+        }
+        bits |= __any_sync(0xffffffffu, has_weight) ? 1u << a : 0;
       }
-      const unsigned bits = __ballot_sync(0xffffffffu, has_weight);
       if (lane == 0) weighty[warp] = bits;
       __syncthreads();
-      if (team < teams && element < d) {
-        const float c = centre[element];
-        constexpr int AT_ONCE = 8;  // on their way from memory
-        for (int w = team; w < WARPS; w += teams) {
-          for (unsigned left = weighty[w]; left;) {
-            int ks[AT_ONCE];
-            float values[AT_ONCE];
+      unsigned left = 0;
 #pragma unroll
-            for (int q = 0; q < AT_ONCE; ++q) {
-              ks[q] = left ? 32 * w + __ffs(static_cast<int>(left)) - 1 : -1;
-              left &= left - 1;
-              values[q] = ks[q] >= 0 ? load_as<float>(in.refs, (first + ks[q]) * in.d + element) : 0.0f;
+      for (int w = 0; w < WARPS; ++w) left |= weighty[w] << 2 * w;
+      left &= own_references;
+      if (left) {
+        const double2* const of_centre = reinterpret_cast<const double2*>(centre + first_element);
+        const double2 c01 = of_centre[0], c23 = of_centre[1];
+        const double c[4] = {c01.x, c01.y, c23.x, c23.y};
+        Words<T, 4> coming[4];
+        const auto load = [&](int sixteen) {
+          int of_sixteen[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            of_sixteen[i] = static_cast<int>(min(first + 16 * sixteen + t + 4 * i, valid - 1) - first) * d;
+          load_words(from, of_sixteen, first_element, d, vectors, coming);
+        };
+        int sixteen = __ffs(static_cast<int>(left)) - 1;
+        load(sixteen);
+#pragma unroll 1
+        while (left) {
+          left &= left - 1;
+          Words<T, 4> words[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) words[i] = coming[i];
+          const double* const of_rows = weights + (16 * sixteen + t) * ROWS + g;
+          const double2 b01{of_rows[0], of_rows[4 * ROWS]}, b23{of_rows[8 * ROWS], of_rows[12 * ROWS]};
+          sixteen = __ffs(static_cast<int>(left)) - 1;
+          if (left) load(sixteen);
+#pragma unroll
+          for (int a = 0; a < 2; ++a) {
+            double own[8];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+#pragma unroll
+              for (int b = 0; b < 2; ++b) own[2 * i + b] = difference(words[i], 2 * a + b, c[2 * a + b]);
             }
-#pragma unroll
-            for (int q = 0; q < AT_ONCE; ++q) {
-              if (ks[q] < 0) break;
-              const double own = static_cast<double>(values[q]) - c;
-              const double2* const of_rows = reinterpret_cast<const double2*>(weights + ks[q] * ROWS);
-#pragma unroll
-              for (int r = 0; r < ROWS; r += 2) {
-                const double2 pair = of_rows[r / 2];
-                sums[r] = fma(pair.x, own, sums[r]), sums[r + 1] = fma(pair.y, own, sums[r + 1]);
-              }
-            }
+            multiply_add(sums[a], own, b01, b23);
           }
         }
       }
       __syncthreads();
     }
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      total[r] = warp_sum(total[r]);
-      if (lane == 0) totals[warp][r] = total[r];
-      if (team < teams) weights[(team * ROWS + r) * padded + element] = sums[r];
+    for (int q = 0; q < 2; ++q) {
+      const int r = 2 * t + q;
+      for (int hop = 16; hop > 2; hop /= 2) total[q] += __shfl_xor_sync(0xffffffffu, total[q], hop);
+      if (g == 0) totals[warp][r] = total[q];
+      if (part >= parts) continue;
+#pragma unroll
+      for (int a = 0; a < 2; ++a) {
+#pragma unroll
+        for (int b = 0; b < 2; ++b)
+          weights[(part * ROWS + r) * padded + first_element + 2 * a + b] = sums[a][2 * b + q];
+      }
     }
     __syncthreads();
 
@@ -1021,7 +1171,7 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
     for (int w = 0; w < WARPS; ++w) all += totals[w][warp];
     const auto sum_of = [&](int e) {
       double sum = 0;
-      for (int t = 0; t < teams; ++t) sum += weights[(t * ROWS + warp) * padded + e];
+      for (int p = 0; p < parts; ++p) sum += weights[(p * ROWS + warp) * padded + e];
       return sum;
     };
     if (shares > 1) {
@@ -1040,35 +1190,62 @@ __global__ void __launch_bounds__(SETTLE_THREADS, 2) settle_kernel(const Inputs 
     const int64_t of_group = static_cast<int64_t>(group) * shares * ROWS + warp;
     const Settled& own = settled[warp];
     double level = own.level;
-    const auto share_of = [&](int p) {  // relative to the level of all
-      return exp2((__ldcg(s.settling.levels + of_group + p * ROWS) - level) * own.rate);
-    };
+    double* const factors = weights + warp * THREADS;  // of shares, relative to the level of all
     if (shares > 1) {
+      for (int p = lane; p < shares; p += 32)
+        level = fmax(level, __ldcg(s.settling.levels + of_group + p * ROWS));
+      for (int hop = 16; hop > 0; hop /= 2) level = fmax(level, __shfl_xor_sync(0xffffffffu, level, hop));
       all = 0;
-      for (int p = 0; p < shares; ++p) level = fmax(level, __ldcg(s.settling.levels + of_group + p * ROWS));
-      for (int p = 0; p < shares; ++p) all += share_of(p) * __ldcg(s.settling.totals + of_group + p * ROWS);
+      for (int p = lane; p < shares; p += 32) {
+        const double of_share = __ldcg(s.settling.totals + of_group + p * ROWS);
+        // Sums of a share without weight were not written.
+        factors[p] =
+            of_share != 0 ? exp2((__ldcg(s.settling.levels + of_group + p * ROWS) - level) * own.rate) : 0.0;
+        all = fma(factors[p], of_share, all);
+      }
+      all = warp_sum(all);
+      __syncwarp();
     }
     const int64_t index = s.first_row + doubtful[warp].row;
     const Row row = row_coefficients(in, index);
     const Joined joined = join(in, level, true, own.of_source, own.rate);
     all = all * joined.of_references + joined.with_source;
-    for (int e = lane; e < d; e += 32) {
-      double sum = 0;
+    constexpr int ELEMENTS = 4, SHARES = 8;  // elements of a lane, and shares, on their way from memory
+    for (int first = lane; first < d; first += 32 * ELEMENTS) {
+      double of_element[ELEMENTS] = {};
       if (shares > 1) {
-        for (int p = 0; p < shares; ++p) {
-          const int64_t of_part = of_group + p * ROWS;
-          if (__ldcg(s.settling.totals + of_part) != 0)
-            sum = fma(share_of(p), __ldcg(s.settling.sums + of_part * padded + e), sum);
+        for (int p0 = 0; p0 < shares; p0 += SHARES) {
+          double v[SHARES][ELEMENTS];
+#pragma unroll
+          for (int q = 0; q < SHARES; ++q) {
+            const bool has = p0 + q < shares && factors[p0 + q] != 0;
+            const double* const from = s.settling.sums + (of_group + (p0 + q) * ROWS) * padded + first;
+#pragma unroll
+            for (int i = 0; i < ELEMENTS; ++i)
+              v[q][i] = has && first + 32 * i < d ? __ldcg(from + 32 * i) : 0.0;
+          }
+#pragma unroll
+          for (int q = 0; q < SHARES; ++q) {
+            const double factor = p0 + q < shares ? factors[p0 + q] : 0.0;
+#pragma unroll
+            for (int i = 0; i < ELEMENTS; ++i) of_element[i] = fma(factor, v[q][i], of_element[i]);
+          }
         }
       } else {
-        sum = sum_of(e);
+        for (int i = 0; i < ELEMENTS; ++i)
+          if (first + 32 * i < d) of_element[i] = sum_of(first + 32 * i);
       }
-      const double c = centre[e];
-      sum *= joined.of_references;
-      if (in.source.data)
-        sum = fma(joined.with_source, load_as<double>(in.source, index * in.d + e) - c, sum);
-      store_as(in.out, index * in.d + e,
-               row.a * load_as<double>(in.x, index * in.d + e) + row.b * (c + sum / all));
+#pragma unroll
+      for (int i = 0; i < ELEMENTS; ++i) {
+        const int e = first + 32 * i;
+        if (e >= d) continue;
+        const double c = centre[e];
+        double sum = of_element[i] * joined.of_references;
+        if (in.source.data)
+          sum = fma(joined.with_source, load_as<double>(in.source, index * in.d + e) - c, sum);
+        store_as(in.out, index * in.d + e,
+                 row.a * load_as<double>(in.x, index * in.d + e) + row.b * (c + sum / all));
+      }
     }
     if (in.lse.data && lane == 0) write_row_lse(in, row, index, all, joined.level, own.square);
   }
@@ -1140,7 +1317,10 @@ void run_short_rows(const char* op, const Inputs& in, const Plan& plan, void* wo
     }
     launch_following(op, true, merge_kernel, dim3(static_cast<unsigned>(s.rows)), MERGE_THREADS, 0, stream,
                      in, s);
-    launch_following(op, true, settle_kernel, dim3(SHORT_SETTLE_BLOCKS), SETTLE_THREADS, 0, stream, in, s);
+    const auto settle = in.refs.dtype == Dtype::f16    ? settle_kernel<__half>
+                        : in.refs.dtype == Dtype::bf16 ? settle_kernel<__nv_bfloat16>
+                                                       : settle_kernel<float>;
+    launch_following(op, true, settle, dim3(SHORT_SETTLE_BLOCKS), SETTLE_THREADS, 0, stream, in, s);
   }
 }
 
