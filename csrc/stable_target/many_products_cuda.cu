@@ -542,10 +542,10 @@ __device__ __forceinline__ void score_tile(const Many& many, Ring& ring, int64_t
   const auto keep_norms = [&](auto norm_of) {
     if (LOW) return;
     const double norm = known ? 0 : norm_of(lane % 16);
-    // bfloat16: whether it is far, or not finite, which far_kernel will see. One of zeros is held.
+    // bfloat16: whether it is far, or not finite, which sum_far will see. One of zeros is held.
     bool is_held = true;
     if constexpr (DtypeOf<T>::value == Dtype::bf16) {
-      const float least = many.facts->centred ? 0.0f : static_cast<float>(DEPTH * steps) * LEAST_SQUARE;
+      const float least = many.facts->centred ? 0.0f : least_held(DEPTH * steps, many.facts->mean_norm);
       is_held = holds(*many.facts, static_cast<float>(norm), least, norm == 0);
     }
     if constexpr (CLASSES) {

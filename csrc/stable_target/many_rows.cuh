@@ -33,7 +33,7 @@
 //
 // Halves of float32 and bfloat16 references reach from 2^-24 to 2^16, beside a scale and a centre from
 // samples that are not much larger than the others. References that are too large or too small for that, the
-// far ones, are summed as stored, too, by far_kernel, as if they had come in a round before: what follows
+// far ones, are summed as stored, too, by sum_far, as if they had come in a round before: what follows
 // sees none of them.
 //
 // A bank of few classes is a pool of all their references, those that are not valid too, of which a row has a
@@ -77,6 +77,12 @@ struct ManyFacts {
 constexpr float FAR_FACTOR = 1024, LEAST_SQUARE = 1.0f / 1024;
 __device__ inline bool holds(const ManyFacts& facts, float norm, float least, bool is_zero) {
   return norm <= fmaxf(FAR_FACTOR * facts.mean_norm, facts.most_norm) && (norm >= least || is_zero);
+}
+// `least` of references of d elements. Where the usual ones nearly vanish beside their largest elements it is
+// a 64th of their norm: they have the digits that they have. mean_norm: zero where sizes differ.
+__device__ inline float least_held(int64_t d, float mean_norm) {
+  const float least = LEAST_SQUARE * static_cast<float>(d);
+  return mean_norm > 0 ? fminf(least, mean_norm / 64) : least;
 }
 
 struct ManySlot {  // one row of a pass
@@ -154,7 +160,7 @@ struct Many {
   uint16_t* operands;    // (refs / 16,) of the round: a bit for each that is valid, finite and not far
 };
 
-// The same bits; of a pool of bfloat16, where sums do not ask, from scores to far_kernel.
+// The same bits; of a pool of bfloat16, where sums do not ask, from scores to sum_far.
 template <bool CLASSES>
 __device__ inline uint16_t* operand_bits(const Many& many) {
   return CLASSES ? many.operands : reinterpret_cast<uint16_t*>(many.partial);

@@ -280,12 +280,14 @@ def test_far_samples_of_classes(rng, shape, precision):
 
 def test_far_samples_beside_what_is_not_finite(rng):
     x, refs, t = make(*SHAPE, "gaussian", rng)
-    make_far(refs, 1e6)
+    far = make_far(refs, 1e6)
     for value in (math.nan, math.inf):
         refs[4000, 7] = value
         assert svel.stable_target(x, refs, t).isnan().all()
-    out = check(x, refs, t, torch.tensor([4000], device="cuda"))
-    assert not out.isnan().any()
+    out = svel.stable_target(x, refs, t, counts=torch.tensor([4000], device="cuda"))
+    # Far ones have no weight; centred between them float64 would not tell the others apart.
+    others = refs[:4000][~torch.isin(torch.arange(4000, device="cuda"), far)]
+    assert_close_at_each_time(out, reference.stable_target(x.double(), others, t), t, "exact")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -332,6 +334,17 @@ def test_references_of_two_sizes(rng, size, kind, precision):
     m, d = SHAPE[1:]
     share = {"half": 0.5, "few": 0.02, "most": 0.9}[kind]
     kinds = (torch.rand(m, generator=rng) < share).long()
+    refs = torch.randn(m, d, generator=rng) * torch.where(kinds == 1, size, 1.0)[:, None]
+    check_mean_near_each(refs, kinds, (1.0, size), rng, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", [2.0**-18, 2.0**-30])
+def test_small_references_that_no_sample_shows(rng, size, precision):
+    """So small that beside scores of the others float64 has no digits for theirs."""
+    m, d = SHAPE[1:]
+    kinds = (torch.arange(m) % 40 == 7).long()
+    kinds[samples_of(m)] = 0
     refs = torch.randn(m, d, generator=rng) * torch.where(kinds == 1, size, 1.0)[:, None]
     check_mean_near_each(refs, kinds, (1.0, size), rng, precision)
 
