@@ -356,6 +356,17 @@ __device__ inline __half2 halves(uint32_t v) {
   return *reinterpret_cast<__half2*>(&v);
 }
 
+// Two halves. SATURATED: of what is too large for one, the largest.
+template <bool SATURATED>
+__device__ inline uint32_t to_halves(float low, float high) {
+  if constexpr (SATURATED) {
+    uint32_t pair;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+  }
+  return bits(__floats2half2_rn(low, high));
+}
+
 struct Difference {
   uint32_t value;      // d, two halves
   uint32_t remainder;  // r - c - d, likewise; zero nearly always
@@ -363,8 +374,8 @@ struct Difference {
 };
 
 // Two references' elements (raw bits) minus the centre. float16: c of few digits, so that d + c != r wherever
-// d was rounded.
-template <typename T>
+// d was rounded. SATURATED: of far references, whose scores are none.
+template <typename T, bool SATURATED>
 __device__ inline Difference subtract(uint32_t raw, const char* centre, int pair, float scale,
                                       bool remainder) {
   Difference out{};
@@ -381,11 +392,10 @@ __device__ inline Difference subtract(uint32_t raw, const char* centre, int pair
     const float2 c = reinterpret_cast<const float2*>(centre)[pair];
     const float low = fmaf(__uint_as_float(raw << 16), scale, -c.x);
     const float high = fmaf(__uint_as_float(raw & 0xffff0000u), scale, -c.y);
-    const __half2 d = __floats2half2_rn(low, high);
-    const float2 back = __half22float2(d);
-    out.value = bits(d);
+    out.value = to_halves<SATURATED>(low, high);
+    const float2 back = __half22float2(halves(out.value));
     out.inexact = back.x != low || back.y != high;
-    if (remainder) out.remainder = bits(__floats2half2_rn(low - back.x, high - back.y));
+    if (remainder) out.remainder = to_halves<SATURATED>(low - back.x, high - back.y);
   }
   return out;
 }
@@ -456,7 +466,7 @@ __device__ __forceinline__ void multiply_differences(const Many& many, Ring& rin
       load_matrices(chunk_address(tile, row, 2 * k + lane / 16), a[k]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const Difference d = subtract<T>(a[k][i], stage.centre, k * 8 + i / 2 * 4 + t, scale, false);
+        const Difference d = subtract<T, LOW>(a[k][i], stage.centre, k * 8 + i / 2 * 4 + t, scale, false);
         a[k][i] = d.value;
         inexact = inexact || d.inexact;
         if (!LOW) {
@@ -472,7 +482,7 @@ __device__ __forceinline__ void multiply_differences(const Many& many, Ring& rin
         load_matrices(chunk_address(tile, row, 2 * k + lane / 16), a[k]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const Difference d = subtract<T>(a[k][i], stage.centre, k * 8 + i / 2 * 4 + t, scale, true);
+          const Difference d = subtract<T, LOW>(a[k][i], stage.centre, k * 8 + i / 2 * 4 + t, scale, true);
           a[k][i] = d.remainder;
           const float2 v = __half22float2(halves(d.value)), rest = __half22float2(halves(d.remainder));
           part[i % 2] = fmaf(rest.x, fmaf(2.0f, v.x, rest.x), part[i % 2]);
@@ -532,12 +542,18 @@ __device__ __forceinline__ void score_tile(const Many& many, Ring& ring, int64_t
   const auto keep_norms = [&](auto norm_of) {
     if (LOW) return;
     const double norm = known ? 0 : norm_of(lane % 16);
+    // bfloat16: whether it is far, or not finite, which sum_far will see. One of zeros is held.
+    bool is_held = true;
+    if constexpr (DtypeOf<T>::value == Dtype::bf16) {
+      const float least = many.facts->centred ? 0.0f : least_held(DEPTH * steps, many.facts->mean_norm);
+      is_held = holds(*many.facts, static_cast<float>(norm), least, norm == 0);
+    }
     if constexpr (CLASSES) {
       wait_copies();
       const bool is_valid = many.first_ref + own_ref < exchange.ends[threadIdx.x % 128];
       float above = static_cast<float>(norm - many.facts->mean_norm);
       if (known && is_valid) above = __ldg(many.norms + many.first_ref + own_ref);
-      const bool is_finite = fabsf(above) < INFINITY;
+      const bool is_finite = fabsf(above) < INFINITY && is_held;
       // Of what is not finite nothing is kept: its rows are NaN, and others do not see it.
       const int bits = is_valid && is_finite && !known ? __float_as_int(static_cast<float>(norm)) : 0;
       const int most = __reduce_max_sync(0xffffffffu, bits);
@@ -546,12 +562,19 @@ __device__ __forceinline__ void score_tile(const Many& many, Ring& ring, int64_t
         if (!known) atomicMax(&many.facts->max_norm, most);
         many.operands[(ref0 + group * 64) / 16 + warp] = static_cast<uint16_t>(operands);
       }
-      exchange.above[warp * 16 + lane % 16] = !is_valid ? INFINITY : is_finite ? above : NAN;
+      if (is_valid && !is_held) many.facts->far = 1;
+      exchange.above[warp * 16 + lane % 16] = !is_valid || !is_held ? INFINITY : is_finite ? above : NAN;
       return;
     }
     const bool is_valid = own_ref < valid;
+    if constexpr (DtypeOf<T>::value == Dtype::bf16) {
+      const unsigned operands = __ballot_sync(0xffffffffu, is_held);
+      if (row0 == 0 && ref0 < valid && lane == 0)
+        operand_bits<CLASSES>(many)[(ref0 + group * 64) / 16 + warp] = static_cast<uint16_t>(operands);
+      if (row0 == 0 && is_valid && !is_held) many.facts->far = 1;
+    }
     // NaN counts as more than anything.
-    const int bits = is_valid ? __float_as_int(static_cast<float>(norm)) : 0;
+    const int bits = is_valid && is_held ? __float_as_int(static_cast<float>(norm)) : 0;
     const int most = __reduce_max_sync(0xffffffffu, bits);
     if (!known && row0 == 0 && lane == 0) atomicMax(&many.facts->max_norm, most);
     exchange.above[warp * 16 + lane % 16] = !known     ? static_cast<float>(norm - many.facts->mean_norm)
@@ -803,7 +826,7 @@ __device__ inline bool load_differences(uint32_t tile, int warp, int lane, const
     for (int i = 0; i < 4; ++i) {
       const int eight = 2 * k + i / 2, h = i % 2;
       raw[i] = operands.keep(raw[i], eight, lane);
-      const Difference d = subtract<T>(raw[i], centres, h, scale, remainder);
+      const Difference d = subtract<T, true>(raw[i], centres, h, scale, remainder);
       inexact = inexact || d.inexact;
       const uint32_t value = remainder ? d.remainder : d.value;
       a[k][i] = value;

@@ -31,6 +31,11 @@
 // of twice as many elements, and are put together in merge. No row is expected to be dense. Lists are scored
 // and summed from the references as stored.
 //
+// Halves of float32 and bfloat16 references reach from 2^-24 to 2^16, beside a scale and a centre from
+// samples that are not much larger than the others. References that are too large or too small for that, the
+// far ones, are summed as stored, too, by sum_far, as if they had come in a round before: what follows
+// sees none of them.
+//
 // A bank of few classes is a pool of all their references, those that are not valid too, of which a row has a
 // range, or all: scores of others are -INFINITY, so that they come in no list and weigh nothing. What holds
 // references that are not valid, or not finite, may hold NaN: sums take zeros in their place (`operands`).
@@ -50,7 +55,7 @@ namespace svel::cuda {
 
 struct ManyFacts {
   float scale, inverse_scale;  // d is multiplied by scale, a power of two, before it becomes a half
-  float mean_norm;             // norm0 scale^2
+  float mean_norm;             // norm0 scale^2: of those that the centre is from, or zero
   int centred;                 // c is not zero everywhere
   int plain;                   // references as stored are operands: float16 and not centred
   int max_norm;                // the bits of max_j |d_j|^2 scale^2, a float32
@@ -58,10 +63,27 @@ struct ManyFacts {
   int late;                    // of which so many lack y_lo.d
   int early;  // rows of the pass until the last expected to be dense, see early_end; of classes: below
   int splits, narrow_splits;  // of the sums, see ManySums
-  // Of float32 references: the bits of the largest share of |d_j| that their first halves leave out, so far;
-  // of what the rows' bounds have; blocks of halves_kernel that are through.
+  // Of float32 references: the bits of the most that first halves leave out of any, scale |d_j - d_hi|, so
+  // far; of its share of the largest norm in the rows' bounds; blocks of halves_kernel that are through.
   int max_rest, known_rest, halved;
+  int far;           // whether halves do not hold some references, so far, see holds
+  float least_norm;  // of float32 references that halves hold
+  float most_norm;   // of those that are scaled and uneven, see holds
 };
+
+// Whether halves hold references of this norm: others are far. A hundred times what is usual would leave all
+// rows in doubt, of infinity there are no halves; and of elements of 2^-5, root of their mean square, the
+// smallest half leaves out 5e-7. `least` is that, or zero where a centre hides it.
+constexpr float FAR_FACTOR = 1024, LEAST_SQUARE = 1.0f / 1024;
+__device__ inline bool holds(const ManyFacts& facts, float norm, float least, bool is_zero) {
+  return norm <= fmaxf(FAR_FACTOR * facts.mean_norm, facts.most_norm) && (norm >= least || is_zero);
+}
+// `least` of references of d elements. Where the usual ones nearly vanish beside their largest elements it is
+// a 64th of their norm: they have the digits that they have. mean_norm: zero where sizes differ.
+__device__ inline float least_held(int64_t d, float mean_norm) {
+  const float least = LEAST_SQUARE * static_cast<float>(d);
+  return mean_norm > 0 ? fminf(least, mean_norm / 64) : least;
+}
 
 struct ManySlot {  // one row of a pass
   Row row;
@@ -135,8 +157,14 @@ struct Many {
   int class_refs;        // references of a class, valid or not
   ManyClasses* classes;  // one
   int2* ranges;          // (rows,) [x, y) of which a row's references are the valid ones; also of one class
-  uint16_t* operands;    // (refs / 16,) of the round: a bit for each that is valid and finite
+  uint16_t* operands;    // (refs / 16,) of the round: a bit for each that is valid, finite and not far
 };
+
+// The same bits; of a pool of bfloat16, where sums do not ask, from scores to sum_far.
+template <bool CLASSES>
+__device__ inline uint16_t* operand_bits(const Many& many) {
+  return CLASSES ? many.operands : reinterpret_cast<uint16_t*>(many.partial);
+}
 
 // A bank of classes as one pool, for all that does not ask which rows have which references.
 inline Inputs as_pool(const Inputs& in) {

@@ -34,10 +34,15 @@ enum Statistic {
 };
 constexpr int HELD_SAMPLES = static_cast<int>(MANY_SAMPLES) / CENTRE_LANES;  // of a thread of centre_kernel
 static_assert(MANY_PAIRS == 2 * MANY_SAMPLES);
+// The norm of float32 references that are far; others' are no less than -mean_norm.
+constexpr float FAR_NORM = -FLT_MAX;
 
 // Whether references are float32: halves of d_j are made, see halves_kernel.
 template <typename T>
 constexpr bool IS_FLOAT = DtypeOf<T>::value == Dtype::f32;
+// Whether differences are times a scale: all but float16.
+template <typename T>
+constexpr bool IS_SCALED = DtypeOf<T>::value != Dtype::f16;
 
 // Eight references' elements as stored, aligned to 16 bytes.
 template <typename T>
@@ -92,22 +97,239 @@ __device__ void count_classes(const Inputs& in, const Many& many, int (&until)[M
   for (int i = 0; i < EACH_LANE; ++i) until[first + i] = before - sum + own[i];
 }
 
-// Mean and variance of a sample of the references, per element; what follows from either choice of c, and
-// squared distances of some pairs of them, per tile. many.centre: first c = coarse mean wherever the mean is
-// many deviations from zero, then c everywhere. CLASSES: a thread's are neighbours, mostly of one class, so
-// that distances are those within classes; values that are not finite are none.
+// What is asked of samples, where the parts of sums come later. In a byte each the exponents of float32
+// values, 0 of samples that are not there, else at least 1.
+struct SampleSizes {
+  // (d_tiles, 2, CENTRE_LANES, HELD_SAMPLES), as threads have them: of the largest element of each, and of
+  // the largest difference from the middle one of three of the thread's.
+  uint8_t* exponents;
+  // (d_tiles, 2, MANY_SAMPLES), of those in question: the largest difference from the median of each element,
+  // and the largest element. Values that are not finite are none.
+  float* sizes;
+  int* tiles;  // (3,) whose sizes have been begun, are there, or are known to all
+
+  __device__ explicit SampleSizes(const Many& many) {
+    const int64_t count = many.d_stride / MANY_TILE * 2 * MANY_SAMPLES;
+    sizes = many.partial;
+    tiles = reinterpret_cast<int*>(sizes + count);
+    exponents = reinterpret_cast<uint8_t*>(tiles + 4);
+  }
+};
+
+// Ascending values of a column, HELD_SAMPLES in each of its CENTRE_LANES threads; INFINITY for those that are
+// none. By all threads of a block.
+__device__ __forceinline__ void sort_column(float (&v)[HELD_SAMPLES]) {
+  constexpr int EACH = HELD_SAMPLES;
+  __shared__ float exchanged[CENTRE_LANES][2][MANY_TILE];
+  const int column = threadIdx.x % MANY_TILE, part = threadIdx.x / MANY_TILE;
+  const auto order = [](float& a, float& b) {
+    const float low = fminf(a, b);
+    b = fmaxf(a, b), a = low;
+  };
+  // The smaller or the larger ones of these and of another thread's, in their order or the opposite one.
+  const auto exchange = [&](int other, bool opposite) {
+#pragma unroll
+    for (int i = 0; i < EACH / 2; ++i) {
+      float* const pair[] = {&v[i], &v[EACH - 1 - i]};
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < 2; ++k) exchanged[part][k][column] = *pair[k];
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float own = exchanged[other][opposite ? 1 - k : k][column];
+        *pair[k] = part < other ? fminf(*pair[k], own) : fmaxf(*pair[k], own);
+      }
+    }
+  };
+#pragma unroll
+  for (int round = 0; round < EACH; ++round)
+#pragma unroll
+    for (int k = round % 2; k + 1 < EACH; k += 2) order(v[k], v[k + 1]);
+#pragma unroll 1
+  for (int merged = 2; merged <= CENTRE_LANES; merged *= 2) {  // bitonic
+    exchange(part ^ (merged - 1), true);
+#pragma unroll 1
+    for (int apart = merged / 4; apart > 0; apart /= 2) exchange(part ^ apart, false);
+#pragma unroll
+    for (int apart = EACH / 2; apart > 0; apart /= 2)
+#pragma unroll
+      for (int k = 0; k < EACH; ++k)
+        if (!(k & apart)) order(v[k], v[k + apart]);
+  }
+}
+
+// Element e of sample s; absent: where there is none.
 template <typename T, bool CLASSES>
-__global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const Inputs in, const Many many) {
-  allow_next_launch();
+__device__ __forceinline__ float load_sample(const Inputs& in, const int* until, int64_t valid,
+                                             int64_t samples, int64_t s, int64_t e, float absent) {
+  if (e >= in.d || s >= samples) return absent;
+  int64_t sample = valid < MANY_SAMPLES ? s : valid * s / MANY_SAMPLES;
+  if constexpr (CLASSES)
+    sample =
+        find_reference(*reinterpret_cast<const int (*)[MANY_CLASSES]>(until), in.m, static_cast<int>(sample));
+  return to_float(static_cast<const T*>(in.refs.data)[sample * in.d + e]);
+}
+
+// The sizes of samples in one tile of D. By all threads of a block; until: as find_reference has it.
+template <typename T, bool CLASSES>
+__device__ __forceinline__ void measure_samples(const Inputs& in, const Many& many, const int* until,
+                                                int64_t valid, int tile) {
+  __shared__ float medians[MANY_TILE];
+  __shared__ int counts[MANY_TILE];
+  __shared__ int sizes[2 * MANY_SAMPLES];  // bits
+  const int column = threadIdx.x % MANY_TILE, part = threadIdx.x / MANY_TILE;
+  const int64_t e = static_cast<int64_t>(tile) * MANY_TILE + column;
+  if (threadIdx.x < 2 * MANY_SAMPLES) sizes[threadIdx.x] = 0;
+  if (part == 0) counts[column] = 0;
+  __syncthreads();
+  const int64_t samples = valid < MANY_SAMPLES ? valid : MANY_SAMPLES;
+  const auto number = [part](int i) { return CLASSES ? part * HELD_SAMPLES + i : part + i * CENTRE_LANES; };
+  float seen[HELD_SAMPLES], sorted[HELD_SAMPLES];
+#pragma unroll
+  for (int i = 0; i < HELD_SAMPLES; ++i)
+    seen[i] = load_sample<T, CLASSES>(in, until, valid, samples, number(i), e, INFINITY);
+  int found = 0;
+#pragma unroll
+  for (int i = 0; i < HELD_SAMPLES; ++i) {
+    if (!isfinite(seen[i])) seen[i] = INFINITY;
+    sorted[i] = seen[i], found += seen[i] < INFINITY;
+  }
+  atomicAdd(&counts[column], found);
+  sort_column(sorted);
+  const int middle = max(counts[column] - 1, 0) / 2 - part * HELD_SAMPLES;
+#pragma unroll
+  for (int i = 0; i < HELD_SAMPLES; ++i)
+    if (i == middle) medians[column] = sorted[i];
+  __syncthreads();
+  const float median = medians[column];
+#pragma unroll
+  for (int i = 0; i < HELD_SAMPLES; ++i) {
+    const bool any = seen[i] < INFINITY;
+    const float size = any ? fabsf(seen[i] - median) : 0.0f, plain = any ? fabsf(seen[i]) : 0.0f;
+    const int most = __reduce_max_sync(0xffffffffu, __float_as_int(size)),
+              most_plain = __reduce_max_sync(0xffffffffu, __float_as_int(plain));
+    if (threadIdx.x % 32 == 0)
+      atomicMax(&sizes[number(i)], most), atomicMax(&sizes[MANY_SAMPLES + number(i)], most_plain);
+  }
+  __syncthreads();
+  if (threadIdx.x < 2 * MANY_SAMPLES)
+    SampleSizes(many).sizes[tile * 2 * MANY_SAMPLES + threadIdx.x] = __int_as_float(sizes[threadIdx.x]);
+}
+
+// Which samples the centre and the scale are not from: those that are OUTLIER times as far from the others as
+// the third of the farthest, or as half of them where halves do not reach both; copies of one reference do
+// not count. Where nearly all are copies, the others have no say in the centre, and half of them in the
+// scale.
+constexpr float OUTLIER = 16, WIDE = 0x1p15f, NARROW = 0x1p-14f;
+struct Samples {
+  unsigned outliers[MANY_SAMPLES / 32];  // a bit each, of two times 32
+  float size;                            // where nearly all are copies: of the others
+  // The largest difference of the others comes to 2^(1 + room) or twice that: halves reach up to 2^16, and
+  // small references have digits down to 2^-5. So the more room the smaller some are.
+  int room;
+  // Sizes differ so much that scores, which are as large as the norms above norm0, would hide small ones
+  // unless that is zero.
+  bool uneven;
+  bool usual;  // none of this: centre and scale stay
+};
+constexpr int USUAL_SPREAD = 2, LEAST_ROOM = 4, MOST_ROOM = 10, UNEVEN = 6;  // powers of two
+// By all threads of a block.
+__device__ __forceinline__ void judge_samples(const Many& many, int64_t samples, Samples& judged) {
+  constexpr int COUNT = static_cast<int>(MANY_SAMPLES), PARTS = MANY_TILE * CENTRE_LANES / (2 * COUNT);
+  __shared__ float parts[PARTS][2 * COUNT], high, middle;
+  __shared__ int low_bits, top_bits;  // the smallest and the largest
+  __shared__ int any_least;           // whether some are smaller than halves reach
+  const int tid = static_cast<int>(threadIdx.x);
+  float size = 0;
+#pragma unroll 4
+  for (int64_t tile = tid / (2 * COUNT); tile < many.d_stride / MANY_TILE; tile += PARTS)
+    size = fmaxf(size, __ldcg(SampleSizes(many).sizes + tile * 2 * COUNT + tid % (2 * COUNT)));
+  parts[tid / (2 * COUNT)][tid % (2 * COUNT)] = size;
+  if (tid == 0) high = middle = 0, low_bits = __float_as_int(INFINITY), top_bits = any_least = 0;
+  __syncthreads();
+  if (tid < 2 * COUNT) {
+#pragma unroll
+    for (int part = 1; part < PARTS; ++part) size = fmaxf(size, parts[part][tid]);
+    parts[0][tid] = size;
+  }
+  if (tid >= COUNT) size = 0;
+  const int apart = __syncthreads_count(size > 0);
+  if (size > 0) {
+    int rank = 0;
+#pragma unroll 16
+    for (int other = 0; other < COUNT; ++other) {
+      const float of_other = parts[0][other];
+      rank += of_other > 0 && (of_other < size || (of_other == size && other < tid));
+    }
+    if (rank == apart - 1 - (apart < 3 ? 0 : max(apart / 32, 1))) high = size;
+    if (rank == (apart - 1) / 2) middle = size;
+  }
+  __syncthreads();
+  const bool copies = apart <= samples / 8;
+  const float usual = high > WIDE * middle ? middle : high;
+  const bool is_outlier = size > (copies ? 0.0f : OUTLIER * usual);
+  const unsigned outliers = __ballot_sync(0xffffffffu, is_outlier);
+  if (tid < COUNT) {
+    const float least = fminf(size, parts[0][COUNT + tid]);
+    if (least > NARROW * usual) {
+      atomicMin(&low_bits, __float_as_int(least));
+    } else if (least > 0) {
+      any_least = 1;
+    }
+    if (!is_outlier) atomicMax(&top_bits, __float_as_int(size));
+    if (tid % 32 == 0) judged.outliers[tid / 32] = outliers;
+  }
+  __syncthreads();
+  if (tid == 0) {
+    judged.size = copies ? middle : 0.0f;
+    const float low = __int_as_float(low_bits), top = fmaxf(__int_as_float(top_bits), judged.size);
+    const int spread = low < top && top < INFINITY ? ilogbf(top) - ilogbf(low) : 0;
+    judged.room = min(max(spread + 1, LEAST_ROOM), MOST_ROOM);
+    judged.uneven = copies || spread >= UNEVEN || any_least;
+    judged.usual = !judged.uneven && spread <= USUAL_SPREAD && !judged.outliers[0] && !judged.outliers[1];
+  }
+  __syncthreads();
+}
+
+// Of a warp's values the largest of each of the thread's eight, that of lane / 4.
+__device__ __forceinline__ unsigned largest_pairs(unsigned (&v)[HELD_SAMPLES], int lane) {
+  int offset = 16;
+#pragma unroll
+  for (int half = HELD_SAMPLES / 2; half > 0; half /= 2, offset /= 2) {
+    const bool upper = lane & offset;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const unsigned give = upper ? v[i] : v[i + half], keep = upper ? v[i + half] : v[i];
+      v[i] = __vmaxu2(keep, __shfl_xor_sync(0xffffffffu, give, offset));
+    }
+  }
+  unsigned most = v[0];
+  for (; offset > 0; offset /= 2) most = __vmaxu2(most, __shfl_xor_sync(0xffffffffu, most, offset));
+  return most;
+}
+
+// Mean and variance of a sample of the references, per element of a tile; what follows from either choice of
+// c, and squared distances of some pairs of them. many.centre: first c = coarse mean wherever the mean is
+// many deviations from zero, then c everywhere. CLASSES: a thread's are neighbours, mostly of one class, so
+// that distances are those within classes; values that are not finite are none. JUDGED: without those samples
+// that are outliers; and the largest of the others is over two to `room`. Else, where differences are scaled,
+// whether there may be any is asked as well: exponents. These are of differences from the middle one of three
+// of the thread's.
+template <typename T, bool CLASSES, bool JUDGED>
+__device__ __forceinline__ void find_centre(const Inputs& in, const Many& many, unsigned tile,
+                                            const Samples* judged) {
   __shared__ double sums[CENTRE_LANES][MANY_TILE], squares[CENTRE_LANES][MANY_TILE];
   __shared__ float lowest[CENTRE_LANES][MANY_TILE], highest[CENTRE_LANES][MANY_TILE];
   __shared__ double of_warps[STATISTICS][MANY_TILE / 32];
   constexpr int PAIRS = 2 * HELD_SAMPLES;  // of a thread
   __shared__ float distances[MANY_TILE / 32][CENTRE_LANES * PAIRS];
   const int column = threadIdx.x % MANY_TILE, part = threadIdx.x / MANY_TILE;
-  const int64_t e = static_cast<int64_t>(blockIdx.x) * MANY_TILE + column;
+  const int64_t e = static_cast<int64_t>(tile) * MANY_TILE + column;
   __shared__ std::conditional_t<CLASSES, int[MANY_CLASSES], char> until;
-  __shared__ std::conditional_t<CLASSES, int[CENTRE_LANES][MANY_TILE], char> finite;
+  constexpr bool ASKED = IS_SCALED<T> && !JUDGED, COUNTED = CLASSES || JUDGED;  // not all come in the mean
+  __shared__ std::conditional_t<COUNTED, int[CENTRE_LANES][MANY_TILE], char> finite;
+  __shared__ std::conditional_t<ASKED, unsigned[MANY_TILE / 32][MANY_SAMPLES], char> exponents;
   if constexpr (CLASSES) {
     if (threadIdx.x < 32) count_classes(in, many, until);
     __syncthreads();
@@ -141,13 +363,17 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
     }
     const float v = seen[i];
     if (e >= in.d || (CLASSES ? part * HELD_SAMPLES + i : part + i * CENTRE_LANES) >= samples) continue;
+    if constexpr (JUDGED) {
+      const int s = CLASSES ? part * HELD_SAMPLES + i : part + i * CENTRE_LANES;
+      if (judged->outliers[s / 32] >> s % 32 & 1) continue;
+    }
     ++found;
     sum += v, square += static_cast<double>(v) * v;
     low = fminf(low, v), high = fmaxf(high, v);
   }
   sums[part][column] = sum, squares[part][column] = square;
   lowest[part][column] = low, highest[part][column] = high;
-  if constexpr (CLASSES) finite[part][column] = found;
+  if constexpr (COUNTED) finite[part][column] = found;
   __syncthreads();
   double own[STATISTICS] = {};
   if (part == 0) {
@@ -157,7 +383,7 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
     }
     float all = 0, strict = 0;
     int64_t samples_here = samples;
-    if constexpr (CLASSES) {
+    if constexpr (COUNTED) {
       for (int other = 1; other < CENTRE_LANES; ++other) found += finite[other][column];
       samples_here = found;
     }
@@ -186,7 +412,23 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
       if (column % 32 == 0) of_warps[k][column / 32] = value;
     }
   }
-  if (many.exact) {  // most warps have nothing else to do by now
+  if constexpr (ASKED) {
+    const float a = seen[0], b = seen[HELD_SAMPLES / 2 - 1], c = seen[HELD_SAMPLES - 2];
+    const float middle = fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
+    unsigned pairs[HELD_SAMPLES];
+#pragma unroll
+    for (int i = 0; i < HELD_SAMPLES; ++i) {
+      const int64_t s = CLASSES ? part * HELD_SAMPLES + i : part + i * CENTRE_LANES;
+      const unsigned plain = __float_as_uint(seen[i]) << 1 >> 24,
+                     apart = __float_as_uint(seen[i] - middle) << 1 >> 24;
+      pairs[i] = s < samples ? __vmaxu2(plain << 16 | apart, 0x00010001u) : 0u;
+    }
+    const unsigned most = largest_pairs(pairs, column % 32);
+    if (column % 4 == 0) {
+      exponents[column / 32][part * HELD_SAMPLES + column % 32 / 4] = most;
+    }
+  }
+  if (!JUDGED && many.exact) {  // most warps have nothing else to do by now
     float pairs[PAIRS];
 #pragma unroll
     for (int k = 0; k < PAIRS; ++k) {
@@ -200,21 +442,151 @@ __global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const I
   }
   __syncthreads();
   const int k = threadIdx.x;
-  if (many.exact && k < MANY_PAIRS) {
+  if (!JUDGED && many.exact && k < MANY_PAIRS) {
     float of_tile = 0;
 #pragma unroll
     for (int warp = 0; warp < MANY_TILE / 32; ++warp) of_tile += distances[warp][k];
-    many.distances[blockIdx.x * MANY_PAIRS + k] = of_tile;
+    many.distances[tile * MANY_PAIRS + k] = of_tile;
+  }
+  if constexpr (ASKED) {
+    if (k < static_cast<int>(MANY_SAMPLES)) {
+      unsigned most = 0;
+#pragma unroll
+      for (int warp = 0; warp < MANY_TILE / 32; ++warp) most = __vmaxu2(most, exponents[warp][k]);
+      const SampleSizes sizes(many);
+      uint8_t* const to = sizes.exponents + tile * 2 * MANY_SAMPLES + k;
+      to[0] = static_cast<uint8_t>(most >> 16), to[MANY_SAMPLES] = static_cast<uint8_t>(most);
+      if (tile == 0 && k < 3) sizes.tiles[k] = 0;
+    }
   }
   if (k >= STATISTICS) return;
   double value = of_warps[k][0];
   for (int warp = 1; warp < MANY_TILE / 32; ++warp) value = joined(k, value, of_warps[k][warp]);
-  many.statistics[blockIdx.x * STATISTICS + k] = value;
+  if constexpr (JUDGED) {
+    if (k >= MAX_PLAIN) value = ldexp(fmax(value, static_cast<double>(judged->size)), -judged->room);
+    if (k >= NORM_PLAIN && k < MAX_PLAIN && judged->uneven) value = 0;
+    if (tile == 0 && k == 0 && judged->uneven)  // 16 times that of elements all as large as the largest
+      many.facts->most_norm = static_cast<float>(in.d) * exp2f(8 + 2 * judged->room);
+  } else if constexpr (ASKED) {
+    if (tile == 0 && k == 0) many.facts->most_norm = 0;
+    if (!IS_FLOAT<T> && tile == 0 && k == 0) many.facts->far = 0;
+  }
+  many.statistics[tile * STATISTICS + k] = value;
+  if constexpr (JUDGED) return;
   if constexpr (CLASSES) {
-    if (blockIdx.x == 0 && k < static_cast<int>(MANY_ROW_TILES)) many.classes->early[k] = 0;
-  } else if (blockIdx.x == 0 && k == 0) {
+    if (tile == 0 && k < static_cast<int>(MANY_ROW_TILES)) many.classes->early[k] = 0;
+  } else if (tile == 0 && k == 0) {
     many.facts->early = 0;
   }
+}
+
+template <typename T, bool CLASSES>
+__global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) centre_kernel(const Inputs in, const Many many) {
+  allow_next_launch();
+  find_centre<T, CLASSES, false>(in, many, blockIdx.x, nullptr);
+}
+
+// Whether exponents in so many tiles tell that all samples are much of a size, but not all the same, and that
+// no one or two are far from the others: then the threads that have such are fewer than three, unless they
+// are all. By all threads of a block.
+constexpr int MANY_PARTS = 3;
+__device__ __forceinline__ bool are_alike(const Many& many, int tiles) {
+  constexpr int QUADS = 2 * static_cast<int>(MANY_SAMPLES) / 16, WARPS = MANY_TILE * CENTRE_LANES / 32;
+  __shared__ uint4 of_warps[WARPS][QUADS];
+  const int tid = threadIdx.x, lane = tid % 32, quads = tiles * QUADS;
+  const uint4* const from = reinterpret_cast<const uint4*>(SampleSizes(many).exponents);
+  const auto larger = [](uint4 a, uint4 b) {
+    return make_uint4(__vmaxu4(a.x, b.x), __vmaxu4(a.y, b.y), __vmaxu4(a.z, b.z), __vmaxu4(a.w, b.w));
+  };
+  uint4 most{};
+#pragma unroll 1
+  for (int k = tid; k < quads; k += WARPS * 32) most = larger(most, from[k]);
+#pragma unroll
+  for (int offset = 16; offset >= QUADS; offset /= 2)
+    most = larger(most, make_uint4(__shfl_xor_sync(0xffffffffu, most.x, offset),
+                                   __shfl_xor_sync(0xffffffffu, most.y, offset),
+                                   __shfl_xor_sync(0xffffffffu, most.z, offset),
+                                   __shfl_xor_sync(0xffffffffu, most.w, offset)));
+  if (lane < QUADS) of_warps[tid / 32][lane] = most;
+  __syncthreads();
+  bool alike = true;
+  if (tid < 32) {  // four samples to a lane, half of the lanes to either size
+    unsigned four = 0;
+#pragma unroll 1
+    for (int warp = 0; warp < min(WARPS, (quads + 31) / 32); ++warp)
+      four = __vmaxu4(four, reinterpret_cast<const unsigned*>(of_warps[warp])[lane]);
+    int low = 255, high = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int own = four >> 8 * i & 255;
+      if (own > 0) low = min(low, own), high = max(high, own);
+    }
+#pragma unroll
+    for (int offset = 8; offset > 0; offset /= 2) {
+      low = min(low, __shfl_xor_sync(0xffffffffu, low, offset));
+      high = max(high, __shfl_xor_sync(0xffffffffu, high, offset));
+    }
+    // Two lanes to a thread's.
+    const auto parts = [](bool any) {
+      const unsigned lanes = __ballot_sync(0xffffffffu, any) >> 16;
+      return __popc((lanes | lanes >> 1) & 0x5555u);
+    };
+    bool any_far = false;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      any_far = any_far || static_cast<int>(four >> 8 * i & 255) >= high - USUAL_SPREAD;
+    const int present = parts(four != 0), far = parts(four != 0 && any_far);
+    alike = (lane < 16 ? high - low <= USUAL_SPREAD : far >= min(MANY_PARTS, present)) && high != 1;
+  }
+  return __syncthreads_and(alike);
+}
+
+// Where samples are not alike: which are outliers, and what the centre and the scale are without these.
+// Blocks take tiles of D as they come, so that they wait for no block that has not begun.
+template <typename T, bool CLASSES>
+__global__ void __launch_bounds__(MANY_TILE* CENTRE_LANES) judge_kernel(const Inputs in, const Many many) {
+  allow_next_launch();
+  const int all = static_cast<int>(many.d_stride / MANY_TILE);
+  bool alike = true;
+#pragma unroll 1
+  for (int real = 0; real < 2; ++real) {  // first of no tiles, which brings the code
+    if (real) wait_for_previous_launch();
+    alike = are_alike(many, real ? all : 0);
+  }
+  if (alike) return;
+  __shared__ std::conditional_t<CLASSES, int[MANY_CLASSES], int> until;
+  __shared__ Samples judged;
+  __shared__ int taken;
+  int64_t valid;
+  const int* ends = nullptr;
+  if constexpr (CLASSES) {
+    if (threadIdx.x < 32) count_classes(in, many, until);
+    __syncthreads();
+    valid = until[MANY_CLASSES - 1], ends = until;
+  } else {
+    valid = valid_count(in, 0);
+  }
+  int* const tiles = SampleSizes(many).tiles;
+  const auto take = [&](int which) {
+    __syncthreads();
+    if (threadIdx.x == 0) taken = atomicAdd(tiles + which, 1);
+    __syncthreads();
+    return taken;
+  };
+#pragma unroll 1
+  for (int tile = take(0); tile < all; tile = take(0)) {
+    measure_samples<T, CLASSES>(in, many, ends, valid, tile);
+    __syncthreads();
+    if (threadIdx.x == 0) add_arrival(tiles + 1);
+  }
+  if (threadIdx.x == 0)
+    while (read_arrivals(tiles + 1) < all) {
+    }
+  __syncthreads();
+  judge_samples(many, valid < MANY_SAMPLES ? valid : MANY_SAMPLES, judged);
+  if (judged.usual) return;
+#pragma unroll 1
+  for (int tile = take(2); tile < all; tile = take(2)) find_centre<T, CLASSES, true>(in, many, tile, &judged);
 }
 
 __device__ double two_to(int exponent) {  // for exponents of normal numbers
@@ -228,16 +600,18 @@ struct Choice {  // of the centre
 
 // No centre while the common part of the references is no larger than what they differ by; one that leaves
 // out elements of small mean where that leaves out little, because it is exact nearly everywhere; else all of
-// it. FLOAT: of float32 references, whose differences are made anyhow, all of it sooner.
+// it. FLOAT: of float32 references, whose differences are made anyhow, all of it sooner, but where sizes
+// differ much: small ones would lose digits.
 template <bool FLOAT>
-__device__ Choice choose_centre(const Inputs& in, const double (&statistics)[STATISTICS]) {
+__device__ Choice choose_centre(const Inputs& in, const Many& many, const double (&statistics)[STATISTICS]) {
   Choice choice;
-  choice.which = FLOAT && statistics[SHIFT] > 0.25 * statistics[SPREAD] ? 2
-                 : statistics[SHIFT] <= 6 * statistics[SPREAD]          ? 0
-                 : statistics[LEFT_OUT] <= 6 * statistics[SPREAD]       ? 1
-                                                                        : 2;
+  const auto least_shift = [&] { return many.facts->most_norm > 0 ? 6 : 0.25; };
+  choice.which = FLOAT && statistics[SHIFT] > least_shift() * statistics[SPREAD] ? 2
+                 : statistics[SHIFT] <= 6 * statistics[SPREAD]                   ? 0
+                 : statistics[LEFT_OUT] <= 6 * statistics[SPREAD]                ? 1
+                                                                                 : 2;
   choice.scale = 1;
-  if (FLOAT || in.refs.dtype == Dtype::bf16) {  // the largest difference to 2 .. 4
+  if (FLOAT || in.refs.dtype == Dtype::bf16) {  // the largest difference to 2 .. 4, see Samples
     double largest = statistics[choice.which ? MAX_CENTRED : MAX_PLAIN];
     if (FLOAT && largest == 0) largest = statistics[MAX_PLAIN];  // of copies, but others may differ
     if (largest > 0 && isfinite(largest))
@@ -607,7 +981,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   }
   __syncthreads();
   const Distances distances = !FLOAT && many.exact && tid < 32 ? distances_of(of_warps) : Distances{};
-  const Choice choice = choose_centre<FLOAT>(in, statistics);
+  const Choice choice = choose_centre<FLOAT>(in, many, statistics);
   const float* const candidate = many.centre + (choice.which == 2 ? many.d_stride : 0);
   const auto centre = [&](int64_t e) { return choice.which ? candidate[e] : 0.0f; };
   if (blockIdx.x == 0 && many.first_row == 0) {
@@ -623,7 +997,14 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
       many.facts->centred = !FLOAT && choice.which != 0;
       many.facts->plain = in.refs.dtype == Dtype::f16 && choice.which == 0;
       many.facts->max_norm = 0;
-      if (FLOAT) many.facts->max_rest = 0;
+      if (FLOAT) {
+        many.facts->max_rest = many.facts->far = 0;
+        const float least = least_held(in.d, choice.mean_norm);
+        const double centre2 = choice.which == 2   ? statistics[SHIFT]
+                               : choice.which == 1 ? statistics[SHIFT] - statistics[LEFT_OUT]
+                                                   : 0.0;
+        many.facts->least_norm = centre2 * choice.scale * choice.scale < 4 * least ? least : 0.0f;
+      }
     }
   }
   if (FLOAT && blockIdx.x == 0 && tid == 0) many.facts->known_rest = many.facts->halved = 0;
@@ -644,10 +1025,24 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const Inputs in, const Ma
   }
 }
 
+// By a warp: whether a reference that halves do not hold is finite all the same. Then they become zeros.
+__device__ __forceinline__ bool drop_far(const float* from, const float* centre, float scale, int64_t d,
+                                         __half* to, int64_t d_stride) {
+  bool is_finite = true;
+#pragma unroll 1
+  for (int64_t e = threadIdx.x % 32; e < d; e += 32)
+    is_finite = is_finite && isfinite(fmaf(from[e], scale, -centre[e]));
+  if (!__all_sync(0xffffffffu, is_finite)) return false;
+#pragma unroll 1
+  for (int64_t e = 8 * (threadIdx.x % 32); e < 2 * d_stride; e += 8 * 32)
+    *reinterpret_cast<uint4*>(to + e) = uint4{};
+  return true;
+}
+
 // A warp per float32 reference of the round: the halves of its d_j times the scale; and |d_j|^2 - mean_norm
-// of what these come to, so that scores are those of a reference next to it. What the first halves leave out,
-// of any reference, comes into the rows' bounds, by the last block. halves: of the first reference of the
-// round.
+// of what these come to, so that scores are those of a reference next to it. What the first halves leave out
+// at most comes into the rows' bounds, as a share of the largest |d_j|, by the last block. Far references
+// become zeros, which come in no bound. halves: of the first reference of the round.
 template <bool CLASSES>
 __global__ void __launch_bounds__(THREADS)
     halves_kernel(const Inputs in, const Many many, __half* const halves) {
@@ -693,9 +1088,15 @@ __global__ void __launch_bounds__(THREADS)
       *reinterpret_cast<uint4*>(to + many.d_stride + e) = *reinterpret_cast<const uint4*>(second);
     }
     norms = warp_sum(norms), rests = warp_sum(rests);
-    norm = static_cast<float>(norms);
-    if (norm > 0) rest = sqrtf(rests / norm);
-    if (lane == 0) many.norms[j] = static_cast<float>(norms - many.facts->mean_norm);
+    norm = static_cast<float>(norms), rest = sqrtf(rests);
+    float above = static_cast<float>(norms - many.facts->mean_norm);
+    if (!holds(*many.facts, norm, many.facts->least_norm, norm == 0 && rests == 0) &&
+        drop_far(from, many.centre_float, scale, in.d, to, many.d_stride)) {
+      norm = rest = 0, above = FAR_NORM;
+      if (lane == 0) many.facts->far = 1;
+    }
+    if (rest <= FLT_MAX) norm = fmaxf(norm, rest * rest);
+    if (lane == 0) many.norms[j] = above;
     if (CLASSES && !isfinite(norm)) norm = 0;
     if (!isfinite(rest)) rest = 0;
   }
@@ -716,13 +1117,15 @@ __global__ void __launch_bounds__(THREADS)
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  const int all = *static_cast<volatile int*>(&many.facts->max_rest);
-  const float more = __int_as_float(all) - __int_as_float(many.facts->known_rest);
+  const float most = __int_as_float(*static_cast<volatile int*>(&many.facts->max_norm));
+  const float all =
+      most > 0 ? __int_as_float(*static_cast<volatile int*>(&many.facts->max_rest)) / sqrtf(most) : 0.0f;
+  const float more = all - __int_as_float(many.facts->known_rest);
 #pragma unroll 1
   for (int64_t at = threadIdx.x; at < many.rows; at += THREADS)
     many.slots[at].own = fmaf(more, many.slots[at].summed, many.slots[at].own);
   __syncthreads();
-  if (threadIdx.x == 0) many.facts->known_rest = all, many.facts->halved = 0;
+  if (threadIdx.x == 0) many.facts->known_rest = __float_as_int(all), many.facts->halved = 0;
 }
 
 // A warp per reference: |r_j|^2 - mean_norm, where references are used as they are. CLASSES: the largest is
@@ -845,12 +1248,128 @@ __device__ inline double largest_norm(const ManyFacts& facts) {  // |d_j|^2
   return static_cast<double>(__int_as_float(facts.max_norm)) * facts.inverse_scale * facts.inverse_scale;
 }
 
+// y.d - alpha/2 |d|^2 for d = r - from and y = x - alpha from, in float64; by a warp. from: times `scale`.
+// largest: finite sums need |r| times this to be.
+template <typename T, typename From>
+__device__ double score_in_double(const Inputs& in, const Row& row, const T* r, const From* from,
+                                  double scale, float largest) {
+  double score = 0;
+#pragma unroll 4
+  for (int64_t e = threadIdx.x % 32; e < in.d; e += 32) {
+    const float value = to_float(r[e]);
+    const double c = to_float(from[e]) * scale, d = value - c,
+                 x = load_as<double>(in.x, row.index * in.d + e);
+    score = isfinite(value * largest) ? fma(fma(-row.alpha, c, row.sign * x) - 0.5 * row.alpha * d, d, score)
+                                      : NAN;
+  }
+  return warp_sum(score);
+}
+
+// Of row `at` what it has of the round's far references, as stored and in float64, as if they had come
+// before; its scores of them, which are of zeros or of anything, become those of none. However many there
+// are, and slowly. Those of a turn are scored relative to the best of them, since scores are large for
+// float64, too. bfloat16: what is not finite is among them, and makes the row NaN, see select_kernel. A call,
+// with what it needs in memory of its own.
+template <typename T, bool CLASSES>
+__device__ __noinline__ void sum_far(const Inputs in, const Many many, int64_t at) {
+  constexpr int GROUP = static_cast<int>(MANY_GROUP), WARPS = SELECT_THREADS / 32;
+  static_assert(SELECT_THREADS % GROUP == 0);
+  __shared__ int references[SELECT_THREADS], int_scratch[WARPS], best_of_turn;
+  __shared__ double scores[SELECT_THREADS], scratch[33];
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int valid = static_cast<int>(many_valid(in, many));
+  const float scale = many.facts->scale;
+  const T* const refs = static_cast<const T*>(in.refs.data) + many.first_ref * in.d;
+  ManySlot& slot = many.slots[at];
+  int2 own{0, valid};
+  if constexpr (CLASSES) own = range_in_round(many, at, valid);
+  float* const row_scores = many.scores + at * many.score_stride;
+  const double rate2 = slot.rate2;
+  // What scores are above those of differences from the centre: these may be small beside it.
+  const double above = static_cast<double>(many.factors[at].half_alpha) * many.facts->mean_norm;
+  double best = slot.best - above, total = slot.total;
+  bool found = false;
+#pragma unroll 1
+  for (int first = own.x / GROUP * GROUP; first < own.y; first += SELECT_THREADS) {
+    const int j = first + tid;
+    bool is_far = j >= own.x && j < own.y;
+    if constexpr (CLASSES) {
+      const uint32_t number = static_cast<uint32_t>(many.first_ref + j);
+      is_far = is_far && static_cast<int>(number) < many.classes->ends[number / many.class_refs];
+    }
+    if constexpr (IS_FLOAT<T>) {
+      is_far = is_far && many.norms[many.first_ref + j] == FAR_NORM;
+    } else {
+      is_far = is_far && !(operand_bits<CLASSES>(many)[j / GROUP] >> j % GROUP & 1);
+    }
+    int count;
+    const int place = block_prefix(is_far, int_scratch, count);
+    if (count == 0) continue;
+    if (is_far) references[place] = j, row_scores[j] = -INFINITY;
+    __syncthreads();
+    if (is_far) {
+      float most = -INFINITY;
+#pragma unroll 1
+      for (int k = 0; k < GROUP; ++k) most = fmaxf(most, row_scores[j / GROUP * GROUP + k]);
+      many.maxima[at * (many.score_stride / GROUP) + j / GROUP] = most;
+    }
+    const Row row = slot.row;
+#pragma unroll 1
+    for (int k = warp; k < count; k += WARPS) {
+      const double score =
+          score_in_double(in, row, refs + references[k] * in.d, many.centre_float, 1.0f / scale, scale);
+      if (lane == 0) scores[k] = score;
+    }
+    __syncthreads();
+    if constexpr (!IS_FLOAT<T>) {
+      const bool is_none = tid < count && !isfinite(scores[tid]);
+      if (is_none) many.maxima[at * (many.score_stride / GROUP) + references[tid] / GROUP] = INFINITY;
+      if (__syncthreads_or(is_none)) return;
+    }
+    double top = block_max<double>(tid < count ? scores[tid] : -INFINITY, scratch);
+    if (tid == 0) best_of_turn = 0;
+    __syncthreads();
+    if (tid < count && scores[tid] == top) atomicMax(&best_of_turn, tid);
+    __syncthreads();
+    const T* const from = refs + references[best_of_turn] * in.d;
+#pragma unroll 1
+    for (int k = warp; k < count; k += WARPS) {
+      const double score = score_in_double(in, row, refs + references[k] * in.d, from, 1, 1);
+      if (lane == 0) scores[k] = score;
+    }
+    __syncthreads();
+    const double relative = tid < count ? scores[tid] : -INFINITY, most = block_max(relative, scratch);
+    top += most;
+    const bool any = best != -INFINITY;
+    const double now = fmax(top, best), of_turn = exp2(rate2 * (top - now)),
+                 keep = any ? exp2(rate2 * (best - now)) : 0.0,
+                 weight = tid < count ? exp2(rate2 * (relative - most)) * of_turn : 0.0;
+    scores[tid] = weight;
+    total = (any ? total * keep : 0.0) + block_sum(weight, scratch);
+#pragma unroll 1
+    for (int64_t e = tid; e < in.d; e += SELECT_THREADS) {
+      float* const sums = many.sums + at * many.d_stride + e;
+      const float c = many.centre_float[e];
+      double sum = any ? keep * *sums : 0.0;
+#pragma unroll 4
+      for (int k = 0; k < count; ++k)
+        sum += scores[k] * fmaf(to_float(refs[references[k] * in.d + e]), scale, -c);
+      *sums = static_cast<float>(sum);
+    }
+    best = now, found = true;
+    __syncthreads();  // all have read the references and their weights
+  }
+  if (tid == 0 && found) slot.best = best + above, slot.total = total;
+  __syncthreads();
+}
+
 // One block per slot: lists the references whose weight can matter, or gives up at more than MANY_SURVIVORS.
+// Where some are far what the row has of these is summed first, and all read again.
 // A thread keeps HELD maxima of groups at hand, every SELECT_THREADS-th; those beyond are read again.
 constexpr int HELD = 8;
 constexpr int SELECT_RESIDENT = 3;  // blocks to a multiprocessor
-template <bool CLASSES>
-__global__ void __launch_bounds__(SELECT_THREADS)
+template <typename T, bool CLASSES>
+__global__ void __launch_bounds__(SELECT_THREADS, IS_SCALED<T> ? SELECT_RESIDENT : 0)
     select_kernel(const Inputs in, const Many many, int early_blocks) {
   allow_next_launch();
   __shared__ int of_warps[SELECT_THREADS / 32], int_scratch[SELECT_THREADS / 32];
@@ -858,7 +1377,7 @@ __global__ void __launch_bounds__(SELECT_THREADS)
   // The first blocks, which have room while the last tiles are scored, run without any references before:
   // that brings the code, which takes longer than to run it.
 #pragma unroll 1
-  for (int real = static_cast<int>(blockIdx.x) < early_blocks ? 0 : 1; real < 2; ++real) {
+  for (int real = static_cast<int>(blockIdx.x) < early_blocks ? 0 : 1, end = 2; real < end; ++real) {
     if (real) wait_for_previous_launch();
     const int64_t at = blockIdx.x, valid = real ? many_valid(in, many) : 0;
     const RowGroups own_groups = groups_of<CLASSES>(many, at, valid);
@@ -873,6 +1392,13 @@ __global__ void __launch_bounds__(SELECT_THREADS)
     for (int i = 0; i < HELD; ++i) {
       const int k = threadIdx.x + i * SELECT_THREADS;
       held[i] = k < groups ? maxima[k] : -INFINITY;
+    }
+    if constexpr (IS_SCALED<T>) {
+      if (real == 1 && facts.far && slot.alive) {
+        sum_far<T, CLASSES>(in, many, at);
+        end = 3;
+        continue;
+      }
     }
     const int first_beyond = threadIdx.x + HELD * SELECT_THREADS;
     float best = -INFINITY;
@@ -1397,11 +1923,15 @@ struct List {
 // that is; beyond, errors are not each by itself. Nothing is gained where so few as are wanted have next to
 // nothing.
 constexpr float REVIEW_OFF = 4e-5f, REVIEW_OFF_LEAST = 1e-6f, REVIEW_LIMIT = 0.8e-6f;
+template <bool SCALED>
 __device__ inline float least_reviewed(const Many& many, const ManySlot& slot, float total, int most) {
   if (static_cast<float>(most) < 0.25f * total) return INFINITY;
   const ManyFacts& facts = *many.facts;
   const float doubt = static_cast<float>(doubt_of(slot, largest_norm(facts), slot.own)), largest = 1 / total;
-  const float unscale = facts.inverse_scale, norm2 = facts.mean_norm * unscale * unscale;
+  const bool is_known = !SCALED || facts.mean_norm > 0;  // else references are uneven, see Samples
+  const float unscale = facts.inverse_scale,
+              norm2 =
+                  (is_known ? facts.mean_norm : 0.25f * __int_as_float(facts.max_norm)) * unscale * unscale;
   const float of_x = static_cast<float>(slot.row.a / slot.row.b),
               told = static_cast<float>(slot.row.sigma / slot.row.alpha);
   const float apart2 = most > REVIEW_SOME ? norm2 : fminf(norm2, 20 * told * told);
@@ -1420,7 +1950,7 @@ __device__ inline float least_reviewed(const Many& many, const ManySlot& slot, f
 // enough, by their best: weights, which are many more bytes, are read of these alone.
 constexpr int REVIEW_BINS = 64;
 constexpr int REVIEW_AHEAD = 8;  // maxima of a thread that are on their way at once
-template <bool CLASSES>
+template <bool SCALED, bool CLASSES>
 __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_t at, int place, int most,
                                       List& list) {
   __shared__ int bins[REVIEW_BINS], near[THREADS], scratch[THREADS / 32], kept;
@@ -1428,7 +1958,7 @@ __device__ __forceinline__ int review(const Inputs& in, const Many& many, int64_
   double total = 0;
 #pragma unroll
   for (int k = 0; k < WEIGHT_UNITS; ++k) total += many.totals[place * WEIGHT_UNITS + k];
-  const float least = least_reviewed(many, slot, static_cast<float>(total), most);
+  const float least = least_reviewed<SCALED>(many, slot, static_cast<float>(total), most);
   if (!(least <= 1)) return 0;
   const float* const maxima =  // of scores, which gather_kernel may have moved
       many.maxima + (late_rows<CLASSES>(many, place) > 0 ? place : at) * (many.score_stride / MANY_GROUP);
@@ -1996,7 +2526,7 @@ __device__ __forceinline__ void merge_list(const Inputs& in, const Many& many, i
   float in_sums = -INFINITY;
   if (place >= 0) {
     if (most == 0) return;
-    count = review<CLASSES>(in, many, at, place, most, list);
+    count = review<IS_SCALED<T>, CLASSES>(in, many, at, place, most, list);
     if (count == 0 && threadIdx.x == 0) add_arrival(many.listed + at);
     if (count == 0) return;
     in_sums = slot.top;
@@ -2182,6 +2712,11 @@ auto merge_kernel_for(int64_t d, bool classes) {
   return classes ? merge_kernel_for<T, true>(d) : merge_kernel_for<T, false>(d);
 }
 
+template <typename T>
+auto select_kernel_for(bool classes) {
+  return classes ? select_kernel<T, true> : select_kernel<T, false>;
+}
+
 template <bool FLOAT>
 auto rows_kernel_for(bool usual, bool labels) {
   return usual ? (labels ? rows_kernel<true, true, FLOAT> : rows_kernel<true, false, FLOAT>)
@@ -2197,6 +2732,9 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, __h
   const auto merge = half       ? merge_kernel_for<__half>(in.d, classes)
                      : is_float ? merge_kernel_for<float>(in.d, classes)
                                 : merge_kernel_for<__nv_bfloat16>(in.d, classes);
+  const auto select = half       ? select_kernel_for<__half>(classes)
+                      : is_float ? select_kernel_for<float>(classes)
+                                 : select_kernel_for<__nv_bfloat16>(classes);
   const int listed = in.d > EIGHT_LISTED_D || is_float ? 4 : 8, size = size_of(in.refs.dtype);
   const int merge_bytes =
       in.d > LISTED_D ? 0 : static_cast<int>((room_of(listed, size) * listed + 1) * size * in.d);
@@ -2240,8 +2778,7 @@ void run_rows(const char* op, const Inputs& in, const Plan& plan, Many many, __h
       } else {
         launch_many_score(op, pool, many, false, stream);
       }
-      launch(classes ? select_kernel<true> : select_kernel<false>, slots, SELECT_THREADS, 0, pool, many,
-             early_blocks(many));
+      launch(select, slots, SELECT_THREADS, 0, pool, many, early_blocks(many));
       launch(classes ? place_kernel<true> : place_kernel<false>, 1, PLACE_THREADS, 0, operands, product);
       if (many.exact) {
         launch(classes ? gather_kernel<true> : gather_kernel<false>, 4 * static_cast<unsigned>(many.blocks),
@@ -2332,8 +2869,16 @@ void run_many_rows(const char* op, const Inputs& in, const Plan& plan, void* wor
       : in.refs.dtype == Dtype::f16
           ? (of_classes ? centre_kernel<__half, true> : centre_kernel<__half, false>)
           : (of_classes ? centre_kernel<__nv_bfloat16, true> : centre_kernel<__nv_bfloat16, false>);
-  centre_of<<<static_cast<unsigned>(d_tiles), MANY_TILE * CENTRE_LANES, 0, stream>>>(in, many);
+  const unsigned tiles = static_cast<unsigned>(d_tiles);
+  centre_of<<<tiles, MANY_TILE * CENTRE_LANES, 0, stream>>>(in, many);
   check_launch(op);
+  if (in.refs.dtype != Dtype::f16) {
+    const auto judge =
+        is_float ? (of_classes ? judge_kernel<float, true> : judge_kernel<float, false>)
+                 : (of_classes ? judge_kernel<__nv_bfloat16, true> : judge_kernel<__nv_bfloat16, false>);
+    launch_following(op, true, judge, std::min(tiles, static_cast<unsigned>(many.blocks)),
+                     MANY_TILE * CENTRE_LANES, 0, stream, in, many);
+  }
   for (int64_t first = 0; first < in.n; first += MANY_LIST_ROWS)
     run_rows(op, slice_rows(in, first, MANY_LIST_ROWS), plan, many, halves, norms, stream);
 }

@@ -148,6 +148,57 @@ def check_pool(x, refs, t, counts=None, source=None, path="linear", prediction="
     return out
 
 
+def samples_of(m: int) -> Tensor:
+    """The 64 references of m that the kernel of many rows has its centre and its scale from."""
+    return m * torch.arange(64) // 64
+
+
+def check_beside_far(x, refs, t, far, precision="exact", counts=None, only_beside=True):
+    """References `far` are much larger than others. Every third row comes near one of them.
+
+    Each kind of rows has all or none of their weight: beside them float64 would not tell the others apart. Where it
+    would (not `only_beside`), all references weigh on rows of much noise.
+    """
+    far = far.to(refs.device)
+    of_far = torch.arange(len(x), device=x.device) % 3 == 0
+    own = far[torch.arange(len(x), device=x.device) % len(far)]
+    t[of_far] = 0.5
+    x[of_far] = 0.5 * refs[own][of_far].float() + 0.5 * torch.randn_like(x[of_far])
+    out = svel.stable_target(x, refs, t, None, counts, precision=precision)
+    valid = refs if counts is None else refs[: int(counts)]
+    others = valid[~torch.isin(torch.arange(len(valid), device=refs.device), far)]
+    noisy = ~of_far & (t >= 0.9) & (not only_beside)
+    for rows, seen in ((~of_far & ~noisy, others), (noisy, valid), (of_far, refs[far])):
+        expected = reference.stable_target(x[rows].double(), seen, t[rows])
+        assert_close_at_each_time(out[rows], expected, t[rows], precision)
+
+
+def check_mean_near_each(refs, kinds, sizes, rng, precision):
+    """posterior_mean beside references of a few sizes, kinds (m,): rows near those of each size, noise of that size."""
+    for kind, size in enumerate(sizes):
+        members = (kinds == kind).nonzero()[:, 0]
+        n = 130
+        sigma = size * torch.tensor([0.3, 3.0, 10.0, 30.0, 300.0])[torch.arange(n) % 5]
+        own = refs[members[torch.randint(len(members), (n,), generator=rng)]].float()
+        x = own + sigma[:, None] * torch.randn(n, refs.shape[1], generator=rng)
+        x, seen, alpha, sigma = x.cuda(), refs.cuda(), torch.ones(n).cuda(), sigma.cuda()
+        assert_served("many_rows", x, seen, precision)
+        mean, lse = svel.posterior_mean(x, seen, alpha, sigma, precision=precision)
+        expected, expected_lse = reference.posterior_mean(x.double(), seen, alpha, sigma)
+        if kind > 0:  # others weigh nothing; beside them float64 would not tell the smallest apart
+            alone = sigma < 0.3 * sizes[0]
+            expected[alone], expected_lse[alone] = reference.posterior_mean(
+                x[alone].double(), refs[members].cuda(), alpha[alone], sigma[alone]
+            )
+        errors = {}
+        for value in sigma.unique():
+            rows = sigma == value
+            errors[float(value) / size] = relative_error(mean[rows], expected[rows])
+        assert all(error <= TOLERANCE[torch.float32, precision] for error in errors.values()), (size, errors)
+        scale = largest_logit(x, seen, alpha, sigma)
+        assert ((lse - expected_lse).abs() <= TOLERANCE[torch.float32, precision] * scale).all()
+
+
 def check_mean_and_lse(x, refs, sigma, precision, left_out=0):
     """posterior_mean of a pool with any alpha: below zero, zero and NaN too; without the last `left_out` references."""
     alpha, valid, counts = 1 - sigma, refs, None

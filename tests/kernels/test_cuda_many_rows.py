@@ -6,19 +6,25 @@ import pytest
 import torch
 from cuda_cases import (
     GEOMETRIES,
+    assert_close_at_each_time,
     assert_served,
+    check_beside_far,
     check_graph_of_pool,
     check_mean_and_lse,
+    check_mean_near_each,
     check_merged_halves,
     check_pool,
     check_repeats,
     invalidate,
     kernels_run,
+    make_classes,
     make_large_pool,
     make_photograph_pool,
     make_pool,
     make_pool_of_size,
     on_two_streams,
+    rows_of,
+    samples_of,
     served_by,
 )
 from kernel_cases import largest_logit, offset_by_one, with_gaps
@@ -138,6 +144,109 @@ def test_some_rows_are_expected_to_be_dense(rng, n, noisy, geometry):
     expected = reference.posterior_mean(x.double(), refs, 1 - t, t)[1]
     scale = largest_logit(x, refs, 1 - t, t)
     assert ((lse - expected).abs() <= TOLERANCE[torch.float32, "exact"] * scale).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", [100.0, 600.0, 3e3, 2e4, 1e6, 1e12])
+@pytest.mark.parametrize("among", [True, False], ids=["sample", "beside"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "element"])
+def test_an_outlier_of_bfloat16(rng, whole, among, size, precision):
+    """Among the references that the scale is from, or beside them; not far, nearly and far. Others keep digits."""
+    x, refs, t = make_pool(*SHAPE, "gaussian", rng, dtype=torch.bfloat16)
+    far = samples_of(len(refs))[[17]] + (0 if among else 1)
+    if whole:
+        refs[far] *= size
+    else:
+        refs[far, 77] = size
+    assert_served("many_rows", x, refs, precision)
+    check_beside_far(x, refs, t, far, precision, only_beside=size >= 1e6)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("count", [3, 8, 9, 28])
+def test_bfloat16_outliers_among_the_samples_and_beside_them(rng, count, geometry, precision):
+    x, refs, t = make_pool(*SHAPE, geometry, rng, dtype=torch.bfloat16)
+    far = (samples_of(len(refs))[::2][:count, None] + torch.arange(2)).flatten()
+    refs[far] *= 1e6
+    assert_served("many_rows", x, refs, precision)
+    check_beside_far(x, refs, t, far, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bfloat16_outliers_of_many_rounds(rng, precision):
+    x, refs, t = make_pool(256, 150_001, 264, "gaussian", rng, dtype=torch.bfloat16)
+    far = torch.cat([samples_of(len(refs))[5:9], torch.tensor([1, len(refs) - 1])])
+    refs[far] *= 1e6
+    assert_served("many_rows", x, refs, precision)
+    check_beside_far(x, refs, t, far, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", ["half", "few", "most"])
+@pytest.mark.parametrize("size", [2.0**-7, 2.0**-12, 2.0**-18])
+def test_bfloat16_of_two_sizes(rng, size, kind, precision):
+    """By nature, not by accident: halves reach both, or those that they do not reach are summed as stored."""
+    m, d = SHAPE[1:]
+    share = {"half": 0.5, "few": 0.02, "most": 0.9}[kind]
+    kinds = (torch.rand(m, generator=rng) < share).long()
+    refs = torch.randn(m, d, generator=rng) * torch.where(kinds == 1, size, 1.0)[:, None]
+    check_mean_near_each(refs.to(torch.bfloat16), kinds, (1.0, size), rng, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bfloat16_zeros_and_few_others(rng, precision):
+    """Nearly all are copies of zero, one that is far is among the samples."""
+    m, d = SHAPE[1:]
+    refs = torch.randn(m, d, generator=rng) * (torch.rand(m, generator=rng) < 0.004)[:, None]
+    far = samples_of(m)[[17]]
+    refs[far] = 1e6 * torch.randn(1, d, generator=rng)
+    x, refs, t = rows_of(refs.to(torch.bfloat16), 130, rng)
+    assert_served("many_rows", x, refs, precision)
+    check_beside_far(x, refs, t, far, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("shape", [(256, 10, 1001, 3072), (321, 4, 4219, 2056), (1100, 3, 2507, 784)], ids=str)
+def test_bfloat16_outliers_of_classes(rng, shape, geometry, precision):
+    x, refs, t, labels = make_classes(*shape, geometry, rng, torch.bfloat16)
+    k, valid = shape[1], shape[2] - 1
+    samples = samples_of(k * valid).cuda()
+    classes, own = samples // valid, samples % valid
+    for s in (3, 40, 63):
+        refs[classes[s], own[s]] *= 1e6
+    refs[classes[5], own[5] + 1, 77] = 1e7
+    counts = torch.full((k,), valid, device="cuda")
+    refs[:, -1] = math.nan
+    labels[4], own, t[4] = classes[3], own[3], 0.51
+    x[4] = (1 - t[4]) * refs[labels[4], own] + t[4] * torch.randn(shape[3], generator=rng).cuda()
+    assert_served("many_rows", x, refs, precision)
+    out = svel.stable_target(x, refs, t, labels, counts, precision=precision)
+    expected = reference.stable_target(x.double(), refs, t, labels, counts)
+    assert_close_at_each_time(out, expected, t, precision)
+
+
+def test_bfloat16_outliers_beside_what_is_not_finite(rng):
+    """All rows of a pool see it, also where it is far as well; beyond the count none does."""
+    x, refs, t = make_pool(*SHAPE, "gaussian", rng, dtype=torch.bfloat16)
+    far = samples_of(len(refs))[[2, 50]] + torch.tensor([0, 1])
+    refs[far] *= 1e6
+    for value in (math.nan, math.inf, -math.inf):
+        refs[4500, 7] = value
+        assert svel.stable_target(x, refs, t).isnan().all()
+    check_beside_far(x, refs, t, far, counts=torch.tensor([4500], device="cuda"))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bfloat16_outliers_where_there_is_noise_alone(rng, precision):
+    x, refs, sigma = make_pool(*SHAPE, "gaussian", rng, dtype=torch.bfloat16, times=(1.0,))
+    refs[samples_of(len(refs))[5:9] + 1] *= 1e6
+    alpha = torch.tensor([0.0, 1e-12, 1e-8], device="cuda")[torch.arange(len(x)) % 3]
+    mean = svel.posterior_mean(x, refs, alpha, sigma, precision=precision)[0]
+    expected = reference.posterior_mean(x.double(), refs, alpha, sigma)[0]
+    for value in alpha.unique():
+        assert relative_error(mean[alpha == value], expected[alpha == value]) <= TOLERANCE[torch.float32, precision]
 
 
 def test_the_kernel_serves(rng):

@@ -8,8 +8,10 @@ from cuda_cases import (
     GEOMETRIES,
     assert_close_at_each_time,
     assert_served,
+    check_beside_far,
     check_graph_of_pool,
     check_mean_and_lse,
+    check_mean_near_each,
     check_merged_halves,
     check_partly_filled,
     check_pool,
@@ -21,6 +23,7 @@ from cuda_cases import (
     make_pool,
     on_two_streams,
     rows_of,
+    samples_of,
     served_by,
     worst_row,
 )
@@ -182,16 +185,180 @@ def test_references_next_to_one_another(rng, apart, time):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_one_sample_is_far_larger_than_others(rng, precision):
-    """Nor is it among those that the scale is from."""
-    x, refs, t = make(130, 4999, 1032, "gaussian", rng)
-    refs[1] *= 2000
-    x[7] = (1 - t[7]) * refs[1] + t[7] * torch.randn(1032, generator=rng).cuda()
-    keep = torch.arange(130, device="cuda") != 7
+@pytest.mark.parametrize(
+    ("factor", "geometry"), [(2e3, "gaussian"), (1e6, "gaussian"), (1e12, "gaussian"), (1e6, "shifted")]
+)
+@pytest.mark.parametrize("shape", [(130, 4999, 1032), ROUNDS], ids=str)
+def test_one_sample_is_far_larger_than_others(rng, shape, factor, geometry, precision):
+    """Nor is it among those that the scale is from. Halves do not reach a million times the others."""
+    x, refs, t = make(*shape, geometry, rng)
+    refs[1] *= factor
+    x[7] = (1 - t[7]) * refs[1] + t[7] * torch.randn(refs.shape[1], generator=rng).cuda()
+    assert_served("many_rows", x, refs, precision)
+    keep = torch.arange(len(x), device="cuda") != 7
     out = svel.stable_target(x, refs, t, precision=precision)
-    expected = reference.stable_target(x.double(), refs, t)
+    # It has all the weight or none; beside it float64 would not tell the others apart.
+    expected = reference.stable_target(x.double(), torch.cat([refs[:1], refs[2:]]), t)
     assert_close_at_each_time(out[keep], expected[keep], t[keep], precision)
-    assert relative_error(out[7], expected[7]) <= TOLERANCE[torch.float32, precision]
+    expected = reference.stable_target(x[7:8].double(), refs[1:2], t[7:8])
+    assert relative_error(out[7:8], expected) <= TOLERANCE[torch.float32, precision]
+
+
+def make_far(refs, size):
+    """Four in a row after each of those that the scale is from, `size` times as large as they were."""
+    m = len(refs)
+    far = (m * torch.arange(64)[:, None] // 64 + torch.arange(1, 5)).flatten().to(refs.device)
+    refs[far] *= size
+    return far
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", [1e6, 1e12])
+def test_many_far_samples_and_noise_of_any_size(rng, size, precision):
+    """With noise of their size they weigh as others do; each has a row of its own, too."""
+    n, m, d = 300, *SHAPE[1:]
+    refs = torch.randn(m, d, generator=rng)
+    far = make_far(refs, size)
+    sigma = torch.tensor([0.3, 30.0, 0.1 * size, 12 * size, 1e3 * size])[torch.arange(n) % 5]
+    near = m * torch.randint(64, (n,), generator=rng) // 64
+    near = torch.where(torch.arange(n) % 3 == 0, far[torch.arange(n) % len(far)], near)
+    x = refs[near] + sigma[:, None] * torch.randn(n, d, generator=rng)
+    x, refs, sigma, alpha = x.cuda(), refs.cuda(), sigma.cuda(), torch.ones(n).cuda()
+    assert_served("many_rows", x, refs, precision)
+    mean, lse = svel.posterior_mean(x, refs, alpha, sigma, precision=precision)
+    expected_mean, expected = reference.posterior_mean(x.double(), refs, alpha, sigma)
+    # With little noise far ones have all the weight or none; beside them float64 would not tell the others apart.
+    is_far, little = (torch.arange(n) % 3 == 0).cuda(), sigma <= 30
+    others = refs[~torch.isin(torch.arange(m, device="cuda"), far.cuda())]
+    rows = little & ~is_far
+    expected_mean[rows], expected[rows] = reference.posterior_mean(x[rows].double(), others, alpha[rows], sigma[rows])
+    expected_mean[little & is_far] = refs[near.cuda()][little & is_far].double()
+    for value in sigma.unique():
+        for rows in ((sigma == value) & is_far, (sigma == value) & ~is_far):
+            assert relative_error(mean[rows], expected_mean[rows]) <= TOLERANCE[torch.float32, precision]
+    assert lse.isfinite().all()
+    for rows, seen in ((little & ~is_far, others), (~little, refs)):
+        scale = largest_logit(x[rows], seen, alpha[rows], sigma[rows])
+        assert ((lse - expected)[rows].abs() <= TOLERANCE[torch.float32, precision] * scale).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_far_samples_where_there_is_noise_alone(rng, precision):
+    """All references weigh the same, or nearly, however far."""
+    x, refs, sigma = make(*SHAPE, "gaussian", rng, times=(1.0,))
+    make_far(refs, 1e6)
+    alpha = torch.tensor([0.0, 1e-12, 1e-8], device="cuda")[torch.arange(len(x)) % 3]
+    assert_served("many_rows", x, refs, precision)
+    mean = svel.posterior_mean(x, refs, alpha, sigma, precision=precision)[0]
+    expected = reference.posterior_mean(x.double(), refs, alpha, sigma)[0]
+    for value in alpha.unique():
+        assert relative_error(mean[alpha == value], expected[alpha == value]) <= TOLERANCE[torch.float32, precision]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", CLASSES, ids=str)
+def test_outliers_among_the_samples_of_classes(rng, shape, precision):
+    x, refs, t, labels = make_classes(*shape, "gaussian", rng, torch.float32)
+    flat = refs.view(-1, refs.shape[2])
+    flat[samples_of(len(flat))[[3, 40, 63]].cuda()] *= 1e6
+    flat[samples_of(len(flat))[[5]].cuda(), 77] = 1e7
+    check_classes(x, refs, t, labels, precision=precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", CLASSES, ids=str)
+def test_far_samples_of_classes(rng, shape, precision):
+    x, refs, t, labels = make_classes(*shape, "gaussian", rng, torch.float32)
+    refs[0, 1], refs[-1, -2] = 1e6 * refs[0, 1], 1e6 * refs[-1, -2]
+    check_classes(x, refs, t, labels, precision=precision)
+    x[5] = (1 - t[5]) * refs[-1, -2] + t[5] * torch.randn(refs.shape[2], generator=rng).cuda()
+    labels[5] = refs.shape[0] - 1
+    out = svel.stable_target(x, refs, t, labels, precision=precision)[5]
+    expected = reference.stable_target(x[5:6].double(), refs, t[5:6], labels[5:6])[0]
+    assert relative_error(out, expected) <= TOLERANCE[torch.float32, precision]
+
+
+def test_far_samples_beside_what_is_not_finite(rng):
+    x, refs, t = make(*SHAPE, "gaussian", rng)
+    far = make_far(refs, 1e6)
+    for value in (math.nan, math.inf):
+        refs[4000, 7] = value
+        assert svel.stable_target(x, refs, t).isnan().all()
+    out = svel.stable_target(x, refs, t, counts=torch.tensor([4000], device="cuda"))
+    # Far ones have no weight; centred between them float64 would not tell the others apart.
+    others = refs[:4000][~torch.isin(torch.arange(4000, device="cuda"), far)]
+    assert_close_at_each_time(out, reference.stable_target(x.double(), others, t), t, "exact")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", [100.0, 600.0, 3e3, 2e4, 1e6, 1e12])
+@pytest.mark.parametrize("among", [True, False], ids=["sample", "beside"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "element"])
+def test_an_outlier(rng, whole, among, size, precision):
+    """Among the references that the scale is from, or beside them; not far, nearly and far. Others keep digits."""
+    x, refs, t = make(*SHAPE, "gaussian", rng)
+    far = samples_of(len(refs))[[17]] + (0 if among else 1)
+    if whole:
+        refs[far] *= size
+    else:
+        refs[far, 77] = size
+    assert_served("many_rows", x, refs, precision)
+    check_beside_far(x, refs, t, far, precision, only_beside=size >= 1e6)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("count", [3, 8, 9, 28])
+def test_outliers_among_the_samples_and_beside_them(rng, count, geometry, precision):
+    x, refs, t = make(*SHAPE, geometry, rng)
+    far = (samples_of(len(refs))[::2][:count, None] + torch.arange(2)).flatten()
+    refs[far] *= 1e6
+    assert_served("many_rows", x, refs, precision)
+    check_beside_far(x, refs, t, far, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_outliers_of_many_rounds(rng, precision):
+    x, refs, t = make(*ROUNDS, "gaussian", rng)
+    far = torch.cat([samples_of(len(refs))[5:9], torch.tensor([1, len(refs) - 1])])
+    refs[far] *= 1e6
+    assert_served("many_rows", x, refs, precision)
+    check_beside_far(x, refs, t, far, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", ["half", "few", "most"])
+@pytest.mark.parametrize("size", [2.0**-7, 2.0**-12, 2.0**-18])
+def test_references_of_two_sizes(rng, size, kind, precision):
+    """By nature, not by accident: halves reach both, or those that they do not reach are summed as stored."""
+    m, d = SHAPE[1:]
+    share = {"half": 0.5, "few": 0.02, "most": 0.9}[kind]
+    kinds = (torch.rand(m, generator=rng) < share).long()
+    refs = torch.randn(m, d, generator=rng) * torch.where(kinds == 1, size, 1.0)[:, None]
+    check_mean_near_each(refs, kinds, (1.0, size), rng, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", [2.0**-18, 2.0**-30])
+def test_small_references_that_no_sample_shows(rng, size, precision):
+    """So small that beside scores of the others float64 has no digits for theirs."""
+    m, d = SHAPE[1:]
+    kinds = (torch.arange(m) % 40 == 7).long()
+    kinds[samples_of(m)] = 0
+    refs = torch.randn(m, d, generator=rng) * torch.where(kinds == 1, size, 1.0)[:, None]
+    check_mean_near_each(refs, kinds, (1.0, size), rng, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_zeros_and_few_others(rng, precision):
+    """Nearly all are copies of zero, one that is far is among the samples."""
+    m, d = SHAPE[1:]
+    refs = torch.randn(m, d, generator=rng) * (torch.rand(m, generator=rng) < 0.004)[:, None]
+    far = samples_of(m)[[17]]
+    refs[far] = 1e6 * torch.randn(1, d, generator=rng)
+    x, refs, t = rows_of(refs, 130, rng)
+    assert_served("many_rows", x, refs, precision)
+    check_beside_far(x, refs, t, far, precision)
 
 
 def test_copies_of_one_sample_alone(rng):
