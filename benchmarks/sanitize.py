@@ -76,7 +76,8 @@ def pools(rng: torch.Generator) -> None:
 
 
 def many(rng: torch.Generator) -> None:
-    """Many rows beside a pool, and beside few classes: lists short and long, dense rows, late ones and expected."""
+    """Many rows beside a pool, and beside few classes: lists short and long, dense rows, late ones and expected; far
+    references."""
     for d, dtype in (
         (520, torch.float16),
         (1032, torch.bfloat16),
@@ -96,6 +97,11 @@ def many(rng: torch.Generator) -> None:
             svel.stable_target(x, refs.flatten(0, 1), t, precision=precision)
             svel.stable_target(x, refs, t, labels, counts, precision=precision)
             svel.posterior_mean(x.half(), refs, 1 - t, t, labels, counts, precision=precision)
+        if dtype != torch.float16:  # references of other sizes, of which some are outliers among the samples
+            refs[:, ::57] *= 1e6
+            refs[:, 5::101] *= 1e-6
+            svel.stable_target(x, refs.flatten(0, 1), t)
+            svel.stable_target(x, refs, t, labels, counts)
 
 
 def held(rng: torch.Generator) -> None:
