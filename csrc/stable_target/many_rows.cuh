@@ -71,9 +71,9 @@ struct ManyFacts {
   float most_norm;   // of those that are scaled and uneven, see holds
 };
 
-// Whether halves hold references of this norm: others are far. A hundred times what is usual would leave all
-// rows in doubt, of infinity there are no halves; and of elements of 2^-5, root of their mean square, the
-// smallest half leaves out 5e-7. `least` is that, or zero where a centre hides it.
+// Whether halves hold references of this norm: others are far. 32 times what is usual, as a length, would
+// leave all rows in doubt, of infinity there are no halves; and of elements of 2^-5, root of their mean
+// square, the smallest half leaves out 5e-7. `least` is that, or zero where a centre hides it.
 constexpr float FAR_FACTOR = 1024, LEAST_SQUARE = 1.0f / 1024;
 __device__ inline bool holds(const ManyFacts& facts, float norm, float least, bool is_zero) {
   return norm <= fmaxf(FAR_FACTOR * facts.mean_norm, facts.most_norm) && (norm >= least || is_zero);

@@ -1033,6 +1033,7 @@ __device__ __forceinline__ bool drop_far(const float* from, const float* centre,
   for (int64_t e = threadIdx.x % 32; e < d; e += 32)
     is_finite = is_finite && isfinite(fmaf(from[e], scale, -centre[e]));
   if (!__all_sync(0xffffffffu, is_finite)) return false;
+  __syncwarp();  // other lanes have written what is overwritten here
 #pragma unroll 1
   for (int64_t e = 8 * (threadIdx.x % 32); e < 2 * d_stride; e += 8 * 32)
     *reinterpret_cast<uint4*>(to + e) = uint4{};
