@@ -153,6 +153,38 @@ def samples_of(m: int) -> Tensor:
     return m * torch.arange(64) // 64
 
 
+def samples_and_neighbours(m: int, count: int) -> Tensor:
+    """So many of the samples, and the references behind them, which are none."""
+    return (samples_of(m)[::2][:count, None] + torch.arange(2)).flatten()
+
+
+def samples_and_ends(m: int) -> Tensor:
+    """A few samples, and references of the first round and of the last that are none."""
+    return torch.cat([samples_of(m)[5:9], torch.tensor([1, m - 1])])
+
+
+def make_two_sizes(m, d, size, kind, rng):
+    """Gaussians (m, d), half, few or most of them `size` times the others; and which (m,)."""
+    share = {"half": 0.5, "few": 0.02, "most": 0.9}[kind]
+    kinds = (torch.rand(m, generator=rng) < share).long()
+    return torch.randn(m, d, generator=rng) * torch.where(kinds == 1, size, 1.0)[:, None], kinds
+
+
+def make_zeros_and_few_others(m, d, rng):
+    """(m, d), nearly all of them copies of zero; and the one that is far, a sample."""
+    refs = torch.randn(m, d, generator=rng) * (torch.rand(m, generator=rng) < 0.004)[:, None]
+    far = samples_of(m)[[17]]
+    refs[far] = 1e6 * torch.randn(1, d, generator=rng)
+    return refs, far
+
+
+def check_outliers(x, refs, t, far, precision):
+    """`check_beside_far` of references that are made a million times as large, by the kernel of many rows."""
+    refs[far] *= 1e6
+    assert_served("many_rows", x, refs, precision)
+    check_beside_far(x, refs, t, far, precision)
+
+
 def check_beside_far(x, refs, t, far, precision="exact", counts=None, only_beside=True):
     """References `far` are much larger than others. Every third row comes near one of them.
 

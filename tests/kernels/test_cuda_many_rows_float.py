@@ -13,6 +13,7 @@ from cuda_cases import (
     check_mean_and_lse,
     check_mean_near_each,
     check_merged_halves,
+    check_outliers,
     check_partly_filled,
     check_pool,
     check_repeats,
@@ -21,8 +22,12 @@ from cuda_cases import (
     make_classes,
     make_photograph_pool,
     make_pool,
+    make_two_sizes,
+    make_zeros_and_few_others,
     on_two_streams,
     rows_of,
+    samples_and_ends,
+    samples_and_neighbours,
     samples_of,
     served_by,
     worst_row,
@@ -311,19 +316,13 @@ def test_an_outlier(rng, whole, among, size, precision):
 @pytest.mark.parametrize("count", [3, 8, 9, 28])
 def test_outliers_among_the_samples_and_beside_them(rng, count, geometry, precision):
     x, refs, t = make(*SHAPE, geometry, rng)
-    far = (samples_of(len(refs))[::2][:count, None] + torch.arange(2)).flatten()
-    refs[far] *= 1e6
-    assert_served("many_rows", x, refs, precision)
-    check_beside_far(x, refs, t, far, precision)
+    check_outliers(x, refs, t, samples_and_neighbours(len(refs), count), precision)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_outliers_of_many_rounds(rng, precision):
     x, refs, t = make(*ROUNDS, "gaussian", rng)
-    far = torch.cat([samples_of(len(refs))[5:9], torch.tensor([1, len(refs) - 1])])
-    refs[far] *= 1e6
-    assert_served("many_rows", x, refs, precision)
-    check_beside_far(x, refs, t, far, precision)
+    check_outliers(x, refs, t, samples_and_ends(len(refs)), precision)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -331,10 +330,7 @@ def test_outliers_of_many_rounds(rng, precision):
 @pytest.mark.parametrize("size", [2.0**-7, 2.0**-12, 2.0**-18])
 def test_references_of_two_sizes(rng, size, kind, precision):
     """By nature, not by accident: halves reach both, or those that they do not reach are summed as stored."""
-    m, d = SHAPE[1:]
-    share = {"half": 0.5, "few": 0.02, "most": 0.9}[kind]
-    kinds = (torch.rand(m, generator=rng) < share).long()
-    refs = torch.randn(m, d, generator=rng) * torch.where(kinds == 1, size, 1.0)[:, None]
+    refs, kinds = make_two_sizes(*SHAPE[1:], size, kind, rng)
     check_mean_near_each(refs, kinds, (1.0, size), rng, precision)
 
 
@@ -352,10 +348,7 @@ def test_small_references_that_no_sample_shows(rng, size, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_zeros_and_few_others(rng, precision):
     """Nearly all are copies of zero, one that is far is among the samples."""
-    m, d = SHAPE[1:]
-    refs = torch.randn(m, d, generator=rng) * (torch.rand(m, generator=rng) < 0.004)[:, None]
-    far = samples_of(m)[[17]]
-    refs[far] = 1e6 * torch.randn(1, d, generator=rng)
+    refs, far = make_zeros_and_few_others(*SHAPE[1:], rng)
     x, refs, t = rows_of(refs, 130, rng)
     assert_served("many_rows", x, refs, precision)
     check_beside_far(x, refs, t, far, precision)
